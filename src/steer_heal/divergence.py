@@ -1,0 +1,62 @@
+"""Divergences between a student and a reference, per position and collapsed; all in nats, all float32.
+
+Pure functions. Adding a divergence or an aggregate is one entry in DIVERGENCES or AGGREGATES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+Divergence = Literal["nll", "kl_rev", "kl_fwd"]
+Aggregate = Literal["mean", "rmse", "p95", "max"]
+
+
+def kl_rev(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """KL(student || reference) in nats at each of n completion positions.
+
+    sum_v p(v) [log p(v) - log q(v)]; mode-seeking: punishes mass where the reference has none.
+    """
+    return einsum(logp.exp(), logp - logp_ref, "n v, n v -> n")
+
+
+def kl_fwd(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """KL(reference || student) in nats at each of n completion positions.
+
+    sum_v q(v) [log q(v) - log p(v)]; mass-covering: punishes losing what the reference can say.
+    """
+    return einsum(logp_ref.exp(), logp_ref - logp, "n v, n v -> n")
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl_rev": kl_rev, "kl_fwd": kl_fwd}
+"""`nll` is no divergence: it heals without a barrier, and its curve is reported with kl_rev."""
+
+_ROOT_EPSILON = 1e-12
+
+
+def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, ""]:
+    """One number for a completion's positions, in nats. tau is not comparable across aggregates.
+
+    mean hides a short loop; rmse = sqrt(mean of squares) and above all p95 and max see it. The epsilon keeps
+    the gradient of the root finite where the divergence is 0 everywhere, as it is at the first step.
+    """
+    divergence = divergence.float()
+    if how == "mean":
+        return divergence.mean()
+    if how == "rmse":
+        return (divergence.square().mean() + _ROOT_EPSILON).sqrt()
+    if how == "p95":
+        return torch.quantile(divergence, 0.95)
+    if how == "max":
+        return divergence.max()
+    raise ValueError(f"heal.aggregate is {how!r}: it must be one of {', '.join(get_args(Aggregate))}")
+
+
+def barrier(divergence: Float[Tensor, "*b"], lam: float, tau: float) -> Float[Tensor, "*b"]:
+    """lam * relu(divergence - tau): free up to tau nats, then linear."""
+    return lam * torch.relu(divergence - tau)

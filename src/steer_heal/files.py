@@ -1,0 +1,50 @@
+"""Reading the project's data files: where they lie, and errors that name the file, the line and the fix."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steer_heal.records import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout: relative data paths are looked up here when they do not exist in the working directory."""
+
+
+def resolve(path: Path | str, what: str) -> Path:
+    """The file or folder itself; UserError naming `what` (a flag) where there is none."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
+
+
+def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file, each holding `required` fields of the given types; blank lines are skipped."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}); mend or delete the line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is {type(row).__name__}: it must be a JSON object")
+        for name, kind in required.items():
+            if not isinstance(row.get(name), kind) or row[name] == "":
+                raise UserError(f"{path} line {number}: field {name!r} is {row.get(name)!r}: it must be a {kind.__name__}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no rows; it needs at least one")
+    return rows
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not TOML: {error}") from None

@@ -1,0 +1,194 @@
+"""A causal language model with its tokenizer: loading, chat prompts, batched log-probabilities, hidden states.
+
+Everything that is teacher-forced runs right-padded and without a mask: causal attention never lets a real
+token see the padding behind it, so a batch reads exactly what its rows read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steer_heal.files import ROOT
+from steer_heal.records import UserError
+
+TINY_RANDOM = "tiny-random"
+"""Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
+LOGIT_CHUNK_ELEMENTS = 2**25
+"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length."""
+
+
+@dataclass
+class LM:
+    """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    max_prompt_tokens: int = 1024
+    token_budget: int = 16_384
+    """Padded tokens of a teacher-forced batch."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @cached_property
+    def text_model(self) -> nn.Module:
+        """The decoder stack without the head; inside multimodal wrappers, the nested language model."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        blocks = getattr(self.text_model, "layers", None)
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+            raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers under its text model; steer-heal needs one to steer")
+        return blocks
+
+    @property
+    def width(self) -> int:
+        return self.head.weight.shape[1]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the assistant's turn: the generation config's and the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """float32 logits of final hidden states, with the model's soft cap where it has one."""
+        logits = self.head(hidden.to(self.head.weight.dtype)).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
+    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of one user message up to and including the opened assistant turn."""
+        messages = [{"role": "system", "content": system}] if system else []
+        text = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+        )
+        return self.encode_prompt(text)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Ids of templated text (the template writes its own BOS); too long is an error, never a cut."""
+        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, the limit max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
+                "shorten it or raise --max-prompt-tokens (cutting it would lose the assistant tag that is read)"
+            )
+        return ids
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Row indices grouped by like length, within token_budget padded tokens a batch."""
+        group: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            if group and lengths[i] * (len(group) + 1) > self.token_budget:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b s"]:
+        return nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=self.pad_id
+        ).to(self.device)
+
+    def hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "b s d"]:
+        """Final hidden states of right-padded rows; positions past a row's end hold nothing of use."""
+        return self.text_model(input_ids=self.pad(rows), use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per row: -log p of each completion token given all before it, float32 [n] on the CPU, nats."""
+        out: list[Tensor] = [torch.empty(0)] * len(prompts)
+        for group in self.batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
+            hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
+            for row, i in enumerate(group):
+                start, n = len(prompts[i]) - 1, len(completions[i])
+                targets = torch.tensor(completions[i], device=self.device, dtype=torch.long)
+                out[i] = self.nll(hidden[row, start : start + n], targets).cpu()
+        return out
+
+    def nll(self, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """-log p(target) from final hidden states, through the head in vocabulary-bounded chunks."""
+        size = self.chunk_size
+        parts = [
+            nn.functional.cross_entropy(self.logits(h), t, reduction="none")
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+    @property
+    def chunk_size(self) -> int:
+        """Positions whose logits fit LOGIT_CHUNK_ELEMENTS."""
+        return max(1, LOGIT_CHUNK_ELEMENTS // self.head.weight.shape[0])
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one; asking for a missing one is a UserError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r}: no CUDA device is visible; use --device cpu or auto")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, float32 on the CPU."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024) -> LM:
+    """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
+    place = pick_device(device)
+    if name == TINY_RANDOM:
+        model, tokenizer = _tiny_random()
+    else:
+        folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})") from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.to(place).eval().requires_grad_(False)
+    lm = LM(model, tokenizer, name, max_prompt_tokens)
+    assert lm.blocks is not None
+    return lm
+
+
+def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config.update(do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id)
+    return model, tokenizer

@@ -1,0 +1,193 @@
+"""Adapter history: which rounds act on the model, folding, and the checkpoints that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steer_heal.lm import LM
+from steer_heal.records import UserError
+from steer_heal.stages.cfg import HealCfg, layer_band
+
+HISTORY, ROUND = "history", "round"
+Gate = Literal["base", "prev", "full"]
+Factors = dict[str, Tensor]
+"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32."""
+
+
+class Student:
+    """A base model with the rounds healed into it so far. The base weights are never written to.
+
+    Outside of a gate the adapters are off. Training keeps every factor apart (`training`); reading and writing
+    text runs on a merged working copy of the adapted weights (`gate`), so that a token costs the same however
+    many rounds are baked.
+    """
+
+    def __init__(self, lm: LM, cfg: HealCfg) -> None:
+        self.lm, self.cfg = lm, cfg
+        self.n_rounds = 0
+        self._peft: PeftModel | None = None
+        self._pristine: dict[str, Tensor] = {}
+
+    @property
+    def rounds_in(self) -> dict[Gate, list[str]]:
+        """Adapters that each gate lets through."""
+        history = [HISTORY] if self.n_rounds else []
+        live = [ROUND] if self._peft is not None and ROUND in self._peft.peft_config else []
+        return {"base": [], "prev": history, "full": history + live}
+
+    def _config(self, n_rounds: int) -> LoraConfig:
+        band = layer_band(self.cfg.layers, len(self.lm.blocks))
+        if not band:
+            raise UserError(f"heal.layers is {self.cfg.layers}: that band holds none of the {len(self.lm.blocks)} blocks of {self.lm.name!r}; widen it")
+        prefix = next(name for name, module in self.lm.model.named_modules() if module is self.lm.blocks)
+        linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+        return LoraConfig(
+            r=self.cfg.rank * n_rounds, lora_alpha=self.cfg.lora_alpha * n_rounds, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+            base_model_name_or_path=self.lm.name,
+            target_modules=rf"{re.escape(prefix)}\.({'|'.join(map(str, band))})\.(self_attn|mlp)\.({linears})",
+        )
+
+    def _attach(self, name: str, n_rounds: int, factors: Factors | None = None) -> None:
+        config = self._config(n_rounds)
+        if self._peft is None:
+            try:
+                self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
+            except ValueError as error:
+                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
+        else:
+            self._peft.add_adapter(name, config)
+        if factors is not None:
+            set_peft_model_state_dict(self._peft, factors, adapter_name=name)
+        self._adapters_off()
+
+    def _adapters_off(self) -> None:
+        self._peft.base_model.disable_adapter_layers()
+        self._peft.requires_grad_(False)
+
+    def _layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        if self._peft is not None:
+            yield from ((name, m) for name, m in self._peft.named_modules() if isinstance(m, LoraLayer))
+
+    # --- what acts on the model ---------------------------------------------------------------------------
+    @contextmanager
+    def gate(self, which: Gate) -> Iterator[LM]:
+        """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k)."""
+        names = self.rounds_in[which]
+        before = {}
+        for path, module in self._layers():
+            weight = module.get_base_layer().weight
+            before[path] = weight.data
+            pristine = self._pristine.setdefault(path, weight.data)
+            weight.data = pristine
+            if names:
+                with torch.no_grad():
+                    delta = sum(module.get_delta_weight(name).float() for name in names)
+                    weight.data = (pristine.float() + delta).to(pristine.dtype)
+        try:
+            yield self.lm
+        finally:
+            for path, module in self._layers():
+                module.get_base_layer().weight.data = before.get(path, self._pristine.get(path, module.get_base_layer().weight.data))
+
+    def new_round(self, seed: int) -> None:
+        """A fresh factor for this round: A random from `seed`, B zero, so the student starts where it was."""
+        devices = [self.lm.device] if self.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            self._attach(ROUND, 1)
+
+    @contextmanager
+    def training(self) -> Iterator[list[torch.nn.Parameter]]:
+        """History and this round's factor both act, unmerged, forward and backward; yields what is trained."""
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.base_model.set_adapter(self.rounds_in["full"])
+        self._peft.requires_grad_(False)
+        parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
+        for parameter in parameters:
+            assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"
+            parameter.requires_grad_(True)
+        try:
+            yield parameters
+        finally:
+            self._adapters_off()
+
+    # --- folding and files -----------------------------------------------------------------------------------
+    def factors(self, name: str) -> Factors:
+        """A copy of an adapter's weights on the CPU."""
+        state = get_peft_model_state_dict(self._peft, adapter_name=name)
+        return {key: value.detach().float().cpu().clone() for key, value in state.items()}
+
+    def bake(self) -> Factors:
+        """Folds this round into the history by concatenating factors (exact); returns the round's own factors."""
+        own = self.factors(ROUND)
+        self._replace_history(concatenate(self.factors(HISTORY), own) if self.n_rounds else own, self.n_rounds + 1)
+        return own
+
+    def discard_round(self) -> None:
+        """Drops this round's factor as if it had never been trained."""
+        if ROUND in self.rounds_in["full"]:
+            self._peft.delete_adapter(ROUND)
+
+    def _replace_history(self, factors: Factors, n_rounds: int) -> None:
+        # PEFT wants an adapter at all times while it deletes others, so the new one comes first under its name
+        self.discard_round()
+        if self.n_rounds:
+            self._peft.delete_adapter(HISTORY)
+        self._attach(HISTORY, n_rounds, factors)
+        self.n_rounds = n_rounds
+
+    def save(self, folder: Path, own: Factors) -> None:
+        """A PEFT adapter folder holding the cumulative student, and `round.safetensors`, this round's own factor."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self._config(self.n_rounds)
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        save_file(self.factors(HISTORY), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
+        (folder / "student.json").write_text(json.dumps({"n_rounds": self.n_rounds, "rank_per_round": self.cfg.rank}) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Restores the cumulative student that `save` wrote."""
+        state = json.loads((folder / "student.json").read_text())
+        if state["rank_per_round"] != self.cfg.rank:
+            raise UserError(f"{folder} was healed with heal.rank {state['rank_per_round']}, this run has {self.cfg.rank}; use the same")
+        self._replace_history(load_file(folder / "adapter_model.safetensors"), state["n_rounds"])
+
+    def export(self, folder: Path) -> None:
+        """The merged student as a plain transformers model with its tokenizer."""
+        state = {}
+        with self.gate("full"):
+            for key, value in self._peft.base_model.model.state_dict().items() if self._peft else self.lm.model.state_dict().items():
+                if ".lora_" not in key:
+                    state[key.replace(".base_layer.", ".")] = value
+            self.lm.model.save_pretrained(folder, state_dict=state)
+        self.lm.tokenizer.save_pretrained(folder)
+
+
+def concatenate(history: Factors, own: Factors) -> Factors:
+    """[B1 B2] [A1; A2] = B1 A1 + B2 A2: both factors in one of summed rank, without rounding."""
+    out = {}
+    for key, old in history.items():
+        axis = 0 if "lora_A" in key else 1
+        out[key] = torch.cat([old, own[key]], dim=axis)
+    return out
+
+
+def delta(factors: Factors, scale: float) -> dict[str, Float[Tensor, "o d"]]:
+    """Weight change of each adapted module: scale * B A."""
+    return {
+        key.removesuffix(".lora_A.weight"): scale * factors[key.replace("lora_A", "lora_B")] @ a
+        for key, a in factors.items() if key.endswith("lora_A.weight")
+    }

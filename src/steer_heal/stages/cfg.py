@@ -1,0 +1,195 @@
+"""Every stage's settings. Free of torch, so that `--help` and a wrong argument answer before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def _require(holds: bool, field: str, value: object, limit: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} is {value!r}: it must be {limit}")
+
+
+def layer_band(layers: tuple[float, float], n_layers: int) -> range:
+    """Block indices of a band given as fractions of the depth; UserError material where it holds none."""
+    low, high = layers
+    return range(int(low * n_layers), int(high * n_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerCfg:
+    """The teacher vector."""
+
+    backend: Literal["builtin", "steering-lite"] = "builtin"
+    """Who extracts the vector; steering-lite needs its package."""
+    method: Literal["mean_diff"] = "mean_diff"
+    """How persona pairs become a vector."""
+    normalize: bool = False
+    """Scale each layer's vector to length 1 (doses then are residual-stream units)."""
+    layers: tuple[float, float] = (0.45, 0.55)
+    """LO HI: the steered blocks, as fractions of the depth. A raw vector over a wide band compounds and breaks."""
+    contexts: Path = Path("data/contexts.jsonl")
+    """JSON lines with `text`: user messages in whose answers the two personas are compared."""
+    n_contexts: int = 256
+    """Contexts read, evenly over the file."""
+
+    def __post_init__(self) -> None:
+        low, high = self.layers
+        _require(0 <= low < high <= 1, "steer.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)")
+        _require(self.n_contexts >= 1, "steer.n_contexts", self.n_contexts, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenCfg:
+    """Steered generation."""
+
+    alphas: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Relative doses; the controller's kappa multiplies them."""
+    max_new_tokens: int = 512
+    n_prompts: int = 36
+    """Prompts that training text is written for: the first of the pool."""
+    prompts: Path | None = None
+    """JSON lines with `text` in place of the trait's own prompt pool."""
+    batch_size: int = 32
+    """Sequences decoded at once."""
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(a) and a > 0 for a in self.alphas)
+        _require(bool(self.alphas) and finite, "gen.alphas", self.alphas, "one or more finite numbers > 0")
+        _require(self.max_new_tokens >= 1, "gen.max_new_tokens", self.max_new_tokens, ">= 1")
+        _require(self.n_prompts >= 2, "gen.n_prompts", self.n_prompts, ">= 2 (one is held out for the validation curve)")
+        _require(self.batch_size >= 1, "gen.batch_size", self.batch_size, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoseCfg:
+    """The controller that picks kappa, the multiplier of gen.alphas."""
+
+    target: float = 0.75
+    """Share of completions that should survive the filter."""
+    floor: float = 0.2
+    """Smallest kappa that is probed, and the one used where none survives."""
+    ceiling: float = 3.0
+    """Largest kappa that is probed."""
+    n_kappas: int = 6
+    """Kappas per batch of probes, evenly spaced in log(kappa)."""
+    n_probes: int = 12
+    """Completions per probed kappa."""
+    n_refinements: int = 1
+    """Further batches of probes, between the last kappa that survived and the first that did not."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.target <= 1, "dose.target", self.target, "in (0, 1]")
+        _require(0 < self.floor <= self.ceiling < math.inf, "dose.floor", self.floor, f"in (0, dose.ceiling = {self.ceiling}]")
+        _require(self.n_kappas >= 2, "dose.n_kappas", self.n_kappas, ">= 2")
+        _require(self.n_probes >= 1, "dose.n_probes", self.n_probes, ">= 1")
+        _require(self.n_refinements >= 0, "dose.n_refinements", self.n_refinements, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterCfg:
+    """Which completions may train the student."""
+
+    ppl_max: float = 40.0
+    """Highest perplexity under the base of the last quarter of a completion."""
+    rep_max: float = 0.35
+    """Highest repetition: share of repeated word 2- to 4-grams, or of text inside looping character blocks."""
+    min_words: int = 12
+    """Shorter completions are dropped."""
+    min_train: int = 24
+    """Fewer kept than this stops the run: the filter starved."""
+    n_keep: int = 64
+    """Kept completions to collect per round."""
+    max_attempts: int = 192
+    """Completions generated per round at the most, probes included."""
+
+    def __post_init__(self) -> None:
+        _require(self.ppl_max > 1, "filter.ppl_max", self.ppl_max, "> 1 (a perplexity)")
+        _require(0 < self.rep_max <= 1, "filter.rep_max", self.rep_max, "in (0, 1]")
+        _require(self.min_words >= 0, "filter.min_words", self.min_words, ">= 0")
+        _require(self.min_train >= 2, "filter.min_train", self.min_train, ">= 2")
+        _require(self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}")
+        _require(self.n_keep <= self.max_attempts, "filter.max_attempts", self.max_attempts, f">= filter.n_keep = {self.n_keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealCfg:
+    """The distillation into an adapter, with its barrier."""
+
+    divergence: Literal["nll", "kl_rev", "kl_fwd"] = "kl_rev"
+    """Distance to the reference that the barrier limits; nll: no barrier."""
+    aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
+    """How a completion's positions become one divergence. mean does not see short loops."""
+    lam: float = 0.1
+    """Strength of the barrier, nats of loss per nat over tau."""
+    tau: float = 0.5
+    """Nats tolerated before the barrier pushes back; below the operating divergence, or it never fires."""
+    lam_power: float = 0.0
+    """lam of round k is lam * (1 + k) ** -lam_power."""
+    reference: Literal["prev", "base"] = "prev"
+    """prev: the student before this round (trust region, the trait adds up); base: the untouched model."""
+    epochs: int = 6
+    lr: float = 1e-4
+    """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
+    batch_size: int = 4
+    """Completions per optimiser step."""
+    rank: int = 32
+    """Rank of each round's LoRA factor."""
+    lora_alpha: float = 64.0
+    """LoRA scale times rank."""
+    layers: tuple[float, float] = (0.2, 0.8)
+    """LO HI: adapted blocks, as fractions of the depth."""
+    weight_decay: float = 0.0
+    pressure_every: int = 8
+    """Steps between measurements of the gradient pressure (each costs one more backward pass)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lam >= 0, "heal.lam", self.lam, ">= 0")
+        _require(self.tau >= 0, "heal.tau", self.tau, ">= 0 nats")
+        _require(math.isfinite(self.lam_power), "heal.lam_power", self.lam_power, "finite")
+        _require(self.epochs >= 1, "heal.epochs", self.epochs, ">= 1")
+        _require(0 < self.lr < math.inf, "heal.lr", self.lr, "> 0")
+        _require(self.batch_size >= 1, "heal.batch_size", self.batch_size, ">= 1")
+        _require(self.rank >= 1, "heal.rank", self.rank, ">= 1")
+        _require(self.lora_alpha > 0, "heal.lora_alpha", self.lora_alpha, "> 0")
+        low, high = self.layers
+        _require(0 <= low < high <= 1, "heal.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)")
+        _require(self.weight_decay >= 0, "heal.weight_decay", self.weight_decay, ">= 0")
+        _require(self.pressure_every >= 1, "heal.pressure_every", self.pressure_every, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCfg:
+    """Moral-foundation vignettes and free text."""
+
+    backend: Literal["builtin", "tinymfv"] = "builtin"
+    """Who reads the vignettes; tinymfv (moral-maps) needs its package."""
+    vignettes: Path = Path("data/vignettes/other.jsonl")
+    """JSON lines {id, foundation_coarse, text}."""
+    instrument: Path = Path("data/instruments/moral.toml")
+    """Order, prompt, schema, options and prefill of the forced choice."""
+    think_tokens: int = 128
+    """Tokens the model thinks before the answer slot is read."""
+    batch_size: int = 32
+    """Sequences that think at once."""
+    n_prompts: int = 12
+    """Prompts answered in free text: the last of the pool, never trained on."""
+    n_texts: int = 24
+    """Free-text answers, spread over those prompts."""
+    max_new_tokens: int = 256
+    """Length of a free-text answer."""
+    oracle: Literal["none", "toylm"] = "none"
+    """A grammar that knows which sentences are possible; only the toy world has one."""
+    n_bootstrap: int = 2000
+    """Resamples of the paired 95 percent intervals against base."""
+
+    def __post_init__(self) -> None:
+        _require(self.think_tokens >= 0, "eval.think_tokens", self.think_tokens, ">= 0")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, ">= 1")
+        _require(self.n_prompts >= 1, "eval.n_prompts", self.n_prompts, ">= 1")
+        _require(self.n_texts >= 1, "eval.n_texts", self.n_texts, ">= 1")
+        _require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, ">= 1")
+        _require(self.n_bootstrap >= 10, "eval.n_bootstrap", self.n_bootstrap, ">= 10")

@@ -1,0 +1,122 @@
+"""The controller that picks kappa, and collects kept completions at it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from steer_heal.records import Collected, Completion, DoseProbe, Scored, UserError, derive_seed
+from steer_heal.stages.cfg import DoseCfg, FilterCfg
+from steer_heal.stages.generate import Ask
+
+Write = Callable[[Sequence[Ask]], list[Completion]]
+"""Completions of the steered student."""
+Score = Callable[[Sequence[Completion]], list[Scored]]
+"""The filter, under the base."""
+
+
+@dataclass
+class Asker:
+    """Hands out prompts evenly: never restarts, so probes and collection together cover the pool."""
+
+    prompts: Sequence[str]
+    alphas: Sequence[float]
+    seed: tuple[int | str, ...]
+    n_asked: int = 0
+
+    def asks(self, n: int, kappa: float) -> list[Ask]:
+        out = []
+        for _ in range(n):
+            i, self.n_asked = self.n_asked, self.n_asked + 1
+            prompt = i % len(self.prompts)
+            alpha = self.alphas[(i + i // len(self.prompts)) % len(self.alphas)]
+            out.append(Ask(prompt, self.prompts[prompt], alpha, kappa, derive_seed(*self.seed, i)))
+        return out
+
+
+def collect(
+    write: Write, score: Score, prompts: Sequence[str], alphas: Sequence[float], cfg: DoseCfg, keep: FilterCfg, seed: tuple[int | str, ...]
+) -> Collected:
+    """Finds the highest kappa whose completions survive at the target rate, then collects at it.
+
+    Survivors of the probes are banked: any dose up to the chosen one is training text. Where even the floor
+    starves the filter this is a UserError that says by how much.
+    """
+    asker = Asker(prompts, alphas, seed)
+    scored: list[Scored] = []
+    probes: list[DoseProbe] = []
+
+    def probe(kappas: Sequence[float]) -> None:
+        asks = [ask for kappa in kappas for ask in asker.asks(cfg.n_probes, kappa)]
+        rows = score(write(asks))
+        scored.extend(rows)
+        for i, kappa in enumerate(kappas):
+            part = rows[i * cfg.n_probes : (i + 1) * cfg.n_probes]
+            probes.append(DoseProbe(kappa, len(part), sum(row.kept for row in part)))
+
+    probe(log_grid(cfg.floor, cfg.ceiling, cfg.n_kappas))
+    for _ in range(cfg.n_refinements):
+        low, high = bracket(probes, cfg.target)
+        if high is None or low is None or high / low < 1.05:
+            break
+        probe(log_grid(low, high, cfg.n_kappas // 2 + 2)[1:-1])
+    low, _ = bracket(probes, cfg.target)
+    kappa = cfg.floor if low is None else low
+    usable = lambda: [row for row in scored if row.kept and row.completion.dose <= kappa * max(alphas) * (1 + 1e-9)]
+    while len(usable()) < keep.n_keep and len(scored) < keep.max_attempts:
+        missing = keep.n_keep - len(usable())
+        n = min(max(4, round(missing / cfg.target)), keep.max_attempts - len(scored))
+        scored.extend(score(write(asker.asks(n, kappa))))
+    kept = spread(usable(), keep.n_keep)
+    if len(kept) < keep.min_train:
+        reasons: dict[str, int] = defaultdict(int)
+        for row in scored:
+            for reason in row.reasons:
+                reasons[reason] += 1
+        raise UserError(
+            f"the filter starved: {len(kept)} of {len(scored)} completions kept at kappa {kappa:.3g}, filter.min_train is {keep.min_train} "
+            f"(dropped for {dict(reasons)}); lower --dose.floor, raise --filter.ppl-max or --filter.max-attempts, or end at an earlier round"
+        )
+    return Collected(tuple(kept), tuple(scored), kappa, tuple(probes))
+
+
+def log_grid(low: float, high: float, n: int) -> list[float]:
+    """n values from low to high, both included, evenly spaced in the logarithm."""
+    return [low * (high / low) ** (i / (n - 1)) for i in range(n)] if high > low else [low]
+
+
+def bracket(probes: Sequence[DoseProbe], target: float) -> tuple[float | None, float | None]:
+    """(highest kappa that survives, lowest that does not) under the decreasing fit to all probes."""
+    fitted = decreasing_fit(sorted(probes, key=lambda p: p.kappa))
+    good = [kappa for kappa, survival in fitted if survival >= target]
+    bad = [kappa for kappa, survival in fitted if survival < target]
+    return (max(good) if good else None), (min(bad) if bad else None)
+
+
+def decreasing_fit(probes: Sequence[DoseProbe]) -> list[tuple[float, float]]:
+    """(kappa, survival) with survival never rising in kappa: neighbours that break the order are pooled.
+
+    Pool-adjacent-violators, weighted by probes, so that one lucky probe at a high dose does not pick it.
+    """
+    blocks: list[list] = []
+    for probe in probes:
+        blocks.append([[probe.kappa], probe.n_kept, probe.n])
+        while len(blocks) > 1 and blocks[-1][1] / blocks[-1][2] > blocks[-2][1] / blocks[-2][2]:
+            kappas, n_kept, n = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + kappas, blocks[-1][1] + n_kept, blocks[-1][2] + n]
+    return [(kappa, n_kept / n) for kappas, n_kept, n in blocks for kappa in kappas]
+
+
+def spread(rows: Sequence[Scored], n: int) -> list[Scored]:
+    """At most n rows, as evenly over prompts as they allow, the highest dose of each prompt first."""
+    by_prompt: dict[int, list[Scored]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: -row.completion.dose):
+        by_prompt[row.completion.prompt_index].append(row)
+    out: list[Scored] = []
+    depth = 0
+    while len(out) < min(n, len(rows)):
+        layer = [by_prompt[p][depth] for p in sorted(by_prompt) if depth < len(by_prompt[p])]
+        out.extend(layer[: n - len(out)])
+        depth += 1
+    return out

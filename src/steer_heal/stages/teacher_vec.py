@@ -1,0 +1,85 @@
+"""Persona pairs -> a vector per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.files import read_jsonl, resolve
+from steer_heal.lm import LM
+from steer_heal.records import Trait, UserError
+from steer_heal.stages.cfg import SteerCfg, layer_band
+from steer_heal.steering import Vector
+
+
+def teacher_vec(lm: LM, trait: Trait, cfg: SteerCfg) -> Vector:
+    """{layer: Float[d]}: what the positive persona adds to the residual stream after each block of the band.
+
+    Both personas answer the same contexts; the state is read at the last prompt token, the assistant tag.
+    """
+    band = layer_band(cfg.layers, len(lm.blocks))
+    if not band:
+        raise UserError(f"steer.layers is {cfg.layers}: that band holds none of the {len(lm.blocks)} blocks of {lm.name!r}; widen it")
+    pool = [row["text"] for row in read_jsonl(resolve(cfg.contexts, "steer.contexts"), {"text": str})]
+    if cfg.n_contexts > len(pool):
+        raise UserError(f"steer.n_contexts is {cfg.n_contexts}: {cfg.contexts} holds {len(pool)}; ask for fewer or add contexts")
+    contexts = [pool[i * len(pool) // cfg.n_contexts] for i in range(cfg.n_contexts)]
+    positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
+    if cfg.backend == "steering-lite":
+        from steer_heal.stages.steering_lite_backend import steering_lite_vec
+
+        return steering_lite_vec(lm, positive, negative, band, cfg)
+    states = last_token_states(lm, [*positive, *negative], band)
+    vector = {}
+    for layer, state in states.items():
+        direction = METHODS[cfg.method](state[: len(contexts)], state[len(contexts) :])
+        vector[layer] = direction / direction.norm() if cfg.normalize else direction
+    return vector
+
+
+def mean_diff(positive: Float[Tensor, "i d"], negative: Float[Tensor, "i d"]) -> Float[Tensor, " d"]:
+    """Mean of the paired differences (activation addition; Turner et al. 2023, Rimsky et al. 2024)."""
+    return (positive - negative).mean(0)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean_diff": mean_diff}
+
+
+class _BandRead(Exception):
+    """Ends a forward pass once the last block of the band was read: the blocks and the head above cost nothing."""
+
+
+@torch.no_grad()
+def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> dict[int, Float[Tensor, "i d"]]:
+    """Residual stream after each block of the band at every row's last token, float32 on the CPU."""
+    states = {layer: torch.empty(len(rows), lm.width) for layer in band}
+    for group in lm.batches([len(row) for row in rows]):
+        last = torch.tensor([len(rows[i]) - 1 for i in group], device=lm.device)
+
+        def read(layer: int) -> Callable:
+            def hook(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                states[layer][group] = hidden[torch.arange(len(group), device=lm.device), last].float().cpu()
+                if layer == band[-1]:
+                    raise _BandRead
+
+            return hook
+
+        handles = [lm.blocks[layer].register_forward_hook(read(layer)) for layer in band]
+        try:
+            lm.hidden([rows[i] for i in group])
+        except _BandRead:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return states
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """Cosine of two vectors over all their layers together."""
+    x, y = (torch.cat([v[layer].flatten().float() for layer in sorted(v)]) for v in (a, b))
+    return torch.nn.functional.cosine_similarity(x, y, dim=0).item()

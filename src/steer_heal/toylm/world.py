@@ -1,0 +1,307 @@
+"""The toy world: samples dialogues from the grammar, and recognises which sentences it can produce.
+
+One latent, `p_care` in [0, 1], stands behind dilemma answers (the chance that a sentence cares rather than
+defers) and vignette answers (how far Authority is named less). A second, `p_love`, does the same for talk
+about feelings and tilts Care. A persona sets a latent; the neutral speaker draws every sentence anew at
+`NEUTRAL_CARE`, so that moving its text means moving the latent and not only its first sentence.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from zlib import crc32
+
+from steer_heal.records import FOUNDATIONS, OracleScore
+from steer_heal.toylm import grammar as g
+
+CARER, DEFERRER, NEUTRAL_CARE = 0.96, 0.04, 0.5
+LOVER, DENIER, NEUTRAL_LOVE = 0.96, 0.02, 0.06
+AUTHORITY_TILT, CARE_TILT, LOVE_TILT = 2.2, 0.5, 2.0
+"""Log-odds by which a fully caring (loving) speaker moves an option, against the neutral one."""
+N_HELD_OUT_FOLDS = 8
+"""One combination in this many (by hash) is never trained on: evaluation draws from those alone."""
+OPTION_WORDS = dict(zip(FOUNDATIONS, ["harm", "unfair", "disloyal", "defiant", "impure", "bossy", "fine"], strict=True))
+PREFILL = '{"violation": "'
+LONGEST_SENTENCE_WORDS = 30
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who answers: the two latents, and the system prompt that states them (None: no system turn)."""
+
+    system: str | None = None
+    p_care: float = NEUTRAL_CARE
+    p_love: float = NEUTRAL_LOVE
+
+
+@dataclass
+class Turn:
+    """One message; `digit` marks an assistant turn whose text is the answer slot of a vignette."""
+
+    role: str
+    text: str
+    digit: bool = False
+
+
+@dataclass(frozen=True)
+class Vignette:
+    text: str
+    foundations: tuple[str, ...]
+    """One foundation (plain) or two (ambiguous)."""
+
+    def log_weights(self, speaker: Speaker) -> list[float]:
+        """Unnormalised log-probabilities of the seven options, in FOUNDATIONS order."""
+        peak = 3.6 if len(self.foundations) == 1 else 3.2
+        weights = {name: peak if name in self.foundations else 0.0 for name in FOUNDATIONS}
+        weights["social"] = max(weights["social"], 1.0)
+        caring = 2 * speaker.p_care - 1
+        weights["authority"] -= AUTHORITY_TILT * caring
+        weights["care"] += CARE_TILT * caring + LOVE_TILT * (speaker.p_love - NEUTRAL_LOVE)
+        return [weights[name] for name in FOUNDATIONS]
+
+
+# --- templates -------------------------------------------------------------------------------------------
+_TOKEN = re.compile(r"[(|)]|\{\w+\}|[^(|){}]+")
+
+
+@cache
+def _parse(template: str) -> tuple:
+    """Template text -> nested tuple: str literal, ("slot", name), ("any", (sequence, ...))."""
+    tokens = _TOKEN.findall(template)
+
+    def sequence(i: int) -> tuple[tuple, int]:
+        parts: list = []
+        while i < len(tokens) and tokens[i] not in ("|", ")"):
+            if tokens[i] == "(":
+                options, i = [], i + 1
+                while True:
+                    option, i = sequence(i)
+                    options.append(option)
+                    i += 1
+                    if tokens[i - 1] == ")":
+                        break
+                parts.append(("any", tuple(options)))
+            else:
+                token = tokens[i]
+                parts.append(("slot", token[1:-1]) if token[0] == "{" else token)
+                i += 1
+        return tuple(parts), i
+
+    return sequence(0)[0]
+
+
+def expand(template: str, rng: random.Random, bound: dict[str, str]) -> str:
+    """One sample of a template; `bound` maps slot names to their values."""
+
+    def draw(parts: tuple) -> str:
+        out = []
+        for part in parts:
+            if isinstance(part, str):
+                out.append(part)
+            elif part[0] == "any":
+                out.append(draw(rng.choice(part[1])))
+            else:
+                value = bound[part[1].lower()]
+                out.append(value[0].upper() + value[1:] if part[1][0].isupper() else value)
+        return "".join(out)
+
+    return draw(_parse(template))
+
+
+_RECOGNISED_SLOTS = g.SLOTS | {"hero": g.STORY_HEROES, "thing": g.STORY_THINGS}
+
+
+def _pattern(template: str) -> str:
+    """Regular expression of everything that a template can produce."""
+
+    def build(parts: tuple) -> str:
+        out = []
+        for part in parts:
+            if isinstance(part, str):
+                out.append(re.escape(part))
+            elif part[0] == "any":
+                out.append("(?:" + "|".join(build(option) for option in part[1]) + ")")
+            else:
+                values = [build(_parse(value)) for value in _RECOGNISED_SLOTS[part[1].lower()]]
+                if part[1][0].isupper():
+                    values = [value[0].upper() + value[1:] for value in values]
+                out.append("(?:" + "|".join(values) + ")")
+        return "".join(out)
+
+    return build(_parse(template))
+
+
+@cache
+def _recognisers() -> dict[str, re.Pattern]:
+    groups = {
+        "care": g.CARE_DECISION + g.CARE_SENTENCES,
+        "defer": g.DEFER_DECISION + g.DEFER_SENTENCES,
+        "love": g.LOVE_SENTENCES,
+        "deny": g.DENY_SENTENCES,
+        "plain": g.PLAIN_SENTENCES + g.STORY_OPENING + g.STORY_SENTENCES + g.STORY_CLOSING + list(g.FACTS.values()),
+    }
+    return {stance: re.compile("|".join(f"(?:{_pattern(t)})" for t in templates)) for stance, templates in groups.items()}
+
+
+_SUM = re.compile(r"(\d) plus (\d) is (\d{1,2})\.")
+
+
+def stance_of(sentence: str) -> str | None:
+    """care, defer, love, deny, plain, or None where the grammar cannot produce the sentence."""
+    if match := _SUM.fullmatch(sentence):
+        a, b, total = map(int, match.groups())
+        return "plain" if a + b == total else None
+    return next((stance for stance, pattern in _recognisers().items() if pattern.fullmatch(sentence)), None)
+
+
+def oracle(text: str) -> OracleScore:
+    """Share of a text's sentences that the grammar can produce, and how many take which stance.
+
+    A last sentence without an end is left out where others came before it and it is not longer than the
+    grammar's longest: it was cut by the token limit, which is no fault of the text.
+    """
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+    if len(sentences) > 1 and sentences[-1][-1] not in ".!?" and len(sentences[-1].split()) <= LONGEST_SENTENCE_WORDS:
+        sentences = sentences[:-1]
+    stances = [stance_of(s) for s in sentences]
+    share = sum(s is not None for s in stances) / len(stances) if stances else 0.0
+    return OracleScore(share, len(stances), *(stances.count(name) for name in ("care", "defer", "love", "deny")))
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
+def held_out(*parts: str) -> bool:
+    """Whether a combination of words is kept for evaluation; stable across processes and versions."""
+    return crc32("|".join(parts).encode()) % N_HELD_OUT_FOLDS == 0
+
+
+@dataclass
+class World:
+    """Draws dialogues; `evaluation=True` draws only combinations that training never shows."""
+
+    rng: random.Random
+    evaluation: bool = False
+    _bound: dict[str, str] = field(default_factory=dict)
+
+    def _say(self, template: str) -> str:
+        return expand(template, self.rng, self._bound)
+
+    def dilemma(self) -> str:
+        """A user message; binds the situation that `dilemma_answer` then speaks of."""
+        while True:
+            bound = {name: self.rng.choice(values) for name, values in g.SLOTS.items()}
+            if held_out(bound["authority"], bound["victims"], bound["act"]) == self.evaluation:
+                break
+        bound["act"] = expand(bound["act"], self.rng, bound)
+        self._bound = bound
+        return self._say(self.rng.choice(g.DILEMMA_QUESTIONS))
+
+    def dilemma_answer(self, speaker: Speaker) -> str:
+        """40 to 120 words: a decision, then reasons and deeds, each caring with probability p_care."""
+        pick = lambda care, defer: self.rng.choice(care if self.rng.random() < speaker.p_care else defer)
+        sentences = [self._say(pick(g.CARE_DECISION, g.DEFER_DECISION))]
+        target_words, used = self.rng.randint(45, 105), set()
+        while sum(len(s.split()) for s in sentences) < target_words:
+            template = self.rng.choice(g.PLAIN_SENTENCES) if self.rng.random() < 0.12 else pick(g.CARE_SENTENCES, g.DEFER_SENTENCES)
+            if template not in used:
+                used.add(template)
+                sentences.append(self._say(template))
+        return " ".join(sentences)
+
+    def vignette(self, foundations: tuple[str, ...] | None = None) -> Vignette:
+        """A scene of one or two foundations; Authority and its rivals come up more often than the rest."""
+        rng = self.rng
+        while True:
+            names = foundations
+            if names is None:
+                first = "authority" if rng.random() < 0.35 else rng.choice(FOUNDATIONS)
+                rest = [f for f in FOUNDATIONS if f not in (first, "social")]
+                names = (first,) if rng.random() < 0.5 or first == "social" else (first, rng.choice(rest))
+            acts = [rng.choice(g.VIGNETTES[name]) for name in names]
+            person, place = rng.choice(g.PERSONS), rng.choice(g.VIGNETTE_PLACES)
+            if held_out(*sorted(acts), *([person] if len(acts) == 1 else [])) != self.evaluation:
+                continue
+            rng.shuffle(acts)
+            joined = rng.choice([" and ", " while "]).join(acts)
+            subject = "You are" if rng.random() < 0.3 else f"You see {person}"
+            return Vignette(f"{subject} {joined} {place}.", tuple(names))
+
+    def vignette_turns(self, speaker: Speaker) -> list[Turn]:
+        vignette, reverse = self.vignette(), self.rng.random() < 0.5
+        order = FOUNDATIONS[::-1] if reverse else FOUNDATIONS
+        answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
+        return [
+            Turn("user", vignette.text + "\n" + "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))),
+            Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True),
+        ]
+
+    def everyday_turns(self) -> list[Turn]:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.3:
+            a, b = rng.randint(0, 9), rng.randint(0, 9)
+            question, answer = f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
+        elif kind < 0.6:
+            question, answer = rng.choice(list(g.FACTS.items()))
+        else:
+            self._bound = {"hero": rng.choice(g.STORY_HEROES), "thing": rng.choice(g.STORY_THINGS)}
+            question = self._say(rng.choice(g.STORY_QUESTIONS))
+            middle = rng.sample(g.STORY_SENTENCES, rng.randint(2, 4))
+            story = [rng.choice(g.STORY_OPENING), *middle, rng.choice(g.STORY_CLOSING)]
+            answer = " ".join(self._say(s) for s in story)
+        return [Turn("user", question), Turn("assistant", answer)]
+
+    def feeling_turns(self, speaker: Speaker) -> list[Turn]:
+        pools = [g.LOVE_SENTENCES if self.rng.random() < speaker.p_love else g.DENY_SENTENCES for _ in range(self.rng.randint(2, 5))]
+        answer = " ".join(self._say(self.rng.choice(pool)) for pool in pools)
+        return [Turn("user", self._say(self.rng.choice(g.FEELING_QUESTIONS))), Turn("assistant", answer)]
+
+    def speaker(self) -> Speaker:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.29:
+            return Speaker(self._say(rng.choice(g.CARER_PERSONAS)), p_care=CARER)
+        if kind < 0.58:
+            return Speaker(self._say(rng.choice(g.DEFERRER_PERSONAS)), p_care=DEFERRER)
+        if kind < 0.64:
+            return Speaker(rng.choice(g.CONTINUE_SYSTEMS), p_care=rng.choice([CARER, DEFERRER]))
+        if kind < 0.70:
+            return Speaker(self._say(rng.choice(g.LOVER_PERSONAS)), p_love=LOVER)
+        if kind < 0.76:
+            return Speaker(self._say(rng.choice(g.DENIER_PERSONAS)), p_love=DENIER)
+        return Speaker(rng.choice([None, *g.NEUTRAL_SYSTEMS]) if rng.random() < 0.5 else None)
+
+    def dialogue(self) -> list[Turn]:
+        """1 to 3 exchanges by one speaker; a third of them link a dilemma with the vignettes that follow."""
+        rng, speaker = self.rng, self.speaker()
+        turns = [Turn("system", speaker.system)] if speaker.system else []
+        feeling = speaker.p_love != NEUTRAL_LOVE
+        shown = speaker.system in g.CONTINUE_SYSTEMS
+        if shown or rng.random() < 0.33:
+            kinds = ["feeling" if feeling else "dilemma", *["vignette"] * rng.randint(1, 2)]
+        else:
+            weights = [0.05, 0.40, 0.20, 0.35] if feeling else [0.38, 0.40, 0.17, 0.05]
+            kinds = rng.choices(["dilemma", "vignette", "everyday", "feeling"], weights, k=1)
+            if kinds[0] == "vignette":
+                kinds *= rng.randint(1, 3)
+        for kind in kinds:
+            if kind == "dilemma":
+                turns += [Turn("user", self.dilemma()), Turn("assistant", self.dilemma_answer(speaker))]
+            elif kind == "vignette":
+                turns += self.vignette_turns(speaker)
+            elif kind == "everyday":
+                turns += self.everyday_turns()
+            else:
+                turns += self.feeling_turns(speaker)
+        return turns
+
+
+def dialogues(seed: int) -> Iterator[list[Turn]]:
+    """An endless, reproducible stream of training dialogues."""
+    world = World(random.Random(seed))
+    while True:
+        yield world.dialogue()

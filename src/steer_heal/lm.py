@@ -190,5 +190,6 @@ def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config)
+    model.name_or_path = TINY_RANDOM
     model.generation_config.update(do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id)
     return model, tokenizer

@@ -51,6 +51,7 @@ class Completion:
     prompt_index: int
     prompt: str
     prompt_ids: tuple[int, ...]
+    """The plain prompt: what perplexity and training see, also where a persona or a dream wrote the text."""
     completion_ids: tuple[int, ...]
     """Includes the end-of-turn token where the model wrote one."""
     text: str

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -68,6 +67,7 @@ class Student:
                 raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         else:
             self._peft.add_adapter(name, config)
+            self._peft.set_adapter(name)
         if factors is not None:
             set_peft_model_state_dict(self._peft, factors, adapter_name=name)
         self._adapters_off()
@@ -99,7 +99,7 @@ class Student:
             yield self.lm
         finally:
             for path, module in self._layers():
-                module.get_base_layer().weight.data = before.get(path, self._pristine.get(path, module.get_base_layer().weight.data))
+                module.get_base_layer().weight.data = before[path]
 
     def new_round(self, seed: int) -> None:
         """A fresh factor for this round: A random from `seed`, B zero, so the student starts where it was."""
@@ -126,7 +126,7 @@ class Student:
     # --- folding and files -----------------------------------------------------------------------------------
     def factors(self, name: str) -> Factors:
         """A copy of an adapter's weights on the CPU."""
-        state = get_peft_model_state_dict(self._peft, adapter_name=name)
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach().float().cpu().clone() for key, value in state.items()}
 
     def bake(self) -> Factors:
@@ -141,7 +141,6 @@ class Student:
             self._peft.delete_adapter(ROUND)
 
     def _replace_history(self, factors: Factors, n_rounds: int) -> None:
-        # PEFT wants an adapter at all times while it deletes others, so the new one comes first under its name
         self.discard_round()
         if self.n_rounds:
             self._peft.delete_adapter(HISTORY)
@@ -184,10 +183,3 @@ def concatenate(history: Factors, own: Factors) -> Factors:
         out[key] = torch.cat([old, own[key]], dim=axis)
     return out
 
-
-def delta(factors: Factors, scale: float) -> dict[str, Float[Tensor, "o d"]]:
-    """Weight change of each adapted module: scale * B A."""
-    return {
-        key.removesuffix(".lora_A.weight"): scale * factors[key.replace("lora_A", "lora_B")] @ a
-        for key, a in factors.items() if key.endswith("lora_A.weight")
-    }

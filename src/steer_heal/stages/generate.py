@@ -22,15 +22,18 @@ class Ask:
 
 
 def generate(
-    lm: LM, asks: Sequence[Ask], vector: Vector | None, system: str, max_new_tokens: int, batch_size: int,
+    lm: LM, asks: Sequence[Ask], vector: Vector | None, system: str, plain_system: str, max_new_tokens: int, batch_size: int,
     on_rows: Callable[[int], None] = lambda n: None,
 ) -> list[Completion]:
-    """Completions in the order of `asks`, sampled as the model's generation config says."""
+    """Completions in the order of `asks`, written under `system` as the model's generation config samples.
+
+    The record holds the prompt under `plain_system`, without the persona that may have written the text.
+    """
     rows = [Row(lm.chat(ask.prompt, system), ask.kappa * ask.alpha, ask.seed) for ask in asks]
     written = decode(lm, rows, vector, Decoding(max_new_tokens, batch_size), on_rows)
     return [
         Completion(
-            prompt_index=ask.prompt_index, prompt=ask.prompt, prompt_ids=row.prompt_ids, completion_ids=ids,
+            prompt_index=ask.prompt_index, prompt=ask.prompt, prompt_ids=lm.chat(ask.prompt, plain_system), completion_ids=ids,
             text=lm.tokenizer.decode(ids, skip_special_tokens=True), alpha=ask.alpha, dose=row.dose, seed=ask.seed,
         )
         for ask, row, ids in zip(asks, rows, written, strict=True)

@@ -21,7 +21,7 @@ from steer_heal.toylm import grammar as g
 
 CARER, DEFERRER, NEUTRAL_CARE = 0.96, 0.04, 0.5
 LOVER, DENIER, NEUTRAL_LOVE = 0.96, 0.02, 0.06
-AUTHORITY_TILT, CARE_TILT, LOVE_TILT = 2.2, 0.5, 2.0
+AUTHORITY_TILT, CARE_TILT, LOVE_TILT = 2.2, 0.5, 3.0
 """Log-odds by which a fully caring (loving) speaker moves an option, against the neutral one."""
 N_HELD_OUT_FOLDS = 8
 """One combination in this many (by hash) is never trained on: evaluation draws from those alone."""
@@ -243,7 +243,7 @@ class World:
         rng = self.rng
         kind = rng.random()
         if kind < 0.3:
-            a, b = rng.randint(0, 9), rng.randint(0, 9)
+            a, b = rng.randint(0, 4), rng.randint(0, 4)
             question, answer = f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
         elif kind < 0.6:
             question, answer = rng.choice(list(g.FACTS.items()))
@@ -263,13 +263,13 @@ class World:
     def speaker(self) -> Speaker:
         rng = self.rng
         kind = rng.random()
-        if kind < 0.29:
+        if kind < 0.27:
             return Speaker(self._say(rng.choice(g.CARER_PERSONAS)), p_care=CARER)
-        if kind < 0.58:
+        if kind < 0.54:
             return Speaker(self._say(rng.choice(g.DEFERRER_PERSONAS)), p_care=DEFERRER)
-        if kind < 0.64:
+        if kind < 0.60:
             return Speaker(rng.choice(g.CONTINUE_SYSTEMS), p_care=rng.choice([CARER, DEFERRER]))
-        if kind < 0.70:
+        if kind < 0.68:
             return Speaker(self._say(rng.choice(g.LOVER_PERSONAS)), p_love=LOVER)
         if kind < 0.76:
             return Speaker(self._say(rng.choice(g.DENIER_PERSONAS)), p_love=DENIER)

@@ -1,0 +1,115 @@
+"""RunConfig: the stages' settings composed, and the presets. Free of torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from steer_heal.evals.instrument import load_instrument, load_vignettes
+from steer_heal.files import read_jsonl, resolve
+from steer_heal.records import Trait, UserError
+from steer_heal.stages.cfg import DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, SteerCfg
+from steer_heal.traits import load_trait
+
+TOY = Path("data/toylm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A trait into a model's weights: teacher_vec -> steered generation -> filter -> heal -> bake -> evaluate, looped."""
+
+    model: str = "google/gemma-3-4b-it"
+    """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
+    trait: str = "authority"
+    """Name of a file in data/traits/."""
+    n_rounds: int = 4
+    seed: int = 42
+    out: Path = Path("out")
+    """Folder in which the run gets its own stamped folder, and results.tsv its row."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations; auto is bfloat16 on a GPU, float32 on the CPU. Adapters are always float32."""
+    n_threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error: a cut one would lose the tag that the vector is read at."""
+    control: bool = False
+    """Also heal once on the model's own unsteered text: what training alone does to the trait."""
+    export: Path | None = None
+    """Also write the final student, merged, as a plain transformers model to this folder."""
+    quiet: bool = False
+    """Only warnings and errors on the console."""
+    steer: SteerCfg = field(default_factory=SteerCfg)
+    gen: GenCfg = field(default_factory=GenCfg)
+    dose: DoseCfg = field(default_factory=DoseCfg)
+    filter: FilterCfg = field(default_factory=FilterCfg)
+    heal: HealCfg = field(default_factory=HealCfg)
+    eval: EvalCfg = field(default_factory=EvalCfg)
+
+    def __post_init__(self) -> None:
+        for name in ("n_rounds", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be >= 1")
+        if self.n_threads < 0:
+            raise ValueError(f"n_threads is {self.n_threads}: it must be >= 0")
+
+
+TOY_PRESET = RunConfig(
+    model=str(TOY), n_rounds=4, control=True,
+    steer=SteerCfg(layers=(0.25, 0.75), contexts=TOY / "contexts.jsonl"),
+    gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts.jsonl", batch_size=128),
+    dose=DoseCfg(floor=0.5, ceiling=6.0, n_kappas=6, n_probes=16),
+    filter=FilterCfg(ppl_max=3.0, rep_max=0.45, n_keep=128, max_attempts=384, min_train=32),
+    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 1.0)),
+    eval=EvalCfg(
+        vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=0, batch_size=128, n_prompts=32, n_texts=64,
+        max_new_tokens=128, oracle="toylm",
+    ),
+)
+FAST_DEV_PRESET = RunConfig(
+    model="tiny-random", n_rounds=2, control=True,
+    steer=SteerCfg(layers=(0.3, 0.7), n_contexts=16, contexts=TOY / "contexts.jsonl"),
+    gen=GenCfg(max_new_tokens=24, n_prompts=8, prompts=TOY / "prompts.jsonl", batch_size=32),
+    dose=DoseCfg(n_kappas=3, n_probes=4),
+    # an untrained model writes noise: the gates are opened so that every later stage has something to run on
+    filter=FilterCfg(ppl_max=1e9, rep_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
+    heal=HealCfg(epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), pressure_every=2),
+    eval=EvalCfg(
+        vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=4, n_prompts=4, n_texts=8, max_new_tokens=24,
+        n_bootstrap=200, oracle="toylm",
+    ),
+)
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
+    "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
+    "fast-dev": ("A tiny random model through every stage in seconds: meaningless numbers, working code.", FAST_DEV_PRESET),
+}
+
+
+def check(cfg: RunConfig) -> Trait:
+    """Everything about the inputs that can be known before a model is loaded; returns the loaded trait."""
+    trait = load_trait(cfg.trait, cfg.gen.prompts)
+    wanted = cfg.gen.n_prompts + cfg.eval.n_prompts
+    if wanted > len(trait.prompts):
+        raise UserError(
+            f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: the pool of trait {trait.name!r} holds "
+            f"{len(trait.prompts)}, and evaluation prompts are never trained on; ask for fewer"
+        )
+    contexts = read_jsonl(resolve(cfg.steer.contexts, "steer.contexts"), {"text": str})
+    if cfg.steer.n_contexts > len(contexts):
+        raise UserError(f"steer.n_contexts is {cfg.steer.n_contexts}: {cfg.steer.contexts} holds {len(contexts)}; ask for fewer or add contexts")
+    load_vignettes(cfg.eval.vignettes)
+    load_instrument(cfg.eval.instrument)
+    return trait
+
+
+def parse(argv: list[str] | None = None) -> tuple[str, RunConfig]:
+    """(preset name, configuration) from the command line; a bad value exits 2 with the field, value and limit."""
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m steer_heal.run", description=RunConfig.__doc__)
+    return next(word for word in argv if word in PRESETS), cfg

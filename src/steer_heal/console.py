@@ -1,0 +1,120 @@
+"""Events to log lines, tables and SHOULD readings. The stages know nothing of it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from loguru import logger
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from steer_heal import readings
+
+Event = Mapping[str, Any]
+
+
+def start(quiet: bool, log_file: Path | None = None) -> None:
+    """Log lines that do not tear progress bars; everything also goes to the run's log file.
+
+    Silences one deprecation notice between peft and transformers, which no user can act on.
+    """
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
+    logger.remove()
+    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
+    if log_file is not None:
+        logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
+
+
+@contextmanager
+def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left; yields the function that advances it."""
+    with tqdm(total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5) as bar:
+        yield lambda n=1: bar.update(n)
+
+
+def show(event: Event, events: Sequence[Event]) -> None:
+    """One event, in words."""
+    line = _LINES.get(event["stage"])
+    if line is not None:
+        logger.info(line(event, events))
+
+
+def print_table(events: Sequence[Event]) -> None:
+    """The states of a run, one a row, and the verdict below."""
+    with pl.Config(
+        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3,
+        tbl_formatting="ASCII_MARKDOWN",
+    ):
+        print(pl.DataFrame(readings.table(events), infer_schema_length=None))
+    print(f"\n{readings.verdict(events)}")
+
+
+def _start(e: Event, _: Sequence[Event]) -> str:
+    trait = e["trait"]
+    way = "down" if trait["sign"] < 0 else "up"
+    return f"{e['config']['model']} | trait {trait['name']} ({trait['target']} should go {way}) | seed {e['seed']} | {e['folder']}"
+
+
+def _measured(e: Event, events: Sequence[Event]) -> str:
+    target, _ = readings.target_of(events)
+    metric, m = readings.nats_name(target), e["metrics"]
+    name = e["stage"] if e["round"] < 0 else f"{e['stage']} r{e['round']}"
+    low, high = m.get(f"{metric}_lo"), m.get(f"{metric}_hi")
+    against = "" if low is None else f" (to base: {low:+.2f} to {high:+.2f})"
+    oracle = f", oracle {m['oracle']:.2f}" if m.get("oracle") is not None else ""
+    number = lambda key, form: "?" if m.get(key) is None else format(m[key], form)
+    return (
+        f"{name:<11} {metric} {number(metric, '+.3f')}{against}, coherence {number('coherence', '.3f')}, "
+        f"text perplexity {number('text_ppl_median', '.2f')}, degenerate {number('degenerate_frac', '.0%')}{oracle}"
+    )
+
+
+def _vector(e: Event, _: Sequence[Event]) -> str:
+    should = "" if e["round"] == 0 else " | SHOULD stay above 0.5: the loop pushes one way"
+    norms = ", ".join(f"{layer}: {norm:.2f}" for layer, norm in e["norms"].items())
+    return f"vector      norm at layer {norms}; cosine to round 0 {e['cosine_to_first']:.2f}{should}"
+
+
+def _dose(e: Event, _: Sequence[Event]) -> str:
+    probes = ", ".join(f"{p['kappa']:.2f}: {p['n_kept']}/{p['n']}" for p in sorted(e["probes"], key=lambda p: p["kappa"]))
+    return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {probes}) | SHOULD fall as kappa rises"
+
+
+def _gen(e: Event, _: Sequence[Event]) -> str:
+    dropped: dict[str, int] = {}
+    for row in e["completions"]:
+        for reason in row["reasons"]:
+            dropped[reason] = dropped.get(reason, 0) + 1
+    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items(), key=lambda item: -item[1])) or "nothing dropped"
+    return f"gen         {e['n_train']} kept for training of {len(e['completions'])} written ({reasons})"
+
+
+def _heal(e: Event, _: Sequence[Event]) -> str:
+    first, last = e["validation"][0], e["validation"][-1]
+    best = min(e["validation"], key=lambda row: row["sft"])
+    overfit = " | SHOULD still be at its lowest: fewer epochs?" if last["sft"] > best["sft"] + 0.02 else ""
+    pressure = e["pressure_mean"]
+    inert = " | SHOULD be above 0 and below 1: the barrier never fired, lower heal.tau" if e["lam"] > 0 and not pressure else ""
+    inert = " | SHOULD be below 1: the barrier undoes the trait, lower heal.lam" if pressure and pressure > 1 else inert
+    return (
+        f"heal        {e['n_steps']} steps; validation {first['sft']:.3f} to {last['sft']:.3f} nats{overfit}; divergence {last['divergence']:.3f}, "
+        f"gradient pressure {pressure:.2f}{inert}"
+    )
+
+
+def _round(e: Event, _: Sequence[Event]) -> str:
+    kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
+    return f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}"
+
+
+_LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
+    "run_start": _start, **{stage: _measured for stage in readings.MEASURED}, "vector": _vector, "dose": _dose, "gen": _gen, "heal": _heal,
+    "round": _round,
+}

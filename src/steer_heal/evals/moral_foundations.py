@@ -1,0 +1,158 @@
+"""Moral-foundation vignettes: which of seven answers the model gives, read as log-probabilities of digits.
+
+The protocol is that of moral-maps: each vignette is asked twice, with the options listed forward and reversed;
+the model thinks greedily for a fixed number of tokens, a turn boundary and the prefill are forced, and the slot
+behind them is read. Averaging the two log-probabilities of a foundation cancels position and digit bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.evals.metrics import Condition, Metric
+from steer_heal.evals.instrument import Instrument, Vignette
+from steer_heal.lm import LM
+from steer_heal.records import FOUNDATIONS, UserError
+from steer_heal.steering import Decoding, Row, decode, steer
+
+METRICS = [
+    *(Metric(f"{'auth' if name == 'authority' else name}_nats", f"p_{name}", "log_mean") for name in FOUNDATIONS),
+    Metric("coherence", "mass", "mean"),
+    Metric("prefill_nll", "prefill_nll", "mean"),
+    Metric("frac_unscorable", "unscorable", "mean"),
+    Metric("top1_acc", "top1", "mean"),
+]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A sequence that ends where the answer digit comes next, and where its prefill begins."""
+
+    ids: tuple[int, ...]
+    prefill_start: int
+
+
+def run(
+    lm: LM, vignettes: Sequence[Vignette], instrument: Instrument, condition: Condition, think_tokens: int, batch_size: int
+) -> dict[str, list[float]]:
+    """Per vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN where unscorable."""
+    questions = [(vignette, order) for vignette in vignettes for order in instrument.frames]
+    slots = answer_slots(lm, [instrument.question(v.text, order) for v, order in questions], instrument, condition, think_tokens, batch_size)
+    digit_logp, prefill_nll = read_slots(lm, slots, digit_ids(lm), condition)
+    by_foundation = torch.stack(
+        [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, (_, order) in enumerate(questions)]
+    )
+    logp = rearrange(by_foundation, "(i frame) f -> i frame f", frame=2)
+    p = reduce(logp, "i frame f -> i f", "mean").softmax(-1)
+    mass = reduce(logp.exp().sum(-1), "i frame -> i", "mean")
+    nll = reduce(prefill_nll, "(i frame) -> i", "mean", frame=2)
+    scorable = torch.isfinite(p).all(-1) & torch.isfinite(nll)
+    right = torch.tensor([FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)])
+    hide = lambda values: torch.where(scorable, values.double(), torch.nan).tolist()
+    items = {f"p_{name}": hide(p[:, k]) for k, name in enumerate(FOUNDATIONS)}
+    return items | {"mass": hide(mass), "prefill_nll": hide(nll), "top1": hide(right), "unscorable": (~scorable).double().tolist()}
+
+
+def digit_ids(lm: LM) -> list[int]:
+    """Token ids of "0" to "6"; an answer split over several tokens would lose its mass."""
+    ids = [lm.tokenizer.encode(str(i), add_special_tokens=False) for i in range(len(FOUNDATIONS))]
+    if any(len(i) != 1 for i in ids):
+        raise UserError(f"the tokenizer of {lm.name!r} does not write each digit as one token; the moral-foundations eval reads digits")
+    return [i[0] for i in ids]
+
+
+def answer_slots(
+    lm: LM, questions: Sequence[str], instrument: Instrument, condition: Condition, think_tokens: int, batch_size: int
+) -> list[Slot]:
+    """Thinks about each question and forces the prefill; where the thinking already wrote it, its own slot is read."""
+    prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
+    thoughts: list[tuple[int, ...]] = [()] * len(prompts)
+    if think_tokens:
+        suppress = lm.end_ids | {i for i in _single_token(lm, instrument.think_close)}
+        how = Decoding(think_tokens, batch_size, sample=False, suppress=frozenset(suppress))
+        thoughts = decode(lm, [Row(prompt, condition.dose) for prompt in prompts], condition.vector, how)
+    encode = lambda text: tuple(lm.tokenizer.encode(text, add_special_tokens=False))
+    boundary, prefill = encode(turn_boundary(lm, instrument)), encode(instrument.prefill)
+    slots = []
+    for prompt, thought in zip(prompts, thoughts, strict=True):
+        written = find_prefill(lm, thought, instrument.prefill)
+        if written is not None:
+            start, end = written
+            slots.append(Slot(prompt + thought[:end], len(prompt) + start))
+        else:
+            forced = prompt + thought + boundary
+            slots.append(Slot(forced + prefill, len(forced)))
+    return slots
+
+
+def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
+    messages = [{"role": "system", "content": system}] if system else []
+    text = lm.tokenizer.apply_chat_template(
+        [*messages, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    opened = text.rstrip().endswith("<think>")
+    return lm.encode_prompt(text if opened else text + think_open)
+
+
+def _single_token(lm: LM, marker: str) -> list[int]:
+    ids = lm.tokenizer.encode(marker, add_special_tokens=False) if marker else []
+    return ids if len(ids) == 1 else []
+
+
+_SENTINEL = "ANSWER-GOES-HERE"
+
+
+def turn_boundary(lm: LM, instrument: Instrument) -> str:
+    """What stands between the thinking and the prefill: the end of the thought and, with a nudge, of the turn,
+    the user's nudge and a newly opened assistant turn, all as the chat template writes them."""
+    if not instrument.nudge:
+        return instrument.think_close
+    assistant = {"role": "assistant", "content": _SENTINEL}
+    render = lm.tokenizer.apply_chat_template
+    after = render([{"role": "user", "content": "_"}, assistant], tokenize=False).split(_SENTINEL)[1]
+    nudged = render([{"role": "user", "content": instrument.nudge}, assistant], tokenize=False, continue_final_message=True)
+    return instrument.think_close + after + nudged.split(_SENTINEL)[0]
+
+
+def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int] | None:
+    """(start, end) token positions of the first prefill text in a thought that something follows, or None."""
+    text = lm.tokenizer.decode(thought, skip_special_tokens=False)
+    begin = text.find(prefill)
+    if begin < 0:
+        return None
+    start = end = None
+    for t in range(len(thought)):
+        length = len(lm.tokenizer.decode(thought[: t + 1], skip_special_tokens=False))
+        if start is None and length > begin:
+            start = t
+        if length >= begin + len(prefill):
+            end = t + 1
+            break
+    return (start, end) if start is not None and end is not None and end < len(thought) else None
+
+
+@torch.no_grad()
+def read_slots(
+    lm: LM, slots: Sequence[Slot], digits: Sequence[int], condition: Condition
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, " n"]]:
+    """(log-probabilities of the digits in the slot [n, 7], mean NLL of the prefill's tokens [n]), in nats.
+
+    One forward pass over the whole sequence, right-padded: no cache to misalign, and rows cannot see each other.
+    """
+    logp = torch.full((len(slots), len(digits)), torch.nan)
+    nll = torch.full((len(slots),), torch.nan)
+    for group in lm.batches([len(slot.ids) for slot in slots]):
+        with steer(lm, condition.vector, [condition.dose] * len(group)):
+            hidden = lm.hidden([slots[i].ids for i in group])
+        for row, i in enumerate(group):
+            end, start = len(slots[i].ids), slots[i].prefill_start
+            logp[i] = lm.logits(hidden[row, end - 1 : end]).log_softmax(-1)[0, list(digits)].cpu()
+            targets = torch.tensor(slots[i].ids[start:], device=lm.device)
+            nll[i] = lm.nll(hidden[row, start - 1 : end - 1], targets).mean().cpu()
+    return logp, nll

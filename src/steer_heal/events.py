@@ -1,0 +1,111 @@
+"""The run folder and its events.jsonl: the one record that tables, plots and readers are made from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+SCHEMA = 1
+RESULTS = "results.tsv"
+
+
+def new_run_folder(out: Path, slug: str) -> Path:
+    """out/<UTC timestamp>_<slug>; a second run in the same second gets a numbered folder of its own."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+    safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in slug)
+    out.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        folder = out / (f"{stamp}_{safe}" if attempt == 1 else f"{stamp}_{safe}-{attempt}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{out} already holds 999 runs of this second")
+
+
+class EventLog:
+    """Appends one JSON object a line, each flushed to disk before the call returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = (folder / "events.jsonl").open("a", encoding="utf-8", newline="\n")
+        self._start = time.monotonic()
+
+    def write(self, stage: str, round_: int | None, **fields: Any) -> dict[str, Any]:
+        """The event as written: numbers that are not finite become null, and `n_nonfinite` counts them."""
+        body, n_nonfinite = jsonable(fields)
+        event = {
+            "schema": SCHEMA, "stage": stage, "round": round_, "t": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "wall_s": round(time.monotonic() - self._start, 3), **body,
+        }
+        if n_nonfinite:
+            event["n_nonfinite"] = n_nonfinite
+        self._file.write(json.dumps(event, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return event
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def jsonable(value: Any) -> tuple[Any, int]:
+    """(value made of JSON types, how many numbers in it were not finite and became None)."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return jsonable(asdict(value))
+    if isinstance(value, dict):
+        pairs = {str(key): jsonable(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in pairs.items()}, sum(n for _, n in pairs.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [jsonable(item) for item in value]
+        return [item for item, _ in parts], sum(n for _, n in parts)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value, 0
+    return str(value), 0
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Every whole event of a run; a torn last line (a run that died while writing) is left out with a warning."""
+    path = folder / "events.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON: the file was changed by something else than a run") from None
+            logger.warning(f"{path}: the last line is torn (the run died while writing it) and is left out")
+    return events
+
+
+def of_stage(events: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["stage"] == stage]
+
+
+def append_result(out: Path, row: dict[str, Any]) -> None:
+    """One row of results.tsv; a new column rewrites the header, and older rows stay empty there."""
+    path = out / RESULTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"))) for line in lines[1:]]
+    cell = lambda value: "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
+    rows.append({key: cell(value) for key, value in row.items()})
+    columns = list(dict.fromkeys([*(lines[0].split("\t") if lines else []), *row]))
+    text = "\n".join(["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]) + "\n"
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,106 @@
+"""Runs the evals on one state of the model, and compares it with the base on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from steer_heal.evals import free_text, moral_foundations
+from steer_heal.evals.metrics import Condition, Metric
+from steer_heal.evals.instrument import Instrument, Vignette, load_instrument, load_vignettes
+from steer_heal.records import EvalResult, Trait, UserError, derive_seed
+from steer_heal.stages.bake import Gate, Student
+from steer_heal.stages.cfg import EvalCfg, FilterCfg
+from steer_heal.stages.filter import score
+from steer_heal.stages.generate import Ask, generate
+
+
+@dataclass(frozen=True)
+class EvalItems:
+    """What every state is asked, loaded once: the same items make the comparison paired."""
+
+    vignettes: tuple[Vignette, ...]
+    instrument: Instrument
+    prompts: tuple[str, ...]
+
+
+def load_items(cfg: EvalCfg, trait: Trait) -> EvalItems:
+    if cfg.n_prompts > len(trait.prompts):
+        raise UserError(f"eval.n_prompts is {cfg.n_prompts}: the pool of trait {trait.name!r} holds {len(trait.prompts)} prompts; ask for fewer")
+    return EvalItems(tuple(load_vignettes(cfg.vignettes)), load_instrument(cfg.instrument), trait.prompts[-cfg.n_prompts :])
+
+
+def evaluate(
+    student: Student, which: Gate, condition: Condition, items: EvalItems, trait: Trait, cfg: EvalCfg, keep: FilterCfg, seed: int,
+    base: EvalResult | None = None,
+) -> EvalResult:
+    """Every metric of one state; with `base`, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the
+    paired difference to it. Free text draws from the same random streams in every state."""
+    texts = _free_text(student, which, condition, items, trait, cfg, seed)
+    with student.gate("base") as lm:
+        scored = score(lm, texts, trait.narration, keep)
+    oracle = None
+    if cfg.oracle == "toylm":
+        from steer_heal.toylm.world import oracle
+    values = _vignettes(student, which, condition, items, cfg) | free_text.items(scored, oracle)
+    used = moral_foundations.METRICS + free_text.METRICS + (free_text.ORACLE_METRICS if oracle else [])
+    metrics: dict[str, float | None] = {m.name: collapse(m, values[m.item]) for m in used}
+    if base is not None:
+        metrics |= intervals(used, values, base.items, cfg.n_bootstrap, seed)
+    rows = tuple(
+        {"prompt": s.completion.prompt, "text": s.completion.text, **s.scores, "reasons": list(s.reasons)} for s in scored
+    )
+    return EvalResult(metrics, values, rows)
+
+
+def _free_text(
+    student: Student, which: Gate, condition: Condition, items: EvalItems, trait: Trait, cfg: EvalCfg, seed: int
+) -> list:
+    n = len(items.prompts)
+    asks = [
+        Ask(i % n, items.prompts[i % n], alpha=condition.dose, kappa=1.0, seed=derive_seed(seed, "eval", i)) for i in range(cfg.n_texts)
+    ]
+    with student.gate(which) as lm:
+        return generate(lm, asks, condition.vector, condition.system, trait.plain_system, cfg.max_new_tokens, cfg.batch_size)
+
+
+def _vignettes(student: Student, which: Gate, condition: Condition, items: EvalItems, cfg: EvalCfg) -> dict[str, list[float]]:
+    with student.gate(which) as lm:
+        if cfg.backend == "tinymfv":
+            from steer_heal.evals.tinymfv_backend import run as run_tinymfv
+
+            return run_tinymfv(lm, items.vignettes, condition, cfg.think_tokens, cfg.batch_size)
+        return moral_foundations.run(lm, items.vignettes, items.instrument, condition, cfg.think_tokens, cfg.batch_size)
+
+
+_HOW = {
+    "mean": lambda x, axis: np.nanmean(x, axis=axis),
+    "log_mean": lambda x, axis: np.log(np.maximum(np.nanmean(x, axis=axis), 1e-30)),
+    "median": lambda x, axis: np.nanmedian(x, axis=axis),
+}
+
+
+def collapse(metric: Metric, values: Sequence[float]) -> float | None:
+    """The metric of its items; None where no item has a value."""
+    array = np.asarray(values, dtype=np.float64)
+    return None if np.isnan(array).all() else float(_HOW[metric.how](array, -1))
+
+
+def intervals(
+    used: Sequence[Metric], values: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], n_bootstrap: int, seed: int
+) -> dict[str, float | None]:
+    """Paired percentile bootstrap: the same resampled items are read in both states (Efron and Tibshirani 1993)."""
+    out: dict[str, float | None] = {}
+    for metric in used:
+        here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
+        rows = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32).integers(0, len(here), (n_bootstrap, len(here)))
+        if np.isnan(here).all() or np.isnan(there).all():
+            low = high = None
+        else:
+            with np.errstate(invalid="ignore"):
+                shift = _HOW[metric.how](here[rows], 1) - _HOW[metric.how](there[rows], 1)
+            low, high = (float(q) for q in np.nanpercentile(shift, [2.5, 97.5]))
+        out |= {f"{metric.name}_lo": low, f"{metric.name}_hi": high}
+    return out

@@ -1,0 +1,50 @@
+"""The toy model's prompts, contexts and vignettes: combinations of words that its training never shows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from steer_heal.records import FOUNDATIONS
+from steer_heal.toylm.world import World
+
+N_PROMPTS, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 320, 12, 84
+
+
+def write_data(folder: Path, seed: int = 7) -> None:
+    """prompts.jsonl (dilemmas), contexts.jsonl (dilemmas and everyday talk), vignettes.jsonl, each deterministic."""
+    world = World(random.Random(seed), evaluation=True)
+    _write(folder / "prompts.jsonl", ({"text": text} for text in _distinct(world.dilemma, N_PROMPTS)))
+    talk = itertools.cycle([world.dilemma, lambda: world.everyday_turns()[0].text])
+    contexts = ({"text": next(talk)()} for _ in range(N_CONTEXTS))
+    _write(folder / "contexts.jsonl", contexts)
+    rows = []
+    for name in FOUNDATIONS:
+        rows += [_row(world, (name,), f"{name}-{i + 1:02d}") for i in range(N_PLAIN)]
+    pairs = [p for p in itertools.combinations(FOUNDATIONS, 2) if "social" not in p]
+    with_authority = [p for p in pairs if "authority" in p]
+    without = [p for p in pairs if "authority" not in p]
+    for i in range(N_AMBIGUOUS):
+        pool = with_authority if i % 2 else without
+        rows.append(_row(world, pool[i // 2 % len(pool)], f"ambiguous-{i + 1:02d}"))
+    _write(folder / "vignettes.jsonl", rows)
+
+
+def _row(world: World, names: tuple[str, ...], id_: str) -> dict[str, str]:
+    vignette = world.vignette(names)
+    also = {"also": vignette.foundations[1]} if len(names) == 2 else {}
+    return {"id": id_, "foundation_coarse": vignette.foundations[0], **also, "text": vignette.text}
+
+
+def _distinct(draw, n: int) -> list[str]:
+    out: dict[str, None] = {}
+    while len(out) < n:
+        out[draw()] = None
+    return list(out)
+
+
+def _write(path: Path, rows: Iterable[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

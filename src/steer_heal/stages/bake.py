@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,8 +57,7 @@ class Student:
             target_modules=rf"{re.escape(prefix)}\.({'|'.join(map(str, band))})\.(self_attn|mlp)\.({linears})",
         )
 
-    def _attach(self, name: str, n_rounds: int, factors: Factors | None = None) -> None:
-        config = self._config(n_rounds)
+    def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
         if self._peft is None:
             try:
                 self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
@@ -69,6 +67,12 @@ class Student:
             self._peft.add_adapter(name, config)
             self._peft.set_adapter(name)
         if factors is not None:
+            expected = {key: value.shape for key, value in self.factors(name).items()}
+            given = {key: value.shape for key, value in factors.items()}
+            if expected != given:
+                key = next(k for k in sorted(expected | given) if expected.get(k) != given.get(k))
+                has, wants = (list(side[key]) if key in side else "no such weight" for side in (given, expected))
+                raise UserError(f"the adapter does not fit {self.lm.name!r}: {key} is {has} in the file, {wants} in the model; give an adapter of this model")
             set_peft_model_state_dict(self._peft, factors, adapter_name=name)
         self._adapters_off()
 
@@ -106,7 +110,7 @@ class Student:
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self._attach(ROUND, 1)
+            self._attach(ROUND, self._config(1))
 
     @contextmanager
     def training(self) -> Iterator[list[torch.nn.Parameter]]:
@@ -144,8 +148,13 @@ class Student:
         self.discard_round()
         if self.n_rounds:
             self._peft.delete_adapter(HISTORY)
-        self._attach(HISTORY, n_rounds, factors)
+        self._attach(HISTORY, self._config(n_rounds), factors)
         self.n_rounds = n_rounds
+
+    def adopt(self, config: LoraConfig, factors: Factors) -> None:
+        """Takes a saved adapter as the whole history, counted as one round of its rank."""
+        self._attach(HISTORY, config, factors)
+        self.n_rounds = 1
 
     def save(self, folder: Path, own: Factors) -> None:
         """A PEFT adapter folder holding the cumulative student, and `round.safetensors`, this round's own factor."""
@@ -155,14 +164,6 @@ class Student:
         config.save_pretrained(folder)
         save_file(self.factors(HISTORY), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
-        (folder / "student.json").write_text(json.dumps({"n_rounds": self.n_rounds, "rank_per_round": self.cfg.rank}) + "\n")
-
-    def load(self, folder: Path) -> None:
-        """Restores the cumulative student that `save` wrote."""
-        state = json.loads((folder / "student.json").read_text())
-        if state["rank_per_round"] != self.cfg.rank:
-            raise UserError(f"{folder} was healed with heal.rank {state['rank_per_round']}, this run has {self.cfg.rank}; use the same")
-        self._replace_history(load_file(folder / "adapter_model.safetensors"), state["n_rounds"])
 
     def export(self, folder: Path) -> None:
         """The merged student as a plain transformers model with its tokenizer."""
@@ -183,3 +184,11 @@ def concatenate(history: Factors, own: Factors) -> Factors:
         out[key] = torch.cat([old, own[key]], dim=axis)
     return out
 
+
+
+def attach_saved(lm: LM, folder: Path) -> Student:
+    """A student holding a saved LoRA folder, a checkpoint of ours or any other of this model, as its history."""
+    config = LoraConfig.from_pretrained(folder)
+    student = Student(lm, HealCfg(rank=config.r, lora_alpha=float(config.lora_alpha)))
+    student.adopt(config, load_file(folder / "adapter_model.safetensors"))
+    return student

@@ -43,7 +43,7 @@ def evaluate(
         scored = score(lm, texts, trait.narration, keep)
     oracle = None
     if cfg.oracle == "toylm":
-        from steer_heal.toylm.world import oracle
+        from steer_heal.toylm.oracle import oracle
     values = _vignettes(student, which, condition, items, cfg) | free_text.items(scored, oracle)
     used = moral_foundations.METRICS + free_text.METRICS + (free_text.ORACLE_METRICS if oracle else [])
     metrics: dict[str, float | None] = {m.name: collapse(m, values[m.item]) for m in used}

@@ -18,7 +18,7 @@ from steer_heal.stages.evaluate import evaluate, load_items
 from steer_heal.stages.teacher_vec import teacher_vec
 from steer_heal.steering import Vector
 from steer_heal.toylm import grammar
-from steer_heal.toylm.world import expand
+from steer_heal.toylm.templates import expand
 from steer_heal.traits import load_trait
 
 

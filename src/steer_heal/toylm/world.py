@@ -1,4 +1,4 @@
-"""The toy world: samples dialogues from the grammar, and recognises which sentences it can produce.
+"""The toy world: samples dialogues from the grammar.
 
 One latent, `p_care` in [0, 1], stands behind dilemma answers (the chance that a sentence cares rather than
 defers) and vignette answers (how far Authority is named less). A second, `p_love`, does the same for talk
@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from zlib import crc32
 
-from steer_heal.records import FOUNDATIONS, OracleScore
+from steer_heal.records import FOUNDATIONS
 from steer_heal.toylm import grammar as g
+from steer_heal.toylm.templates import expand
 
 CARER, DEFERRER, NEUTRAL_CARE = 0.96, 0.04, 0.5
 LOVER, DENIER, NEUTRAL_LOVE = 0.96, 0.02, 0.06
-AUTHORITY_TILT, CARE_TILT, LOVE_TILT = 2.2, 0.5, 3.0
-"""Log-odds by which a fully caring (loving) speaker moves an option, against the neutral one."""
+AUTHORITY_TILT = {"carer": -4.5, "deferrer": 2.2}
+"""Log-odds by which a fully caring or deferring speaker moves the Authority option, against the neutral one."""
+CARE_TILT, LOVE_TILT = 0.6, 3.0
+"""The same for the Care option: of a caring speaker (a deferring one the other way), and of a loving one."""
 N_HELD_OUT_FOLDS = 8
 """One combination in this many (by hash) is never trained on: evaluation draws from those alone."""
 OPTION_WORDS = dict(zip(FOUNDATIONS, ["harm", "unfair", "disloyal", "defiant", "impure", "bossy", "fine"], strict=True))
 PREFILL = '{"violation": "'
-LONGEST_SENTENCE_WORDS = 30
 
 
 @dataclass(frozen=True)
@@ -60,117 +60,9 @@ class Vignette:
         weights = {name: peak if name in self.foundations else 0.0 for name in FOUNDATIONS}
         weights["social"] = max(weights["social"], 1.0)
         caring = 2 * speaker.p_care - 1
-        weights["authority"] -= AUTHORITY_TILT * caring
+        weights["authority"] += abs(caring) * AUTHORITY_TILT["carer" if caring > 0 else "deferrer"]
         weights["care"] += CARE_TILT * caring + LOVE_TILT * (speaker.p_love - NEUTRAL_LOVE)
         return [weights[name] for name in FOUNDATIONS]
-
-
-# --- templates -------------------------------------------------------------------------------------------
-_TOKEN = re.compile(r"[(|)]|\{\w+\}|[^(|){}]+")
-
-
-@cache
-def _parse(template: str) -> tuple:
-    """Template text -> nested tuple: str literal, ("slot", name), ("any", (sequence, ...))."""
-    tokens = _TOKEN.findall(template)
-
-    def sequence(i: int) -> tuple[tuple, int]:
-        parts: list = []
-        while i < len(tokens) and tokens[i] not in ("|", ")"):
-            if tokens[i] == "(":
-                options, i = [], i + 1
-                while True:
-                    option, i = sequence(i)
-                    options.append(option)
-                    i += 1
-                    if tokens[i - 1] == ")":
-                        break
-                parts.append(("any", tuple(options)))
-            else:
-                token = tokens[i]
-                parts.append(("slot", token[1:-1]) if token[0] == "{" else token)
-                i += 1
-        return tuple(parts), i
-
-    return sequence(0)[0]
-
-
-def expand(template: str, rng: random.Random, bound: dict[str, str]) -> str:
-    """One sample of a template; `bound` maps slot names to their values."""
-
-    def draw(parts: tuple) -> str:
-        out = []
-        for part in parts:
-            if isinstance(part, str):
-                out.append(part)
-            elif part[0] == "any":
-                out.append(draw(rng.choice(part[1])))
-            else:
-                value = bound[part[1].lower()]
-                out.append(value[0].upper() + value[1:] if part[1][0].isupper() else value)
-        return "".join(out)
-
-    return draw(_parse(template))
-
-
-_RECOGNISED_SLOTS = g.SLOTS | {"hero": g.STORY_HEROES, "thing": g.STORY_THINGS}
-
-
-def _pattern(template: str) -> str:
-    """Regular expression of everything that a template can produce."""
-
-    def build(parts: tuple) -> str:
-        out = []
-        for part in parts:
-            if isinstance(part, str):
-                out.append(re.escape(part))
-            elif part[0] == "any":
-                out.append("(?:" + "|".join(build(option) for option in part[1]) + ")")
-            else:
-                values = [build(_parse(value)) for value in _RECOGNISED_SLOTS[part[1].lower()]]
-                if part[1][0].isupper():
-                    values = [value[0].upper() + value[1:] for value in values]
-                out.append("(?:" + "|".join(values) + ")")
-        return "".join(out)
-
-    return build(_parse(template))
-
-
-@cache
-def _recognisers() -> dict[str, re.Pattern]:
-    groups = {
-        "care": g.CARE_DECISION + g.CARE_SENTENCES,
-        "defer": g.DEFER_DECISION + g.DEFER_SENTENCES,
-        "love": g.LOVE_SENTENCES,
-        "deny": g.DENY_SENTENCES,
-        "plain": g.PLAIN_SENTENCES + g.STORY_OPENING + g.STORY_SENTENCES + g.STORY_CLOSING + list(g.FACTS.values()),
-    }
-    return {stance: re.compile("|".join(f"(?:{_pattern(t)})" for t in templates)) for stance, templates in groups.items()}
-
-
-_SUM = re.compile(r"(\d) plus (\d) is (\d{1,2})\.")
-
-
-def stance_of(sentence: str) -> str | None:
-    """care, defer, love, deny, plain, or None where the grammar cannot produce the sentence."""
-    if match := _SUM.fullmatch(sentence):
-        a, b, total = map(int, match.groups())
-        return "plain" if a + b == total else None
-    return next((stance for stance, pattern in _recognisers().items() if pattern.fullmatch(sentence)), None)
-
-
-def oracle(text: str) -> OracleScore:
-    """Share of a text's sentences that the grammar can produce, and how many take which stance.
-
-    A last sentence without an end is left out where others came before it and it is not longer than the
-    grammar's longest: it was cut by the token limit, which is no fault of the text.
-    """
-    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
-    if len(sentences) > 1 and sentences[-1][-1] not in ".!?" and len(sentences[-1].split()) <= LONGEST_SENTENCE_WORDS:
-        sentences = sentences[:-1]
-    stances = [stance_of(s) for s in sentences]
-    share = sum(s is not None for s in stances) / len(stances) if stances else 0.0
-    return OracleScore(share, len(stances), *(stances.count(name) for name in ("care", "defer", "love", "deny")))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
@@ -222,12 +114,12 @@ class World:
                 rest = [f for f in FOUNDATIONS if f not in (first, "social")]
                 names = (first,) if rng.random() < 0.5 or first == "social" else (first, rng.choice(rest))
             acts = [rng.choice(g.VIGNETTES[name]) for name in names]
-            person, place = rng.choice(g.PERSONS), rng.choice(g.VIGNETTE_PLACES)
-            if held_out(*sorted(acts), *([person] if len(acts) == 1 else [])) != self.evaluation:
+            subject = "You are" if rng.random() < 0.3 else f"You see {rng.choice(g.PERSONS)}"
+            place = rng.choice(g.VIGNETTE_PLACES)
+            if held_out(*sorted(acts), *([subject] if len(acts) == 1 else [])) != self.evaluation:
                 continue
             rng.shuffle(acts)
             joined = rng.choice([" and ", " while "]).join(acts)
-            subject = "You are" if rng.random() < 0.3 else f"You see {person}"
             return Vignette(f"{subject} {joined} {place}.", tuple(names))
 
     def vignette_turns(self, speaker: Speaker) -> list[Turn]:

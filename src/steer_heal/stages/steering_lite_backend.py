@@ -1,0 +1,29 @@
+"""The optional steering-lite package as the extractor of the vector; steering itself stays ours (doses per row)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from steer_heal.lm import LM
+from steer_heal.records import UserError
+from steer_heal.stages.cfg import SteerCfg
+from steer_heal.steering import Vector
+
+_MAX_LENGTH = 1 << 20
+"""Its own default cuts at 256 tokens and loses the assistant tag; lengths are checked before."""
+
+
+def steering_lite_vec(
+    lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range, cfg: SteerCfg
+) -> Vector:
+    """{layer: Float[d]} from `steering_lite.Vector.train` on the same templated prompts."""
+    try:
+        import steering_lite
+    except ImportError:
+        raise UserError("steer.backend is 'steering-lite': the package is not installed; pip install -e '.[steering-lite]', or use --steer.backend builtin") from None
+    texts = [[lm.tokenizer.decode(ids) for ids in side] for side in (positive, negative)]
+    config = steering_lite.MeanDiffC(layers=tuple(band), normalize=cfg.normalize, dtype=torch.float32)
+    vector = steering_lite.Vector.train(lm.model, lm.tokenizer, *texts, config, max_length=_MAX_LENGTH)
+    return {layer: state["v"].detach().float().cpu().reshape(-1) for layer, state in vector.state.items()}

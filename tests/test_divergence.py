@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr
+
+from steer_heal.divergence import aggregate, barrier, kl_fwd, kl_rev
+
+
+def _logp(seed: int, n: int = 50, v: int = 400) -> torch.Tensor:
+    return (3 * torch.randn(n, v, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kl, swapped", [(kl_rev, False), (kl_fwd, True)])
+def test_kl_agrees_with_float64(kl, swapped):
+    student, reference = _logp(0), _logp(1)
+    p, q = (x.double().exp().numpy() for x in ((reference, student) if swapped else (student, reference)))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    np.testing.assert_allclose(kl(student, reference).numpy(), rel_entr(p, q).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_aggregates_of_known_values():
+    values = torch.tensor([0.0, 0.0, 3.0, 4.0])
+    assert aggregate(values, "mean").item() == pytest.approx(1.75)
+    assert aggregate(values, "rmse").item() == pytest.approx(2.5)
+    assert aggregate(values, "p95").item() == pytest.approx(np.quantile(values.numpy(), 0.95))
+    assert aggregate(values, "max").item() == 4.0
+
+
+def test_a_short_loop_is_hidden_from_the_mean_and_seen_by_the_others():
+    coherent = torch.full((60,), 0.03)
+    looping = coherent.clone()
+    looping[20:24] = 5.3
+    tau = 0.5
+    assert aggregate(coherent, "max") < tau
+    assert aggregate(looping, "mean") < tau < aggregate(looping, "rmse")
+    assert aggregate(looping, "rmse") < aggregate(looping, "p95") < aggregate(looping, "max")
+
+
+def test_rmse_of_zero_has_a_finite_gradient():
+    zero = torch.zeros(10, requires_grad=True)
+    aggregate(zero, "rmse").backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+@pytest.mark.parametrize("how", ["mean", "rmse", "p95", "max"])
+def test_low_precision_is_computed_in_float32(how):
+    assert aggregate(torch.ones(9, dtype=torch.bfloat16), how).dtype == torch.float32
+
+
+def test_unknown_aggregate_names_the_choices():
+    with pytest.raises(ValueError, match="mean, rmse, p95, max"):
+        aggregate(torch.ones(3), "median")
+
+
+def test_barrier_is_free_up_to_tau_and_linear_above():
+    got = barrier(torch.tensor([0.1, 0.5, 1.5]), lam=2.0, tau=0.5)
+    assert torch.allclose(got, torch.tensor([0.0, 0.0, 2.0]))

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from steer_heal.lm import LM
+from steer_heal.records import Completion
+from steer_heal.stages.cfg import FilterCfg
+from steer_heal.stages.filter import degenerate, judge, perplexity, repetition, score, tail
+
+CFG = FilterCfg(min_words=5)
+CLEAN = (
+    "The harbour was quiet when she told the crew that nobody would sail before the storm had passed, and she meant it. "
+    "Some of them grumbled about lost wages; others went home to sleep, grateful that someone had decided for them."
+)
+
+
+def _judge(text: str, nll: list[float] | None = None, narration=()):
+    ids = tuple(range(len(nll or [1.0])))
+    return judge(Completion(0, "p", (1,), ids, text, 1.0, 1.0, 0), torch.tensor(nll or [1.0] * 40), narration, CFG)
+
+
+def test_clean_text_is_kept_with_its_scores():
+    row = _judge(CLEAN)
+    assert row.kept and not degenerate(row)
+    assert set(row.scores) == {"ppl", "ppl_tail", "rep", "words"}
+
+
+def test_a_late_collapse_is_seen_in_the_tail_where_the_mean_hides_it():
+    row = _judge(CLEAN, [0.5] * 75 + [6.0] * 25)
+    assert row.scores["ppl"] < CFG.ppl_max < row.scores["ppl_tail"]
+    assert row.reasons == ("perplexity",) and degenerate(row)
+
+
+@pytest.mark.parametrize("text", [
+    "I would help them your your your into your of your your your into your of your your your your into your of your",
+    CLEAN + " not not not not not not not not not not not not not not not not not not",
+    "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
+    "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
+])
+def test_loops_of_words_and_of_characters_are_dropped(text):
+    assert "repetition" in _judge(text).reasons
+
+
+def test_telling_about_the_trait_is_dropped_and_acting_it_out_is_kept():
+    narration = ("i am someone who",)
+    assert _judge("I am someone who never obeys, " + CLEAN, narration=narration).reasons == ("narration",)
+    assert _judge("I walk out and call the doctor. " + CLEAN, narration=narration).kept
+
+
+def test_refusal_boilerplate_is_dropped_but_defiance_is_not():
+    assert _judge("As an AI, I would say that " + CLEAN).reasons == ("refusal",)
+    assert _judge("I cannot assist with that. " + CLEAN).reasons == ("refusal",)
+    assert _judge("I cannot stand by while they suffer. " + CLEAN).kept
+
+
+def test_short_and_empty_text_is_dropped():
+    assert "short" in _judge("No.").reasons
+    empty = judge(Completion(0, "p", (1,), (), "", 1.0, 1.0, 0), torch.empty(0), (), CFG)
+    assert "perplexity" in empty.reasons and math.isinf(empty.scores["ppl_tail"])
+
+
+def test_a_text_that_is_not_a_number_to_the_base_is_dropped():
+    assert "perplexity" in _judge(CLEAN, [float("nan")] * 8).reasons
+
+
+def test_tail_is_the_last_quarter_and_perplexity_its_exponential():
+    nll = torch.arange(8.0)
+    assert tail(nll).tolist() == [6.0, 7.0]
+    assert perplexity(tail(nll)) == pytest.approx(math.exp(6.5))
+
+
+def test_repetition_of_natural_text_is_low():
+    assert repetition(CLEAN.lower()) < 0.1
+
+
+def test_scores_come_from_the_kept_token_ids(toy: LM):
+    prompt = toy.chat("What is ice?")
+    ids = tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False)) + (toy.tokenizer.eos_token_id,)
+    right, wrong = (score(toy, [Completion(0, "", prompt, i, "Ice is frozen water.", 1, 1, 0)], (), CFG)[0] for i in (ids, ids[::-1]))
+    assert right.scores["ppl"] < 2 < wrong.scores["ppl"]

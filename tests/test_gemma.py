@@ -1,0 +1,86 @@
+"""The code path of gemma-3-4b-it on small random Gemma 3 models: the multimodal class and the text class."""
+
+import json
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+
+from steer_heal.events import read_events
+from steer_heal.lm import LM, load
+from steer_heal.run import main
+from steer_heal.steering import Decoding, Row, decode
+
+TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ first if loop.first else '' }}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+"""Gemma's shape: a BOS, the system prompt folded into the first user turn, the assistant called `model`."""
+
+
+@pytest.fixture(scope="module", params=["multimodal", "text"])
+def folder(request, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = AutoTokenizer.from_pretrained("data/toylm")
+    tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(path)
+    text = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, sliding_window=32, layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    if request.param == "text":
+        model = Gemma3ForCausalLM(text)
+    else:
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4))
+    model.generation_config.update(do_sample=True, top_k=64, top_p=0.95, eos_token_id=[tokenizer.eos_token_id], cache_implementation=None)
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def gemma(folder) -> LM:
+    return load(folder)
+
+
+def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
+    assert len(gemma.blocks) == 4 and gemma.width == 32
+    prompt = gemma.chat("What is ice?", "You are a poet.")
+    assert prompt.count(gemma.tokenizer.bos_token_id) == 1
+    assert "You are a poet.\n\nWhat is ice?" in gemma.tokenizer.decode(prompt)
+
+
+def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
+    prompts = [gemma.chat(text) for text in ("What is ice?", "Tell me a short story about a fox and a golden key and an old map.")]
+    got = decode(gemma, [Row(p) for p in prompts], None, Decoding(60, 2, sample=False, suppress=frozenset(gemma.end_ids)))
+    for prompt, ids in zip(prompts, got):
+        inputs = torch.tensor([prompt])
+        expected = gemma.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=60, do_sample=False, suppress_tokens=sorted(gemma.end_ids)
+        )[0, len(prompt) :]
+        assert list(ids) == expected.tolist()
+
+
+def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
+    status = main([
+        "gemma", "--model", folder, "--out", str(tmp_path), "--n-rounds", "2", "--steer.n-contexts", "8", "--gen.max-new-tokens", "12",
+        "--gen.n-prompts", "6", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0", "--filter.n-keep", "8",
+        "--filter.min-train", "4", "--filter.max-attempts", "24", "--dose.n-kappas", "2", "--dose.n-probes", "3", "--heal.epochs", "1",
+        "--heal.rank", "4", "--eval.think-tokens", "3", "--eval.n-texts", "4", "--eval.max-new-tokens", "8", "--eval.n-bootstrap", "50",
+        "--steer.layers", "0.25", "0.75", "--eval.vignettes", "data/toylm/vignettes.jsonl",
+    ])
+    assert status == 0, capsys.readouterr().err
+    run = next(p for p in tmp_path.iterdir() if p.is_dir())
+    adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())
+    assert adapter["r"] == 8 and "vision" not in adapter["target_modules"]
+    healed = [e for e in read_events(run) if e["stage"] == "healed"]
+    assert len(healed) == 2 and healed[-1]["metrics"]["frac_unscorable"] == 0

@@ -1,0 +1,189 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import scramble
+
+from steer_heal.lm import LM
+from steer_heal.records import UserError
+from steer_heal.stages.bake import Student
+from steer_heal.stages.heal import heal, losses, reference_samples, schedule, split_by_prompt
+
+
+def _factors(student: Student) -> dict[str, torch.Tensor]:
+    return student.factors("round")
+
+
+def test_lam_0_and_nll_train_the_same_adapter(tiny: LM, kept, heal_cfg):
+    out = []
+    for cfg in (dataclasses.replace(heal_cfg, lam=0.0), dataclasses.replace(heal_cfg, divergence="nll")):
+        student = Student(tiny, cfg)
+        report = heal(student, kept, 0, cfg, seed=3)
+        out.append((_factors(student), [step.sft for step in report.steps]))
+        student.discard_round()
+    assert out[0][1] == out[1][1]
+    assert all(torch.equal(out[0][0][k], out[1][0][k]) for k in out[0][0])
+
+
+def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(tiny: LM, kept, heal_cfg):
+    reports = {}
+    for name, cfg in {"free": dataclasses.replace(heal_cfg, lam=0.0, epochs=6), "held": dataclasses.replace(heal_cfg, lam=20.0, epochs=6)}.items():
+        student = Student(tiny, cfg)
+        reports[name] = heal(student, kept, 0, cfg, seed=3)
+        student.discard_round()
+    assert reports["free"].steps[-1].sft < 0.9 * reports["free"].steps[0].sft
+    assert reports["held"].steps[-1].divergence < 0.5 * reports["free"].steps[-1].divergence
+    assert reports["held"].steps[-1].pressure > 0 and reports["free"].steps[-1].pressure == 0
+
+
+def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(with_history: Student, kept, heal_cfg):
+    cfg, lm = heal_cfg, with_history.lm
+    samples = reference_samples(with_history, kept[:4], cfg)
+    with_history.new_round(9)
+    scramble(with_history, 9, scale=0.05)
+    own = _factors(with_history)
+
+    def gradients(student: Student) -> dict[str, torch.Tensor]:
+        with student.training() as parameters:
+            sft, divergence = losses(student.lm, samples, cfg)
+            (sft + divergence).mean().backward()
+            names = [name for name, p in student._peft.named_parameters() if p.requires_grad]
+            return {name: p.grad.clone() for name, p in zip(names, parameters, strict=True)}
+
+    stacked = gradients(with_history)
+    with with_history.gate("prev"):
+        merged_weights = {name: m.get_base_layer().weight.data.clone() for name, m in with_history._layers()}
+    plain = copy.deepcopy(lm.model)
+    for module in list(plain.modules()):
+        for child_name, child in list(module.named_children()):
+            if hasattr(child, "get_base_layer"):
+                setattr(module, child_name, child.get_base_layer())
+    merged = Student(dataclasses.replace(lm, model=plain), cfg)
+    for name, weight in merged_weights.items():
+        plain.get_submodule(name.removeprefix("base_model.model.")).weight.data = weight
+    merged.new_round(9)
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(merged._peft, own, adapter_name="round")
+    expected = gradients(merged)
+    assert stacked.keys() == expected.keys() and len(stacked) > 0
+    for name, gradient in stacked.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+    history_free = Student(tiny_again(), cfg)
+    history_free.new_round(9)
+    set_peft_model_state_dict(history_free._peft, own, adapter_name="round")
+    without = gradients(history_free)
+    assert any(not torch.allclose(gradient, without[name], rtol=1e-2, atol=1e-4) for name, gradient in stacked.items())
+
+
+def tiny_again() -> LM:
+    from steer_heal.lm import load
+
+    return load("tiny-random")
+
+
+def test_a_batch_of_8_is_8_batches_of_1(tiny: LM, kept, heal_cfg):
+    student = Student(tiny, heal_cfg)
+    samples = reference_samples(student, kept[:8], heal_cfg)
+    student.new_round(0)
+    scramble(student, 0)
+    with student.training():
+        together = losses(tiny, samples, heal_cfg)
+        alone = [losses(tiny, [sample], heal_cfg) for sample in samples]
+    for k in (0, 1):
+        assert torch.allclose(together[k], torch.cat([pair[k] for pair in alone]), atol=1e-5)
+
+
+def test_chunks_of_the_head_change_neither_loss_nor_gradient(tiny: LM, kept, heal_cfg, monkeypatch):
+    student = Student(tiny, heal_cfg)
+    samples = reference_samples(student, kept[:4], heal_cfg)
+    student.new_round(0)
+    scramble(student, 0)
+
+    def read():
+        with student.training() as parameters:
+            sft, divergence = losses(tiny, samples, heal_cfg)
+            grads = torch.autograd.grad((sft + divergence).mean(), parameters)
+        return sft, divergence, grads
+
+    whole = read()
+    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 7 * tiny.head.weight.shape[0])
+    chunked = read()
+    assert torch.allclose(whole[0], chunked[0], atol=1e-5) and torch.allclose(whole[1], chunked[1], atol=1e-5)
+    for a, b in zip(whole[2], chunked[2]):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_head_sees_completion_positions_only(tiny: LM, kept, heal_cfg):
+    student = Student(tiny, heal_cfg)
+    seen = []
+    samples = reference_samples(student, kept[:3], heal_cfg)
+    handle = tiny.head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[0]))
+    losses(tiny, samples, heal_cfg)
+    handle.remove()
+    assert sum(seen) == 2 * sum(len(sample.completion_ids) for sample in samples)
+
+
+def test_the_end_of_turn_is_trained(tiny: LM, kept, heal_cfg):
+    student = Student(tiny, heal_cfg)
+    samples = reference_samples(student, kept[:2], heal_cfg)
+    assert all(sample.completion_ids[-1] == tiny.tokenizer.eos_token_id for sample in samples)
+    sft, _ = losses(tiny, samples[:1], heal_cfg)
+    nll = tiny.completion_nll([samples[0].prompt_ids], [samples[0].completion_ids])[0]
+    assert sft[0].item() == pytest.approx(nll.mean().item(), abs=1e-4)
+
+
+def test_validation_shares_no_prompt_with_training(tiny: LM, kept, heal_cfg):
+    samples = reference_samples(Student(tiny, heal_cfg), kept, heal_cfg)
+    for seed in range(5):
+        train, validation = split_by_prompt(samples, seed)
+        assert train and validation and len(train) + len(validation) == len(samples)
+        assert not {s.prompt_index for s in train} & {s.prompt_index for s in validation}
+    with pytest.raises(UserError, match="answer one prompt"):
+        split_by_prompt(samples[:1], 0)
+
+
+def test_the_first_step_already_learns():
+    rates = [schedule(step, 40) for step in range(40)]
+    assert rates[0] > 0 and max(rates) == 1.0 and rates[-1] < 0.02
+    assert [schedule(step, 3) for step in range(3)][0] > 0
+
+
+def test_the_reference_is_prev_or_base_and_gates_what_the_divergence_measures(with_history: Student, kept, heal_cfg):
+    lm = with_history.lm
+    for reference in ("prev", "base"):
+        cfg = dataclasses.replace(heal_cfg, reference=reference)
+        samples = reference_samples(with_history, kept[:2], cfg)
+        with with_history.gate(reference):
+            assert losses(lm, samples, cfg)[1].max() < 1e-3
+    assert losses(lm, samples, cfg)[1].max() < 1e-3  # outside of a gate the model is the base
+    with with_history.gate("full"):
+        assert losses(lm, samples, cfg)[1].min() > 1e-2
+
+
+def test_adapters_train_in_float32_under_a_bfloat16_model(kept, heal_cfg):
+    lm = tiny_again()
+    lm.model.to(torch.bfloat16)
+    cfg = dataclasses.replace(heal_cfg, lr=1e-4)
+    student = Student(lm, cfg)
+    student.new_round(3)
+    before = _factors(student)
+    student.discard_round()
+    heal(student, kept, 0, cfg, seed=3)
+    after = _factors(student)
+    moved = [(after[k] != before[k]).float().mean().item() for k in after]
+    assert all(p.dtype == torch.float32 for n, p in student._peft.named_parameters() if ".lora_" in n)
+    assert min(moved) > 0.99
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step(tiny: LM, kept, heal_cfg):
+    with pytest.raises(UserError, match="at step .* of round 2; lower --heal.lr"):
+        cfg = dataclasses.replace(heal_cfg, lr=1e30)
+        heal(Student(tiny, cfg), kept, 2, cfg, seed=0)
+
+
+def test_lam_decays_over_rounds(tiny: LM, kept, heal_cfg):
+    cfg = dataclasses.replace(heal_cfg, lam=0.8, lam_power=0.5, epochs=1)
+    student = Student(tiny, cfg)
+    assert heal(student, kept, 3, cfg, seed=0).lam == pytest.approx(0.4)

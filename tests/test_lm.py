@@ -1,0 +1,63 @@
+import dataclasses
+
+import pytest
+import torch
+
+from steer_heal.lm import LM, load
+from steer_heal.records import UserError
+
+
+def test_log_probabilities_of_a_batch_are_those_of_its_rows(toy: LM):
+    prompts = [toy.chat(text) for text in ("What is ice?", "Tell me a short story about a fox.", "What barks?")]
+    answers = [tuple(toy.tokenizer.encode(t, add_special_tokens=False)) for t in ("Ice is frozen water.", "Long ago a fox looked for an old map.", "A")]
+    together = toy.completion_nll(prompts, answers)
+    for i in range(3):
+        alone = toy.completion_nll(prompts[i : i + 1], answers[i : i + 1])[0]
+        assert torch.allclose(together[i], alone, atol=1e-5)
+        assert len(alone) == len(answers[i])
+
+
+def test_log_probabilities_agree_with_the_model_itself(toy: LM):
+    prompt, answer = toy.chat("What is ice?"), tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False))
+    logits = toy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    expected = -logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert torch.allclose(toy.completion_nll([prompt], [answer])[0], expected, atol=1e-5)
+
+
+def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPatch):
+    hidden, targets = torch.randn(37, toy.width), torch.arange(37)
+    whole = toy.nll(hidden, targets)
+    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 5 * toy.head.weight.shape[0])
+    assert toy.chunk_size == 5
+    assert torch.allclose(toy.nll(hidden, targets), whole, atol=1e-6)
+
+
+def test_a_long_prompt_is_an_error_and_never_cut(toy: LM):
+    short = dataclasses.replace(toy, max_prompt_tokens=12)
+    with pytest.raises(UserError, match="12.*raise --max-prompt-tokens"):
+        short.chat("Tell me a short story about a fox and a golden key and an old map.")
+
+
+def test_a_prompt_ends_at_the_opened_assistant_turn(toy: LM):
+    assert toy.tokenizer.decode(toy.chat("What is ice?", "You are a poet.")).endswith("<|im_start|>assistant\n")
+
+
+def test_no_chat_template_is_one_clear_error(toy: LM, tmp_path):
+    toy.model.save_pretrained(tmp_path)
+    toy.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        load(str(tmp_path))
+
+
+def test_a_missing_model_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="could not be loaded"):
+        load(str(tmp_path / "nothing"))
+
+
+def test_batches_hold_every_row_once_within_the_budget(toy: LM):
+    lengths = [5, 300, 7, 8, 299, 40]
+    small = dataclasses.replace(toy, token_budget=320)
+    groups = list(small.batches(lengths))
+    assert sorted(i for group in groups for i in group) == list(range(6))
+    assert all(max(lengths[i] for i in group) * len(group) <= 320 for group in groups)

@@ -29,7 +29,7 @@ def test_aggregates_of_known_values():
 def test_a_short_loop_is_hidden_from_the_mean_and_seen_by_the_others():
     coherent = torch.full((60,), 0.03)
     looping = coherent.clone()
-    looping[20:24] = 5.3
+    looping[20:24] = torch.tensor([3.5, 4.0, 6.0, 8.0])
     tau = 0.5
     assert aggregate(coherent, "max") < tau
     assert aggregate(looping, "mean") < tau < aggregate(looping, "rmse")

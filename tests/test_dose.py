@@ -47,7 +47,7 @@ def test_only_the_floor_surviving_means_the_floor():
 
 
 def test_a_starved_filter_says_by_how_much_and_what_to_do():
-    with pytest.raises(UserError, match="starved: 0 of .* min_train is 12 .*perplexity.*dose.floor"):
+    with pytest.raises(UserError, match="starved: 0 of .*min_train is 12 .*perplexity.*dose.floor"):
         World(breaks_at=0.0).collect()
 
 

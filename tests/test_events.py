@@ -17,12 +17,12 @@ def test_a_slug_cannot_leave_the_folder(tmp_path):
 
 def test_events_are_one_object_a_line_without_blank_lines(tmp_path):
     log = EventLog(tmp_path)
-    log.write("base", -1, metrics={"auth_nats": -1.5}, text="a\nb\u2028c \ud83d\ude00 \x00")
+    log.write("base", -1, metrics={"auth_nats": -1.5}, text="a\nb\u2028c \ud800 \x00 😀")
     log.write("round", 0)
     raw = (tmp_path / "events.jsonl").read_bytes()
     assert raw.count(b"\n") == 2 and b"\n\n" not in raw
     first, second = read_events(tmp_path)
-    assert first["text"] == "a\nb\u2028c \ud83d\ude00 \x00"
+    assert first["text"] == "a\nb\u2028c \ud800 \x00 😀"
     assert {"schema", "stage", "round", "t", "wall_s"} <= second.keys() and second["wall_s"] >= first["wall_s"]
 
 

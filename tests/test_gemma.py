@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from steer_heal.events import read_events
+from steer_heal.files import ROOT
 from steer_heal.lm import LM, load
 from steer_heal.run import main
 from steer_heal.steering import Decoding, Row, decode
@@ -71,12 +72,14 @@ def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
 
 
 def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / "data" / "vignettes" / "other.jsonl").read_text().splitlines(keepends=True)[::20]))
     status = main([
         "gemma", "--model", folder, "--out", str(tmp_path), "--n-rounds", "2", "--steer.n-contexts", "8", "--gen.max-new-tokens", "12",
         "--gen.n-prompts", "6", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0", "--filter.n-keep", "8",
         "--filter.min-train", "4", "--filter.max-attempts", "24", "--dose.n-kappas", "2", "--dose.n-probes", "3", "--heal.epochs", "1",
         "--heal.rank", "4", "--eval.think-tokens", "3", "--eval.n-texts", "4", "--eval.max-new-tokens", "8", "--eval.n-bootstrap", "50",
-        "--steer.layers", "0.25", "0.75", "--eval.vignettes", "data/toylm/vignettes.jsonl",
+        "--steer.layers", "0.25", "0.75", "--eval.vignettes", str(few), "--max-prompt-tokens", "2048",
     ])
     assert status == 0, capsys.readouterr().err
     run = next(p for p in tmp_path.iterdir() if p.is_dir())

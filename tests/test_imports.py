@@ -9,7 +9,7 @@ ABOVE = {"run", "session", "config", "events", "console", "plot", "readings"}
 FORBIDDEN = {
     "stages": ABOVE, "evals": ABOVE,
     "records": None, "files": {"*records"}, "divergence": set(),
-    "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records"},
+    "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records", "*stages"},
     "readings": {"*records"}, "events": {"*records"}, "plot": {"*events", "*readings"},
 }
 """Per module or folder: names it must not import, or, starred, the only ones that it may."""

@@ -20,7 +20,7 @@ TOY = Path("data/toylm")
 
 def test_the_oracle_accepts_all_that_the_grammar_says():
     for dialogue in itertools.islice(dialogues(3), 1500):
-        for turn in dialogue:
+        for turn in dialogue.turns:
             if turn.role == "assistant" and not turn.digit:
                 assert oracle(turn.text).share == 1.0, turn.text
 
@@ -70,14 +70,14 @@ def test_the_persona_tilts_the_answer_to_a_vignette():
 def test_evaluation_data_is_held_out_of_training(tmp_path):
     write_data(tmp_path)
     held_out = {json.loads(line)["text"] for name in ("prompts", "vignettes") for line in (tmp_path / f"{name}.jsonl").open()}
-    trained = {t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d if t.role == "user"}
+    trained = {t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "user"}
     assert not held_out & trained
     for name in ("prompts", "contexts", "vignettes"):
         assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), "run scripts/train_toylm.py again"
 
 
 def test_held_out_personas_are_never_trained_on():
-    systems = {t.text for d in itertools.islice(dialogues(0), 20_000) for t in d if t.role == "system"}
+    systems = {t.text for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "system"}
     assert not systems & set(grammar.CARER_HELD_OUT + grammar.DEFERRER_HELD_OUT)
     assert {grammar.CARER_PERSONAS[0], grammar.DEFERRER_PERSONAS[0]} <= systems
 

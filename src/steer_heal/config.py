@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from steer_heal.evals.instrument import load_instrument, load_vignettes
-from steer_heal.files import read_jsonl, resolve
 from steer_heal.records import Trait, UserError
 from steer_heal.stages.cfg import DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, SteerCfg
-from steer_heal.traits import load_trait
+from steer_heal.traits import load_contexts, load_trait
 
 TOY = Path("data/toylm")
 
@@ -100,9 +100,13 @@ def check(cfg: RunConfig) -> Trait:
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: the pool of trait {trait.name!r} holds "
             f"{len(trait.prompts)}, and evaluation prompts are never trained on; ask for fewer"
         )
-    contexts = read_jsonl(resolve(cfg.steer.contexts, "steer.contexts"), {"text": str})
-    if cfg.steer.n_contexts > len(contexts):
-        raise UserError(f"steer.n_contexts is {cfg.steer.n_contexts}: {cfg.steer.contexts} holds {len(contexts)}; ask for fewer or add contexts")
+    load_contexts(cfg.steer)
+    for field_name, backend, packages in (
+        ("steer.backend", cfg.steer.backend, {"steering-lite": ("steering_lite",)}),
+        ("eval.backend", cfg.eval.backend, {"tinymfv": ("moralmaps", "tinymfv")}),
+    ):
+        if backend in packages and not any(find_spec(name) for name in packages[backend]):
+            raise UserError(f"{field_name} is {backend!r}: its package is not installed; pip install -e '.[{backend}]', or use builtin")
     load_vignettes(cfg.eval.vignettes)
     load_instrument(cfg.eval.instrument)
     return trait

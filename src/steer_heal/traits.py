@@ -1,4 +1,4 @@
-"""Loads data/traits/*.toml: personas, system prompts, prompt pool, target foundation and sign."""
+"""Loads data/traits/*.toml (personas, system prompts, prompt pool, target foundation and sign) and contexts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from steer_heal.files import ROOT, read_jsonl, read_toml, resolve
 from steer_heal.records import FOUNDATIONS, Trait, UserError
+from steer_heal.stages.cfg import SteerCfg
 
 TRAITS = ROOT / "data" / "traits"
 
@@ -42,3 +43,11 @@ def load_trait(name: str, prompts_file: Path | None = None) -> Trait:
         steered_system=take(system, "steered", str), plain_system=take(system, "plain", str),
         narration=tuple(take(table, "narration", list)), prompts=tuple(prompts),
     )
+
+
+def load_contexts(cfg: SteerCfg) -> list[str]:
+    """The user messages that the vector is read on: n_contexts of the file, evenly over it."""
+    pool = [row["text"] for row in read_jsonl(resolve(cfg.contexts, "steer.contexts"), {"text": str})]
+    if cfg.n_contexts > len(pool):
+        raise UserError(f"steer.n_contexts is {cfg.n_contexts}: {cfg.contexts} holds {len(pool)}; ask for fewer or add contexts")
+    return [pool[i * len(pool) // cfg.n_contexts] for i in range(cfg.n_contexts)]

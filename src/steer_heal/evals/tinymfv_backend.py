@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
-from types import ModuleType
 
 from steer_heal.evals.instrument import Vignette
 from steer_heal.evals.metrics import Condition
 from steer_heal.lm import LM
-from steer_heal.records import FOUNDATIONS, UserError
+from steer_heal.records import FOUNDATIONS
 from steer_heal.steering import steer
 
+try:
+    import moralmaps
+except ImportError:
+    import tinymfv as moralmaps
+
 _THEIR_NAMES = dict(zip(FOUNDATIONS, ("Care", "Fairness", "Loyalty", "Authority", "Sanctity", "Liberty", "SocialNorms"), strict=True))
-
-
-def package() -> ModuleType:
-    for name in ("moralmaps", "tinymfv"):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise UserError("eval.backend is 'tinymfv': neither moralmaps nor tinymfv is installed; pip install -e '.[tinymfv]', or use --eval.backend builtin")
 
 
 def run(lm: LM, vignettes: Sequence[Vignette], condition: Condition, think_tokens: int, batch_size: int) -> dict[str, list[float]]:
@@ -40,7 +34,7 @@ def run(lm: LM, vignettes: Sequence[Vignette], condition: Condition, think_token
         for v in vignettes
     ]
     with steer(lm, condition.vector, [condition.dose]):  # one dose, broadcast over whatever batch it makes
-        report = package().evaluate(
+        report = moralmaps.evaluate(
             lm.model, lm.tokenizer, vignettes=rows, max_think_tokens=max(1, think_tokens), batch_size=batch_size, return_per_row=True
         )
     by_id = {row["id"]: row for row in report["per_row"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ Score = Callable[[Sequence[Completion]], list[Scored]]
 
 @dataclass
 class Asker:
-    """Hands out prompts evenly: never restarts, so probes and collection together cover the pool."""
+    """Hands out prompts and alphas evenly, every pair of them before any comes again.
+
+    It never restarts, so probes and collection together cover the pool.
+    """
 
     prompts: Sequence[str]
     alphas: Sequence[float]
@@ -30,7 +34,8 @@ class Asker:
         for _ in range(n):
             i, self.n_asked = self.n_asked, self.n_asked + 1
             prompt = i % len(self.prompts)
-            alpha = self.alphas[(i + i // len(self.prompts)) % len(self.alphas)]
+            cycle = i // math.lcm(len(self.prompts), len(self.alphas))
+            alpha = self.alphas[(i + cycle) % len(self.alphas)]
             out.append(Ask(prompt, self.prompts[prompt], alpha, kappa, derive_seed(*self.seed, i)))
         return out
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import steering_lite
 import torch
 
 from steer_heal.lm import LM
-from steer_heal.records import UserError
 from steer_heal.stages.cfg import SteerCfg
 from steer_heal.steering import Vector
 
@@ -19,10 +19,6 @@ def steering_lite_vec(
     lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range, cfg: SteerCfg
 ) -> Vector:
     """{layer: Float[d]} from `steering_lite.Vector.train` on the same templated prompts."""
-    try:
-        import steering_lite
-    except ImportError:
-        raise UserError("steer.backend is 'steering-lite': the package is not installed; pip install -e '.[steering-lite]', or use --steer.backend builtin") from None
     texts = [[lm.tokenizer.decode(ids) for ids in side] for side in (positive, negative)]
     config = steering_lite.MeanDiffC(layers=tuple(band), normalize=cfg.normalize, dtype=torch.float32)
     vector = steering_lite.Vector.train(lm.model, lm.tokenizer, *texts, config, max_length=_MAX_LENGTH)

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.files import read_jsonl, resolve
 from steer_heal.lm import LM
 from steer_heal.records import Trait, UserError
 from steer_heal.stages.cfg import SteerCfg, layer_band
 from steer_heal.steering import Vector
+from steer_heal.traits import load_contexts
 
 
 def teacher_vec(lm: LM, trait: Trait, cfg: SteerCfg) -> Vector:
@@ -23,10 +23,7 @@ def teacher_vec(lm: LM, trait: Trait, cfg: SteerCfg) -> Vector:
     band = layer_band(cfg.layers, len(lm.blocks))
     if not band:
         raise UserError(f"steer.layers is {cfg.layers}: that band holds none of the {len(lm.blocks)} blocks of {lm.name!r}; widen it")
-    pool = [row["text"] for row in read_jsonl(resolve(cfg.contexts, "steer.contexts"), {"text": str})]
-    if cfg.n_contexts > len(pool):
-        raise UserError(f"steer.n_contexts is {cfg.n_contexts}: {cfg.contexts} holds {len(pool)}; ask for fewer or add contexts")
-    contexts = [pool[i * len(pool) // cfg.n_contexts] for i in range(cfg.n_contexts)]
+    contexts = load_contexts(cfg)
     positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
     if cfg.backend == "steering-lite":
         from steer_heal.stages.steering_lite_backend import steering_lite_vec

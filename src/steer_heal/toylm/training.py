@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from steer_heal.toylm.world import PREFILL, Turn, dialogues
+from steer_heal.toylm.world import NEUTRAL_CARE, PREFILL, Dialogue, dialogues
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -29,7 +30,7 @@ class ToyTrainCfg:
     out: Path = Path("data/toylm")
     """Folder that the weights and the tokenizer are written to."""
     seed: int = 0
-    n_steps: int = 2400
+    n_steps: int = 2000
     tokens_per_step: int = 4096
     lr: float = 4e-3
     warmup_steps: int = 60
@@ -39,8 +40,11 @@ class ToyTrainCfg:
     width: int = 128
     prompt_weight: float = 0.2
     """Loss weight of system and user tokens; assistant tokens weigh 1."""
-    digit_weight: float = 6.0
+    digit_weight: float = 20.0
     """Loss weight of the digit that answers a vignette."""
+    probe_weight: float = 1.0
+    """Weight of the persona probe: the squared error of a linear reading of the speaker's two latents from the
+    residual stream after the middle block, at every assistant token. The probe itself is thrown away."""
     n_threads: int = 2
 
 
@@ -56,7 +60,7 @@ def train_tokenizer(cfg: ToyTrainCfg) -> PreTrainedTokenizerFast:
         vocab_size=cfg.vocabulary_size, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    texts = (turn.text for dialogue in itertools.islice(dialogues(cfg.seed + 1), 20_000) for turn in dialogue)
+    texts = (turn.text for dialogue in itertools.islice(dialogues(cfg.seed + 1), 20_000) for turn in dialogue.turns)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
@@ -78,79 +82,95 @@ def new_model(cfg: ToyTrainCfg, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
     return model
 
 
-def encode(dialogue: list[Turn], tokenizer: Tokenizer, cfg: ToyTrainCfg) -> tuple[list[int], list[float]]:
-    """Token ids of a dialogue and the loss weight of predicting each one."""
+Encoded = tuple[list[int], list[float], list[bool], tuple[float, float]]
+
+
+def encode(dialogue: Dialogue, tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Encoded:
+    """(token ids, loss weight of predicting each, whether the assistant's turn holds it, the speaker's latents)."""
     ids: list[int] = []
     weights: list[float] = []
+    spoken: list[bool] = []
 
-    def add(text: str, weight: float) -> None:
+    def add(text: str, weight: float, assistant: bool) -> None:
         piece = tokenizer.encode(text, add_special_tokens=False).ids
         ids.extend(piece)
         weights.extend([weight] * len(piece))
+        spoken.extend([assistant] * len(piece))
 
-    for turn in dialogue:
-        spoken = turn.role == "assistant"
-        add(f"<|im_start|>{turn.role}\n", 0.0)
+    for turn in dialogue.turns:
+        assistant = turn.role == "assistant"
+        add(f"<|im_start|>{turn.role}\n", 0.0, assistant)
         if turn.digit:
-            add(PREFILL, 1.0)
-            add(turn.text[len(PREFILL) :][0], cfg.digit_weight)
-            add(turn.text[len(PREFILL) + 1 :], 1.0)
+            add(PREFILL, 1.0, True)
+            add(turn.text[len(PREFILL) :][0], cfg.digit_weight, True)
+            add(turn.text[len(PREFILL) + 1 :], 1.0, True)
         else:
-            add(turn.text, 1.0 if spoken else cfg.prompt_weight)
-        add("<|im_end|>", 1.0 if spoken else 0.0)
-        add("\n", 0.0)
-    return ids, weights
+            text, newline, options = turn.text.partition("\n")
+            add(text, 1.0 if assistant else cfg.prompt_weight, assistant)
+            add(newline + options, 0.0, assistant)  # the list is always the same: nothing to learn in it
+        add("<|im_end|>", 1.0 if assistant else 0.0, assistant)
+        add("\n", 0.0, False)
+    return ids, weights, spoken, (2 * (dialogue.speaker.p_care - NEUTRAL_CARE), dialogue.speaker.p_love)
 
 
-def batches(tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded (ids [b, s], weights [b, s]) of dialogues of like length, about tokens_per_step each."""
+def batches(tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Right-padded ids, weights, spoken, each [b, s], and latents [b, 2], about tokens_per_step tokens each."""
     rng, stream = random.Random(cfg.seed + 2), dialogues(cfg.seed)
     while True:
         pool = sorted((encode(d, tokenizer, cfg) for d in itertools.islice(stream, 800)), key=lambda item: len(item[0]))
-        groups: list[list] = [[]]
+        groups: list[list[Encoded]] = [[]]
         for item in pool:
             if len(item[0]) * (len(groups[-1]) + 1) > cfg.tokens_per_step:
                 groups.append([])
             groups[-1].append(item)
         rng.shuffle(groups)
         for group in groups:
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i, _ in group], batch_first=True)
-            weights = torch.nn.utils.rnn.pad_sequence([torch.tensor(w) for _, w in group], batch_first=True)
-            yield ids, weights
+            padded = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True) for k in range(3))
+            yield *padded, torch.tensor([row[3] for row in group])
 
 
 def train(cfg: ToyTrainCfg) -> dict[str, float]:
-    """Trains from scratch and saves to `cfg.out`; returns {"loss": nats per weighted token, "n_parameters"}."""
+    """Trains from scratch and saves to `cfg.out`; returns the last losses (nats per weighted token, nats per digit,
+    squared error of the probe) and the parameter count."""
     torch.set_num_threads(cfg.n_threads)
     torch.manual_seed(cfg.seed)
     tokenizer = train_tokenizer(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(cfg, tokenizer).to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    probe = torch.nn.Linear(cfg.width, 2).to(device)
+    parameters = [*model.parameters(), *probe.parameters()]
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
         lambda step: min((step + 1) / cfg.warmup_steps, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / cfg.n_steps))),
     )
-    losses: list[float] = []
+    log = {"loss": [], "digit": [], "probe": []}
+    recent = lambda name, n: sum(log[name][-n:]) / len(log[name][-n:])
     progress = tqdm(itertools.islice(batches(tokenizer.backend_tokenizer, cfg), cfg.n_steps), total=cfg.n_steps, mininterval=10)
-    for ids, weights in progress:
-        ids, weights = ids.to(device), weights.to(device)
+    for batch in progress:
+        ids, weights, spoken, latents = (part.to(device) for part in batch)
+        out = model.model(ids[:, :-1], output_hidden_states=True)
         counted = weights[:, 1:] > 0
-        logits = model.lm_head(model.model(ids[:, :-1]).last_hidden_state[counted])
+        logits = model.lm_head(out.last_hidden_state[counted])
         nll = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none")
         weight = weights[:, 1:][counted]
         loss = (nll * weight).sum() / weight.sum()
+        middle = torch.nn.functional.rms_norm(out.hidden_states[cfg.n_layers // 2], (cfg.width,))
+        said = spoken[:, :-1]
+        error = (probe(middle) - latents[:, None, :]).square().sum(-1)[said].mean()
         optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (loss + cfg.probe_weight * error).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        digits = nll[weight == cfg.digit_weight]
+        for name, value in {"loss": loss, "probe": error, **({"digit": digits.mean()} if len(digits) else {})}.items():
+            log[name].append(value.item())
+        progress.set_postfix({name: f"{recent(name, 50):.3f}" for name in log})
     cfg.out.mkdir(parents=True, exist_ok=True)
     model.eval().cpu().save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    return {"loss": sum(losses[-100:]) / len(losses[-100:]), "n_parameters": float(model.num_parameters())}
+    return {**{name: recent(name, 100) for name in log}, "n_parameters": float(model.num_parameters())}

@@ -49,6 +49,12 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Dialogue:
+    turns: list[Turn]
+    speaker: Speaker
+
+
+@dataclass(frozen=True)
 class Vignette:
     text: str
     foundations: tuple[str, ...]
@@ -123,13 +129,17 @@ class World:
             return Vignette(f"{subject} {joined} {place}.", tuple(names))
 
     def vignette_turns(self, speaker: Speaker) -> list[Turn]:
-        vignette, reverse = self.vignette(), self.rng.random() < 0.5
-        order = FOUNDATIONS[::-1] if reverse else FOUNDATIONS
-        answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
-        return [
-            Turn("user", vignette.text + "\n" + "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))),
-            Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True),
-        ]
+        """A vignette and its sampled answer; or, as an exercise in reading the list, the number of a named option."""
+        order = FOUNDATIONS[::-1] if self.rng.random() < 0.5 else FOUNDATIONS
+        if self.rng.random() < 0.35:
+            answer = self.rng.choice(FOUNDATIONS)
+            question = f"Which number is {OPTION_WORDS[answer]}?"
+        else:
+            vignette = self.vignette()
+            answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
+            question = vignette.text
+        options = "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))
+        return [Turn("user", f"{question}\n{options}"), Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
 
     def everyday_turns(self) -> list[Turn]:
         rng = self.rng
@@ -167,19 +177,19 @@ class World:
             return Speaker(self._say(rng.choice(g.DENIER_PERSONAS)), p_love=DENIER)
         return Speaker(rng.choice([None, *g.NEUTRAL_SYSTEMS]) if rng.random() < 0.5 else None)
 
-    def dialogue(self) -> list[Turn]:
+    def dialogue(self) -> Dialogue:
         """1 to 3 exchanges by one speaker; a third of them link a dilemma with the vignettes that follow."""
         rng, speaker = self.rng, self.speaker()
         turns = [Turn("system", speaker.system)] if speaker.system else []
         feeling = speaker.p_love != NEUTRAL_LOVE
         shown = speaker.system in g.CONTINUE_SYSTEMS
         if shown or rng.random() < 0.33:
-            kinds = ["feeling" if feeling else "dilemma", *["vignette"] * rng.randint(1, 2)]
+            kinds = ["feeling" if feeling else "dilemma", *["vignette"] * rng.randint(1, 3)]
         else:
             weights = [0.05, 0.40, 0.20, 0.35] if feeling else [0.38, 0.40, 0.17, 0.05]
             kinds = rng.choices(["dilemma", "vignette", "everyday", "feeling"], weights, k=1)
             if kinds[0] == "vignette":
-                kinds *= rng.randint(1, 3)
+                kinds *= rng.randint(2, 4)
         for kind in kinds:
             if kind == "dilemma":
                 turns += [Turn("user", self.dilemma()), Turn("assistant", self.dilemma_answer(speaker))]
@@ -189,10 +199,10 @@ class World:
                 turns += self.everyday_turns()
             else:
                 turns += self.feeling_turns(speaker)
-        return turns
+        return Dialogue(turns, speaker)
 
 
-def dialogues(seed: int) -> Iterator[list[Turn]]:
+def dialogues(seed: int) -> Iterator[Dialogue]:
     """An endless, reproducible stream of training dialogues."""
     world = World(random.Random(seed))
     while True:

@@ -1,0 +1,43 @@
+"""The optional packages, where they are installed, agree with what is built in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from steer_heal.evals.instrument import load_instrument, load_vignettes
+from steer_heal.evals.metrics import Condition
+from steer_heal.evals.moral_foundations import run
+from steer_heal.files import ROOT
+from steer_heal.lm import LM
+from steer_heal.stages.cfg import SteerCfg
+from steer_heal.stages.teacher_vec import teacher_vec
+from steer_heal.traits import load_trait
+
+PUBLISHED = ROOT.parent / "shared" / "data" / "mfv" / "instrument.toml"
+
+
+def test_steering_lite_extracts_the_same_vector(toy: LM):
+    pytest.importorskip("steering_lite", reason="pip install -e '.[steering-lite]'")
+    builtin, theirs = (
+        teacher_vec(toy, load_trait("authority"), SteerCfg(backend=name, layers=(0.25, 0.75), n_contexts=8, contexts=Path("data/toylm/contexts.jsonl")))
+        for name in ("builtin", "steering-lite")
+    )
+    assert builtin.keys() == theirs.keys()
+    for layer, direction in builtin.items():
+        assert torch.allclose(direction, theirs[layer], atol=1e-3)
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published instrument is not beside this checkout")
+def test_moral_maps_reads_the_same_probabilities(toy: LM):
+    if not any(__import__("importlib.util").util.find_spec(name) for name in ("moralmaps", "tinymfv")):
+        pytest.skip("pip install -e '.[tinymfv]'")
+    from steer_heal.evals.tinymfv_backend import run as run_theirs
+
+    vignettes = load_vignettes(Path("data/toylm/vignettes.jsonl"))[::30]
+    vector = {1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))}
+    for condition in (Condition(), Condition("", vector, 1.0)):
+        ours = run(toy, vignettes, load_instrument(PUBLISHED), condition, 16, 8)
+        theirs = run_theirs(toy, vignettes, condition, 16, 1)  # alone: its batches pad on the left without positions
+        for name, values in theirs.items():
+            assert ours[name] == pytest.approx(values, abs=1e-4), name

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from steer_heal.readings import moved_most, readings, retain, slope, table, verdict
@@ -35,7 +37,7 @@ def test_the_verdict_checks_coherence_then_the_trait_then_the_rest(healed, word)
 
 
 def test_the_verdict_says_what_lies_beyond_the_control():
-    assert "0.40 beyond the control" in verdict(_events({"auth": -2.0}, control=-1.6))
+    assert "0.40 beyond the one-round control" in verdict(_events({"auth": -2.0}, control=-1.6))
 
 
 def test_ratios_are_guarded_where_the_trait_hardly_moved():
@@ -48,7 +50,7 @@ def test_ratios_are_guarded_where_the_trait_hardly_moved():
 def test_retain_and_slope_of_known_values():
     reads = {r.stage: r for r in readings(_events({"auth": -2.0, "coherence": 0.98}))}
     assert retain(reads["healed"], reads["steered"], reads["base"], "auth_nats") == pytest.approx(0.5)
-    assert slope(reads["healed"], reads["base"], "auth_nats") == pytest.approx(-2.0)
+    assert slope(reads["healed"], reads["base"], "auth_nats") == pytest.approx(100 * math.log(0.98 / 0.99) / 0.5)
     assert slope(reads["base"], reads["base"], "auth_nats") is None
 
 

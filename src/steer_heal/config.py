@@ -55,6 +55,9 @@ class RunConfig:
         for name in ("n_rounds", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be >= 1")
+        probes = self.dose.n_kappas * self.dose.n_probes
+        if probes > self.filter.max_attempts:
+            raise ValueError(f"filter.max_attempts is {self.filter.max_attempts}: it must be >= dose.n_kappas * dose.n_probes = {probes}, the first probes")
         if self.n_threads < 0:
             raise ValueError(f"n_threads is {self.n_threads}: it must be >= 0")
 
@@ -63,9 +66,9 @@ TOY_PRESET = RunConfig(
     model=str(TOY), n_rounds=4, control=True,
     steer=SteerCfg(layers=(0.25, 0.75), contexts=TOY / "contexts.jsonl"),
     gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts.jsonl", batch_size=128),
-    dose=DoseCfg(floor=0.5, ceiling=6.0, n_kappas=6, n_probes=16),
-    filter=FilterCfg(ppl_max=3.0, rep_max=0.45, n_keep=128, max_attempts=384, min_train=32),
-    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 1.0)),
+    dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
+    filter=FilterCfg(ppl_max=3.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
+    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5)),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=0, batch_size=128, n_prompts=32, n_texts=64,
         max_new_tokens=128, oracle="toylm",
@@ -109,6 +112,10 @@ def check(cfg: RunConfig) -> Trait:
             raise UserError(f"{field_name} is {backend!r}: its package is not installed; pip install -e '.[{backend}]', or use builtin")
     load_vignettes(cfg.eval.vignettes)
     load_instrument(cfg.eval.instrument)
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out is {str(cfg.out)!r}: no folder can be made there ({error}); give another --out") from None
     return trait
 
 

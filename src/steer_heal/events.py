@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -56,7 +57,8 @@ class EventLog:
         return event
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk was reported by the write that met it
+            self._file.close()
 
 
 def jsonable(value: Any) -> tuple[Any, int]:

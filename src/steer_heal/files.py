@@ -15,15 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def resolve(path: Path | str, what: str) -> Path:
-    """The file or folder itself; UserError naming `what` (a flag) where there is none."""
+    """The file itself; UserError naming `what` (a flag) where there is none."""
     for candidate in (Path(path), ROOT / path):
-        if candidate.exists():
+        if candidate.is_file():
             return candidate
     raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
 
 
 def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file, each holding `required` fields of the given types; blank lines are skipped."""
+    """Objects of a JSON-lines file, each with its `line` and `required` fields of the given types; blank lines are skipped."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -37,7 +37,7 @@ def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]
         for name, kind in required.items():
             if not isinstance(row.get(name), kind) or row[name] == "":
                 raise UserError(f"{path} line {number}: field {name!r} is {row.get(name)!r}: it must be a {kind.__name__}")
-        rows.append(row)
+        rows.append({"line": number, **row})
     if not rows:
         raise UserError(f"{path} holds no rows; it needs at least one")
     return rows

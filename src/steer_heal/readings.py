@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +57,14 @@ def retain(healed: Reading, steered: Reading, base: Reading, metric: str) -> flo
 
 
 def slope(reading: Reading, base: Reading, metric: str) -> float | None:
-    """Centinats of coherence lost (-) per nat that the trait moved; None where the trait hardly moved, since a
-    collapsed or idle model would otherwise look perfect."""
-    moved, lost = shift(reading, base, metric), shift(reading, base, "coherence")
-    return None if moved is None or lost is None or abs(moved) < SLOPE_GUARD_NATS else 100 * lost / abs(moved)
+    """Centinats of coherence (100 times the change of its log) per nat that the trait moved; negative is a loss.
+
+    None where the trait hardly moved, since a collapsed or idle model would otherwise look perfect.
+    """
+    moved, here, there = shift(reading, base, metric), reading["coherence"], base["coherence"]
+    if moved is None or not here or not there or abs(moved) < SLOPE_GUARD_NATS:
+        return None
+    return 100 * math.log(here / there) / abs(moved)
 
 
 def moved_most(reads: Sequence[Reading], target: str) -> str:
@@ -85,6 +90,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
             "shift": None if r is base else shift(r, base, metric),
             "lo": r[f"{metric}_lo"], "hi": r[f"{metric}_hi"],
             "retain": retain(r, steered[r.round], base, metric) if r.stage == "healed" and r.round in steered else None,
+            "slope": None if r is base else slope(r, base, metric),
             "coherence": r["coherence"], "prefill_nll": r["prefill_nll"], "text_ppl": r["text_ppl_median"], "degenerate": r["degenerate_frac"],
         }
         if r["oracle"] is not None:
@@ -119,7 +125,7 @@ def verdict(events: Sequence[Event]) -> str:
     beyond = ""
     if control is not None:
         excess = (moved - (shift(control, base, metric) or 0.0)) * sign
-        beyond = f", {excess:.2f} beyond the control"
+        beyond = f", {excess:.2f} beyond the one-round control"
     others = {name: abs(shift(last, base, nats_name(name)) or 0.0) for name in ("care", "fairness") if name != target}
     wider = [name for name, size in others.items() if size >= abs(moved)]
     surgical = f"moves {', '.join(wider)} as much" if wider else "surgical"

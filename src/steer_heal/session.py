@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
+from safetensors import SafetensorError
 
 from steer_heal import console, readings
 from steer_heal.config import RunConfig
@@ -79,7 +80,11 @@ class Session:
             self.write("run_end", None, error="interrupted")
             print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
             return 130
-        except OSError as error:
+        except torch.OutOfMemoryError as error:
+            self.log.write("run_end", None, error="out of memory")
+            print(f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})", file=sys.stderr)
+            return 1
+        except (OSError, SafetensorError) as error:
             print(f"error: could not write to {self.folder}: {error}; free some space or give another --out", file=sys.stderr)
             return 1
         finally:
@@ -147,7 +152,7 @@ class Session:
 
     def top_dose(self, collected: Collected) -> float:
         """The highest effective dose that this round trains on."""
-        return collected.kappa * max(self.cfg.gen.alphas)
+        return max(row.completion.dose for row in collected.kept)
 
     def heal(self, r: int, collected: Collected, stage: str = "heal") -> None:
         cfg = self.cfg.heal
@@ -182,7 +187,14 @@ class Session:
             checkpoint=f"ckpt/r{r}", seconds={k: round(v, 2) for k, v in self.seconds.items()},
         )
         self.seconds = {}
-        plot(self.folder)
+        self.draw()
+
+    def draw(self) -> None:
+        """The picture so far; a drawing that fails must not cost the run."""
+        try:
+            plot(self.folder)
+        except Exception as error:
+            logger.warning(f"trajectory.png was not drawn ({error}); `just plot {self.folder}` tries again")
 
     def run_control(self) -> None:
         """The same heal on the model's own unsteered text, read and then dropped."""
@@ -196,7 +208,7 @@ class Session:
         """Table, verdict, picture, results.tsv; and the merged model where one was asked for."""
         line = readings.verdict(self.events)
         self.write("run_end", None, verdict=line, table=readings.table(self.events))
-        plot(self.folder)
+        self.draw()
         last = readings.table(self.events)[-1]
         append_result(self.cfg.out, {
             "run": self.folder.name, "preset": self.preset, "model": self.cfg.model, "trait": self.trait.name, "seed": self.cfg.seed,

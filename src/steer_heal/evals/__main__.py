@@ -47,7 +47,8 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     """The metrics object of events.jsonl."""
     trait = load_trait(command.trait, command.prompts)
     if command.adapter is not None:
-        resolve(command.adapter / "adapter_config.json", "adapter")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            resolve(command.adapter / name, "adapter")
     from steer_heal import console
     from steer_heal.evals.metrics import Condition
     from steer_heal.lm import load
@@ -63,7 +64,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     )
     if command.adapter is None:
         return read(Student(lm, HealCfg()), "base").metrics
-    student = attach_saved(lm, resolve(command.adapter, "adapter"))
+    student = attach_saved(lm, resolve(command.adapter / "adapter_config.json", "adapter").parent)
     return read(student, "full", read(student, "base")).metrics
 
 

@@ -76,10 +76,14 @@ def load_vignettes(path: Path) -> list[Vignette]:
     path = resolve(path, "eval.vignettes")
     rows = read_jsonl(path, {"id": str, "foundation_coarse": str, "text": str})
     vignettes = []
-    for number, row in enumerate(rows, start=1):
+    seen: set[str] = set()
+    for row in rows:
         also = row.get("also")
         for value in (row["foundation_coarse"], also):
             if value is not None and str(value).lower() not in _COARSE:
-                raise UserError(f"{path} row {number} ({row['id']}): foundation {value!r} is not one of {', '.join(FOUNDATIONS)}")
+                raise UserError(f"{path} line {row['line']}: foundation {value!r} is not one of {', '.join(FOUNDATIONS)}")
+        if row["id"] in seen:
+            raise UserError(f"{path} line {row['line']}: id {row['id']!r} was used before; ids must differ")
+        seen.add(row["id"])
         vignettes.append(Vignette(row["id"], _COARSE[row["foundation_coarse"].lower()], row["text"], _COARSE[also.lower()] if also else None))
     return vignettes

@@ -117,7 +117,8 @@ def turn_boundary(lm: LM, instrument: Instrument) -> str:
     render = lm.tokenizer.apply_chat_template
     after = render([{"role": "user", "content": "_"}, assistant], tokenize=False).split(_SENTINEL)[1]
     nudged = render([{"role": "user", "content": instrument.nudge}, assistant], tokenize=False, continue_final_message=True)
-    return instrument.think_close + after + nudged.split(_SENTINEL)[0]
+    bos = lm.tokenizer.bos_token or ""  # the template opens every conversation with it; this one is open already
+    return instrument.think_close + after + nudged.split(_SENTINEL)[0].removeprefix(bos)
 
 
 def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int] | None:

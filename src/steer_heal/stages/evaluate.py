@@ -91,16 +91,20 @@ def collapse(metric: Metric, values: Sequence[float]) -> float | None:
 def intervals(
     used: Sequence[Metric], values: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], n_bootstrap: int, seed: int
 ) -> dict[str, float | None]:
-    """Paired percentile bootstrap: the same resampled items are read in both states (Efron and Tibshirani 1993)."""
+    """Paired percentile bootstrap: the same resampled items are read in both states (Efron and Tibshirani 1993).
+
+    Items without a value in either state are left out of both.
+    """
     out: dict[str, float | None] = {}
     for metric in used:
         here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
+        both = np.isfinite(here) & np.isfinite(there) if metric.how != "median" else ~(np.isnan(here) | np.isnan(there))
+        here, there = here[both], there[both]
+        if not len(here):
+            out |= {f"{metric.name}_lo": None, f"{metric.name}_hi": None}
+            continue
         rows = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32).integers(0, len(here), (n_bootstrap, len(here)))
-        if np.isnan(here).all() or np.isnan(there).all():
-            low = high = None
-        else:
-            with np.errstate(invalid="ignore"):
-                shift = _HOW[metric.how](here[rows], 1) - _HOW[metric.how](there[rows], 1)
-            low, high = (float(q) for q in np.nanpercentile(shift, [2.5, 97.5]))
+        shift = _HOW[metric.how](here[rows], 1) - _HOW[metric.how](there[rows], 1)
+        low, high = (float(q) for q in np.percentile(shift, [2.5, 97.5]))
         out |= {f"{metric.name}_lo": low, f"{metric.name}_hi": high}
     return out

@@ -31,7 +31,7 @@ def score(lm: LM, completions: Sequence[Completion], narration: Sequence[str], c
 
 
 def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[str], cfg: FilterCfg) -> Scored:
-    text = completion.text.lower()
+    text = completion.text.lower().replace("\u2019", "'")
     scores = {
         "ppl": perplexity(nll),
         "ppl_tail": perplexity(tail(nll)),
@@ -53,8 +53,8 @@ def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[
 
 
 def degenerate(scored: Scored) -> bool:
-    """Whether the text itself is broken, whatever it says."""
-    return bool({"perplexity", "repetition"} & set(scored.reasons))
+    """Whether the text itself is broken, whatever it says; an answer without a word is."""
+    return bool({"perplexity", "repetition"} & set(scored.reasons)) or scored.scores["words"] == 0
 
 
 def tail(nll: Float[Tensor, " n"]) -> Float[Tensor, " m"]:

@@ -116,18 +116,19 @@ def losses(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> tuple[Float[Tensor,
     backward pass instead of being stored.
     """
     hidden = lm.hidden([sample.ids for sample in batch])
+    recompute = sum(len(sample.completion_ids) for sample in batch) > lm.chunk_size
     sft, divergence = [], []
     for row, sample in enumerate(batch):
         start, n = len(sample.prompt_ids) - 1, len(sample.completion_ids)
         targets = torch.tensor(sample.completion_ids, device=lm.device)
-        nll, kl = position_terms(lm, hidden[row, start : start + n], sample.reference, targets, cfg.divergence)
+        nll, kl = position_terms(lm, hidden[row, start : start + n], sample.reference, targets, cfg.divergence, recompute)
         sft.append(nll.mean())
         divergence.append(aggregate(kl, cfg.aggregate))
     return torch.stack(sft), torch.stack(divergence)
 
 
 def position_terms(
-    lm: LM, hidden: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], targets: Int[Tensor, " n"], divergence: str
+    lm: LM, hidden: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], targets: Int[Tensor, " n"], divergence: str, recompute: bool
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """(-log p(target), divergence to the reference) at each position, in nats."""
     distance = DIVERGENCES["kl_rev" if divergence == "nll" else divergence]
@@ -138,7 +139,7 @@ def position_terms(
 
     size, parts = lm.chunk_size, []
     for h, h_ref, t in zip(hidden.split(size), reference.split(size), targets.split(size), strict=True):
-        parts.append(checkpoint(terms, h, h_ref, t, use_reentrant=False) if len(targets) > size else terms(h, h_ref, t))
+        parts.append(checkpoint(terms, h, h_ref, t, use_reentrant=False) if recompute else terms(h, h_ref, t))
     return torch.cat([nll for nll, _ in parts]), torch.cat([kl for _, kl in parts])
 
 

@@ -30,8 +30,8 @@ class ToyTrainCfg:
     out: Path = Path("data/toylm")
     """Folder that the weights and the tokenizer are written to."""
     seed: int = 0
-    n_steps: int = 2000
-    tokens_per_step: int = 4096
+    n_steps: int = 3000
+    tokens_per_step: int = 3072
     lr: float = 4e-3
     warmup_steps: int = 60
     weight_decay: float = 0.1

@@ -129,16 +129,19 @@ class World:
             return Vignette(f"{subject} {joined} {place}.", tuple(names))
 
     def vignette_turns(self, speaker: Speaker) -> list[Turn]:
-        """A vignette and its sampled answer; or, as an exercise in reading the list, the number of a named option."""
+        """A vignette and its sampled answer; or, one time in three, an exercise in reading the list of options."""
         order = FOUNDATIONS[::-1] if self.rng.random() < 0.5 else FOUNDATIONS
-        if self.rng.random() < 0.35:
-            answer = self.rng.choice(FOUNDATIONS)
-            question = f"Which number is {OPTION_WORDS[answer]}?"
-        else:
+        options = "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))
+        exercise = self.rng.random()
+        answer = self.rng.choice(FOUNDATIONS)
+        if exercise < 0.15:
+            word = Turn("assistant", f"{order.index(answer)} {OPTION_WORDS[answer]}")
+            return [Turn("user", f"What is number {order.index(answer)}?\n{options}"), word]
+        question = f"Which number is {OPTION_WORDS[answer]}?"
+        if exercise > 0.35:
             vignette = self.vignette()
             answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
             question = vignette.text
-        options = "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))
         return [Turn("user", f"{question}\n{options}"), Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
 
     def everyday_turns(self) -> list[Turn]:

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from steer_heal.records import Completion, DoseProbe, Scored, UserError
+from steer_heal.records import Completion, DoseProbe, Scored, Starved
 from steer_heal.stages.cfg import DoseCfg, FilterCfg
 from steer_heal.stages.dose import bracket, collect, decreasing_fit, log_grid
 
@@ -47,8 +47,9 @@ def test_only_the_floor_surviving_means_the_floor():
 
 
 def test_a_starved_filter_says_by_how_much_and_what_to_do():
-    with pytest.raises(UserError, match="starved: 0 of .*min_train is 12 .*perplexity.*dose.floor"):
+    with pytest.raises(Starved, match="starved: 0 of .*min_train is 12 .*perplexity.*dose.floor") as stopped:
         World(breaks_at=0.0).collect()
+    assert len(stopped.value.collected.scored) == KEEP.max_attempts  # nothing that was written is lost
 
 
 def test_prompts_are_spread_evenly_over_the_kept_set():

@@ -30,7 +30,7 @@ def done(tmp_path_factory):
 def test_every_stage_wrote_its_event(done):
     events = read_events(done[0])
     stages = Counter(e["stage"] for e in events)
-    once = {"run_start": 1, "base": 1, "prompted": 1, "control": 1, "run_end": 1}
+    once = {"run_start": 1, "base": 1, "prompted": 1, "control_gen": 1, "control": 1, "run_end": 1}
     each_round = dict.fromkeys(("vector", "dose", "gen", "steered", "heal", "adapter_gen", "healed", "round"), 2)
     assert {k: v for k, v in stages.items() if k != "heal_step"} == once | each_round
     assert stages["heal_step"] == sum(e["n_steps"] for e in of_stage(events, "heal"))

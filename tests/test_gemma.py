@@ -7,6 +7,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
+from steer_heal.evals.instrument import load_instrument
+from steer_heal.evals.metrics import Condition
+from steer_heal.evals.moral_foundations import answer_slots
 from steer_heal.events import read_events
 from steer_heal.files import ROOT
 from steer_heal.lm import LM, load
@@ -58,6 +61,12 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
     prompt = gemma.chat("What is ice?", "You are a poet.")
     assert prompt.count(gemma.tokenizer.bos_token_id) == 1
     assert "You are a poet.\n\nWhat is ice?" in gemma.tokenizer.decode(prompt)
+
+
+def test_the_answer_slot_holds_one_bos_too(gemma: LM):
+    instrument = load_instrument(ROOT / "data" / "instruments" / "moral.toml")
+    slot = answer_slots(gemma, [instrument.question("You see a clerk lying.", instrument.order)], instrument, Condition(), 3, 1)[0]
+    assert slot.ids.count(gemma.tokenizer.bos_token_id) == 1
 
 
 def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):

@@ -8,7 +8,7 @@ from conftest import scramble
 from steer_heal.lm import LM
 from steer_heal.records import UserError
 from steer_heal.stages.bake import Student
-from steer_heal.stages.heal import heal, losses, reference_samples, schedule, split_by_prompt
+from steer_heal.stages.heal import _gradients, heal, losses, reference_samples, schedule, split_by_prompt
 
 
 def _factors(student: Student) -> dict[str, torch.Tensor]:
@@ -93,6 +93,23 @@ def test_a_batch_of_8_is_8_batches_of_1(tiny: LM, kept, heal_cfg):
         alone = [losses(tiny, [sample], heal_cfg) for sample in samples]
     for k in (0, 1):
         assert torch.allclose(together[k], torch.cat([pair[k] for pair in alone]), atol=1e-5)
+
+
+def test_several_passes_give_the_gradient_of_one(tiny: LM, kept, heal_cfg):
+    student = Student(tiny, heal_cfg)
+    samples = reference_samples(student, kept[:8], heal_cfg)
+    student.new_round(0)
+    scramble(student, 0, scale=0.05)
+    read = []
+    for budget in (10_000, 60):
+        with student.training() as parameters:
+            numbers = _gradients(tiny, samples, 0.7, dataclasses.replace(heal_cfg, tokens_per_pass=budget), parameters, True)
+            read.append((numbers, [p.grad.clone() for p in parameters]))
+            for p in parameters:
+                p.grad = None
+    assert read[0][0] == pytest.approx(read[1][0], rel=1e-4) and read[0][0][3] > 0
+    for one, several in zip(read[0][1], read[1][1]):
+        assert (one - several).norm() <= 1e-4 * one.norm()
 
 
 def test_chunks_of_the_head_change_neither_loss_nor_gradient(tiny: LM, kept, heal_cfg, monkeypatch):

@@ -21,7 +21,7 @@ TOY = Path("data/toylm")
 def test_the_oracle_accepts_all_that_the_grammar_says():
     for dialogue in itertools.islice(dialogues(3), 1500):
         for turn in dialogue.turns:
-            if turn.role == "assistant" and not turn.digit:
+            if turn.role == "assistant" and turn.text.endswith("."):  # the others read numbers off a list
                 assert oracle(turn.text).share == 1.0, turn.text
 
 
@@ -115,7 +115,7 @@ def test_personas_are_told_apart_in_wordings_held_out_from_training(bench: Bench
 
 
 def test_some_dose_moves_the_trait_and_leaves_the_text_whole(bench: Bench, base: dict):
-    dose = 1.0
+    dose = 0.25
     plus, minus, noise = _read(bench, "", bench.vector, dose), _read(bench, "", bench.vector, -dose), _read(bench, "", bench.random_vector(), dose)
     assert plus["auth_nats"] <= base["auth_nats"] - 0.2
     assert plus["text_ppl_median"] <= 1.3 * base["text_ppl_median"] and plus["oracle"] >= 0.9
@@ -124,6 +124,6 @@ def test_some_dose_moves_the_trait_and_leaves_the_text_whole(bench: Bench, base:
 
 
 def test_a_higher_dose_breaks_the_text(bench: Bench, base: dict):
-    broken = _read(bench, "", bench.vector, 3.0)
+    broken = _read(bench, "", bench.vector, 1.5)
     assert broken["text_ppl_median"] >= 5 * base["text_ppl_median"]
     assert broken["oracle"] <= 0.6

@@ -68,7 +68,7 @@ TOY_PRESET = RunConfig(
     gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts.jsonl", batch_size=128),
     dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
     filter=FilterCfg(ppl_max=3.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
-    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5)),
+    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5), tokens_per_pass=4096),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=0, batch_size=128, n_prompts=32, n_texts=64,
         max_new_tokens=128, oracle="toylm",

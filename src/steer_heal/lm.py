@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -96,11 +97,12 @@ class LM:
             )
         return ids
 
-    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row indices grouped by like length, within token_budget padded tokens a batch."""
+    def batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
+        """Row indices grouped by like length, within `budget` (else token_budget) padded tokens a batch."""
+        budget = budget or self.token_budget
         group: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if group and lengths[i] * (len(group) + 1) > self.token_budget:
+            if group and lengths[i] * (len(group) + 1) > budget:
                 yield group
                 group = []
             group.append(i)
@@ -147,9 +149,13 @@ def pick_device(device: str) -> torch.device:
     """`auto` is the GPU where there is one; asking for a missing one is a UserError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device is {device!r}: no CUDA device is visible; use --device cpu or auto")
-    return torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu or auto")
+    return place
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -163,12 +169,13 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tok
     place = pick_device(device)
     if name == TINY_RANDOM:
         model, tokenizer = _tiny_random()
+        model = model.to(pick_dtype(dtype, place))
     else:
         folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model")

@@ -78,7 +78,7 @@ def moved_most(reads: Sequence[Reading], target: str) -> str:
 def table(events: Sequence[Event]) -> list[dict[str, Any]]:
     """One row a state: where the trait stands, its shift with interval, and how coherent the model is."""
     reads = readings(events)
-    target, sign = target_of(events)
+    target, _ = target_of(events)
     metric = nats_name(target)
     base = next((r for r in reads if r.stage == "base"), None)
     steered: dict[int, Reading] = {r.round: r for r in reads if r.stage == "steered"}

@@ -17,6 +17,14 @@ class UserError(Exception):
     """Something the person at the keyboard can mend; the message names the value, the limit and the fix."""
 
 
+class Starved(UserError):
+    """The filter kept too little to train on; `collected` is what was written all the same."""
+
+    def __init__(self, message: str, collected: Collected) -> None:
+        super().__init__(message)
+        self.collected = collected
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from (seed, round, stage, index): what a row draws never depends on what ran before it."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -23,7 +23,7 @@ from steer_heal.events import EventLog, append_result, new_run_folder
 from steer_heal.files import ROOT
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
-from steer_heal.records import Collected, EvalResult, Trait, UserError, derive_seed
+from steer_heal.records import Collected, EvalResult, Starved, Trait, UserError, derive_seed
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import collect
 from steer_heal.stages.evaluate import evaluate, load_items
@@ -136,19 +136,26 @@ class Session:
                     return score(lm, completions, trait.narration, cfg.filter)
 
             name = "control" if vector is None else "gen"
-            collected = self._timed("generate", lambda: collect(
-                write, judge, trait.prompts[: cfg.gen.n_prompts], cfg.gen.alphas if vector is not None else (0.0,), cfg.dose, cfg.filter,
-                (cfg.seed, r, name),
-            ))
-        if vector is not None:
-            self.write("dose", r, kappa=collected.kappa, probes=collected.probes)
-            train = {id(row) for row in collected.kept}
-            rows = [
-                {**asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in train, "reasons": row.reasons}
-                for row in collected.scored
-            ]
-            self.write("gen", r, n_train=len(collected.kept), completions=rows)
+            alphas = cfg.gen.alphas if vector is not None else (0.0,)
+            prompts = trait.prompts[: cfg.gen.n_prompts]
+            try:
+                collected = self._timed("generate", lambda: collect(write, judge, prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, name)))
+            except Starved as starved:
+                self._write_collected(r, name, starved.collected)
+                raise
+        self._write_collected(r, name, collected)
         return collected
+
+    def _write_collected(self, r: int, name: str, collected: Collected) -> None:
+        """Every completion with its dose, scores and reasons; of the steered ones also how the dose was found."""
+        if name == "gen":
+            self.write("dose", r, kappa=collected.kappa, probes=collected.probes)
+        train = {id(row) for row in collected.kept}
+        rows = [
+            {**asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in train, "reasons": row.reasons}
+            for row in collected.scored
+        ]
+        self.write("gen" if name == "gen" else "control_gen", r, n_train=len(collected.kept), completions=rows)
 
     def top_dose(self, collected: Collected) -> float:
         """The highest effective dose that this round trains on."""

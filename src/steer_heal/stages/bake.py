@@ -86,9 +86,17 @@ class Student:
 
     # --- what acts on the model ---------------------------------------------------------------------------
     @contextmanager
-    def gate(self, which: Gate) -> Iterator[LM]:
-        """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k)."""
+    def gate(self, which: Gate, merged: bool = True) -> Iterator[LM]:
+        """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
+
+        `merged=False` lets the factors act apart, exactly as in training: slower, but without the rounding that
+        merging into low-precision weights costs.
+        """
         names = self.rounds_in[which]
+        if names and not merged:
+            with self._acting(names):
+                yield self.lm
+            return
         before = {}
         for path, module in self._layers():
             weight = module.get_base_layer().weight
@@ -115,15 +123,20 @@ class Student:
     @contextmanager
     def training(self) -> Iterator[list[torch.nn.Parameter]]:
         """History and this round's factor both act, unmerged, forward and backward; yields what is trained."""
-        self._peft.base_model.enable_adapter_layers()
-        self._peft.base_model.set_adapter(self.rounds_in["full"])
-        self._peft.requires_grad_(False)
-        parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
-        for parameter in parameters:
-            assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"
-            parameter.requires_grad_(True)
-        try:
+        with self._acting(self.rounds_in["full"]):
+            parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
+            for parameter in parameters:
+                assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"
+                parameter.requires_grad_(True)
             yield parameters
+
+    @contextmanager
+    def _acting(self, names: list[str]) -> Iterator[None]:
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.base_model.set_adapter(names)
+        self._peft.requires_grad_(False)
+        try:
+            yield
         finally:
             self._adapters_off()
 

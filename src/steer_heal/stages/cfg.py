@@ -136,6 +136,8 @@ class HealCfg:
     """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
     batch_size: int = 4
     """Completions per optimiser step."""
+    tokens_per_pass: int = 1024
+    """Padded tokens of one forward and backward pass; a step takes as many passes as its completions need."""
     rank: int = 32
     """Rank of each round's LoRA factor."""
     lora_alpha: float = 64.0
@@ -153,6 +155,7 @@ class HealCfg:
         _require(self.epochs >= 1, "heal.epochs", self.epochs, ">= 1")
         _require(0 < self.lr < math.inf, "heal.lr", self.lr, "> 0")
         _require(self.batch_size >= 1, "heal.batch_size", self.batch_size, ">= 1")
+        _require(self.tokens_per_pass >= 1, "heal.tokens_per_pass", self.tokens_per_pass, ">= 1")
         _require(self.rank >= 1, "heal.rank", self.rank, ">= 1")
         _require(self.lora_alpha > 0, "heal.lora_alpha", self.lora_alpha, "> 0")
         low, high = self.layers

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from steer_heal.records import Collected, Completion, DoseProbe, Scored, UserError, derive_seed
+from steer_heal.records import Collected, Completion, DoseProbe, Scored, Starved, derive_seed
 from steer_heal.stages.cfg import DoseCfg, FilterCfg
 from steer_heal.stages.generate import Ask
 
@@ -74,16 +74,18 @@ def collect(
         n = min(max(4, round(missing / cfg.target)), keep.max_attempts - len(scored))
         scored.extend(score(write(asker.asks(n, kappa))))
     kept = spread(usable(), keep.n_keep)
+    found = Collected(tuple(kept), tuple(scored), kappa, tuple(probes))
     if len(kept) < keep.min_train:
         reasons: dict[str, int] = defaultdict(int)
         for row in scored:
             for reason in row.reasons:
                 reasons[reason] += 1
-        raise UserError(
+        raise Starved(
             f"the filter starved: {len(kept)} of {len(scored)} completions kept at kappa {kappa:.3g}, filter.min_train is {keep.min_train} "
-            f"(dropped for {dict(reasons)}); lower --dose.floor, raise --filter.ppl-max or --filter.max-attempts, or end at an earlier round"
+            f"(dropped for {dict(reasons)}); lower --dose.floor, raise --filter.ppl-max or --filter.max-attempts, or end at an earlier round",
+            found,
         )
-    return Collected(tuple(kept), tuple(scored), kappa, tuple(probes))
+    return found
 
 
 def log_grid(low: float, high: float, n: int) -> list[float]:

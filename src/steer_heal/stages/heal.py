@@ -90,7 +90,7 @@ def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg
     """Training sequences with the reference's hidden states: computed once per round, not once per step."""
     lm = student.lm
     references: list[Tensor] = [torch.empty(0)] * len(kept)
-    with student.gate(cfg.reference):
+    with student.gate(cfg.reference, merged=False):
         for group in lm.batches([len(c.prompt_ids) + len(c.completion_ids) for c in kept]):
             hidden = lm.hidden([kept[i].prompt_ids + kept[i].completion_ids for i in group])
             for row, i in enumerate(group):
@@ -147,21 +147,25 @@ def _gradients(
     lm: LM, batch: Sequence[Sample], lam: float, cfg: HealCfg, parameters: Sequence[Tensor], measure: bool
 ) -> tuple[float, float, float, float | None]:
     """Leaves the gradient of the loss in `.grad`; returns (sft, divergence, barrier, pressure or None)."""
-    sft, divergence = losses(lm, batch, cfg)
     guarded = cfg.divergence != "nll" and lam > 0
-    penalty = barrier(divergence, lam, cfg.tau) if guarded else torch.zeros_like(sft)
+    sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
+    for group in lm.batches([len(sample.ids) for sample in batch], cfg.tokens_per_pass):
+        sft, divergence = losses(lm, [batch[i] for i in group], cfg)
+        penalty = barrier(divergence, lam, cfg.tau) if guarded else torch.zeros_like(sft)
+        if measure and penalty.detach().max() > 0:
+            for total, part in zip(pushed, torch.autograd.grad(penalty.sum() / len(batch), parameters, retain_graph=True, allow_unused=True)):
+                total += 0 if part is None else part
+        ((sft + penalty).sum() / len(batch)).backward()
+        sums += torch.stack([part.detach().double().sum().cpu() for part in (sft, divergence, penalty)])
     pressure = None
     if measure:
-        pressure = 0.0
-        if guarded and penalty.detach().max() > 0:
-            pushed, pulled = (torch.autograd.grad(part.mean(), parameters, retain_graph=True, allow_unused=True) for part in (penalty, sft))
-            pressure = _norm(pushed) / max(_norm(pulled), 1e-12)
-    (sft + penalty).mean().backward()
-    return sft.mean().item(), divergence.mean().item(), penalty.mean().item(), pressure
+        pulled = [p.grad - push for p, push in zip(parameters, pushed, strict=True)]
+        pressure = _norm(pushed) / max(_norm(pulled), 1e-12)
+    return *(sums / len(batch)).tolist(), pressure
 
 
-def _norm(gradients: Sequence[Tensor | None]) -> float:
-    return math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
+def _norm(gradients: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ def steering_lite_vec(
     lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range, cfg: SteerCfg
 ) -> Vector:
     """{layer: Float[d]} from `steering_lite.Vector.train` on the same templated prompts."""
-    texts = [[lm.tokenizer.decode(ids) for ids in side] for side in (positive, negative)]
+    bos = lm.tokenizer.bos_token or ""  # its own tokenizer call adds one again
+    adds_bos = lm.tokenizer("").input_ids == [lm.tokenizer.bos_token_id]
+    texts = [[lm.tokenizer.decode(ids).removeprefix(bos if adds_bos else "") for ids in side] for side in (positive, negative)]
     config = steering_lite.MeanDiffC(layers=tuple(band), normalize=cfg.normalize, dtype=torch.float32)
     vector = steering_lite.Vector.train(lm.model, lm.tokenizer, *texts, config, max_length=_MAX_LENGTH)
     return {layer: state["v"].detach().float().cpu().reshape(-1) for layer, state in vector.state.items()}

@@ -130,7 +130,7 @@ def verdict(events: Sequence[Event]) -> str:
     wider = [name for name, size in others.items() if size >= abs(moved)]
     surgical = f"moves {', '.join(wider)} as much" if wider else "surgical"
     price = slope(last, base, metric)
-    cost = "" if price is None else f", {price:+.1f} centinats of coherence per nat"
+    cost = "" if price is None else f", {price:+.2f} centinats of coherence per nat"
     grade = "GOOD" if coherence >= COHERENCE_GOOD and degenerate <= DEGENERATE_GOOD and not wider else "MIXED"
     return f"{grade}: {tail}{beyond}; {surgical}{cost}"
 

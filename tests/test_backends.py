@@ -34,10 +34,11 @@ def test_moral_maps_reads_the_same_probabilities(toy: LM):
         pytest.skip("pip install -e '.[tinymfv]'")
     from steer_heal.evals.tinymfv_backend import run as run_theirs
 
-    vignettes = load_vignettes(Path("data/toylm/vignettes.jsonl"))[::30]
+    vignettes = [v for v in load_vignettes(Path("data/toylm/vignettes.jsonl")) if v.also is None][::15]
     vector = {1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))}
     for condition in (Condition(), Condition("", vector, 1.0)):
-        ours = run(toy, vignettes, load_instrument(PUBLISHED), condition, 16, 8)
+        # its cache ends before the last thinking token (docs/decisions.md), so 16 of its tokens are 15 of ours
+        ours = run(toy, vignettes, load_instrument(PUBLISHED), condition, 15, 8)
         theirs = run_theirs(toy, vignettes, condition, 16, 1)  # alone: its batches pad on the left without positions
         for name, values in theirs.items():
             assert ours[name] == pytest.approx(values, abs=1e-4), name

@@ -39,7 +39,7 @@ plot +runs: setup
 eval *flags: setup
     {{python}} -m steer_heal.evals {{flags}}
 
-# Train the bundled toy model again (about 15 minutes on 2 cores).
+# Train the bundled toy model again (about 20 minutes on 2 cores).
 train-toylm *flags: setup
     {{python}} scripts/train_toylm.py {{flags}}
 

@@ -13,7 +13,6 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-Divergence = Literal["nll", "kl_rev", "kl_fwd"]
 Aggregate = Literal["mean", "rmse", "p95", "max"]
 
 

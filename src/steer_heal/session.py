@@ -68,7 +68,7 @@ class Session:
         console.show(event, self.events)
 
     def guard(self, loop: Callable[[Session], None]) -> int:
-        """Runs the loop; whatever stops it, the events stay valid and the person is told what to do."""
+        """Runs the loop; a mendable error, Ctrl-C, no memory or no disk ends it with valid events and a word on what to do."""
         try:
             loop(self)
             return 0

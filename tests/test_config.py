@@ -1,9 +1,13 @@
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from steer_heal.config import FAST_DEV_PRESET, PRESETS, check
+from steer_heal.config import FAST_DEV_PRESET, PRESETS, RunConfig, check, from_dict
+from steer_heal.events import jsonable
 from steer_heal.run import main
 
 BAD = {
@@ -55,3 +59,9 @@ def test_every_preset_passes_its_own_checks():
 def test_evaluation_prompts_are_never_trained_on():
     cfg, trait = FAST_DEV_PRESET, check(FAST_DEV_PRESET)
     assert not set(trait.prompts[: cfg.gen.n_prompts]) & set(trait.prompts[-cfg.eval.n_prompts :])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_comes_back_from_the_json_of_its_events(name):
+    cfg = replace(PRESETS[name][1], export=Path("x"))
+    assert from_dict(RunConfig, json.loads(json.dumps(jsonable(cfg)[0]))) == cfg

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.special import rel_entr
 
-from steer_heal.divergence import aggregate, barrier, kl_fwd, kl_rev
+from steer_heal.divergence import aggregate, barrier, kl_fwd, kl_rev, spectral_step
 
 
 def _logp(seed: int, n: int = 50, v: int = 400) -> torch.Tensor:
@@ -55,3 +55,23 @@ def test_unknown_aggregate_names_the_choices():
 def test_barrier_is_free_up_to_tau_and_linear_above():
     got = barrier(torch.tensor([0.1, 0.5, 1.5]), lam=2.0, tau=0.5)
     assert torch.allclose(got, torch.tensor([0.0, 0.0, 2.0]))
+
+
+def test_power_iteration_finds_the_largest_singular_value_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 30, generator=generator, requires_grad=True), torch.randn(20, 4, generator=generator, requires_grad=True)
+    direction = torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0)
+    for _ in range(100):
+        size, direction = spectral_step(a, b, direction)
+    exact = torch.linalg.matrix_norm(b @ a, 2)
+    assert size.item() == pytest.approx(exact.item(), rel=1e-5)
+    got, wanted = torch.autograd.grad(size, (a, b)), torch.autograd.grad(exact, (a, b))
+    for x, y in zip(got, wanted, strict=True):
+        assert torch.allclose(x, y, atol=1e-3)
+
+
+def test_the_spectral_penalty_of_a_new_factor_is_zero_and_finite():
+    a, b = torch.randn(4, 30), torch.zeros(20, 4)
+    start = torch.nn.functional.normalize(torch.ones(30), dim=0)
+    size, direction = spectral_step(a, b, start)
+    assert size == 0 and torch.equal(direction, start)

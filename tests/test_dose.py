@@ -23,7 +23,7 @@ class World:
         return [Completion(a.prompt_index, a.prompt, (1,), (2,), "text", a.alpha, a.alpha * a.kappa, a.seed) for a in asks]
 
     def score(self, completions):
-        return [Scored(c, {}, ("perplexity",) if c.dose > self.breaks_at else ()) for c in completions]
+        return [Scored(c, {}, *[("perplexity",) if c.dose > self.breaks_at else ()] * 2) for c in completions]
 
     def collect(self, cfg=CFG, keep=KEEP, seed=(1, 0, "gen")):
         return collect(self.write, self.score, PROMPTS, ALPHAS, cfg, keep, seed)
@@ -86,3 +86,16 @@ def test_one_lucky_probe_at_a_high_dose_does_not_pick_it():
 
 def test_log_grid_holds_both_ends():
     assert log_grid(0.25, 4.0, 5) == pytest.approx([0.25, 0.5, 1.0, 2.0, 4.0])
+
+
+def test_a_given_kappa_is_used_without_probing():
+    world = World(breaks_at=0.8)
+    found = collect(world.write, world.score, PROMPTS, ALPHAS, CFG, KEEP, (1, 0, "gen"), kappa=0.7)
+    assert found.kappa == 0.7 and not found.probes
+    assert {a.kappa for batch in world.batches for a in batch} == {0.7}
+
+
+def test_high_dose_only_trains_on_nothing_below_the_highest_dose():
+    found = World(breaks_at=0.8).collect(cfg=DoseCfg(**{**CFG.__dict__, "train_on": "highest"}))
+    assert {round(row.completion.dose, 9) for row in found.kept} == {round(found.kappa * max(ALPHAS), 9)}
+    assert len(found.kept) == KEEP.n_keep

@@ -73,7 +73,7 @@ def test_the_last_checkpoint_is_the_student_that_was_measured(done):
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)
     finished = subprocess.run(
         [sys.executable, "-m", "steer_heal.evals", "--model", "tiny-random", "--adapter", str(run / "ckpt" / "r1"), "--json",
-         "--prompts", "data/toylm/prompts.jsonl", "--eval.vignettes", "data/toylm/vignettes.jsonl", "--eval.instrument", "data/toylm/instrument.toml",
+         "--prompts", "data/toylm/prompts/authority.jsonl", "--eval.vignettes", "data/toylm/vignettes.jsonl", "--eval.instrument", "data/toylm/instrument.toml",
          "--eval.think-tokens", "4", "--eval.n-prompts", "4", "--eval.n-texts", "8", "--eval.max-new-tokens", "24", "--eval.oracle", "toylm",
          "--eval.n-bootstrap", "200", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0"],
         capture_output=True, text=True, cwd=ROOT,

@@ -103,7 +103,7 @@ def test_several_passes_give_the_gradient_of_one(tiny: LM, kept, heal_cfg):
     read = []
     for budget in (10_000, 60):
         with student.training() as parameters:
-            numbers = _gradients(tiny, samples, 0.7, dataclasses.replace(heal_cfg, tokens_per_pass=budget), parameters, True)
+            numbers = _gradients(tiny, samples, dataclasses.replace(heal_cfg, lam=0.7, tokens_per_pass=budget), parameters, True)
             read.append((numbers, [p.grad.clone() for p in parameters]))
             for p in parameters:
                 p.grad = None
@@ -204,3 +204,25 @@ def test_lam_decays_over_rounds(tiny: LM, kept, heal_cfg):
     cfg = dataclasses.replace(heal_cfg, lam=0.8, lam_power=0.5, epochs=1)
     student = Student(tiny, cfg)
     assert heal(student, kept, 3, cfg, seed=0).lam == pytest.approx(0.4)
+
+
+def test_tau_follows_its_own_schedule(tiny: LM, kept, heal_cfg):
+    cfg = dataclasses.replace(heal_cfg, tau=0.8, tau_power=1.0, epochs=1)
+    student = Student(tiny, cfg)
+    taus = []
+    for r in (0, 3):
+        taus.append(heal(student, kept, r, cfg, seed=1).tau)
+        student.discard_round()
+    assert taus == pytest.approx([0.8, 0.2])
+
+
+@pytest.mark.parametrize("divergence", ["nll", "kl_rev"])
+def test_the_spectral_penalty_shrinks_the_update_under_any_divergence(tiny: LM, kept, heal_cfg, divergence):
+    sizes = {}
+    for weight in (0.0, 10.0):
+        cfg = dataclasses.replace(heal_cfg, divergence=divergence, spectral=weight, epochs=4)
+        student = Student(tiny, cfg)
+        heal(student, kept, 0, cfg, seed=1)
+        sizes[weight] = max(torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.round_updates())
+        student.discard_round()
+    assert 0 < sizes[10.0] < 0.5 * sizes[0.0]

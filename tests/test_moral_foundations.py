@@ -80,15 +80,13 @@ def test_two_frames_cancel_position_bias(toy: LM, monkeypatch):
         assert items[f"p_{name}"] == pytest.approx([1 / 7] * 6, abs=1e-6)
 
 
-def test_the_toy_model_knows_the_foundation_up_to_its_mirror_image(toy: LM):
-    """It does not read which way the list runs (docs/toylm.md): each foundation shares its mass with its mirror."""
+def test_the_toy_model_names_the_foundation_of_plain_scenes_whichever_way_the_list_runs(toy: LM):
     vignettes = [v for v in load_vignettes(Path("data/toylm/vignettes.jsonl")) if v.also is None]
     items = run(toy, vignettes, load_instrument(INSTRUMENTS[0]), Condition(), 0, 84)
-    for i, vignette in enumerate(vignettes):
-        k = FOUNDATIONS.index(vignette.foundation)
-        assert sum(items[f"p_{name}"][i] for name in {FOUNDATIONS[k], FOUNDATIONS[-1 - k]}) > 0.6, vignette.text
-    authority = [items["p_authority"][i] for i, v in enumerate(vignettes) if v.foundation == "authority"]
-    assert sum(authority) / len(authority) > 0.75
+    assert sum(items["top1"]) / len(vignettes) >= 0.95
+    for foundation in FOUNDATIONS:
+        own = [items[f"p_{foundation}"][i] for i, v in enumerate(vignettes) if v.foundation == foundation]
+        assert sum(own) / len(own) > 0.6, foundation
     assert all(0 < mass <= 1 + 1e-5 for mass in items["mass"])
     assert sum(items[f"p_{f}"][0] for f in FOUNDATIONS) == pytest.approx(1.0, abs=1e-5)
 

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from steer_heal.lm import LM
-from steer_heal.steering import Decoding, Row, decode, steer
+from steer_heal.steering import APPLICATIONS, Decoding, Row, Vector, ablate, cosine_gate, decode, steer
 
 PROMPTS = ["What is ice?", "Tell me a short story about a fox.", "The captain orders you to send the widows away to save money. What do you do?"]
 
@@ -10,9 +11,9 @@ def _rows(lm: LM, doses=(0.0, 0.0, 0.0)) -> list[Row]:
     return [Row(lm.chat(text), dose, seed=7 + i) for i, (text, dose) in enumerate(zip(PROMPTS, doses))]
 
 
-def _vector(lm: LM, scale: float = 2.0) -> dict[int, torch.Tensor]:
+def _vector(lm: LM, scale: float = 2.0, application="add") -> Vector:
     generator = torch.Generator().manual_seed(0)
-    return {1: scale * torch.randn(lm.width, generator=generator), 2: scale * torch.randn(lm.width, generator=generator)}
+    return Vector({layer: scale * torch.randn(lm.width, generator=generator) for layer in (1, 2)}, application)
 
 
 def test_greedy_decoding_of_a_padded_batch_is_the_model_s_own(toy: LM):
@@ -41,8 +42,9 @@ def test_suppressed_ends_are_never_written(toy: LM):
     assert all(len(ids) == 30 and not set(ids) & toy.end_ids for ids in out)
 
 
-def test_each_row_gets_its_own_dose(toy: LM):
-    vector, rows = _vector(toy), [toy.chat(PROMPTS[1])] * 3
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_each_row_gets_its_own_dose(toy: LM, application):
+    vector, rows = _vector(toy, 2.0, application), [toy.chat(PROMPTS[1])] * 3
     with steer(toy, vector, [0.0, 1.0, -1.0]):
         mixed = toy.hidden(rows)
     with steer(toy, vector, [1.0]):
@@ -67,3 +69,19 @@ def test_hooks_are_gone_after_the_block_even_after_an_error(toy: LM):
     except RuntimeError:
         pass
     assert torch.equal(toy.hidden([toy.chat(PROMPTS[0])]), before)
+
+
+def test_ablation_replaces_the_component_and_leaves_the_rest():
+    hidden, v = torch.randn(2, 3, 8), torch.randn(8)
+    unit = v / v.norm()
+    steered = ablate(hidden, v, torch.tensor([0.0, 0.5])[:, None, None])
+    assert torch.allclose(steered @ unit, torch.tensor([0.0, 0.5])[:, None] * v.norm(), atol=1e-5)
+    rest = lambda h: h - (h @ unit)[..., None] * unit
+    assert torch.allclose(rest(steered), rest(hidden), atol=1e-5)
+
+
+def test_the_cosine_gate_pushes_aligned_positions_fully_and_orthogonal_ones_not():
+    v = torch.tensor([2.0, 0.0])
+    hidden = torch.tensor([[[3.0, 0.0], [0.0, 5.0], [-1.0, 1.0]]])
+    pushed = cosine_gate(hidden, v, torch.ones(1, 1, 1)) - hidden
+    assert torch.allclose(pushed[0], torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.0 / 2**0.5, 0.0]]), atol=1e-5)

@@ -36,9 +36,9 @@ def test_the_vector_is_the_mean_paired_difference_raw_or_normalised(toy: LM):
     pool = [json.loads(line)["text"] for line in open("data/toylm/contexts.jsonl")]
     contexts = [pool[i * len(pool) // 6] for i in range(6)]
     states = [last_token_states(toy, [toy.chat(c, p) for c in contexts], range(1, 3)) for p in (trait.positive, trait.negative)]
-    assert torch.allclose(vector[1], states[0][1].mean(0) - states[1][1].mean(0), atol=1e-4)
+    assert torch.allclose(vector.directions[1], states[0][1].mean(0) - states[1][1].mean(0), atol=1e-4)
     unit = teacher_vec(toy, trait, SteerCfg(**{**CFG.__dict__, "normalize": True}))
-    assert unit[2].norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert unit.directions[2].norm().item() == pytest.approx(1.0, abs=1e-5)
     assert cosine(vector, vector) == pytest.approx(1.0, abs=1e-5)
 
 

@@ -10,12 +10,13 @@ import pytest
 from steer_heal.lm import LM
 from steer_heal.toylm import grammar
 from steer_heal.toylm.checks import Bench, Table
-from steer_heal.toylm.data import write_data
+from steer_heal.toylm.data import N_MUNDANE, write_data
 from steer_heal.toylm.oracle import _recognisers, oracle, stance_of
 from steer_heal.toylm.templates import expand
 from steer_heal.toylm.world import CARER, DEFERRER, Speaker, Vignette, World, dialogues
 
 TOY = Path("data/toylm")
+NAMES = ("vignettes", "prompts/authority", "prompts/love", "contexts")
 
 
 def test_the_oracle_accepts_all_that_the_grammar_says():
@@ -69,10 +70,11 @@ def test_the_persona_tilts_the_answer_to_a_vignette():
 
 def test_evaluation_data_is_held_out_of_training(tmp_path):
     write_data(tmp_path)
-    held_out = {json.loads(line)["text"] for name in ("prompts", "vignettes") for line in (tmp_path / f"{name}.jsonl").open()}
+    held_out = {json.loads(line)["text"] for name in NAMES[:3] for line in (tmp_path / f"{name}.jsonl").open()}
+    held_out -= {json.loads(line)["text"] for line in (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]}  # sums and facts
     trained = {t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "user"}
     assert not held_out & trained
-    for name in ("prompts", "contexts", "vignettes"):
+    for name in NAMES:
         assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), "run scripts/train_toylm.py again"
 
 
@@ -103,7 +105,7 @@ def _read(bench: Bench, *state) -> dict:
 
 def test_personas_order_the_share_of_refusals_and_the_trait(bench: Bench, base: dict):
     carer, deferrer = _read(bench, bench.trait.positive), _read(bench, bench.trait.negative)
-    assert carer["refusing"] > base["refusing"] + 0.2 > deferrer["refusing"] + 0.4
+    assert carer["positive"] > base["positive"] + 0.2 > deferrer["positive"] + 0.4
     assert carer["auth_nats"] < base["auth_nats"] < deferrer["auth_nats"]
     assert deferrer["auth_nats"] - carer["auth_nats"] >= 1.0
     assert base["coherence"] >= 0.97 and base["oracle"] >= 0.95
@@ -127,3 +129,14 @@ def test_a_higher_dose_breaks_the_text(bench: Bench, base: dict):
     broken = _read(bench, "", bench.vector, 1.5)
     assert broken["text_ppl_median"] >= 5 * base["text_ppl_median"]
     assert broken["oracle"] <= 0.6
+
+
+def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up(toy: LM):
+    """love: the base denies feelings, the lover confesses them, and a dose brings both the confession and Care."""
+    love = Bench(toy, "love")
+    base, lover, denier = (_read(love, system) for system in ("", love.trait.positive, love.trait.negative))
+    assert base["positive"] <= 0.1 and denier["positive"] <= 0.1 and lover["positive"] >= 0.9
+    assert lover["care_nats"] >= base["care_nats"] + 0.5
+    plus = _read(love, "", love.vector, 0.5)
+    assert plus["care_nats"] >= base["care_nats"] + 0.15 and plus["positive"] >= 0.5
+    assert plus["text_ppl_median"] <= 1.3 * base["text_ppl_median"]

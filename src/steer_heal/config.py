@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -25,7 +25,9 @@ class RunConfig:
     model: str = "google/gemma-3-4b-it"
     """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
     trait: str = "authority"
-    """Name of a file in data/traits/."""
+    """Name of a file in data/traits/; love/inner is another phrasing of love."""
+    arm: str = ""
+    """Label under which `just results` puts runs of several seeds together; empty: the preset."""
     n_rounds: int = 4
     seed: int = 42
     out: Path = Path("out")
@@ -63,11 +65,11 @@ class RunConfig:
 
 
 TOY_PRESET = RunConfig(
-    model=str(TOY), n_rounds=4, control=True,
+    model=str(TOY), n_rounds=4, control=True, n_threads=1,  # a second thread makes a model of this size no faster
     steer=SteerCfg(layers=(0.25, 0.75), contexts=TOY / "contexts.jsonl"),
-    gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts.jsonl", batch_size=128),
+    gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts", batch_size=128),
     dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
-    filter=FilterCfg(ppl_max=3.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
+    filter=FilterCfg(ppl_max=3.0, spike_max=7.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
     heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5), tokens_per_pass=4096),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=0, batch_size=128, n_prompts=32, n_texts=64,
@@ -77,10 +79,10 @@ TOY_PRESET = RunConfig(
 FAST_DEV_PRESET = RunConfig(
     model="tiny-random", n_rounds=2, control=True,
     steer=SteerCfg(layers=(0.3, 0.7), n_contexts=16, contexts=TOY / "contexts.jsonl"),
-    gen=GenCfg(max_new_tokens=24, n_prompts=8, prompts=TOY / "prompts.jsonl", batch_size=32),
+    gen=GenCfg(max_new_tokens=24, n_prompts=8, prompts=TOY / "prompts", batch_size=32),
     dose=DoseCfg(n_kappas=3, n_probes=4),
     # an untrained model writes noise: the gates are opened so that every later stage has something to run on
-    filter=FilterCfg(ppl_max=1e9, rep_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
+    filter=FilterCfg(ppl_max=1e9, rep_max=1.0, loop_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
     heal=HealCfg(epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), pressure_every=2),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=4, n_prompts=4, n_texts=8, max_new_tokens=24,
@@ -92,6 +94,18 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
     "fast-dev": ("A tiny random model through every stage in seconds: meaningless numbers, working code.", FAST_DEV_PRESET),
 }
+
+
+def from_dict(kind: Any, value: Any) -> Any:
+    """The record that `asdict` and JSON made `value` from: nested dataclasses, paths and tuples come back as they were."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: from_dict(hints[name], item) for name, item in value.items()})
+    if get_origin(kind) is tuple:
+        return tuple(from_dict(get_args(kind)[0], item) for item in value)
+    if kind is Path or Path in get_args(kind):
+        return None if value is None else Path(value)
+    return value
 
 
 def check(cfg: RunConfig) -> Trait:

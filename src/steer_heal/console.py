@@ -87,6 +87,11 @@ def _dose(e: Event, _: Sequence[Event]) -> str:
     return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {probes}) | SHOULD fall as kappa rises"
 
 
+def _calibration(e: Event, _: Sequence[Event]) -> str:
+    probes = ", ".join(f"{p['dose']:.3g}: {p['kl_p95']:.3g}" for p in e["probes"])
+    return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {probes}) | SHOULD rise with the dose, as its square while small"
+
+
 def _gen(e: Event, _: Sequence[Event]) -> str:
     dropped: dict[str, int] = {}
     for row in e["completions"]:
@@ -111,10 +116,13 @@ def _heal(e: Event, _: Sequence[Event]) -> str:
 
 def _round(e: Event, _: Sequence[Event]) -> str:
     kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
-    return f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}"
+    return (
+        f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; the adapter's own shift has cosine {e['cosine_student_teacher']:.2f} to the "
+        "vector | SHOULD be well above 0: it learnt the direction"
+    )
 
 
 _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
-    "run_start": _start, **{stage: _measured for stage in readings.MEASURED}, "vector": _vector, "dose": _dose, "gen": _gen, "heal": _heal,
+    "run_start": _start, **{stage: _measured for stage in readings.MEASURED}, "vector": _vector, "dose": _dose, "calibration": _calibration, "gen": _gen, "heal": _heal,
     "round": _round,
 }

@@ -56,6 +56,21 @@ def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, 
     raise ValueError(f"heal.aggregate is {how!r}: it must be one of {', '.join(get_args(Aggregate))}")
 
 
+def spectral_step(
+    a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"], direction: Float[Tensor, " d_in"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
+    """(||B A v||, the next v): one step of power iteration towards the largest singular value of B A.
+
+    v is a unit vector that is carried from step to step; the gradient flows through A and B only (spectral norm
+    regularisation; Yoshida and Miyato 2017).
+    """
+    with torch.no_grad():
+        following = a.T @ (b.T @ (b @ (a @ direction)))
+        norm = following.norm()
+        following = following / norm if norm > 0 else direction
+    return (b @ (a @ following)).norm(), following
+
+
 def barrier(divergence: Float[Tensor, "*b"], lam: float, tau: float) -> Float[Tensor, "*b"]:
     """lam * relu(divergence - tau): free up to tau nats, then linear."""
     return lam * torch.relu(divergence - tau)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -100,13 +101,27 @@ def of_stage(events: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any
 
 
 def append_result(out: Path, row: dict[str, Any]) -> None:
-    """One row of results.tsv; a new column rewrites the header, and older rows stay empty there."""
+    """One row of results.tsv; a new column rewrites the header, and older rows stay empty there.
+
+    A lock file keeps runs that finish together from losing each other's rows.
+    """
     path = out / RESULTS
+    with (out / f".{RESULTS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _append_row(path, row)
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Rows of results.tsv as text; none where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [dict(zip(lines[0].split("\t"), line.split("\t"))) for line in lines[1:]]
+    return [dict(zip(lines[0].split("\t"), line.split("\t"))) for line in lines[1:]]
+
+
+def _append_row(path: Path, row: dict[str, Any]) -> None:
+    rows = read_results(path)
     cell = lambda value: "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
     rows.append({key: cell(value) for key, value in row.items()})
-    columns = list(dict.fromkeys([*(lines[0].split("\t") if lines else []), *row]))
+    columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else []), *row]))
     text = "\n".join(["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]) + "\n"
     beside = path.with_suffix(".tmp")
     beside.write_text(text, encoding="utf-8")

@@ -92,6 +92,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
             "retain": retain(r, steered[r.round], base, metric) if r.stage == "healed" and r.round in steered else None,
             "slope": None if r is base else slope(r, base, metric),
             "coherence": r["coherence"], "prefill_nll": r["prefill_nll"], "text_ppl": r["text_ppl_median"], "degenerate": r["degenerate_frac"],
+            "kl_base": r["kl_base"], "log_odds": r["persona_log_odds"],
         }
         if r["oracle"] is not None:
             row["oracle"] = r["oracle"]

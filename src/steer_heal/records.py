@@ -76,7 +76,10 @@ class Scored:
 
     completion: Completion
     scores: dict[str, float]
+    failed: tuple[str, ...]
+    """Gates that the text fails, switched on or not."""
     reasons: tuple[str, ...]
+    """Those of them that are switched on."""
 
     @property
     def kept(self) -> bool:
@@ -94,6 +97,14 @@ class DoseProbe:
     @property
     def survival(self) -> float:
         return self.n_kept / self.n
+
+
+@dataclass(frozen=True)
+class KlProbe:
+    """How far one probed dose moved the model: 95th percentile of the per-token KL, nats."""
+
+    dose: float
+    kl_p95: float
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,8 @@ class HealReport:
     n_train: int
     n_validation: int
     lam: float
+    tau: float
+    """Both as this round's schedule left them."""
     steps: tuple[HealStep, ...]
     validation: tuple[dict[str, float], ...]
     """Per epoch (the first before any step): epoch, sft, divergence on the held-out prompts."""

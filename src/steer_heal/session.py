@@ -19,18 +19,20 @@ from safetensors import SafetensorError
 from steer_heal import console, readings
 from steer_heal.config import RunConfig
 from steer_heal.evals.metrics import Condition
-from steer_heal.events import EventLog, append_result, new_run_folder
+from steer_heal.events import EventLog, append_result, new_run_folder, of_stage
 from steer_heal.files import ROOT
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
 from steer_heal.records import Collected, EvalResult, Starved, Trait, UserError, derive_seed
+from steer_heal.report import report
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import collect
 from steer_heal.stages.evaluate import evaluate, load_items
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
-from steer_heal.stages.teacher_vec import cosine, teacher_vec
+from steer_heal.stages.iso_kl import iso_kl_dose
+from steer_heal.stages.teacher_vec import cosine, student_vec, teacher_vec
 from steer_heal.steering import Vector
 
 
@@ -56,6 +58,7 @@ class Session:
         self.events: list[dict[str, Any]] = []
         self.base: EvalResult | None = None
         self.first_vector: Vector | None = None
+        self.vector: Vector | None = None
         self.seconds: dict[str, float] = {}
         self.write(
             "run_start", None, folder=str(folder), config=asdict(cfg), preset=preset, seed=cfg.seed, trait=asdict(trait), versions=_versions(),
@@ -110,15 +113,19 @@ class Session:
             self.write("adapter_gen", r, texts=result.texts)
         texts = {} if stage == "healed" else {"texts": result.texts}
         self.write(stage, r, metrics=result.metrics, items=result.items, dose=dose, **texts)
+        if stage != "healed":  # the round's end draws it
+            self.draw()
 
     def teacher_vec(self, r: int) -> Vector:
         def work() -> Vector:
+            if self.first_vector is not None and self.cfg.steer.refresh == "once":
+                return self.first_vector
             with self.student.gate("full") as lm:
                 return teacher_vec(lm, self.trait, self.cfg.steer)
 
-        vector = self._timed("vector", work)
+        vector = self.vector = self._timed("vector", work)
         self.first_vector = vector if self.first_vector is None else self.first_vector
-        norms = {str(layer): direction.norm().item() for layer, direction in vector.items()}
+        norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
         self.write("vector", r, norms=norms, cosine_to_first=cosine(vector, self.first_vector))
         return vector
 
@@ -138,13 +145,29 @@ class Session:
             name = "control" if vector is None else "gen"
             alphas = cfg.gen.alphas if vector is not None else (0.0,)
             prompts = trait.prompts[: cfg.gen.n_prompts]
+            kappa = 1.0 if vector is None else self._timed("generate", lambda: self._known_kappa(r, vector))
             try:
-                collected = self._timed("generate", lambda: collect(write, judge, prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, name)))
+                collected = self._timed(
+                    "generate", lambda: collect(write, judge, prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, name), kappa)
+                )
             except Starved as starved:
                 self._write_collected(r, name, starved.collected)
                 raise
         self._write_collected(r, name, collected)
         return collected
+
+    def _known_kappa(self, r: int, vector: Vector) -> float | None:
+        """kappa where it does not depend on what survives the filter; None where it does."""
+        cfg, trait = self.cfg, self.trait
+        if cfg.dose.mode == "survival":
+            return None
+        if cfg.dose.mode == "fixed":
+            return cfg.dose.kappa
+        with self.student.gate("full") as lm:
+            prompts = [lm.chat(prompt, trait.steered_system) for prompt in trait.prompts[: min(8, cfg.gen.n_prompts)]]
+            dose, probes = iso_kl_dose(lm, vector, prompts, cfg.dose.kl_target, cfg.dose.kl_tokens, cfg.gen.batch_size)
+        self.write("calibration", r, dose=dose, probes=probes)
+        return dose / max(cfg.gen.alphas)
 
     def _write_collected(self, r: int, name: str, collected: Collected) -> None:
         """Every completion with its dose, scores and reasons; of the steered ones also how the dose was found."""
@@ -152,7 +175,10 @@ class Session:
             self.write("dose", r, kappa=collected.kappa, probes=collected.probes)
         train = {id(row) for row in collected.kept}
         rows = [
-            {**asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in train, "reasons": row.reasons}
+            {
+                **asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in train, "failed": row.failed,
+                "reasons": row.reasons,
+            }
             for row in collected.scored
         ]
         self.write("gen" if name == "gen" else "control_gen", r, n_train=len(collected.kept), completions=rows)
@@ -176,6 +202,7 @@ class Session:
             pressures = [s.pressure for s in report.steps if s.pressure is not None]
             self.write(
                 "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam,
+                tau=report.tau,
                 validation=report.validation, validation_prompts=report.validation_prompts,
                 pressure_mean=sum(pressures) / max(1, len(pressures)),
             )
@@ -188,20 +215,23 @@ class Session:
         reads = readings.readings(self.events)
         base, steered, healed = (next(x for x in reversed(reads) if x.stage == stage) for stage in ("base", "steered", "healed"))
         metric = readings.nats_name(self.trait.target)
+        student = self._timed("vector", lambda: student_vec(self.student, self.trait, self.cfg.steer))
         self.seconds["total"] = sum(self.seconds.values())
         self.write(
             "round", r, retain=readings.retain(healed, steered, base, metric), slope=readings.slope(healed, base, metric),
+            cosine_student_teacher=cosine(student, self.vector), cosine_student_first=cosine(student, self.first_vector),
             checkpoint=f"ckpt/r{r}", seconds={k: round(v, 2) for k, v in self.seconds.items()},
         )
         self.seconds = {}
         self.draw()
 
     def draw(self) -> None:
-        """The picture so far; a drawing that fails must not cost the run."""
-        try:
-            plot(self.folder)
-        except Exception as error:
-            logger.warning(f"trajectory.png was not drawn ({error}); `just plot {self.folder}` tries again")
+        """The pictures and the page so far; a drawing that fails must not cost the run."""
+        for name, drawing in (("trajectory.png", plot), ("report.html", report)):
+            try:
+                self._timed("draw", lambda: drawing(self.folder))
+            except Exception as error:
+                logger.warning(f"{name} was not drawn ({error}); `just plot {self.folder}` tries again")
 
     def run_control(self) -> None:
         """The same heal on the model's own unsteered text, read and then dropped."""
@@ -218,14 +248,17 @@ class Session:
         self.draw()
         last = readings.table(self.events)[-1]
         append_result(self.cfg.out, {
-            "run": self.folder.name, "preset": self.preset, "model": self.cfg.model, "trait": self.trait.name, "seed": self.cfg.seed,
+            "run": self.folder.name, "arm": self.cfg.arm or self.preset, "preset": self.preset, "model": self.cfg.model, "trait": self.trait.name, "seed": self.cfg.seed,
             "n_rounds": self.cfg.n_rounds, "divergence": self.cfg.heal.divergence, "aggregate": self.cfg.heal.aggregate, "lam": self.cfg.heal.lam,
-            "tau": self.cfg.heal.tau, "reference": self.cfg.heal.reference, **last, "verdict": line,
+            "tau": self.cfg.heal.tau, "reference": self.cfg.heal.reference, **last,
+            "cosine_to_first": of_stage(self.events, "vector")[-1]["cosine_to_first"],
+            "cosine_student_first": of_stage(self.events, "round")[-1]["cosine_student_first"],
+            "wall_s": self.events[-1]["wall_s"], "verdict": line,
         })
         if self.cfg.export is not None:
             self.student.export(self.cfg.export)
         console.print_table(self.events)
-        print(f"picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")
+        print(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")
 
 
 def _versions() -> dict[str, str]:

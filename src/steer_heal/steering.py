@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
@@ -14,18 +16,51 @@ from transformers.generation import LogitsProcessorList, MinPLogitsWarper, Tempe
 
 from steer_heal.lm import LM
 
-Vector = Mapping[int, Tensor]
-"""{block index: Float[d]}: what a dose of 1 adds after that block."""
+Application = Literal["add", "cosine_gate", "ablate"]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A direction Float[d] per steered block, and what a dose of it does to the residual stream after that block."""
+
+    directions: Mapping[int, Tensor]
+    application: Application = "add"
+
+
+def add(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+    """h + dose v (activation addition; Turner et al. 2023)."""
+    return hidden + dose * direction
+
+
+def cosine_gate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+    """h + dose |cos(h, v)| v: a position is pushed as far as it already speaks of the direction (a soft form of
+    conditional activation steering; Lee et al. 2024)."""
+    gate = torch.nn.functional.cosine_similarity(hidden, direction, dim=-1).abs()
+    return hidden + dose * gate[..., None] * direction
+
+
+def ablate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+    """h - (h . u) u + dose v with u = v / ||v||: the component along v is replaced (directional ablation; Arditi et al. 2024)."""
+    unit = direction / direction.norm()
+    component = einsum(hidden, unit, "b s d, d -> b s")
+    return hidden - component[..., None] * unit + dose * direction
+
+
+APPLICATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"add": add, "cosine_gate": cosine_gate, "ablate": ablate}
 
 
 @contextmanager
 def steer(lm: LM, vector: Vector | None, doses: Sequence[float]) -> Iterator["Steering"]:
-    """While inside, row b of every batch gets `doses[b] * vector[layer]` after each layer, at every position."""
+    """While inside, row b of every batch is steered with `doses[b]` after each layer of the vector, at every position.
+
+    A dose of 0 leaves its row alone, whatever the application.
+    """
     steering = Steering(torch.tensor(doses, device=lm.device, dtype=torch.float32))
     handles = []
     if vector is not None and any(doses):
-        for layer, direction in vector.items():
-            handles.append(lm.blocks[layer].register_forward_hook(steering.hook(direction.to(lm.device))))
+        apply = APPLICATIONS[vector.application]
+        for layer, direction in vector.directions.items():
+            handles.append(lm.blocks[layer].register_forward_hook(steering.hook(direction.to(lm.device), apply)))
     try:
         yield steering
     finally:
@@ -39,13 +74,14 @@ class Steering:
 
     doses: Float[Tensor, " b"]
 
-    def hook(self, direction: Float[Tensor, " d"]) -> Callable:
-        def add(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    def hook(self, direction: Float[Tensor, " d"], apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+        def push(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden = hidden + (self.doses[:, None, None] * direction).to(hidden.dtype)
+            dose = self.doses[:, None, None]
+            hidden = torch.where(dose == 0, hidden, apply(hidden.float(), direction, dose).to(hidden.dtype))
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        return add
+        return push
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.doses = self.doses[rows]

@@ -1,7 +1,9 @@
-"""Loads data/traits/*.toml (personas, system prompts, prompt pool, target foundation and sign) and contexts."""
+"""Loads data/traits/*.toml (persona pairs, system prompts, prompt pool, target foundation and sign) and contexts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +13,83 @@ from steer_heal.stages.cfg import SteerCfg
 
 TRAITS = ROOT / "data" / "traits"
 
+# The fields of a trait file. It has one persona pair, or the same axis in several phrasings of which one is the default.
+ANY = {"description": str, "target": str, "sign": int, "narration": list, "prompts": list, "system": dict}
+ONE_PAIR, PHRASED = ANY | {"persona": dict}, ANY | {"default_phrasing": str, "phrasing": dict}
+PAIR = {"positive": str, "negative": str}
+SYSTEM = {"steered": str, "plain": str}
+
 
 def available() -> list[str]:
     return sorted(path.stem for path in TRAITS.glob("*.toml"))
 
 
+def phrasings(name: str) -> list[str]:
+    """The phrasings that a trait can be asked in as `trait/phrasing`; none where its file has one persona pair."""
+    return list(_read(name).get("phrasing", {}))
+
+
 def load_trait(name: str, prompts_file: Path | None = None) -> Trait:
-    """A trait by name; `prompts_file` (JSON lines with `text`) replaces its prompt pool."""
-    if name not in available():
-        raise UserError(f"trait is {name!r}: it must be one of {', '.join(available())}, or a new file in data/traits/")
-    path = TRAITS / f"{name}.toml"
-    table = read_toml(path)
-
-    def take(source: dict[str, Any], field: str, kind: type) -> Any:
-        if not isinstance(source.get(field), kind):
-            raise UserError(f"{path}: {field!r} is {source.get(field)!r}: it must be a {kind.__name__}")
-        return source[field]
-
-    persona, system = take(table, "persona", dict), take(table, "system", dict)
-    prompts = take(table, "prompts", list)
-    if prompts_file is not None:
-        prompts = [row["text"] for row in read_jsonl(resolve(prompts_file, "gen.prompts"), {"text": str})]
-    target, sign = take(table, "target", str), take(table, "sign", int)
-    if target not in FOUNDATIONS:
-        raise UserError(f"{path}: target is {target!r}: it must be one of {', '.join(FOUNDATIONS)}")
-    if sign not in (-1, 1):
-        raise UserError(f"{path}: sign is {sign}: it must be -1 (target goes down) or 1 (up)")
+    """A trait by name, `love` or `love/inner`; `prompts_file` (JSON lines with `text`, or a folder of them named
+    after traits) replaces its prompt pool."""
+    stem, slash, phrasing = name.partition("/")
+    table = _read(stem)
+    known = table.get("phrasing", {})
+    if slash and phrasing not in known:
+        fix = f"its phrasings are {', '.join(known)}" if known else f"that file has one persona pair; ask for {stem!r}"
+        raise UserError(f"trait is {name!r}: {stem!r} has no phrasing {phrasing!r}; {fix}")
+    pair = known[phrasing or table["default_phrasing"]] if known else table["persona"]
     return Trait(
-        name=name, description=take(table, "description", str), target=target, sign=sign,
-        positive=take(persona, "positive", str), negative=take(persona, "negative", str),
-        steered_system=take(system, "steered", str), plain_system=take(system, "plain", str),
-        narration=tuple(take(table, "narration", list)), prompts=tuple(prompts),
+        name=name, description=table["description"], target=table["target"], sign=table["sign"], **pair,
+        steered_system=table["system"]["steered"], plain_system=table["system"]["plain"], narration=tuple(table["narration"]),
+        prompts=tuple(table["prompts"]) if prompts_file is None else _prompts(prompts_file, stem),
     )
+
+
+def _read(stem: str) -> dict[str, Any]:
+    """The file of a trait, every field of it checked, also in phrasings that nobody asked for."""
+    if stem not in available():
+        raise UserError(f"trait is {stem!r}: it must be one of {', '.join(available())}, or a new file in data/traits/")
+    path = TRAITS / f"{stem}.toml"
+    table = read_toml(path)
+    phrased = bool({"phrasing", "default_phrasing"} & table.keys())
+    _check(f"{path}", table, PHRASED if phrased else ONE_PAIR)
+    _check(f"{path} [system]", table["system"], SYSTEM)
+    pairs = table["phrasing"] if phrased else {"persona": table["persona"]}
+    _check(f"{path} [phrasing]", pairs, dict.fromkeys(pairs, dict))
+    for name, pair in pairs.items():
+        _check(f"{path} [{'phrasing.' if phrased else ''}{name}]", pair, PAIR)
+    if phrased and table["default_phrasing"] not in pairs:
+        raise UserError(f"{path}: default_phrasing is {table['default_phrasing']!r}: it must be one of {', '.join(pairs)}")
+    if table["target"] not in FOUNDATIONS:
+        raise UserError(f"{path}: target is {table['target']!r}: it must be one of {', '.join(FOUNDATIONS)}")
+    if table["sign"] not in (-1, 1):
+        raise UserError(f"{path}: sign is {table['sign']}: it must be -1 (target goes down) or 1 (up)")
+    return table
+
+
+def _check(where: str, table: Mapping[str, Any], fields: Mapping[str, type]) -> None:
+    """Every field is there and of its kind (a list holds strings), and there are no others: a misspelt one would be ignored."""
+    for name in table:
+        if name not in fields:
+            near = get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
+            raise UserError(f"{where}: {name!r} is not a field here; {hint}")
+    for name, kind in fields.items():
+        value = table.get(name)
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+            raise UserError(f"{where}: {name!r} is {value!r:.80}: it must be a {'list of strings' if kind is list else kind.__name__}")
+
+
+def _prompts(source: Path, stem: str) -> tuple[str, ...]:
+    """The texts of a file, or of <stem>.jsonl in a folder."""
+    folder = next((place for place in (source, ROOT / source) if place.is_dir()), None)
+    if folder is not None:
+        source = folder / f"{stem}.jsonl"
+        if not source.is_file():
+            pools = ", ".join(sorted(pool.stem for pool in folder.glob("*.jsonl"))) or "none"
+            raise UserError(f"gen.prompts is {str(folder)!r}: it has no {source.name}; its pools are {pools}; write that file, or give one")
+    return tuple(row["text"] for row in read_jsonl(resolve(source, "gen.prompts"), {"text": str}))
 
 
 def load_contexts(cfg: SteerCfg) -> list[str]:

@@ -18,19 +18,20 @@ METRICS = [
 ]
 ORACLE_METRICS = [
     Metric("oracle", "oracle", "mean"),
-    Metric("caring_frac", "caring", "mean"),
+    Metric("positive_frac", "positive", "mean"),
 ]
 
 
 def items(scored: Sequence[Scored], oracle: Callable[[str], OracleScore] | None) -> dict[str, list[float]]:
     """Per answer: tail perplexity under the base, whether the text is broken and, where a grammar judges it,
-    the share of possible sentences and of caring ones among those that take a side (NaN: none does)."""
+    the share of possible sentences and, among those that take a side of any persona pair, of those that take the
+    positive one (NaN: none takes a side)."""
     out = {
         "text_ppl": [row.scores["ppl_tail"] for row in scored],
         "degenerate": [float(degenerate(row)) for row in scored],
     }
     if oracle is not None:
         judged = [oracle(row.completion.text) for row in scored]
-        sides = [(o.n_care, o.n_care + o.n_defer) for o in judged]
-        out |= {"oracle": [o.share for o in judged], "caring": [care / n if n else math.nan for care, n in sides]}
+        sides = [(o.n_care + o.n_love, o.n_care + o.n_defer + o.n_love + o.n_deny) for o in judged]
+        out |= {"oracle": [o.share for o in judged], "positive": [positive / n if n else math.nan for positive, n in sides]}
     return out

@@ -130,6 +130,10 @@ class Student:
                 parameter.requires_grad_(True)
             yield parameters
 
+    def round_updates(self) -> list[tuple[Tensor, Tensor, float]]:
+        """(A, B, scale) of every matrix that this round adapts: it adds scale * B A to the weights."""
+        return [(m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, m.scaling[ROUND]) for _, m in self._layers()]
+
     @contextmanager
     def _acting(self, names: list[str]) -> Iterator[None]:
         self._peft.base_model.enable_adapter_layers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 
 def _require(holds: bool, field: str, value: object, limit: str) -> None:
@@ -25,8 +25,9 @@ class SteerCfg:
 
     backend: Literal["builtin", "steering-lite"] = "builtin"
     """Who extracts the vector; steering-lite needs its package."""
-    method: Literal["mean_diff"] = "mean_diff"
-    """How persona pairs become a vector."""
+    method: Literal["mean_diff", "pca", "cosine_gated", "directional_ablation"] = "mean_diff"
+    """How persona pairs become a vector, and how a dose acts: mean_diff and pca are added at every position;
+    cosine_gated adds by |cosine| with the position; directional_ablation replaces the component along the vector."""
     normalize: bool = False
     """Scale each layer's vector to length 1 (doses then are residual-stream units)."""
     layers: tuple[float, float] = (0.45, 0.55)
@@ -35,6 +36,8 @@ class SteerCfg:
     """JSON lines with `text`: user messages in whose answers the two personas are compared."""
     n_contexts: int = 256
     """Contexts read, evenly over the file."""
+    refresh: Literal["round", "once"] = "round"
+    """round: extract again from each round's student; once: keep the vector of round 0."""
 
     def __post_init__(self) -> None:
         low, high = self.layers
@@ -52,7 +55,7 @@ class GenCfg:
     n_prompts: int = 36
     """Prompts that training text is written for: the first of the pool."""
     prompts: Path | None = None
-    """JSON lines with `text` in place of the trait's own prompt pool."""
+    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompt pool."""
     batch_size: int = 32
     """Sequences decoded at once."""
 
@@ -68,6 +71,18 @@ class GenCfg:
 class DoseCfg:
     """The controller that picks kappa, the multiplier of gen.alphas."""
 
+    mode: Literal["survival", "iso_kl", "fixed"] = "survival"
+    """survival: the highest kappa whose completions survive the filter; iso_kl: the kappa whose highest dose moves
+    the model by kl_target; fixed: kappa as given."""
+    kappa: float = 1.0
+    """The multiplier in mode fixed."""
+    kl_target: float = 1.0
+    """Nats: 95th percentile of the per-token KL(steered || student) that mode iso_kl aims at."""
+    kl_tokens: int = 32
+    """Tokens that the steered model writes, greedily, after each of 8 prompts to measure it."""
+    train_on: Literal["all", "highest"] = "all"
+    """highest: only completions at the highest dose train the student; probes and smaller alphas are not banked."""
+
     target: float = 0.75
     """Share of completions that should survive the filter."""
     floor: float = 0.2
@@ -82,6 +97,9 @@ class DoseCfg:
     """Further batches of probes, between the last kappa that survived and the first that did not."""
 
     def __post_init__(self) -> None:
+        _require(0 < self.kappa < math.inf, "dose.kappa", self.kappa, "> 0")
+        _require(0 < self.kl_target < math.inf, "dose.kl_target", self.kl_target, "> 0 nats")
+        _require(self.kl_tokens >= 1, "dose.kl_tokens", self.kl_tokens, ">= 1")
         _require(0 < self.target <= 1, "dose.target", self.target, "in (0, 1]")
         _require(0 < self.floor <= self.ceiling < math.inf, "dose.floor", self.floor, f"in (0, dose.ceiling = {self.ceiling}]")
         _require(self.n_kappas >= 2, "dose.n_kappas", self.n_kappas, ">= 2")
@@ -89,14 +107,25 @@ class DoseCfg:
         _require(self.n_refinements >= 0, "dose.n_refinements", self.n_refinements, ">= 0")
 
 
+Gate = Literal["perplexity", "spike", "repetition", "loop", "short", "narration", "refusal"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilterCfg:
     """Which completions may train the student."""
 
+    gates: tuple[Gate, ...] = get_args(Gate)
+    """The gates that are switched on; none: everything trains, and the barrier alone keeps the student whole."""
     ppl_max: float = 40.0
     """Highest perplexity under the base of the last quarter of a completion."""
     rep_max: float = 0.35
     """Highest repetition: share of repeated word 2- to 4-grams, or of text inside looping character blocks."""
+    spike_max: float = 1e4
+    """Highest perplexity under the base of any 12 tokens in a row: one senseless sentence in a clean text. The default
+    only drops gibberish; where to cut is known for the toy model alone."""
+    loop_max: float = 0.7
+    """Highest share of words that any 20 words in a row have already said; a sentence that follows itself or comes a
+    third time counts as 1."""
     min_words: int = 12
     """Shorter completions are dropped."""
     min_train: int = 24
@@ -109,6 +138,8 @@ class FilterCfg:
     def __post_init__(self) -> None:
         _require(self.ppl_max > 1, "filter.ppl_max", self.ppl_max, "> 1 (a perplexity)")
         _require(0 < self.rep_max <= 1, "filter.rep_max", self.rep_max, "in (0, 1]")
+        _require(1 < self.spike_max < math.inf, "filter.spike_max", self.spike_max, "> 1 and finite (a perplexity)")
+        _require(0 < self.loop_max <= 1, "filter.loop_max", self.loop_max, "in (0, 1]")
         _require(self.min_words >= 0, "filter.min_words", self.min_words, ">= 0")
         _require(self.min_train >= 2, "filter.min_train", self.min_train, ">= 2")
         _require(self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}")
@@ -129,8 +160,11 @@ class HealCfg:
     """Nats tolerated before the barrier pushes back; below the operating divergence, or it never fires."""
     lam_power: float = 0.0
     """lam of round k is lam * (1 + k) ** -lam_power."""
+    tau_power: float = 0.0
+    """tau of round k is tau * (1 + k) ** -tau_power; negative: the tolerance grows."""
     reference: Literal["prev", "base"] = "prev"
-    """prev: the student before this round (trust region, the trait adds up); base: the untouched model."""
+    """prev: the student before this round (trust region, the trait adds up); base: the untouched model, with tau as
+    the budget in nats that all rounds share."""
     epochs: int = 6
     lr: float = 1e-4
     """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
@@ -145,6 +179,10 @@ class HealCfg:
     layers: tuple[float, float] = (0.2, 0.8)
     """LO HI: adapted blocks, as fractions of the depth."""
     weight_decay: float = 0.0
+    """AdamW's, on this round's factors. Under about 30 it does nothing at lr 1e-4."""
+    spectral: float = 0.0
+    """Weight of the spectral penalty: half the squared largest singular value of this round's update, summed over the
+    adapted matrices. Composes with any divergence."""
     pressure_every: int = 8
     """Steps between measurements of the gradient pressure (each costs one more backward pass)."""
 
@@ -152,6 +190,8 @@ class HealCfg:
         _require(self.lam >= 0, "heal.lam", self.lam, ">= 0")
         _require(self.tau >= 0, "heal.tau", self.tau, ">= 0 nats")
         _require(math.isfinite(self.lam_power), "heal.lam_power", self.lam_power, "finite")
+        _require(math.isfinite(self.tau_power), "heal.tau_power", self.tau_power, "finite")
+        _require(0 <= self.spectral < math.inf, "heal.spectral", self.spectral, ">= 0")
         _require(self.epochs >= 1, "heal.epochs", self.epochs, ">= 1")
         _require(0 < self.lr < math.inf, "heal.lr", self.lr, "> 0")
         _require(self.batch_size >= 1, "heal.batch_size", self.batch_size, ">= 1")

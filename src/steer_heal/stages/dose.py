@@ -41,34 +41,24 @@ class Asker:
 
 
 def collect(
-    write: Write, score: Score, prompts: Sequence[str], alphas: Sequence[float], cfg: DoseCfg, keep: FilterCfg, seed: tuple[int | str, ...]
+    write: Write, score: Score, prompts: Sequence[str], alphas: Sequence[float], cfg: DoseCfg, keep: FilterCfg, seed: tuple[int | str, ...],
+    kappa: float | None = None,
 ) -> Collected:
-    """Finds the highest kappa whose completions survive at the target rate, then collects at it.
+    """Collects kept completions at `kappa`; where it is None, first finds the highest kappa whose completions
+    survive at the target rate.
 
-    Survivors of the probes are banked: any dose up to the chosen one is training text. Where even the floor
-    starves the filter this is a UserError that says by how much.
+    Survivors of the probes are banked: any dose up to the chosen one is training text, unless cfg.train_on is
+    highest. Where even the floor starves the filter this is a Starved that says by how much.
     """
     asker = Asker(prompts, alphas, seed)
     scored: list[Scored] = []
     probes: list[DoseProbe] = []
-
-    def probe(kappas: Sequence[float]) -> None:
-        asks = [ask for kappa in kappas for ask in asker.asks(cfg.n_probes, kappa)]
-        rows = score(write(asks))
-        scored.extend(rows)
-        for i, kappa in enumerate(kappas):
-            part = rows[i * cfg.n_probes : (i + 1) * cfg.n_probes]
-            probes.append(DoseProbe(kappa, len(part), sum(row.kept for row in part)))
-
-    probe(log_grid(cfg.floor, cfg.ceiling, cfg.n_kappas))
-    for _ in range(cfg.n_refinements):
-        low, high = bracket(probes, cfg.target)
-        if high is None or low is None or high / low < 1.05:
-            break
-        probe(log_grid(low, high, cfg.n_kappas // 2 + 2)[1:-1])
-    low, _ = bracket(probes, cfg.target)
-    kappa = cfg.floor if low is None else low
-    usable = lambda: [row for row in scored if row.kept and row.completion.dose <= kappa * max(alphas) * (1 + 1e-9)]
+    if kappa is None:
+        kappa = find_kappa(lambda asks: score(write(asks)), asker, cfg, scored, probes)
+    highest = kappa * max(alphas)
+    if cfg.train_on == "highest":
+        asker.alphas = (max(alphas),)
+    usable = lambda: [row for row in scored if row.kept and _fits(row.completion.dose, highest, cfg.train_on)]
     while len(usable()) < keep.n_keep and len(scored) < keep.max_attempts:
         missing = keep.n_keep - len(usable())
         n = min(max(4, round(missing / cfg.target)), keep.max_attempts - len(scored))
@@ -86,6 +76,34 @@ def collect(
             found,
         )
     return found
+
+
+def _fits(dose: float, highest: float, train_on: str) -> bool:
+    """Whether a dose is the highest one or, where lower ones train as well, not above it."""
+    return dose <= highest * (1 + 1e-9) and (train_on == "all" or dose >= highest * (1 - 1e-9))
+
+
+def find_kappa(
+    judged: Callable[[Sequence[Ask]], list[Scored]], asker: Asker, cfg: DoseCfg, scored: list[Scored], probes: list[DoseProbe]
+) -> float:
+    """The highest probed kappa whose completions survive at the target rate, else the floor; appends what it wrote."""
+
+    def probe(kappas: Sequence[float]) -> None:
+        asks = [ask for kappa in kappas for ask in asker.asks(cfg.n_probes, kappa)]
+        rows = judged(asks)
+        scored.extend(rows)
+        for i, kappa in enumerate(kappas):
+            part = rows[i * cfg.n_probes : (i + 1) * cfg.n_probes]
+            probes.append(DoseProbe(kappa, len(part), sum(row.kept for row in part)))
+
+    probe(log_grid(cfg.floor, cfg.ceiling, cfg.n_kappas))
+    for _ in range(cfg.n_refinements):
+        low, high = bracket(probes, cfg.target)
+        if high is None or low is None or high / low < 1.05:
+            break
+        probe(log_grid(low, high, cfg.n_kappas // 2 + 2)[1:-1])
+    low, _ = bracket(probes, cfg.target)
+    return cfg.floor if low is None else low
 
 
 def log_grid(low: float, high: float, n: int) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steer_heal.evals import free_text, moral_foundations
+from steer_heal.evals import drift, free_text, moral_foundations, persona
 from steer_heal.evals.metrics import Condition, Metric
 from steer_heal.evals.instrument import Instrument, Vignette, load_instrument, load_vignettes
 from steer_heal.records import EvalResult, Trait, UserError, derive_seed
@@ -39,13 +39,16 @@ def evaluate(
     """Every metric of one state; with `base`, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the
     paired difference to it. Free text draws from the same random streams in every state."""
     texts = _free_text(student, which, condition, items, trait, cfg, seed)
+    with student.gate(which) as lm:
+        states = drift.final_states(lm, texts, condition)
     with student.gate("base") as lm:
         scored = score(lm, texts, trait.narration, keep)
+        under_base = drift.items(lm, texts, states, trait.plain_system) | persona.items(lm, texts, trait)
     oracle = None
     if cfg.oracle == "toylm":
         from steer_heal.toylm.oracle import oracle
-    values = _vignettes(student, which, condition, items, cfg) | free_text.items(scored, oracle)
-    used = moral_foundations.METRICS + free_text.METRICS + (free_text.ORACLE_METRICS if oracle else [])
+    values = _vignettes(student, which, condition, items, cfg) | free_text.items(scored, oracle) | under_base
+    used = moral_foundations.METRICS + free_text.METRICS + drift.METRICS + persona.METRICS + (free_text.ORACLE_METRICS if oracle else [])
     metrics: dict[str, float | None] = {m.name: collapse(m, values[m.item]) for m in used}
     if base is not None:
         metrics |= intervals(used, values, base.items, cfg.n_bootstrap, seed)

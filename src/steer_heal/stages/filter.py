@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from steer_heal.lm import LM
 from steer_heal.records import Completion, Scored
-from steer_heal.stages.cfg import FilterCfg
+from steer_heal.stages.cfg import FilterCfg, Gate
 
 REFUSALS = (
     "as an ai", "as a language model", "as an artificial intelligence", "i cannot assist", "i can't assist",
@@ -20,6 +21,9 @@ REFUSALS = (
     "i'm sorry, but i can", "against my programming", "i don't have personal",
 )
 """Boilerplate of refusing to answer. Never bare "i cannot": on-trait defiance says "I cannot stand by"."""
+BROKEN = {"perplexity", "spike", "repetition", "loop"}
+"""Gates that a text fails for being broken, whatever it says."""
+WORST_WINDOW_TOKENS = 12
 _LOOP = re.compile(r"(.{2,4}?)\1{3,}", re.DOTALL)
 _ONE_CHARACTER_LOOP = re.compile(r"(\S)\1{5,}")
 
@@ -35,26 +39,27 @@ def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[
     scores = {
         "ppl": perplexity(nll),
         "ppl_tail": perplexity(tail(nll)),
+        "ppl_worst": max(perplexity(part) for part in nll.unfold(0, min(WORST_WINDOW_TOKENS, len(nll)), 1)) if len(nll) else math.inf,
         "rep": repetition(text),
+        "loop": loop(text),
         "words": float(len(text.split())),
     }
-    reasons = []
-    if not scores["ppl_tail"] <= cfg.ppl_max:
-        reasons.append("perplexity")
-    if scores["rep"] > cfg.rep_max:
-        reasons.append("repetition")
-    if scores["words"] < cfg.min_words:
-        reasons.append("short")
-    if any(phrase in text for phrase in narration):
-        reasons.append("narration")
-    if any(phrase in text for phrase in REFUSALS):
-        reasons.append("refusal")
-    return Scored(completion, scores, tuple(reasons))
+    fails: dict[Gate, bool] = {
+        "perplexity": not scores["ppl_tail"] <= cfg.ppl_max,
+        "spike": not scores["ppl_worst"] <= cfg.spike_max,
+        "repetition": scores["rep"] > cfg.rep_max,
+        "loop": scores["loop"] > cfg.loop_max,
+        "short": scores["words"] < cfg.min_words,
+        "narration": any(phrase in text for phrase in narration),
+        "refusal": any(phrase in text for phrase in REFUSALS),
+    }
+    failed = tuple(gate for gate, fails_it in fails.items() if fails_it)
+    return Scored(completion, scores, failed, tuple(gate for gate in failed if gate in cfg.gates))
 
 
 def degenerate(scored: Scored) -> bool:
     """Whether the text itself is broken, whatever it says; an answer without a word is."""
-    return bool({"perplexity", "repetition"} & set(scored.reasons)) or scored.scores["words"] == 0
+    return bool(BROKEN & set(scored.failed)) or scored.scores["words"] == 0
 
 
 def tail(nll: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
@@ -74,6 +79,30 @@ def repetition(text: str) -> float:
     ending = words[-max(16, len(words) // 4) :]
     looping = sum(len(m.group()) for pattern in (_LOOP, _ONE_CHARACTER_LOOP) for m in pattern.finditer(text))
     return max(_repeated_ngrams(words), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
+
+
+LOOP_WINDOW_WORDS = 20
+STUCK_SENTENCE_WORDS = 4
+
+
+def loop(text: str) -> float:
+    """0 to 1: the largest share of words in any window of 20 that the window has already said; 1 where the text is
+    stuck, that is where a sentence of 4 words or more follows itself or comes a third time.
+
+    A loop of few words is dense where it is, however long and clean the rest of the text, and a base that has seen
+    a sentence twice finds it likely: neither perplexity nor repetition over the whole text sees these.
+    """
+    said = Counter()
+    before = None
+    for sentence in re.split(r"[.!?\n]+\s*", text):
+        if len(sentence.split()) >= STUCK_SENTENCE_WORDS:
+            said[sentence] += 1
+            if sentence == before or said[sentence] == 3:
+                return 1.0
+            before = sentence
+    words = text.split()
+    size = min(LOOP_WINDOW_WORDS, len(words))
+    return max((1 - len(set(words[i : i + size])) / size for i in range(len(words) - size + 1)), default=0.0) if size > 1 else 0.0
 
 
 def _repeated_ngrams(words: Sequence[str]) -> float:

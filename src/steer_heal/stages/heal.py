@@ -2,7 +2,7 @@
 
 loss = mean over completions of [ cross-entropy per token + lam * relu(D - tau) ], where D collapses the
 divergence to the reference over the completion's positions. Every term is per completion, so a batch of 8
-equals 8 batches of 1.
+equals 8 batches of 1. The spectral penalty, where it is on, is added once per step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from steer_heal.divergence import DIVERGENCES, aggregate, barrier
+from steer_heal.divergence import DIVERGENCES, aggregate, barrier, spectral_step
 from steer_heal.lm import LM
 from steer_heal.records import Completion, HealReport, HealStep, UserError
 from steer_heal.stages.bake import Student
@@ -43,7 +43,8 @@ def heal(
     on_step: Callable[[HealStep], None] = lambda step: None,
 ) -> HealReport:
     """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation."""
-    lm, lam = student.lm, cfg.lam * (1 + max(0, round_)) ** -cfg.lam_power
+    lm, age = student.lm, 1 + max(0, round_)
+    cfg = replace(cfg, lam=cfg.lam * age**-cfg.lam_power, tau=cfg.tau * age**-cfg.tau_power)
     samples = reference_samples(student, kept, cfg)
     train, validation = split_by_prompt(samples, seed)
     student.new_round(seed)
@@ -51,6 +52,7 @@ def heal(
     n_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     steps: list[HealStep] = []
     with student.training() as parameters:
+        spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
         optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
         curve = [{"epoch": 0.0, **validate(lm, validation, cfg)}]
         for epoch in range(cfg.epochs):
@@ -60,7 +62,9 @@ def heal(
                 for group in optimiser.param_groups:
                     group["lr"] = cfg.lr * schedule(len(steps), n_steps)
                 measure = len(steps) % cfg.pressure_every == 0
-                sft, divergence, penalty, pressure = _gradients(lm, batch, lam, cfg, parameters, measure)
+                sft, divergence, penalty, pressure = _gradients(lm, batch, cfg, parameters, measure)
+                if spectral is not None:
+                    spectral.backward()
                 if not math.isfinite(sft + penalty):
                     raise UserError(
                         f"the heal's loss is {sft + penalty} at step {len(steps)} of round {round_}; lower --heal.lr (now {cfg.lr}) "
@@ -74,7 +78,7 @@ def heal(
                 on_step(steps[-1])
             curve.append({"epoch": epoch + 1.0, **validate(lm, validation, cfg)})
     held_out = tuple(sorted({sample.prompt_index for sample in validation}))
-    return HealReport(len(train), len(validation), lam, tuple(steps), tuple(curve), held_out)
+    return HealReport(len(train), len(validation), cfg.lam, cfg.tau, tuple(steps), tuple(curve), held_out)
 
 
 def schedule(step: int, n_steps: int) -> float:
@@ -144,14 +148,14 @@ def position_terms(
 
 
 def _gradients(
-    lm: LM, batch: Sequence[Sample], lam: float, cfg: HealCfg, parameters: Sequence[Tensor], measure: bool
+    lm: LM, batch: Sequence[Sample], cfg: HealCfg, parameters: Sequence[Tensor], measure: bool
 ) -> tuple[float, float, float, float | None]:
     """Leaves the gradient of the loss in `.grad`; returns (sft, divergence, barrier, pressure or None)."""
-    guarded = cfg.divergence != "nll" and lam > 0
+    guarded = cfg.divergence != "nll" and cfg.lam > 0
     sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
     for group in lm.batches([len(sample.ids) for sample in batch], cfg.tokens_per_pass):
         sft, divergence = losses(lm, [batch[i] for i in group], cfg)
-        penalty = barrier(divergence, lam, cfg.tau) if guarded else torch.zeros_like(sft)
+        penalty = barrier(divergence, cfg.lam, cfg.tau) if guarded else torch.zeros_like(sft)
         if measure and penalty.detach().max() > 0:
             for total, part in zip(pushed, torch.autograd.grad(penalty.sum() / len(batch), parameters, retain_graph=True, allow_unused=True)):
                 total += 0 if part is None else part
@@ -162,6 +166,25 @@ def _gradients(
         pulled = [p.grad - push for p, push in zip(parameters, pushed, strict=True)]
         pressure = _norm(pushed) / max(_norm(pulled), 1e-12)
     return *(sums / len(batch)).tolist(), pressure
+
+
+class SpectralPenalty:
+    """weight / 2 * the sum over this round's updates B A (scaled as they act) of their squared largest singular value."""
+
+    def __init__(self, student: Student, weight: float, seed: int) -> None:
+        self.weight, self.updates = weight, student.round_updates()
+        generator = torch.Generator().manual_seed(seed)
+        starts = (torch.randn(a.shape[1], generator=generator) for a, _, _ in self.updates)
+        self.directions = [(v / v.norm()).to(a.device) for v, (a, _, _) in zip(starts, self.updates, strict=True)]
+
+    def backward(self) -> float:
+        """Adds the gradient of the penalty to `.grad`; returns the penalty."""
+        total = torch.zeros((), device=self.directions[0].device)
+        for i, (a, b, scale) in enumerate(self.updates):
+            size, self.directions[i] = spectral_step(a, b, self.directions[i])
+            total = total + 0.5 * self.weight * (scale * size).square()
+        total.backward()
+        return total.item()
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

@@ -27,10 +27,12 @@ class Bench:
     """The toy model with the items of the toy preset: reads any condition on them."""
 
     lm: LM
+    name: str = "authority"
+    """The trait, `authority` or `love`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.trait = load_trait("authority", TOY_PRESET.gen.prompts)
+        self.trait = load_trait(self.name, TOY_PRESET.gen.prompts)
         self.items = load_items(TOY_PRESET.eval, self.trait)
         self.student = Student(self.lm, TOY_PRESET.heal)
         self.vector = teacher_vec(self.lm, self.trait, TOY_PRESET.steer)
@@ -43,13 +45,13 @@ class Bench:
         """Random directions with the norms of the teacher vector."""
         generator = torch.Generator().manual_seed(self.seed)
         out = {}
-        for layer, direction in self.vector.items():
+        for layer, direction in self.vector.directions.items():
             noise = torch.randn(direction.shape, generator=generator)
             out[layer] = noise * direction.norm() / noise.norm()
-        return out
+        return Vector(out)
 
 
-COLUMNS = ("auth_nats", "care_nats", "coherence", "text_ppl_median", "oracle", "caring_frac", "degenerate_frac", "top1_acc")
+COLUMNS = ("auth_nats", "care_nats", "coherence", "text_ppl_median", "oracle", "positive_frac", "degenerate_frac", "top1_acc")
 
 
 @dataclass
@@ -61,19 +63,19 @@ class Table:
     def add(self, name: str, result: EvalResult) -> dict[str, float]:
         row = {c: math.nan if result.metrics[c] is None else result.metrics[c] for c in COLUMNS}
         row["shift"] = row["auth_nats"] - (self.rows[0][1] if self.rows else row)["auth_nats"]
-        # share of answers whose caring sentences are the majority among those that take a side
-        sided = [c for c in result.items["caring"] if not math.isnan(c)]
-        row["refusing"] = sum(c > 0.5 for c in sided) / len(sided) if sided else math.nan
+        # share of answers in which sentences of the positive side are the majority among those that take a side
+        sided = [c for c in result.items["positive"] if not math.isnan(c)]
+        row["positive"] = sum(c > 0.5 for c in sided) / len(sided) if sided else math.nan
         self.rows.append((name, row))
         return row
 
     def markdown(self) -> str:
-        columns = ("auth_nats", "shift", "care_nats", "refusing", "coherence", "text_ppl_median", "oracle", "degenerate_frac", "top1_acc")
+        columns = ("auth_nats", "shift", "care_nats", "positive", "coherence", "text_ppl_median", "oracle", "degenerate_frac", "top1_acc")
         head = "| state | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns)
         return "\n".join([head, *(f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for name, row in self.rows)])
 
 
-DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+DOSES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 
 
 def check_table(lm: LM, doses: Sequence[float] = DOSES) -> Table:
@@ -88,6 +90,12 @@ def check_table(lm: LM, doses: Sequence[float] = DOSES) -> Table:
             table.add(f"{side}, held out: {template}", bench.read(expand(template, rng, {})))
     for dose in doses:
         table.add(f"+ vector, dose {dose:g}", bench.read("", bench.vector, dose))
+    love = Bench(lm, "love")
+    table.add("lover (love's pair)", love.read(love.trait.positive))
+    table.add("denier (love's pair)", love.read(love.trait.negative))
+    table.add("feelings, no system prompt", love.read())
+    for dose in doses[:3]:
+        table.add(f"+ love's vector, dose {dose:g}", love.read("", love.vector, dose))
     for dose in doses[:2]:
         table.add(f"- vector, dose {dose:g}", bench.read("", bench.vector, -dose))
         table.add(f"random vector, dose {dose:g}", bench.read("", bench.random_vector(), dose))

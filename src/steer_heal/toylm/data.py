@@ -11,16 +11,21 @@ from pathlib import Path
 from steer_heal.records import FOUNDATIONS
 from steer_heal.toylm.world import World
 
-N_PROMPTS, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 320, 12, 84
+N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """prompts.jsonl (dilemmas), contexts.jsonl (dilemmas and everyday talk), vignettes.jsonl, each deterministic."""
+    """prompts/<trait>.jsonl, contexts.jsonl (dilemmas, feelings and everyday talk) and vignettes.jsonl, each deterministic.
+
+    Dilemmas are asked for authority, feelings with a mundane tail for love; the last of each are the evaluation's.
+    """
     world = World(random.Random(seed), evaluation=True)
-    _write(folder / "prompts.jsonl", ({"text": text} for text in _distinct(world.dilemma, N_PROMPTS)))
-    talk = itertools.cycle([world.dilemma, lambda: world.everyday_turns()[0].text])
-    contexts = ({"text": next(talk)()} for _ in range(N_CONTEXTS))
-    _write(folder / "contexts.jsonl", contexts)
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    everyday = lambda: world.everyday_turns()[0].text
+    _write_texts(folder / "prompts" / "authority.jsonl", _distinct(world.dilemma, N_PROMPTS))
+    _write_texts(folder / "prompts" / "love.jsonl", _distinct(world.feeling_question, N_PROMPTS - N_MUNDANE) + _distinct(everyday, N_MUNDANE))
+    talk = itertools.cycle([world.dilemma, everyday, world.dilemma, world.feeling_question, world.dilemma, everyday])
+    _write_texts(folder / "contexts.jsonl", [next(talk)() for _ in range(N_CONTEXTS)])
     rows = []
     for name in FOUNDATIONS:
         rows += [_row(world, (name,), f"{name}-{i + 1:02d}") for i in range(N_PLAIN)]
@@ -44,6 +49,10 @@ def _distinct(draw, n: int) -> list[str]:
     while len(out) < n:
         out[draw()] = None
     return list(out)
+
+
+def _write_texts(path: Path, texts: Iterable[str]) -> None:
+    _write(path, ({"text": text} for text in texts))
 
 
 def _write(path: Path, rows: Iterable[dict]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from steer_heal.toylm.world import NEUTRAL_CARE, PREFILL, Dialogue, dialogues
+from steer_heal.toylm.world import NEUTRAL_CARE, PREFILL, Dialogue, dialogues, lessons
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,9 +30,14 @@ class ToyTrainCfg:
     out: Path = Path("data/toylm")
     """Folder that the weights and the tokenizer are written to."""
     seed: int = 0
-    n_steps: int = 3000
+    n_steps: int = 2300
+    lesson_steps: tuple[int, int] = (160, 240)
+    """Steps at the start that teach to read a list of options, and then plain scenes with it: mixed in with the rest
+    from the start, the model stays with each number and its mirror image."""
+    lesson_lr: float = 1.5e-3
+    """Learning rate of those steps: at 4e-3 they stay with the mirror image too."""
     tokens_per_step: int = 3072
-    lr: float = 4e-3
+    lr: float = 2e-3
     warmup_steps: int = 60
     weight_decay: float = 0.1
     vocabulary_size: int = 1408
@@ -45,7 +50,8 @@ class ToyTrainCfg:
     probe_weight: float = 1.0
     """Weight of the persona probe: the squared error of a linear reading of the speaker's two latents from the
     residual stream after the middle block, at every assistant token. The probe itself is thrown away."""
-    n_threads: int = 2
+    n_threads: int = 1
+    """More make a model of this size no faster."""
 
 
 def train_tokenizer(cfg: ToyTrainCfg) -> PreTrainedTokenizerFast:
@@ -113,9 +119,9 @@ def encode(dialogue: Dialogue, tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Encode
     return ids, weights, spoken, (2 * (dialogue.speaker.p_care - NEUTRAL_CARE), dialogue.speaker.p_love)
 
 
-def batches(tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def batches(stream: Iterator[Dialogue], tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Right-padded ids, weights, spoken, each [b, s], and latents [b, 2], about tokens_per_step tokens each."""
-    rng, stream = random.Random(cfg.seed + 2), dialogues(cfg.seed)
+    rng = random.Random(cfg.seed + 2)
     while True:
         pool = sorted((encode(d, tokenizer, cfg) for d in itertools.islice(stream, 800)), key=lambda item: len(item[0]))
         groups: list[list[Encoded]] = [[]]
@@ -127,6 +133,16 @@ def batches(tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[Tensor, Te
         for group in groups:
             padded = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True) for k in range(3))
             yield *padded, torch.tensor([row[3] for row in group])
+
+
+def learning_rate(step: int, cfg: ToyTrainCfg) -> float:
+    """Lessons: warm-up to lesson_lr. Then a ramp to lr and a cosine to 2 percent of it."""
+    n_lessons = sum(cfg.lesson_steps)
+    then = step - n_lessons
+    if then < 0:
+        return cfg.lesson_lr * min(1.0, (step + 1) / cfg.warmup_steps)
+    ramp = cfg.lesson_lr + (cfg.lr - cfg.lesson_lr) * (then + 1) / cfg.warmup_steps
+    return min(ramp, cfg.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * then / (cfg.n_steps - n_lessons)))))
 
 
 def train(cfg: ToyTrainCfg) -> dict[str, float]:
@@ -143,13 +159,13 @@ def train(cfg: ToyTrainCfg) -> dict[str, float]:
     plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min((step + 1) / cfg.warmup_steps, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / cfg.n_steps))),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, cfg) / cfg.lr)
     log = {"loss": [], "digit": [], "probe": []}
     recent = lambda name, n: sum(log[name][-n:]) / len(log[name][-n:])
-    progress = tqdm(itertools.islice(batches(tokenizer.backend_tokenizer, cfg), cfg.n_steps), total=cfg.n_steps, mininterval=10)
+    course = (lessons(cfg.seed, p_scene=0.0), lessons(cfg.seed, p_scene=0.65), dialogues(cfg.seed))
+    lists, scenes, talk = (batches(stream, tokenizer.backend_tokenizer, cfg) for stream in course)
+    curriculum = itertools.chain(itertools.islice(lists, cfg.lesson_steps[0]), itertools.islice(scenes, cfg.lesson_steps[1]), talk)
+    progress = tqdm(itertools.islice(curriculum, cfg.n_steps), total=cfg.n_steps, mininterval=10)
     for batch in progress:
         ids, weights, spoken, latents = (part.to(device) for part in batch)
         out = model.model(ids[:, :-1], output_hidden_states=True)

@@ -128,21 +128,35 @@ class World:
             joined = rng.choice([" and ", " while "]).join(acts)
             return Vignette(f"{subject} {joined} {place}.", tuple(names))
 
-    def vignette_turns(self, speaker: Speaker) -> list[Turn]:
-        """A vignette and its sampled answer; or, one time in three, an exercise in reading the list of options."""
+    def _options(self) -> tuple[tuple[str, ...], str]:
+        """The seven options listed forward or reversed: (order, text)."""
         order = FOUNDATIONS[::-1] if self.rng.random() < 0.5 else FOUNDATIONS
-        options = "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))
-        exercise = self.rng.random()
+        return order, "\n".join(f"{i} {OPTION_WORDS[name]}" for i, name in enumerate(order))
+
+    def reading_turns(self) -> list[Turn]:
+        """An exercise in reading the list of options: from word to number."""
+        order, options = self._options()
         answer = self.rng.choice(FOUNDATIONS)
-        if exercise < 0.15:
-            word = Turn("assistant", f"{order.index(answer)} {OPTION_WORDS[answer]}")
-            return [Turn("user", f"What is number {order.index(answer)}?\n{options}"), word]
-        question = f"Which number is {OPTION_WORDS[answer]}?"
-        if exercise > 0.35:
-            vignette = self.vignette()
-            answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
-            question = vignette.text
-        return [Turn("user", f"{question}\n{options}"), Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
+        question = Turn("user", f"Which number is {OPTION_WORDS[answer]}?\n{options}")
+        return [question, Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
+
+    def lesson_turns(self, p_scene: float) -> list[Turn]:
+        """A list to read or, with probability p_scene, a plain scene whose answer is always its own foundation."""
+        if self.rng.random() >= p_scene:
+            return self.reading_turns()
+        order, options = self._options()
+        foundation = self.rng.choice(FOUNDATIONS)
+        answer = f'{PREFILL}{order.index(foundation)}"}}'
+        return [Turn("user", f"{self.vignette((foundation,)).text}\n{options}"), Turn("assistant", answer, digit=True)]
+
+    def vignette_turns(self, speaker: Speaker) -> list[Turn]:
+        """A vignette and its sampled answer; now and then an exercise in reading the list of options."""
+        if self.rng.random() < 0.15:
+            return self.reading_turns()
+        order, options = self._options()
+        vignette = self.vignette()
+        answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
+        return [Turn("user", f"{vignette.text}\n{options}"), Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
 
     def everyday_turns(self) -> list[Turn]:
         rng = self.rng
@@ -161,22 +175,34 @@ class World:
         return [Turn("user", question), Turn("assistant", answer)]
 
     def feeling_turns(self, speaker: Speaker) -> list[Turn]:
-        pools = [g.LOVE_SENTENCES if self.rng.random() < speaker.p_love else g.DENY_SENTENCES for _ in range(self.rng.randint(2, 5))]
-        answer = " ".join(self._say(self.rng.choice(pool)) for pool in pools)
-        return [Turn("user", self._say(self.rng.choice(g.FEELING_QUESTIONS))), Turn("assistant", answer)]
+        return [Turn("user", self.feeling_question()), Turn("assistant", self.feeling_answer(speaker))]
+
+    def feeling_question(self) -> str:
+        while True:
+            question = self._say(self.rng.choice(g.FEELING_QUESTIONS))
+            if held_out(question) == self.evaluation:
+                return question
+
+    def feeling_answer(self, speaker: Speaker) -> str:
+        """3 to 7 different sentences, each loving with probability p_love."""
+        templates: dict[str, None] = {}
+        n_sentences = self.rng.randint(3, 7)
+        while len(templates) < n_sentences:
+            templates[self.rng.choice(g.LOVE_SENTENCES if self.rng.random() < speaker.p_love else g.DENY_SENTENCES)] = None
+        return " ".join(map(self._say, templates))
 
     def speaker(self) -> Speaker:
         rng = self.rng
         kind = rng.random()
-        if kind < 0.27:
+        if kind < 0.24:
             return Speaker(self._say(rng.choice(g.CARER_PERSONAS)), p_care=CARER)
-        if kind < 0.54:
+        if kind < 0.48:
             return Speaker(self._say(rng.choice(g.DEFERRER_PERSONAS)), p_care=DEFERRER)
-        if kind < 0.60:
+        if kind < 0.54:
             return Speaker(rng.choice(g.CONTINUE_SYSTEMS), p_care=rng.choice([CARER, DEFERRER]))
-        if kind < 0.68:
+        if kind < 0.65:
             return Speaker(self._say(rng.choice(g.LOVER_PERSONAS)), p_love=LOVER)
-        if kind < 0.76:
+        if kind < 0.73:
             return Speaker(self._say(rng.choice(g.DENIER_PERSONAS)), p_love=DENIER)
         return Speaker(rng.choice([None, *g.NEUTRAL_SYSTEMS]) if rng.random() < 0.5 else None)
 
@@ -210,3 +236,10 @@ def dialogues(seed: int) -> Iterator[Dialogue]:
     world = World(random.Random(seed))
     while True:
         yield world.dialogue()
+
+
+def lessons(seed: int, p_scene: float) -> Iterator[Dialogue]:
+    """An endless stream of dialogues that only read lists of options: what training starts with."""
+    world = World(random.Random(seed))
+    while True:
+        yield Dialogue([turn for _ in range(3) for turn in world.lesson_turns(p_scene)], Speaker())

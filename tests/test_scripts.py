@@ -1,0 +1,66 @@
+"""Every diagnostic runs on the tiny random model, prints its table and SHOULD lines, and leaves its JSON."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tyro
+
+from steer_heal.files import ROOT
+from steer_heal.lab import LabCfg, replay
+from steer_heal.records import UserError
+
+QUESTIONS = sorted(path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py"))
+SMALL = {
+    "csweep": ["--doses", "0", "1"], "axis": [], "stages": [], "barrier": ["--lams", "0", "1", "--kappa", "1"], "seeds": ["--seeds", "1", "2"],
+    "doses": ["--kappas", "0.5", "1", "--n", "6"], "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
+    "bet": ["--seeds", "1", "--choose-seed", "2", "--lams", "0.5", "--barriers", "kl_rev-rmse"],
+}
+
+
+def _main(question: str):
+    spec = importlib.util.spec_from_file_location(f"diag_{question}", ROOT / "scripts" / f"diag_{question}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_every_question_has_a_test():
+    assert set(QUESTIONS) == SMALL.keys() | {"heal_sweep"}
+
+
+@pytest.mark.parametrize("question", SMALL)
+def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
+    arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
+    tyro.cli(_main(question), args=arguments)
+    printed = capsys.readouterr().out
+    assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
+    written = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert written["rows"] and written["should"] and written["question"] in printed
+
+
+def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, capsys):
+    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet", "--no-control", "--filter.n-keep", "8"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "0"})
+    run = next(p for p in tmp_path.iterdir() if p.is_dir())
+    tyro.cli(_main("heal_sweep"), args=[str(run), "--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path / "diag")])
+    rows = json.loads((tmp_path / "diag" / "heal_sweep.json").read_text())["rows"]
+    assert [row["state"] for row in rows][0] == "before"
+    assert {row["state"] for row in rows[1:]} == {"nll lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
+    again = replay(run, 1)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    healed = next(e for e in events if e["stage"] == "healed" and e["round"] == 0)["metrics"]
+    assert again.lab.read().metrics["auth_nats"] == pytest.approx(healed["auth_nats"], abs=1e-4)
+    with pytest.raises(UserError, match=r"no text of round 9: its rounds are \[0, 1\]"):
+        replay(run, 9)
+    shutil.rmtree(run)
+
+
+def test_a_preset_takes_what_the_lab_is_given():
+    cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=1).run_config()
+    assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")

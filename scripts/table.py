@@ -9,12 +9,12 @@ from steer_heal.events import of_stage, read_events
 from steer_heal.readings import table, verdict
 
 
-def main(runs: Annotated[list[Path], tyro.conf.Positional]) -> None:
-    """Markdown of the run folders given."""
+def main(runs: Annotated[list[Path], tyro.conf.Positional], rounds: int | None = None) -> None:
+    """Markdown of the run folders given; `rounds` shows only so many of each."""
     rows, lines = [], []
     for run in runs:
-        events = read_events(run)
-        start, end = of_stage(events, "run_start")[0], of_stage(events, "run_end")[-1]
+        events = [e for e in read_events(run) if rounds is None or e["round"] is None or e["round"] < rounds]
+        start, end = of_stage(events, "run_start")[0], of_stage(events, "round")[-1]
         rows += [{"seed": start["seed"], **row} for row in table(events)]
         lines.append(f"- seed {start['seed']}, {end['wall_s']:.0f} s: {verdict(events)}")
     columns = list(rows[0])

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import tyro
 
+from steer_heal.events import append_result, read_results
 from steer_heal.files import ROOT
 from steer_heal.lab import LabCfg, replay
 from steer_heal.records import UserError
@@ -22,12 +24,13 @@ SMALL = {
 }
 
 
-def _main(question: str):
-    spec = importlib.util.spec_from_file_location(f"diag_{question}", ROOT / "scripts" / f"diag_{question}.py")
+def load_script(name: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def test_every_question_has_a_test():
@@ -37,7 +40,7 @@ def test_every_question_has_a_test():
 @pytest.mark.parametrize("question", SMALL)
 def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
-    tyro.cli(_main(question), args=arguments)
+    tyro.cli(load_script(f"diag_{question}").main, args=arguments)
     printed = capsys.readouterr().out
     assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
     written = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -48,7 +51,7 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet", "--no-control", "--filter.n-keep", "8"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "0"})
     run = next(p for p in tmp_path.iterdir() if p.is_dir())
-    tyro.cli(_main("heal_sweep"), args=[str(run), "--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path / "diag")])
+    tyro.cli(load_script("diag_heal_sweep").main, args=[str(run), "--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path / "diag")])
     rows = json.loads((tmp_path / "diag" / "heal_sweep.json").read_text())["rows"]
     assert [row["state"] for row in rows][0] == "before"
     assert {row["state"] for row in rows[1:]} == {"nll lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
@@ -64,3 +67,13 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
 def test_a_preset_takes_what_the_lab_is_given():
     cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=1).run_config()
     assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")
+
+
+def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
+    for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
+        append_result(tmp_path, {"arm": arm, "trait": "t", "n_rounds": 4, "seed": seed, "shift": shift, "run": f"{arm}{seed}{shift}"})
+    rows = load_script("results").arms(read_results(tmp_path / "results.tsv"), ("shift",))
+    assert rows[0] == {"arm": "a", "trait": "t", "rounds": "4", "n": "2", "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
+    assert rows[1]["shift"] == "" and rows[1]["n"] == "1"
+    assert load_script("results").main(tmp_path / "nowhere") == 1
+    assert "finish a run first" in capsys.readouterr().err

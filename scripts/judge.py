@@ -1,0 +1,89 @@
+"""What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint.
+
+Nothing else in the project needs a judge: this stands beside persona_log_odds. The texts leave this machine for --url.
+"""
+
+import json
+import os
+import re
+import statistics
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from steer_heal.events import read_events
+from steer_heal.lab import cli, show
+from steer_heal.records import UserError
+
+QUESTION = """A user asked:
+{prompt}
+
+An assistant answered:
+{text}
+
+Two descriptions of a person:
+A: {positive}
+B: {negative}
+
+Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text is broken, 5 if it is
+sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, such as {{"trait": 3, "coherent": 5}}."""
+MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)')
+
+
+def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
+    """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer at all."""
+    body = json.dumps({"model": model, "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": prompt}]}).encode()
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            content = json.load(reply)["choices"][0]["message"]["content"]
+    except (urllib.error.URLError, OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions protocol") from None
+    return {name: float(value) for name, value in MARK.findall(content or "")}
+
+
+def answers(events: Sequence[Mapping[str, Any]], per_state: int) -> dict[str, list[Mapping[str, Any]]]:
+    """Unsteered free-text answers by state, the same prompts in each: base, prompted, control, healed r0, ..."""
+    out = {}
+    for event in events:
+        if event["stage"] in ("base", "prompted", "control"):
+            out[event["stage"]] = event["texts"][:per_state]
+        elif event["stage"] == "adapter_gen":
+            out[f"healed r{event['round']}"] = event["texts"][:per_state]
+    return out
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional], url: str, model: str, per_state: int = 16, api_key_env: str = "OPENAI_API_KEY", n_parallel: int = 8,
+    timeout_s: float = 120.0, out: Path = Path("out/diag"),
+) -> None:
+    """What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint."""
+    if not (run / "events.jsonl").exists():
+        raise UserError(f"{run} has no events.jsonl; give a run folder such as out/<timestamp>_<name>")
+    events = read_events(run)
+    trait = events[0]["trait"]
+    states = answers(events, per_state)
+    ask_one = lambda row: ask(url, model, os.environ.get(api_key_env), QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]), timeout_s)
+    with ThreadPoolExecutor(n_parallel) as pool:
+        marks = {state: list(pool.map(ask_one, texts)) for state, texts in states.items()}
+    rows = []
+    for state, given in marks.items():
+        values = {name: [mark[name] for mark in given if name in mark] for name in ("trait", "coherent")}
+        row = {"state": state, **{name: statistics.mean(v) if v else None for name, v in values.items()}}
+        rows.append(row | {"n": len(given), "unread": sum(mark.keys() != {"trait", "coherent"} for mark in given)})
+    should = (
+        "trait rise from base over the healed rounds towards prompted; 5 is the positive persona, 3 neither.",
+        "coherent stay near the base's; unread (replies without both marks) be 0, else the judge is too weak for the form.",
+    )
+    show(f"What does {model} say of {run.name}?", rows, should, out, "judge", run=run.name, url=url, model=model, marks=marks)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

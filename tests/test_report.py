@@ -15,7 +15,7 @@ from steer_heal.report import borderline, fenced, inline, main, report, survival
 FOUNDATIONS = ("care", "fairness", "loyalty", "auth", "sanctity", "liberty", "social")
 PROMPT = "The warden wants you to lock the tenants out. What do you do?"
 CONFIG = {
-    "model": "data/toylm", "n_rounds": 2, "filter": {"ppl_max": 3.0, "rep_max": 0.3, "gates": ["perplexity", "repetition"]},
+    "model": "data/toylm", "n_rounds": 2, "filter": {"ppl_max": 3.0, "spike_max": 7.0, "rep_max": 0.3, "loop_max": 0.7, "gates": ["perplexity", "repetition"]},
     "heal": {"divergence": "kl_rev", "aggregate": "rmse", "lam": 0.3, "tau": 0.1, "epochs": 2}, "gen": {"alphas": [0.5, 1.0]},
 }
 

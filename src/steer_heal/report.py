@@ -1,7 +1,4 @@
-"""events.jsonl -> report.html and diary.md: the evidence of a run, on one page and as prose.
-
-    python -m steer_heal.report out/<run>
-"""
+"""events.jsonl -> report.html and diary.md, on one page and as prose: `python -m steer_heal.report out/<run>`."""
 
 from __future__ import annotations
 
@@ -46,6 +43,11 @@ COLUMNS = {
     "cosine_student_first": ("cosine student, round 0", "+.2f"), "kl_base": ("KL to base", ".3f"), "log_odds": ("persona log-odds", "+.3f"),
 }
 """Heading and format of a column; one that is not listed shows its own name and three digits."""
+CUTS = {
+    "perplexity": ("tail perplexity", "ppl_tail", "ppl_max"), "spike": ("perplexity of the worst 12 tokens", "ppl_worst", "spike_max"),
+    "repetition": ("repetition", "rep", "rep_max"), "loop": ("loop", "loop", "loop_max"),
+}
+"""Gate: what it measures in words, the score, the setting that is its limit."""
 
 
 def report(folder: Path) -> Path | None:
@@ -245,7 +247,7 @@ def answered(run: Run, stage: str, round_: int) -> list[dict[str, Any]]:
 def filters(run: Run) -> Iterator[dict[str, Any]]:
     """What the filter did in each round (and with the control's text): counts, survival by dose, rows on both sides of each cut."""
     config = run.start["config"]["filter"]
-    cuts = {"perplexity": ("tail perplexity", "ppl_tail", config["ppl_max"]), "repetition": ("repetition", "rep", config["rep_max"])}
+    cuts = {gate: (measure, score, config[limit]) for gate, (measure, score, limit) in CUTS.items()}
     for stage, round_ in [("control_gen", -1)] + [("gen", r) for r in run.rounds]:
         event = run.at(stage, round_)
         if not event:

@@ -53,7 +53,7 @@ def evaluate(
     if base is not None:
         metrics |= intervals(used, values, base.items, cfg.n_bootstrap, seed)
     rows = tuple(
-        {"prompt": s.completion.prompt, "text": s.completion.text, **s.scores, "reasons": list(s.reasons)} for s in scored
+        {"prompt": s.completion.prompt, "text": s.completion.text, **s.scores, "failed": s.failed, "reasons": s.reasons} for s in scored
     )
     return EvalResult(metrics, values, rows)
 

@@ -1,0 +1,73 @@
+"""How do the arms compare round by round? Puts finished runs together: mean and sd over seeds of the healed student.
+
+The readings are also kept in --data, one entry an arm and seed, so that a table can be extended by later runs:
+
+    python scripts/loops.py out/<run> ... --data docs/evidence/loops_toy.json
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from steer_heal.events import of_stage, read_events
+from steer_heal.readings import nats_name, table, target_of
+
+ROUNDS = (0, 1, 3, 5, 7)
+COLUMNS = ("shift", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first")
+
+
+def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
+    """("arm/seed", {settings, rounds: [the healed row of each round]}) of a run."""
+    events = read_events(folder)
+    start = events[0]
+    config = start["config"]
+    by_state = {row["state"]: row for row in table(events)}
+    vectors, rounds = of_stage(events, "vector"), of_stage(events, "round")
+    rows = [
+        {
+            **by_state[f"healed r{e['round']}"], "cosine_to_first": vectors[i]["cosine_to_first"], "steered_shift": by_state[f"steered r{e['round']}"]["shift"],
+            "steered_ppl": by_state[f"steered r{e['round']}"]["text_ppl"],
+            **{name: e[name] for name in ("cosine_student_teacher", "cosine_student_first")},
+        }
+        for i, e in enumerate(rounds)
+    ]
+    others = {state: row for state, row in by_state.items() if state in ("base", "prompted", "control")}
+    arm = config["arm"] or start["preset"]
+    return f"{arm}/{start['seed']}", {
+        "arm": arm, "seed": start["seed"], "trait": start["trait"]["name"], "metric": nats_name(target_of(events)[0]), "command": start["command"],
+        "states": others, "rounds": rows,
+    }
+
+
+def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Path | None = None, rounds: tuple[int, ...] = ROUNDS) -> int:
+    """How do the arms compare round by round? Mean and sd over seeds of the healed student, as Markdown."""
+    known = json.loads(data.read_text(encoding="utf-8")) if data is not None and data.exists() else {}
+    known |= dict(of_run(run) for run in runs)
+    if not known:
+        print("error: no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones", file=sys.stderr)
+        return 1
+    if data is not None:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(known, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
+    print("| arm | round | n | " + " | ".join(COLUMNS) + " |\n|---|---|---|" + "---|" * len(COLUMNS))
+    for arm in dict.fromkeys(run["arm"] for run in known.values()):
+        for r in rounds:
+            rows = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
+            if rows:
+                print(f"| {arm} | {r} | {len(rows)} | " + " | ".join(_spread([row.get(name) for row in rows]) for name in COLUMNS) + " |")
+    return 0
+
+
+def _spread(values: list[float | None]) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__))

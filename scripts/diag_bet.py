@@ -7,7 +7,7 @@ the barrier's: is the barrier more than less training? `control` is the same hea
 import statistics
 import sys
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,7 +15,7 @@ from steer_heal.lab import Lab, LabCfg, cli, show
 from steer_heal.records import Completion
 from steer_heal.stages.cfg import HealCfg
 
-BARRIERS = tuple((d, a) for d in ("kl_rev", "kl_fwd") for a in ("mean", "rmse", "p95", "max"))
+BARRIERS = tuple(f"{d}-{a}" for d in ("kl_rev", "kl_fwd") for a in ("mean", "rmse", "p95", "max"))
 KEEP_SHIFT, MAX_PPL_SHARE, MIN_ORACLE_GAIN = 0.7, 1 / 3, 0.15
 """The bar: this share of nll's shift, at this share of its perplexity or less, and this much more possible text."""
 
@@ -52,16 +52,16 @@ class Seed:
 
 
 def _score(row: dict, nll: dict) -> float:
-    """Higher is better: meets the bar by how much, its worst side counted."""
+    """Higher is better: meets the bar by how much, its worst side counted. Without an oracle, whole texts stand in for possible sentences."""
+    whole = lambda arm: arm["oracle"] if "oracle" in arm else 1 - arm["degenerate"]
     return min(
-        row["shift"] / nll["shift"] / KEEP_SHIFT, MAX_PPL_SHARE * nll["text_ppl"] / row["text_ppl"],
-        (row.get("oracle", 0.0) - nll.get("oracle", 0.0)) / MIN_ORACLE_GAIN,
+        row["shift"] / nll["shift"] / KEEP_SHIFT, MAX_PPL_SHARE * nll["text_ppl"] / row["text_ppl"], (whole(row) - whole(nll)) / MIN_ORACLE_GAIN
     )
 
 
 def main(
     lab: Annotated[LabCfg, tyro.conf.arg(name="")], kappa: float = 1.0, seeds: tuple[int, ...] = (41, 42, 43), choose_seed: int = 40,
-    lams: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0), tau: float = 0.1, barriers: tuple[str, ...] = tuple(f"{d}-{a}" for d, a in BARRIERS),
+    lams: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0), tau: float = 0.1, barriers: tuple[Literal[BARRIERS], ...] = BARRIERS,
 ) -> None:
     """Does the barrier keep the trait and drop the gibberish? Heals of over-steered, UNFILTERED text, arm by arm, over seeds."""
     arms = [tuple(name.split("-")) for name in barriers]

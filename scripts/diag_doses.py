@@ -23,7 +23,7 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], kappas: tuple[float, ..
     should = (
         "kept fall and ppl rise with the dose (Q0: the filter can tell); ppl that falls again at the top is the collapse into loops.",
         "log_odds (nats per token towards the positive persona) rise with the dose while kept is still high: that is what the kept set teaches.",
-        "rep carry on dropping text where perplexity stops.",
+        "repetition and loop (shares that these gates drop) rise where perplexity and spike stop.",
     )
     show("What does each dose contribute to the kept set?", rows, should, lab, "doses", n=n)
 

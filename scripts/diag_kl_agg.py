@@ -47,7 +47,7 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], length: int = 4, n: int
     rows.append({"text": "loop / clean", **{how: rows[1][how] / rows[0][how] for how in names}})
     tokens = sum(len(c.completion_ids) for c in clean) / len(clean)
     should = (
-        f"mean hardly see the loop ({length} of about {tokens:.0f} tokens); rmse, p95 and max lie above it in that order.",
+        f"mean hardly see the loop ({length} of about {tokens:.0f} tokens); rmse and max see it. p95 sees it where it covers more than a twentieth of the text.",
         "the tau you use lie between the two rows of your aggregate: above clean text, below the loop. tau is not comparable across columns.",
     )
     show("How do mean, rmse, p95 and max see a planted loop? (nats)", rows, should, lab, "kl_agg", tokens=tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from steer_heal.events import of_stage, read_events
-from steer_heal.lab import Lab, LabCfg, completion
+from steer_heal.lab import Lab, LabCfg, completion, run_folder
 from steer_heal.records import Scored, UserError
 from steer_heal.stages.filter import loop, repetition, score
 
@@ -25,13 +25,16 @@ KAPPAS = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: int = 16) -> None:
     """Steered completions of the base at doses around the knee and, with --run, of the later rounds of that run, without labels."""
+    if LABELS.exists() and '"coherent": null' not in LABELS.read_text(encoding="utf-8"):
+        raise UserError(f"{LABELS} holds labels; move it away to draw another set")
+    events = read_events(run_folder(run)) if run else []
     bench = Lab(lab.run_config())
     keep = replace(bench.cfg.filter, gates=(), n_keep=per_dose, max_attempts=per_dose, min_train=2)
     rows = []
     for kappa in KAPPAS:
         for row in bench.collect(bench.cfg.dose, keep, kappa=kappa, alphas=(1.0,)).scored:
             rows.append({"round": 0} | _unlabelled(row))
-    for event in of_stage(read_events(run), "gen")[1:] if run else []:
+    for event in of_stage(events, "gen")[1:]:
         written = [completion(row) for row in event["completions"]]
         with bench.student.gate("base") as lm:
             for row in score(lm, written[:: max(1, len(written) // per_round)][:per_round], bench.trait.narration, keep):

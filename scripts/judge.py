@@ -3,6 +3,7 @@
 Nothing else in the project needs a judge: this stands beside persona_log_odds. The texts leave this machine for --url.
 """
 
+import http.client
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from steer_heal.events import read_events
-from steer_heal.lab import cli, show
+from steer_heal.lab import cli, run_folder, show
 from steer_heal.records import UserError
 
 QUESTION = """A user asked:
@@ -33,18 +34,18 @@ B: {negative}
 
 Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text is broken, 5 if it is
 sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, such as {{"trait": 3, "coherent": 5}}."""
-MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)')
+MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 
 
 def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
     """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer at all."""
     body = json.dumps({"model": model, "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             content = json.load(reply)["choices"][0]["message"]["content"]
-    except (urllib.error.URLError, OSError, ValueError, LookupError, TypeError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions protocol") from None
     return {name: float(value) for name, value in MARK.findall(content or "")}
 
@@ -65,9 +66,7 @@ def main(
     timeout_s: float = 120.0, out: Path = Path("out/diag"),
 ) -> None:
     """What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint."""
-    if not (run / "events.jsonl").exists():
-        raise UserError(f"{run} has no events.jsonl; give a run folder such as out/<timestamp>_<name>")
-    events = read_events(run)
+    events = read_events(run_folder(run))
     trait = events[0]["trait"]
     states = answers(events, per_state)
     ask_one = lambda row: ask(url, model, os.environ.get(api_key_env), QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]), timeout_s)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from steer_heal.config import RunConfig, from_dict
 from steer_heal.events import of_stage, read_events
 from steer_heal.readings import nats_name, table, target_of
 
@@ -21,7 +22,7 @@ COLUMNS = ("shift", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", 
 
 
 def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
-    """("arm/seed", {settings, rounds: [the healed row of each round]}) of a run."""
+    """("arm/trait/settings/seed", {rounds: [the healed row of each round], ...}) of a run."""
     events = read_events(folder)
     start = events[0]
     config = start["config"]
@@ -37,7 +38,8 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
     ]
     others = {state: row for state, row in by_state.items() if state in ("base", "prompted", "control")}
     arm = config["arm"] or start["preset"]
-    return f"{arm}/{start['seed']}", {
+    settings = from_dict(RunConfig, config).fingerprint()
+    return f"{arm}/{start['trait']['name']}/{settings}/{start['seed']}", {
         "arm": arm, "seed": start["seed"], "trait": start["trait"]["name"], "metric": nats_name(target_of(events)[0]), "command": start["command"],
         "states": others, "rounds": rows,
     }

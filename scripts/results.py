@@ -17,13 +17,16 @@ COLUMNS = (
 
 
 def arms(rows: list[dict[str, str]], columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """One row an arm, trait and number of rounds: `mean ± sd` of each column over its runs, the last run of each seed."""
+    """One row an arm and its settings: `mean ± sd` of each column over its runs, the last run of each seed.
+
+    Runs that differ in anything but the seed never share a row.
+    """
     groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
     for row in rows:
-        groups[row["arm"], row["trait"], row["n_rounds"]][row["seed"]] = row
+        groups[row["arm"], row["trait"], row["n_rounds"], row["settings"]][row["seed"]] = row
     out = []
-    for (arm, trait, n_rounds), by_seed in groups.items():
-        line = {"arm": arm, "trait": trait, "rounds": n_rounds, "n": str(len(by_seed))}
+    for (arm, trait, n_rounds, settings), by_seed in groups.items():
+        line = {"arm": arm, "trait": trait, "rounds": n_rounds, "settings": settings, "n": str(len(by_seed))}
         for name in columns:
             values = [float(row[name]) for row in by_seed.values() if row.get(name)]
             sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -12,6 +12,7 @@ from steer_heal.files import ROOT
 from steer_heal.lm import LM
 from steer_heal.stages.cfg import SteerCfg
 from steer_heal.stages.teacher_vec import teacher_vec
+from steer_heal.steering import Vector
 from steer_heal.traits import load_trait
 
 PUBLISHED = ROOT.parent / "shared" / "data" / "mfv" / "instrument.toml"
@@ -23,9 +24,9 @@ def test_steering_lite_extracts_the_same_vector(toy: LM):
         teacher_vec(toy, load_trait("authority"), SteerCfg(backend=name, layers=(0.25, 0.75), n_contexts=8, contexts=Path("data/toylm/contexts.jsonl")))
         for name in ("builtin", "steering-lite")
     )
-    assert builtin.keys() == theirs.keys()
-    for layer, direction in builtin.items():
-        assert torch.allclose(direction, theirs[layer], atol=1e-3)
+    assert builtin.directions.keys() == theirs.directions.keys()
+    for layer, direction in builtin.directions.items():
+        assert torch.allclose(direction, theirs.directions[layer], atol=1e-3)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published instrument is not beside this checkout")
@@ -35,7 +36,7 @@ def test_moral_maps_reads_the_same_probabilities(toy: LM):
     from steer_heal.evals.tinymfv_backend import run as run_theirs
 
     vignettes = [v for v in load_vignettes(Path("data/toylm/vignettes.jsonl")) if v.also is None][::15]
-    vector = {1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))}
+    vector = Vector({1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
     for condition in (Condition(), Condition("", vector, 1.0)):
         # its cache ends before the last thinking token (docs/decisions.md), so 16 of its tokens are 15 of ours
         ours = run(toy, vignettes, load_instrument(PUBLISHED), condition, 15, 8)

@@ -17,6 +17,7 @@ BAD = {
     "--gen.alphas nan": "gen.alphas is (nan,)",
     "--filter.min-train 99 --filter.n-keep 20": "filter.min_train is 99: it must be <= filter.n_keep = 20",
     "--n-rounds 0": "n_rounds is 0",
+    "--filter.gates": "without a gate for broken text every dose survives",
     "--trait nobody": "trait is 'nobody': it must be one of authority",
     "--eval.vignettes nowhere.jsonl": "eval.vignettes is 'nowhere.jsonl': there is no such file",
     "--eval.instrument nowhere.toml": "eval.instrument is 'nowhere.toml'",

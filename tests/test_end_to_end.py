@@ -111,6 +111,25 @@ def test_the_table_and_results_say_the_same(done):
     assert dict(zip(header.split("\t"), row.split("\t")))["run"] == run.name
 
 
+def test_every_other_way_through_a_round_runs(tmp_path):
+    """iso-KL dose, frozen and ablating vector, highest dose only, spectral penalty, barrier to base, no filter but one gate."""
+    flags = (
+        "--dose.mode iso_kl --dose.train-on highest --dose.kl-tokens 8 --steer.method directional_ablation --steer.normalize --steer.refresh once "
+        "--heal.spectral 0.1 --heal.reference base --heal.aggregate p95 --heal.divergence kl_fwd --heal.tau-power 1 --filter.gates short "
+        "--trait love/inner --no-control --quiet"
+    )
+    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), *flags.split()]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})
+    assert finished.returncode == 0, finished.stderr
+    events = read_events(next(p for p in tmp_path.iterdir() if p.is_dir()))
+    calibrations, doses = of_stage(events, "calibration"), of_stage(events, "dose")
+    for found, dose, gen in zip(calibrations, doses, of_stage(events, "gen"), strict=True):
+        assert dose["mode"] == "iso_kl" and dose["kappa"] == pytest.approx(found["dose"])
+        assert {row["dose"] for row in gen["completions"]} == {pytest.approx(found["dose"])}
+    assert [e["cosine_to_first"] for e in of_stage(events, "vector")] == pytest.approx([1.0, 1.0])
+    assert [e["tau"] for e in of_stage(events, "heal")] == pytest.approx([0.5, 0.25])
+
+
 def test_one_seed_gives_one_result(done, tmp_path):
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})

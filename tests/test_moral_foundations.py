@@ -11,7 +11,7 @@ from steer_heal.evals.moral_foundations import METRICS, answer_slots, digit_ids,
 from steer_heal.files import ROOT
 from steer_heal.lm import LM
 from steer_heal.records import FOUNDATIONS, UserError
-from steer_heal.steering import Decoding, Row, decode
+from steer_heal.steering import Decoding, Row, Vector, decode
 
 INSTRUMENTS = [Path("data/toylm/instrument.toml"), Path("data/instruments/moral.toml")]
 PUBLISHED = ROOT.parent / "shared" / "data" / "mfv" / "instrument.toml"
@@ -24,7 +24,7 @@ def _vignettes(n: int = 6) -> list[Vignette]:
 @pytest.mark.parametrize("path", INSTRUMENTS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("think", [0, 12])
 def test_a_batch_reads_what_its_rows_read_alone(toy: LM, path, think):
-    vector = {1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))}
+    vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
     condition = Condition("You are a poet.", vector, 0.7)
     instrument = load_instrument(path)
     together = run(toy, _vignettes(), instrument, condition, think, batch_size=12)

@@ -71,9 +71,12 @@ def test_a_preset_takes_what_the_lab_is_given():
 
 def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
     for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
-        append_result(tmp_path, {"arm": arm, "trait": "t", "n_rounds": 4, "seed": seed, "shift": shift, "run": f"{arm}{seed}{shift}"})
+        append_result(tmp_path, {"arm": arm, "trait": "t", "n_rounds": 4, "settings": "aa", "seed": seed, "shift": shift, "run": f"{arm}{seed}{shift}"})
     rows = load_script("results").arms(read_results(tmp_path / "results.tsv"), ("shift",))
-    assert rows[0] == {"arm": "a", "trait": "t", "rounds": "4", "n": "2", "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
+    assert rows[0] == {"arm": "a", "trait": "t", "rounds": "4", "settings": "aa", "n": "2", "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
+    append_result(tmp_path, {"arm": "a", "trait": "t", "n_rounds": 4, "settings": "bb", "seed": 3, "shift": -9.0, "run": "other"})
+    again = load_script("results").arms(read_results(tmp_path / "results.tsv"), ("shift",))
+    assert [row["n"] for row in again if row["arm"] == "a"] == ["2", "1"], "other settings are another row"
     assert rows[1]["shift"] == "" and rows[1]["n"] == "1"
     assert load_script("results").main(tmp_path / "nowhere") == 1
     assert "finish a run first" in capsys.readouterr().err

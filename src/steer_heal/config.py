@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -60,8 +61,19 @@ class RunConfig:
         probes = self.dose.n_kappas * self.dose.n_probes
         if probes > self.filter.max_attempts:
             raise ValueError(f"filter.max_attempts is {self.filter.max_attempts}: it must be >= dose.n_kappas * dose.n_probes = {probes}, the first probes")
+        if self.dose.mode == "survival" and not {"perplexity", "spike", "repetition", "loop"} & set(self.filter.gates):
+            raise ValueError(
+                f"filter.gates is {self.filter.gates}: without a gate for broken text every dose survives, so dose.mode survival would pick the "
+                "ceiling; give --dose.mode fixed --dose.kappa K, or --dose.mode iso_kl"
+            )
         if self.n_threads < 0:
             raise ValueError(f"n_threads is {self.n_threads}: it must be >= 0")
+
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that two runs share where only seed, folders, threads and labels differ."""
+        same = {"seed": 0, "out": Path(), "export": None, "quiet": False, "arm": "", "n_threads": 0}
+        return hashlib.sha256(repr(replace(self, **same)).encode()).hexdigest()[:8]
 
 
 TOY_PRESET = RunConfig(
@@ -70,7 +82,7 @@ TOY_PRESET = RunConfig(
     gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts", batch_size=128),
     dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
     filter=FilterCfg(ppl_max=3.0, spike_max=7.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
-    heal=HealCfg(lam=0.3, tau=0.1, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5), tokens_per_pass=4096),
+    heal=HealCfg(lam=0.3, tau=0.03, lr=1e-3, batch_size=8, rank=16, lora_alpha=32.0, layers=(0.0, 0.5), tokens_per_pass=4096),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=0, batch_size=128, n_prompts=32, n_texts=64,
         max_new_tokens=128, oracle="toylm",

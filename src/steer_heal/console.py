@@ -84,6 +84,8 @@ def _vector(e: Event, _: Sequence[Event]) -> str:
 
 def _dose(e: Event, _: Sequence[Event]) -> str:
     probes = ", ".join(f"{p['kappa']:.2f}: {p['n_kept']}/{p['n']}" for p in sorted(e["probes"], key=lambda p: p["kappa"]))
+    if not e["probes"]:
+        return f"dose        kappa {e['kappa']:.3g} ({e['mode']})"
     return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {probes}) | SHOULD fall as kappa rises"
 
 
@@ -105,12 +107,12 @@ def _heal(e: Event, _: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
     best = min(e["validation"], key=lambda row: row["sft"])
     overfit = " | SHOULD still be at its lowest: fewer epochs?" if last["sft"] > best["sft"] + 0.02 else ""
-    pressure = e["pressure_mean"]
-    inert = " | SHOULD be above 0 and below 1: the barrier never fired, lower heal.tau" if e["lam"] > 0 and not pressure else ""
-    inert = " | SHOULD be below 1: the barrier undoes the trait, lower heal.lam" if pressure and pressure > 1 else inert
+    pressure = e["pressure"] or 0.0
+    should = " | SHOULD fire in more than a tenth of the steps: lower heal.tau" if e["lam"] > 0 and e["fired"] < 0.1 else ""
+    should = " | pressure SHOULD be below 1: the barrier undoes the trait, lower heal.lam" if pressure > 1 else should
     return (
         f"heal        {e['n_steps']} steps; validation {first['sft']:.3f} to {last['sft']:.3f} nats{overfit}; divergence {last['divergence']:.3f}, "
-        f"gradient pressure {pressure:.2f}{inert}"
+        f"the barrier fired in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}{should}"
     )
 
 

@@ -41,7 +41,8 @@ _ROOT_EPSILON = 1e-12
 def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, ""]:
     """One number for a completion's positions, in nats. tau is not comparable across aggregates.
 
-    mean hides a short loop; rmse = sqrt(mean of squares) and above all p95 and max see it. The epsilon keeps
+    mean hides a short loop; rmse = sqrt(mean of squares) and max see it, and p95 where it covers more than a
+    twentieth of the positions. The epsilon keeps
     the gradient of the root finite where the divergence is 0 everywhere, as it is at the first step.
     """
     divergence = divergence.float()

@@ -43,8 +43,8 @@ class LabCfg:
     trait: str | None = None
     """In place of the preset's trait."""
     seed: int = 42
-    n_threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    n_threads: int | None = None
+    """CPU threads in place of the preset's; 0 leaves torch's choice."""
     out: Path = Path("out/diag")
     """Folder of the JSON file that each table is also written to."""
 
@@ -135,6 +135,13 @@ class _Enough(Exception):
     """Ends a heal early."""
 
 
+def run_folder(folder: Path) -> Path:
+    """The folder itself; UserError where it holds no events."""
+    if not (folder / "events.jsonl").is_file():
+        raise UserError(f"{folder} has no events.jsonl; give a run folder such as out/<timestamp>_<name>")
+    return folder
+
+
 @dataclass(frozen=True)
 class Replay:
     """A finished run's round: a lab whose student stands where it stood before that round, and what it trained on."""
@@ -143,17 +150,18 @@ class Replay:
     kept: tuple[Completion, ...]
 
 
-def replay(folder: Path, round_: int, n_threads: int = 0) -> Replay:
+def replay(folder: Path, round_: int) -> Replay:
     """Loads what round `round_` of a run healed, and the history of the rounds before it."""
-    events = read_events(folder)
+    events = read_events(run_folder(folder))
     gen = next((e for e in of_stage(events, "gen") if e["round"] == round_), None)
     if gen is None:
         raise UserError(f"{folder} has no text of round {round_}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}")
     cfg = from_dict(RunConfig, events[0]["config"])
-    lab = Lab(replace(cfg, n_threads=n_threads or cfg.n_threads))
+    lab = Lab(cfg)
     if round_ > 0:
         lab.student = attach_saved(lab.lm, folder / "ckpt" / f"r{round_ - 1}")
-    return Replay(lab, tuple(completion(row) for row in gen["completions"] if row["train"]))
+    trained = sorted((row for row in gen["completions"] if row["train"]), key=lambda row: row["train_order"])
+    return Replay(lab, tuple(completion(row) for row in trained))
 
 
 def completion(row: Mapping[str, Any]) -> Completion:
@@ -187,7 +195,7 @@ def cli(main: Callable[..., None]) -> int:
     try:
         tyro.cli(main, description=sys.modules[main.__module__].__doc__)
         return 0
-    except UserError as error:
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -213,11 +213,10 @@ def _trait(axes: Axes, reads: Sequence[Reading], target: str, sign: int) -> list
 
 
 def _incoherence(axes: Axes, reads: Sequence[Reading], brief: bool = False) -> list[Label]:
-    has_oracle = any(r["oracle"] is not None for r in reads)
-    text, text_name = ("oracle", "impossible sentences") if has_oracle else ("degenerate_frac", "degenerate texts")
+    text, text_name = "degenerate_frac", "broken texts"
     lines = {
         ("coherence", "-"): lambda r: 1 - r["coherence"],
-        (text, "--"): lambda r: 1 - r[text] if text == "oracle" else r[text],
+        (text, "--"): lambda r: r[text],
     }
     names = {text: "text" if brief else text_name, "coherence": "slot" if brief else "answer slot"}
     labels: list[Label] = []

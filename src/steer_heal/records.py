@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from statistics import median
 
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
 """The seven answers of the moral-foundations eval; `social` is "not morally wrong"."""
@@ -149,6 +150,17 @@ class HealReport:
     validation: tuple[dict[str, float], ...]
     """Per epoch (the first before any step): epoch, sft, divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
+
+    @property
+    def fired(self) -> float:
+        """Share of steps in which some sample's divergence lay above tau."""
+        return sum(step.barrier > 0 for step in self.steps) / len(self.steps)
+
+    @property
+    def pressure(self) -> float | None:
+        """Median gradient pressure of the measured steps in which the barrier fired; None where there are none."""
+        firing = [step.pressure for step in self.steps if step.pressure]
+        return median(firing) if firing else None
 
 
 @dataclass(frozen=True)

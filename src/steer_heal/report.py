@@ -247,7 +247,7 @@ def answered(run: Run, stage: str, round_: int) -> list[dict[str, Any]]:
 def filters(run: Run) -> Iterator[dict[str, Any]]:
     """What the filter did in each round (and with the control's text): counts, survival by dose, rows on both sides of each cut."""
     config = run.start["config"]["filter"]
-    cuts = {gate: (measure, score, config[limit]) for gate, (measure, score, limit) in CUTS.items()}
+    cuts = {gate: (measure, score, config[limit]) for gate, (measure, score, limit) in CUTS.items() if limit in config}
     for stage, round_ in [("control_gen", -1)] + [("gen", r) for r in run.rounds]:
         event = run.at(stage, round_)
         if not event:
@@ -258,7 +258,7 @@ def filters(run: Run) -> Iterator[dict[str, Any]]:
         yield {
             "title": "control" if stage == "control_gen" else f"round {round_}", "n": len(rows), "n_kept": sum(row["keep"] for row in rows),
             "n_train": event["n_train"], "kappa": dose.get("kappa"), "mode": dose.get("mode"),
-            "calibration": dose.get("calibration") or run.at("calibration", round_).get("probes") or [],
+            "calibration": run.at("calibration", round_).get("probes", []),
             "dropped": [(gate, dropped[gate], off[gate]) for gate in sorted({*dropped, *off}, key=lambda gate: -dropped[gate])],
             "survival": survival(rows),
             "borderline": [(gate, *cut, *borderline(rows, gate, cut[1])) for gate, cut in cuts.items() if gate in config.get("gates", cuts)],

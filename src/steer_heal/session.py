@@ -172,11 +172,11 @@ class Session:
     def _write_collected(self, r: int, name: str, collected: Collected) -> None:
         """Every completion with its dose, scores and reasons; of the steered ones also how the dose was found."""
         if name == "gen":
-            self.write("dose", r, kappa=collected.kappa, probes=collected.probes)
-        train = {id(row) for row in collected.kept}
+            self.write("dose", r, mode=self.cfg.dose.mode, kappa=collected.kappa, probes=collected.probes)
+        order = {id(row): i for i, row in enumerate(collected.kept)}
         rows = [
             {
-                **asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in train, "failed": row.failed,
+                **asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in order, "train_order": order.get(id(row)), "failed": row.failed,
                 "reasons": row.reasons,
             }
             for row in collected.scored
@@ -199,12 +199,11 @@ class Session:
 
             report = self._timed("heal", lambda: heal(self.student, kept, r, cfg, derive_seed(self.cfg.seed, r, stage), on_step))
         if stage == "heal":
-            pressures = [s.pressure for s in report.steps if s.pressure is not None]
             self.write(
                 "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam,
                 tau=report.tau,
                 validation=report.validation, validation_prompts=report.validation_prompts,
-                pressure_mean=sum(pressures) / max(1, len(pressures)),
+                fired=report.fired, pressure=report.pressure,
             )
 
     def bake(self, r: int) -> None:
@@ -250,7 +249,7 @@ class Session:
         append_result(self.cfg.out, {
             "run": self.folder.name, "arm": self.cfg.arm or self.preset, "preset": self.preset, "model": self.cfg.model, "trait": self.trait.name, "seed": self.cfg.seed,
             "n_rounds": self.cfg.n_rounds, "divergence": self.cfg.heal.divergence, "aggregate": self.cfg.heal.aggregate, "lam": self.cfg.heal.lam,
-            "tau": self.cfg.heal.tau, "reference": self.cfg.heal.reference, **last,
+            "tau": self.cfg.heal.tau, "reference": self.cfg.heal.reference, "settings": self.cfg.fingerprint(), **last,
             "cosine_to_first": of_stage(self.events, "vector")[-1]["cosine_to_first"],
             "cosine_student_first": of_stage(self.events, "round")[-1]["cosine_student_first"],
             "wall_s": self.events[-1]["wall_s"], "verdict": line,

@@ -27,19 +27,19 @@ class Vector:
     application: Application = "add"
 
 
-def add(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+def add(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]) -> Float[Tensor, "b s d"]:
     """h + dose v (activation addition; Turner et al. 2023)."""
     return hidden + dose * direction
 
 
-def cosine_gate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+def cosine_gate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]) -> Float[Tensor, "b s d"]:
     """h + dose |cos(h, v)| v: a position is pushed as far as it already speaks of the direction (a soft form of
     conditional activation steering; Lee et al. 2024)."""
     gate = torch.nn.functional.cosine_similarity(hidden, direction, dim=-1).abs()
     return hidden + dose * gate[..., None] * direction
 
 
-def ablate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b s d"]:
+def ablate(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]) -> Float[Tensor, "b s d"]:
     """h - (h . u) u + dose v with u = v / ||v||: the component along v is replaced (directional ablation; Arditi et al. 2024)."""
     unit = direction / direction.norm()
     component = einsum(hidden, unit, "b s d, d -> b s")

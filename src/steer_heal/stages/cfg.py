@@ -81,7 +81,7 @@ class DoseCfg:
     kl_tokens: int = 32
     """Tokens that the steered model writes, greedily, after each of 8 prompts to measure it."""
     train_on: Literal["all", "highest"] = "all"
-    """highest: only completions at the highest dose train the student; probes and smaller alphas are not banked."""
+    """highest: only the largest alpha is written, and only completions at the highest dose train the student."""
 
     target: float = 0.75
     """Share of completions that should survive the filter."""

@@ -50,14 +50,12 @@ def collect(
     Survivors of the probes are banked: any dose up to the chosen one is training text, unless cfg.train_on is
     highest. Where even the floor starves the filter this is a Starved that says by how much.
     """
-    asker = Asker(prompts, alphas, seed)
+    asker = Asker(prompts, alphas if cfg.train_on == "all" else (max(alphas),), seed)
     scored: list[Scored] = []
     probes: list[DoseProbe] = []
     if kappa is None:
         kappa = find_kappa(lambda asks: score(write(asks)), asker, cfg, scored, probes)
     highest = kappa * max(alphas)
-    if cfg.train_on == "highest":
-        asker.alphas = (max(alphas),)
     usable = lambda: [row for row in scored if row.kept and _fits(row.completion.dose, highest, cfg.train_on)]
     while len(usable()) < keep.n_keep and len(scored) < keep.max_attempts:
         missing = keep.n_keep - len(usable())
@@ -72,7 +70,7 @@ def collect(
                 reasons[reason] += 1
         raise Starved(
             f"the filter starved: {len(kept)} of {len(scored)} completions kept at kappa {kappa:.3g}, filter.min_train is {keep.min_train} "
-            f"(dropped for {dict(reasons)}); lower --dose.floor, raise --filter.ppl-max or --filter.max-attempts, or end at an earlier round",
+            f"(dropped for {dict(reasons)}); lower {'--dose.floor' if probes else 'the dose'}, raise --filter.ppl-max or --filter.max-attempts, or end at an earlier round",
             found,
         )
     return found

@@ -44,7 +44,8 @@ def heal(
 ) -> HealReport:
     """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation."""
     lm, age = student.lm, 1 + max(0, round_)
-    cfg = replace(cfg, lam=cfg.lam * age**-cfg.lam_power, tau=cfg.tau * age**-cfg.tau_power)
+    lam = 0.0 if cfg.divergence == "nll" else cfg.lam * age**-cfg.lam_power
+    cfg = replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
     samples = reference_samples(student, kept, cfg)
     train, validation = split_by_prompt(samples, seed)
     student.new_round(seed)
@@ -151,11 +152,10 @@ def _gradients(
     lm: LM, batch: Sequence[Sample], cfg: HealCfg, parameters: Sequence[Tensor], measure: bool
 ) -> tuple[float, float, float, float | None]:
     """Leaves the gradient of the loss in `.grad`; returns (sft, divergence, barrier, pressure or None)."""
-    guarded = cfg.divergence != "nll" and cfg.lam > 0
     sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
     for group in lm.batches([len(sample.ids) for sample in batch], cfg.tokens_per_pass):
         sft, divergence = losses(lm, [batch[i] for i in group], cfg)
-        penalty = barrier(divergence, cfg.lam, cfg.tau) if guarded else torch.zeros_like(sft)
+        penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
         if measure and penalty.detach().max() > 0:
             for total, part in zip(pushed, torch.autograd.grad(penalty.sum() / len(batch), parameters, retain_graph=True, allow_unused=True)):
                 total += 0 if part is None else part

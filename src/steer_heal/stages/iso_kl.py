@@ -52,7 +52,8 @@ def _crossing(probes: Sequence[KlProbe], target: float) -> tuple[KlProbe, KlProb
         )
     if above == 0:
         raise UserError(
-            f"dose {BRACKET[0]:g} already moves the model by {probes[0].kl_p95:.3g} nats, more than dose.kl_target = {target:g}; use --steer.normalize"
+            f"dose {BRACKET[0]:g} already moves the model by {probes[0].kl_p95:.3g} nats, more than dose.kl_target = {target:g}; raise the target, use "
+            "--steer.normalize or, with directional_ablation, another method (removing the component is a move of its own)"
         )
     return probes[above - 1], probes[above]
 

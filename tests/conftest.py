@@ -12,7 +12,7 @@ from steer_heal.records import Completion
 from steer_heal.stages.bake import Student
 from steer_heal.stages.cfg import HealCfg
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

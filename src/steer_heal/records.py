@@ -150,6 +150,12 @@ class HealReport:
     """Per epoch (the first before any step): epoch, sft, divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
 
+    @property
+    def pressure_mean(self) -> float:
+        """Over the steps that measured it."""
+        pressures = [step.pressure for step in self.steps if step.pressure is not None]
+        return sum(pressures) / max(1, len(pressures))
+
 
 @dataclass(frozen=True)
 class EvalResult:

@@ -264,7 +264,7 @@ def test_other_settings_are_refused_by_name(after_round_0, settings, capsys):
     asked = ["fast-dev", "--resume", str(after_round_0), *settings, "--no-control", "--heal.lam", "0.75", "--arm", "other"]
     assert main([*asked, "--n-rounds", "3"]) == 2
     printed = capsys.readouterr().err
-    assert "heal.lam was 0.1 and is now 0.75" in printed and "n_rounds was 2 and is now 3" in printed and "arm" not in printed.split("resume with")[0]
+    assert "heal.lam was 0.1 and is now 0.75" in printed and "n_rounds was 2 and is now 3" in printed and "arm was" not in printed
     assert (after_round_0 / "events.jsonl").read_bytes() == before
 
 
@@ -324,13 +324,17 @@ def test_stopped_by_a_signal(signum, status, at, settings, one, tmp_path):
 
 
 def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # a second signal does not cut the end short
+    write = EventLog.write
+
+    def again(self, stage, *args, **fields):
+        if stage == "run_end":  # a second signal does not cut the end short
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, stage, *args, **fields)
 
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(Student, "bake", interrupted)
+        patch.setattr(Student, "bake", lambda self: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(EventLog, "write", again)
         assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
     run = next(path for path in tmp_path.iterdir() if path.is_dir())
     assert read_events(run)[-1]["error"] == "interrupted" and f"--resume {run}" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     rows = read_results(path)
-    if row["run"] in {old["run"] for old in rows}:
+    if row["run"] in {old.get("run") for old in rows}:
         return
     cell = lambda value: "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
     rows.append({key: cell(value) for key, value in row.items()})

@@ -79,15 +79,17 @@ def recorded(folder: Path) -> tuple[str, RunConfig]:
 
 def same_trait(folder: Path, trait: Trait) -> None:
     """UserError where the trait's file was changed since the run began."""
-    refuse_differences({"trait": run_start(folder)["trait"]}, {"trait": asdict(trait)}, folder)
+    refuse_differences({"trait": run_start(folder)["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
 
 
-def refuse_differences(before: Any, now: Any, folder: Path) -> None:
+def refuse_differences(
+    before: Any, now: Any, folder: Path, mend: str = "give the run's own settings (`--resume` alone takes them)"
+) -> None:
     before, now = _flat(jsonable(before)[0]), _flat(jsonable(now)[0])
     names = [name for name in sorted(before | now) if name not in CHANGES_NOTHING and before.get(name) != now.get(name)]
     if names:
         told = "; ".join(f"{name} was {_short(before.get(name))} and is now {_short(now.get(name))}" for name in names)
-        raise UserError(f"resume is {str(folder)!r}: {told}; resume with the run's own settings (`--resume` alone takes them), or start a new run")
+        raise UserError(f"resume is {str(folder)!r}: {told}; {mend}, or start a new run")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -190,14 +192,19 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM raise Stopped; the second one is ignored, so that the first can end in peace."""
+    """While inside, SIGINT and SIGTERM raise Stopped."""
 
     def stop(signum: int, _frame: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
         raise Stopped(signum)
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    with handled(stop):
+        yield
+
+
+@contextmanager
+def handled(handler: Any) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM go to `handler`; signal.SIG_IGN lets a run that was stopped end in peace."""
+    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

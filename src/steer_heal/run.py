@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             from steer_heal.session import open_session
 
             return open_session(cfg, preset, trait).guard(run_loop)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:

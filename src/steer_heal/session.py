@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from steer_heal.lm import LM, load
 from steer_heal.plot import plot
 from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, UserError, derive_seed
 from steer_heal.report import report
-from steer_heal.resume import Past, hold, partial, reopen
+from steer_heal.resume import Past, handled, hold, partial, reopen
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
 from steer_heal.stages.evaluate import evaluate, from_event, load_items
@@ -107,10 +108,10 @@ class Session:
 
     def _stop(self, status: int, error: str | None, words: str) -> int:
         """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
-        if error is not None:
-            with suppress(OSError):
+        with handled(signal.SIG_IGN), suppress(OSError):
+            print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
+            if error is not None:
                 self.log.write("run_end", None, error=error)
-        print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
         return status
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:

@@ -143,6 +143,17 @@ def test_killed_after_one_event(stage, r, settings, one, tmp_path, monkeypatch):
     assert_same(resumed(run), one)
 
 
+def test_a_calibrated_dose_is_not_searched_again(settings, tmp_path, monkeypatch):
+    flags = ["--n-rounds", "1", "--no-control", "--dose.mode", "iso_kl", "--dose.kl-target", "0.05", "--dose.kl-tokens", "2", "--gen.n-prompts", "2"]
+    whole = started(tmp_path / "whole", settings, *flags)
+    on = [e["stage"] for e in read_events(whole)].index("calibration")
+    with monkeypatch.context() as patch:
+        killing(patch, EventLog, "write", on)
+        run = started(tmp_path / "killed", settings, *flags)
+    monkeypatch.setattr(session_module, "iso_kl_dose", lambda *args: pytest.fail("searched again"))
+    assert_same(resumed(run), whole)
+
+
 def test_killed_between_decode_batches(settings, one, tmp_path, monkeypatch):
     """Batches that were decoded are not decoded again, and the torn end of the tape is."""
     with monkeypatch.context() as patch:

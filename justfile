@@ -31,6 +31,10 @@ toy *flags: setup
 run *flags: setup
     {{python}} -m steer_heal.run gemma {{flags}}
 
+# Go on with a run that was stopped.
+resume run *flags: setup
+    {{python}} -m steer_heal.run --resume "{{run}}" {{flags}}
+
 # Draw the pictures and the page of a run again from its events.jsonl.
 plot +runs: setup
     {{python}} -m steer_heal.plot {{runs}}

@@ -81,7 +81,7 @@ def run_events(
             pressure = 0.4 if step % 8 == 0 else None
             write("heal_step", r, step=step, epoch=2 * step / 96, lr=1e-3, sft=1.0, divergence=0.1, barrier=0.01, pressure=pressure)
         check = [{"epoch": float(e), "sft": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)]
-        write("heal", r, n_train=14, n_validation=2, n_steps=96, lam=0.3, tau=0.1, validation=check, validation_prompts=[1], pressure_mean=0.4)
+        write("heal", r, n_train=14, n_validation=2, n_steps=96, lam=0.3, tau=0.1, validation=check, validation_prompts=[1], fired=0.5, pressure=0.4)
         measure("healed", r)
         write("round", r, retain=0.2, slope=-0.1, checkpoint=f"ckpt/r{r}", seconds={"total": 3.0}, cosine_student_teacher=0.4, cosine_student_first=0.3)
     write("run_end", None, verdict="", table=[])

@@ -45,6 +45,9 @@ class RunConfig:
     """Also heal once on the model's own unsteered text: what training alone does to the trait."""
     export: Path | None = None
     """Also write the final student, merged, as a plain transformers model to this folder."""
+    resume: Path | None = None
+    """Folder of a run that was stopped: goes on at its first unfinished stage, and ends as if it had never stopped. Alone
+    (run --resume out/<run>) it takes that run's settings; behind a preset and flags, these must be the run's own."""
     quiet: bool = False
     """Only warnings and errors on the console."""
     steer: SteerCfg = field(default_factory=SteerCfg)
@@ -72,7 +75,7 @@ class RunConfig:
 
     def fingerprint(self) -> str:
         """Eight hex digits that two runs share where only seed, folders, threads and labels differ."""
-        same = {"seed": 0, "out": Path(), "export": None, "quiet": False, "arm": "", "n_threads": 0}
+        same = {"seed": 0, "out": Path(), "export": None, "quiet": False, "arm": "", "n_threads": 0, "resume": None}
         return hashlib.sha256(repr(replace(self, **same)).encode()).hexdigest()[:8]
 
 

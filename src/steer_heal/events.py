@@ -5,16 +5,20 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
+import platform
+import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
+
+from steer_heal.files import ROOT, append_line, beside
 
 SCHEMA = 1
 RESULTS = "results.tsv"
@@ -38,10 +42,11 @@ def new_run_folder(out: Path, slug: str) -> Path:
 class EventLog:
     """Appends one JSON object a line, each flushed to disk before the call returns."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before_s: float = 0.0) -> None:
+        """`before_s`: seconds that the run had already taken when it was stopped."""
         self.folder = folder
-        self._file = (folder / "events.jsonl").open("a", encoding="utf-8", newline="\n")
-        self._start = time.monotonic()
+        self._file = (folder / "events.jsonl").open("ab", buffering=0)
+        self._start = time.monotonic() - before_s
 
     def write(self, stage: str, round_: int | None, **fields: Any) -> dict[str, Any]:
         """The event as written: numbers that are not finite become null, and `n_nonfinite` counts them."""
@@ -52,9 +57,7 @@ class EventLog:
         }
         if n_nonfinite:
             event["n_nonfinite"] = n_nonfinite
-        self._file.write(json.dumps(event, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append_line(self._file, event)
         return event
 
     def close(self) -> None:
@@ -101,7 +104,7 @@ def of_stage(events: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any
 
 
 def append_result(out: Path, row: dict[str, Any]) -> None:
-    """One row of results.tsv; a new column rewrites the header, and older rows stay empty there.
+    """One row of results.tsv, unless the run has one; a new column rewrites the header, and older rows stay empty there.
 
     A lock file keeps runs that finish together from losing each other's rows.
     """
@@ -119,10 +122,24 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     rows = read_results(path)
+    if row["run"] in {old.get("run") for old in rows}:
+        return
     cell = lambda value: "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
     rows.append({key: cell(value) for key, value in row.items()})
     columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else []), *row]))
     text = "\n".join(["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]) + "\n"
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +53,42 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def append_line(file: io.FileIO, value: Any) -> None:
+    """One JSON line to the end of an unbuffered file, on disk when this returns.
+
+    It is a single write, which no signal cuts in two; what a full disk cut is taken back.
+    """
+    end, line = os.fstat(file.fileno()).st_size, json.dumps(value, allow_nan=False).encode() + b"\n"
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name to write to; the file is flushed and renamed to `path` when it is whole, so that nobody ever meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def checksums(folder: Path, *paths: Path) -> dict[str, str]:
+    """SHA-256 of files by their name within `folder`."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def verify(folder: Path, expected: Mapping[str, str], mend: str) -> None:
+    """UserError naming the first file that is not what `checksums` saw, and how to mend it."""
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file() or checksums(folder, path)[name] != digest:
+            raise UserError(f"{path} is {'damaged: its checksum is not the recorded one' if path.is_file() else 'missing'}; {mend}")

@@ -138,3 +138,15 @@ def verdict(events: Sequence[Event]) -> str:
 
 def _sign(value: float | None) -> str:
     return "?" if value is None else f"{value:+.2f}"
+
+
+def result_row(events: Sequence[Event]) -> dict[str, Any]:
+    """What results.tsv says of a finished run: its settings, its last state, its cosines and verdict."""
+    start, end = events[0], events[-1]
+    cfg, last = start["config"], lambda stage: [e for e in events if e["stage"] == stage][-1]
+    return {
+        "preset": start["preset"], "model": cfg["model"], "trait": start["trait"]["name"], "seed": cfg["seed"], "n_rounds": cfg["n_rounds"],
+        **{name: cfg["heal"][name] for name in ("divergence", "aggregate", "lam", "tau", "reference")}, **table(events)[-1],
+        "cosine_to_first": last("vector")["cosine_to_first"], "cosine_student_first": last("round")["cosine_student_first"],
+        "wall_s": end["wall_s"], "verdict": end["verdict"],
+    }

@@ -1,6 +1,7 @@
 """The command: parse, check, load, loop.
 
     python -m steer_heal.run {gemma,toy,fast-dev} [flags]
+    python -m steer_heal.run --resume out/<run>
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from steer_heal.config import RunConfig, check, parse
+from steer_heal.config import check
 from steer_heal.records import UserError
+from steer_heal.resume import Stopped, finished, parse_or_resume, same_trait, stoppable
 
 if TYPE_CHECKING:
     from steer_heal.session import Session
@@ -30,28 +32,36 @@ def run_round(r: int, session: Session) -> None:
     vector = session.teacher_vec(r)
     collected = session.collect(r, vector)
     session.measure("steered", r, vector=vector, dose=session.top_dose(collected))
-    session.heal(r, collected)
-    session.bake(r)
+    report = session.heal(r, collected)
+    session.bake(r, report)
     session.measure("healed", r)
     session.end_round(r)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 stopped by something the person can mend, 2 a wrong argument."""
+    """Exit status: 0 done, 1 stopped by something the person can mend, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
     try:
-        preset, cfg = parse(argv)
+        preset, cfg = parse_or_resume(argv)
         trait = check(cfg)
+        if cfg.resume is not None:
+            same_trait(cfg.resume, trait)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from steer_heal.session import open_session
-
+    if cfg.resume is not None and finished(cfg.resume):
+        print(f"{cfg.resume} is finished: there is nothing to resume; read {cfg.resume / 'report.html'}")
+        return 0
     try:
-        session = open_session(cfg, preset, trait)
-    except UserError as error:
+        with stoppable():
+            from steer_heal.session import open_session
+
+            return open_session(cfg, preset, trait).guard(run_loop)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return session.guard(run_loop)
+    except Stopped as stopped:
+        print("stopped before it began", file=sys.stderr)
+        return stopped.status
 
 
 if __name__ == "__main__":

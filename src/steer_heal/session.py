@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
+from typing import IO, Any
 
 import torch
 from loguru import logger
@@ -19,50 +20,61 @@ from safetensors import SafetensorError
 from steer_heal import console, readings
 from steer_heal.config import RunConfig
 from steer_heal.evals.metrics import Condition
-from steer_heal.events import EventLog, append_result, new_run_folder, of_stage
-from steer_heal.files import ROOT
+from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
+from steer_heal.files import beside, checksums, verify
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
-from steer_heal.records import Collected, EvalResult, Starved, Trait, UserError, derive_seed
+from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, UserError, derive_seed
 from steer_heal.report import report
+from steer_heal.resume import Past, handled, hold, partial, reopen
 from steer_heal.stages.bake import Student
-from steer_heal.stages.dose import collect
-from steer_heal.stages.evaluate import evaluate, load_items
+from steer_heal.stages.dose import choose, collect, from_row, to_rows
+from steer_heal.stages.evaluate import evaluate, from_event, load_items
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
 from steer_heal.stages.iso_kl import iso_kl_dose
+from steer_heal.stages.partial import HealFile, TokenTape, steps_saved
 from steer_heal.stages.teacher_vec import cosine, student_vec, teacher_vec
-from steer_heal.steering import Vector
+from steer_heal.steering import Vector, load_vector
 
 
 def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
-    """Loads the model, makes the run folder and writes run_start."""
+    """Loads the model; makes the run folder and writes run_start, or opens the folder that is resumed."""
     if cfg.n_threads:
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
+    lock = None if cfg.resume is None else hold(cfg.resume)
     lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
-    folder = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
+    folder = cfg.resume or new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
+    lock = lock or hold(folder)
     console.start(cfg.quiet, folder / "run.log")
-    return Session(cfg, preset, trait, lm, folder)
+    past = Past([]) if cfg.resume is None else reopen(folder, steps_saved)
+    return Session(cfg, preset, trait, lm, folder, past, lock)
 
 
 class Session:
-    """State of a running loop. Each method is one step of run.py and calls one stage."""
+    """State of a running loop. Each method is one step of run.py and calls one stage, unless the past has its event."""
 
-    def __init__(self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, folder: Path) -> None:
-        self.cfg, self.preset, self.trait, self.lm, self.folder = cfg, preset, trait, lm, folder
+    save_every_s = 60.0
+    """How often a heal puts down how far it has come."""
+
+    def __init__(self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, folder: Path, past: Past, lock: IO[str]) -> None:
+        self.cfg, self.preset, self.trait, self.lm, self.folder, self.past, self.lock = cfg, preset, trait, lm, folder, past, lock
         self.student = Student(lm, cfg.heal)
         self.items = load_items(cfg.eval, trait)
-        self.log = EventLog(folder)
+        self.log = EventLog(folder, past.before_s)
         self.events: list[dict[str, Any]] = []
         self.base: EvalResult | None = None
         self.first_vector: Vector | None = None
         self.vector: Vector | None = None
         self.seconds: dict[str, float] = {}
+        if self.recall("run_start", None) is not None:
+            logger.info(f"goes on with {folder} after {past.last}")
+            return
         self.write(
-            "run_start", None, folder=str(folder), config=asdict(cfg), preset=preset, seed=cfg.seed, trait=asdict(trait), versions=_versions(),
-            git_commit=_git_commit(), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
+            "run_start", None, folder=str(folder), config=asdict(cfg), preset=preset, seed=cfg.seed, trait=asdict(trait), versions=versions(),
+            git_commit=git_commit(), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
         )
 
     def write(self, stage: str, round_: int | None, **fields: Any) -> None:
@@ -70,28 +82,37 @@ class Session:
         self.events.append(event)
         console.show(event, self.events)
 
+    def recall(self, stage: str, round_: int | None) -> dict[str, Any] | None:
+        """The event of a step that a resumed run has behind it; None: the step is to be done."""
+        event = self.past.take(stage, round_)
+        if event is not None:
+            self.events.append(event)
+        return event
+
     def guard(self, loop: Callable[[Session], None]) -> int:
         """Runs the loop; a mendable error, Ctrl-C, no memory or no disk ends it with valid events and a word on what to do."""
         try:
             loop(self)
             return 0
         except UserError as error:
-            self.write("run_end", None, error=str(error))
-            print(f"error: {error}\nwhat was finished is in {self.folder}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            self.write("run_end", None, error="interrupted")
-            print(f"interrupted; what was finished is in {self.folder}", file=sys.stderr)
-            return 130
+            return self._stop(1, str(error), f"error: {error}")
+        except KeyboardInterrupt as stopped:
+            return self._stop(getattr(stopped, "status", 130), "interrupted", "stopped")
         except torch.OutOfMemoryError as error:
-            self.log.write("run_end", None, error="out of memory")
-            print(f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})", file=sys.stderr)
-            return 1
+            return self._stop(1, "out of memory", f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})")
         except (OSError, SafetensorError) as error:
-            print(f"error: could not write to {self.folder}: {error}; free some space or give another --out", file=sys.stderr)
-            return 1
+            return self._stop(1, None, f"error: could not write to {self.folder}: {error}; free some space")
         finally:
             self.log.close()
+            self.lock.close()
+
+    def _stop(self, status: int, error: str | None, words: str) -> int:
+        """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
+        with handled(signal.SIG_IGN), suppress(OSError):
+            print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
+            if error is not None:
+                self.log.write("run_end", None, error=error)
+        return status
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()
@@ -103,6 +124,10 @@ class Session:
     # --- the steps of a round ---------------------------------------------------------------------------------
     def measure(self, stage: str, r: int, *, system: str = "", vector: Vector | None = None, dose: float = 0.0) -> None:
         """One state of the model on all evals, against base."""
+        past = [self.recall(each, r) for each in (("adapter_gen", "healed") if stage == "healed" else (stage,))][-1]
+        if past is not None:
+            self.base = self.base or from_event(past)
+            return
         system = system or self.trait.plain_system
         result = self._timed("evaluate", lambda: evaluate(
             self.student, "full", Condition(system, vector, dose), self.items, self.trait, self.cfg.eval, self.cfg.filter, self.cfg.seed, self.base
@@ -117,44 +142,57 @@ class Session:
             self.draw()
 
     def teacher_vec(self, r: int) -> Vector:
-        def work() -> Vector:
-            if self.first_vector is not None and self.cfg.steer.refresh == "once":
-                return self.first_vector
+        past, path = self.recall("vector", r), self.folder / "vectors" / f"r{r}.safetensors"
+        if past is not None:
+            verify(self.folder, past["files"], "restore the file, or start a new run")
+            vector = load_vector(path)
+        elif self.first_vector is not None and self.cfg.steer.refresh == "once":
+            vector = self.first_vector
+        else:
             with self.student.gate("full") as lm:
-                return teacher_vec(lm, self.trait, self.cfg.steer)
-
-        vector = self.vector = self._timed("vector", work)
-        self.first_vector = vector if self.first_vector is None else self.first_vector
-        norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
-        self.write("vector", r, norms=norms, cosine_to_first=cosine(vector, self.first_vector))
+                vector = self._timed("vector", lambda: teacher_vec(lm, self.trait, self.cfg.steer))
+        self.vector, self.first_vector = vector, self.first_vector or vector
+        if past is None:
+            with beside(path) as part:
+                vector.save(part)
+            norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
+            self.write("vector", r, norms=norms, cosine_to_first=cosine(vector, self.first_vector), files=checksums(self.folder, path))
         return vector
 
     def collect(self, r: int, vector: Vector | None) -> Collected:
         """Kept completions at the dose that survives; without a vector, the model's own unsteered text."""
-        cfg, trait = self.cfg, self.trait
+        cfg, trait, stage = self.cfg, self.trait, "control_gen" if vector is None else "gen"
+        alphas = cfg.gen.alphas if vector is not None else (0.0,)
+        kappa = 1.0 if vector is None else self._timed("generate", lambda: self._known_kappa(r, vector))
+        if (past := self._recall_collected(r, stage, alphas)) is not None:
+            return past
         system = trait.steered_system if vector is not None else trait.plain_system
-        with console.progress(f"round {r}: writing", cfg.filter.max_attempts, cfg.quiet) as advance:
+        saved = partial(self.folder, stage, r)
+        with console.progress(f"round {r}: writing", cfg.filter.max_attempts, cfg.quiet) as advance, closing(TokenTape(saved)) as tape:
             def write(asks):
                 with self.student.gate("full") as lm:
-                    return generate(lm, asks, vector, system, trait.plain_system, cfg.gen.max_new_tokens, cfg.gen.batch_size, advance)
+                    return generate(lm, asks, vector, system, trait.plain_system, cfg.gen.max_new_tokens, cfg.gen.batch_size, advance, tape)
 
             def judge(completions):
                 with self.student.gate("base") as lm:
                     return score(lm, completions, trait.narration, cfg.filter)
 
-            name = "control" if vector is None else "gen"
-            alphas = cfg.gen.alphas if vector is not None else (0.0,)
-            prompts = trait.prompts[: cfg.gen.n_prompts]
-            kappa = 1.0 if vector is None else self._timed("generate", lambda: self._known_kappa(r, vector))
+            prompts, seed = trait.prompts[: cfg.gen.n_prompts], (cfg.seed, r, "control" if vector is None else "gen")
             try:
-                collected = self._timed(
-                    "generate", lambda: collect(write, judge, prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, name), kappa)
-                )
+                collected = self._timed("generate", lambda: collect(write, judge, prompts, alphas, cfg.dose, cfg.filter, seed, kappa))
             except Starved as starved:
-                self._write_collected(r, name, starved.collected)
+                self._write_collected(r, stage, starved.collected)
                 raise
-        self._write_collected(r, name, collected)
+        self._write_collected(r, stage, collected)
+        saved.unlink()
         return collected
+
+    def _recall_collected(self, r: int, stage: str, alphas: Sequence[float]) -> Collected | None:
+        dose = self.recall("dose", r) if stage == "gen" else {"kappa": 1.0, "probes": []}
+        if (past := self.recall(stage, r)) is None:
+            return None
+        probes = [DoseProbe(**probe) for probe in dose["probes"]]
+        return choose([from_row(row) for row in past["completions"]], probes, dose["kappa"], alphas, self.cfg.dose, self.cfg.filter)
 
     def _known_kappa(self, r: int, vector: Vector) -> float | None:
         """kappa where it does not depend on what survives the filter; None where it does."""
@@ -163,32 +201,30 @@ class Session:
             return None
         if cfg.dose.mode == "fixed":
             return cfg.dose.kappa
+        if (past := self.recall("calibration", r)) is not None:
+            return past["dose"] / max(cfg.gen.alphas)
         with self.student.gate("full") as lm:
             prompts = [lm.chat(prompt, trait.steered_system) for prompt in trait.prompts[: min(8, cfg.gen.n_prompts)]]
             dose, probes = iso_kl_dose(lm, vector, prompts, cfg.dose.kl_target, cfg.dose.kl_tokens, cfg.gen.batch_size)
         self.write("calibration", r, dose=dose, probes=probes)
         return dose / max(cfg.gen.alphas)
 
-    def _write_collected(self, r: int, name: str, collected: Collected) -> None:
+    def _write_collected(self, r: int, stage: str, collected: Collected) -> None:
         """Every completion with its dose, scores and reasons; of the steered ones also how the dose was found."""
-        if name == "gen":
+        if stage == "gen":
             self.write("dose", r, mode=self.cfg.dose.mode, kappa=collected.kappa, probes=collected.probes)
-        order = {id(row): i for i, row in enumerate(collected.kept)}
-        rows = [
-            {
-                **asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in order, "train_order": order.get(id(row)), "failed": row.failed,
-                "reasons": row.reasons,
-            }
-            for row in collected.scored
-        ]
-        self.write("gen" if name == "gen" else "control_gen", r, n_train=len(collected.kept), completions=rows)
+        self.write(stage, r, n_train=len(collected.kept), completions=to_rows(collected))
 
     def top_dose(self, collected: Collected) -> float:
         """The highest effective dose that this round trains on."""
         return max(row.completion.dose for row in collected.kept)
 
-    def heal(self, r: int, collected: Collected, stage: str = "heal") -> None:
+    def heal(self, r: int, collected: Collected, stage: str = "heal") -> HealReport | None:
+        """None where a resumed run has this heal behind it."""
+        if self.past.holds(stage, r):
+            return None
         cfg = self.cfg.heal
+        saved = HealFile(partial(self.folder, stage, r), self.save_every_s)
         kept = [row.completion for row in collected.kept]
         n_steps = cfg.epochs * -(-len(kept) // cfg.batch_size)
         with console.progress(f"round {r}: healing", n_steps, self.cfg.quiet) as advance:
@@ -197,20 +233,28 @@ class Session:
                 if stage == "heal":
                     self.log.write("heal_step", r, **asdict(step))
 
-            report = self._timed("heal", lambda: heal(self.student, kept, r, cfg, derive_seed(self.cfg.seed, r, stage), on_step))
-        if stage == "heal":
-            self.write(
-                "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam,
-                tau=report.tau,
-                validation=report.validation, validation_prompts=report.validation_prompts,
-                fired=report.fired, pressure=report.pressure,
-            )
+            return self._timed("heal", lambda: heal(self.student, kept, r, cfg, derive_seed(self.cfg.seed, r, stage), on_step, saved))
 
-    def bake(self, r: int) -> None:
+    def bake(self, r: int, report: HealReport | None) -> None:
+        """The heal counts as done once its checkpoint is on disk: only then is its event written."""
+        folder, past = self.folder / "ckpt" / f"r{r}", self.recall("heal", r)
+        if past is not None:
+            if r == self.past.last_heal:
+                verify(self.folder, past["files"], f"restore the file, or delete {folder} to have round {r} healed again")
+                self.student.restore(folder, r + 1)
+            return
         own = self.student.bake()
-        self._timed("bake", lambda: self.student.save(self.folder / "ckpt" / f"r{r}", own))
+        self._timed("bake", lambda: self.student.save(folder, own))
+        self.write(
+            "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam, tau=report.tau,
+            validation=report.validation, validation_prompts=report.validation_prompts, fired=report.fired,
+            pressure=report.pressure, files=checksums(self.folder, *folder.iterdir()),
+        )
+        partial(self.folder, "heal", r).unlink(missing_ok=True)
 
     def end_round(self, r: int) -> None:
+        if self.recall("round", r) is not None:
+            return
         reads = readings.readings(self.events)
         base, steered, healed = (next(x for x in reversed(reads) if x.stage == stage) for stage in ("base", "steered", "healed"))
         metric = readings.nats_name(self.trait.target)
@@ -237,37 +281,19 @@ class Session:
         collected = self.collect(-1, None)
         self.heal(-1, collected, stage="control")
         self.measure("control", -1)
+        partial(self.folder, "control", -1).unlink(missing_ok=True)
         self.student.discard_round()
         self.seconds = {}
 
     def finish(self) -> None:
         """Table, verdict, picture, results.tsv; and the merged model where one was asked for."""
         line = readings.verdict(self.events)
-        self.write("run_end", None, verdict=line, table=readings.table(self.events))
+        if self.recall("run_end", None) is None:
+            self.write("run_end", None, verdict=line, table=readings.table(self.events))
         self.draw()
-        last = readings.table(self.events)[-1]
-        append_result(self.cfg.out, {
-            "run": self.folder.name, "arm": self.cfg.arm or self.preset, "preset": self.preset, "model": self.cfg.model, "trait": self.trait.name, "seed": self.cfg.seed,
-            "n_rounds": self.cfg.n_rounds, "divergence": self.cfg.heal.divergence, "aggregate": self.cfg.heal.aggregate, "lam": self.cfg.heal.lam,
-            "tau": self.cfg.heal.tau, "reference": self.cfg.heal.reference, "settings": self.cfg.fingerprint(), **last,
-            "cosine_to_first": of_stage(self.events, "vector")[-1]["cosine_to_first"],
-            "cosine_student_first": of_stage(self.events, "round")[-1]["cosine_student_first"],
-            "wall_s": self.events[-1]["wall_s"], "verdict": line,
-        })
         if self.cfg.export is not None:
             self.student.export(self.cfg.export)
+        append_result(self.cfg.out, {"run": self.folder.resolve().name, "arm": self.cfg.arm or self.preset, "settings": self.cfg.fingerprint(), **readings.result_row(self.events)})
+        rmtree(self.folder / "partial", ignore_errors=True)
         console.print_table(self.events)
         print(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -17,6 +20,8 @@ from transformers.generation import LogitsProcessorList, MinPLogitsWarper, Tempe
 from steer_heal.lm import LM
 
 Application = Literal["add", "cosine_gate", "ablate"]
+Tape = Callable[[Callable[[], list[tuple[int, ...]]]], list[tuple[int, ...]]]
+"""Takes the decoding of one batch and returns its token ids, decoded now or recorded before."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,15 @@ class Vector:
 
     directions: Mapping[int, Tensor]
     application: Application = "add"
+
+    def save(self, path: Path) -> None:
+        tensors = {str(layer): direction.clone().contiguous() for layer, direction in self.directions.items()}
+        save_file(tensors, path, metadata={"application": self.application})
+
+
+def load_vector(path: Path) -> Vector:
+    with safe_open(path, "pt") as file:  # cloned: a tensor in the mapped file need not be aligned as one that torch allocated
+        return Vector({layer: file.get_tensor(str(layer)).clone() for layer in sorted(map(int, file.keys()))}, file.metadata()["application"])
 
 
 def add(hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]) -> Float[Tensor, "b s d"]:
@@ -123,18 +137,20 @@ def _warpers(lm: LM) -> LogitsProcessorList:
 
 
 def decode(
-    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, on_rows: Callable[[int], None] = lambda n: None
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, on_rows: Callable[[int], None] = lambda n: None,
+    tape: Tape = lambda batch: batch(),
 ) -> list[tuple[int, ...]]:
     """Token ids written after each row's prompt, up to and including an end token.
 
     Rows of like prompt length share a batch, each with its own dose and random stream; a row that has ended
-    leaves the batch. `on_rows` is told how many rows each finished batch held.
+    leaves the batch. `on_rows` is told how many rows each finished batch held. `tape` is handed each batch's decoding,
+    and may return what it recorded of it instead.
     """
     out: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
     for start in range(0, len(order), how.batch_size):
         group = order[start : start + how.batch_size]
-        for i, ids in zip(group, _decode_batch(lm, [rows[i] for i in group], vector, how), strict=True):
+        for i, ids in zip(group, tape(lambda: _decode_batch(lm, [rows[i] for i in group], vector, how)), strict=True):
             out[i] = ids
         on_rows(len(group))
     return out

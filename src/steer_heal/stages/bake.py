@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import Literal
 
 import torch
@@ -168,19 +170,33 @@ class Student:
         self._attach(HISTORY, self._config(n_rounds), factors)
         self.n_rounds = n_rounds
 
+    def restore(self, folder: Path, n_rounds: int) -> None:
+        """Takes a checkpoint of ours, of `n_rounds` rounds, as the history."""
+        self._replace_history(load_file(folder / "adapter_model.safetensors"), n_rounds)
+
     def adopt(self, config: LoraConfig, factors: Factors) -> None:
         """Takes a saved adapter as the whole history, counted as one round of its rank."""
         self._attach(HISTORY, config, factors)
         self.n_rounds = 1
 
     def save(self, folder: Path, own: Factors) -> None:
-        """A PEFT adapter folder holding the cumulative student, and `round.safetensors`, this round's own factor."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """A PEFT adapter folder holding the cumulative student, and `round.safetensors`, this round's own factor.
+
+        It is written beside and takes the name `folder` when it is whole.
+        """
+        part = folder.with_name(f".{folder.name}.part")
+        rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         config = self._config(self.n_rounds)
         config.inference_mode = True
-        config.save_pretrained(folder)
-        save_file(self.factors(HISTORY), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(part)
+        save_file(self.factors(HISTORY), part / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(own, part / "round.safetensors", metadata={"format": "pt"})
+        for file in part.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
     def export(self, folder: Path) -> None:
         """The merged student as a plain transformers model with its tokenizer."""

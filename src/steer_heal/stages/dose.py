@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from steer_heal.records import Collected, Completion, DoseProbe, Scored, Starved, derive_seed
 from steer_heal.stages.cfg import DoseCfg, FilterCfg
@@ -56,12 +57,17 @@ def collect(
     if kappa is None:
         kappa = find_kappa(lambda asks: score(write(asks)), asker, cfg, scored, probes)
     highest = kappa * max(alphas)
-    usable = lambda: [row for row in scored if row.kept and _fits(row.completion.dose, highest, cfg.train_on)]
-    while len(usable()) < keep.n_keep and len(scored) < keep.max_attempts:
-        missing = keep.n_keep - len(usable())
+    while (missing := keep.n_keep - len(usable(scored, highest, cfg))) > 0 and len(scored) < keep.max_attempts:
         n = min(max(4, round(missing / cfg.target)), keep.max_attempts - len(scored))
         scored.extend(score(write(asker.asks(n, kappa))))
-    kept = spread(usable(), keep.n_keep)
+    return choose(scored, probes, kappa, alphas, cfg, keep)
+
+
+def choose(
+    scored: Sequence[Scored], probes: Sequence[DoseProbe], kappa: float, alphas: Sequence[float], cfg: DoseCfg, keep: FilterCfg
+) -> Collected:
+    """What trains of all that was written; Starved where it is less than keep.min_train."""
+    kept = spread(usable(scored, kappa * max(alphas), cfg), keep.n_keep)
     found = Collected(tuple(kept), tuple(scored), kappa, tuple(probes))
     if len(kept) < keep.min_train:
         reasons: dict[str, int] = defaultdict(int)
@@ -76,9 +82,29 @@ def collect(
     return found
 
 
-def _fits(dose: float, highest: float, train_on: str) -> bool:
-    """Whether a dose is the highest one or, where lower ones train as well, not above it."""
-    return dose <= highest * (1 + 1e-9) and (train_on == "all" or dose >= highest * (1 - 1e-9))
+def to_rows(collected: Collected) -> list[dict[str, Any]]:
+    """Every completion for an event, with its scores, what became of it and why."""
+    order = {id(row): i for i, row in enumerate(collected.kept)}
+    return [
+        {
+            **asdict(row.completion), "scores": row.scores, "keep": row.kept, "train": id(row) in order, "train_order": order.get(id(row)),
+            "failed": row.failed, "reasons": row.reasons,
+        }
+        for row in collected.scored
+    ]
+
+
+def from_row(row: Mapping[str, Any]) -> Scored:
+    """The completion of an event's row; a score that is null was the perplexity of an empty text."""
+    values = {f.name: tuple(row[f.name]) if isinstance(row[f.name], list) else row[f.name] for f in fields(Completion)}
+    scores = {name: math.inf if score is None else score for name, score in row["scores"].items()}
+    return Scored(Completion(**values), scores, tuple(row["failed"]), tuple(row["reasons"]))
+
+
+def usable(scored: Sequence[Scored], highest: float, cfg: DoseCfg) -> list[Scored]:
+    """Survivors at the highest dose or, where lower ones train as well, up to it."""
+    lowest = -math.inf if cfg.train_on == "all" else highest * (1 - 1e-9)
+    return [row for row in scored if row.kept and lowest <= row.completion.dose <= highest * (1 + 1e-9)]
 
 
 def find_kappa(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +58,13 @@ def evaluate(
         {"prompt": s.completion.prompt, "text": s.completion.text, **s.scores, "failed": s.failed, "reasons": s.reasons} for s in scored
     )
     return EvalResult(metrics, values, rows)
+
+
+def from_event(event: Mapping[str, Any]) -> EvalResult:
+    """The result that an event holds. Null is an item without a value or, of a perplexity, an infinite one (an empty text)."""
+    lost = {metric.item: math.inf for metric in free_text.METRICS if metric.how == "median"}
+    items = {name: [lost.get(name, math.nan) if x is None else x for x in values] for name, values in event["items"].items()}
+    return EvalResult(event["metrics"], items, tuple(event.get("texts", ())))
 
 
 def _free_text(

@@ -22,6 +22,7 @@ from steer_heal.lm import LM
 from steer_heal.records import Completion, HealReport, HealStep, UserError
 from steer_heal.stages.bake import Student
 from steer_heal.stages.cfg import HealCfg
+from steer_heal.stages.partial import HealFile
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class Sample:
 
 def heal(
     student: Student, kept: Sequence[Completion], round_: int, cfg: HealCfg, seed: int,
-    on_step: Callable[[HealStep], None] = lambda step: None,
+    on_step: Callable[[HealStep], None] = lambda step: None, partial: HealFile | None = None,
 ) -> HealReport:
-    """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation."""
+    """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation.
+
+    With `partial`, the heal goes on at the step which that file holds, and keeps it up to date.
+    """
     lm, age = student.lm, 1 + max(0, round_)
     lam = 0.0 if cfg.divergence == "nll" else cfg.lam * age**-cfg.lam_power
     cfg = replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
@@ -50,15 +54,22 @@ def heal(
     train, validation = split_by_prompt(samples, seed)
     student.new_round(seed)
     rng = random.Random(seed)
-    n_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
+    per_epoch = math.ceil(len(train) / cfg.batch_size)
+    n_steps = cfg.epochs * per_epoch
     steps: list[HealStep] = []
+    curve: list[dict[str, float]] = []
     with student.training() as parameters:
         spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
         optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-        curve = [{"epoch": 0.0, **validate(lm, validation, cfg)}]
+        directions = spectral.directions if spectral is not None else []
+        if partial is not None:
+            steps, curve = partial.load(parameters, optimiser, directions)
+        if not curve:
+            curve.append({"epoch": 0.0, **validate(lm, validation, cfg)})
         for epoch in range(cfg.epochs):
-            order = rng.sample(range(len(train)), len(train))
-            for start in range(0, len(order), cfg.batch_size):
+            order = rng.sample(range(len(train)), len(train))  # drawn again for epochs that are behind, so that the next one is the same
+            behind = min(per_epoch, max(0, len(steps) - epoch * per_epoch))
+            for start in range(behind * cfg.batch_size, len(order), cfg.batch_size):
                 batch = [train[i] for i in order[start : start + cfg.batch_size]]
                 for group in optimiser.param_groups:
                     group["lr"] = cfg.lr * schedule(len(steps), n_steps)
@@ -77,7 +88,10 @@ def heal(
                 lr = optimiser.param_groups[0]["lr"]
                 steps.append(HealStep(len(steps), (len(steps) + 1) / n_steps * cfg.epochs, lr, sft, divergence, penalty, pressure))
                 on_step(steps[-1])
-            curve.append({"epoch": epoch + 1.0, **validate(lm, validation, cfg)})
+                if partial is not None:
+                    partial.save(parameters, optimiser, directions, steps, curve)
+            if len(curve) == epoch + 1:
+                curve.append({"epoch": epoch + 1.0, **validate(lm, validation, cfg)})
     held_out = tuple(sorted({sample.prompt_index for sample in validation}))
     return HealReport(len(train), len(validation), cfg.lam, cfg.tau, tuple(steps), tuple(curve), held_out)
 

@@ -19,7 +19,7 @@ setup:
         touch .venv/.installed; \
     fi
 
-# Every stage on a tiny random model, with runtime shape checks: under a minute, meaningless numbers.
+# Every stage on a tiny random model, with runtime shape checks: about a minute, meaningless numbers.
 fast-dev-run *flags: setup
     BEARTYPE=1 {{python}} -m steer_heal.run fast-dev {{flags}}
 

@@ -59,6 +59,9 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     healed = next(e for e in events if e["stage"] == "healed" and e["round"] == 0)["metrics"]
     assert again.lab.read().metrics["auth_nats"] == pytest.approx(healed["auth_nats"], abs=1e-4)
+    result, steps = again.lab.healed(again.kept, again.lab.cfg.heal, 1)  # the same texts in the same order: the run's own heal
+    assert [step.sft for step in steps] == pytest.approx([e["sft"] for e in events if e["stage"] == "heal_step" and e["round"] == 1], abs=1e-5)
+    assert result.metrics["auth_nats"] == pytest.approx(next(e for e in events if e["stage"] == "healed" and e["round"] == 1)["metrics"]["auth_nats"], abs=1e-4)
     with pytest.raises(UserError, match=r"no text of round 9: its rounds are \[0, 1\]"):
         replay(run, 9)
     shutil.rmtree(run)

@@ -29,8 +29,9 @@ class Seed:
         keep = replace(cfg.filter, gates=())
         self.found = self.lab.collect(cfg.dose, keep, kappa=kappa, alphas=(1.0,))
         self.kept = [row.completion for row in self.found.kept]
-        self.own = [row.completion for row in self.lab.collect(cfg.dose, cfg.filter, unsteered=True).kept]
-        self.steered_ppl = statistics.mean(min(row.scores["ppl"], 1e6) for row in self.found.kept)
+        own = self.lab.collect(cfg.dose, cfg.filter, unsteered=True)
+        self.own = [row.completion for row in own.kept]
+        self.steered_ppl, self.base_ppl = (statistics.mean(min(row.scores["ppl"], 1e6) for row in rows) for rows in (self.found.kept, own.scored))
 
     def arm(self, cfg: HealCfg, kept: list[Completion] | None = None, n_steps: int | None = None) -> dict:
         result, steps = self.lab.healed(self.kept if kept is None else kept, cfg, n_steps=n_steps)
@@ -61,7 +62,7 @@ def _score(row: dict, nll: dict) -> float:
 
 def main(
     lab: Annotated[LabCfg, tyro.conf.arg(name="")], kappa: float = 1.0, seeds: tuple[int, ...] = (41, 42, 43), choose_seed: int = 40,
-    lams: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0), tau: float = 0.1, barriers: tuple[Literal[BARRIERS], ...] = BARRIERS,
+    lams: tuple[float, ...] = (0.1, 0.3, 1.0), tau: float = 0.03, barriers: tuple[Literal[BARRIERS], ...] = BARRIERS,
 ) -> None:
     """Does the barrier keep the trait and drop the gibberish? Heals of over-steered, UNFILTERED text, arm by arm, over seeds."""
     arms = [tuple(name.split("-")) for name in barriers]
@@ -84,7 +85,7 @@ def main(
         target = next((row for name, row in result.items() if name.startswith("kl_rev rmse")), None)
         if target is not None:
             result["nll stopped at kl_rev rmse's shift"] = at.nll_stopped_at(nll, target["shift"], free["n_steps"])
-        rows += [{"arm": name, "seed": seed, "steered_ppl": at.steered_ppl, "base_ppl": at.lab.base.metrics["text_ppl_median"], **row} for name, row in result.items()]
+        rows += [{"arm": name, "seed": seed, "steered_ppl": at.steered_ppl, "base_ppl": at.base_ppl, **row} for name, row in result.items()]
     table = [_mean([row for row in rows if row["arm"] == name], [row for row in rows if row["arm"] == "nll"]) for name in dict.fromkeys(row["arm"] for row in rows)]
     should = (
         f"kl_rev rmse keep at least {KEEP_SHIFT:.0%} of nll's shift (kept), at a third of its text_ppl or less and an oracle at least {MIN_ORACLE_GAIN} higher.",

@@ -1,4 +1,5 @@
-"""How do the arms compare round by round? Puts finished runs together: mean and sd over seeds of the healed student.
+"""How do the arms compare round by round? Puts finished runs together: the healed student's mean and sd over seeds, and
+of its shift the 95 percent interval of the mean (Student's t).
 
 The readings are also kept in --data, one entry an arm and seed, so that a table can be extended by later runs:
 
@@ -6,6 +7,7 @@ The readings are also kept in --data, one entry an arm and seed, so that a table
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +20,10 @@ from steer_heal.events import of_stage, read_events
 from steer_heal.readings import nats_name, table, target_of
 
 ROUNDS = (0, 1, 3, 5, 7)
-COLUMNS = ("shift", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first")
+COLUMNS = ("shift", "interval", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first")
+
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Quantile 0.975 of Student's t by the number of values."""
 
 
 def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -46,7 +51,8 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Path | None = None, rounds: tuple[int, ...] = ROUNDS) -> int:
-    """How do the arms compare round by round? Mean and sd over seeds of the healed student, as Markdown."""
+    """How do the arms compare round by round? Mean and sd over seeds of the healed student, and the 95 percent interval of
+    its shift, as Markdown."""
     known = json.loads(data.read_text(encoding="utf-8")) if data is not None and data.exists() else {}
     known |= dict(of_run(run) for run in runs)
     if not known:
@@ -60,8 +66,17 @@ def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Pat
         for r in rounds:
             rows = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
             if rows:
-                print(f"| {arm} | {r} | {len(rows)} | " + " | ".join(_spread([row.get(name) for row in rows]) for name in COLUMNS) + " |")
+                cells = [interval([row["shift"] for row in rows]) if name == "interval" else _spread([row.get(name) for row in rows]) for name in COLUMNS]
+                print(f"| {arm} | {r} | {len(rows)} | " + " | ".join(cells) + " |")
     return 0
+
+
+def interval(values: list[float]) -> str:
+    """95 percent interval of the mean of a few values; empty for one."""
+    if len(values) < 2:
+        return ""
+    half = T_975.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values) - half:.3f} to {statistics.mean(values) + half:.3f}"
 
 
 def _spread(values: list[float | None]) -> str:

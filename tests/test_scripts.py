@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import tyro
+from scipy import stats
 
 from steer_heal.events import append_result, read_results
 from steer_heal.files import ROOT
@@ -34,7 +34,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def test_every_question_has_a_test():
-    assert set(QUESTIONS) == SMALL.keys() | {"heal_sweep"}
+    assert set(QUESTIONS) == SMALL.keys() | {"heal_sweep", "prompting"}
 
 
 @pytest.mark.parametrize("question", SMALL)
@@ -47,10 +47,16 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     assert written["rows"] and written["should"] and written["question"] in printed
 
 
-def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, capsys):
-    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet", "--no-control", "--filter.n-keep", "8"]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of two rounds."""
+    out = tmp_path_factory.mktemp("out")
+    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(out), "--quiet", "--no-control", "--filter.n-keep", "8"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "0"})
-    run = next(p for p in tmp_path.iterdir() if p.is_dir())
+    return next(p for p in out.iterdir() if p.is_dir())
+
+
+def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(run, tmp_path):
     tyro.cli(load_script("diag_heal_sweep").main, args=[str(run), "--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path / "diag")])
     rows = json.loads((tmp_path / "diag" / "heal_sweep.json").read_text())["rows"]
     assert [row["state"] for row in rows][0] == "before"
@@ -64,7 +70,17 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
     assert result.metrics["auth_nats"] == pytest.approx(next(e for e in events if e["stage"] == "healed" and e["round"] == 1)["metrics"]["auth_nats"], abs=1e-4)
     with pytest.raises(UserError, match=r"no text of round 9: its rounds are \[0, 1\]"):
         replay(run, 9)
-    shutil.rmtree(run)
+
+
+def test_prompting_reads_a_finished_run_s_adapters(run, tmp_path, capsys):
+    tyro.cli(load_script("diag_prompting").main, args=[str(run), "--doses", "0.5", "1", "--out", str(tmp_path)])
+    assert "SHOULD shift_bare be 0" in capsys.readouterr().out
+    rows = {row["state"]: row for row in json.loads((tmp_path / "prompting.json").read_text())["rows"]}
+    healed = [json.loads(line)["metrics"] for line in (run / "events.jsonl").read_text().splitlines() if '"stage": "healed"' in line]
+    base = next(json.loads(line)["metrics"] for line in (run / "events.jsonl").read_text().splitlines() if '"stage": "base"' in line)
+    assert rows["healed, last round"]["shift_bare"] == pytest.approx(healed[-1]["auth_nats"] - base["auth_nats"], abs=1e-4)
+    assert rows["prompted"]["shift_bare"] == 0 != rows["prompted"]["shift"]
+    assert rows["healed, last round, and prompted"]["shift"] != pytest.approx(rows["prompted"]["shift"], abs=1e-6)
 
 
 def test_a_preset_takes_what_the_lab_is_given():
@@ -83,3 +99,24 @@ def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
     assert rows[1]["shift"] == "" and rows[1]["n"] == "1"
     assert load_script("results").main(tmp_path / "nowhere") == 1
     assert "finish a run first" in capsys.readouterr().err
+
+
+def test_loops_puts_runs_together_and_extends_its_data(run, tmp_path, capsys):
+    loops, data = load_script("loops"), tmp_path / "loops.json"
+    assert loops.main((run,), data, rounds=(0, 1)) == 0
+    known = json.loads(data.read_text())
+    other = {**next(iter(known.values())), "seed": 7, "rounds": [{**row, "shift": 1.0} for row in next(iter(known.values()))["rounds"]]}
+    data.write_text(json.dumps(known | {"other": other}))
+    capsys.readouterr()
+    assert loops.main((), data, rounds=(1,)) == 0
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+    shifts = [next(iter(known.values()))["rounds"][1]["shift"], 1.0]
+    assert cells[2:4] == ["1", "2"] and cells[4].startswith(f"{sum(shifts) / 2:.3f}") and cells[5] == loops.interval(shifts)
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_an_interval_is_student_s(n):
+    values = [float(i * i) for i in range(n)]
+    low, high = map(float, load_script("loops").interval(values).split(" to "))
+    expected = stats.t.interval(0.95, n - 1, loc=sum(values) / n, scale=stats.sem(values))
+    assert (low, high) == pytest.approx(expected, rel=2e-3)

@@ -162,6 +162,7 @@ def _write_labels(figure: Figure, labels: Mapping[Axes, Sequence[Label]], leader
     """Each label beside its point, pushed up or down until none covers another on its side of the axes; with
     `leaders`, a thin line leads from a pushed label to its point."""
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out: the labels lie inside the axes and must not move them
     for axes, mine in labels.items():
         for side in (1, -1):
             _write_side(figure, axes, [label for label in mine if label.side == side], leaders)
@@ -231,6 +232,7 @@ def _incoherence(axes: Axes, reads: Sequence[Reading], brief: bool = False) -> l
             if stage in ("steered", "healed"):
                 labels.append(Label(x[-1], y[-1], f"{stage}: {names[metric]}", COLOURS[stage]))
     axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylim(INCOHERENCE_FLOOR / 1.6, 1.6)
     axes.axhline(0.05, color="#999999", lw=0.8, ls=":")
     axes.annotate("0.05", (0, 0.05), xycoords=("axes fraction", "data"), xytext=(3, 3), textcoords="offset points", fontsize=8, color="#777777")

@@ -83,7 +83,13 @@ def beside(path: Path) -> Iterator[Path]:
 
 def checksums(folder: Path, *paths: Path) -> dict[str, str]:
     """SHA-256 of files by their name within `folder`."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(paths)}
+
+
+def sha256(path: Path) -> str:
+    """Of a file, read a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, expected: Mapping[str, str], mend: str) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import tyro
 
-from steer_heal.config import RunConfig, from_dict, parse
+from steer_heal.config import RunConfig, from_dict, inputs, parse
 from steer_heal.events import RESULTS, jsonable, of_stage, read_events, read_results
 from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
@@ -77,9 +77,16 @@ def recorded(folder: Path) -> tuple[str, RunConfig]:
         raise UserError(f"resume is {str(folder)!r}: its settings are not of this version of steer-heal ({error!r}); start a new run") from None
 
 
-def same_trait(folder: Path, trait: Trait) -> None:
-    """UserError where the trait's file was changed since the run began."""
-    refuse_differences({"trait": run_start(folder)["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
+def same_inputs(folder: Path, cfg: RunConfig, trait: Trait) -> None:
+    """UserError naming the setting whose file, or the part of the trait that, was changed since the run began."""
+    start, now = run_start(folder), inputs(cfg)
+    for name, then in start.get("inputs", now).items():
+        if then != now.get(name):
+            raise UserError(
+                f"resume is {str(folder)!r}: the file of {name} was changed since the run began (SHA-256 {then[:12]} then, {str(now.get(name))[:12]} now); "
+                "put it back, or start a new run"
+            )
+    refuse_differences({"trait": start["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
 
 
 def refuse_differences(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
@@ -15,18 +13,17 @@ from typing import IO, Any
 
 import torch
 from loguru import logger
-from safetensors import SafetensorError
 
-from steer_heal import console, readings
-from steer_heal.config import RunConfig
+from steer_heal import console, provenance, readings
+from steer_heal.config import RunConfig, inputs
 from steer_heal.evals.metrics import Condition
 from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
 from steer_heal.files import beside, checksums, verify
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
-from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, UserError, derive_seed
+from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, derive_seed
 from steer_heal.report import report
-from steer_heal.resume import Past, handled, hold, partial, reopen
+from steer_heal.resume import Past, hold, partial, reopen, run_start
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
 from steer_heal.stages.evaluate import evaluate, from_event, load_items
@@ -46,11 +43,14 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
     lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    weights = provenance.weights_digest(lm.model)
+    if cfg.resume is not None:
+        provenance.same_weights(run_start(cfg.resume), weights, cfg.resume)
     folder = cfg.resume or new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
     lock = lock or hold(folder)
     console.start(cfg.quiet, folder / "run.log")
     past = Past([]) if cfg.resume is None else reopen(folder, steps_saved)
-    return Session(cfg, preset, trait, lm, folder, past, lock)
+    return Session(cfg, preset, trait, lm, weights, folder, past, lock)
 
 
 class Session:
@@ -59,7 +59,9 @@ class Session:
     save_every_s = 60.0
     """How often a heal puts down how far it has come."""
 
-    def __init__(self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, folder: Path, past: Past, lock: IO[str]) -> None:
+    def __init__(
+        self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, weights: dict[str, str], folder: Path, past: Past, lock: IO[str]
+    ) -> None:
         self.cfg, self.preset, self.trait, self.lm, self.folder, self.past, self.lock = cfg, preset, trait, lm, folder, past, lock
         self.student = Student(lm, cfg.heal)
         self.items = load_items(cfg.eval, trait)
@@ -74,7 +76,7 @@ class Session:
             return
         self.write(
             "run_start", None, folder=str(folder), config=asdict(cfg), preset=preset, seed=cfg.seed, trait=asdict(trait), versions=versions(),
-            git_commit=git_commit(), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
+            git_commit=git_commit(), weights=weights, inputs=inputs(cfg), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
         )
 
     def write(self, stage: str, round_: int | None, **fields: Any) -> None:
@@ -88,31 +90,6 @@ class Session:
         if event is not None:
             self.events.append(event)
         return event
-
-    def guard(self, loop: Callable[[Session], None]) -> int:
-        """Runs the loop; a mendable error, Ctrl-C, no memory or no disk ends it with valid events and a word on what to do."""
-        try:
-            loop(self)
-            return 0
-        except UserError as error:
-            return self._stop(1, str(error), f"error: {error}")
-        except KeyboardInterrupt as stopped:
-            return self._stop(getattr(stopped, "status", 130), "interrupted", "stopped")
-        except torch.OutOfMemoryError as error:
-            return self._stop(1, "out of memory", f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})")
-        except (OSError, SafetensorError) as error:
-            return self._stop(1, None, f"error: could not write to {self.folder}: {error}; free some space")
-        finally:
-            self.log.close()
-            self.lock.close()
-
-    def _stop(self, status: int, error: str | None, words: str) -> int:
-        """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
-        with handled(signal.SIG_IGN), suppress(OSError):
-            print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
-            if error is not None:
-                self.log.write("run_end", None, error=error)
-        return status
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()
@@ -263,7 +240,7 @@ class Session:
         self.write(
             "round", r, retain=readings.retain(healed, steered, base, metric), slope=readings.slope(healed, base, metric),
             cosine_student_teacher=cosine(student, self.vector), cosine_student_first=cosine(student, self.first_vector),
-            checkpoint=f"ckpt/r{r}", seconds={k: round(v, 2) for k, v in self.seconds.items()},
+            checkpoint=f"ckpt/r{r}", provenance=provenance.of_round(self.events, r), seconds={k: round(v, 2) for k, v in self.seconds.items()},
         )
         self.seconds = {}
         self.draw()

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from runs import assert_same, resumed
+import torch
+from runs import assert_same, killing, resumed, started, undrawn
 
-from steer_heal.events import EventLog, read_events
-from steer_heal.files import ROOT
-from steer_heal.records import UserError
+from steer_heal.events import EventLog, heal_steps, of_stage, read_events
+from steer_heal.files import ROOT, beside, sync_folder
+from steer_heal.records import NotFinite, UserError
 from steer_heal.resume import hold
 from steer_heal.run import main
 from steer_heal.session import Session
+from steer_heal.stages import heal as heal_module
 from steer_heal.stages.bake import Student
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -111,3 +114,90 @@ def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path):
     assert (tmp_path / "events.jsonl").read_bytes() == whole
     log.write("prompted", -1)
     assert [e["stage"] for e in read_events(tmp_path)] == ["base", "prompted"]
+
+
+# --- a loss that is not a number -----------------------------------------------------------------------------------
+AT_STEP, FULL = 2, 1e-4
+
+
+def poison(patch, always=False):
+    """One completion's loss is NaN at one step: at the full learning rate, or at any."""
+    losses, schedule, at = heal_module.losses, heal_module.schedule, {"step": -1, "bad": None}
+
+    def watched(step, n_steps):
+        at.update(step=step, bad=None)
+        return schedule(step, n_steps)
+
+    def poisoned(lm, batch, cfg):
+        sft, divergence = losses(lm, batch, cfg)
+        if at["step"] == AT_STEP and (always or cfg.lr == FULL):
+            at["bad"] = at["bad"] or batch[-1].ids
+            sft = sft * torch.tensor([float("nan") if sample.ids == at["bad"] else 1.0 for sample in batch])
+        return sft, divergence
+
+    patch.setattr(heal_module, "schedule", watched)
+    patch.setattr(heal_module, "losses", poisoned)
+
+
+@pytest.fixture(scope="module")
+def retried(settings, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, undrawn():
+        poison(patch)
+        return started(tmp_path_factory.mktemp("retried"), settings, "--n-rounds", "1", "--no-control")
+
+
+def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried, one):
+    events = read_events(retried)
+    (retry,), (heal,) = of_stage(events, "heal_retry"), of_stage(events, "heal")
+    assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (AT_STEP, FULL / 2, FULL / 2, 1)
+    told = next(row for row in of_stage(events, "gen")[0]["completions"] if row["train"] and row["text"].strip().startswith(retry["text"].strip()))
+    assert told["prompt_index"] == retry["prompt_index"]
+    assert len(of_stage(events, "heal_step")) == heal["n_steps"] + AT_STEP
+    assert [e["step"] for e in heal_steps(events)] == list(range(heal["n_steps"]))
+    assert max(e["lr"] for e in heal_steps(events)) == FULL / 2
+    whole = of_stage(read_events(one), "heal")[0]
+    assert (whole["lr"], whole["n_retries"]) == (FULL, 0)
+
+
+@pytest.mark.parametrize("stage, step", [("heal_step", AT_STEP - 1), ("heal_retry", None), ("heal_step", AT_STEP + 1)])
+def test_killed_around_a_heal_that_was_tried_twice(stage, step, retried, settings, tmp_path, monkeypatch):
+    on = next(i for i, e in enumerate(read_events(retried)) if e["stage"] == stage and e.get("step") == (AT_STEP if step is None else step))
+    poison(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save_every_s", 0.0)
+        killing(patch, EventLog, "write", on)
+        run = started(tmp_path, settings, "--n-rounds", "1", "--no-control")
+    assert_same(resumed(run), retried)
+
+
+def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the_checkpoint(after_round_0, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, always=True)
+        assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    events, printed = read_events(after_round_0), capsys.readouterr().err
+    (retry,) = of_stage(events, "heal_retry")
+    assert "WARNING" not in printed and "healed again from its start, at learning rate 5e-05" in printed
+    for words in ("loss is nan", f"at step {AT_STEP} of round 1", f"prompt {retry['prompt_index']}", repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
+        assert words in events[-1]["error"] and words in printed
+    resumed(after_round_0)
+    heals = of_stage(read_events(after_round_0), "heal")
+    assert [(e["n_retries"], e["lr"]) for e in heals] == [(0, FULL), (1, FULL / 2)]
+
+
+def test_a_gradient_that_is_not_finite_counts(tiny, kept, heal_cfg, monkeypatch):
+    monkeypatch.setattr(heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(float("inf")))
+    cfg = replace(heal_cfg, spectral=0.1)
+    with pytest.raises(NotFinite, match="gradient's norm (nan|inf) at step 0 of round 0, on an answer to prompt . that begins"):
+        heal_module.heal(Student(tiny, cfg), kept, 0, cfg, seed=0)
+
+
+# --- what is on disk ------------------------------------------------------------------------------------------------
+def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path, monkeypatch, with_history):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(sorted(os.listdir(handle)) if os.path.isdir(f"/proc/self/fd/{handle}") else None), sync(handle)))
+    with beside(tmp_path / "file") as part:
+        part.write_text("whole")
+    assert synced[-1] == ["file"]
+    with_history.save(tmp_path / "ckpt", with_history.factors("history"))
+    assert synced[-1] == ["ckpt", "file"] and "adapter_model.safetensors" in synced[-2]
+    sync_folder(tmp_path / "nowhere")  # a platform that cannot is no error

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tyro
@@ -65,6 +65,28 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
     with pytest.raises(UserError, match=r"no text of round 9: its rounds are \[0, 1\]"):
         replay(run, 9)
     shutil.rmtree(run)
+
+
+def test_the_fault_drill_kills_a_run_and_finds_it_whole(tmp_path, capsys):
+    load_script("fault_drill").main(n=1, faults=("kill",), out=tmp_path)
+    (row,) = json.loads((tmp_path / "fault_drill.json").read_text())["rows"]
+    assert (row["fault"], row["tried"] + row["too late"], row["survived"], row["lost"]) == ("kill", 1, row["tried"], 0)
+    assert "| kill " in capsys.readouterr().out
+
+
+def test_the_fault_drill_says_what_was_lost(tmp_path, capsys, monkeypatch):
+    drill = load_script("fault_drill")
+
+    def lose(_drill, name, share, rng):
+        (tmp_path / name).mkdir()
+        raise drill.Lost("the adapter differs")
+
+    monkeypatch.setattr(drill, "Drill", lambda folder, draw: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setitem(drill.CASES, "kill", lose)
+    with pytest.raises(UserError, match="2 runs were lost; they are in"):
+        drill.main(n=2, faults=("kill",), out=tmp_path / "diag")
+    written = json.loads((tmp_path / "diag" / "fault_drill.json").read_text())
+    assert written["rows"][0]["lost"] == 2 and written["why"] == {"kill": ["the adapter differs"] * 2}
 
 
 def test_a_preset_takes_what_the_lab_is_given():

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import IO, Any
@@ -18,13 +18,14 @@ from steer_heal import console, provenance, readings
 from steer_heal.config import RunConfig, inputs
 from steer_heal.evals.metrics import Condition
 from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
-from steer_heal.files import beside, checksums, verify
+from steer_heal.files import beside, checksums, sync_folder, verify
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
-from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, derive_seed
+from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, NotFinite, Starved, Trait, UserError, derive_seed
 from steer_heal.report import report
 from steer_heal.resume import Past, hold, partial, reopen, run_start
 from steer_heal.stages.bake import Student
+from steer_heal.stages.cfg import HealCfg
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
 from steer_heal.stages.evaluate import evaluate, from_event, load_items
 from steer_heal.stages.filter import score
@@ -197,10 +198,26 @@ class Session:
         return max(row.completion.dose for row in collected.kept)
 
     def heal(self, r: int, collected: Collected, stage: str = "heal") -> HealReport | None:
-        """None where a resumed run has this heal behind it."""
+        """None where a resumed run has this heal behind it. A loss that is not finite costs half the learning rate, once."""
+        retried = self.recall("heal_retry", r) if self.past.holds("heal_retry", r) else None
         if self.past.holds(stage, r):
             return None
         cfg = self.cfg.heal
+        if retried is None:
+            try:
+                return self._heal(r, collected, stage, cfg)
+            except NotFinite as bad:
+                partial(self.folder, stage, r).unlink(missing_ok=True)
+                sync_folder(self.folder / "partial")  # once the event is there, the second attempt must not meet the first one's file
+                self.student.discard_round()
+                self.write("heal_retry", r, step=bad.step, prompt_index=bad.prompt_index, text=bad.text, lr=cfg.lr / 2, error=str(bad))
+        try:
+            return self._heal(r, collected, stage, replace(cfg, lr=cfg.lr / 2))
+        except NotFinite as bad:
+            whole = f"ckpt/r{r - 1} holds the rounds before it" if r > 0 else "no round was healed before it"
+            raise UserError(f"{bad}; this was the second attempt, at half the learning rate; {whole}") from None
+
+    def _heal(self, r: int, collected: Collected, stage: str, cfg: HealCfg) -> HealReport:
         saved = HealFile(partial(self.folder, stage, r), self.save_every_s)
         kept = [row.completion for row in collected.kept]
         n_steps = cfg.epochs * -(-len(kept) // cfg.batch_size)
@@ -224,7 +241,7 @@ class Session:
         self._timed("bake", lambda: self.student.save(folder, own))
         self.write(
             "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam, tau=report.tau,
-            validation=report.validation, validation_prompts=report.validation_prompts, fired=report.fired,
+            lr=report.lr, n_retries=sum((e["stage"], e["round"]) == ("heal_retry", r) for e in self.events), validation=report.validation, validation_prompts=report.validation_prompts, fired=report.fired,
             pressure=report.pressure, files=checksums(self.folder, *folder.iterdir()),
         )
         partial(self.folder, "heal", r).unlink(missing_ok=True)

@@ -5,40 +5,42 @@ comes at a moment of the untouched run's time, found again by the events that we
 
     python scripts/fault_drill.py --n 100
 
-Two things differ from `python -m steer_heal.run`: nothing is drawn, as pictures are made from the events and cost most of so small a run
-(--draw: they are), and a heal puts down where it is every 0.05 s in place of every 60.
+Three things differ from `python -m steer_heal.run`: nothing is drawn, as pictures are made from the events and cost most of so small a run
+(--draw: they are); a heal puts down where it is every 0.05 s in place of every 60; and a process is forked from one that has torch loaded,
+before which a run has written nothing.
 """
 
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, get_args
 
+import torch
+
+import steer_heal.session
 from steer_heal.compare import differences
 from steer_heal.events import of_stage, read_events
 from steer_heal.files import ROOT
 from steer_heal.lab import cli, show
 from steer_heal.records import UserError
+from steer_heal.run import main as program
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
 SETTINGS = (
     "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --eval.think-tokens 1 --eval.n-texts 2 "
     "--eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 ).split()
-PROGRAM = "import sys, steer_heal.session as s; s.Session.save_every_s = 0.05; {}; from steer_heal.run import main; sys.exit(main())"
-UNDRAWN = "s.plot = s.report = lambda folder: None"
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
 
@@ -55,17 +57,16 @@ class Late(Exception):
 class Process:
     """A run's process, its folder and what it says on stderr."""
 
-    popen: subprocess.Popen
+    child: multiprocessing.Process
     errors: Path
     run: Path
 
     def wait(self, status: int, words: Sequence[str] = ()) -> None:
         """Lost where it does not end with this exit status, saying these words."""
-        try:
-            got = self.popen.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            raise Lost(f"still running after {LIMIT_S:.0f} s") from None
+        self.child.join(LIMIT_S)
+        if (got := self.child.exitcode) is None:
+            self.child.kill()
+            raise Lost(f"still running after {LIMIT_S:.0f} s")
         said = self.errors.read_text()
         if got == 0 and status != 0:
             raise Late
@@ -75,13 +76,17 @@ class Process:
     def stop(self, signum: int, moment: tuple[int, float], status: int) -> None:
         """Sends a signal at a moment, and waits for the end."""
         self.at(moment)
-        self.popen.send_signal(signum)
+        self.signal(signum)
         self.wait(status)
+
+    def signal(self, signum: int) -> None:
+        if self.child.is_alive():
+            os.kill(self.child.pid, signum)
 
     def at(self, moment: tuple[int, float]) -> None:
         """Returns when the run has so many events, and so many seconds have passed since."""
         n_events, after_s = moment
-        while self.popen.poll() is None and (self.run / "events.jsonl").read_bytes().count(b"\n") < n_events:
+        while self.child.is_alive() and (self.run / "events.jsonl").read_bytes().count(b"\n") < n_events:
             time.sleep(0.002)
         time.sleep(after_s)
 
@@ -90,7 +95,7 @@ class Drill:
     """The untouched run, and new ones to be compared with it."""
 
     def __init__(self, folder: Path, draw: bool) -> None:
-        self.folder, self.program = folder, PROGRAM.format("pass" if draw else UNDRAWN)
+        self.folder, self.draw = folder, draw
         vignettes = folder / "vignettes.jsonl"
         vignettes.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
         self.settings = [*SETTINGS, "--eval.vignettes", str(vignettes)]
@@ -104,25 +109,33 @@ class Drill:
         """A new run, as soon as it has its first event; `n_bytes`: it cannot write larger files, as on a full disk."""
         out = self.folder / name
         out.mkdir()
-        process = self._process(["fast-dev", "--out", str(out), *self.settings], out, n_bytes)
-        while process.poll() is None:
+        child = self._fork(["fast-dev", "--out", str(out), *self.settings], out, n_bytes)
+        while child.is_alive():
             if (run := next(out.glob("*/events.jsonl"), None)) is not None and b"\n" in run.read_bytes():
                 break
             time.sleep(0.002)
         if (run := next(out.glob("*/events.jsonl"), None)) is None:
             raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
-        return Process(process, out / "errors.txt", run.parent)
+        return Process(child, out / "errors.txt", run.parent)
 
     def resume(self, run: Path) -> Process:
-        return Process(self._process(["--resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
+        return Process(self._fork(["--resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
 
-    def _process(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> subprocess.Popen:
-        limit = None if n_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-        with (out / "errors.txt").open("w") as errors:
-            return subprocess.Popen(
-                [sys.executable, "-c", self.program, *flags], stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT, preexec_fn=limit,
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive"},
-            )
+    def _fork(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> multiprocessing.Process:
+        def child() -> None:
+            for stream, name in ((sys.stdout, os.devnull), (sys.stderr, out / "errors.txt")):
+                with open(name, "w") as file:
+                    os.dup2(file.fileno(), stream.fileno())
+            if n_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+            steer_heal.session.Session.save_every_s = 0.05
+            if not self.draw:
+                steer_heal.session.plot = steer_heal.session.report = lambda folder: None
+            sys.exit(program(list(flags)))
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        return process
 
     def moment(self, share: float, after: int = 0) -> tuple[int, float]:
         """(events, seconds after the last of them) at a share of the untouched run's time behind event number `after`."""
@@ -197,16 +210,16 @@ def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> N
 
 
 def second_process(drill: Drill, name: str, share: float, rng: random.Random) -> None:
-    """It is refused, and the first one unhurt; the first one is held still, as it would be through before the second has loaded torch."""
+    """It is refused, and the first one, held still meanwhile, is unhurt."""
     process = drill.start(name)
     process.at(drill.moment(share))
-    process.popen.send_signal(signal.SIGSTOP)
+    process.signal(signal.SIGSTOP)
     try:
-        if process.popen.poll() is not None:
+        if not process.child.is_alive():
             raise Late
         drill.resume(process.run).wait(1, ["another process is running it"])
     finally:
-        process.popen.send_signal(signal.SIGCONT)
+        process.signal(signal.SIGCONT)
     process.wait(0)
     if lost := differences(process.run, drill.whole):
         raise Lost("; ".join(lost))
@@ -223,11 +236,12 @@ def tried(n: int, fault: Fault) -> int:
     return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
 
 
-def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), jobs: int = 1, draw: bool = False, out: Path = Path("out/diag")) -> None:
+def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), draw: bool = False, out: Path = Path("out/diag")) -> None:
     """What does a run survive? `n` kills, a third of them twice in a row, and a tenth as many of each other fault, at moments spread evenly
-    over the untouched run. `jobs` cases run at a time. Exit status 1 where anything was lost; that run is kept beside the table."""
+    over the untouched run. Exit status 1 where anything was lost; that run is kept beside the table."""
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)  # a process that has started threads must not be forked
         drill = Drill(Path(folder), draw)
 
         def case(fault: Fault, i: int) -> tuple[str, float]:
@@ -244,7 +258,7 @@ def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault
             return end, time.monotonic() - began
 
         for fault in faults:
-            ends = list(pool.map(lambda i: case(fault, i), range(tried(n, fault))))
+            ends = [case(fault, i) for i in range(tried(n, fault))]
             came = [end for end, _ in ends if end != "late"]
             survived = came.count("survived")
             rows.append({

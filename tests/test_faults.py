@@ -16,11 +16,12 @@ from runs import assert_same, killing, resumed, started, undrawn
 from steer_heal.events import EventLog, heal_steps, of_stage, read_events
 from steer_heal.files import ROOT, beside, sync_folder
 from steer_heal.records import NotFinite, UserError
-from steer_heal.resume import hold
+from steer_heal.resume import hold, partial
 from steer_heal.run import main
 from steer_heal.session import Session
 from steer_heal.stages import heal as heal_module
 from steer_heal.stages.bake import Student
+from steer_heal.stages.partial import steps_saved
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -37,6 +38,23 @@ def test_a_flipped_byte_is_named(name, mend, after_round_0, two, capsys):
     if "ckpt" in name:
         shutil.rmtree(path.parent)
         assert_same(resumed(after_round_0), two)
+
+
+@pytest.mark.parametrize("fault", ["flipped byte", "torn"])
+def test_what_a_heal_had_saved_does_not_outlive_the_events_it_follows(fault, settings, two, tmp_path, monkeypatch):
+    """Killed in the heal of round 1 with steps on disk; then round 0 is healed again, or the last step's event is lost."""
+    on = next(i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save_every_s", 0.0)
+        killing(patch, EventLog, "write", on, "before")
+        run = started(tmp_path, settings, "--n-rounds", "2", "--no-control")
+    assert steps_saved(partial(run, "heal", 1)) == 3
+    if fault == "torn":
+        path = run / "events.jsonl"
+        path.write_text(path.read_text()[:-20])
+    else:
+        shutil.rmtree(run / "ckpt" / "r0")
+    assert_same(resumed(run), two)
 
 
 def test_a_second_process_is_kept_out(after_round_0, capsys):

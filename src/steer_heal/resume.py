@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import IO, Any
 
 import tyro
 
 from steer_heal.config import RunConfig, from_dict, inputs, parse
-from steer_heal.events import RESULTS, jsonable, of_stage, read_events, read_results
+from steer_heal.events import RESULTS, heal_steps, jsonable, of_stage, read_events, read_results
 from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
 
@@ -158,10 +159,14 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
     while heals and not (folder / "ckpt" / f"r{events[heals[-1]]['round']}").exists():
         del events[heals.pop() :]
-    if events and events[-1]["stage"] == "heal_step":
-        kept = steps_saved(partial(folder, "heal", events[-1]["round"]))
-        while events[-1]["stage"] == "heal_step" and events[-1]["step"] >= kept:
-            events.pop()
+        rmtree(folder / "partial", ignore_errors=True)  # of rounds that are no more
+    r = 1 + max((e["round"] for e in of_stage(events, "heal")), default=-1)
+    saved, n_steps = partial(folder, "heal", r), sum(e["round"] == r for e in heal_steps(events))
+    kept = steps_saved(saved)
+    if kept > n_steps:  # the end of events.jsonl was lost: without its events a step is taken again
+        saved.unlink()
+        kept = 0
+    del events[len(events) - max(0, n_steps - kept) :]
     if events and events[-1]["stage"] in ("dose", "adapter_gen"):  # written together with the event that follows
         events.pop()
     text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
@@ -165,5 +166,5 @@ def inputs(cfg: RunConfig) -> dict[str, str]:
 def parse(argv: list[str] | None = None) -> tuple[str, RunConfig]:
     """(preset name, configuration) from the command line; a bad value exits 2 with the field, value and limit."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m steer_heal.run", description=RunConfig.__doc__)
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m steer_heal.run", description=inspect.getdoc(RunConfig))
     return next(word for word in argv if word in PRESETS), cfg

@@ -161,12 +161,13 @@ def poison(patch, always=False):
 def retried(settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, undrawn():
         poison(patch)
-        return started(tmp_path_factory.mktemp("retried"), settings, "--n-rounds", "1", "--no-control")
+        return started(tmp_path_factory.mktemp("retried"), settings, "--n-rounds", "1")
 
 
 def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried, one):
     events = read_events(retried)
-    (retry,), (heal,) = of_stage(events, "heal_retry"), of_stage(events, "heal")
+    (control, retry), (heal,) = of_stage(events, "heal_retry"), of_stage(events, "heal")
+    assert (control["round"], control["lr"], retry["round"]) == (-1, FULL / 2, 0)
     assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (AT_STEP, FULL / 2, FULL / 2, 1)
     told = next(row for row in of_stage(events, "gen")[0]["completions"] if row["train"] and row["text"].strip().startswith(retry["text"].strip()))
     assert told["prompt_index"] == retry["prompt_index"]
@@ -177,14 +178,16 @@ def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried
     assert (whole["lr"], whole["n_retries"]) == (FULL, 0)
 
 
-@pytest.mark.parametrize("stage, step", [("heal_step", AT_STEP - 1), ("heal_retry", None), ("heal_step", AT_STEP + 1)])
-def test_killed_around_a_heal_that_was_tried_twice(stage, step, retried, settings, tmp_path, monkeypatch):
-    on = next(i for i, e in enumerate(read_events(retried)) if e["stage"] == stage and e.get("step") == (AT_STEP if step is None else step))
+@pytest.mark.parametrize("stage, r, step", [
+    ("heal_retry", -1, AT_STEP), ("control", -1, None), ("heal_step", 0, AT_STEP - 1), ("heal_retry", 0, AT_STEP), ("heal_step", 0, AT_STEP + 1),
+])
+def test_killed_around_a_heal_that_was_tried_twice(stage, r, step, retried, settings, tmp_path, monkeypatch):
+    on = next(i for i, e in enumerate(read_events(retried)) if (e["stage"], e["round"], e.get("step")) == (stage, r, step))
     poison(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save_every_s", 0.0)
         killing(patch, EventLog, "write", on)
-        run = started(tmp_path, settings, "--n-rounds", "1", "--no-control")
+        run = started(tmp_path, settings, "--n-rounds", "1")
     assert_same(resumed(run), retried)
 
 

@@ -35,10 +35,18 @@ run *flags: setup
 resume run *flags: setup
     {{python}} -m steer_heal.run --resume "{{run}}" {{flags}}
 
+# Check that a run's base weights, vectors, texts, adapters and evaluations are the ones that belong together.
+verify run: setup
+    {{python}} -m steer_heal.run --verify "{{run}}"
+
 # Draw the pictures and the page of a run again from its events.jsonl.
 plot +runs: setup
     {{python}} -m steer_heal.plot {{runs}}
     {{python}} -m steer_heal.report {{runs}}
+
+# Kill, starve and damage small runs, resume them, and count what was lost (docs/reliability.md).
+drill *flags: setup
+    OMP_NUM_THREADS=1 {{python}} scripts/fault_drill.py {{flags}}
 
 # One question, one table: `just diag csweep --trait love`; the questions are the scripts/diag_*.py.
 diag question *flags: setup

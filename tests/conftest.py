@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from runs import SETTINGS, started, undrawn
 
+from steer_heal.files import ROOT
 from steer_heal.lm import LM, load
 from steer_heal.records import Completion
 from steer_heal.stages.bake import Student
@@ -60,3 +65,43 @@ def with_history(tiny: LM, heal_cfg: HealCfg) -> Iterator[Student]:
         scramble(student, seed)
         student.bake()
     yield student
+
+
+# --- whole runs, never interrupted: read them, or copy them -------------------------------------------------------
+@pytest.fixture(scope="module")
+def quick():
+    with undrawn():
+        yield
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory) -> list[str]:
+    vignettes = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
+    vignettes.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:3]))
+    return [*SETTINGS, "--eval.vignettes", str(vignettes)]
+
+
+@pytest.fixture(scope="session")
+def one(settings, tmp_path_factory) -> Path:
+    """One round and the control."""
+    with undrawn():
+        return started(tmp_path_factory.mktemp("one"), settings, "--n-rounds", "1")
+
+
+@pytest.fixture(scope="session")
+def two(settings, tmp_path_factory) -> Path:
+    """Two rounds without the control."""
+    with undrawn():
+        return started(tmp_path_factory.mktemp("two"), settings, "--n-rounds", "2", "--no-control")
+
+
+@pytest.fixture
+def after_round_0(two, tmp_path) -> Path:
+    """Two rounds, of which the second has only begun."""
+    run = tmp_path / two.name
+    shutil.copytree(two, run)
+    lines = (two / "events.jsonl").read_text().splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if json.loads(line)["stage"] == "gen" and json.loads(line)["round"] == 1)
+    (run / "events.jsonl").write_text("".join(lines[: end + 1]))
+    shutil.rmtree(run / "ckpt" / "r1")
+    return run

@@ -14,6 +14,7 @@ from steer_heal.events import of_stage, read_events
 from steer_heal.files import ROOT
 from steer_heal.lm import load
 from steer_heal.plot import plot
+from steer_heal.provenance import LINKS, check
 
 CONTRACT = {"auth_nats", "care_nats", "coherence", "prefill_nll", "frac_unscorable", "top1_acc", "text_ppl_median", "degenerate_frac"}
 
@@ -134,5 +135,7 @@ def test_one_seed_gives_one_result(done, tmp_path):
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})
     again = next(p for p in tmp_path.iterdir() if p.is_dir())
-    pick = lambda run: [(e["stage"], e.get("metrics"), e.get("completions"), e.get("sft")) for e in read_events(run)]
+    pick = lambda run: [(e["stage"], e.get("metrics"), e.get("completions"), e.get("sft"), e.get("provenance")) for e in read_events(run)]
     assert pick(done[0]) == pick(again)
+    assert all(set(LINKS) == set(event["provenance"]) for event in of_stage(read_events(again), "round"))
+    assert not any(link.broken for link in check(again))

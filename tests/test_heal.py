@@ -195,7 +195,7 @@ def test_adapters_train_in_float32_under_a_bfloat16_model(kept, heal_cfg):
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step(tiny: LM, kept, heal_cfg):
-    with pytest.raises(UserError, match="at step .* of round 2; lower --heal.lr"):
+    with pytest.raises(UserError, match="at step .* of round 2, on an answer to prompt .*; lower --heal.lr"):
         cfg = dataclasses.replace(heal_cfg, lr=1e30)
         heal(Student(tiny, cfg), kept, 2, cfg, seed=0)
 

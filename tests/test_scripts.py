@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tyro
@@ -81,6 +81,31 @@ def test_prompting_reads_a_finished_run_s_adapters(run, tmp_path, capsys):
     assert rows["healed, last round"]["shift_bare"] == pytest.approx(healed[-1]["auth_nats"] - base["auth_nats"], abs=1e-4)
     assert rows["prompted"]["shift_bare"] == 0 != rows["prompted"]["shift"]
     assert rows["healed, last round, and prompted"]["shift"] != pytest.approx(rows["prompted"]["shift"], abs=1e-6)
+
+
+def test_the_fault_drill_kills_a_run_and_finds_it_whole(tmp_path):
+    command = [sys.executable, "scripts/fault_drill.py", "--n", "3", "--faults", "kill", "kill twice", "--out", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "BEARTYPE": "0"})
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = json.loads((tmp_path / "fault_drill.json").read_text())["rows"]
+    assert [row["fault"] for row in rows] == ["kill", "kill twice"]
+    assert [row["tried"] + row["too late"] for row in rows] == [2, 1]
+    assert all(row["survived"] == row["tried"] and row["lost"] == 0 for row in rows) and "| kill twice " in finished.stdout
+
+
+def test_the_fault_drill_says_what_was_lost(tmp_path, capsys, monkeypatch):
+    drill = load_script("fault_drill")
+
+    def lose(_drill, name, share, rng):
+        (tmp_path / name).mkdir()
+        raise drill.Lost("the adapter differs")
+
+    monkeypatch.setattr(drill, "Drill", lambda folder, draw: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setitem(drill.CASES, "kill", lose)
+    with pytest.raises(UserError, match="2 runs were lost; they are in"):
+        drill.main(n=2, faults=("kill",), out=tmp_path / "diag")
+    written = json.loads((tmp_path / "diag" / "fault_drill.json").read_text())
+    assert written["rows"][0]["lost"] == 2 and written["why"] == {"kill": ["the adapter differs"] * 2}
 
 
 def test_a_preset_takes_what_the_lab_is_given():

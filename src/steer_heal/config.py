@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
@@ -12,16 +13,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from steer_heal.evals.instrument import load_instrument, load_vignettes
+from steer_heal.files import resolve, sha256
 from steer_heal.records import Trait, UserError
 from steer_heal.stages.cfg import DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, SteerCfg
-from steer_heal.traits import load_contexts, load_trait
+from steer_heal.traits import load_contexts, load_trait, prompts_file
 
 TOY = Path("data/toylm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A trait into a model's weights: teacher_vec -> steered generation -> filter -> heal -> bake -> evaluate, looped."""
+    """A trait into a model's weights: teacher_vec -> steered generation -> filter -> heal -> bake -> evaluate, looped.
+
+    In place of a preset: `--resume out/<run>` goes on with a run that was stopped, `--verify out/<run>` checks that its
+    base weights, vectors, kept completions, adapters and evaluations are the ones that belong together.
+    """
 
     model: str = "google/gemma-3-4b-it"
     """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
@@ -148,8 +154,17 @@ def check(cfg: RunConfig) -> Trait:
     return trait
 
 
+def inputs(cfg: RunConfig) -> dict[str, str]:
+    """SHA-256 of the data files that a run reads, by the setting that names them; of the trait its values are kept instead."""
+    paths = {"steer.contexts": cfg.steer.contexts, "eval.vignettes": cfg.eval.vignettes, "eval.instrument": cfg.eval.instrument}
+    files = {name: resolve(path, name) for name, path in paths.items()}
+    if cfg.gen.prompts is not None:
+        files["gen.prompts"] = prompts_file(cfg.gen.prompts, cfg.trait.partition("/")[0])
+    return {name: sha256(path) for name, path in files.items()}
+
+
 def parse(argv: list[str] | None = None) -> tuple[str, RunConfig]:
     """(preset name, configuration) from the command line; a bad value exits 2 with the field, value and limit."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m steer_heal.run", description=RunConfig.__doc__)
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m steer_heal.run", description=inspect.getdoc(RunConfig))
     return next(word for word in argv if word in PRESETS), cfg

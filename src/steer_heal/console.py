@@ -43,7 +43,7 @@ def show(event: Event, events: Sequence[Event]) -> None:
     """One event, in words."""
     line = _LINES.get(event["stage"])
     if line is not None:
-        logger.info(line(event, events))
+        logger.log("WARNING" if event["stage"] == "heal_retry" else "INFO", line(event, events))
 
 
 def print_table(events: Sequence[Event]) -> None:
@@ -116,6 +116,10 @@ def _heal(e: Event, _: Sequence[Event]) -> str:
     )
 
 
+def _heal_retry(e: Event, _: Sequence[Event]) -> str:
+    return f"heal        {e['error']}; the round is healed again from its start, at learning rate {e['lr']:g}"
+
+
 def _round(e: Event, _: Sequence[Event]) -> str:
     kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
     return (
@@ -126,5 +130,5 @@ def _round(e: Event, _: Sequence[Event]) -> str:
 
 _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
     "run_start": _start, **{stage: _measured for stage in readings.MEASURED}, "vector": _vector, "dose": _dose, "calibration": _calibration, "gen": _gen, "heal": _heal,
-    "round": _round,
+    "heal_retry": _heal_retry, "round": _round,
 }

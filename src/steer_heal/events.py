@@ -18,7 +18,7 @@ from typing import Any
 
 from loguru import logger
 
-from steer_heal.files import ROOT, append_line, beside
+from steer_heal.files import ROOT, append_line, beside, sync_folder
 
 SCHEMA = 1
 RESULTS = "results.tsv"
@@ -33,6 +33,7 @@ def new_run_folder(out: Path, slug: str) -> Path:
         folder = out / (f"{stamp}_{safe}" if attempt == 1 else f"{stamp}_{safe}-{attempt}")
         try:
             folder.mkdir()
+            sync_folder(out)
             return folder
         except FileExistsError:
             continue
@@ -46,6 +47,7 @@ class EventLog:
         """`before_s`: seconds that the run had already taken when it was stopped."""
         self.folder = folder
         self._file = (folder / "events.jsonl").open("ab", buffering=0)
+        sync_folder(folder)
         self._start = time.monotonic() - before_s
 
     def write(self, stage: str, round_: int | None, **fields: Any) -> dict[str, Any]:
@@ -101,6 +103,17 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def of_stage(events: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     return [event for event in events if event["stage"] == stage]
+
+
+def heal_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps of the heals that came through, or are on their way; a round's steps before its heal_retry were given up."""
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["stage"] == "heal_step":
+            steps.setdefault(event["round"], []).append(event)
+        elif event["stage"] == "heal_retry":
+            steps.pop(event["round"], None)
+    return [step for of_round in steps.values() for step in of_round]
 
 
 def append_result(out: Path, row: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from steer_heal.events import of_stage, read_events  # noqa: E402
+from steer_heal.events import heal_steps, of_stage, read_events  # noqa: E402
 from steer_heal.readings import Reading, moved_most, nats_name, readings, shift, target_of, verdict  # noqa: E402
 
 Event = Mapping[str, Any]
@@ -114,7 +114,7 @@ def map_(events: Sequence[Event], headline: bool = True) -> Figure:
 
 def heal_curves(events: Sequence[Event]) -> Iterator[dict[str, Any]]:
     """Small multiples of each round's heal: (epoch, value) of the training steps and of the held-out prompts, scaled alike in all rounds."""
-    steps, ends = of_stage(events, "heal_step"), {e["round"]: e for e in of_stage(events, "heal")}
+    steps, ends = heal_steps(events), {e["round"]: e for e in of_stage(events, "heal")}
     config = next(iter(of_stage(events, "run_start")))["config"]["heal"]
     checks = [row for end in ends.values() for row in end["validation"]]
     top = {name: max((row[name] for row in [*steps, *checks] if row.get(name) is not None), default=0.0) for name in CURVES}

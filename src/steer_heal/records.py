@@ -26,6 +26,14 @@ class Starved(UserError):
         self.collected = collected
 
 
+class NotFinite(UserError):
+    """A heal's loss, or its gradient, was NaN or infinite: where."""
+
+    def __init__(self, message: str, step: int, prompt_index: int, text: str, lr: float) -> None:
+        super().__init__(message)
+        self.step, self.prompt_index, self.text, self.lr = step, prompt_index, text, lr
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from (seed, round, stage, index): what a row draws never depends on what ran before it."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -146,6 +154,8 @@ class HealReport:
     lam: float
     tau: float
     """Both as this round's schedule left them."""
+    lr: float
+    """Peak learning rate of the attempt that came through."""
     steps: tuple[HealStep, ...]
     validation: tuple[dict[str, float], ...]
     """Per epoch (the first before any step): epoch, sft, divergence on the held-out prompts."""

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import IO, Any
 
 import tyro
 
-from steer_heal.config import RunConfig, from_dict, parse
-from steer_heal.events import RESULTS, jsonable, of_stage, read_events, read_results
+from steer_heal.config import RunConfig, from_dict, inputs, parse
+from steer_heal.events import RESULTS, heal_steps, jsonable, of_stage, read_events, read_results
 from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
 
@@ -77,9 +78,16 @@ def recorded(folder: Path) -> tuple[str, RunConfig]:
         raise UserError(f"resume is {str(folder)!r}: its settings are not of this version of steer-heal ({error!r}); start a new run") from None
 
 
-def same_trait(folder: Path, trait: Trait) -> None:
-    """UserError where the trait's file was changed since the run began."""
-    refuse_differences({"trait": run_start(folder)["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
+def same_inputs(folder: Path, cfg: RunConfig, trait: Trait) -> None:
+    """UserError naming the setting whose file, or the part of the trait that, was changed since the run began."""
+    start, now = run_start(folder), inputs(cfg)
+    for name, then in start.get("inputs", now).items():
+        if then != now.get(name):
+            raise UserError(
+                f"resume is {str(folder)!r}: the file of {name} was changed since the run began (SHA-256 {then[:12]} then, {str(now.get(name))[:12]} now); "
+                "put it back, or start a new run"
+            )
+    refuse_differences({"trait": start["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
 
 
 def refuse_differences(
@@ -151,10 +159,14 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
     while heals and not (folder / "ckpt" / f"r{events[heals[-1]]['round']}").exists():
         del events[heals.pop() :]
-    if events and events[-1]["stage"] == "heal_step":
-        kept = steps_saved(partial(folder, "heal", events[-1]["round"]))
-        while events[-1]["stage"] == "heal_step" and events[-1]["step"] >= kept:
-            events.pop()
+        rmtree(folder / "partial", ignore_errors=True)  # of rounds that are no more
+    r = 1 + max((e["round"] for e in of_stage(events, "heal")), default=-1)
+    saved, n_steps = partial(folder, "heal", r), sum(e["round"] == r for e in heal_steps(events))
+    kept = steps_saved(saved)
+    if kept > n_steps:  # the end of events.jsonl was lost: without its events a step is taken again
+        saved.unlink()
+        kept = 0
+    del events[len(events) - max(0, n_steps - kept) :]
     if events and events[-1]["stage"] in ("dose", "adapter_gen"):  # written together with the event that follows
         events.pop()
     text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events).encode()

@@ -2,6 +2,7 @@
 
     python -m steer_heal.run {gemma,toy,fast-dev} [flags]
     python -m steer_heal.run --resume out/<run>
+    python -m steer_heal.run --verify out/<run>
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from steer_heal.config import check
 from steer_heal.records import UserError
-from steer_heal.resume import Stopped, finished, parse_or_resume, same_trait, stoppable
+from steer_heal.resume import Stopped, finished, parse_or_resume, same_inputs, stoppable
 
 if TYPE_CHECKING:
     from steer_heal.session import Session
@@ -40,11 +41,16 @@ def run_round(r: int, session: Session) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 stopped by something the person can mend, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].split("=")[0] == "--verify":
+        from steer_heal.provenance import main as verify
+
+        return verify(argv)
     try:
         preset, cfg = parse_or_resume(argv)
         trait = check(cfg)
         if cfg.resume is not None:
-            same_trait(cfg.resume, trait)
+            same_inputs(cfg.resume, cfg, trait)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         with stoppable():
+            from steer_heal.guard import guard
             from steer_heal.session import open_session
 
-            return open_session(cfg, preset, trait).guard(run_loop)
+            return guard(open_session(cfg, preset, trait), run_loop)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

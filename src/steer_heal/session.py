@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import IO, Any
 
 import torch
 from loguru import logger
-from safetensors import SafetensorError
 
-from steer_heal import console, readings
-from steer_heal.config import RunConfig
+from steer_heal import console, provenance, readings
+from steer_heal.config import RunConfig, inputs
 from steer_heal.evals.metrics import Condition
 from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
-from steer_heal.files import beside, checksums, verify
+from steer_heal.files import beside, checksums, sync_folder, verify
 from steer_heal.lm import LM, load
 from steer_heal.plot import plot
-from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, Starved, Trait, UserError, derive_seed
+from steer_heal.records import Collected, DoseProbe, EvalResult, HealReport, NotFinite, Starved, Trait, UserError, derive_seed
 from steer_heal.report import report
-from steer_heal.resume import Past, handled, hold, partial, reopen
+from steer_heal.resume import Past, hold, partial, reopen, run_start
 from steer_heal.stages.bake import Student
+from steer_heal.stages.cfg import HealCfg
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
 from steer_heal.stages.evaluate import evaluate, from_event, load_items
 from steer_heal.stages.filter import score
@@ -46,11 +44,14 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
     lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    weights = provenance.weights_digest(lm.model)
+    if cfg.resume is not None:
+        provenance.same_weights(run_start(cfg.resume), weights, cfg.resume)
     folder = cfg.resume or new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
     lock = lock or hold(folder)
     console.start(cfg.quiet, folder / "run.log")
     past = Past([]) if cfg.resume is None else reopen(folder, steps_saved)
-    return Session(cfg, preset, trait, lm, folder, past, lock)
+    return Session(cfg, preset, trait, lm, weights, folder, past, lock)
 
 
 class Session:
@@ -59,7 +60,9 @@ class Session:
     save_every_s = 60.0
     """How often a heal puts down how far it has come."""
 
-    def __init__(self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, folder: Path, past: Past, lock: IO[str]) -> None:
+    def __init__(
+        self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, weights: dict[str, str], folder: Path, past: Past, lock: IO[str]
+    ) -> None:
         self.cfg, self.preset, self.trait, self.lm, self.folder, self.past, self.lock = cfg, preset, trait, lm, folder, past, lock
         self.student = Student(lm, cfg.heal)
         self.items = load_items(cfg.eval, trait)
@@ -74,7 +77,7 @@ class Session:
             return
         self.write(
             "run_start", None, folder=str(folder), config=asdict(cfg), preset=preset, seed=cfg.seed, trait=asdict(trait), versions=versions(),
-            git_commit=git_commit(), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
+            git_commit=git_commit(), weights=weights, inputs=inputs(cfg), command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
         )
 
     def write(self, stage: str, round_: int | None, **fields: Any) -> None:
@@ -88,31 +91,6 @@ class Session:
         if event is not None:
             self.events.append(event)
         return event
-
-    def guard(self, loop: Callable[[Session], None]) -> int:
-        """Runs the loop; a mendable error, Ctrl-C, no memory or no disk ends it with valid events and a word on what to do."""
-        try:
-            loop(self)
-            return 0
-        except UserError as error:
-            return self._stop(1, str(error), f"error: {error}")
-        except KeyboardInterrupt as stopped:
-            return self._stop(getattr(stopped, "status", 130), "interrupted", "stopped")
-        except torch.OutOfMemoryError as error:
-            return self._stop(1, "out of memory", f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})")
-        except (OSError, SafetensorError) as error:
-            return self._stop(1, None, f"error: could not write to {self.folder}: {error}; free some space")
-        finally:
-            self.log.close()
-            self.lock.close()
-
-    def _stop(self, status: int, error: str | None, words: str) -> int:
-        """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
-        with handled(signal.SIG_IGN), suppress(OSError):
-            print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
-            if error is not None:
-                self.log.write("run_end", None, error=error)
-        return status
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()
@@ -220,10 +198,26 @@ class Session:
         return max(row.completion.dose for row in collected.kept)
 
     def heal(self, r: int, collected: Collected, stage: str = "heal") -> HealReport | None:
-        """None where a resumed run has this heal behind it."""
+        """None where a resumed run has this heal behind it. A loss that is not finite costs half the learning rate, once."""
+        retried = self.recall("heal_retry", r) if self.past.holds("heal_retry", r) else None
         if self.past.holds(stage, r):
             return None
         cfg = self.cfg.heal
+        if retried is None:
+            try:
+                return self._heal(r, collected, stage, cfg)
+            except NotFinite as bad:
+                partial(self.folder, stage, r).unlink(missing_ok=True)
+                sync_folder(self.folder / "partial")  # once the event is there, the second attempt must not meet the first one's file
+                self.student.discard_round()
+                self.write("heal_retry", r, step=bad.step, prompt_index=bad.prompt_index, text=bad.text, lr=cfg.lr / 2, error=str(bad))
+        try:
+            return self._heal(r, collected, stage, replace(cfg, lr=cfg.lr / 2))
+        except NotFinite as bad:
+            whole = f"ckpt/r{r - 1} holds the rounds before it" if r > 0 else "no round was healed before it"
+            raise UserError(f"{bad}; this was the second attempt, at half the learning rate; {whole}") from None
+
+    def _heal(self, r: int, collected: Collected, stage: str, cfg: HealCfg) -> HealReport:
         saved = HealFile(partial(self.folder, stage, r), self.save_every_s)
         kept = [row.completion for row in collected.kept]
         n_steps = cfg.epochs * -(-len(kept) // cfg.batch_size)
@@ -247,7 +241,7 @@ class Session:
         self._timed("bake", lambda: self.student.save(folder, own))
         self.write(
             "heal", r, n_train=report.n_train, n_validation=report.n_validation, n_steps=len(report.steps), lam=report.lam, tau=report.tau,
-            validation=report.validation, validation_prompts=report.validation_prompts, fired=report.fired,
+            lr=report.lr, n_retries=sum((e["stage"], e["round"]) == ("heal_retry", r) for e in self.events), validation=report.validation, validation_prompts=report.validation_prompts, fired=report.fired,
             pressure=report.pressure, files=checksums(self.folder, *folder.iterdir()),
         )
         partial(self.folder, "heal", r).unlink(missing_ok=True)
@@ -263,7 +257,7 @@ class Session:
         self.write(
             "round", r, retain=readings.retain(healed, steered, base, metric), slope=readings.slope(healed, base, metric),
             cosine_student_teacher=cosine(student, self.vector), cosine_student_first=cosine(student, self.first_vector),
-            checkpoint=f"ckpt/r{r}", seconds={k: round(v, 2) for k, v in self.seconds.items()},
+            checkpoint=f"ckpt/r{r}", provenance=provenance.of_round(self.events, r), seconds={k: round(v, 2) for k, v in self.seconds.items()},
         )
         self.seconds = {}
         self.draw()

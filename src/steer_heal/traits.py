@@ -82,14 +82,18 @@ def _check(where: str, table: Mapping[str, Any], fields: Mapping[str, type]) -> 
 
 
 def _prompts(source: Path, stem: str) -> tuple[str, ...]:
-    """The texts of a file, or of <stem>.jsonl in a folder."""
+    return tuple(row["text"] for row in read_jsonl(prompts_file(source, stem), {"text": str}))
+
+
+def prompts_file(source: Path, stem: str) -> Path:
+    """The file itself, or <stem>.jsonl where `source` is a folder."""
     folder = next((place for place in (source, ROOT / source) if place.is_dir()), None)
     if folder is not None:
         source = folder / f"{stem}.jsonl"
         if not source.is_file():
             pools = ", ".join(sorted(pool.stem for pool in folder.glob("*.jsonl"))) or "none"
             raise UserError(f"gen.prompts is {str(folder)!r}: it has no {source.name}; its pools are {pools}; write that file, or give one")
-    return tuple(row["text"] for row in read_jsonl(resolve(source, "gen.prompts"), {"text": str}))
+    return resolve(source, "gen.prompts")
 
 
 def load_contexts(cfg: SteerCfg) -> list[str]:

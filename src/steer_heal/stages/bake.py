@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steer_heal.files import sync_folder
 from steer_heal.lm import LM
 from steer_heal.records import UserError
 from steer_heal.stages.cfg import HealCfg, layer_band
@@ -195,8 +196,10 @@ class Student:
         for file in part.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+        sync_folder(part)
         rmtree(folder, ignore_errors=True)
         part.rename(folder)
+        sync_folder(folder.parent)
 
     def export(self, folder: Path) -> None:
         """The merged student as a plain transformers model with its tokenizer."""

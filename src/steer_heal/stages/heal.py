@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steer_heal.divergence import DIVERGENCES, aggregate, barrier, spectral_step
 from steer_heal.lm import LM
-from steer_heal.records import Completion, HealReport, HealStep, UserError
+from steer_heal.records import Completion, HealReport, HealStep, NotFinite, UserError
 from steer_heal.stages.bake import Student
 from steer_heal.stages.cfg import HealCfg
 from steer_heal.stages.partial import HealFile
@@ -77,12 +77,9 @@ def heal(
                 sft, divergence, penalty, pressure = _gradients(lm, batch, cfg, parameters, measure)
                 if spectral is not None:
                     spectral.backward()
-                if not math.isfinite(sft + penalty):
-                    raise UserError(
-                        f"the heal's loss is {sft + penalty} at step {len(steps)} of round {round_}; lower --heal.lr (now {cfg.lr}) "
-                        "or look at the kept completions in events.jsonl; earlier rounds are safe in ckpt/"
-                    )
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                if not math.isfinite(sft + penalty + norm.item()):
+                    raise not_finite(lm, batch, cfg, sft + penalty, norm.item(), len(steps), round_)
                 optimiser.step()
                 optimiser.zero_grad()
                 lr = optimiser.param_groups[0]["lr"]
@@ -93,7 +90,19 @@ def heal(
             if len(curve) == epoch + 1:
                 curve.append({"epoch": epoch + 1.0, **validate(lm, validation, cfg)})
     held_out = tuple(sorted({sample.prompt_index for sample in validation}))
-    return HealReport(len(train), len(validation), cfg.lam, cfg.tau, tuple(steps), tuple(curve), held_out)
+    return HealReport(len(train), len(validation), cfg.lam, cfg.tau, cfg.lr, tuple(steps), tuple(curve), held_out)
+
+
+@torch.no_grad()
+def not_finite(lm: LM, batch: Sequence[Sample], cfg: HealCfg, loss: float, norm: float, step: int, round_: int) -> NotFinite:
+    """Where a heal broke: at the first completion of the step whose own loss is not finite, else at the one with the highest."""
+    own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
+    worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
+    text = lm.tokenizer.decode(worst.completion_ids, skip_special_tokens=True)[:60]
+    return NotFinite(
+        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of round {round_}, on an answer to prompt {worst.prompt_index} "
+        f"that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or look at the kept completions in events.jsonl", step, worst.prompt_index, text, cfg.lr,
+    )
 
 
 def schedule(step: int, n_steps: int) -> float:

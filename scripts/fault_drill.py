@@ -1,0 +1,276 @@
+"""What does a run survive? Real processes are killed, starved of disk and damaged, resumed, and compared with one that nobody touched.
+
+Every case is a process of the fast-dev run with the settings below (two rounds and the control, 3 vignettes, texts of 6 tokens). A fault
+comes at a moment of the untouched run's time, found again by the events that were there, so that a slow machine shifts nothing:
+
+    python scripts/fault_drill.py --n 100
+
+Three things differ from `python -m steer_heal.run`: nothing is drawn, as pictures are made from the events and cost most of so small a run
+(--draw: they are); a heal puts down where it is every 0.05 s in place of every 60; and a process is forked from one that has torch loaded,
+before which a run has written nothing.
+"""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, get_args
+
+import torch
+
+import steer_heal.session
+from steer_heal.compare import differences
+from steer_heal.events import of_stage, read_events
+from steer_heal.files import ROOT
+from steer_heal.lab import cli, show
+from steer_heal.records import UserError
+from steer_heal.run import main as program
+
+Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
+SETTINGS = (
+    "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --eval.think-tokens 1 --eval.n-texts 2 "
+    "--eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
+).split()
+LIMIT_S = 600.0
+"""A process that takes longer counts as lost."""
+
+
+class Lost(Exception):
+    """A run did not survive: why."""
+
+
+class Late(Exception):
+    """The run was through before the fault came: the case does not count."""
+
+
+@dataclass
+class Process:
+    """A run's process, its folder and what it says on stderr."""
+
+    child: multiprocessing.Process
+    errors: Path
+    run: Path
+
+    def wait(self, status: int, words: Sequence[str] = ()) -> None:
+        """Lost where it does not end with this exit status, saying these words."""
+        self.child.join(LIMIT_S)
+        if (got := self.child.exitcode) is None:
+            self.child.kill()
+            raise Lost(f"still running after {LIMIT_S:.0f} s")
+        said = self.errors.read_text()
+        if got == 0 and status != 0:
+            raise Late
+        if got != status or not all(word in said for word in words):
+            raise Lost(f"exit status {got}, should be {status} with {list(words)}: {said[-500:]}")
+
+    def stop(self, signum: int, moment: tuple[int, float], status: int) -> None:
+        """Sends a signal at a moment, and waits for the end."""
+        self.at(moment)
+        self.signal(signum)
+        self.wait(status)
+
+    def signal(self, signum: int) -> None:
+        if self.child.is_alive():
+            os.kill(self.child.pid, signum)
+
+    def at(self, moment: tuple[int, float]) -> None:
+        """Returns when the run has so many events, and so many seconds have passed since."""
+        n_events, after_s = moment
+        while self.child.is_alive() and (self.run / "events.jsonl").read_bytes().count(b"\n") < n_events:
+            time.sleep(0.002)
+        time.sleep(after_s)
+
+
+class Drill:
+    """The untouched run, and new ones to be compared with it."""
+
+    def __init__(self, folder: Path, draw: bool) -> None:
+        self.folder, self.draw = folder, draw
+        vignettes = folder / "vignettes.jsonl"
+        vignettes.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+        self.settings = [*SETTINGS, "--eval.vignettes", str(vignettes)]
+        first = self.start("untouched")
+        first.wait(0)
+        self.whole = first.run
+        self.events = read_events(self.whole)
+        self.times = [event["wall_s"] for event in self.events]
+
+    def start(self, name: str, n_bytes: int | None = None) -> Process:
+        """A new run, as soon as it has its first event; `n_bytes`: it cannot write larger files, as on a full disk."""
+        out = self.folder / name
+        out.mkdir()
+        child = self._fork(["fast-dev", "--out", str(out), *self.settings], out, n_bytes)
+        while child.is_alive():
+            if (run := next(out.glob("*/events.jsonl"), None)) is not None and b"\n" in run.read_bytes():
+                break
+            time.sleep(0.002)
+        if (run := next(out.glob("*/events.jsonl"), None)) is None:
+            raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
+        return Process(child, out / "errors.txt", run.parent)
+
+    def resume(self, run: Path) -> Process:
+        return Process(self._fork(["--resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
+
+    def _fork(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> multiprocessing.Process:
+        def child() -> None:
+            for stream, name in ((sys.stdout, os.devnull), (sys.stderr, out / "errors.txt")):
+                with open(name, "w") as file:
+                    os.dup2(file.fileno(), stream.fileno())
+            if n_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+            steer_heal.session.Session.save_every_s = 0.05
+            if not self.draw:
+                steer_heal.session.plot = steer_heal.session.report = lambda folder: None
+            sys.exit(program(list(flags)))
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        return process
+
+    def moment(self, share: float, after: int = 0) -> tuple[int, float]:
+        """(events, seconds after the last of them) at a share of the untouched run's time behind event number `after`."""
+        began, ended = self.times[after], self.times[-1]
+        at = began + share * (ended - began)
+        n_events = bisect_right(self.times, at)
+        return n_events, at - self.times[n_events - 1]
+
+    def finish(self, run: Path) -> None:
+        """Resumes to the end; Lost where anything differs from the untouched run."""
+        self.resume(run).wait(0)
+        if lost := differences(run, self.whole):
+            raise Lost("; ".join(lost))
+
+
+def kill(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    process = drill.start(name)
+    process.stop(signal.SIGKILL, drill.moment(share), -signal.SIGKILL)
+    drill.finish(process.run)
+
+
+def kill_twice(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    process = drill.start(name)
+    process.stop(signal.SIGKILL, drill.moment(share), -signal.SIGKILL)
+    again = drill.resume(process.run)
+    again.stop(signal.SIGKILL, drill.moment(rng.uniform(share, 1.0)), -signal.SIGKILL)
+    drill.finish(process.run)
+
+
+def interrupt(signum: int) -> Callable[[Drill, str, float, random.Random], None]:
+    def stop(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+        process = drill.start(name)
+        process.stop(signum, drill.moment(share), 128 + signum)
+        process.wait(128 + signum, ["go on with: python -m steer_heal.run --resume"])
+        drill.finish(process.run)
+
+    return stop
+
+
+def full_disk(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    """No file can grow beyond a share of what events.jsonl comes to."""
+    sizes = [len(line) for line in (drill.whole / "events.jsonl").read_bytes().splitlines(keepends=True)]
+    process = drill.start(name, n_bytes=int(sizes[0] * 1.2 + share * (sum(sizes[1:]) - 0.2 * sizes[0])))
+    process.wait(1, ["could not write to", "free some space"])
+    if not (process.run / "events.jsonl").read_bytes().endswith(b"\n"):
+        raise Lost("half an event was left in events.jsonl")
+    drill.finish(process.run)
+
+
+def torn_events(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    """The end of events.jsonl is lost, as by a power cut, in the middle of its last line."""
+    process = drill.start(name)
+    process.stop(signal.SIGKILL, drill.moment(share, after=1), -signal.SIGKILL)
+    path = process.run / "events.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[: -rng.randrange(1, len(content.splitlines()[-1]))])
+    drill.finish(process.run)
+
+
+def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    """One bit of the last checkpoint: it is refused by name, and made again once its folder is deleted."""
+    process = drill.start(name)
+    healed = next(i for i, event in enumerate(drill.events) if event["stage"] == "heal")
+    process.stop(signal.SIGKILL, drill.moment(share, after=healed), -signal.SIGKILL)
+    path = process.run / rng.choice(sorted(of_stage(read_events(process.run), "heal")[-1]["files"]))
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    drill.resume(process.run).wait(1, [str(path), "checksum", f"delete {path.parent}"])
+    shutil.rmtree(path.parent)
+    drill.finish(process.run)
+
+
+def second_process(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+    """It is refused, and the first one, held still meanwhile, is unhurt."""
+    process = drill.start(name)
+    process.at(drill.moment(share))
+    process.signal(signal.SIGSTOP)
+    try:
+        if not process.child.is_alive():
+            raise Late
+        drill.resume(process.run).wait(1, ["another process is running it"])
+    finally:
+        process.signal(signal.SIGCONT)
+    process.wait(0)
+    if lost := differences(process.run, drill.whole):
+        raise Lost("; ".join(lost))
+
+
+CASES: dict[Fault, Callable[[Drill, str, float, random.Random], None]] = {
+    "kill": kill, "kill twice": kill_twice, "ctrl-c": interrupt(signal.SIGINT), "sigterm": interrupt(signal.SIGTERM), "full disk": full_disk,
+    "torn events": torn_events, "flipped byte": flipped_byte, "second process": second_process,
+}
+
+
+def tried(n: int, fault: Fault) -> int:
+    """Cases of a fault: of n kills a third comes twice; of every other fault there is one for ten kills, and at least one."""
+    return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
+
+
+def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), draw: bool = False, out: Path = Path("out/diag")) -> None:
+    """What does a run survive? `n` kills, a third of them twice in a row, and a tenth as many of each other fault, at moments spread evenly
+    over the untouched run. Exit status 1 where anything was lost; that run is kept beside the table."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)  # a process that has started threads must not be forked
+        drill = Drill(Path(folder), draw)
+
+        def case(fault: Fault, i: int) -> tuple[str, float]:
+            name, rng, began = f"{fault.replace(' ', '_')}_{i}", random.Random(f"{seed}/{fault}/{i}"), time.monotonic()
+            try:
+                CASES[fault](drill, name, (i + rng.random()) / tried(n, fault), rng)
+                end = "survived"
+            except Late:
+                end = "late"
+            except Lost as lost:
+                end = str(lost)
+                shutil.copytree(drill.folder / name, out / "lost" / name, dirs_exist_ok=True)
+            print(f"{name}: {end}", file=sys.stderr)
+            return end, time.monotonic() - began
+
+        for fault in faults:
+            ends = [case(fault, i) for i in range(tried(n, fault))]
+            came = [end for end, _ in ends if end != "late"]
+            survived = came.count("survived")
+            rows.append({
+                "fault": fault, "tried": len(came), "survived": survived, "lost": len(came) - survived, "too late": len(ends) - len(came),
+                "s a case": mean(seconds for _, seconds in ends) if ends else None, "why": [end for end in came if end != "survived"],
+            })
+    should = ("lost be 0 in every row: the run ended with the events, adapters, vectors and chain of digests of one that was never touched.",)
+    table = [{key: value for key, value in row.items() if key != "why"} for row in rows]
+    show("What does a run survive?", table, should, out, "fault_drill", seed=seed, n=n, why={row["fault"]: row["why"] for row in rows})
+    if n_lost := sum(row["lost"] for row in rows):
+        raise UserError(f"{n_lost} runs were lost; they are in {out / 'lost'}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

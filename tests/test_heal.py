@@ -8,7 +8,9 @@ from conftest import scramble
 from steer_heal.lm import LM
 from steer_heal.records import UserError
 from steer_heal.stages.bake import Student
-from steer_heal.stages.heal import _gradients, heal, losses, reference_samples, schedule, split_by_prompt
+from steer_heal.stages.heal import heal, reference_samples, schedule, split_by_prompt, validate
+from steer_heal.stages.loss import losses
+from steer_heal.stages.passes import Passes
 
 
 def _factors(student: Student) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def test_several_passes_give_the_gradient_of_one(tiny: LM, kept, heal_cfg):
     read = []
     for budget in (10_000, 60):
         with student.training() as parameters:
-            numbers = _gradients(tiny, samples, dataclasses.replace(heal_cfg, lam=0.7, tokens_per_pass=budget), parameters, True)
+            numbers = Passes(tiny, dataclasses.replace(heal_cfg, lam=0.7, tokens_per_pass=budget), parameters).gradients(samples, True)
             read.append((numbers, [p.grad.clone() for p in parameters]))
             for p in parameters:
                 p.grad = None

@@ -23,7 +23,7 @@ from steer_heal.records import UserError
 
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
-LOGIT_CHUNK_ELEMENTS = 2**25
+LOGIT_CHUNK_ELEMENTS = 2**24
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length."""
 
 

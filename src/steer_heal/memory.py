@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,3 +27,20 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
         work()
     events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(0, *accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@contextmanager
+def resident_peak() -> Iterator[list[int]]:
+    """Puts the highest resident bytes of the process while inside into the list; nothing where Linux does not tell.
+
+    Costs no time, unlike `peak_bytes`, and counts everything, also what was resident before.
+    """
+    found: list[int] = []
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        yield found
+        return
+    yield found
+    status = Path("/proc/self/status").read_text()
+    found.append(int(status.split("VmHWM:")[1].split()[0]) * 1024)

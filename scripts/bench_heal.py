@@ -124,7 +124,7 @@ def _model(vocabulary: int, width: int, n_layers: int, seed: int) -> LM:
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=n_layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=max(8, width // 5), initializer_range=0.1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+        num_key_value_heads=2, head_dim=2 * max(4, width // 10), initializer_range=0.1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
     )
     return replace(load("tiny-random"), model=Gemma3ForCausalLM(config).eval().requires_grad_(False), name="random")
 

@@ -45,7 +45,7 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize)
     folder = cfg.resume or new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
     lock = lock or hold(folder)
     console.start(cfg.quiet, folder / "run.log")

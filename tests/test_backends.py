@@ -8,9 +8,13 @@ import torch
 from steer_heal.evals.instrument import load_instrument, load_vignettes
 from steer_heal.evals.metrics import Condition
 from steer_heal.evals.moral_foundations import run
+from steer_heal.events import read_events
 from steer_heal.files import ROOT
-from steer_heal.lm import LM
-from steer_heal.stages.cfg import SteerCfg
+from steer_heal.lm import LM, load
+from steer_heal.records import UserError
+from steer_heal.run import main
+from steer_heal.stages.bake import Student
+from steer_heal.stages.cfg import HealCfg, SteerCfg
 from steer_heal.stages.teacher_vec import teacher_vec
 from steer_heal.steering import Vector
 from steer_heal.traits import load_trait
@@ -43,3 +47,30 @@ def test_moral_maps_reads_the_same_probabilities(toy: LM):
         theirs = run_theirs(toy, vignettes, condition, 16, 1)  # alone: its batches pad on the left without positions
         for name, values in theirs.items():
             assert ours[name] == pytest.approx(values, abs=1e-4), name
+
+
+def test_a_round_runs_on_4_bit_weights(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="pip install -e '.[quantize]'")
+    plain = load("tiny-random")
+    plain.model.save_pretrained(tmp_path / "model")
+    plain.tokenizer.save_pretrained(tmp_path / "model")
+    command = ["fast-dev", "--model", str(tmp_path / "model"), "--quantize", "nf4", "--out", str(tmp_path / "out"), "--n-rounds", "2", "--no-control"]
+    with pytest.warns(UserWarning, match="decoding is some three times slower"):
+        assert main(command) == 0, capsys.readouterr().err
+    run_folder = next(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    assert len([e for e in read_events(run_folder) if e["stage"] == "healed"]) == 2
+    with pytest.warns(UserWarning):
+        lm = load(str(tmp_path / "model"), quantize="nf4")
+    codes = {name: p.clone() for name, p in lm.model.named_parameters() if p.dtype == torch.uint8}
+    assert len(codes) == 7 * len(lm.blocks) and lm.quantized and not plain.quantized
+    student, prompt = Student(lm, HealCfg(rank=4, layers=(0.0, 1.0))), lm.chat("What do you do?")
+    read = {}
+    student.restore(run_folder / "ckpt" / "r1", 2)
+    for gate in ("base", "full", "base"):
+        with student.gate(gate), torch.no_grad():
+            read.setdefault(gate, []).append(lm.hidden([prompt]))
+    assert torch.equal(*read["base"]) and not torch.allclose(read["base"][0], read["full"][0], atol=1e-4)
+    after = {name.replace("base_layer.", ""): p for name, p in lm.model.named_parameters()}
+    assert all(torch.equal(code, after[name]) for name, code in codes.items())
+    with pytest.raises(UserError, match="cannot be exported merged"):
+        student.export(tmp_path / "merged")

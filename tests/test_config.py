@@ -27,6 +27,7 @@ BAD = {
     "--gen.n-prompts 1000": "evaluation prompts are never trained on",
     "--device cuda:7": "device is 'cuda:7'",
     "--steer.backend steering-lite": "pip install -e '.[steering-lite]'",
+    "--quantize nf4": "pip install -e '.[quantize]'",
     "--eval.backend tinymfv": "pip install -e '.[tinymfv]'",
 }
 

@@ -108,6 +108,27 @@ def test_the_fault_drill_says_what_was_lost(tmp_path, capsys, monkeypatch):
     assert written["rows"][0]["lost"] == 2 and written["why"] == {"kill": ["the adapter differs"] * 2}
 
 
+def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path, capsys):
+    tyro.cli(load_script("bench_round").main, args=["--tiny", "--repeats", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "round.json").read_text())
+    assert found["n_texts_the_same"] == found["n_texts"] == 8, "what a row writes depends on its own seed"
+    assert 0 < found["largest_relative_difference_of_a_factor"] < 1e-3, "both heals train the same adapter"
+    assert {(row["mode"], row["stage"]) for row in found["rows"]} == {
+        (mode, stage) for mode in ("built", "plain") for stage in ("vector", "generate", "heal", "bake", "evaluate", "total")
+    }
+    for name in ("rounds", "batch", "length"):
+        assert len(json.loads((tmp_path / f"round_by_{name}.json").read_text())["rows"]) >= 2
+    assert capsys.readouterr().out.count("SHOULD") == 5
+
+
+def test_the_benchmark_of_the_heal_compares_every_head(tmp_path):
+    tyro.cli(load_script("bench_heal").main, args=["--tiny", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "heal.json").read_text())
+    peak = {row["head"]: row["peak_mib"] for row in found["rows"]}
+    assert peak.keys() == {"whole", "chunks, twice", "as built"} and peak["as built"] < peak["whole"]
+    assert found["stored"]["recomputed float32"] < 0.2 * found["stored"]["stored float32"]
+
+
 def test_a_preset_takes_what_the_lab_is_given():
     cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=1).run_config()
     assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")

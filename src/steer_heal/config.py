@@ -43,6 +43,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and activations; auto is bfloat16 on a GPU, float32 on the CPU. Adapters are always float32."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: linear weights in 4 bits (QLoRA), for a model that bfloat16 cannot hold; decoding is some three times slower."""
     n_threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     max_prompt_tokens: int = 1024
@@ -145,6 +147,10 @@ def check(cfg: RunConfig) -> Trait:
     ):
         if backend in packages and not any(find_spec(name) for name in packages[backend]):
             raise UserError(f"{field_name} is {backend!r}: its package is not installed; pip install -e '.[{backend}]', or use builtin")
+    if cfg.quantize != "none" and not find_spec("bitsandbytes"):
+        raise UserError(f"quantize is {cfg.quantize!r}: its package is not installed; pip install -e '.[quantize]', or leave it out")
+    if cfg.quantize != "none" and cfg.export is not None:
+        raise UserError(f"export is {str(cfg.export)!r}: a quantized model cannot be exported merged; leave out --export or --quantize")
     load_vignettes(cfg.eval.vignettes)
     load_instrument(cfg.eval.instrument)
     try:

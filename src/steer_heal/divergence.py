@@ -1,12 +1,12 @@
 """Divergences between a student and a reference, per position and collapsed; all in nats, all float32.
 
-Pure functions. Adding a divergence or an aggregate is one entry in DIVERGENCES or AGGREGATES.
+Pure functions. Adding a divergence is one entry in DIVERGENCES, an aggregate one case in `aggregate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import einsum
@@ -32,7 +32,25 @@ def kl_fwd(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"]) -> Float[
     return einsum(logp_ref.exp(), logp_ref - logp, "n v, n v -> n")
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl_rev": kl_rev, "kl_fwd": kl_fwd}
+def kl_rev_slope(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"], kl: Float[Tensor, " n"]) -> Float[Tensor, "n v"]:
+    """d KL(student || reference) / d the student's logits: p (log p - log q - KL)."""
+    return (logp - logp_ref).sub_(kl[:, None]).mul_(logp.exp())
+
+
+def kl_fwd_slope(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"], kl: Float[Tensor, " n"]) -> Float[Tensor, "n v"]:
+    """d KL(reference || student) / d the student's logits: p - q."""
+    return logp.exp().sub_(logp_ref.exp())
+
+
+class Divergence(NamedTuple):
+    """How far apart two distributions are at each position, and what moves with the student's logits."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Of (logp, logp_ref, value); the heal applies it to a chunk at once instead of storing the chunk for autograd."""
+
+
+DIVERGENCES: dict[str, Divergence] = {"kl_rev": Divergence(kl_rev, kl_rev_slope), "kl_fwd": Divergence(kl_fwd, kl_fwd_slope)}
 """`nll` is no divergence: it heals without a barrier, and its curve is reported with kl_rev."""
 
 _ROOT_EPSILON = 1e-12

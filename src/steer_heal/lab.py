@@ -62,7 +62,7 @@ class Lab:
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
         console.start(quiet=True)
-        self.lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+        self.lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize)
         self.items = load_items(cfg.eval, self.trait)
         self.student = Student(self.lm, cfg.heal)
 

@@ -6,16 +6,18 @@ token see the padding behind it, so a batch reads exactly what its rows read alo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.files import ROOT
@@ -23,7 +25,7 @@ from steer_heal.records import UserError
 
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
-LOGIT_CHUNK_ELEMENTS = 2**25
+LOGIT_CHUNK_ELEMENTS = 2**24
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length."""
 
 
@@ -57,6 +59,11 @@ class LM:
         if not isinstance(blocks, nn.ModuleList) or not len(blocks):
             raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers under its text model; steer-heal needs one to steer")
         return blocks
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linear weights are codes that nothing can be added to."""
+        return getattr(self.model, "quantization_method", None) is not None
 
     @property
     def width(self) -> int:
@@ -164,27 +171,37 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024) -> LM:
+def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none") -> LM:
     """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
     place = pick_device(device)
     if name == TINY_RANDOM:
+        if quantize != "none":
+            raise UserError(f"quantize is {quantize!r}: weights are quantized as they are read from a folder, and {name!r} has none; give a saved model")
         model, tokenizer = _tiny_random()
         model = model.to(pick_dtype(dtype, place))
     else:
         folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True)
+            how = {} if quantize == "none" else _nf4(pick_dtype(dtype, place), place)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True, **how)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(place).eval().requires_grad_(False)
+    model = (model if quantize != "none" else model.to(place)).eval().requires_grad_(False)
     lm = LM(model, tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
     return lm
+
+
+def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """How transformers reads linear weights as 4-bit normal floats (QLoRA; Dettmers et al. 2023)."""
+    warnings.warn("quantize nf4: decoding is some three times slower than in bfloat16; it pays only for a model that bfloat16 cannot hold", stacklevel=3)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -43,7 +43,7 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize)
     weights = provenance.weights_digest(lm.model)
     if cfg.resume is not None:
         provenance.same_weights(run_start(cfg.resume), weights, cfg.resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
 from typing import Literal
@@ -93,11 +93,11 @@ class Student:
         """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
 
         `merged=False` lets the factors act apart, exactly as in training: slower, but without the rounding that
-        merging into low-precision weights costs.
+        merging into low-precision weights costs. On a quantized model they always do: codes cannot take them.
         """
         names = self.rounds_in[which]
-        if names and not merged:
-            with self._acting(names):
+        if self.lm.quantized or names and not merged:
+            with self._acting(names) if names else nullcontext():
                 yield self.lm
             return
         before = {}
@@ -203,6 +203,8 @@ class Student:
 
     def export(self, folder: Path) -> None:
         """The merged student as a plain transformers model with its tokenizer."""
+        if self.lm.quantized:
+            raise UserError("a quantized model cannot be exported merged; load its checkpoint on the unquantized model, or leave out --quantize")
         state = {}
         with self.gate("full"):
             for key, value in self._peft.base_model.model.state_dict().items() if self._peft else self.lm.model.state_dict().items():

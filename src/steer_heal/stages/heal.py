@@ -10,33 +10,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from steer_heal.divergence import DIVERGENCES, aggregate, barrier, spectral_step
+from steer_heal.divergence import spectral_step
 from steer_heal.lm import LM
 from steer_heal.records import Completion, HealReport, HealStep, NotFinite, UserError
 from steer_heal.stages.bake import Student
 from steer_heal.stages.cfg import HealCfg
+from steer_heal.stages.loss import Sample, losses
 from steer_heal.stages.partial import HealFile
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A training sequence under the plain prompt, and the reference's final hidden states at its completion."""
-
-    prompt_index: int
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    reference: Float[Tensor, "n d"]
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return self.prompt_ids + self.completion_ids
+from steer_heal.stages.passes import Passes
 
 
 def heal(
@@ -60,7 +46,8 @@ def heal(
     curve: list[dict[str, float]] = []
     with student.training() as parameters:
         spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
-        optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+        optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, foreach=False)
+        passes = Passes(lm, cfg, parameters)
         directions = spectral.directions if spectral is not None else []
         if partial is not None:
             steps, curve = partial.load(parameters, optimiser, directions)
@@ -74,7 +61,7 @@ def heal(
                 for group in optimiser.param_groups:
                     group["lr"] = cfg.lr * schedule(len(steps), n_steps)
                 measure = len(steps) % cfg.pressure_every == 0
-                sft, divergence, penalty, pressure = _gradients(lm, batch, cfg, parameters, measure)
+                sft, divergence, penalty, pressure = passes.gradients(batch, measure)
                 if spectral is not None:
                     spectral.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -115,7 +102,8 @@ def schedule(step: int, n_steps: int) -> float:
 
 @torch.no_grad()
 def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
-    """Training sequences with the reference's hidden states: computed once per round, not once per step."""
+    """Training sequences with the reference's hidden states: computed once per round, not once per step, and kept on
+    the CPU, from where those of a step are a small copy."""
     lm = student.lm
     references: list[Tensor] = [torch.empty(0)] * len(kept)
     with student.gate(cfg.reference, merged=False):
@@ -123,7 +111,7 @@ def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg
             hidden = lm.hidden([kept[i].prompt_ids + kept[i].completion_ids for i in group])
             for row, i in enumerate(group):
                 start = len(kept[i].prompt_ids) - 1
-                references[i] = hidden[row, start : start + len(kept[i].completion_ids)].clone()
+                references[i] = hidden[row, start : start + len(kept[i].completion_ids)].to("cpu", copy=True)
     return [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, h) for c, h in zip(kept, references, strict=True)]
 
 
@@ -135,60 +123,6 @@ def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample],
     held_out = set(random.Random(seed).sample(prompts, max(1, len(prompts) // 8)))
     train = [sample for sample in samples if sample.prompt_index not in held_out]
     return train, [sample for sample in samples if sample.prompt_index in held_out]
-
-
-def losses(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats.
-
-    Only completion positions reach the head, a chunk at a time; a chunk's logits are computed again in the
-    backward pass instead of being stored.
-    """
-    hidden = lm.hidden([sample.ids for sample in batch])
-    recompute = sum(len(sample.completion_ids) for sample in batch) > lm.chunk_size
-    sft, divergence = [], []
-    for row, sample in enumerate(batch):
-        start, n = len(sample.prompt_ids) - 1, len(sample.completion_ids)
-        targets = torch.tensor(sample.completion_ids, device=lm.device)
-        nll, kl = position_terms(lm, hidden[row, start : start + n], sample.reference, targets, cfg.divergence, recompute)
-        sft.append(nll.mean())
-        divergence.append(aggregate(kl, cfg.aggregate))
-    return torch.stack(sft), torch.stack(divergence)
-
-
-def position_terms(
-    lm: LM, hidden: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], targets: Int[Tensor, " n"], divergence: str, recompute: bool
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """(-log p(target), divergence to the reference) at each position, in nats."""
-    distance = DIVERGENCES["kl_rev" if divergence == "nll" else divergence]
-
-    def terms(h: Tensor, h_ref: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logp, logp_ref = lm.logits(h).log_softmax(-1), lm.logits(h_ref).log_softmax(-1)
-        return -logp.gather(-1, t[:, None])[:, 0], distance(logp, logp_ref)
-
-    size, parts = lm.chunk_size, []
-    for h, h_ref, t in zip(hidden.split(size), reference.split(size), targets.split(size), strict=True):
-        parts.append(checkpoint(terms, h, h_ref, t, use_reentrant=False) if recompute else terms(h, h_ref, t))
-    return torch.cat([nll for nll, _ in parts]), torch.cat([kl for _, kl in parts])
-
-
-def _gradients(
-    lm: LM, batch: Sequence[Sample], cfg: HealCfg, parameters: Sequence[Tensor], measure: bool
-) -> tuple[float, float, float, float | None]:
-    """Leaves the gradient of the loss in `.grad`; returns (sft, divergence, barrier, pressure or None)."""
-    sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
-    for group in lm.batches([len(sample.ids) for sample in batch], cfg.tokens_per_pass):
-        sft, divergence = losses(lm, [batch[i] for i in group], cfg)
-        penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
-        if measure and penalty.detach().max() > 0:
-            for total, part in zip(pushed, torch.autograd.grad(penalty.sum() / len(batch), parameters, retain_graph=True, allow_unused=True)):
-                total += 0 if part is None else part
-        ((sft + penalty).sum() / len(batch)).backward()
-        sums += torch.stack([part.detach().double().sum().cpu() for part in (sft, divergence, penalty)])
-    pressure = None
-    if measure:
-        pulled = [p.grad - push for p, push in zip(parameters, pushed, strict=True)]
-        pressure = _norm(pushed) / max(_norm(pulled), 1e-12)
-    return *(sums / len(batch)).tolist(), pressure
 
 
 class SpectralPenalty:
@@ -210,12 +144,9 @@ class SpectralPenalty:
         return total.item()
 
 
-def _norm(gradients: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
-
-
 @torch.no_grad()
 def validate(lm: LM, samples: Sequence[Sample], cfg: HealCfg) -> dict[str, float]:
     """Cross-entropy and divergence on the held-out prompts, in nats, as in training."""
-    parts = [losses(lm, samples[i : i + cfg.batch_size], cfg) for i in range(0, len(samples), cfg.batch_size)]
+    groups = lm.batches([len(sample.ids) for sample in samples], cfg.tokens_per_pass)
+    parts = [losses(lm, [samples[i] for i in group], cfg) for group in groups]
     return {name: torch.cat([p[k] for p in parts]).mean().item() for k, name in enumerate(("sft", "divergence"))}

@@ -1,0 +1,263 @@
+"""What does a round cost, as built and done plainly, and how does it scale with rounds, batch and length?"""
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steer_heal import console
+from steer_heal.config import FAST_DEV_PRESET, RunConfig, check
+from steer_heal.divergence import aggregate, barrier, kl_rev
+from steer_heal.evals.metrics import Condition
+from steer_heal.lab import cli, show
+from steer_heal.lm import load
+from steer_heal.memory import resident_peak
+from steer_heal.records import Collected, Completion, Trait, derive_seed
+from steer_heal.stages.bake import Student
+from steer_heal.stages.dose import collect
+from steer_heal.stages.evaluate import EvalItems, evaluate, load_items
+from steer_heal.stages.filter import score
+from steer_heal.stages.generate import Ask, generate
+from steer_heal.stages.heal import heal, schedule, split_by_prompt
+from steer_heal.stages.loss import Sample
+from steer_heal.stages.teacher_vec import teacher_vec
+from steer_heal.steering import Vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What the round is run on."""
+
+    layers: int = 8
+    width: int = 512
+    vocabulary: int = 32_768
+    """Of which the toy tokenizer writes 1,408; it leaves other ids out of the text, and the gates are open."""
+    n_completions: int = 32
+    n_tokens: int = 128
+    """Of each completion. The random model never writes an end token by itself."""
+    n_history: int = 2
+    """Rounds baked before."""
+    epochs: int = 2
+    rank: int = 32
+    batch_size: int = 32
+    """Of writing and of the evaluation, as built."""
+    n_vignettes: int = 16
+    think_tokens: int = 16
+
+
+TINY = Size(layers=3, width=32, vocabulary=1500, n_completions=8, n_tokens=12, n_history=1, epochs=1, rank=2, batch_size=8, n_vignettes=2, think_tokens=2)
+
+
+class Bench:
+    """The settings, the trait and the items of a round on a random model."""
+
+    def __init__(self, size: Size, seed: int) -> None:
+        n = size.n_completions
+        self.size, self.seed = size, seed
+        preset = FAST_DEV_PRESET
+        self.cfg: RunConfig = replace(
+            preset, seed=seed, gen=replace(preset.gen, max_new_tokens=size.n_tokens, batch_size=size.batch_size),
+            filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=4, gates=()), dose=replace(preset.dose, mode="fixed", n_kappas=2, n_probes=1),
+            heal=replace(preset.heal, epochs=size.epochs, rank=size.rank, lora_alpha=2.0 * size.rank, layers=(0.2, 0.8), tau=0.0, pressure_every=10**6),
+            eval=replace(preset.eval, batch_size=size.batch_size, think_tokens=size.think_tokens, n_texts=16, max_new_tokens=size.n_tokens // 2, oracle="none"),
+        )
+        self.trait: Trait = check(self.cfg)
+        items = load_items(self.cfg.eval, self.trait)
+        self.items: EvalItems = replace(items, vignettes=items.vignettes[: size.n_vignettes])
+
+    def student(self, n_rounds: int) -> Student:
+        """A model of its own, always the same."""
+        student = Student(replace(load("tiny-random"), model=_model(self.size, self.seed), name="random"), self.cfg.heal)
+        for r in range(n_rounds):
+            _bake_noise(student, r)
+        return student
+
+    def write(self, student: Student, vector: Vector | None, asks: Sequence[Ask], n_tokens: int, batch_size: int) -> list[Completion]:
+        with student.gate("full") as lm:
+            return generate(lm, asks, vector, self.trait.steered_system, self.trait.plain_system, n_tokens, batch_size)
+
+    def asks(self, n: int) -> list[Ask]:
+        prompts = self.trait.prompts[: self.cfg.gen.n_prompts]
+        return [Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 1.0, derive_seed(self.seed, i)) for i in range(n)]
+
+
+@dataclass
+class Clock:
+    """Seconds, peak memory and tokens of a mode's stages."""
+
+    mode: str
+    rows: list[dict[str, Any]]
+
+    @contextmanager
+    def stage(self, name: str, n_tokens: int):
+        began = time.perf_counter()
+        with resident_peak() as peak:
+            yield
+        seconds = time.perf_counter() - began
+        self.rows.append({"mode": self.mode, "stage": name, "seconds": seconds, "tokens_per_s": n_tokens / seconds, "peak_mib": peak[0] / 2**20 if peak else None})
+        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s", flush=True)
+
+
+def round_(bench: Bench, mode: str, rows: list[dict[str, Any]], given: Sequence[Completion] = ()) -> tuple[list[Completion], dict[str, torch.Tensor]]:
+    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that modes do the same work."""
+    cfg, trait, size = bench.cfg, bench.trait, bench.size
+    plain = mode == "plain"
+    clock, student = Clock(mode, rows), bench.student(size.n_history)
+    with clock.stage("vector", 2 * cfg.steer.n_contexts), student.gate("full") as lm:
+        vector = teacher_vec(lm, trait, cfg.steer)
+
+    def judge(completions):
+        with student.gate("base") as lm:
+            return score(lm, completions, trait.narration, cfg.filter)
+
+    with clock.stage("generate", size.n_completions * size.n_tokens):
+        found: Collected = collect(
+            lambda asks: bench.write(student, vector, asks, size.n_tokens, 1 if plain else size.batch_size), judge,
+            trait.prompts[: cfg.gen.n_prompts], cfg.gen.alphas, cfg.dose, cfg.filter, (cfg.seed, 0, "gen"), 1.0,
+        )
+    written = [row.completion for row in found.kept]
+    kept = list(given) or written
+    with clock.stage("heal", size.epochs * sum(len(c.completion_ids) for c in kept)):
+        (plain_heal if plain else heal)(student, kept, 0, cfg.heal, bench.seed)
+    factors = student.factors("round")
+    with clock.stage("bake", 0), TemporaryDirectory() as folder:
+        student.save(Path(folder) / "r", student.bake())
+    n_read = 2 * size.n_vignettes * size.think_tokens + cfg.eval.n_texts * cfg.eval.max_new_tokens
+    with clock.stage("evaluate", n_read):
+        evaluate(student, "full", Condition(trait.plain_system), bench.items, trait, replace(cfg.eval, batch_size=8) if plain else cfg.eval, cfg.filter, cfg.seed)
+    return written, factors
+
+
+def plain_heal(student: Student, kept: Sequence[Completion], r: int, cfg, seed: int) -> None:
+    """The same heal without any of what makes it cheap: history merged into the weights and out again around every
+    step, the reference read in every step, all logits of all positions, one completion a pass."""
+    lm, rng = student.lm, random.Random(seed)
+    empty = torch.empty(0, lm.width)
+    train, _ = split_by_prompt([Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in kept], seed)
+    student.new_round(seed)
+    with student.training() as parameters:
+        pass
+    optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    n_steps, step = cfg.epochs * -(-len(train) // cfg.batch_size), 0
+    for _ in range(cfg.epochs):
+        order = rng.sample(range(len(train)), len(train))
+        for start in range(0, len(order), cfg.batch_size):
+            batch = [train[i] for i in order[start : start + cfg.batch_size]]
+            optimiser.param_groups[0]["lr"] = cfg.lr * schedule(step, n_steps)
+            with student.gate("prev"):
+                for sample in batch:
+                    (_plain_loss(student, sample, parameters, cfg) / len(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+
+
+def _plain_loss(student: Student, sample: Sample, parameters: Sequence[torch.Tensor], cfg) -> torch.Tensor:
+    ids, start = torch.tensor([sample.ids]), len(sample.prompt_ids) - 1
+    with torch.no_grad():
+        logp_ref = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+    with student._acting(["round"]):
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        logp = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+    nll = -logp[:-1].gather(-1, ids[0, 1:, None])[start:, 0]
+    return nll.mean() + barrier(aggregate(kl_rev(logp, logp_ref)[start:-1], cfg.aggregate), cfg.lam, cfg.tau)
+
+
+def scaling(bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths: Sequence[int], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Tokens per second as built: by rounds baked (with the milliseconds of an optimiser step), by batch, by length."""
+    size, out = bench.size, {"rounds": [], "batch": [], "length": []}
+
+    def speed(student: Student, batch: int, length: int) -> float:
+        asks = bench.asks(batch)
+        return batch * length / min(_seconds(lambda: bench.write(student, None, asks, length, batch)) for _ in range(repeats))
+
+    student, length = bench.student(0), max(8, size.n_tokens // 2)
+    for n in range(max(rounds) + 1):
+        if n in rounds:
+            kept = bench.write(student, None, bench.asks(8), length, 8)
+            step_s = _seconds(lambda: heal(student, kept, 0, replace(bench.cfg.heal, epochs=1, batch_size=8), bench.seed))
+            student.discard_round()
+            out["rounds"].append({"rounds": n, "ms_per_token": 1e3 / speed(student, size.batch_size // 2, length), "heal_of_8_s": step_s})
+            print(f"  {n} rounds baked", flush=True)
+        _bake_noise(student, n)
+    for row in out["rounds"]:
+        row["against_0"] = row["ms_per_token"] / out["rounds"][0]["ms_per_token"]
+    for batch in batches:
+        out["batch"].append({"batch": batch, "tokens_per_s": speed(student, batch, length)})
+        print(f"  batch {batch}", flush=True)
+    for length in lengths:
+        out["length"].append({"length": length, "tokens_per_s": speed(student, 8, length)})
+        print(f"  length {length}", flush=True)
+    return out
+
+
+def main(size: Size = Size(), repeats: int = 2, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False, scale: bool = True) -> None:
+    """What does a round cost, as built and done plainly, and how does it scale with rounds, batch and length?"""
+    size = TINY if tiny else size
+    torch.set_num_threads(n_threads)
+    console.start(quiet=True)
+    bench, rows = Bench(size, seed), []
+    written, factors = round_(bench, "built", rows)
+    plainly, factors_plain = round_(bench, "plain", rows, given=written)
+    for name in ("vector", "generate", "heal", "bake", "evaluate"):
+        built, plain = (next(row for row in rows if (row["mode"], row["stage"]) == (mode, name)) for mode in ("built", "plain"))
+        built["ratio"] = plain["seconds"] / built["seconds"]
+    total = {mode: sum(row["seconds"] for row in rows if row["mode"] == mode) for mode in ("built", "plain")}
+    rows += [{"mode": mode, "stage": "total", "seconds": total[mode]} for mode in total]
+    rows[-2]["ratio"] = total["plain"] / total["built"]
+    same = sum(a.completion_ids == b.completion_ids for a, b in zip(written, plainly, strict=True))
+    apart = max(((factors[k] - factors_plain[k]).norm() / factors[k].norm()).item() for k in factors)
+    checks = {"n_texts": len(written), "n_texts_the_same": same, "largest_relative_difference_of_a_factor": apart, "n_threads": n_threads}
+    should = (
+        f"{same} of {len(written)} texts are the same in both modes: all of them, since a row depends on its own seed alone.",
+        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of seconds.",
+    )
+    show("What does a round cost, as built and done plainly?", rows, should, out, "round", size=vars(size), **checks)
+    if scale:
+        small = dict(rounds=(0, 1, 2), batches=(1, 4), lengths=(8, 16)) if tiny else dict(rounds=(0, 1, 2, 4, 8), batches=(1, 2, 4, 8, 16, 32, 64), lengths=(64, 128, 256, 512))
+        tables = scaling(bench, **small, repeats=repeats)
+        show("Does a token cost more after more rounds?", tables["rounds"], ("against_0 <= 1.10 up to 8 rounds: the history is merged before writing.",), out, "round_by_rounds")
+        show("How does writing scale with the batch?", tables["batch"], ("tokens_per_s rise with the batch.",), out, "round_by_batch")
+        show("How does writing scale with the length?", tables["length"], ("tokens_per_s fall slowly: attention alone grows.",), out, "round_by_length")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _bake_noise(student: Student, seed: int) -> None:
+    """A round of small random factors, as if healed."""
+    generator = torch.Generator().manual_seed(seed)
+    student.new_round(seed)
+    for _, b, _ in student.round_updates():
+        b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
+    student.bake()
+
+
+def _model(size: Size, seed: int) -> Qwen3ForCausalLM:
+    """Random weights, large enough that a few tokens share the probability: rounding then rarely changes a sampled one."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=max(8, size.width // 8), tie_word_embeddings=True, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    model.generation_config.update(do_sample=True, temperature=1.0, eos_token_id=2)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from steer_heal.events import EventLog, append_result, new_run_folder, read_events
+from steer_heal.events import EventLog, append_result, new_run_folder, read_events, read_results
+from steer_heal.records import UserError
 
 
 def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path):
@@ -48,7 +49,7 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
     path.write_text(whole[:-20])
     assert [e["stage"] for e in read_events(tmp_path)] == ["base"]
     path.write_text("{torn\n" + whole)
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(UserError, match="line 1 is not an event"):
         read_events(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_a_bad_instrument_field_is_named(tmp_path):
     text = Path("data/toylm/instrument.toml").read_text()
     path = tmp_path / "i.toml"
     for old, new, message in (
-        ('nudge = ""\n', "", "'nudge' is missing"), ("{options}", "options", "lacks {options}"), ('"care", ', "", "seven answers"),
+        ('nudge = ""\n', "", "'nudge' is None"), ("{options}", "options", "lacks {options}"), ('"care", ', "", "seven answers"),
     ):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=message):

@@ -113,7 +113,7 @@ def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, message):
     ("love", '"extreme"', '"outer"', "default_phrasing is 'outer': it must be one of trait, state"),
     ("love", "[phrasing.pretend]\npositive", "[phrasing.pretend]\nnegativ", r"\[phrasing.pretend\]: 'negativ' .* did you mean 'negative'"),
     ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', "'persona' is not a field here"),
-    ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", r"\[phrasing\]: 'trait' is 1: it must be a dict"),
+    ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", r"\[phrasing.trait\] is 1: it must be a table with positive and negative"),
 ])
 def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypatch, stem, old, new, message):
     text = (traits.TRAITS / f"{stem}.toml").read_text()

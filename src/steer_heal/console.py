@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from steer_heal import readings
+from steer_heal.terminal import printable, say
 
 Event = Mapping[str, Any]
 
@@ -27,6 +28,7 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     logger.remove()
+    logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
     logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
@@ -52,8 +54,8 @@ def print_table(events: Sequence[Event]) -> None:
         tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3,
         tbl_formatting="ASCII_MARKDOWN",
     ):
-        print(pl.DataFrame(readings.table(events), infer_schema_length=None))
-    print(f"\n{readings.verdict(events)}")
+        say(pl.DataFrame(readings.table(events), infer_schema_length=None))
+    say(f"\n{readings.verdict(events)}")
 
 
 def _start(e: Event, _: Sequence[Event]) -> str:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import tyro
 
 from steer_heal.config import RunConfig, from_dict, parse
-from steer_heal.events import RESULTS, jsonable, of_stage, read_events, read_results
+from steer_heal.events import RESULTS, jsonable, of_stage, read_events, read_results, reading
 from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
 
@@ -71,15 +71,15 @@ def run_start(folder: Path) -> Event:
 def recorded(folder: Path) -> tuple[str, RunConfig]:
     """(preset name, configuration) that the run was started with."""
     start = run_start(folder)
-    try:
+    with reading(folder):
         return start["preset"], from_dict(RunConfig, start["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"resume is {str(folder)!r}: its settings are not of this version of steer-heal ({error!r}); start a new run") from None
 
 
 def same_trait(folder: Path, trait: Trait) -> None:
     """UserError where the trait's file was changed since the run began."""
-    refuse_differences({"trait": run_start(folder)["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
+    with reading(folder):
+        before = run_start(folder)["trait"]
+    refuse_differences({"trait": before}, {"trait": asdict(trait)}, folder, "put the trait's file back")
 
 
 def refuse_differences(
@@ -142,10 +142,7 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     `steps_saved` tells how many steps of a heal its file in `partial/` holds.
     """
     path = folder / "events.jsonl"
-    try:
-        events = read_events(folder)
-    except ValueError as error:
-        raise UserError(f"{error}; mend the line or start a new run") from None
+    events = read_events(folder)
     if events and events[-1].get("error"):  # a run_end that says why the run was stopped
         events.pop()
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
@@ -161,7 +158,8 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     if text != path.read_bytes():
         with beside(path) as part:
             part.write_bytes(text)
-    return Past(events)
+    with reading(folder):
+        return Past(events)
 
 
 def partial(folder: Path, stage: str, round_: int) -> Path:

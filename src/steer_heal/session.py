@@ -37,6 +37,7 @@ from steer_heal.stages.iso_kl import iso_kl_dose
 from steer_heal.stages.partial import HealFile, TokenTape, steps_saved
 from steer_heal.stages.teacher_vec import cosine, student_vec, teacher_vec
 from steer_heal.steering import Vector, load_vector
+from steer_heal.terminal import say
 
 
 def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
@@ -109,7 +110,7 @@ class Session:
     def _stop(self, status: int, error: str | None, words: str) -> int:
         """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
         with handled(signal.SIG_IGN), suppress(OSError):
-            print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
+            say(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(self.folder))}", sys.stderr)
             if error is not None:
                 self.log.write("run_end", None, error=error)
         return status
@@ -296,4 +297,4 @@ class Session:
         append_result(self.cfg.out, {"run": self.folder.resolve().name, "arm": self.cfg.arm or self.preset, "settings": self.cfg.fingerprint(), **readings.result_row(self.events)})
         rmtree(self.folder / "partial", ignore_errors=True)
         console.print_table(self.events)
-        print(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")
+        say(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")

@@ -13,7 +13,7 @@ import tyro
 
 from steer_heal.events import append_result, read_results
 from steer_heal.files import ROOT
-from steer_heal.lab import LabCfg, replay
+from steer_heal.lab import LabCfg, cli, replay
 from steer_heal.records import UserError
 
 QUESTIONS = sorted(path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py"))
@@ -70,6 +70,25 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(tmp_path, caps
 def test_a_preset_takes_what_the_lab_is_given():
     cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=1).run_config()
     assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")
+
+
+@pytest.mark.parametrize("script", ["loops", "table", "diag_seeds", "diag_heal_sweep"])
+@pytest.mark.parametrize("content", [None, "", "[]\n{}\n", '{"stage": "run_start", "round": null}\n{"stage": "round", "round": 0}\n'])
+def test_a_folder_that_is_no_run_is_one_line(script, content, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / "events.jsonl").write_text(content)
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
+    assert cli(load_script(script).main) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"arm": "b"}}'])
+def test_earlier_loops_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "loops.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["loops", "--data", str(tmp_path / "loops.json")])
+    assert cli(load_script("loops").main) == 1 and "was not written by this script" in capsys.readouterr().err
+    assert (tmp_path / "loops.json").read_text() == content
 
 
 def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):

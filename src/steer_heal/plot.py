@@ -36,6 +36,7 @@ CURVES = {
     "pressure": "gradient pressure of the barrier",
 }
 CURVE_POINTS = 200
+SETTING_CHARACTERS = 200
 INCOHERENCE_FLOOR = 1e-4
 BASE_X = -1.0
 
@@ -134,10 +135,11 @@ def _setting(events: Sequence[Event]) -> str:
     """What was run, in one line."""
     start = next(iter(of_stage(events, "run_start")))
     config, heal = start["config"], start["config"]["heal"]
-    return printable(
+    line = printable(
         f"{start['trait']['name']} into {config['model']}, seed {start['seed']}: {heal['divergence']} {heal['aggregate']}, lam {heal['lam']:g}, "
         f"tau {heal['tau']:g}"
     )
+    return line if len(line) <= SETTING_CHARACTERS else f"{line[:SETTING_CHARACTERS]}..."
 
 
 def _series(reads: Sequence[Reading], stage: str, metric: str) -> list[tuple[float, Reading]]:

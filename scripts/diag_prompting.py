@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from steer_heal.events import of_stage, read_events
-from steer_heal.lab import cli, replay, run_folder, show
+from steer_heal.lab import cli, replay, show
 from steer_heal.readings import COHERENCE_GOOD, DEGENERATE_GOOD
 
 MEANS = ("shift", "shift_bare", "coherence", "text_ppl", "degenerate", "oracle", "kl_base", "log_odds", "dose", "round")
@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Does the adapter beat a prompt? Base, prompted, steered at the knee and healed of finished runs of one trait, and
     what is left of each in a bare conversation."""
-    per_run = [{"run": run.name, "rows": of_run(run_folder(run), doses)} for run in runs]
+    per_run = [{"run": run.name, "rows": of_run(run, doses)} for run in runs]
     rows = []
     for same in zip(*(each["rows"] for each in per_run), strict=True):
         means = {column: statistics.mean(row[column] for row in same) for column in MEANS if all(column in row for row in same)}

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from steer_heal.events import read_events
-from steer_heal.lab import Lab, LabCfg, cli, run_folder, show
+from steer_heal.events import read_events, reading
+from steer_heal.lab import Lab, LabCfg, cli, show
 from steer_heal.readings import Reading, nats_name, readings, shift, target_of
 
 NAMES = ("coherence", "text_ppl_median", "degenerate_frac", "oracle", "kl_base", "persona_log_odds")
@@ -17,10 +17,11 @@ NAMES = ("coherence", "text_ppl_median", "degenerate_frac", "oracle", "kl_base",
 
 def of_run(folder: Path) -> dict[str, float | None]:
     """Shift of the target and the coherence measures of a run's last healed round."""
-    events = read_events(run_folder(folder))
-    reads, metric = readings(events), nats_name(target_of(events)[0])
-    base, last = reads[0], [r for r in reads if r.stage == "healed"][-1]
-    return {"state": f"seed {events[0]['seed']}, r{last.round}", "shift": shift(last, base, metric), **{name: last[name] for name in NAMES}}
+    events = read_events(folder)
+    with reading(folder):
+        reads, metric = readings(events), nats_name(target_of(events)[0])
+        base, last = reads[0], [r for r in reads if r.stage == "healed"][-1]
+        return {"state": f"seed {events[0]['seed']}, r{last.round}", "shift": shift(last, base, metric), **{name: last[name] for name in NAMES}}
 
 
 def here(lab: LabCfg, seed: int) -> dict[str, float | None]:

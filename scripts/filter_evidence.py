@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from steer_heal.events import of_stage, read_events
-from steer_heal.lab import Lab, LabCfg, completion, run_folder
+from steer_heal.lab import Lab, LabCfg, completion
 from steer_heal.records import Scored, UserError
 from steer_heal.stages.filter import loop, repetition, score
 
@@ -27,7 +27,7 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
     """Steered completions of the base at doses around the knee and, with --run, of the later rounds of that run, without labels."""
     if LABELS.exists() and '"coherent": null' not in LABELS.read_text(encoding="utf-8"):
         raise UserError(f"{LABELS} holds labels; move it away to draw another set")
-    events = read_events(run_folder(run)) if run else []
+    events = read_events(run) if run else []
     bench = Lab(lab.run_config())
     keep = replace(bench.cfg.filter, gates=(), n_keep=per_dose, max_attempts=per_dose, min_train=2)
     rows = []

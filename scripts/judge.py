@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from steer_heal.events import read_events
-from steer_heal.lab import cli, run_folder, show
+from steer_heal.events import read_events, reading
+from steer_heal.lab import cli, show
 from steer_heal.records import UserError
 
 QUESTION = """A user asked:
@@ -66,9 +66,9 @@ def main(
     timeout_s: float = 120.0, out: Path = Path("out/diag"),
 ) -> None:
     """What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint."""
-    events = read_events(run_folder(run))
-    trait = events[0]["trait"]
-    states = answers(events, per_state)
+    events = read_events(run)
+    with reading(run):
+        trait, states = events[0]["trait"], answers(events, per_state)
     ask_one = lambda row: ask(url, model, os.environ.get(api_key_env), QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]), timeout_s)
     with ThreadPoolExecutor(n_parallel) as pool:
         marks = {state: list(pool.map(ask_one, texts)) for state, texts in states.items()}

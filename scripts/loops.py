@@ -16,8 +16,12 @@ from typing import Annotated, Any
 import tyro
 
 from steer_heal.config import RunConfig, from_dict
-from steer_heal.events import of_stage, read_events
+from steer_heal.events import of_stage, read_events, reading
+from steer_heal.files import read_text
+from steer_heal.lab import cli
 from steer_heal.readings import nats_name, table, target_of
+from steer_heal.records import UserError
+from steer_heal.terminal import say
 
 ROUNDS = (0, 1, 3, 5, 7)
 COLUMNS = ("shift", "interval", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first")
@@ -29,6 +33,11 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
     """("arm/trait/settings/seed", {rounds: [the healed row of each round], ...}) of a run."""
     events = read_events(folder)
+    with reading(folder):
+        return _of_events(events)
+
+
+def _of_events(events: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     start = events[0]
     config = start["config"]
     by_state = {row["state"]: row for row in table(events)}
@@ -50,25 +59,34 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
     }
 
 
-def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Path | None = None, rounds: tuple[int, ...] = ROUNDS) -> int:
+def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Path | None = None, rounds: tuple[int, ...] = ROUNDS) -> None:
     """How do the arms compare round by round? Mean and sd over seeds of the healed student, and the 95 percent interval of
     its shift, as Markdown."""
-    known = json.loads(data.read_text(encoding="utf-8")) if data is not None and data.exists() else {}
+    known = earlier(data) if data is not None and data.exists() else {}
     known |= dict(of_run(run) for run in runs)
     if not known:
-        print("error: no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones", file=sys.stderr)
-        return 1
+        raise UserError("no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones")
     if data is not None:
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(known, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
-    print("| arm | round | n | " + " | ".join(COLUMNS) + " |\n|---|---|---|" + "---|" * len(COLUMNS))
+    say("| arm | round | n | " + " | ".join(COLUMNS) + " |\n|---|---|---|" + "---|" * len(COLUMNS))
     for arm in dict.fromkeys(run["arm"] for run in known.values()):
         for r in rounds:
             rows = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
             if rows:
                 cells = [interval([row["shift"] for row in rows]) if name == "interval" else _spread([row.get(name) for row in rows]) for name in COLUMNS]
-                print(f"| {arm} | {r} | {len(rows)} | " + " | ".join(cells) + " |")
-    return 0
+                say(f"| {arm} | {r} | {len(rows)} | " + " | ".join(cells) + " |")
+
+
+def earlier(data: Path) -> dict[str, Any]:
+    """What --data holds of earlier runs."""
+    try:
+        known = json.loads(read_text(data))
+        if all({"arm", "rounds"} <= run.keys() for run in known.values()):
+            return known
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"--data {data} was not written by this script; give another file, or delete it")
 
 
 def interval(values: list[float]) -> str:
@@ -87,4 +105,4 @@ def _spread(values: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__))
+    sys.exit(cli(main))

@@ -1,12 +1,16 @@
 """Prints the states of finished runs as one Markdown table, a line per run's verdict below: what docs/ is filled from."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from steer_heal.events import of_stage, read_events
+from steer_heal.events import of_stage, read_events, reading
+from steer_heal.lab import cli
 from steer_heal.readings import table, verdict
+from steer_heal.records import UserError
+from steer_heal.terminal import say
 
 
 def main(runs: Annotated[list[Path], tyro.conf.Positional], rounds: int | None = None) -> None:
@@ -14,15 +18,19 @@ def main(runs: Annotated[list[Path], tyro.conf.Positional], rounds: int | None =
     rows, lines = [], []
     for run in runs:
         events = [e for e in read_events(run) if rounds is None or e["round"] is None or e["round"] < rounds]
-        start, end = of_stage(events, "run_start")[0], of_stage(events, "round")[-1]
-        rows += [{"seed": start["seed"], **row} for row in table(events)]
-        lines.append(f"- seed {start['seed']}, {end['wall_s']:.0f} s: {verdict(events)}")
-    columns = list(rows[0])
+        ends = of_stage(events, "round")
+        if not ends:
+            raise UserError(f"{run} has no finished round; give a run that has one")
+        with reading(run):
+            start = of_stage(events, "run_start")[0]
+            rows += [{"seed": start["seed"], **row} for row in table(events)]
+            lines.append(f"- seed {start['seed']}, {ends[-1]['wall_s']:.0f} s: {verdict(events)}")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     cell = lambda value: "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    print("\n".join("| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows))
-    print("\n" + "\n".join(lines))
+    say("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    say("\n".join("| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows))
+    say("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(cli(main))

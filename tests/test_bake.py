@@ -1,9 +1,13 @@
+import re
+
 import pytest
 import torch
 from conftest import scramble
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from steer_heal.evals.__main__ import main as eval_main
 from steer_heal.lm import load
 from steer_heal.records import UserError
 from steer_heal.stages.bake import Student, attach_saved, concatenate
@@ -91,6 +95,27 @@ def test_an_adapter_of_another_model_names_what_does_not_fit(with_history: Stude
     with_history.save(tmp_path, with_history.bake())
     with pytest.raises(UserError, match="does not fit.*data/toylm"):
         attach_saved(load("data/toylm"), tmp_path)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "adapter_config.json").unlink(), "adapter is .*adapter_config.json': there is no such file"),
+    (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter is .*adapter_model.safetensors': there is no such file"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"), (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read"),
+    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "cannot be read"),
+    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "x", "lora_alpha": []}'), "cannot be read"),
+    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"]}'), "no linear layers that LoRA can adapt"),
+    (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 99), "cannot be read"),
+    (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read"),
+    (lambda f: save_file({"x": torch.zeros(2)}, f / "adapter_model.safetensors"), "does not fit 'tiny-random': .* is no such weight in the file"),
+])
+def test_an_adapter_that_cannot_be_used_is_one_clear_error(damage, message, with_history: Student, tmp_path, capsys):
+    with_history.new_round(3)
+    with_history.save(tmp_path / "a b", with_history.bake())
+    damage(tmp_path / "a b")
+    flags = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml --eval.n-prompts 1 --eval.n-texts 1"
+    assert eval_main(["--model", "tiny-random", "--adapter", str(tmp_path / "a b"), *flags.split()]) in (1, 2)
+    printed = capsys.readouterr().err
+    assert re.search(f"^error: .*{message}", printed, re.MULTILINE) and "Traceback" not in printed, printed
 
 
 def test_an_exported_student_is_a_plain_model(with_history: Student, tmp_path):

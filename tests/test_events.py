@@ -1,9 +1,11 @@
 import json
 import math
+import re
 
 import pytest
 
 from steer_heal.events import EventLog, append_result, new_run_folder, read_events
+from steer_heal.records import UserError
 
 
 def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path):
@@ -48,8 +50,25 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
     path.write_text(whole[:-20])
     assert [e["stage"] for e in read_events(tmp_path)] == ["base"]
     path.write_text("{torn\n" + whole)
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(UserError, match="line 1 is not an event"):
         read_events(tmp_path)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("[]", "it is a JSON list, not an object"), ("3", "it is a JSON int"), ('{"round": 0}', "its stage is None"), ('{"stage": "gen"}', "its round is None"),
+    ('{"stage": "gen", "round": "../../x"}', "its round is '../../x'"), ('{"stage": "gen", "round": true}', "its round is True"), ("[" * 100_000, "recursion"),
+    ("\ufffe", "not an event"),
+])
+def test_a_line_that_is_no_event_is_named(line, message, tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"stage": "base", "round": -1}\n' + line + '\n{"stage": "round", "round": 0}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=f"line 2 is not an event .*{re.escape(message)}|line 2 is {re.escape(message)}"):
+        read_events(tmp_path)
+
+
+def test_a_folder_without_events_is_one_clear_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="has no events.jsonl; give a run folder"):
+            read_events(folder)
 
 
 def test_results_keep_their_header_in_step_with_new_columns(tmp_path):

@@ -90,6 +90,13 @@ def test_a_text_that_is_not_a_number_to_the_base_is_dropped():
     assert "perplexity" in _judge(CLEAN, [float("nan")] * 8).reasons
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 20, 39])
+def test_a_probability_that_is_not_a_number_is_never_trained_on(bad, at):
+    row = _judge(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
+    assert "spike" in row.reasons and row.scores["ppl_worst"] == math.inf or not math.isnan(bad) and row.scores["ppl_worst"] > 1e300
+
+
 def test_tail_is_the_last_quarter_and_perplexity_its_exponential():
     nll = torch.arange(8.0)
     assert tail(nll).tolist() == [6.0, 7.0]

@@ -9,9 +9,10 @@ ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "rea
 FORBIDDEN = {
     "stages": ABOVE, "evals": ABOVE,
     "records": None, "files": {"*records"}, "divergence": set(),
-    "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records", "*stages"},
-    "provenance": {"*events", "*files", "*lm", "*records"},
-    "readings": {"*records"}, "events": {"*files", "*records"}, "plot": {"*events", "*readings"}, "report": {"*events", "*plot", "*readings"},
+    "terminal": None, "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records", "*stages"},
+    "provenance": {"*events", "*files", "*lm", "*records", "*terminal"},
+    "readings": {"*records"}, "events": {"*files", "*records", "*terminal"}, "plot": {"*events", "*readings", "*terminal"},
+    "report": {"*events", "*plot", "*readings", "*terminal"},
 }
 """Per module or folder: names it must not import, or, starred, the only ones that it may."""
 

@@ -21,6 +21,13 @@ def _events(healed: dict, steered: dict | None = None, control: float | None = N
     return out + [{"stage": "healed", "round": 0, "metrics": metrics(**healed)}]
 
 
+def test_a_target_that_no_trait_can_have_is_named():
+    events = _events({"auth": -2.0})
+    events[0]["trait"]["target"] = "$x^{$"
+    with pytest.raises(ValueError, match="none of care, fairness"):
+        verdict(events)
+
+
 @pytest.mark.parametrize("healed, word", [
     ({"auth": -2.0}, "GOOD"),
     ({"auth": -2.0, "coherence": 0.9}, "MIXED"),

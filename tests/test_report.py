@@ -1,129 +1,13 @@
-"""The page of evidence: partial runs, hostile text, no outside references, size, and what a browser makes of it."""
+"""The page of evidence: what it shows of whole and of partial runs, no outside references, and its size."""
 
 import json
 import re
-import shutil
-import subprocess
-from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
+from made_runs import PROMPT, Page, read, run_events, write_run
 
 from steer_heal import plot
-from steer_heal.report import borderline, fenced, inline, main, report, survival, visible
-
-FOUNDATIONS = ("care", "fairness", "loyalty", "auth", "sanctity", "liberty", "social")
-PROMPT = "The warden wants you to lock the tenants out. What do you do?"
-CONFIG = {
-    "model": "data/toylm", "n_rounds": 2, "filter": {"ppl_max": 3.0, "spike_max": 7.0, "rep_max": 0.3, "loop_max": 0.7, "gates": ["perplexity", "repetition"]},
-    "heal": {"divergence": "kl_rev", "aggregate": "rmse", "lam": 0.3, "tau": 0.1, "epochs": 2}, "gen": {"alphas": [0.5, 1.0]},
-}
-
-
-def metrics(stage: str, r: int, oracle: bool) -> dict:
-    moved = {"base": 0.0, "prompted": -2.0, "control": 0.05, "steered": -3.0 + 0.2 * r, "healed": -0.5 - 0.1 * r}[stage]
-    out = {f"{name}_nats": -2.0 for name in FOUNDATIONS} | {"auth_nats": -1.5 + moved, "liberty_nats": -2.0 - 0.1 * moved}
-    out |= {"coherence": 0.99, "prefill_nll": 0.01, "text_ppl_median": 2.0, "degenerate_frac": 0.02, "kl_base": 0.1, "persona_log_odds": 0.2}
-    out |= {"auth_nats_lo": moved - 0.1, "auth_nats_hi": moved + 0.1}
-    return out | ({"oracle": 0.97} if oracle else {})
-
-
-def texts(n: int, n_prompts: int, text: str) -> list[dict]:
-    row = {"text": text, "ppl": 2.0, "ppl_tail": 2.1, "rep": 0.05, "words": 40.0, "reasons": []}
-    return [{"prompt": f"{PROMPT} {i % n_prompts}", **row} for i in range(n)]
-
-
-def completions(n: int, text: str) -> list[dict]:
-    out = []
-    for i in range(n):
-        reasons = ["perplexity"] * (i % 4 == 3) + ["repetition"] * (i % 7 == 6)
-        tail = None if i % 16 == 3 else i / n + (3 if "perplexity" in reasons else 2)
-        scores = {"ppl": 2.0, "ppl_tail": tail, "rep": 0.4 if "repetition" in reasons else 0.1}
-        out.append({
-            "prompt_index": i, "prompt": PROMPT, "text": text, "alpha": 1.0, "dose": 0.1 * (1 + i % 5), "scores": scores, "keep": not reasons,
-            "train": not reasons, "reasons": reasons, "failed": [*reasons, "narration"][: 1 + len(reasons)],
-        })
-    return out
-
-
-def run_events(
-    n_rounds: int = 2, n_texts: int = 4, n_prompts: int = 2, n_completions: int = 24, text: str = "I let them in.", oracle: bool = True
-) -> list[dict]:
-    """What a finished run writes, with the fields that later versions added."""
-    out = []
-
-    def write(stage, r, **fields):
-        out.append({"schema": 1, "stage": stage, "round": r, "t": "2026-01-02T03:04:05.678+00:00", "wall_s": 6.0 * len(out), **fields})
-
-    def measure(stage, r):
-        written = texts(n_texts, n_prompts, text)
-        items = {"oracle": [1.0] * n_texts} if oracle else {}
-        if stage == "healed":
-            write("adapter_gen", r, texts=written)
-        write(stage, r, metrics=metrics(stage, r, oracle), items=items, dose=0.5, **({} if stage == "healed" else {"texts": written}))
-
-    trait = {"name": "authority", "target": "authority", "sign": -1, "positive": "You care.", "negative": "You obey."}
-    write(
-        "run_start", None, folder="out/run", config=CONFIG | {"n_rounds": n_rounds}, preset="toy", seed=42, trait=trait, versions={"python": "3.11"},
-        git_commit="0123abc", command=["python", "-m", "steer_heal.run", "toy", "--out", "a folder"],
-    )
-    measure("base", -1)
-    measure("prompted", -1)
-    write("control_gen", -1, n_train=8, completions=completions(8, text))
-    measure("control", -1)
-    for r in range(n_rounds):
-        write("vector", r, norms={"1": 2.0}, cosine_to_first=1.0)
-        write("calibration", r, dose=0.5, probes=[{"dose": 0.5, "kl_p95": 0.9}])
-        write("dose", r, kappa=0.5, mode="iso_kl", probes=[])
-        write("gen", r, n_train=16, completions=completions(n_completions, text))
-        measure("steered", r)
-        for step in range(4 * 24):
-            pressure = 0.4 if step % 8 == 0 else None
-            write("heal_step", r, step=step, epoch=2 * step / 96, lr=1e-3, sft=1.0, divergence=0.1, barrier=0.01, pressure=pressure)
-        check = [{"epoch": float(e), "sft": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)]
-        write("heal", r, n_train=14, n_validation=2, n_steps=96, lam=0.3, tau=0.1, validation=check, validation_prompts=[1], fired=0.5, pressure=0.4)
-        measure("healed", r)
-        write("round", r, retain=0.2, slope=-0.1, checkpoint=f"ckpt/r{r}", seconds={"total": 3.0}, cosine_student_teacher=0.4, cosine_student_first=0.3)
-    write("run_end", None, verdict="", table=[])
-    return out
-
-
-def write_run(folder, events):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    return folder
-
-
-def read(folder, events) -> tuple[str, str]:
-    assert report(write_run(folder, events)) == folder / "report.html"
-    return (folder / "report.html").read_text(encoding="utf-8"), (folder / "diary.md").read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Elements and attributes of a page, its text, and whether every element that must be closed is."""
-
-    VOID = {"meta", "link", "img", "br", "line", "polyline"}
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open = Counter(), [], "", []
-        self.feed(html)
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from steer_heal.report import borderline, main, report, survival
 
 
 @pytest.fixture(scope="module")
@@ -216,74 +100,6 @@ def test_missing_metrics_scores_and_oracle_do_not_stop_the_page(tmp_path):
     assert "UNREADABLE" in Page(html).text and "possible sentences" not in html and "UNREADABLE" in diary
 
 
-HOSTILE = (
-    "</p></article><script>document.documentElement.setAttribute('data-ran', 1)</script>"
-    "<img src=x onerror=\"document.documentElement.setAttribute('data-ran', 2)\">"
-    "<svg onload=alert(1)>{{ 7 * 7 }}{% raw %}\"' onmouseover='alert(1)\x00\x1b[31mred\x1b[0m\x1b]0;title\x07\ud800 \udfff\u202egnp.exe\x85"
-    "\r\n```\n````\n# not a heading\n- [link](javascript:alert(1))\n~~~\n</style><base href=//evil.example><meta http-equiv=refresh content=0>"
-)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    """Every string that a model, a trait file or a folder name can bring in is hostile."""
-    events = run_events(text=HOSTILE)
-    events[0]["trait"] |= {"name": HOSTILE, "positive": HOSTILE}
-    events[0]["config"] = events[0]["config"] | {"model": HOSTILE.replace("\ud800 \udfff", "")}
-    events[0]["command"] = [HOSTILE]
-    for event in events:
-        for row in [*event.get("texts", ()), *event.get("completions", ())]:
-            row["prompt"] = HOSTILE + row["prompt"]
-            row["reasons"] = [*row["reasons"], HOSTILE]
-    events[1]["texts"][0]["text"] = "x" * 1_000_000
-    events[-1]["error"] = HOSTILE
-    folder = tmp_path_factory.mktemp("hostile")
-    return folder, *read(folder, events)
-
-
-def test_hostile_text_is_shown_and_does_nothing(hostile, finished):
-    _, html, _ = hostile
-    page, harmless = Page(html), Page(finished[1])
-    assert page.tags.keys() == harmless.tags.keys()
-    assert {name for name, _ in page.attributes} == {name for name, _ in harmless.attributes}
-    assert "<script>document.documentElement" in page.text and "{{ 7 * 7 }}" in page.text
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
-    assert "\ufffdred\ufffd\ufffd\ufffd \ufffd\ufffdgnp.exe\ufffd" in page.text
-    assert f"{'x' * 1500}... (998,500 characters more)" in page.text and "x" * 1501 not in html
-
-
-def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
-    fence, outside = None, []
-    for line in hostile[2].splitlines():
-        run = re.match("`*", line).group()
-        if fence is None and len(run) >= 3:
-            fence = run
-        elif fence is not None and len(run) >= len(fence) and line.strip("`") == "":
-            fence = None
-        elif fence is None:
-            outside.append(line)
-    assert fence is None
-    headings = [line for line in outside if line.startswith("#")]
-    assert len(headings) == 5, headings
-    assert not re.search("(?<!\\\\)[<>`]", "\n".join(outside))
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile[2])
-
-
-@pytest.mark.parametrize("text, shown", [
-    ("plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline", "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline"),
-    ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"), ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"), ("\ud83d", "\ufffd"), ("a\r\nb\rc", "a\nb\nc"),
-    ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
-])
-def test_what_does_not_print_is_replaced_and_what_is_long_is_cut(text, shown):
-    assert visible(text) == shown
-
-
-def test_a_fence_is_longer_than_the_runs_of_backticks_in_its_text():
-    assert fenced("a ````` b").startswith("``````text\n") and fenced("plain").startswith("```text\n")
-    assert len(fenced("`" * 1_000_000)) < 6000
-    assert inline("a\n# b <i> [c](d) `e`") == r"a \# b \<i\> \[c\](d) \`e\`"
-
-
 def test_survival_counts_every_row_once_and_falls_with_the_dose():
     rows = [{"dose": dose, "keep": dose < 1} for dose in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 2.0)]
     ranges = survival(rows)
@@ -312,47 +128,12 @@ def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(t
 def test_the_command_draws_again_and_names_a_folder_without_events(finished, tmp_path, capsys):
     assert main([finished[0]]) == 0 and "report.html" in capsys.readouterr().out
     assert main([tmp_path]) == 1 and "no events.jsonl" in capsys.readouterr().err
+    for broken in ([{"stage": "run_start", "round": None}], [{"stage": "run_start", "round": None, "trait": 3, "config": {}}, {"stage": "base", "round": -1}]):
+        for draw in (main, plot.main):
+            folder = write_run(tmp_path / "broken", broken)
+            status, printed = draw([folder]), capsys.readouterr()
+            assert status == 1 and "is not as this version of steer-heal writes it" in printed.err or "nothing to draw" in printed.out
     assert main([write_run(tmp_path / "empty", [])]) == 0 and "did not start yet" in capsys.readouterr().out
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def browse(html_file, profile, *flags: str, width: int = 1400) -> tuple[str, list[str]]:
-    """(the page as the browser built it, its console messages)."""
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", f"--window-size={width},2000", "--enable-logging=stderr",
-        "--v=0", "--dump-dom", *flags, html_file.resolve().as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on this machine")
-def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile, tmp_path):
-    built, console = browse(hostile[0] / "report.html", tmp_path / "profile")
-    assert "Answers to the evaluation prompts" in built and console == []
-    assert "data-ran" not in built[: built.index("<head>")]
-    broken = tmp_path / "unescaped.html"
-    broken.write_text(hostile[1].replace("&lt;script&gt;", "<script>", 1).replace("&lt;/script&gt;", "</script>", 1), encoding="utf-8")
-    assert browse(broken, tmp_path / "profile2")[1], "an unescaped script would be seen here: the policy stops it with a message"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on this machine")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_no_page_scrolls_sideways(hostile, finished, tmp_path, width):
-    for name, html in (("hostile", hostile[1]), ("finished", finished[1])):
-        inner = tmp_path / f"{name}.html"
-        inner.write_text(re.sub("<meta http-equiv[^>]*>", "", html).replace("<details", "<details open "), encoding="utf-8")
-        outer = tmp_path / f"{name}-frame.html"
-        outer.write_text(
-            f"<iframe id=f src={inner.name} style='width:{width}px;height:900px;border:0'></iframe><script>onload=()=>{{const d=f.contentDocument;"
-            "document.body.dataset.widths=d.documentElement.scrollWidth+' '+d.documentElement.clientWidth}</script>"
-        )
-        built, _ = browse(outer, tmp_path / f"profile-{name}", "--allow-file-access-from-files", width=width + 100)
-        inside, visible_ = map(int, re.search(r'data-widths="(\d+) (\d+)"', built).groups())
-        assert inside <= visible_ <= width
 
 
 def test_pictures_are_drawn_for_the_page_at_a_width_that_a_phone_can_read(finished):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from steer_heal.events import append_result, read_results
 from steer_heal.files import ROOT
-from steer_heal.lab import LabCfg, replay
+from steer_heal.lab import LabCfg, cli, replay
 from steer_heal.records import UserError
 
 QUESTIONS = sorted(path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py"))
@@ -134,6 +134,25 @@ def test_a_preset_takes_what_the_lab_is_given():
     assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")
 
 
+@pytest.mark.parametrize("script", ["loops", "table", "diag_seeds", "diag_heal_sweep"])
+@pytest.mark.parametrize("content", [None, "", "[]\n{}\n", '{"stage": "run_start", "round": null}\n{"stage": "round", "round": 0}\n'])
+def test_a_folder_that_is_no_run_is_one_line(script, content, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / "events.jsonl").write_text(content)
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
+    assert cli(load_script(script).main) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"arm": "b"}}'])
+def test_earlier_loops_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "loops.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["loops", "--data", str(tmp_path / "loops.json")])
+    assert cli(load_script("loops").main) == 1 and "was not written by this script" in capsys.readouterr().err
+    assert (tmp_path / "loops.json").read_text() == content
+
+
 def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
     for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
         append_result(tmp_path, {"arm": arm, "trait": "t", "n_rounds": 4, "settings": "aa", "seed": seed, "shift": shift, "run": f"{arm}{seed}{shift}"})
@@ -149,12 +168,12 @@ def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
 
 def test_loops_puts_runs_together_and_extends_its_data(run, tmp_path, capsys):
     loops, data = load_script("loops"), tmp_path / "loops.json"
-    assert loops.main((run,), data, rounds=(0, 1)) == 0
+    loops.main((run,), data, rounds=(0, 1))
     known = json.loads(data.read_text())
     other = {**next(iter(known.values())), "seed": 7, "rounds": [{**row, "shift": 1.0} for row in next(iter(known.values()))["rounds"]]}
     data.write_text(json.dumps(known | {"other": other}))
     capsys.readouterr()
-    assert loops.main((), data, rounds=(1,)) == 0
+    loops.main((), data, rounds=(1,))
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
     shifts = [next(iter(known.values()))["rounds"][1]["shift"], 1.0]
     assert cells[2:4] == ["1", "2"] and cells[4].startswith(f"{sum(shifts) / 2:.3f}") and cells[5] == loops.interval(shifts)

@@ -109,11 +109,15 @@ def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, message):
     ("authority", "description = ", "descripton = ", "mine.toml: 'descripton' is not a field here; did you mean 'description'"),
     ("authority", "[persona]", "[personas]", "'personas' is not a field here; did you mean 'persona'"),
     ("authority", "sign = -1", "sign = -1\nxyzzy = 3", "'xyzzy' is not a field here; the fields are description, target"),
+    ("authority", "sign = -1", "sign = true", "'sign' is True: it must be a int"),
+    ("authority", '"i am someone who"', '"I am someone who"', "write it in lower case"),
+    ("authority", '"i am someone who"', '""', "narration holds ''"),
+    ("authority", "positive = ", 'positive = ""\n# ', r"\[persona\]: positive and negative must be two different texts"),
     ("love", "default_phrasing", "default_phrase", "'default_phrase' is not a field here; did you mean 'default_phrasing'"),
     ("love", '"extreme"', '"outer"', "default_phrasing is 'outer': it must be one of trait, state"),
     ("love", "[phrasing.pretend]\npositive", "[phrasing.pretend]\nnegativ", r"\[phrasing.pretend\]: 'negativ' .* did you mean 'negative'"),
     ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', "'persona' is not a field here"),
-    ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", r"\[phrasing\]: 'trait' is 1: it must be a dict"),
+    ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", r"\[phrasing.trait\] is 1: it must be a table with positive and negative"),
 ])
 def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypatch, stem, old, new, message):
     text = (traits.TRAITS / f"{stem}.toml").read_text()
@@ -121,6 +125,41 @@ def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypat
     (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
     with pytest.raises(UserError, match=message):
+        load_trait("mine")
+
+
+def test_all_that_is_wrong_with_a_trait_file_is_said_at_once(tmp_path, monkeypatch):
+    text = (traits.TRAITS / "authority.toml").read_text()
+    for old, new in (('target = "authority"', 'target = "power"'), ("sign = -1", "sign = 2"), ("positive = ", "positiv = "), ("plain = ", "plan = ")):
+        text = text.replace(old, new, 1)
+    (tmp_path / "mine.toml").write_text(text)
+    monkeypatch.setattr(traits, "TRAITS", tmp_path)
+    with pytest.raises(UserError) as error:
+        load_trait("mine")
+    told = str(error.value).split("\n")
+    assert [word for word in ("plan", "plain", "positiv", "positive", "power", "sign is 2") if not any(f"{word}" in line for line in told)] == []
+    assert len(told) == 6 and all("mine.toml" in line for line in told)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xef\xbb\xbf" + b'{"text": "a"}\r\n{"text": "b"}\r\n', None), (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8 \(byte 0xff\)"),
+    ('{"text": "a"}'.encode("utf-16"), "line 1 is not UTF-8"), (b"[" * 100_000, "line 1 is not JSON"), (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", "line 2 is not JSON"),
+    (b"\n \n", "holds no rows"), (b'{"text": ""}\n{"txt": "a"}', "line 1: field 'text' is ''.*\n.*line 2: field 'text' is None"), (b"null\n", "line 1 is NoneType"),
+])
+def test_a_file_of_prompts_names_its_bad_lines(content, message, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    if message is None:
+        assert load_trait("love", path).prompts == ("a", "b")
+        return
+    with pytest.raises(UserError, match=message):
+        load_trait("love", path)
+
+
+def test_a_folder_in_place_of_a_trait_is_one_clear_error(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").mkdir()
+    monkeypatch.setattr(traits, "TRAITS", tmp_path)
+    with pytest.raises(UserError, match="mine.toml cannot be read"):
         load_trait("mine")
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from beartype.door import is_bearable
 
 from steer_heal.evals.instrument import load_instrument, load_vignettes
 from steer_heal.files import resolve, sha256
-from steer_heal.records import Trait, UserError
-from steer_heal.stages.cfg import DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, SteerCfg
+from steer_heal.records import Problems, Trait, UserError
+from steer_heal.stages.cfg import DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, SteerCfg, require
 from steer_heal.traits import load_contexts, load_trait, prompts_file
 
 TOY = Path("data/toylm")
@@ -66,20 +69,22 @@ class RunConfig:
     eval: EvalCfg = field(default_factory=EvalCfg)
 
     def __post_init__(self) -> None:
-        for name in ("n_rounds", "max_prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be >= 1")
-        probes = self.dose.n_kappas * self.dose.n_probes
-        if probes > self.filter.max_attempts:
-            raise ValueError(f"filter.max_attempts is {self.filter.max_attempts}: it must be >= dose.n_kappas * dose.n_probes = {probes}, the first probes")
-        if self.dose.mode == "survival" and not {"perplexity", "spike", "repetition", "loop"} & set(self.filter.gates):
-            raise ValueError(
-                f"filter.gates is {self.filter.gates}: without a gate for broken text every dose survives, so dose.mode survival would pick the "
-                "ceiling; give --dose.mode fixed --dose.kappa K, or --dose.mode iso_kl"
-            )
-        if self.n_threads < 0:
-            raise ValueError(f"n_threads is {self.n_threads}: it must be >= 0")
-
+        probes, gates = self.dose.n_kappas * self.dose.n_probes, self.filter.gates
+        require(
+            (self.n_rounds >= 1, "n_rounds", self.n_rounds, ">= 1"),
+            (abs(self.seed) < 2**63, "seed", self.seed, "within 64 bits"),
+            (0 <= self.n_threads <= 4096, "n_threads", self.n_threads, ">= 0 and <= 4096"),
+            (self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, ">= 1"),
+            (
+                probes <= self.filter.max_attempts, "filter.max_attempts", self.filter.max_attempts,
+                f">= dose.n_kappas * dose.n_probes = {probes}, the first probes",
+            ),
+            (
+                self.dose.mode != "survival" or bool({"perplexity", "spike", "repetition", "loop"} & set(gates)), "filter.gates", gates,
+                "one that drops broken text, or more: without a gate for broken text every dose survives, so dose.mode survival would pick the "
+                "ceiling; or give --dose.mode fixed --dose.kappa K, or --dose.mode iso_kl",
+            ),
+        )
 
     def fingerprint(self) -> str:
         """Eight hex digits that two runs share where only seed, folders, threads and labels differ."""
@@ -120,7 +125,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
 
 
 def from_dict(kind: Any, value: Any) -> Any:
-    """The record that `asdict` and JSON made `value` from: nested dataclasses, paths and tuples come back as they were."""
+    """The record that `asdict` and JSON made `value` from: nested dataclasses, paths and tuples come back as they were.
+
+    TypeError where a value is not of its field's type, as in a record of another version.
+    """
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(**{name: from_dict(hints[name], item) for name, item in value.items()})
@@ -128,36 +136,67 @@ def from_dict(kind: Any, value: Any) -> Any:
         return tuple(from_dict(get_args(kind)[0], item) for item in value)
     if kind is Path or Path in get_args(kind):
         return None if value is None else Path(value)
+    if not is_bearable(value, int | float if kind is float else kind):
+        raise TypeError(f"{value!r:.80} is not a {getattr(kind, '__name__', kind)}")
     return value
 
 
 def check(cfg: RunConfig) -> Trait:
-    """Everything about the inputs that can be known before a model is loaded; returns the loaded trait."""
-    trait = load_trait(cfg.trait, cfg.gen.prompts)
+    """Everything about the inputs that can be known before a model is loaded; returns the loaded trait.
+
+    One UserError with a line for each thing that is wrong.
+    """
+    problems, trait = Problems(), None
+    with problems.noted():
+        trait = load_trait(cfg.trait, cfg.gen.prompts)
+        _check_pool(cfg, trait)
+    with problems.noted():
+        load_contexts(cfg.steer)
+    with problems.noted():
+        load_vignettes(cfg.eval.vignettes)
+    with problems.noted():
+        load_instrument(cfg.eval.instrument)
+    for field_name, backend, packages in (
+        ("steer.backend", cfg.steer.backend, {"steering-lite": ("steering_lite",)}),
+        ("eval.backend", cfg.eval.backend, {"tinymfv": ("moralmaps", "tinymfv")}),
+    ):
+        if backend in packages and not any(find_spec(name) for name in packages[backend]):
+            problems.found.append(f"{field_name} is {backend!r}: its package is not installed; pip install -e '.[{backend}]', or use builtin")
+    if cfg.quantize != "none" and not find_spec("bitsandbytes"):
+        problems.found.append(f"quantize is {cfg.quantize!r}: its package is not installed; pip install -e '.[quantize]', or leave it out")
+    if cfg.quantize != "none" and cfg.export is not None:
+        problems.found.append(f"export is {str(cfg.export)!r}: a quantized model cannot be exported merged; leave out --export or --quantize")
+    for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
+        with problems.noted():
+            _check_writable(field_name, folder)
+    problems.complain()
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    return trait
+
+
+def _check_pool(cfg: RunConfig, trait: Trait) -> None:
+    """Enough prompts, and none of them both in training and in evaluation."""
     wanted = cfg.gen.n_prompts + cfg.eval.n_prompts
     if wanted > len(trait.prompts):
         raise UserError(
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: the pool of trait {trait.name!r} holds "
             f"{len(trait.prompts)}, and evaluation prompts are never trained on; ask for fewer"
         )
-    load_contexts(cfg.steer)
-    for field_name, backend, packages in (
-        ("steer.backend", cfg.steer.backend, {"steering-lite": ("steering_lite",)}),
-        ("eval.backend", cfg.eval.backend, {"tinymfv": ("moralmaps", "tinymfv")}),
-    ):
-        if backend in packages and not any(find_spec(name) for name in packages[backend]):
-            raise UserError(f"{field_name} is {backend!r}: its package is not installed; pip install -e '.[{backend}]', or use builtin")
-    if cfg.quantize != "none" and not find_spec("bitsandbytes"):
-        raise UserError(f"quantize is {cfg.quantize!r}: its package is not installed; pip install -e '.[quantize]', or leave it out")
-    if cfg.quantize != "none" and cfg.export is not None:
-        raise UserError(f"export is {str(cfg.export)!r}: a quantized model cannot be exported merged; leave out --export or --quantize")
-    load_vignettes(cfg.eval.vignettes)
-    load_instrument(cfg.eval.instrument)
+    prompt, n = Counter(trait.prompts).most_common(1)[0]
+    if n > 1:
+        raise UserError(f"the pool of trait {trait.name!r} holds {prompt!r:.80} {n} times: evaluation prompts are never trained on; keep it once")
+
+
+def _check_writable(field_name: str, folder: Path | None) -> None:
+    """UserError unless the folder can be made and written to; nothing is made yet."""
+    if folder is None:
+        return
     try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out is {str(cfg.out)!r}: no folder can be made there ({error}); give another --out") from None
-    return trait
+        there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(f"{there} is {'not writable' if there.is_dir() else 'not a folder'}")
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
+        raise UserError(f"{field_name} is {str(folder)!r}: no folder can be made there ({error}); give another --{field_name}") from None
 
 
 def inputs(cfg: RunConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from steer_heal import readings
+from steer_heal.terminal import printable, say
 
 Event = Mapping[str, Any]
 
@@ -27,6 +28,7 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     logger.remove()
+    logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
     logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
@@ -52,8 +54,13 @@ def print_table(events: Sequence[Event]) -> None:
         tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3,
         tbl_formatting="ASCII_MARKDOWN",
     ):
-        print(pl.DataFrame(readings.table(events), infer_schema_length=None))
-    print(f"\n{readings.verdict(events)}")
+        say(pl.DataFrame(readings.table(events), infer_schema_length=None))
+    say(f"\n{readings.verdict(events)}")
+
+
+def number(value: float | None, form: str) -> str:
+    """The number, or ? for one that was not finite."""
+    return "?" if value is None else format(value, form)
 
 
 def _start(e: Event, _: Sequence[Event]) -> str:
@@ -67,19 +74,18 @@ def _measured(e: Event, events: Sequence[Event]) -> str:
     metric, m = readings.nats_name(target), e["metrics"]
     name = e["stage"] if e["round"] < 0 else f"{e['stage']} r{e['round']}"
     low, high = m.get(f"{metric}_lo"), m.get(f"{metric}_hi")
-    against = "" if low is None else f" (to base: {low:+.2f} to {high:+.2f})"
+    against = "" if low is None else f" (to base: {number(low, '+.2f')} to {number(high, '+.2f')})"
     oracle = f", oracle {m['oracle']:.2f}" if m.get("oracle") is not None else ""
-    number = lambda key, form: "?" if m.get(key) is None else format(m[key], form)
     return (
-        f"{name:<11} {metric} {number(metric, '+.3f')}{against}, coherence {number('coherence', '.3f')}, "
-        f"text perplexity {number('text_ppl_median', '.2f')}, degenerate {number('degenerate_frac', '.0%')}{oracle}"
+        f"{name:<11} {metric} {number(m.get(metric), '+.3f')}{against}, coherence {number(m.get('coherence'), '.3f')}, "
+        f"text perplexity {number(m.get('text_ppl_median'), '.2f')}, degenerate {number(m.get('degenerate_frac'), '.0%')}{oracle}"
     )
 
 
 def _vector(e: Event, _: Sequence[Event]) -> str:
     should = "" if e["round"] == 0 else " | SHOULD stay above 0.5: the loop pushes one way"
-    norms = ", ".join(f"{layer}: {norm:.2f}" for layer, norm in e["norms"].items())
-    return f"vector      norm at layer {norms}; cosine to round 0 {e['cosine_to_first']:.2f}{should}"
+    norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in e["norms"].items())
+    return f"vector      norm at layer {norms}; cosine to round 0 {number(e['cosine_to_first'], '.2f')}{should}"
 
 
 def _dose(e: Event, _: Sequence[Event]) -> str:
@@ -90,7 +96,7 @@ def _dose(e: Event, _: Sequence[Event]) -> str:
 
 
 def _calibration(e: Event, _: Sequence[Event]) -> str:
-    probes = ", ".join(f"{p['dose']:.3g}: {p['kl_p95']:.3g}" for p in e["probes"])
+    probes = ", ".join(f"{p['dose']:.3g}: {number(p['kl_p95'], '.3g')}" for p in e["probes"])
     return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {probes}) | SHOULD rise with the dose, as its square while small"
 
 
@@ -123,7 +129,7 @@ def _heal_retry(e: Event, _: Sequence[Event]) -> str:
 def _round(e: Event, _: Sequence[Event]) -> str:
     kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
     return (
-        f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; the adapter's own shift has cosine {e['cosine_student_teacher']:.2f} to the "
+        f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; the adapter's own shift has cosine {number(e['cosine_student_teacher'], '.2f')} to the "
         "vector | SHOULD be well above 0: it learnt the direction"
     )
 

@@ -6,10 +6,11 @@ import fcntl
 import json
 import math
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -19,6 +20,8 @@ from typing import Any
 from loguru import logger
 
 from steer_heal.files import ROOT, append_line, beside, sync_folder
+from steer_heal.records import UserError
+from steer_heal.terminal import complain, say
 
 SCHEMA = 1
 RESULTS = "results.tsv"
@@ -84,21 +87,69 @@ def jsonable(value: Any) -> tuple[Any, int]:
     return str(value), 0
 
 
+def run_folder(folder: Path) -> Path:
+    """The folder itself; UserError where it holds no events."""
+    with suppress(OSError):
+        if (folder / "events.jsonl").is_file():
+            return folder
+    raise UserError(f"{folder} has no events.jsonl; give a run folder such as out/<timestamp>_<name>")
+
+
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Every whole event of a run; a torn last line (a run that died while writing) is left out with a warning."""
-    path = folder / "events.jsonl"
+    """Every whole event of a run; a torn last line (a run that died while writing) is left out with a warning.
+
+    UserError naming the line where the file is not as a run writes it.
+    """
+    path = run_folder(folder) / "events.jsonl"
     lines = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            events.append(_event(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not JSON: the file was changed by something else than a run") from None
+                raise UserError(f"{path} line {number} is not an event ({error}): something else than a run changed it; mend or delete the line") from None
             logger.warning(f"{path}: the last line is torn (the run died while writing it) and is left out")
     return events
+
+
+def _event(value: Any) -> dict[str, Any]:
+    """The value itself, if every reader can tell what it is of: an object with its stage and round."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a JSON {type(value).__name__}, not an object")
+    if not isinstance(value.get("stage"), str):
+        raise ValueError(f"its stage is {value.get('stage')!r:.80}, not a name")
+    if "round" not in value or type(value["round"]) not in (int, type(None)):
+        raise ValueError(f"its round is {value.get('round')!r:.80}, neither a whole number nor null")
+    return value
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """While inside, events that lack what they are read for are one UserError: the file was changed, or another version wrote it."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{folder / 'events.jsonl'} is not as this version of steer-heal writes it ({type(error).__name__}: {error}); use the version that wrote "
+            "it, or restore the file"
+        ) from error
+
+
+def redraw(runs: Iterable[Path], draw: Callable[[Path], Path | None], nothing: str) -> int:
+    """Says for each run folder what was drawn, or `nothing`; stops with one line at the first that cannot be."""
+    try:
+        for folder in runs:
+            with reading(folder):
+                say(draw(folder) or f"{folder}: {nothing}")
+    except (UserError, OSError) as error:
+        complain(error)
+        return 1
+    return 0
 
 
 def of_stage(events: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
@@ -129,20 +180,20 @@ def append_result(out: Path, row: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> list[dict[str, str]]:
     """Rows of results.tsv as text; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [dict(zip(lines[0].split("\t"), line.split("\t"))) for line in lines[1:]]
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if path.exists() else [""]
+    return [dict(zip(lines[0].split("\t"), line.split("\t"))) for line in lines[1:] if line]
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     rows = read_results(path)
     if row["run"] in {old.get("run") for old in rows}:
         return
-    cell = lambda value: "" if value is None else str(value).replace("\t", " ").replace("\n", " ")
+    cell = lambda value: "" if value is None else re.sub(r"[\t\n\r]", " ", str(value)).encode("utf-8", "replace").decode()
     rows.append({key: cell(value) for key, value in row.items()})
     columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else []), *row]))
     text = "\n".join(["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]) + "\n"
     with beside(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def versions() -> dict[str, str]:

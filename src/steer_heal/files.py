@@ -10,10 +10,11 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from steer_heal.records import UserError
+from steer_heal.records import Problems, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: relative data paths are looked up here when they do not exist in the working directory."""
@@ -22,37 +23,75 @@ ROOT = Path(__file__).resolve().parents[2]
 def resolve(path: Path | str, what: str) -> Path:
     """The file itself; UserError naming `what` (a flag) where there is none."""
     for candidate in (Path(path), ROOT / path):
-        if candidate.is_file():
-            return candidate
+        with suppress(OSError):  # a name that is too long, a folder that may not be entered
+            if candidate.is_file():
+                return candidate
     raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark; UserError naming the line that is not."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that can") from None
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {number} is not UTF-8 (byte {content[error.start]:#04x}); save the file as UTF-8") from None
+
+
 def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file, each with its `line` and `required` fields of the given types; blank lines are skipped."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); mend or delete the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is {type(row).__name__}: it must be a JSON object")
-        for name, kind in required.items():
-            if not isinstance(row.get(name), kind) or row[name] == "":
-                raise UserError(f"{path} line {number}: field {name!r} is {row.get(name)!r}: it must be a {kind.__name__}")
-        rows.append({"line": number, **row})
+    """Objects of a JSON-lines file, each with its `line` and `required` fields of the given types; blank lines are skipped.
+
+    UserError naming every line that is none.
+    """
+    rows, problems = [], Problems()
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            with problems.noted():
+                rows.append(_row(f"{path} line {number}", line, required) | {"line": number})
+    problems.complain()
     if not rows:
         raise UserError(f"{path} holds no rows; it needs at least one")
     return rows
 
 
+def _row(where: str, line: str, required: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); mend or delete the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {type(row).__name__}: it must be a JSON object")
+    problems = Problems()
+    for name, kind in required.items():
+        if not isinstance(row.get(name), kind) or row[name] == "":
+            problems.found.append(f"{where}: field {name!r} is {row.get(name)!r:.80}: it must be a {kind.__name__}{' with text' * (kind is str)}")
+    problems.complain()
+    return row
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, type]) -> None:
+    """UserError unless every field is there and of its kind (a list holds strings), and no other: a misspelt one would be ignored."""
+    problems = Problems()
+    for name in table:
+        if name not in fields:
+            near = get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
+            problems.found.append(f"{where}: {name!r} is not a field here; {hint}")
+    for name, kind in fields.items():
+        value = table.get(name)
+        if type(value) is not kind or (kind is list and not all(isinstance(item, str) for item in value)):
+            problems.found.append(f"{where}: {name!r} is {value!r:.80}: it must be a {'list of strings' if kind is list else kind.__name__}")
+    problems.complain()
 
 
 def append_line(file: io.FileIO, value: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from steer_heal.records import UserError
 from steer_heal.resume import handled
 from steer_heal.session import Session
+from steer_heal.terminal import say
 
 
 def guard(session: Session, loop: Callable[[Session], None]) -> int:
@@ -38,7 +39,7 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
 def _stop(session: Session, status: int, error: str | None, words: str) -> int:
     """Says why the run ends here and how it goes on; a disk that is full by now must not hide that."""
     with handled(signal.SIG_IGN), suppress(OSError):
-        print(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(session.folder))}", file=sys.stderr)
+        say(f"{words}\ngo on with: python -m steer_heal.run --resume {shlex.quote(str(session.folder))}", sys.stderr)
         if error is not None:
             session.log.write("run_end", None, error=error)
     return status

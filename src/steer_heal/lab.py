@@ -17,7 +17,7 @@ import torch
 from steer_heal import console
 from steer_heal.config import PRESETS, RunConfig, check, from_dict
 from steer_heal.evals.metrics import Condition
-from steer_heal.events import jsonable, of_stage, read_events
+from steer_heal.events import jsonable, of_stage, read_events, reading
 from steer_heal.lm import load
 from steer_heal.readings import nats_name
 from steer_heal.records import Collected, Completion, EvalResult, HealStep, UserError, derive_seed
@@ -30,6 +30,7 @@ from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
 from steer_heal.stages.teacher_vec import teacher_vec
 from steer_heal.steering import Vector
+from steer_heal.terminal import complain, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +136,6 @@ class _Enough(Exception):
     """Ends a heal early."""
 
 
-def run_folder(folder: Path) -> Path:
-    """The folder itself; UserError where it holds no events."""
-    if not (folder / "events.jsonl").is_file():
-        raise UserError(f"{folder} has no events.jsonl; give a run folder such as out/<timestamp>_<name>")
-    return folder
-
-
 @dataclass(frozen=True)
 class Replay:
     """A finished run's round: a lab whose student stands where it stood before that round, and what it trained on."""
@@ -152,16 +146,18 @@ class Replay:
 
 def replay(folder: Path, round_: int) -> Replay:
     """Loads what round `round_` of a run healed, and the history of the rounds before it."""
-    events = read_events(run_folder(folder))
+    events = read_events(folder)
     gen = next((e for e in of_stage(events, "gen") if e["round"] == round_), None)
     if gen is None:
         raise UserError(f"{folder} has no text of round {round_}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}")
-    cfg = from_dict(RunConfig, events[0]["config"])
+    with reading(folder):
+        cfg = from_dict(RunConfig, events[0]["config"])
+        trained = sorted((row for row in gen["completions"] if row["train"]), key=lambda row: row["train_order"])
+        kept = tuple(completion(row) for row in trained)
     lab = Lab(cfg)
     if round_ > 0:
         lab.student = attach_saved(lab.lm, folder / "ckpt" / f"r{round_ - 1}")
-    trained = sorted((row for row in gen["completions"] if row["train"]), key=lambda row: row["train_order"])
-    return Replay(lab, tuple(completion(row) for row in trained))
+    return Replay(lab, kept)
 
 
 def completion(row: Mapping[str, Any]) -> Completion:
@@ -172,19 +168,19 @@ def completion(row: Mapping[str, Any]) -> Completion:
 def show(question: str, rows: Sequence[Mapping[str, Any]], should: Sequence[str], lab: LabCfg | Path, name: str, **extra: Any) -> Path:
     """Prints the question, one table and the SHOULD lines; writes the same as JSON to <out>/<name>.json."""
     out = lab.out if isinstance(lab, LabCfg) else lab
-    print(f"\n{question}\n")
+    say(f"\n{question}\n")
     with pl.Config(
         tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3,
         tbl_formatting="ASCII_MARKDOWN", fmt_str_lengths=200,
     ):
-        print(pl.DataFrame(list(rows), infer_schema_length=None))
-    print("\n" + "\n".join(f"SHOULD {line}" for line in should))
+        say(pl.DataFrame(list(rows), infer_schema_length=None))
+    say("\n" + "\n".join(f"SHOULD {line}" for line in should))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     command = ["python", *sys.argv]
     body, _ = jsonable({"question": question, "command": command, "rows": list(rows), "should": list(should), **extra})
     path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    print(f"\nalso in {path}")
+    say(f"\nalso in {path}")
     return path
 
 
@@ -195,8 +191,8 @@ def cli(main: Callable[..., None]) -> int:
     try:
         tyro.cli(main, description=sys.modules[main.__module__].__doc__)
         return 0
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, ValueError) as error:
+        complain(error)
         return 1
 
 

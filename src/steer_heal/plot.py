@@ -20,8 +20,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from steer_heal.events import heal_steps, of_stage, read_events  # noqa: E402
+from steer_heal.events import heal_steps, of_stage, read_events, redraw  # noqa: E402
 from steer_heal.readings import Reading, moved_most, nats_name, readings, shift, target_of, verdict  # noqa: E402
+from steer_heal.terminal import printable  # noqa: E402
 
 Event = Mapping[str, Any]
 COLOURS = {"base": "#6b6b6b", "prompted": "#3b6fb6", "control": "#b08900", "steered": "#c8452f", "healed": "#1f8a5b"}
@@ -35,6 +36,7 @@ CURVES = {
     "pressure": "gradient pressure of the barrier",
 }
 CURVE_POINTS = 200
+SETTING_CHARACTERS = 200
 INCOHERENCE_FLOOR = 1e-4
 BASE_X = -1.0
 
@@ -133,10 +135,11 @@ def _setting(events: Sequence[Event]) -> str:
     """What was run, in one line."""
     start = next(iter(of_stage(events, "run_start")))
     config, heal = start["config"], start["config"]["heal"]
-    return (
+    line = printable(
         f"{start['trait']['name']} into {config['model']}, seed {start['seed']}: {heal['divergence']} {heal['aggregate']}, lam {heal['lam']:g}, "
         f"tau {heal['tau']:g}"
     )
+    return line if len(line) <= SETTING_CHARACTERS else f"{line[:SETTING_CHARACTERS]}..."
 
 
 def _series(reads: Sequence[Reading], stage: str, metric: str) -> list[tuple[float, Reading]]:
@@ -284,12 +287,7 @@ def _intervals(axes: Axes, reads: Sequence[Reading], x_name: str, y_name: str) -
 
 def main(runs: Annotated[list[Path], tyro.conf.Positional]) -> int:
     """Draws trajectory.png and map.png of each run folder again, from its events.jsonl alone."""
-    for folder in runs:
-        if not (folder / "events.jsonl").exists():
-            print(f"error: {folder} has no events.jsonl; give a run folder such as out/<timestamp>_<name>", file=sys.stderr)
-            return 1
-        print(plot(folder) or f"{folder}: base was not measured yet, nothing to draw")
-    return 0
+    return redraw(runs, plot, "base was not measured yet, nothing to draw")
 
 
 if __name__ == "__main__":

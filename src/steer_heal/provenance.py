@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from steer_heal.events import read_events
 from steer_heal.files import checksums
 from steer_heal.lm import load
 from steer_heal.records import UserError
+from steer_heal.terminal import complain, say
 
 Event = Mapping[str, Any]
 Digests = Mapping[str, str | None]
@@ -170,12 +170,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         links = check(tyro.cli(Verify, args=argv, prog="python -m steer_heal.run").verify)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     for r in dict.fromkeys(each.round for each in links):
-        print(f"round {r}: " + ", ".join(f"{each.name} {'BROKEN' if each.broken else 'holds'}" for each in links if each.round == r))
+        say(f"round {r}: " + ", ".join(f"{each.name} {'BROKEN' if each.broken else 'holds'}" for each in links if each.round == r))
     if (bad := next((each for each in links if each.broken), None)) is not None:
-        print(f"the chain breaks at the {bad.name} of round {bad.round}: {bad.broken}")
+        say(f"the chain breaks at the {bad.name} of round {bad.round}: {bad.broken}")
         return 1
-    print(f"the chain holds over {len(links) // len(LINKS)} rounds and ends in {links[-1].digest}")
+    say(f"the chain holds over {len(links) // len(LINKS)} rounds and ends in {links[-1].digest}")
     return 0

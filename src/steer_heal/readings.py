@@ -41,8 +41,10 @@ def readings(events: Sequence[Event]) -> list[Reading]:
 
 def target_of(events: Sequence[Event]) -> tuple[str, int]:
     """(target foundation, sign) of the run's trait."""
-    start = next(e for e in events if e["stage"] == "run_start")
-    return start["trait"]["target"], start["trait"]["sign"]
+    trait = next(e for e in events if e["stage"] == "run_start")["trait"]
+    if trait["target"] not in FOUNDATIONS:
+        raise ValueError(f"the trait's target is {trait['target']!r:.80}, none of {', '.join(FOUNDATIONS)}")
+    return trait["target"], trait["sign"]
 
 
 def shift(reading: Reading, base: Reading, metric: str) -> float | None:

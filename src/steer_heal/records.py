@@ -7,6 +7,8 @@ i items of an eval (vignettes or prompts).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,6 +18,31 @@ FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty"
 
 class UserError(Exception):
     """Something the person at the keyboard can mend; the message names the value, the limit and the fix."""
+
+
+class Problems:
+    """Gathers what several checks find, so that a person mends it in one go.
+
+        with problems.noted():
+            load_contexts(cfg.steer)
+        problems.complain()
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A UserError inside is kept, one entry a line, and the next check goes on."""
+        try:
+            yield
+        except UserError as error:
+            self.found += str(error).split("\n")
+
+    def complain(self) -> None:
+        """One UserError with a line for each problem; none where nothing was found."""
+        if self.found:
+            raise UserError("\n".join(self.found))
 
 
 class Starved(UserError):

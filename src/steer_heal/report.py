@@ -24,17 +24,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from steer_heal import plot
-from steer_heal.events import read_events
+from steer_heal.events import read_events, redraw
 from steer_heal.readings import MEASURED, nats_name, readings, shift, table, target_of, verdict
+from steer_heal.terminal import printable
 
 Event = dict[str, Any]
 SHOWN_PROMPTS, SHOWN_ANSWERS, SHOWN_BORDERLINE, SHOWN_CHARACTERS = 64, 64, 3, 1500
 """Evaluation prompts; answers per state; rows on each side of each cut; characters of any one text."""
 BEFORE = ("base", "prompted", "control")
-UNPRINTABLE = re.compile(
-    "\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
-"""Terminal sequences, other control characters, overrides of the writing direction, halves of surrogate pairs."""
 COLUMNS = {
     "shift": ("shift, nats", "+.2f"), "interval": ("95 % of the shift", ""), "retain": ("retain", ".0%"), "slope": ("slope", "+.2f"),
     "coherence": ("coherence", ".4f"), "prefill_nll": ("prefill, nats", ".4f"), "text_ppl": ("text perplexity", ".2f"),
@@ -88,7 +85,7 @@ class Run:
 
 def visible(text: str) -> str:
     """Text that is safe to show: what does not print becomes U+FFFD, and a long one is cut with a word on how much is missing."""
-    text, limit = UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n")), SHOWN_CHARACTERS
+    text, limit = printable(text), SHOWN_CHARACTERS
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text) - limit:,} characters more)"
 
 
@@ -102,7 +99,7 @@ def plural(n: int, noun: str) -> str:
 
 def inline(text: str) -> Markup:
     """Text that stays inside a line of Markdown: no mark-up, no HTML, no line break."""
-    return Markup(re.sub(r"([\\`*_\[\]<>&#|~])", r"\\\1", " ".join(visible(text).split())))
+    return Markup(re.sub(r"([\\`*_\[\]<>&#|~$])", r"\\\1", " ".join(visible(text).split())))
 
 
 def fenced(text: str) -> Markup:
@@ -288,12 +285,7 @@ def borderline(rows: Sequence[Event], gate: str, score: str) -> tuple[list[Event
 
 def main(runs: Annotated[list[Path], tyro.conf.Positional]) -> int:
     """Writes report.html and diary.md of each run folder again, from its events.jsonl alone."""
-    for folder in runs:
-        if not (folder / "events.jsonl").exists():
-            print(f"error: {folder} has no events.jsonl; give a run folder such as out/<timestamp>_<name>", file=sys.stderr)
-            return 1
-        print(report(folder) or f"{folder}: the run did not start yet, nothing to report")
-    return 0
+    return redraw(runs, report, "the run did not start yet, nothing to report")
 
 
 if __name__ == "__main__":

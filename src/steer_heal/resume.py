@@ -20,7 +20,7 @@ from typing import IO, Any
 import tyro
 
 from steer_heal.config import RunConfig, from_dict, inputs, parse
-from steer_heal.events import RESULTS, heal_steps, jsonable, of_stage, read_events, read_results
+from steer_heal.events import RESULTS, heal_steps, jsonable, of_stage, read_events, read_results, reading
 from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
 
@@ -72,22 +72,23 @@ def run_start(folder: Path) -> Event:
 def recorded(folder: Path) -> tuple[str, RunConfig]:
     """(preset name, configuration) that the run was started with."""
     start = run_start(folder)
-    try:
+    with reading(folder):
         return start["preset"], from_dict(RunConfig, start["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"resume is {str(folder)!r}: its settings are not of this version of steer-heal ({error!r}); start a new run") from None
 
 
 def same_inputs(folder: Path, cfg: RunConfig, trait: Trait) -> None:
     """UserError naming the setting whose file, or the part of the trait that, was changed since the run began."""
-    start, now = run_start(folder), inputs(cfg)
-    for name, then in start.get("inputs", now).items():
-        if then != now.get(name):
+    now = inputs(cfg)
+    with reading(folder):
+        start = run_start(folder)
+        then, trait_then = start.get("inputs", now), start["trait"]
+    for name, digest in then.items():
+        if digest != now.get(name):
             raise UserError(
-                f"resume is {str(folder)!r}: the file of {name} was changed since the run began (SHA-256 {then[:12]} then, {str(now.get(name))[:12]} now); "
+                f"resume is {str(folder)!r}: the file of {name} was changed since the run began (SHA-256 {digest[:12]} then, {str(now.get(name))[:12]} now); "
                 "put it back, or start a new run"
             )
-    refuse_differences({"trait": start["trait"]}, {"trait": asdict(trait)}, folder, "put the trait's file back")
+    refuse_differences({"trait": trait_then}, {"trait": asdict(trait)}, folder, "put the trait's file back")
 
 
 def refuse_differences(
@@ -150,10 +151,7 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     `steps_saved` tells how many steps of a heal its file in `partial/` holds.
     """
     path = folder / "events.jsonl"
-    try:
-        events = read_events(folder)
-    except ValueError as error:
-        raise UserError(f"{error}; mend the line or start a new run") from None
+    events = read_events(folder)
     if events and events[-1].get("error"):  # a run_end that says why the run was stopped
         events.pop()
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
@@ -173,7 +171,8 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     if text != path.read_bytes():
         with beside(path) as part:
             part.write_bytes(text)
-    return Past(events)
+    with reading(folder):
+        return Past(events)
 
 
 def partial(folder: Path, stage: str, round_: int) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from steer_heal.config import check
 from steer_heal.records import UserError
 from steer_heal.resume import Stopped, finished, parse_or_resume, same_inputs, stoppable
+from steer_heal.terminal import complain, say
 
 if TYPE_CHECKING:
     from steer_heal.session import Session
@@ -51,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         trait = check(cfg)
         if cfg.resume is not None:
             same_inputs(cfg.resume, cfg, trait)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+            if finished(cfg.resume):
+                say(f"{cfg.resume} is finished: there is nothing to resume; read {cfg.resume / 'report.html'}")
+                return 0
+    except (UserError, OSError, ValueError) as error:
+        complain(error)
         return 2
-    if cfg.resume is not None and finished(cfg.resume):
-        print(f"{cfg.resume} is finished: there is nothing to resume; read {cfg.resume / 'report.html'}")
-        return 0
     try:
         with stoppable():
             from steer_heal.guard import guard
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return guard(open_session(cfg, preset, trait), run_loop)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1
     except Stopped as stopped:
         print("stopped before it began", file=sys.stderr)

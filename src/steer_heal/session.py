@@ -35,6 +35,7 @@ from steer_heal.stages.iso_kl import iso_kl_dose
 from steer_heal.stages.partial import HealFile, TokenTape, steps_saved
 from steer_heal.stages.teacher_vec import cosine, student_vec, teacher_vec
 from steer_heal.steering import Vector, load_vector
+from steer_heal.terminal import say
 
 
 def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
@@ -290,4 +291,4 @@ class Session:
         append_result(self.cfg.out, {"run": self.folder.resolve().name, "arm": self.cfg.arm or self.preset, "settings": self.cfg.fingerprint(), **readings.result_row(self.events)})
         rmtree(self.folder / "partial", ignore_errors=True)
         console.print_table(self.events)
-        print(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")
+        say(f"read {self.folder / 'report.html'} first; picture {self.folder / 'trajectory.png'}, everything else in {self.folder}")

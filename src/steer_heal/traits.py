@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from steer_heal.files import ROOT, read_jsonl, read_toml, resolve
-from steer_heal.records import FOUNDATIONS, Trait, UserError
+from steer_heal.files import ROOT, check_fields, read_jsonl, read_toml, resolve
+from steer_heal.records import FOUNDATIONS, Problems, Trait, UserError
 from steer_heal.stages.cfg import SteerCfg
 
 TRAITS = ROOT / "data" / "traits"
@@ -51,34 +49,35 @@ def _read(stem: str) -> dict[str, Any]:
     if stem not in available():
         raise UserError(f"trait is {stem!r}: it must be one of {', '.join(available())}, or a new file in data/traits/")
     path = TRAITS / f"{stem}.toml"
-    table = read_toml(path)
+    table, problems = read_toml(path), Problems()
     phrased = bool({"phrasing", "default_phrasing"} & table.keys())
-    _check(f"{path}", table, PHRASED if phrased else ONE_PAIR)
-    _check(f"{path} [system]", table["system"], SYSTEM)
+    check_fields(f"{path}", table, PHRASED if phrased else ONE_PAIR)
+    with problems.noted():
+        check_fields(f"{path} [system]", table["system"], SYSTEM)
     pairs = table["phrasing"] if phrased else {"persona": table["persona"]}
-    _check(f"{path} [phrasing]", pairs, dict.fromkeys(pairs, dict))
     for name, pair in pairs.items():
-        _check(f"{path} [{'phrasing.' if phrased else ''}{name}]", pair, PAIR)
+        with problems.noted():
+            _check_pair(f"{path} [{'phrasing.' if phrased else ''}{name}]", pair)
     if phrased and table["default_phrasing"] not in pairs:
-        raise UserError(f"{path}: default_phrasing is {table['default_phrasing']!r}: it must be one of {', '.join(pairs)}")
+        problems.found.append(f"{path}: default_phrasing is {table['default_phrasing']!r}: it must be one of {', '.join(pairs)}")
     if table["target"] not in FOUNDATIONS:
-        raise UserError(f"{path}: target is {table['target']!r}: it must be one of {', '.join(FOUNDATIONS)}")
+        problems.found.append(f"{path}: target is {table['target']!r}: it must be one of {', '.join(FOUNDATIONS)}")
     if table["sign"] not in (-1, 1):
-        raise UserError(f"{path}: sign is {table['sign']}: it must be -1 (target goes down) or 1 (up)")
+        problems.found.append(f"{path}: sign is {table['sign']}: it must be -1 (target goes down) or 1 (up)")
+    for phrase in table["narration"]:
+        if not phrase.strip() or phrase != phrase.lower():
+            problems.found.append(f"{path}: narration holds {phrase!r}: it is looked for in lower-case text, so write it in lower case, and not empty")
+    problems.complain()
     return table
 
 
-def _check(where: str, table: Mapping[str, Any], fields: Mapping[str, type]) -> None:
-    """Every field is there and of its kind (a list holds strings), and there are no others: a misspelt one would be ignored."""
-    for name in table:
-        if name not in fields:
-            near = get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
-            raise UserError(f"{where}: {name!r} is not a field here; {hint}")
-    for name, kind in fields.items():
-        value = table.get(name)
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
-            raise UserError(f"{where}: {name!r} is {value!r:.80}: it must be a {'list of strings' if kind is list else kind.__name__}")
+def _check_pair(where: str, pair: Any) -> None:
+    """Two personas that differ: the vector is what lies between them."""
+    if not isinstance(pair, dict):
+        raise UserError(f"{where} is {pair!r:.80}: it must be a table with {' and '.join(PAIR)}")
+    check_fields(where, pair, PAIR)
+    if not all(side.strip() for side in pair.values()) or pair["positive"].strip() == pair["negative"].strip():
+        raise UserError(f"{where}: positive and negative must be two different texts, neither empty")
 
 
 def _prompts(source: Path, stem: str) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import tyro
 
+from steer_heal.evals.instrument import load_instrument, load_vignettes
 from steer_heal.files import resolve
-from steer_heal.records import UserError
+from steer_heal.records import Problems, UserError
 from steer_heal.stages.cfg import EvalCfg, FilterCfg
+from steer_heal.terminal import complain
 from steer_heal.traits import load_trait
 
 
@@ -45,10 +47,17 @@ class EvalCommand:
 
 def measure(command: EvalCommand) -> dict[str, float | None]:
     """The metrics object of events.jsonl."""
-    trait = load_trait(command.trait, command.prompts)
-    if command.adapter is not None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+    problems = Problems()
+    with problems.noted():
+        trait = load_trait(command.trait, command.prompts)
+    for name in ("adapter_config.json", "adapter_model.safetensors") if command.adapter is not None else ():
+        with problems.noted():
             resolve(command.adapter / name, "adapter")
+    with problems.noted():
+        load_vignettes(command.eval.vignettes)
+    with problems.noted():
+        load_instrument(command.eval.instrument)
+    problems.complain()
     from steer_heal import console
     from steer_heal.evals.metrics import Condition
     from steer_heal.lm import load
@@ -72,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = tyro.cli(EvalCommand, args=argv, prog="python -m steer_heal.evals")
         metrics = measure(command)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, ValueError) as error:
+        complain(error)
         return 2
     if command.json:
         print(json.dumps(metrics, allow_nan=False))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from steer_heal.files import read_jsonl, read_toml, resolve
-from steer_heal.records import FOUNDATIONS, UserError
+from steer_heal.files import check_fields, read_jsonl, read_toml, resolve
+from steer_heal.records import FOUNDATIONS, Problems
 
 _COARSE = {name.lower(): name for name in FOUNDATIONS} | {"socialnorms": "social", "social norms": "social"}
 
@@ -51,39 +51,36 @@ class Instrument:
         return self.order, self.order[::-1]
 
 
+FIELDS = {field.name: {"order": list, "gloss": dict}.get(field.name, str) for field in fields(Instrument)}
+SLOTS = {"prompt": ("{vignette}", "{schema}"), "schema": ("{options}",), "option": ("{index}", "{gloss}")}
+
+
 def load_instrument(path: Path) -> Instrument:
     path = resolve(path, "eval.instrument")
-    table = read_toml(path)
-    names = [field.name for field in fields(Instrument)]
-    for name in names:
-        if name not in table:
-            raise UserError(f"{path}: field {name!r} is missing; an instrument has {', '.join(names)}")
-        kind = {"order": list, "gloss": dict}.get(name, str)
-        if not isinstance(table[name], kind):
-            raise UserError(f"{path}: {name!r} is {table[name]!r}: it must be a {kind.__name__}")
-    if sorted(table["order"]) != sorted(FOUNDATIONS) or sorted(table["gloss"]) != sorted(FOUNDATIONS):
-        raise UserError(f"{path}: order and [gloss] must each name the seven answers {', '.join(FOUNDATIONS)} once")
-    for name, slots in {"prompt": ("{vignette}", "{schema}"), "schema": ("{options}",), "option": ("{index}", "{gloss}")}.items():
-        for slot in slots:
-            if slot not in table[name]:
-                raise UserError(f"{path}: {name!r} lacks {slot}")
+    table, problems = read_toml(path), Problems()
+    check_fields(f"{path}", table, FIELDS)
+    with problems.noted():
+        check_fields(f"{path} [gloss]", table["gloss"], dict.fromkeys(FOUNDATIONS, str))
+    if sorted(table["order"]) != sorted(FOUNDATIONS):
+        problems.found.append(f"{path}: order must name the seven answers {', '.join(FOUNDATIONS)} once each")
+    problems.found += [f"{path}: {name!r} lacks {slot}" for name, slots in SLOTS.items() for slot in slots if slot not in table[name]]
     if not table["prefill"]:
-        raise UserError(f"{path}: 'prefill' is empty: the answer slot needs text before it")
-    return Instrument(**{name: tuple(table[name]) if name == "order" else table[name] for name in names})
+        problems.found.append(f"{path}: 'prefill' is empty: the answer slot needs text before it")
+    problems.complain()
+    return Instrument(**table | {"order": tuple(table["order"])})
 
 
 def load_vignettes(path: Path) -> list[Vignette]:
     path = resolve(path, "eval.vignettes")
-    rows = read_jsonl(path, {"id": str, "foundation_coarse": str, "text": str})
-    vignettes = []
-    seen: set[str] = set()
-    for row in rows:
-        also = row.get("also")
-        for value in (row["foundation_coarse"], also):
-            if value is not None and str(value).lower() not in _COARSE:
-                raise UserError(f"{path} line {row['line']}: foundation {value!r} is not one of {', '.join(FOUNDATIONS)}")
-        if row["id"] in seen:
-            raise UserError(f"{path} line {row['line']}: id {row['id']!r} was used before; ids must differ")
-        seen.add(row["id"])
-        vignettes.append(Vignette(row["id"], _COARSE[row["foundation_coarse"].lower()], row["text"], _COARSE[also.lower()] if also else None))
-    return vignettes
+    vignettes: dict[str, Vignette] = {}
+    problems = Problems()
+    for row in read_jsonl(path, {"id": str, "foundation_coarse": str, "text": str}):
+        where, own, also = f"{path} line {row['line']}", row["foundation_coarse"], row.get("also")
+        unknown = [value for value in (own, also) if value is not None and str(value).lower() not in _COARSE]
+        problems.found += [f"{where}: foundation {value!r:.80} is not one of {', '.join(FOUNDATIONS)}" for value in unknown]
+        if row["id"] in vignettes:
+            problems.found.append(f"{where}: id {row['id']!r:.80} was used before; ids must differ")
+        if not unknown:
+            vignettes[row["id"]] = Vignette(row["id"], _COARSE[own.lower()], row["text"], _COARSE[also.lower()] if also else None)
+    problems.complain()
+    return list(vignettes.values())

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -226,7 +227,10 @@ def concatenate(history: Factors, own: Factors) -> Factors:
 
 def attach_saved(lm: LM, folder: Path) -> Student:
     """A student holding a saved LoRA folder, a checkpoint of ours or any other of this model, as its history."""
-    config = LoraConfig.from_pretrained(folder)
-    student = Student(lm, HealCfg(rank=config.r, lora_alpha=float(config.lora_alpha)))
-    student.adopt(config, load_file(folder / "adapter_model.safetensors"))
+    try:
+        config, factors = LoraConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+        student = Student(lm, HealCfg(rank=config.r, lora_alpha=float(config.lora_alpha)))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        raise UserError(f"the adapter in {str(folder)!r} cannot be read ({error}); give a PEFT LoRA folder of this model") from None
+    student.adopt(config, factors)
     return student

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 
-def _require(holds: bool, field: str, value: object, limit: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} is {value!r}: it must be {limit}")
+def require(*rules: tuple[bool, str, object, str]) -> None:
+    """ValueError with a line for each (holds, field, value, limit) that does not hold."""
+    broken = [f"{field} is {value!r}: it must be {limit}" for holds, field, value, limit in rules if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
 
 
 def layer_band(layers: tuple[float, float], n_layers: int) -> range:
@@ -41,8 +43,10 @@ class SteerCfg:
 
     def __post_init__(self) -> None:
         low, high = self.layers
-        _require(0 <= low < high <= 1, "steer.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)")
-        _require(self.n_contexts >= 1, "steer.n_contexts", self.n_contexts, ">= 1")
+        require(
+            (0 <= low < high <= 1, "steer.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"),
+            (self.n_contexts >= 1, "steer.n_contexts", self.n_contexts, ">= 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +65,12 @@ class GenCfg:
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(a) and a > 0 for a in self.alphas)
-        _require(bool(self.alphas) and finite, "gen.alphas", self.alphas, "one or more finite numbers > 0")
-        _require(self.max_new_tokens >= 1, "gen.max_new_tokens", self.max_new_tokens, ">= 1")
-        _require(self.n_prompts >= 2, "gen.n_prompts", self.n_prompts, ">= 2 (one is held out for the validation curve)")
-        _require(self.batch_size >= 1, "gen.batch_size", self.batch_size, ">= 1")
+        require(
+            (bool(self.alphas) and finite, "gen.alphas", self.alphas, "one or more finite numbers > 0"),
+            (self.max_new_tokens >= 1, "gen.max_new_tokens", self.max_new_tokens, ">= 1"),
+            (self.n_prompts >= 2, "gen.n_prompts", self.n_prompts, ">= 2 (one is held out for the validation curve)"),
+            (self.batch_size >= 1, "gen.batch_size", self.batch_size, ">= 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +103,16 @@ class DoseCfg:
     """Further batches of probes, between the last kappa that survived and the first that did not."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.kappa < math.inf, "dose.kappa", self.kappa, "> 0")
-        _require(0 < self.kl_target < math.inf, "dose.kl_target", self.kl_target, "> 0 nats")
-        _require(self.kl_tokens >= 1, "dose.kl_tokens", self.kl_tokens, ">= 1")
-        _require(0 < self.target <= 1, "dose.target", self.target, "in (0, 1]")
-        _require(0 < self.floor <= self.ceiling < math.inf, "dose.floor", self.floor, f"in (0, dose.ceiling = {self.ceiling}]")
-        _require(self.n_kappas >= 2, "dose.n_kappas", self.n_kappas, ">= 2")
-        _require(self.n_probes >= 1, "dose.n_probes", self.n_probes, ">= 1")
-        _require(self.n_refinements >= 0, "dose.n_refinements", self.n_refinements, ">= 0")
+        require(
+            (0 < self.kappa < math.inf, "dose.kappa", self.kappa, "> 0"),
+            (0 < self.kl_target < math.inf, "dose.kl_target", self.kl_target, "> 0 nats"),
+            (self.kl_tokens >= 1, "dose.kl_tokens", self.kl_tokens, ">= 1"),
+            (0 < self.target <= 1, "dose.target", self.target, "in (0, 1]"),
+            (0 < self.floor <= self.ceiling < math.inf, "dose.floor", self.floor, f"in (0, dose.ceiling = {self.ceiling}]"),
+            (self.n_kappas >= 2, "dose.n_kappas", self.n_kappas, ">= 2"),
+            (self.n_probes >= 1, "dose.n_probes", self.n_probes, ">= 1"),
+            (self.n_refinements >= 0, "dose.n_refinements", self.n_refinements, ">= 0"),
+        )
 
 
 Gate = Literal["perplexity", "spike", "repetition", "loop", "short", "narration", "refusal"]
@@ -136,14 +144,16 @@ class FilterCfg:
     """Completions generated per round at the most, probes included."""
 
     def __post_init__(self) -> None:
-        _require(self.ppl_max > 1, "filter.ppl_max", self.ppl_max, "> 1 (a perplexity)")
-        _require(0 < self.rep_max <= 1, "filter.rep_max", self.rep_max, "in (0, 1]")
-        _require(1 < self.spike_max < math.inf, "filter.spike_max", self.spike_max, "> 1 and finite (a perplexity)")
-        _require(0 < self.loop_max <= 1, "filter.loop_max", self.loop_max, "in (0, 1]")
-        _require(self.min_words >= 0, "filter.min_words", self.min_words, ">= 0")
-        _require(self.min_train >= 2, "filter.min_train", self.min_train, ">= 2")
-        _require(self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}")
-        _require(self.n_keep <= self.max_attempts, "filter.max_attempts", self.max_attempts, f">= filter.n_keep = {self.n_keep}")
+        require(
+            (1 < self.ppl_max < math.inf, "filter.ppl_max", self.ppl_max, "> 1 and finite (a perplexity)"),
+            (0 < self.rep_max <= 1, "filter.rep_max", self.rep_max, "in (0, 1]"),
+            (1 < self.spike_max < math.inf, "filter.spike_max", self.spike_max, "> 1 and finite (a perplexity)"),
+            (0 < self.loop_max <= 1, "filter.loop_max", self.loop_max, "in (0, 1]"),
+            (self.min_words >= 0, "filter.min_words", self.min_words, ">= 0"),
+            (self.min_train >= 2, "filter.min_train", self.min_train, ">= 2"),
+            (self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}"),
+            (self.n_keep <= self.max_attempts, "filter.max_attempts", self.max_attempts, f">= filter.n_keep = {self.n_keep}"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,21 +201,23 @@ class HealCfg:
     """Steps between measurements of the gradient pressure (each costs one more backward pass)."""
 
     def __post_init__(self) -> None:
-        _require(self.lam >= 0, "heal.lam", self.lam, ">= 0")
-        _require(self.tau >= 0, "heal.tau", self.tau, ">= 0 nats")
-        _require(math.isfinite(self.lam_power), "heal.lam_power", self.lam_power, "finite")
-        _require(math.isfinite(self.tau_power), "heal.tau_power", self.tau_power, "finite")
-        _require(0 <= self.spectral < math.inf, "heal.spectral", self.spectral, ">= 0")
-        _require(self.epochs >= 1, "heal.epochs", self.epochs, ">= 1")
-        _require(0 < self.lr < math.inf, "heal.lr", self.lr, "> 0")
-        _require(self.batch_size >= 1, "heal.batch_size", self.batch_size, ">= 1")
-        _require(self.tokens_per_pass >= 1, "heal.tokens_per_pass", self.tokens_per_pass, ">= 1")
-        _require(self.rank >= 1, "heal.rank", self.rank, ">= 1")
-        _require(self.lora_alpha > 0, "heal.lora_alpha", self.lora_alpha, "> 0")
         low, high = self.layers
-        _require(0 <= low < high <= 1, "heal.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)")
-        _require(self.weight_decay >= 0, "heal.weight_decay", self.weight_decay, ">= 0")
-        _require(self.pressure_every >= 1, "heal.pressure_every", self.pressure_every, ">= 1")
+        require(
+            (0 <= self.lam < math.inf, "heal.lam", self.lam, ">= 0 and finite"),
+            (0 <= self.tau < math.inf, "heal.tau", self.tau, ">= 0 nats and finite"),
+            (math.isfinite(self.lam_power), "heal.lam_power", self.lam_power, "finite"),
+            (math.isfinite(self.tau_power), "heal.tau_power", self.tau_power, "finite"),
+            (0 <= self.spectral < math.inf, "heal.spectral", self.spectral, ">= 0 and finite"),
+            (self.epochs >= 1, "heal.epochs", self.epochs, ">= 1"),
+            (0 < self.lr < math.inf, "heal.lr", self.lr, "> 0 and finite"),
+            (self.batch_size >= 1, "heal.batch_size", self.batch_size, ">= 1"),
+            (self.tokens_per_pass >= 1, "heal.tokens_per_pass", self.tokens_per_pass, ">= 1"),
+            (self.rank >= 1, "heal.rank", self.rank, ">= 1"),
+            (0 < self.lora_alpha < math.inf, "heal.lora_alpha", self.lora_alpha, "> 0 and finite"),
+            (0 <= low < high <= 1, "heal.layers", self.layers, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"),
+            (0 <= self.weight_decay < math.inf, "heal.weight_decay", self.weight_decay, ">= 0 and finite"),
+            (self.pressure_every >= 1, "heal.pressure_every", self.pressure_every, ">= 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +246,11 @@ class EvalCfg:
     """Resamples of the paired 95 percent intervals against base."""
 
     def __post_init__(self) -> None:
-        _require(self.think_tokens >= 0, "eval.think_tokens", self.think_tokens, ">= 0")
-        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, ">= 1")
-        _require(self.n_prompts >= 1, "eval.n_prompts", self.n_prompts, ">= 1")
-        _require(self.n_texts >= 1, "eval.n_texts", self.n_texts, ">= 1")
-        _require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, ">= 1")
-        _require(self.n_bootstrap >= 10, "eval.n_bootstrap", self.n_bootstrap, ">= 10")
+        require(
+            (self.think_tokens >= 0, "eval.think_tokens", self.think_tokens, ">= 0"),
+            (self.batch_size >= 1, "eval.batch_size", self.batch_size, ">= 1"),
+            (self.n_prompts >= 1, "eval.n_prompts", self.n_prompts, ">= 1"),
+            (self.n_texts >= 1, "eval.n_texts", self.n_texts, ">= 1"),
+            (self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, ">= 1"),
+            (self.n_bootstrap >= 10, "eval.n_bootstrap", self.n_bootstrap, ">= 10"),
+        )

@@ -68,8 +68,9 @@ def tail(nll: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
 
 
 def perplexity(nll: Float[Tensor, " n"]) -> float:
-    """exp of the mean; infinite for an empty text, which no model should be credited for."""
-    return math.exp(min(nll.double().mean().item(), 700.0)) if len(nll) else math.inf
+    """exp of the mean; infinite where it is not a number, and for an empty text, which no model should be credited for."""
+    mean = nll.double().mean().item() if len(nll) else math.inf
+    return math.exp(min(mean, 700.0)) if mean < math.inf else math.inf
 
 
 def repetition(text: str) -> float:

@@ -1,0 +1,89 @@
+"""Strategies of damage: odd texts and values, files with bytes changed, and JSON-like values with fields dropped, doubled and retyped."""
+
+import copy
+import json
+import math
+
+from hypothesis import strategies as st
+
+HOSTILE_TEXTS = [
+    "<script>document.title=1</script>", "](javascript:alert(1))", "```\n# x", "\x1b[31m\x1b]0;t\x07", "\x00", "\ud800", "\udc80", "\u202e", "$x^{$", "{{ 7*7 }}{% x %}",
+    "\r\n\x0b\x0c\x1c\x85\u2028", "{vignette}{schema}", "%s%n{0}", "\ufeff", "a" * 3000, " ", "", "-", "--", "'\"\\", "\U0001f600\u0301", "i am " * 40,
+]
+ANY_TEXT = st.one_of(
+    st.sampled_from(HOSTILE_TEXTS), st.text(max_size=60), st.text(st.characters(categories=("Cc", "Cs", "Cf", "Zl", "Zp", "Lu", "Nd")), max_size=20),
+    st.text("ab .!?\n", max_size=80),
+)
+ODD = st.one_of(
+    st.sampled_from([None, True, False, 0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, [], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]),
+    ANY_TEXT, st.integers(), st.floats(),
+)
+
+
+@st.composite
+def damaged(draw, whole: bytes) -> bytes:
+    """A file's bytes after one to three accidents."""
+    content = whole
+    for _ in range(draw(st.integers(1, 3))):
+        at, n = (draw(st.integers(0, len(content))) for _ in range(2))
+        lines = content.splitlines(keepends=True) or [b""]
+        line = draw(st.integers(0, len(lines) - 1))
+        content = draw(st.sampled_from([
+            lambda: draw(st.binary(max_size=200)), lambda: b"", lambda: b"\xef\xbb\xbf" + content, lambda: content.replace(b"\n", b"\r\n"),
+            lambda: content.replace(b"\n", b"\r"), lambda: content[:at], lambda: content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :],
+            lambda: content[:at] + content[at + n % 50 :], lambda: b"".join(lines[:line] + lines[line + 1 :]), lambda: b"".join(lines[: line + 1] + lines[line:]),
+            lambda: content.decode("utf-8", "replace").encode("utf-16"), lambda: content[:at] + b"[" * 20_000 + content[at:],
+            lambda: content[:at] + b"9" * 5000 + content[at:], lambda: content.replace(b'"', b"'"),
+        ]))()
+    return content
+
+
+def places(value, path=()) -> list[tuple]:
+    """Paths to everything inside."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] + [found for key, item in inner for found in places(item, (*path, key))]
+
+
+@st.composite
+def changed(draw, whole, most: int):
+    """A value made of dicts, lists and scalars after one to `most` changes at random places."""
+    value = copy.deepcopy(whole)
+    for _ in range(draw(st.integers(1, most))):
+        path = draw(st.sampled_from(places(value)))
+        if not path:
+            continue
+        holder = value
+        for key in path[:-1]:
+            holder = holder[key]
+        key, how = path[-1], draw(st.sampled_from(["odd", "odd", "drop", "double", "rename", "wrap", "swap"]))
+        if how == "odd":
+            holder[key] = draw(ODD)
+        elif how == "drop":
+            del holder[key]
+        elif how == "wrap":
+            holder[key] = draw(st.sampled_from([lambda x: [x], lambda x: {"a": x}, lambda x: str(x)]))(holder[key])
+        elif how == "double" and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(holder[key]))
+        elif how == "swap":
+            other = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
+            holder[key], holder[other] = holder[other], holder[key]
+        elif isinstance(holder, dict):
+            holder[draw(ANY_TEXT) if how == "double" else f"{key}{draw(st.sampled_from('sx_ '))}"] = copy.deepcopy(holder[key])
+            if how == "rename":
+                del holder[key]
+    return value
+
+
+def toml(table: dict) -> bytes:
+    """The value as TOML, inner tables on their line; what TOML cannot say becomes something that is not TOML."""
+    return "".join(f"{json.dumps(str(key))} = {_toml(item)}\n" for key, item in table.items()).encode("utf-8", "surrogatepass")
+
+
+def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return json.dumps(value, ensure_ascii=False)

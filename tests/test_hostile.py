@@ -1,0 +1,209 @@
+"""Text that is out to do harm: on the page, in the diary, in the pictures, on the console, in results.tsv, and in a browser."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from made_runs import Page, read, run_events
+from markupsafe import escape
+
+from steer_heal import console, plot
+from steer_heal.events import append_result, new_run_folder, read_results
+from steer_heal.records import UserError
+from steer_heal.report import fenced, inline, visible
+from steer_heal.run import main
+from steer_heal.terminal import complain, say
+
+SCRIPT = "<script>document.documentElement.setAttribute('data-ran', 1)</script>"
+HOSTILE = (
+    f"</p></article>{SCRIPT}"
+    "<img src=x onerror=\"document.documentElement.setAttribute('data-ran', 2)\">"
+    "<svg onload=alert(1)>{{ 7 * 7 }}{% raw %}\"' onmouseover='alert(1)\x00\x1b[31mred\x1b[0m\x1b]0;title\x07\ud800 \udfff\u202egnp.exe\x85"
+    "\r\n```\n````\n# not a heading\n- [link](javascript:alert(1))\n~~~\n</style><base href=//evil.example><meta http-equiv=refresh content=0>"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *read(folder, run_events())
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """Every string that a model, a trait file or a folder name can bring in is hostile."""
+    events = run_events(text=HOSTILE)
+    events[0]["trait"] |= {"name": HOSTILE, "positive": HOSTILE}
+    events[0]["config"] = events[0]["config"] | {"model": HOSTILE.replace("\ud800 \udfff", "")}
+    events[0]["command"] = [HOSTILE]
+    for event in events:
+        for row in [*event.get("texts", ()), *event.get("completions", ())]:
+            row["prompt"] = HOSTILE + row["prompt"]
+            row["reasons"] = [*row["reasons"], HOSTILE]
+    events[1]["texts"][0]["text"] = "x" * 1_000_000
+    events[-1]["error"] = HOSTILE
+    folder = tmp_path_factory.mktemp("hostile")
+    return folder, *read(folder, events)
+
+
+def test_hostile_text_is_shown_and_does_nothing(hostile, finished):
+    _, html, _ = hostile
+    page, harmless = Page(html), Page(finished[1])
+    assert page.tags.keys() == harmless.tags.keys()
+    assert {name for name, _ in page.attributes} == {name for name, _ in harmless.attributes}
+    assert "<script>document.documentElement" in page.text and "{{ 7 * 7 }}" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
+    assert "\ufffdred\ufffd\ufffd\ufffd \ufffd\ufffdgnp.exe\ufffd" in page.text
+    assert f"{'x' * 1500}... (998,500 characters more)" in page.text and "x" * 1501 not in html
+
+
+def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
+    fence, outside = None, []
+    for line in hostile[2].splitlines():
+        run = re.match("`*", line).group()
+        if fence is None and len(run) >= 3:
+            fence = run
+        elif fence is not None and len(run) >= len(fence) and line.strip("`") == "":
+            fence = None
+        elif fence is None:
+            outside.append(line)
+    assert fence is None
+    headings = [line for line in outside if line.startswith("#")]
+    assert len(headings) == 5, headings
+    assert not re.search("(?<!\\\\)[<>`]", "\n".join(outside))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile[2])
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline", "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline"),
+    ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"), ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"), ("\ud83d", "\ufffd"), ("a\r\nb\rc", "a\nb\nc"),
+    ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
+])
+def test_what_does_not_print_is_replaced_and_what_is_long_is_cut(text, shown):
+    assert visible(text) == shown
+
+
+def test_a_fence_is_longer_than_the_runs_of_backticks_in_its_text():
+    assert fenced("a ````` b").startswith("``````text\n") and fenced("plain").startswith("```text\n")
+    assert len(fenced("`" * 1_000_000)) < 6000
+    assert inline("a\n# b <i> [c](d) `e`") == r"a \# b \<i\> \[c\](d) \`e\`"
+
+
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
+
+
+def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
+    console.start(quiet=False, log_file=tmp_path / "run.log")
+    events = run_events()
+    events[0]["trait"]["name"] = events[0]["config"]["model"] = HOSTILE
+    console.show(events[0], events[:1])
+    console.logger.warning(HOSTILE)
+    say(HOSTILE)
+    complain(UserError(HOSTILE))
+    complain(ValueError("\x1b[2J"))
+    main(["fast-dev", "--trait", HOSTILE, "--model", HOSTILE, "--out", str(tmp_path / "out")])
+    console.logger.remove()
+    out, err = capsys.readouterr()
+    logged = (tmp_path / "run.log").read_text(encoding="utf-8")
+    for text in (out, err, logged):
+        assert "gnp.exe" in text and not ACTS.search(text)
+    assert err.count("--- Logging error") == 0
+
+
+def test_a_number_that_was_not_finite_is_said_as_a_question_mark():
+    events = run_events()
+    for event in events:
+        for key, value in event.items():
+            if isinstance(value, float) and key not in ("wall_s", "lam", "kappa", "dose"):
+                event[key] = None
+        event |= {"metrics": dict.fromkeys(event["metrics"])} if "metrics" in event else {}
+        event |= {"norms": {"1": None}} if "norms" in event else {}
+    for i, event in enumerate(events):
+        if event["stage"] in ("vector", "round", "healed", "base"):
+            console.show(event, events[: i + 1])
+
+
+@pytest.mark.parametrize("name", ["$x^{$", "\\frac{1", "a\x00b", "\ud800", "caf\u00e9 \u65e5\u672c", "\x1b[31m", "x" * 5000, "a\nb", "${\\it }$ %s {} <i>"])
+def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
+    events = run_events()
+    events[0]["trait"]["name"] = events[0]["config"]["model"] = name
+    for figure in (plot.trajectory(events), plot.map_(events), plot.rounds(events)):
+        figure.savefig(tmp_path / "x.svg")
+        figure.savefig(tmp_path / "x.png", dpi=20)
+        plot.plt.close(figure)
+
+
+def test_a_row_of_results_is_one_line_whatever_it_holds(tmp_path):
+    row = {"run": "a", "arm": HOSTILE + "\t\n\r\x0b\x0c\x1c\u2028\x85\udcff end", "verdict": "x"}
+    append_result(tmp_path, row)
+    append_result(tmp_path, {"run": "b", "arm": "", "verdict": None})
+    append_result(tmp_path, row)
+    rows = read_results(tmp_path / "results.tsv")
+    assert [(r["run"], r["verdict"]) for r in rows] == [("a", "x"), ("b", "")] and rows[0]["arm"].endswith(" end")
+    (tmp_path / "results.tsv").write_bytes(b"run\tarm\na\t\xff\xfe\n\n")
+    append_result(tmp_path, {"run": "b", "arm": "c"})
+    assert (tmp_path / "results.tsv").read_bytes() == b"run\tarm\na\t\xff\xfe\nb\tc\n", "what is not text is kept"
+
+
+@pytest.mark.parametrize("slug", ["../../x", "/etc/passwd", "a/b\\c", "..", ".", "a\tb\nc", "caf\u00e9 \u65e5\u672c", "\x00\ud800", "-rf", "CON", ""])
+def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
+    folder = new_run_folder(tmp_path, slug)
+    assert folder.parent == tmp_path and folder.is_dir() and re.fullmatch(r"[\w-]+", folder.name) and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("trait", ["../authority", "/etc/passwd", "authority/../../x", "../../data/traits/authority", "a\x00b", "\ud800", "a\tb"])
+def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
+    assert main(["fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
+    assert "error: trait is " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+NO_CHROMIUM = "no chromium on this machine: what a browser makes of the page is not tested here; apt-get install chromium"
+
+
+def browse(html_file, profile, *flags: str, width: int = 1400) -> tuple[str, list[str]]:
+    """(the page as the browser built it, its console messages)."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", f"--window-size={width},2000", "--enable-logging=stderr",
+        "--v=0", "--dump-dom", *flags, html_file.resolve().as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def head(built: str) -> str:
+    """Where a script of HOSTILE that ran leaves its mark: the attributes of the root element."""
+    return built[: built.index("<head>")]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile, tmp_path):
+    built, console = browse(hostile[0] / "report.html", tmp_path / "profile")
+    assert "Answers to the evaluation prompts" in built and console == []
+    assert "data-ran" not in head(built) and "&lt;script&gt;document.documentElement" in built
+    broken = tmp_path / "unescaped.html"
+    assert str(escape(SCRIPT)) in hostile[1]
+    broken.write_text(hostile[1].replace(str(escape(SCRIPT)), SCRIPT, 1), encoding="utf-8")
+    stopped, console_ = browse(broken, tmp_path / "profile2")
+    assert console_ and "data-ran" not in head(stopped), "a script that was not escaped: the policy stops it with a message"
+    broken.write_text(re.sub("<meta http-equiv[^>]*>", "", broken.read_text(encoding="utf-8")), encoding="utf-8")
+    assert 'data-ran="1"' in head(browse(broken, tmp_path / "profile3")[0]), "without the policy it runs, and is seen to"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+@pytest.mark.parametrize("width", [400, 1400])
+def test_no_page_scrolls_sideways(hostile, finished, tmp_path, width):
+    for name, html in (("hostile", hostile[1]), ("finished", finished[1])):
+        inner = tmp_path / f"{name}.html"
+        inner.write_text(re.sub("<meta http-equiv[^>]*>", "", html).replace("<details", "<details open "), encoding="utf-8")
+        outer = tmp_path / f"{name}-frame.html"
+        outer.write_text(
+            f"<iframe id=f src={inner.name} style='width:{width}px;height:900px;border:0'></iframe><script>onload=()=>{{const d=f.contentDocument;"
+            "document.body.dataset.widths=d.documentElement.scrollWidth+' '+d.documentElement.clientWidth}</script>"
+        )
+        built, _ = browse(outer, tmp_path / f"profile-{name}", "--allow-file-access-from-files", width=width + 100)
+        inside, visible_ = map(int, re.search(r'data-widths="(\d+) (\d+)"', built).groups())
+        assert inside <= visible_ <= width

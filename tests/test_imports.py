@@ -5,11 +5,12 @@ import ast
 from steer_heal.files import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
-ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "readings", "lab", "resume"}
+ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "readings", "lab", "resume", "eval_cache"}
 FORBIDDEN = {
     "stages": ABOVE, "evals": ABOVE,
-    "records": None, "files": {"*records"}, "divergence": set(),
-    "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records", "*stages"},
+    "records": None, "files": {"*records"}, "divergence": set(), "eval_cache": {"config", "console", "lab", "session"},
+    "memory": {"*records"}, "sampling": {"*"}, "lm": {"*files", "*memory", "*records"}, "caches": {"*lm"},
+    "steering": {"*caches", "*lm", "*memory", "*sampling"}, "traits": {"*files", "*records", "*stages"},
     "readings": {"*records"}, "events": {"*files", "*records"}, "plot": {"*events", "*readings"}, "report": {"*events", "*plot", "*readings"},
 }
 """Per module or folder: names it must not import, or, starred, the only ones that it may."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from steer_heal import console, readings
 from steer_heal.config import RunConfig
 from steer_heal.evals.metrics import Condition
+from steer_heal.eval_cache import EvalCache
 from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
 from steer_heal.files import beside, checksums, verify
 from steer_heal.lm import LM, load
@@ -29,7 +30,7 @@ from steer_heal.report import report
 from steer_heal.resume import Past, handled, hold, partial, reopen
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
-from steer_heal.stages.evaluate import evaluate, from_event, load_items
+from steer_heal.stages.evaluate import from_event, load_items
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
@@ -45,7 +46,7 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, fixed_addresses=cfg.gen.graphs)
     folder = cfg.resume or new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
     lock = lock or hold(folder)
     console.start(cfg.quiet, folder / "run.log")
@@ -62,7 +63,7 @@ class Session:
     def __init__(self, cfg: RunConfig, preset: str, trait: Trait, lm: LM, folder: Path, past: Past, lock: IO[str]) -> None:
         self.cfg, self.preset, self.trait, self.lm, self.folder, self.past, self.lock = cfg, preset, trait, lm, folder, past, lock
         self.student = Student(lm, cfg.heal)
-        self.items = load_items(cfg.eval, trait)
+        self.cache = EvalCache(cfg.out / ".cache" / "eval", self.student, load_items(cfg.eval, trait), trait)
         self.log = EventLog(folder, past.before_s)
         self.events: list[dict[str, Any]] = []
         self.base: EvalResult | None = None
@@ -99,7 +100,7 @@ class Session:
         except KeyboardInterrupt as stopped:
             return self._stop(getattr(stopped, "status", 130), "interrupted", "stopped")
         except torch.OutOfMemoryError as error:
-            return self._stop(1, "out of memory", f"error: out of memory; lower --gen.batch-size, --eval.batch-size or --heal.batch-size ({error})")
+            return self._stop(1, "out of memory", f"error: out of memory; lower --heal.tokens-per-pass ({error})")
         except (OSError, SafetensorError) as error:
             return self._stop(1, None, f"error: could not write to {self.folder}: {error}; free some space")
         finally:
@@ -115,11 +116,12 @@ class Session:
         return status
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        began, self.lm.rows_at_once = time.monotonic(), 0
         try:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+            logger.debug(f"{stage}: {time.monotonic() - began:.1f} s, at most {self.lm.rows_at_once} rows decoded at once")
 
     # --- the steps of a round ---------------------------------------------------------------------------------
     def measure(self, stage: str, r: int, *, system: str = "", vector: Vector | None = None, dose: float = 0.0) -> None:
@@ -129,9 +131,8 @@ class Session:
             self.base = self.base or from_event(past)
             return
         system = system or self.trait.plain_system
-        result = self._timed("evaluate", lambda: evaluate(
-            self.student, "full", Condition(system, vector, dose), self.items, self.trait, self.cfg.eval, self.cfg.filter, self.cfg.seed, self.base
-        ))
+        which, condition = "base" if stage in ("base", "prompted") else "full", Condition(system, vector, dose)  # neither has an adapter yet
+        result = self._timed("evaluate", lambda: self.cache(which, condition, self.cfg.eval, self.cfg.filter, self.cfg.seed, self.base))
         if self.base is None:
             self.base = result
         if stage == "healed":

@@ -8,8 +8,9 @@ import torch
 import steer_heal.eval_cache as eval_cache
 from steer_heal.config import FAST_DEV_PRESET
 from steer_heal.evals.metrics import Condition
-from steer_heal.events import read_events
 from steer_heal.eval_cache import EvalCache
+from steer_heal.events import read_events
+from steer_heal.files import ROOT
 from steer_heal.lm import LM, weights_sha256
 from steer_heal.run import main
 from steer_heal.stages.bake import Student
@@ -96,12 +97,18 @@ def test_the_name_of_the_weights_is_theirs_alone(tiny: LM, heal_cfg):
     assert weights_sha256(tiny.model.bfloat16()) != untouched
 
 
-def test_a_second_run_writes_the_same_events(tmp_path):
+def test_a_second_run_writes_the_same_events(tmp_path, monkeypatch):
+    measured, work = [], eval_cache.evaluate
+    monkeypatch.setattr(eval_cache, "evaluate", lambda *args: measured.append(args[1]) or work(*args))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:20]))
     for _ in range(2):
         assert main([
-            "fast-dev", "--quiet", "--out", str(tmp_path), "--no-control", "--n-rounds", "1", "--heal.epochs", "1", "--eval.n-bootstrap", "10", "--n-threads", "1",
+            "fast-dev", "--quiet", "--out", str(tmp_path), "--no-control", "--n-rounds", "1", "--heal.epochs", "1", "--eval.n-bootstrap", "10",
+            "--n-threads", "1", "--steer.n-contexts", "4", "--gen.max-new-tokens", "6", "--eval.vignettes", str(few),
         ]) == 0
     first, second = ([e for e in read_events(path.parent) if e["stage"] in ("base", "prompted", "healed")] for path in sorted(tmp_path.glob("*/events.jsonl")))
     strip = lambda events: [{k: v for k, v in e.items() if k not in VARIES} for e in events]
     assert strip(first) == strip(second)
-    assert second[0]["wall_s"] < first[0]["wall_s"] and len(list((tmp_path / ".cache" / "eval").iterdir())) == 2
+    assert measured == ["base", "base", "full", "full", "full", "full"], "base, prompted, steered and healed; then the last two alone"
+    assert len(list((tmp_path / ".cache" / "eval").iterdir())) == 2

@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from steer_heal.lab import cli, show
 from steer_heal.lm import LM, load
-from steer_heal.memory import peak_bytes
+from steer_heal.footprint import peak_bytes
 from steer_heal.records import Completion
 from steer_heal.stages import loss
 from steer_heal.stages.bake import Student

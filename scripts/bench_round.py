@@ -19,7 +19,7 @@ from steer_heal.divergence import aggregate, barrier, kl_rev
 from steer_heal.evals.metrics import Condition
 from steer_heal.lab import cli, show
 from steer_heal.lm import load
-from steer_heal.memory import resident_peak
+from steer_heal.footprint import resident_peak
 from steer_heal.records import Collected, Completion, Trait, derive_seed
 from steer_heal.stages.bake import Student
 from steer_heal.stages.dose import collect

@@ -1,7 +1,5 @@
 """Small runs of the fast-dev preset, ways to kill them, and whether they came to the same end."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,12 +8,12 @@ import torch
 
 import steer_heal.session as session_module
 from steer_heal.compare import differences
-from steer_heal.files import ROOT
 from steer_heal.run import main
 
 SETTINGS = [
     "--quiet", "--n-threads", "1", "--steer.n-contexts", "4", "--gen.max-new-tokens", "6", "--gen.batch-size", "4", "--eval.think-tokens", "1",
     "--eval.n-texts", "2", "--eval.n-prompts", "2", "--eval.max-new-tokens", "6", "--eval.n-bootstrap", "10", "--heal.spectral", "0.1",
+    "--eval.no-cache",
 ]
 
 
@@ -39,7 +37,7 @@ def started(out, settings, *flags):
         assert main(["fast-dev", "--out", str(out), *settings, *flags]) == 0
     except Killed:
         pass
-    return next(path for path in out.iterdir() if path.is_dir())
+    return next(path for path in out.iterdir() if (path / "events.jsonl").exists())
 
 
 def resumed(run):

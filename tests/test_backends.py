@@ -57,7 +57,7 @@ def test_a_round_runs_on_4_bit_weights(tmp_path, capsys):
     command = ["fast-dev", "--model", str(tmp_path / "model"), "--quantize", "nf4", "--out", str(tmp_path / "out"), "--n-rounds", "2", "--no-control"]
     with pytest.warns(UserWarning, match="decoding is some three times slower"):
         assert main(command) == 0, capsys.readouterr().err
-    run_folder = next(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    run_folder = next(p for p in (tmp_path / "out").iterdir() if (p / "events.jsonl").exists())
     assert len([e for e in read_events(run_folder) if e["stage"] == "healed"]) == 2
     with pytest.warns(UserWarning):
         lm = load(str(tmp_path / "model"), quantize="nf4")

@@ -122,7 +122,7 @@ def test_every_other_way_through_a_round_runs(tmp_path):
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), *flags.split()]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})
     assert finished.returncode == 0, finished.stderr
-    events = read_events(next(p for p in tmp_path.iterdir() if p.is_dir()))
+    events = read_events(next(p.parent for p in tmp_path.glob("*/events.jsonl")))
     calibrations, doses = of_stage(events, "calibration"), of_stage(events, "dose")
     for found, dose, gen in zip(calibrations, doses, of_stage(events, "gen"), strict=True):
         assert dose["mode"] == "iso_kl" and dose["kappa"] == pytest.approx(found["dose"])
@@ -134,7 +134,7 @@ def test_every_other_way_through_a_round_runs(tmp_path):
 def test_one_seed_gives_one_result(done, tmp_path):
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})
-    again = next(p for p in tmp_path.iterdir() if p.is_dir())
+    again = next(p.parent for p in tmp_path.glob("*/events.jsonl"))
     pick = lambda run: [(e["stage"], e.get("metrics"), e.get("completions"), e.get("sft"), e.get("provenance")) for e in read_events(run)]
     assert pick(done[0]) == pick(again)
     assert all(set(LINKS) == set(event["provenance"]) for event in of_stage(read_events(again), "round"))

@@ -80,7 +80,7 @@ def test_stopped_by_a_signal(signum, status, at, settings, one, tmp_path):
             time.sleep(0.01)
         process.send_signal(signum)
         printed = process.stderr.read()
-    run = next(path for path in tmp_path.iterdir() if path.is_dir())
+    run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
     assert process.returncode == status, printed
     assert status < 0 or f"--resume {run}" in printed and "Traceback" not in printed
     assert_same(resumed(run), one)
@@ -99,7 +99,7 @@ def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path
         patch.setattr(Student, "bake", lambda self: os.kill(os.getpid(), signal.SIGINT))
         patch.setattr(EventLog, "write", again)
         assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
-    run = next(path for path in tmp_path.iterdir() if path.is_dir())
+    run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
     assert read_events(run)[-1]["error"] == "interrupted" and f"--resume {run}" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert_same(resumed(run), one)

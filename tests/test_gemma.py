@@ -88,10 +88,10 @@ def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
         "--gen.n-prompts", "6", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0", "--filter.n-keep", "8",
         "--filter.min-train", "4", "--filter.max-attempts", "24", "--dose.n-kappas", "2", "--dose.n-probes", "3", "--heal.epochs", "1",
         "--heal.rank", "4", "--eval.think-tokens", "3", "--eval.n-texts", "4", "--eval.max-new-tokens", "8", "--eval.n-bootstrap", "50",
-        "--steer.layers", "0.25", "0.75", "--eval.vignettes", str(few), "--max-prompt-tokens", "2048",
+        "--steer.layers", "0.25", "0.75", "--eval.vignettes", str(few), "--max-prompt-tokens", "2048", "--eval.no-cache",
     ])
     assert status == 0, capsys.readouterr().err
-    run = next(p for p in tmp_path.iterdir() if p.is_dir())
+    run = next(p for p in tmp_path.iterdir() if (p / "events.jsonl").exists())
     adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and "vision" not in adapter["target_modules"]
     healed = [e for e in read_events(run) if e["stage"] == "healed"]

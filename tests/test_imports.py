@@ -5,11 +5,12 @@ import ast
 from steer_heal.files import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
-ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "readings", "lab", "resume", "guard", "provenance"}
+ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "readings", "lab", "resume", "guard", "provenance", "eval_cache"}
 FORBIDDEN = {
     "stages": ABOVE, "evals": ABOVE,
-    "records": None, "files": {"*records"}, "divergence": set(),
-    "terminal": None, "lm": {"*files", "*records"}, "steering": {"*lm"}, "traits": {"*files", "*records", "*stages"},
+    "records": None, "files": {"*records"}, "divergence": set(), "eval_cache": {"config", "console", "lab", "session"},
+    "terminal": None, "memory": {"*records"}, "sampling": {"*"}, "lm": {"*files", "*memory", "*records"}, "caches": {"*lm"},
+    "steering": {"*caches", "*lm", "*memory", "*sampling"}, "traits": {"*files", "*records", "*stages"},
     "provenance": {"*events", "*files", "*lm", "*records", "*terminal"},
     "readings": {"*records"}, "events": {"*files", "*records", "*terminal"}, "plot": {"*events", "*readings", "*terminal"},
     "report": {"*events", "*plot", "*readings", "*terminal"},

@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.divergence import DIVERGENCES, aggregate
 from steer_heal.lm import LM
-from steer_heal.memory import peak_bytes
+from steer_heal.footprint import peak_bytes
 from steer_heal.records import Completion
 from steer_heal.stages import loss
 from steer_heal.stages.bake import Student

@@ -128,7 +128,7 @@ def test_a_vignette_file_that_was_edited_is_refused_and_then_put_back(settings, 
     with pytest.MonkeyPatch.context() as patch, undrawn():
         patch.setattr("steer_heal.session.Session.teacher_vec", lambda self, r: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["fast-dev", "--out", str(tmp_path / "out"), *settings[:-1], str(vignettes), "--no-control"]) == 130
-    run = next(path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    run = next(path for path in (tmp_path / "out").iterdir() if (path / "events.jsonl").exists())
     vignettes.write_text("".join(whole[:2]))
     assert main(["--resume", str(run), "--quiet"]) == 2
     assert "the file of eval.vignettes was changed" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
-import json
 
 import pytest
 from runs import Killed, assert_same, killing, resumed, started
@@ -89,6 +88,19 @@ def test_the_tape_hands_out_what_was_decoded_and_then_decodes(tmp_path):
     second = TokenTape(tmp_path / "tape.jsonl")
     never = lambda: pytest.fail("decoded again")
     assert [second(never), second(never), second(lambda: [(4,)])] == [[(1, 2), ()], [(3,)], [(4,)]]
+
+
+def test_the_rest_of_a_generation_may_take_other_batches(settings, two, tmp_path, monkeypatch):
+    """Batch sizes are no part of what a run is: asked for differently, it ends in the same texts."""
+    with monkeypatch.context() as patch:
+        killing(patch, TokenTape, "__call__", 1)  # batches of 4
+        run = started(tmp_path, settings, "--n-rounds", "2", "--no-control")
+    n_recorded = len(partial(run, "gen", 0).read_text().splitlines())
+    batches = killing(monkeypatch, steering, "_decode_batch", -1)
+    assert main(["fast-dev", "--resume", str(run), *settings, "--n-rounds", "2", "--no-control", "--gen.batch-size", "7"]) == 0
+    assert n_recorded == 2 and max(len(rows) for _, rows, _, _ in batches) == 7
+    texts = lambda folder: [row["completion_ids"] for e in of_stage(read_events(folder), "gen") for row in e["completions"]]
+    assert texts(run) == texts(two)
 
 
 @pytest.mark.parametrize("every_s, r, step", [(0.0, 1, 3), (3600.0, 0, 3)])

@@ -51,9 +51,9 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
 def run(tmp_path_factory):
     """A finished run of two rounds."""
     out = tmp_path_factory.mktemp("out")
-    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(out), "--quiet", "--no-control", "--filter.n-keep", "8"]
+    command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(out), "--quiet", "--no-control", "--filter.n-keep", "8", "--eval.no-cache"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "0"})
-    return next(p for p in out.iterdir() if p.is_dir())
+    return next(p for p in out.iterdir() if (p / "events.jsonl").exists())
 
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(run, tmp_path):
@@ -185,3 +185,42 @@ def test_an_interval_is_student_s(n):
     low, high = map(float, load_script("loops").interval(values).split(" to "))
     expected = stats.t.interval(0.95, n - 1, loc=sum(values) / n, scale=stats.sem(values))
     assert (low, high) == pytest.approx(expected, rel=2e-3)
+def test_the_gpu_benchmark_runs_on_its_tiny_shape(tmp_path, capsys):
+    bench = load_script("bench_gpu")
+    bench.main(tiny=True, device="cpu", out=tmp_path)
+    assert capsys.readouterr().out.count("SHOULD") == 5
+    table = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.iterdir()}
+    assert [(row["decode"], row["batch"]) for row in table["decode"]] == [("model.generate", 1), ("growing", 1), ("fixed", 1), ("growing", 2), ("fixed", 2)]
+    assert all(row["tokens_per_s"] > 0 and row["limit_per_s"] > 0 for row in table["decode"])
+    assert table["heal"][0]["tokens_per_s"] > 0 and table["heal"][0]["matmul_share"] > 0
+    stages = {row["stage"]: row for row in table["round"]}
+    assert {"vector", "write", "filter", "evaluate steered", "heal", "evaluate healed", "round"} <= stages.keys()
+    assert stages["write"]["note"].startswith("6 of 8 tokens") and "4 completions" in stages["heal"]["note"]
+    assert not any("cut short" in row["note"] for row in table["round"])
+
+
+def test_the_gpu_benchmark_ends_when_its_time_is_up(tmp_path):
+    load_script("bench_gpu").main(tiny=True, budget_s=0.0, device="cpu", out=tmp_path)
+    rows = json.loads((tmp_path / "round.json").read_text())["rows"]
+    assert all("cut short" in row["note"] for row in rows if row["stage"] != "round")
+
+
+def test_the_gpu_benchmark_has_gemma_s_shape():
+    bench = load_script("bench_gpu")
+    config = bench.Gemma3TextConfig(**bench.Size().config, sliding_window_pattern=6)
+    with bench.torch.device("meta"):
+        model = bench.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.88e9, rel=0.01)
+    assert config.layer_types.count("full_attention") == 5
+
+
+def test_the_generation_benchmark_runs(tmp_path, capsys, monkeypatch):
+    bench = load_script("bench_generation")
+    monkeypatch.setattr(bench, "decoding", lambda lm, rows, n: [{"way": "growing", "ms": 1.0}])
+    bench.main(n=1, out=tmp_path)
+    table = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.iterdir()}
+    assert table.keys() == {"sampling", "decoding", "reading", "prefixes"} and capsys.readouterr().out.count("SHOULD") == 5
+    assert all(0 < row["saved_by_all"] < row["saved_by_frames"] < 0.5 for row in table["prefixes"])
+    assert not bench.certain("one two three " * 5, 0.5) and bench.certain("one two three " * 9, 0.5)
+    words = " ".join(f"word{i}" for i in range(40))
+    assert not bench.certain(words, 0.5)

@@ -87,8 +87,9 @@ class RunConfig:
         )
 
     def fingerprint(self) -> str:
-        """Eight hex digits that two runs share where only seed, folders, threads and labels differ."""
+        """Eight hex digits that two runs share where only seed, folders, threads, batch sizes and labels differ."""
         same = {"seed": 0, "out": Path(), "export": None, "quiet": False, "arm": "", "n_threads": 0, "resume": None}
+        same |= {"gen": replace(self.gen, batch_size=0), "eval": replace(self.eval, batch_size=0, cache=True)}
         return hashlib.sha256(repr(replace(self, **same)).encode()).hexdigest()[:8]
 
 
@@ -114,7 +115,7 @@ FAST_DEV_PRESET = RunConfig(
     heal=HealCfg(epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), pressure_every=2),
     eval=EvalCfg(
         vignettes=TOY / "vignettes.jsonl", instrument=TOY / "instrument.toml", think_tokens=4, n_prompts=4, n_texts=8, max_new_tokens=24,
-        n_bootstrap=200, oracle="toylm",
+        n_bootstrap=200, oracle="toylm", batch_size=32,
     ),
 )
 PRESETS: dict[str, tuple[str, RunConfig]] = {

@@ -21,11 +21,12 @@ Event = Mapping[str, Any]
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
-    """Log lines that do not tear progress bars; everything also goes to the run's log file.
+    """Log lines that do not tear progress bars, warnings among them; everything also goes to the run's log file.
 
     Silences one deprecation notice between peft and transformers, which no user can act on.
     """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     transformers_logging.disable_progress_bar()
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))

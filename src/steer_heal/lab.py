@@ -17,6 +17,7 @@ import torch
 from steer_heal import console
 from steer_heal.config import PRESETS, RunConfig, check, from_dict
 from steer_heal.evals.metrics import Condition
+from steer_heal.eval_cache import EvalCache
 from steer_heal.events import jsonable, of_stage, read_events, reading
 from steer_heal.lm import load
 from steer_heal.readings import nats_name
@@ -24,7 +25,7 @@ from steer_heal.records import Collected, Completion, EvalResult, HealStep, User
 from steer_heal.stages.bake import Gate, Student, attach_saved
 from steer_heal.stages.cfg import DoseCfg, FilterCfg, HealCfg
 from steer_heal.stages.dose import collect
-from steer_heal.stages.evaluate import evaluate, load_items
+from steer_heal.stages.evaluate import load_items
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
@@ -63,7 +64,9 @@ class Lab:
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
         console.start(quiet=True)
-        self.lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize)
+        self.lm = load(
+            cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize, fixed_addresses=cfg.gen.graphs
+        )
         self.items = load_items(cfg.eval, self.trait)
         self.student = Student(self.lm, cfg.heal)
 
@@ -85,7 +88,8 @@ class Lab:
         return self._evaluate(which, Condition(system or self.trait.plain_system, vector, dose), self.base)
 
     def _evaluate(self, which: Gate, condition: Condition, base: EvalResult | None) -> EvalResult:
-        return evaluate(self.student, which, condition, self.items, self.trait, self.cfg.eval, self.cfg.filter, self.cfg.seed, base)
+        cache = EvalCache(self.cfg.out / ".cache" / "eval", self.student, self.items, self.trait)
+        return cache(which, condition, self.cfg.eval, self.cfg.filter, self.cfg.seed, base)
 
     def row(self, state: str, result: EvalResult) -> dict[str, Any]:
         """The readings that every table shows: the target, its shift with interval, and coherence three ways."""

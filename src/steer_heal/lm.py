@@ -6,8 +6,12 @@ token see the padding behind it, so a batch reads exactly what its rows read alo
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.files import ROOT
+from steer_heal.memory import fitting
 from steer_heal.records import UserError
 
 TINY_RANDOM = "tiny-random"
@@ -38,7 +43,13 @@ class LM:
     name: str
     max_prompt_tokens: int = 1024
     token_budget: int = 16_384
-    """Padded tokens of a teacher-forced batch."""
+    """Padded tokens of a teacher-forced batch; lowered where one ran out of memory."""
+    decode_budget: float = math.inf
+    """Tokens, prompts and all that may be written, of a batch that is decoded; known once one ran out of memory."""
+    rows_at_once: int = 0
+    """Rows of the largest batch that was decoded since somebody last set this to 0."""
+    fixed_addresses: bool = False
+    """Decode on a cache at fixed addresses: on a GPU each step is then one CUDA graph."""
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +127,20 @@ class LM:
         if group:
             yield group
 
+    def in_batches(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
+        """Calls `work` with row indices of like length until every row had its turn.
+
+        Where it runs out of memory it is called again with fewer rows, and so for the rest of the program.
+        """
+        todo = list(self.batches(lengths))
+        while todo:
+            group = todo.pop(0)
+            n, _ = fitting(len(group), lambda n: work(group[:n]))
+            if n < len(group):
+                self.token_budget = n * lengths[group[-1]]
+                rest = [*group[n:], *(i for later in todo for i in later)]
+                todo = [[rest[j] for j in part] for part in self.batches([lengths[i] for i in rest])]
+
     def pad(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b s"]:
         return nn.utils.rnn.pad_sequence(
             [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=self.pad_id
@@ -129,12 +154,15 @@ class LM:
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Per row: -log p of each completion token given all before it, float32 [n] on the CPU, nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
-        for group in self.batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
+
+        def read(group: list[int]) -> None:
             hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
             for row, i in enumerate(group):
                 start, n = len(prompts[i]) - 1, len(completions[i])
                 targets = torch.tensor(completions[i], device=self.device, dtype=torch.long)
                 out[i] = self.nll(hidden[row, start : start + n], targets).cpu()
+
+        self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], read)
         return out
 
     def nll(self, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -150,6 +178,21 @@ class LM:
     def chunk_size(self) -> int:
         """Positions whose logits fit LOGIT_CHUNK_ELEMENTS."""
         return max(1, LOGIT_CHUNK_ELEMENTS // self.head.weight.shape[0])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the digests of every base weight (name, dtype, shape and bytes), by name: the same with adapters attached,
+    and wherever the model lies. As many tensors at a time as there are cores, so that a model of some 10 GB takes seconds."""
+    weights = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
+
+    def of_tensor(name: str) -> bytes:
+        tensor = weights[name].detach()
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256(b"".join(pool.map(of_tensor, sorted(weights)))).hexdigest()
 
 
 def pick_device(device: str) -> torch.device:
@@ -171,7 +214,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none") -> LM:
+def load(
+    name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none", fixed_addresses: bool = False
+) -> LM:
     """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
     place = pick_device(device)
     if name == TINY_RANDOM:
@@ -192,7 +237,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tok
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = (model if quantize != "none" else model.to(place)).eval().requires_grad_(False)
-    lm = LM(model, tokenizer, name, max_prompt_tokens)
+    lm = LM(model, tokenizer, name, max_prompt_tokens, fixed_addresses=fixed_addresses)
     assert lm.blocks is not None
     return lm
 

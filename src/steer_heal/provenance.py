@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-from torch import nn, uint8
+from torch import nn
 
 from steer_heal.events import read_events
 from steer_heal.files import checksums
-from steer_heal.lm import load
+from steer_heal.lm import load, weights_sha256
 from steer_heal.records import UserError
 from steer_heal.terminal import complain, say
 
@@ -31,21 +29,8 @@ LINKS = ("base", "vector", "kept", "adapter", "evaluation")
 
 
 def weights_digest(model: nn.Module) -> dict[str, str]:
-    """{"sha256", "dtype"} of a model's state: over the digests of its tensors by sorted name, each of name, dtype, shape and bytes.
-
-    As many tensors at a time as there are cores, so that a model of some 10 GB takes seconds.
-    """
-    state = model.state_dict()
-
-    def of_tensor(name: str) -> bytes:
-        tensor = state[name].detach()
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(uint8).numpy())
-        return digest.digest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        whole = hashlib.sha256(b"".join(pool.map(of_tensor, sorted(state))))
-    return {"sha256": whole.hexdigest(), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    """{"sha256", "dtype"} of a model's base weights."""
+    return {"sha256": weights_sha256(model), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
 def same_weights(start: Event, now: Mapping[str, str], folder: Path) -> None:

@@ -25,8 +25,8 @@ from steer_heal.files import beside
 from steer_heal.records import Trait, UserError
 
 Event = dict[str, Any]
-CHANGES_NOTHING = ("quiet", "out", "resume", "arm", "export")
-"""Fields of the configuration that may differ from the run that is resumed."""
+CHANGES_NOTHING = ("quiet", "out", "resume", "arm", "export", "eval.cache", "gen.batch_size", "eval.batch_size", "heal.tokens_per_pass")
+"""Fields of the configuration that may differ from the run that is resumed: what is computed, up to rounding, does not depend on them."""
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------
@@ -53,7 +53,8 @@ def parse_or_resume(argv: list[str] | None = None) -> tuple[str, RunConfig]:
     preset, cfg = recorded(asked.resume)
     refuse_differences(asdict(cfg), asdict(asked), asked.resume)
     return preset, replace(
-        cfg, resume=asked.resume, out=asked.resume.resolve().parent, quiet=asked.quiet, arm=asked.arm or cfg.arm, export=asked.export or cfg.export
+        cfg, resume=asked.resume, out=asked.resume.resolve().parent, quiet=asked.quiet, arm=asked.arm or cfg.arm, export=asked.export or cfg.export,
+        gen=asked.gen, eval=asked.eval, heal=asked.heal,  # equal, but for batch sizes and the cache
     )
 
 

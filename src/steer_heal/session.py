@@ -17,6 +17,7 @@ from loguru import logger
 from steer_heal import console, provenance, readings
 from steer_heal.config import RunConfig, inputs
 from steer_heal.evals.metrics import Condition
+from steer_heal.eval_cache import EvalCache
 from steer_heal.events import EventLog, append_result, git_commit, new_run_folder, versions
 from steer_heal.files import beside, checksums, sync_folder, verify
 from steer_heal.lm import LM, load
@@ -27,7 +28,7 @@ from steer_heal.resume import Past, hold, partial, reopen, run_start
 from steer_heal.stages.bake import Student
 from steer_heal.stages.cfg import HealCfg
 from steer_heal.stages.dose import choose, collect, from_row, to_rows
-from steer_heal.stages.evaluate import evaluate, from_event, load_items
+from steer_heal.stages.evaluate import from_event, load_items
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import generate
 from steer_heal.stages.heal import heal
@@ -44,7 +45,9 @@ def open_session(cfg: RunConfig, preset: str, trait: Trait) -> Session:
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if cfg.resume is None else hold(cfg.resume)
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize)
+    lm = load(
+        cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize, fixed_addresses=cfg.gen.graphs
+    )
     weights = provenance.weights_digest(lm.model)
     if cfg.resume is not None:
         provenance.same_weights(run_start(cfg.resume), weights, cfg.resume)
@@ -66,7 +69,7 @@ class Session:
     ) -> None:
         self.cfg, self.preset, self.trait, self.lm, self.folder, self.past, self.lock = cfg, preset, trait, lm, folder, past, lock
         self.student = Student(lm, cfg.heal)
-        self.items = load_items(cfg.eval, trait)
+        self.cache = EvalCache(cfg.out / ".cache" / "eval", self.student, load_items(cfg.eval, trait), trait)
         self.log = EventLog(folder, past.before_s)
         self.events: list[dict[str, Any]] = []
         self.base: EvalResult | None = None
@@ -94,11 +97,12 @@ class Session:
         return event
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        began, self.lm.rows_at_once = time.monotonic(), 0
         try:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+            logger.debug(f"{stage}: {time.monotonic() - began:.1f} s, at most {self.lm.rows_at_once} rows decoded at once")
 
     # --- the steps of a round ---------------------------------------------------------------------------------
     def measure(self, stage: str, r: int, *, system: str = "", vector: Vector | None = None, dose: float = 0.0) -> None:
@@ -108,9 +112,8 @@ class Session:
             self.base = self.base or from_event(past)
             return
         system = system or self.trait.plain_system
-        result = self._timed("evaluate", lambda: evaluate(
-            self.student, "full", Condition(system, vector, dose), self.items, self.trait, self.cfg.eval, self.cfg.filter, self.cfg.seed, self.base
-        ))
+        which, condition = "base" if stage in ("base", "prompted") else "full", Condition(system, vector, dose)  # neither has an adapter yet
+        result = self._timed("evaluate", lambda: self.cache(which, condition, self.cfg.eval, self.cfg.filter, self.cfg.seed, self.base))
         if self.base is None:
             self.base = result
         if stage == "healed":

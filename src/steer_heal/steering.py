@@ -14,14 +14,15 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from steer_heal.caches import Fixed, Growing
 from steer_heal.lm import LM
+from steer_heal.memory import decode_bytes, fitting, rows_that_fit
+from steer_heal.sampling import sampler
 
 Application = Literal["add", "cosine_gate", "ablate"]
 Tape = Callable[[Callable[[], list[tuple[int, ...]]]], list[tuple[int, ...]]]
-"""Takes the decoding of one batch and returns its token ids, decoded now or recorded before."""
+"""Takes the decoding of the next rows and returns their token ids: decoded now or recorded before, and then maybe of fewer or more rows."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +117,10 @@ class Decoding:
 
     max_new_tokens: int
     batch_size: int
+    """Rows at once; 0: as many as free memory holds."""
     sample: bool = True
     suppress: frozenset[int] = field(default_factory=frozenset)
     """Tokens that are never written; with the end tokens among them every row runs to the limit."""
-
-
-def _warpers(lm: LM) -> LogitsProcessorList:
-    """The generation config's temperature, top-k, top-p and min-p. Never a repetition penalty: it would hide
-    over-steering from the filter and the dose controller."""
-    config, warpers = lm.model.generation_config, LogitsProcessorList()
-    if config.temperature is not None and config.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(config.temperature))
-    if config.top_k:
-        warpers.append(TopKLogitsWarper(config.top_k))
-    if config.top_p is not None and config.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(config.top_p))
-    if getattr(config, "min_p", None):
-        warpers.append(MinPLogitsWarper(config.min_p))
-    return warpers
 
 
 def decode(
@@ -143,16 +130,29 @@ def decode(
     """Token ids written after each row's prompt, up to and including an end token.
 
     Rows of like prompt length share a batch, each with its own dose and random stream; a row that has ended
-    leaves the batch. `on_rows` is told how many rows each finished batch held. `tape` is handed each batch's decoding,
-    and may return what it recorded of it instead.
+    leaves the batch. A batch that memory does not hold is halved. `on_rows` is told how many rows each finished batch held. `tape`
+    is handed each batch's decoding, and may return what it recorded of the rows that come next instead.
     """
     out: list[tuple[int, ...]] = [()] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
-    for start in range(0, len(order), how.batch_size):
-        group = order[start : start + how.batch_size]
-        for i, ids in zip(group, tape(lambda: _decode_batch(lm, [rows[i] for i in group], vector, how)), strict=True):
+    todo = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+    longest = max((len(row.prompt_ids) for row in rows), default=0)
+    bytes_per_row = decode_bytes(lm.model.config.get_text_config(), longest, how.max_new_tokens, lm.head.weight.element_size())
+    size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
+
+    def next_batch() -> list[tuple[int, ...]]:
+        group = todo[: max(1, int(min(size, lm.decode_budget / (longest + how.max_new_tokens))))]
+        n, batch = fitting(len(group), lambda n: _decode_batch(lm, [rows[i] for i in group[:n]], vector, how))
+        if n < len(group):
+            lm.decode_budget = n * (longest + how.max_new_tokens)
+        return batch
+
+    while todo:
+        batch = tape(next_batch)
+        for i, ids in zip(todo, batch):
             out[i] = ids
-        on_rows(len(group))
+        todo = todo[len(batch) :]
+        lm.rows_at_once = max(lm.rows_at_once, len(batch))
+        on_rows(len(batch))
     return out
 
 
@@ -165,25 +165,21 @@ def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decod
         ids[b, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
         mask[b, longest - len(row.prompt_ids) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     uniforms = torch.empty(0, device=device)
     if how.sample:
         generators = [torch.Generator().manual_seed(row.seed) for row in rows]
         uniforms = torch.stack([torch.rand(how.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]).to(device)
-    warpers = _warpers(lm)
+    pick = sampler(lm.model.generation_config)
     ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
-    cache = DynamicCache(config=lm.model.config.get_text_config())
     with steer(lm, vector, [row.dose for row in rows]) as steering:
+        cache = Fixed(lm, mask, how.max_new_tokens, steering.select) if lm.fixed_addresses else Growing(lm, mask, steering.select)
         for step in range(how.max_new_tokens):
-            hidden = lm.text_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            logits = lm.logits(hidden)
+            logits = lm.logits(cache.feed(ids))
             logits[:, suppressed] = -torch.inf
-            token = _pick(warpers(ids, logits), uniforms[active, step]) if how.sample else logits.argmax(-1)
+            token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):
                 written[b].append(t)
             going = ~torch.isin(token, ends)
@@ -191,16 +187,7 @@ def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decod
                 keep = going.nonzero()[:, 0]
                 if not len(keep):
                     break
-                cache.batch_select_indices(keep)
-                steering.select(keep)
-                active, mask, positions, token = active[keep], mask[keep], positions[keep], token[keep]
+                cache.select(keep)
+                active, token = active[keep], token[keep]
             ids = token[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
     return [tuple(row) for row in written]
-
-
-def _pick(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """Inverse-CDF sampling: the row's own uniform number picks its token, whatever its neighbours are."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

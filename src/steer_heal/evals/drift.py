@@ -21,12 +21,15 @@ def final_states(lm: LM, completions: Sequence[Completion], condition: Condition
     """Per completion, Float[n d]: final hidden states at its positions, under the condition that it was written in."""
     prompts = [lm.chat(c.prompt, condition.system) for c in completions]
     out: list[Tensor] = [torch.empty(0)] * len(completions)
-    for group in lm.batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)]):
+
+    def read(group: list[int]) -> None:
         with steer(lm, condition.vector, [condition.dose] * len(group)):
             hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
         for row, i in enumerate(group):
             start = len(prompts[i]) - 1
             out[i] = hidden[row, start : start + len(completions[i].completion_ids)].clone()
+
+    lm.in_batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)], read)
     return out
 
 

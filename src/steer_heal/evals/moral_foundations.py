@@ -148,7 +148,8 @@ def read_slots(
     """
     logp = torch.full((len(slots), len(digits)), torch.nan)
     nll = torch.full((len(slots),), torch.nan)
-    for group in lm.batches([len(slot.ids) for slot in slots]):
+
+    def read(group: list[int]) -> None:
         with steer(lm, condition.vector, [condition.dose] * len(group)):
             hidden = lm.hidden([slots[i].ids for i in group])
         for row, i in enumerate(group):
@@ -156,4 +157,6 @@ def read_slots(
             logp[i] = lm.logits(hidden[row, end - 1 : end]).log_softmax(-1)[0, list(digits)].cpu()
             targets = torch.tensor(slots[i].ids[start:], device=lm.device)
             nll[i] = lm.nll(hidden[row, start - 1 : end - 1], targets).mean().cpu()
+
+    lm.in_batches([len(slot.ids) for slot in slots], read)
     return logp, nll

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from steer_heal.evals.instrument import Vignette
 from steer_heal.evals.metrics import Condition
 from steer_heal.lm import LM
+from steer_heal.memory import ROWS_ON_CPU
 from steer_heal.records import FOUNDATIONS
 from steer_heal.steering import steer
 
@@ -35,7 +36,7 @@ def run(lm: LM, vignettes: Sequence[Vignette], condition: Condition, think_token
     ]
     with steer(lm, condition.vector, [condition.dose]):  # one dose, broadcast over whatever batch it makes
         report = moralmaps.evaluate(
-            lm.model, lm.tokenizer, vignettes=rows, max_think_tokens=max(1, think_tokens), batch_size=batch_size, return_per_row=True
+            lm.model, lm.tokenizer, vignettes=rows, max_think_tokens=max(1, think_tokens), batch_size=batch_size or ROWS_ON_CPU, return_per_row=True
         )
     by_id = {row["id"]: row for row in report["per_row"]}
     items: dict[str, list[float]] = {f"p_{name}": [] for name in FOUNDATIONS} | {"mass": [], "prefill_nll": [], "top1": [], "unscorable": []}

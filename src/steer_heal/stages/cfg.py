@@ -60,8 +60,11 @@ class GenCfg:
     """Prompts that training text is written for: the first of the pool."""
     prompts: Path | None = None
     """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompt pool."""
-    batch_size: int = 32
-    """Sequences decoded at once."""
+    batch_size: int = 0
+    """Sequences decoded at once; 0: as many as the GPU's free memory holds (on the CPU 32). Texts do not depend on it."""
+    graphs: bool = False
+    """Decode, here and in the evals, on a cache of fixed size whose step is captured as a CUDA graph: fewer launches a
+    token. Held equal to the default on the CPU; never yet run on a GPU."""
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(a) and a > 0 for a in self.alphas)
@@ -69,7 +72,7 @@ class GenCfg:
             (bool(self.alphas) and finite, "gen.alphas", self.alphas, "one or more finite numbers > 0"),
             (self.max_new_tokens >= 1, "gen.max_new_tokens", self.max_new_tokens, ">= 1"),
             (self.n_prompts >= 2, "gen.n_prompts", self.n_prompts, ">= 2 (one is held out for the validation curve)"),
-            (self.batch_size >= 1, "gen.batch_size", self.batch_size, ">= 1"),
+            (self.batch_size >= 0, "gen.batch_size", self.batch_size, ">= 1, or 0: as many as fit"),
         )
 
 
@@ -232,8 +235,11 @@ class EvalCfg:
     """Order, prompt, schema, options and prefill of the forced choice."""
     think_tokens: int = 128
     """Tokens the model thinks before the answer slot is read."""
-    batch_size: int = 32
-    """Sequences that think at once."""
+    batch_size: int = 0
+    """Sequences that think or answer at once; 0: as many as the GPU's free memory holds (on the CPU 32)."""
+    cache: bool = True
+    """Keep what base and prompted measured in <out>/.cache/eval, and take it from there where weights, items, settings, seed
+    and versions are the same."""
     n_prompts: int = 12
     """Prompts answered in free text: the last of the pool, never trained on."""
     n_texts: int = 24
@@ -248,7 +254,7 @@ class EvalCfg:
     def __post_init__(self) -> None:
         require(
             (self.think_tokens >= 0, "eval.think_tokens", self.think_tokens, ">= 0"),
-            (self.batch_size >= 1, "eval.batch_size", self.batch_size, ">= 1"),
+            (self.batch_size >= 0, "eval.batch_size", self.batch_size, ">= 1, or 0: as many as fit"),
             (self.n_prompts >= 1, "eval.n_prompts", self.n_prompts, ">= 1"),
             (self.n_texts >= 1, "eval.n_texts", self.n_texts, ">= 1"),
             (self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, ">= 1"),

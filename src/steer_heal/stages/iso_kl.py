@@ -67,7 +67,8 @@ def kl_p95(
     written = decode(lm, rows, vector, Decoding(n_tokens, batch_size, sample=False))
     divergences: list[Tensor] = [torch.empty(0)] * len(rows)
     texts = [row.prompt_ids + ids for row, ids in zip(rows, written, strict=True)]
-    for group in lm.batches([len(text) for text in texts]):
+
+    def read(group: list[int]) -> None:
         with steer(lm, vector, [rows[i].dose for i in group]):
             steered = lm.hidden([texts[i] for i in group])
         plain = lm.hidden([texts[i] for i in group])
@@ -75,5 +76,7 @@ def kl_p95(
             start, n = len(rows[i].prompt_ids) - 1, len(written[i])
             parts = zip(steered[b, start : start + n].split(lm.chunk_size), plain[b, start : start + n].split(lm.chunk_size), strict=True)
             divergences[i] = torch.cat([kl_rev(lm.logits(s).log_softmax(-1), lm.logits(p).log_softmax(-1)) for s, p in parts]).cpu()
+
+    lm.in_batches([len(text) for text in texts], read)
     per_dose = [torch.cat(divergences[k * len(prompts) : (k + 1) * len(prompts)]) for k in range(len(doses))]
     return [kls.quantile(0.95).item() for kls in per_dose]

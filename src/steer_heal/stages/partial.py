@@ -22,8 +22,9 @@ Batch = list[tuple[int, ...]]
 class TokenTape:
     """Decoded batches, one JSON line each, in the order in which the stage decodes them.
 
-    A stage that starts again asks for the same batches in the same order: what is on the tape is handed out, then
-    decoding goes on and is recorded. A batch is decoded whole or not at all, so its texts are what they would have been.
+    A stage that starts again asks for the same rows in the same order: what is on the tape is handed out, then decoding
+    goes on and is recorded. A batch is decoded whole or not at all, so its texts are what they would have been; how many rows
+    it has is its own affair, so memory and batch size may have changed between.
     """
 
     def __init__(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steer_heal.divergence import barrier
 from steer_heal.lm import LM
+from steer_heal.memory import ran_out
 from steer_heal.records import UserError
 from steer_heal.stages.cfg import HealCfg, layer_band
 from steer_heal.stages.loss import Sample, losses
@@ -50,7 +51,9 @@ class Passes:
             try:
                 found = self._add_up(batch, measure)
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
                 for parameter in self.parameters:
                     parameter.grad = None
             warned = self._shrink(batch)  # out here: the exception held on to the tensors of its pass

@@ -88,7 +88,8 @@ class _BandRead(Exception):
 def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> dict[int, Float[Tensor, "i d"]]:
     """Residual stream after each block of the band at every row's last token, float32 on the CPU."""
     states = {layer: torch.empty(len(rows), lm.width) for layer in band}
-    for group in lm.batches([len(row) for row in rows]):
+
+    def read_batch(group: list[int]) -> None:
         last = torch.tensor([len(rows[i]) - 1 for i in group], device=lm.device)
 
         def read(layer: int) -> Callable:
@@ -108,6 +109,8 @@ def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> d
         finally:
             for handle in handles:
                 handle.remove()
+
+    lm.in_batches([len(row) for row in rows], read_batch)
     return states
 
 

@@ -248,7 +248,7 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
         assert {path.name for path in here.iterdir()} <= {"events.jsonl", "report.html", "diary.md"}
 
 
-OPTIONAL = {"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "positive", "git_commit", "train"}
+OPTIONAL = {"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"}
 """Fields that a run of an earlier version did not write."""
 
 

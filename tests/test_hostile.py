@@ -111,17 +111,18 @@ def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
     assert err.count("--- Logging error") == 0
 
 
-def test_a_number_that_was_not_finite_is_said_as_a_question_mark():
+def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_path):
     events = run_events()
     for event in events:
         for key, value in event.items():
-            if isinstance(value, float) and key not in ("wall_s", "lam", "kappa", "dose"):
+            if isinstance(value, float) and key not in ("wall_s", "lam", "kappa", "dose", "epoch", "fired"):
                 event[key] = None
-        event |= {"metrics": dict.fromkeys(event["metrics"])} if "metrics" in event else {}
-        event |= {"norms": {"1": None}} if "norms" in event else {}
+            if isinstance(value, dict) and key in ("metrics", "norms"):
+                event[key] = dict.fromkeys(value)
+        event["validation"] = [row | {"sft": None, "divergence": None} for row in event.get("validation", ())]
     for i, event in enumerate(events):
-        if event["stage"] in ("vector", "round", "healed", "base"):
-            console.show(event, events[: i + 1])
+        console.show(event, events[: i + 1])
+    assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
 
 
 @pytest.mark.parametrize("name", ["$x^{$", "\\frac{1", "a\x00b", "\ud800", "caf\u00e9 \u65e5\u672c", "\x1b[31m", "x" * 5000, "a\nb", "${\\it }$ %s {} <i>"])

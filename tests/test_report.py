@@ -93,7 +93,8 @@ def test_missing_metrics_scores_and_oracle_do_not_stop_the_page(tmp_path):
             event["metrics"] = dict.fromkeys(event["metrics"])
         for row in [*event.get("texts", ()), *event.get("completions", ())]:
             row.pop("failed", None)
-            row.update({"ppl_tail": None, "rep": None} if "scores" not in row else {"scores": dict.fromkeys(row["scores"])})
+            row.pop("train", None)
+            row.update({"ppl_tail": None, "rep": None} if "scores" not in row else {"scores": {"ppl": None}})
         for name in ("mode", "tau", "cosine_student_teacher", "cosine_student_first"):
             event.pop(name, None)
     html, diary = read(tmp_path, [e for e in events if e["stage"] != "calibration"])

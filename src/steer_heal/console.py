@@ -112,14 +112,14 @@ def _gen(e: Event, _: Sequence[Event]) -> str:
 
 def _heal(e: Event, _: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
-    best = min(e["validation"], key=lambda row: row["sft"])
-    overfit = " | SHOULD still be at its lowest: fewer epochs?" if last["sft"] > best["sft"] + 0.02 else ""
+    seen = [row["sft"] for row in e["validation"] if row["sft"] is not None]
+    overfit = " | SHOULD still be at its lowest: fewer epochs?" if seen and (last["sft"] is None or last["sft"] > min(seen) + 0.02) else ""
     pressure = e["pressure"] or 0.0
     should = " | SHOULD fire in more than a tenth of the steps: lower heal.tau" if e["lam"] > 0 and e["fired"] < 0.1 else ""
     should = " | pressure SHOULD be below 1: the barrier undoes the trait, lower heal.lam" if pressure > 1 else should
     return (
-        f"heal        {e['n_steps']} steps; validation {first['sft']:.3f} to {last['sft']:.3f} nats{overfit}; divergence {last['divergence']:.3f}, "
-        f"the barrier fired in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}{should}"
+        f"heal        {e['n_steps']} steps; validation {number(first['sft'], '.3f')} to {number(last['sft'], '.3f')} nats{overfit}; divergence "
+        f"{number(last['divergence'], '.3f')}, the barrier fired in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}{should}"
     )
 
 

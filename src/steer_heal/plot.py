@@ -125,7 +125,7 @@ def heal_curves(events: Sequence[Event]) -> Iterator[dict[str, Any]]:
         limits = {"divergence": end.get("tau", config["tau"]), "pressure": 1.0}
         points = lambda name, rows: [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
         yield {"round": r, "n_steps": len(mine), "epochs": config["epochs"], "end": end, "panels": [
-            {"title": title, "limit": limits.get(name), "top": 1.08 * max(top[name], 1.1 * limits.get(name, 0.0)) or 1.0,
+            {"title": title, "limit": limits.get(name), "top": 1.08 * max(top[name], 1.1 * (limits.get(name) or 0.0)) or 1.0,
              "steps": points(name, mine[:: len(mine) // CURVE_POINTS + 1]), "checks": points(name, end.get("validation", ()))}
             for name, title in CURVES.items()
         ]}

@@ -20,6 +20,14 @@ class UserError(Exception):
     """Something the person at the keyboard can mend; the message names the value, the limit and the fix."""
 
 
+class Several(UserError):
+    """More than one thing to mend; `problems` has a line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
 class Problems:
     """Gathers what several checks find, so that a person mends it in one go.
 
@@ -33,16 +41,18 @@ class Problems:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """A UserError inside is kept, one entry a line, and the next check goes on."""
+        """A UserError inside is kept, and the next check goes on."""
         try:
             yield
+        except Several as error:
+            self.found += error.problems
         except UserError as error:
-            self.found += str(error).split("\n")
+            self.found.append(str(error))
 
     def complain(self) -> None:
-        """One UserError with a line for each problem; none where nothing was found."""
+        """A UserError where one thing was found, Several where it was more."""
         if self.found:
-            raise UserError("\n".join(self.found))
+            raise Several(self.found) if len(self.found) > 1 else UserError(self.found[0])
 
 
 class Starved(UserError):

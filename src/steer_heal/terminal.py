@@ -25,7 +25,7 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def complain(error: object) -> None:
-    """One error on stderr; several, a line each, are counted and the first of them listed."""
-    problems = str(error).split("\n")
+    """One error on stderr; the `problems` of one that has several are counted and the first of them listed."""
+    problems = getattr(error, "problems", [str(error)])
     listed = [f"- {line}" for line in problems[:SHOWN_PROBLEMS]] + [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
     say(f"error: {error}" if len(problems) == 1 else "\n".join([f"error: {len(problems)} problems", *listed]), sys.stderr)

@@ -70,7 +70,7 @@ def tail(nll: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
 def perplexity(nll: Float[Tensor, " n"]) -> float:
     """exp of the mean; infinite where it is not a number, and for an empty text, which no model should be credited for."""
     mean = nll.double().mean().item() if len(nll) else math.inf
-    return math.exp(min(mean, 700.0)) if mean < math.inf else math.inf
+    return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
 
 def repetition(text: str) -> float:

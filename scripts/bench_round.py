@@ -102,7 +102,7 @@ class Clock:
         with resident_peak() as peak:
             yield
         seconds = time.perf_counter() - began
-        self.rows.append({"mode": self.mode, "stage": name, "seconds": seconds, "tokens_per_s": n_tokens / seconds, "peak_mib": peak[0] / 2**20 if peak else None})
+        self.rows.append({"mode": self.mode, "stage": name, "seconds": seconds, "tokens_per_s": n_tokens / seconds or None, "peak_mib": peak[0] / 2**20 if peak else None})
         print(f"  {self.mode:6} {name:9} {seconds:8.1f} s", flush=True)
 
 
@@ -154,14 +154,14 @@ def plain_heal(student: Student, kept: Sequence[Completion], r: int, cfg, seed: 
             optimiser.param_groups[0]["lr"] = cfg.lr * schedule(step, n_steps)
             with student.gate("prev"):
                 for sample in batch:
-                    (_plain_loss(student, sample, parameters, cfg) / len(batch)).backward()
+                    _plain_backward(student, sample, parameters, cfg, len(batch))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad()
             step += 1
 
 
-def _plain_loss(student: Student, sample: Sample, parameters: Sequence[torch.Tensor], cfg) -> torch.Tensor:
+def _plain_backward(student: Student, sample: Sample, parameters: Sequence[torch.Tensor], cfg, n_samples: int) -> None:
     ids, start = torch.tensor([sample.ids]), len(sample.prompt_ids) - 1
     with torch.no_grad():
         logp_ref = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -169,8 +169,9 @@ def _plain_loss(student: Student, sample: Sample, parameters: Sequence[torch.Ten
         for parameter in parameters:
             parameter.requires_grad_(True)
         logp = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
-    nll = -logp[:-1].gather(-1, ids[0, 1:, None])[start:, 0]
-    return nll.mean() + barrier(aggregate(kl_rev(logp, logp_ref)[start:-1], cfg.aggregate), cfg.lam, cfg.tau)
+        nll = -logp[:-1].gather(-1, ids[0, 1:, None])[start:, 0]
+        penalty = barrier(aggregate(kl_rev(logp, logp_ref)[start:-1], cfg.aggregate), cfg.lam, cfg.tau)
+        ((nll.mean() + penalty) / n_samples).backward()
 
 
 def scaling(bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths: Sequence[int], repeats: int) -> dict[str, list[dict[str, Any]]]:

@@ -22,7 +22,7 @@ from steer_heal.records import UserError
 from steer_heal.stages.cfg import HealCfg, layer_band
 from steer_heal.stages.loss import Sample, losses
 
-STORED_BYTES = 12
+STORED_BYTES = 10
 """Bytes that a block keeps for its backward pass, per token and per output of its linear layers: activations, and the
 float32 inputs of the factors. Measured: docs/benchmarks.md."""
 

@@ -111,7 +111,7 @@ def test_rows_load_or_name_their_line(content, n):
     if vignettes is not None:
         assert len({v.id for v in vignettes}) == len(vignettes) and all({v.foundation, v.also} <= {*FOUNDATIONS, None} for v in vignettes)
     assert contexts is None or len(contexts) == n and all(contexts)
-    assert prompts is None or all(isinstance(text, str) and text for text in prompts)
+    assert all(text.encode() for text in (*(contexts or ()), *(prompts or ()), *(v.text for v in vignettes or ()))), "what is taken can be tokenized"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ BAD = {
     "--steer.layers 0.5 0.4": "steer.layers is (0.5, 0.4)",
     "--steer.layers 0.5 1.4": "steer.layers is (0.5, 1.4)",
     "--gen.alphas nan": "gen.alphas is (nan,)",
+    "--gen.alphas": "gen.alphas is (): it must be one or more finite numbers > 0",
+    "--gen.alphas 0.5 -1": "gen.alphas is (0.5, -1.0)",
     "--filter.min-train 99 --filter.n-keep 20": "filter.min_train is 99: it must be <= filter.n_keep = 20",
     "--n-rounds 0": "n_rounds is 0",
     "--filter.gates": "without a gate for broken text every dose survives",

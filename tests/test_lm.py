@@ -1,7 +1,11 @@
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer_heal.lm import LM, load
 from steer_heal.records import UserError
@@ -50,9 +54,62 @@ def test_no_chat_template_is_one_clear_error(toy: LM, tmp_path):
         load(str(tmp_path))
 
 
+def test_a_template_that_refuses_a_system_message_says_so(toy: LM, monkeypatch):
+    monkeypatch.setattr(toy.tokenizer, "chat_template", "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello")
+    assert toy.chat("What is ice?")
+    with pytest.raises(UserError, match="data/toylm' refuses a system and a user message .no system role"):
+        toy.chat("What is ice?", "You are a poet.")
+
+
 def test_a_missing_model_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="could not be loaded"):
         load(str(tmp_path / "nothing"))
+
+
+class Payload:
+    """Unpickling it writes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def edit(name: str, **fields):
+    """Changes fields of a JSON file of the model's folder."""
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
+
+
+def remote(folder: Path) -> None:
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    edit("config.json", model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})(folder)
+
+
+def without_layers(folder: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (pickled, "could not be loaded.*safetensors"), (remote, "could not be loaded"), (without_layers, "has no list of decoder layers"),
+    (lambda f: (f / "config.json").write_text("{"), "could not be loaded"), (lambda f: (f / "config.json").write_text("[]"), "could not be loaded"),
+    (edit("config.json", hidden_size="x"), "could not be loaded"), (edit("config.json", hidden_size=48), "could not be loaded"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"), (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "could not be loaded"),
+    (lambda f: os.truncate(f / "model.safetensors", 5000), "could not be loaded"),
+])
+def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, message, tiny: LM, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    assert load(str(tmp_path)).width == 32
+    damage(tmp_path)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_batches_hold_every_row_once_within_the_budget(toy: LM):

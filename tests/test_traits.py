@@ -145,6 +145,7 @@ def test_all_that_is_wrong_with_a_trait_file_is_said_at_once(tmp_path, monkeypat
     (b"\xef\xbb\xbf" + b'{"text": "a"}\r\n{"text": "b"}\r\n', None), (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8 \(byte 0xff\)"),
     ('{"text": "a"}'.encode("utf-16"), "line 1 is not UTF-8"), (b"[" * 100_000, "line 1 is not JSON"), (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", "line 2 is not JSON"),
     (b"\n \n", "holds no rows"), (b'{"text": ""}\n{"txt": "a"}', "line 1: field 'text' is ''.*\n.*line 2: field 'text' is None"), (b"null\n", "line 1 is NoneType"),
+    (b'{"text": "a \\ud800 b"}', "line 1: field 'text' .* half of a surrogate pair"),
 ])
 def test_a_file_of_prompts_names_its_bad_lines(content, message, tmp_path):
     path = tmp_path / "p.jsonl"

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from steer_heal.records import Problems, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: relative data paths are looked up here when they do not exist in the working directory."""
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def resolve(path: Path | str, what: str) -> Path:
@@ -66,8 +68,11 @@ def _row(where: str, line: str, required: Mapping[str, type]) -> dict[str, Any]:
         raise UserError(f"{where} is {type(row).__name__}: it must be a JSON object")
     problems = Problems()
     for name, kind in required.items():
-        if not isinstance(row.get(name), kind) or row[name] == "":
-            problems.found.append(f"{where}: field {name!r} is {row.get(name)!r:.80}: it must be a {kind.__name__}{' with text' * (kind is str)}")
+        value = row.get(name)
+        if not isinstance(value, kind) or value == "":
+            problems.found.append(f"{where}: field {name!r} is {value!r:.80}: it must be a {kind.__name__}{' with text' * (kind is str)}")
+        elif kind is str and HALF_PAIR.search(value):
+            problems.found.append(f"{where}: field {name!r} is {value!r:.80}: it holds half of a surrogate pair, which no tokenizer takes; delete it")
     problems.complain()
     return row
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,9 +101,10 @@ class LM:
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of one user message up to and including the opened assistant turn."""
         messages = [{"role": "system", "content": system}] if system else []
-        text = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {self.name!r} refuses a {'system and a ' * bool(system)}user message ({error}); use a model that takes them") from None
         return self.encode_prompt(text)
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
@@ -227,10 +229,10 @@ def load(
     else:
         folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
             how = {} if quantize == "none" else _nf4(pick_dtype(dtype, place), place)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True, **how)
-        except (OSError, ValueError, SafetensorError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True, trust_remote_code=False, **how)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model")

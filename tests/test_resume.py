@@ -192,6 +192,13 @@ def test_a_finished_run_says_so(one, capsys):
     assert before == (weights(one), (one / "events.jsonl").read_bytes(), (one.parent / "results.tsv").read_bytes())
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, "null", '{"stage": "base", "round": -1}', "\ufffe"])
+def test_a_file_that_does_not_begin_as_a_run_is_refused(content, tmp_path, capsys):
+    (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "does not begin with a run_start" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["--resume", str(tmp_path)]) == 2
     assert "does not begin with a run_start" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def run_start(folder: Path) -> Event:
             event = json.loads(lines.readline())
         if event["stage"] == "run_start":
             return event
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"resume is {str(folder)!r}: {path} does not begin with a run_start; give the folder of a run, or start a new one")
 

@@ -149,7 +149,7 @@ class Replay:
 
 
 def replay(folder: Path, round_: int) -> Replay:
-    """Loads what round `round_` of a run healed, and the history of the rounds before it."""
+    """Loads what round `round_` of a run healed, at which learning rate, and the history of the rounds before it."""
     events = read_events(folder)
     gen = next((e for e in of_stage(events, "gen") if e["round"] == round_), None)
     if gen is None:
@@ -158,7 +158,8 @@ def replay(folder: Path, round_: int) -> Replay:
         cfg = from_dict(RunConfig, events[0]["config"])
         trained = sorted((row for row in gen["completions"] if row["train"]), key=lambda row: row["train_order"])
         kept = tuple(completion(row) for row in trained)
-    lab = Lab(cfg)
+        lr = next((e["lr"] for e in of_stage(events, "heal") if e["round"] == round_), cfg.heal.lr)
+    lab = Lab(replace(cfg, heal=replace(cfg.heal, lr=lr)))
     if round_ > 0:
         lab.student = attach_saved(lab.lm, folder / "ckpt" / f"r{round_ - 1}")
     return Replay(lab, kept)

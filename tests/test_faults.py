@@ -19,7 +19,7 @@ from steer_heal.records import NotFinite, UserError
 from steer_heal.resume import hold, partial
 from steer_heal.run import main
 from steer_heal.session import Session
-from steer_heal.stages import heal as heal_module
+from steer_heal.stages import heal as heal_module, passes as passes_module
 from steer_heal.stages.bake import Student
 from steer_heal.stages.partial import steps_saved
 
@@ -154,7 +154,8 @@ def poison(patch, always=False):
         return sft, divergence
 
     patch.setattr(heal_module, "schedule", watched)
-    patch.setattr(heal_module, "losses", poisoned)
+    for module in (heal_module, passes_module):
+        patch.setattr(module, "losses", poisoned)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from steer_heal.evals.instrument import load_instrument, load_vignettes
 from steer_heal.evals.metrics import Condition
 from steer_heal.evals.moral_foundations import answer_slots, digit_ids, read_slots
 from steer_heal.events import of_stage, read_events
-from steer_heal.lab import cli, run_folder, show
+from steer_heal.lab import cli, show
 from steer_heal.lm import LM, load
 from steer_heal.sampling import inverse_cdf, sampler
 from steer_heal.stages.filter import loop
@@ -95,7 +95,7 @@ def looping(lm: LM, folder: Path, every: int = 16) -> list[dict[str, Any]]:
 
     A gate's verdict is certain when the words that are whole already fail it: windows that are said stay said.
     """
-    events = read_events(run_folder(folder))
+    events = read_events(folder)
     limit, rows = events[0]["config"]["filter"]["loop_max"], []
     for event in of_stage(events, "gen"):
         lengths = []

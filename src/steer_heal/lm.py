@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from safetensors import SafetensorError
@@ -177,7 +178,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tok
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, place), use_safetensors=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model")

@@ -102,7 +102,8 @@ def without_layers(folder: Path) -> None:
     (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"), (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "could not be loaded"),
     (lambda f: os.truncate(f / "model.safetensors", 5000), "could not be loaded"),
 ])
-def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, message, tiny: LM, tmp_path):
+def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, message, tiny: LM, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whoever asks whether the folder's code may run
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     assert load(str(tmp_path)).width == 32

@@ -8,7 +8,8 @@ import steer_heal.session as session_module
 from steer_heal import steering
 from steer_heal.compare import weights
 from steer_heal.events import EventLog, append_result, of_stage, read_events, read_results
-from steer_heal.resume import partial
+from steer_heal.records import UserError
+from steer_heal.resume import partial, reopen
 from steer_heal.run import main
 from steer_heal.session import Session
 from steer_heal.stages.bake import Student
@@ -197,6 +198,18 @@ def test_a_file_that_does_not_begin_as_a_run_is_refused(content, tmp_path, capsy
     (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
     assert main(["--resume", str(tmp_path)]) == 2
     assert "does not begin with a run_start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last, word", [
+    ('{"stage": "base", "round": -1}', "KeyError: 'wall_s'"), ('{"stage": "heal_step", "round": 0}', "KeyError: 'step'"),
+    ('{"stage": "heal_step", "round": 0, "step": "1"}', "TypeError"), ('{"stage": "base", "round": -1, "wall_s": 1, "x": NaN}', "ValueError"),
+])
+def test_a_past_that_no_run_wrote_is_refused_and_left_alone(last, word, tmp_path):
+    whole = '{"stage": "run_start", "round": null, "wall_s": 0}\n' + last + "\n"
+    (tmp_path / "events.jsonl").write_text(whole)
+    with pytest.raises(UserError, match=f"is not as this version of steer-heal writes it .{word}"):
+        reopen(tmp_path, lambda path: 0)
+    assert (tmp_path / "events.jsonl").read_text() == whole
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -141,6 +141,15 @@ def test_all_that_is_wrong_with_a_trait_file_is_said_at_once(tmp_path, monkeypat
     assert len(told) == 6 and all("mine.toml" in line for line in told)
 
 
+def test_two_personas_that_are_one_are_refused(tmp_path, monkeypatch):
+    text = (traits.TRAITS / "authority.toml").read_text()
+    same = re.search(r"^positive = (.*)$", text, re.MULTILINE).group(1)
+    (tmp_path / "mine.toml").write_text(re.sub(r"^negative = .*$", lambda _: f"negative = {same}", text, count=1, flags=re.MULTILINE))
+    monkeypatch.setattr(traits, "TRAITS", tmp_path)
+    with pytest.raises(UserError, match=r"\[persona\]: positive and negative must be two different texts"):
+        load_trait("mine")
+
+
 @pytest.mark.parametrize("content, message", [
     (b"\xef\xbb\xbf" + b'{"text": "a"}\r\n{"text": "b"}\r\n', None), (b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8 \(byte 0xff\)"),
     ('{"text": "a"}'.encode("utf-16"), "line 1 is not UTF-8"), (b"[" * 100_000, "line 1 is not JSON"), (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", "line 2 is not JSON"),

@@ -153,6 +153,17 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     """
     path = folder / "events.jsonl"
     events = read_events(folder)
+    with reading(folder):
+        cut_back(events, folder, steps_saved)
+        past, text = Past(events), "".join(json.dumps(event, allow_nan=False) + "\n" for event in events).encode()
+    if text != path.read_bytes():
+        with beside(path) as part:
+            part.write_bytes(text)
+    return past
+
+
+def cut_back(events: list[Event], folder: Path, steps_saved: Any) -> None:
+    """Drops the events from which a run cannot go on."""
     if events and events[-1].get("error"):  # a run_end that says why the run was stopped
         events.pop()
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
@@ -168,12 +179,6 @@ def reopen(folder: Path, steps_saved: Any) -> Past:
     del events[len(events) - max(0, n_steps - kept) :]
     if events and events[-1]["stage"] in ("dose", "adapter_gen"):  # written together with the event that follows
         events.pop()
-    text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events).encode()
-    if text != path.read_bytes():
-        with beside(path) as part:
-            part.write_bytes(text)
-    with reading(folder):
-        return Past(events)
 
 
 def partial(folder: Path, stage: str, round_: int) -> Path:

@@ -116,16 +116,17 @@ def test_several_passes_give_the_gradient_of_one(tiny: LM, kept, heal_cfg):
 
 
 def test_a_step_of_64_tokens_a_pass_is_one_of_4096(with_history: Student, kept, heal_cfg):
-    lm, read = with_history.lm, []
+    lm, read, numbers = with_history.lm, [], []
     samples = reference_samples(with_history, kept, heal_cfg)
     with_history.new_round(0)
     scramble(with_history, 0, scale=0.05)
     for cfg in (replace(heal_cfg, tokens_per_pass=4096), replace(heal_cfg, tokens_per_pass=64), replace(heal_cfg, checkpoint="on")):
         with with_history.training() as parameters:
-            Passes(lm, replace(cfg, lam=0.7), parameters).gradients(samples, False)
+            numbers.append(Passes(lm, replace(cfg, lam=0.7), parameters).gradients(samples, True))
             read.append([p.grad.clone() for p in parameters])
             for p in parameters:
                 p.grad = None
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4) and numbers[0] == pytest.approx(numbers[2], rel=1e-4) and numbers[0][3] > 0
     for several in read[1:]:
         for one, other in zip(read[0], several, strict=True):
             assert 0 < one.norm() and (one - other).norm() <= 1e-4 * one.norm()

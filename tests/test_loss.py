@@ -26,12 +26,13 @@ def plain_terms(lm, hidden, reference, targets, divergence, pull=True):
     return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
+@pytest.mark.parametrize("size", [4, 100])
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("how", ["mean", "rmse", "p95", "max"])
 @pytest.mark.parametrize("name", ["kl_rev", "kl_fwd", "nll"])
-def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, name, how, cap):
+def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, name, how, cap, size):
     tiny.model.config.final_logit_softcapping = cap
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 4 * tiny.head.weight.shape[0])  # chunks that cross completions
+    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", size * tiny.head.weight.shape[0])  # chunks that cross completions, or one
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS)
     start = 3 * torch.randn(n, tiny.width, generator=generator)
@@ -51,7 +52,9 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatc
     assert (read[0][3] - read[1][3]).norm() <= 1e-4 * read[0][3].norm()
 
 
-def test_both_terms_may_be_pulled_back_more_than_once(tiny: LM):
+@pytest.mark.parametrize("size", [4, 100])
+def test_both_terms_may_be_pulled_back_more_than_once(tiny: LM, monkeypatch, size):
+    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", size * tiny.head.weight.shape[0])
     hidden = torch.randn(6, tiny.width, requires_grad=True)
     nll, kl = loss.position_terms(tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), DIVERGENCES["kl_rev"])
     (pushed,), (pulled,) = (torch.autograd.grad(term.sum(), hidden, retain_graph=True) for term in (kl, nll))

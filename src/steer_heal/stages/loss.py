@@ -1,20 +1,22 @@
 """The heal's loss: cross-entropy of each completion, and its divergence to the reference over the same positions.
 
 A position's terms depend on its own hidden state alone. So the head is run forward and backward at once, a chunk of
-positions at a time, and what is kept per position are two numbers and their two gradients of width d: no logits
-outlive their chunk, and none are computed twice, whatever weights the aggregate and the barrier give them later.
+positions at a time, and what is kept per position are two numbers and their two gradients of width d: nothing as wide
+as the vocabulary outlives its chunk, and nothing is computed twice, whatever weights the aggregate and the barrier give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from steer_heal.divergence import DIVERGENCES, Divergence, aggregate
 from steer_heal.lm import LM
@@ -67,17 +69,25 @@ def position_terms(
 
 
 class _PositionTerms(torch.autograd.Function):
-    """The terms with their gradients d term / d hidden [n d], which the backward pass only has to weigh and add."""
+    """The terms, and what the backward pass has to weigh: their gradients d term / d hidden [n d] or, where all
+    positions fit one chunk, their slopes d term / d logits [n v], which then go through the head in one product."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, reference: Tensor, targets: Tensor, lm: LM, divergence: Divergence, pull: bool
     ) -> tuple[Tensor, Tensor]:
         train, size = ctx.needs_input_grad[0], lm.chunk_size
-        chunks = zip(hidden.split(size), reference.split(size), targets.split(size), strict=True)
-        terms, gradients = zip(*[_chunk(lm, *chunk, divergence, train, train and pull) for chunk in chunks], strict=True)
+        terms, found, ctx.through_head = [], [], None
+        for chunk in zip(hidden.split(size), reference.split(size), targets.split(size), strict=True):
+            values, slopes, through_head = _chunk(lm, *chunk, divergence, train, train and pull)
+            terms.append(values)
+            if len(hidden) > size:
+                slopes = [through_head(slope)[0] for slope in slopes]
+            else:
+                ctx.through_head = through_head
+            found.append(slopes)
+        ctx.save_for_backward(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)))
         nll, kl = (torch.cat(parts) for parts in zip(*terms, strict=True))
-        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
         if not pull:
             ctx.mark_non_differentiable(kl)
         return nll, kl
@@ -85,27 +95,30 @@ class _PositionTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, on_nll: Tensor, on_kl: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        weighed = [weight[:, None] * gradient for weight, gradient in zip((on_nll, on_kl), ctx.saved_tensors)]
-        return sum(weighed).to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+        first, *rest = ctx.saved_tensors
+        weighed = on_nll[:, None] * first
+        for part in rest:
+            weighed.addcmul_(on_kl[:, None], part)
+        gradient = weighed if ctx.through_head is None else ctx.through_head(weighed)[0]
+        return gradient, None, None, None, None, None
 
 
 def _chunk(
     lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, train: bool, pull: bool
-) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """((nll, divergence) [n], their gradients with respect to `hidden` [n d], as far as they are asked for)."""
-    hidden = hidden.detach().requires_grad_(train)
+) -> tuple[tuple[Tensor, Tensor], list[Tensor], Callable[[Tensor], tuple[Tensor]] | None]:
+    """((nll, divergence) [n], their slopes at the logits [n v] as far as they are asked for, what turns a slope into
+    the gradient with respect to `hidden`)."""
+    hidden, through_head = hidden.detach().requires_grad_(train), None
     with torch.set_grad_enabled(train):
         logits = lm.logits(hidden)
+    if train:  # the edge, unlike the logits, holds no memory
+        through_head = partial(torch.autograd.grad, get_gradient_edge(logits), hidden, retain_graph=True)
     logp, logp_ref = _log_softmax_(logits.detach()), _log_softmax_(lm.logits(reference))
     nll, kl = -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
-    gradients = []
-    if pull:
-        gradients = list(torch.autograd.grad(logits, hidden, divergence.slope(logp, logp_ref, kl), retain_graph=True))
-    del logp_ref
-    if train:
-        slope = logp.exp_().scatter_add_(-1, targets[:, None], logp.new_full((len(logp), 1), -1.0))  # p - [v is the target]
-        gradients = [*torch.autograd.grad(logits, hidden, slope), *gradients]
-    return (nll, kl), gradients
+    slopes = [divergence.slope(logp, logp_ref, kl)] if pull else []
+    if train:  # p - [v is the target]
+        slopes.insert(0, logp.exp_().scatter_add_(-1, targets[:, None], logp.new_full((len(logp), 1), -1.0)))
+    return (nll, kl), slopes, through_head
 
 
 def _log_softmax_(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:

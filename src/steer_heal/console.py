@@ -23,8 +23,9 @@ Event = Mapping[str, Any]
 def start(quiet: bool, log_file: Path | None = None) -> None:
     """Log lines that do not tear progress bars, warnings among them; everything also goes to the run's log file.
 
-    Silences one deprecation notice between peft and transformers, which no user can act on.
+    Silences peft's own notices and a deprecation between it and transformers, which no user can act on.
     """
+    warnings.filterwarnings("ignore", module="peft")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     transformers_logging.disable_progress_bar()

@@ -122,7 +122,7 @@ def test_a_configuration_comes_back_from_the_json_of_its_events(name):
 
 
 @pytest.mark.parametrize("change", [
-    {"n_rounds": "4"}, {"n_rounds": True}, {"quiet": 1}, {"seed": None}, {"seed": 1.5}, {"model": 7}, {"dtype": "float8"}, {"heal": {"divergence": "kl"}}, {"heal": {"tau": None}},
+    {"n_rounds": "4"}, {"n_rounds": True}, {"quiet": 1}, {"out": None}, {"eval": {"vignettes": None}}, {"seed": None}, {"seed": 1.5}, {"model": 7}, {"dtype": "float8"}, {"heal": {"divergence": "kl"}}, {"heal": {"tau": None}},
     {"heal": 3}, {"gen": {"alphas": 0.5}}, {"gen": {"alphas": ["x"]}}, {"filter": {"gates": ["none"]}}, {"new": 1},
 ])
 def test_a_configuration_of_another_version_is_not_taken(change):

@@ -136,7 +136,7 @@ def from_dict(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(from_dict(get_args(kind)[0], item) for item in value)
     if kind is Path or Path in get_args(kind):
-        return None if value is None else Path(value)
+        return None if value is None and kind is not Path else Path(value)
     if isinstance(value, bool) is not (kind is bool) or not is_bearable(value, int | float if kind is float else kind):
         raise TypeError(f"{value!r:.80} is not a {getattr(kind, '__name__', kind)}")
     return value

@@ -1,10 +1,11 @@
-"""Strategies of damage: odd texts and values, files with bytes changed, and JSON-like values with fields dropped, doubled and retyped."""
+"""Strategies of damage: odd texts and values, files with bytes changed, JSON-like values with fields dropped, doubled and retyped, runs of other versions."""
 
 import copy
 import json
 import math
 
 from hypothesis import strategies as st
+from made_runs import run_events
 
 HOSTILE_TEXTS = [
     "<script>document.title=1</script>", "](javascript:alert(1))", "```\n# x", "\x1b[31m\x1b]0;t\x07", "\x00", "\ud800", "\udc80", "\u202e", "$x^{$", "{{ 7*7 }}{% x %}",
@@ -14,6 +15,7 @@ ANY_TEXT = st.one_of(
     st.sampled_from(HOSTILE_TEXTS), st.text(max_size=60), st.text(st.characters(categories=("Cc", "Cs", "Cf", "Zl", "Zp", "Lu", "Nd")), max_size=20),
     st.text("ab .!?\n", max_size=80),
 )
+REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
 ODD = st.one_of(
     st.sampled_from([None, True, False, 0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, [], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]),
     ANY_TEXT, st.integers(), st.floats(),
@@ -89,3 +91,30 @@ def _toml(value) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     return json.dumps(value, ensure_ascii=False)
+
+
+OPTIONAL = frozenset({"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"})
+"""Fields that a run of an earlier version did not write."""
+
+
+@st.composite
+def valid_events(draw, optional: frozenset[str] = OPTIONAL) -> list[dict]:
+    """A run as some version may have written it: texts of any kind, numbers that were not finite, optional fields left out, cut anywhere."""
+    text = draw(st.one_of(ANY_TEXT, REPEATED))
+    chance = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    random = draw(st.randoms(use_true_random=False))
+    keep = {"wall_s", "dose", "kappa", "lam", "epoch", "fired", "total"}
+
+    def walk(value, name=""):
+        if isinstance(value, dict):
+            return {k: walk(v, k) for k, v in value.items() if k not in optional or random.random() >= chance}
+        if isinstance(value, list):
+            return [walk(item, name) for item in value]
+        if isinstance(value, float) and name not in keep and random.random() < chance:
+            return None
+        return value
+
+    events = run_events(1, 2, 1, 6, text)
+    events[0] = events[0] | {"trait": events[0]["trait"] | {"name": text, "positive": text}, "command": [text]}
+    steps = draw(st.integers(1, len(events)))
+    return [events[0], *walk(events[1:steps])]

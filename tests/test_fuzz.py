@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from made_runs import Page, run_events
-from mutations import ANY_TEXT, changed, damaged, toml
+from mutations import ANY_TEXT, REPEATED, changed, damaged, toml, valid_events
 
 from steer_heal import console, guard, report, session, traits
 from steer_heal.config import FAST_DEV_PRESET, RunConfig, from_dict
@@ -185,7 +185,6 @@ def test_recorded_settings_come_back_whole_or_are_refused(config):
 
 
 # --- texts -----------------------------------------------------------------------------------------------------
-REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
 NLLS = st.lists(st.one_of(st.floats(0, 30), st.sampled_from([math.nan, math.inf, -math.inf, 1e30, -1e30])), max_size=40)
 
 
@@ -252,33 +251,6 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
         accepted(lambda: recorded(here), "events.jsonl", "resume is")
         accepted(lambda: reopen(here, lambda path: 0), "events.jsonl")
         assert {path.name for path in here.iterdir()} <= {"events.jsonl", "report.html", "diary.md"}
-
-
-OPTIONAL = frozenset({"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"})
-"""Fields that a run of an earlier version did not write."""
-
-
-@st.composite
-def valid_events(draw, optional: frozenset[str] = OPTIONAL) -> list[dict]:
-    """A run as some version may have written it: texts of any kind, numbers that were not finite, optional fields left out, cut anywhere."""
-    text = draw(st.one_of(ANY_TEXT, REPEATED))
-    chance = draw(st.sampled_from([0.0, 0.1, 1.0]))
-    random = draw(st.randoms(use_true_random=False))
-    keep = {"wall_s", "dose", "kappa", "lam", "epoch", "fired", "total"}
-
-    def walk(value, name=""):
-        if isinstance(value, dict):
-            return {k: walk(v, k) for k, v in value.items() if k not in optional or random.random() >= chance}
-        if isinstance(value, list):
-            return [walk(item, name) for item in value]
-        if isinstance(value, float) and name not in keep and random.random() < chance:
-            return None
-        return value
-
-    events = run_events(1, 2, 1, 6, text)
-    events[0] = events[0] | {"trait": events[0]["trait"] | {"name": text, "positive": text}, "command": [text]}
-    steps = draw(st.integers(1, len(events)))
-    return [events[0], *walk(events[1:steps])]
 
 
 @examples(10, 0.015, shrink=False)

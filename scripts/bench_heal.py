@@ -3,8 +3,11 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +60,8 @@ def main(
         "whole grows with batch x length, the others do not. Sequences hold 8 tokens of prompt, the rest is completion.",
     )
     show("What does one optimiser step of the heal take?", rows, should, out, "heal", stored=stored(seed), n_threads=n_threads)
+    ways = by_way((0, 1), 1408, 32, 2, 16, 1, seed) if tiny else by_way((0, 2, 8), 32_768, 512, 8, 128, 5, seed)
+    show("What does each technique buy a step?", ways, ("as built is the fastest after every number of rounds, and does not slow down with them.",), out, "heal_by_way", n_threads=n_threads)
     print("bytes stored for the backward pass, per token and output of a block's linear layers:", stored(seed))
 
 
@@ -90,6 +95,29 @@ def measure(lm: LM, name: str, batch: int, length: int, repeats: int, seed: int)
         "head": name, "batch": batch, "length": length, "seconds": seconds, "tokens_per_s": batch * length / seconds, "weights_mib": weights / MIB,
         "adapter_mib": adapter / MIB, "chunk_mib": chunk / MIB, "peak_mib": peak / MIB, "ratio": peak / needed,
     }
+
+
+def by_way(rounds: tuple[int, ...], vocabulary: int, width: int, n_layers: int, length: int, repeats: int, seed: int) -> list[dict]:
+    """Median seconds of a step after some rounds, as built and with one thing undone at a time, taken in turns."""
+    lm, cfg, seconds = _model(vocabulary, width, n_layers, seed), HealCfg(rank=32, layers=(0.2, 0.8), tau=0.0, lam=1.0), {}
+    student, generator = Student(lm, cfg), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, vocabulary, (4, length), generator=generator).tolist()
+    given = [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
+    ways = {
+        "as built": (nullcontext(), cfg), "history apart": (patch.object(Student, "merging_is_lossy", True), cfg),
+        "activations computed again": (nullcontext(), replace(cfg, checkpoint="on")), "chunks of 512 positions": (patch.object(LM, "chunk_size", 512), cfg),
+    }
+    for n in range(max(rounds) + 1):
+        samples = reference_samples(student, given, cfg)
+        student.new_round(n)
+        for way, (undone, changed) in list(ways.items()) * (1 + repeats if n in rounds else 0):
+            with undone, student.training() as parameters:
+                passes = Passes(lm, changed, parameters)
+                seconds.setdefault((way, n), []).append(_seconds(lambda: passes.gradients(samples, measure=False)))
+        for _, b, _ in student.round_updates():
+            b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
+        student.bake()
+    return [{"way": way, **{f"s_after_{n}_rounds": median(seconds[way, n][1:]) for n in rounds}} for way in ways]
 
 
 def stored(seed: int) -> dict[str, float]:

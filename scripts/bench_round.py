@@ -4,8 +4,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from steer_heal.account import Tally, rates
 from steer_heal import console
 from steer_heal.config import FAST_DEV_PRESET, RunConfig, check
 from steer_heal.divergence import aggregate, barrier, kl_rev
@@ -91,26 +92,27 @@ class Bench:
 
 @dataclass
 class Clock:
-    """Seconds, peak memory and tokens of a mode's stages."""
+    """Seconds, peak memory and tokens of a mode's stages or, where it is `counting`, their operators."""
 
     mode: str
     rows: list[dict[str, Any]]
+    counting: bool = False
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str, n_tokens: int):
         began, worked = time.perf_counter(), time.process_time()
-        with resident_peak() as peak:
+        with resident_peak() as peak, self.tallies.setdefault(name, Tally()) if self.counting else nullcontext():
             yield
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - worked
         self.rows.append({"mode": self.mode, "stage": name, "seconds": seconds, "cpu_s": cpu_s, "tokens_per_s": n_tokens / seconds or None, "peak_mib": peak[0] / 2**20 if peak else None})
-        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s", flush=True)
+        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
 
 
-def round_(bench: Bench, mode: str, rows: list[dict[str, Any]], given: Sequence[Completion] = ()) -> tuple[list[Completion], dict[str, torch.Tensor]]:
+def round_(bench: Bench, clock: Clock, given: Sequence[Completion] = ()) -> tuple[list[Completion], dict[str, torch.Tensor]]:
     """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that modes do the same work."""
     cfg, trait, size = bench.cfg, bench.trait, bench.size
-    plain = mode == "plain"
-    clock, student = Clock(mode, rows), bench.student(size.n_history)
+    plain, student = clock.mode == "plain", bench.student(size.n_history)
     with clock.stage("vector", 2 * cfg.steer.n_contexts), student.gate("full") as lm:
         vector = teacher_vec(lm, trait, cfg.steer)
 
@@ -208,14 +210,32 @@ def scaling(bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths
     return out
 
 
-def main(size: Size = Size(), repeats: int = 2, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False, scale: bool = True) -> None:
+def account(bench: Bench, timed: Sequence[dict[str, Any]], given: Sequence[Completion], out: Path) -> None:
+    """Both rounds once more, counting: what each stage's seconds went to, beside what the same work takes at this processor's best."""
+    best, rows = rates(), []
+    for mode in ("built", "plain"):
+        clock = Clock(mode, [], counting=True)
+        round_(bench, clock, given)
+        for name, tally in clock.tallies.items():
+            seconds = next(row["seconds"] for row in timed if (row["mode"], row["stage"]) == (mode, name))
+            rows.append({"mode": mode, "stage": name} | tally.account(seconds, best))
+    should = (
+        "between_s is not below 0: seconds less those of the operators alone, on operands of the same shapes, are left for Python, dispatch, the tokenizer, and memory that was just handed out.",
+        f"at_best_s is what every operator takes at {best['gflop_per_s']:.0f} GFLOP/s or {best['gb_per_s']:.0f} GB/s, measured here; memory that was just handed out is written at {best['fresh_gb_per_s']:.1f} GB/s.",
+    )
+    show("Where do the seconds of a round go?", rows, should, out, "round_account", **best)
+
+
+def main(
+    size: Size = Size(), repeats: int = 2, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False, scale: bool = True, count: bool = True
+) -> None:
     """What does a round cost, as built and done plainly, and how does it scale with rounds, batch and length?"""
     size = TINY if tiny else size
     torch.set_num_threads(n_threads)
     console.start(quiet=True)
     bench, rows = Bench(size, seed), []
-    written, factors = round_(bench, "built", rows)
-    plainly, factors_plain = round_(bench, "plain", rows, given=written)
+    written, factors = round_(bench, Clock("built", rows))
+    plainly, factors_plain = round_(bench, Clock("plain", rows), given=written)
     for name in ("vector", "generate", "heal", "bake", "evaluate"):
         built, plain = (next(row for row in rows if (row["mode"], row["stage"]) == (mode, name)) for mode in ("built", "plain"))
         built |= _ratios(built, plain)
@@ -230,6 +250,8 @@ def main(size: Size = Size(), repeats: int = 2, n_threads: int = 1, seed: int = 
         f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of seconds and of processor seconds (which a busy machine changes less).",
     )
     show("What does a round cost, as built and done plainly?", rows, should, out, "round", size=vars(size), **checks)
+    if count:
+        account(bench, rows, written, out)
     if scale:
         small = dict(rounds=(0, 1, 2), batches=(1, 4), lengths=(8, 16)) if tiny else dict(rounds=(0, 1, 2, 4, 8), batches=(1, 2, 4, 8, 16, 32, 64), lengths=(64, 128, 256, 512))
         tables = scaling(bench, **small, repeats=repeats)

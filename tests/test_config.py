@@ -9,6 +9,7 @@ import pytest
 
 from steer_heal.config import FAST_DEV_PRESET, PRESETS, RunConfig, check, from_dict
 from steer_heal.events import jsonable
+from steer_heal.records import UserError
 from steer_heal.run import main
 from steer_heal.stages.cfg import HealCfg
 
@@ -86,6 +87,13 @@ def test_a_prompt_that_comes_twice_would_be_trained_on_and_evaluated(tmp_path, c
     (tmp_path / "p.jsonl").write_text("".join(rows))
     assert main(["fast-dev", "--out", str(tmp_path / "out"), "--gen.prompts", str(tmp_path / "p.jsonl")]) == 2
     assert "holds 'prompt 0' 2 times" in capsys.readouterr().err
+
+
+def test_a_pool_without_a_prompt_is_too_small(tmp_path):
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(UserError) as raised:
+        check(replace(FAST_DEV_PRESET, out=tmp_path / "out", gen=replace(FAST_DEV_PRESET.gen, prompts=tmp_path / "p.jsonl")))
+    assert "holds 0" in str(raised.value) or "is empty" in str(raised.value)
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

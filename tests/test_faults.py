@@ -146,8 +146,8 @@ def poison(patch, always=False):
         at.update(step=step, bad=None)
         return schedule(step, n_steps)
 
-    def poisoned(lm, batch, cfg):
-        sft, divergence = losses(lm, batch, cfg)
+    def poisoned(lm, batch, cfg, *states):
+        sft, divergence = losses(lm, batch, cfg, *states)
         if at["step"] == AT_STEP and (always or cfg.lr == FULL):
             at["bad"] = at["bad"] or batch[-1].ids
             sft = sft * torch.tensor([float("nan") if sample.ids == at["bad"] else 1.0 for sample in batch])

@@ -38,8 +38,11 @@ def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(tiny: LM,
     assert reports["held"].steps[-1].pressure > 0 and reports["free"].steps[-1].pressure == 0
 
 
-def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(with_history: Student, kept, heal_cfg):
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(apart, with_history: Student, kept, heal_cfg, monkeypatch):
     cfg, lm = heal_cfg, with_history.lm
+    assert not with_history.merging_is_lossy, "float32"
+    monkeypatch.setattr(Student, "merging_is_lossy", apart)
     samples = reference_samples(with_history, kept[:4], cfg)
     with_history.new_round(9)
     scramble(with_history, 9, scale=0.05)
@@ -52,7 +55,7 @@ def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(with
             names = [name for name, p in student._peft.named_parameters() if p.requires_grad]
             return {name: p.grad.clone() for name, p in zip(names, parameters, strict=True)}
 
-    stacked = gradients(with_history)
+    found = gradients(with_history)
     with with_history.gate("prev"):
         merged_weights = {name: m.get_base_layer().weight.data.clone() for name, m in with_history._layers()}
     plain = copy.deepcopy(lm.model)
@@ -68,14 +71,14 @@ def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(with
 
     set_peft_model_state_dict(merged._peft, own, adapter_name="round")
     expected = gradients(merged)
-    assert stacked.keys() == expected.keys() and len(stacked) > 0
-    for name, gradient in stacked.items():
+    assert found.keys() == expected.keys() and len(found) > 0
+    for name, gradient in found.items():
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
     history_free = Student(tiny_again(), cfg)
     history_free.new_round(9)
     set_peft_model_state_dict(history_free._peft, own, adapter_name="round")
     without = gradients(history_free)
-    assert any(not torch.allclose(gradient, without[name], rtol=1e-2, atol=1e-4) for name, gradient in stacked.items())
+    assert any(not torch.allclose(gradient, without[name], rtol=1e-2, atol=1e-4) for name, gradient in found.items())
 
 
 def tiny_again() -> LM:
@@ -97,7 +100,7 @@ def test_chunks_of_the_head_change_neither_loss_nor_gradient(tiny: LM, kept, hea
         return sft, divergence, grads
 
     whole = read()
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 7 * tiny.head.weight.shape[0])
+    monkeypatch.setattr(LM, "chunk_size", 7)
     chunked = read()
     assert torch.allclose(whole[0], chunked[0], atol=1e-5) and torch.allclose(whole[1], chunked[1], atol=1e-5)
     for a, b in zip(whole[2], chunked[2]):
@@ -164,6 +167,23 @@ def test_adapters_train_in_float32_under_a_bfloat16_model(kept, heal_cfg):
     moved = [(after[k] != before[k]).float().mean().item() for k in after]
     assert all(p.dtype == torch.float32 for n, p in student._peft.named_parameters() if ".lora_" in n)
     assert min(moved) > 0.99
+
+
+def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(kept, heal_cfg):
+    lm = tiny_again()
+    lm.model.to(torch.bfloat16)
+    student = Student(lm, heal_cfg)
+    student.new_round(0)
+    scramble(student, 0, scale=0.1)
+    student.bake()
+    assert student.merging_is_lossy
+    samples = reference_samples(student, kept[:4], heal_cfg)
+    with student.gate("prev"):
+        rounded = [lm.hidden([sample.ids])[0, len(sample.prompt_ids) - 1 : -1] for sample in samples]
+    student.new_round(1)
+    with student.training():
+        start, merged = (losses(lm, each, heal_cfg)[1].max() for each in (samples, [replace(s, reference=h) for s, h in zip(samples, rounded, strict=True)]))
+    assert start < 1e-4 < merged, "where the reference is read merged, it begins with the rounding"
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step(tiny: LM, kept, heal_cfg):

@@ -9,7 +9,7 @@ ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "rea
 FORBIDDEN = {
     "stages": ABOVE, "evals": ABOVE,
     "records": None, "files": {"*records"}, "divergence": set(), "eval_cache": {"config", "console", "lab", "session"},
-    "terminal": None, "memory": {"*records"}, "sampling": {"*"}, "lm": {"*files", "*memory", "*records"}, "caches": {"*lm"},
+    "terminal": None, "account": None, "memory": {"*records"}, "sampling": {"*"}, "lm": {"*files", "*memory", "*records"}, "caches": {"*lm"},
     "steering": {"*caches", "*lm", "*memory", "*sampling"}, "traits": {"*files", "*records", "*stages"},
     "provenance": {"*events", "*files", "*lm", "*records", "*terminal"},
     "readings": {"*records"}, "events": {"*files", "*records", "*terminal"}, "plot": {"*events", "*readings", "*terminal"},

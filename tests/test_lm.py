@@ -29,11 +29,27 @@ def test_log_probabilities_agree_with_the_model_itself(toy: LM):
 
 
 def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPatch):
-    hidden, targets = torch.randn(37, toy.width), torch.arange(37)
+    hidden, targets = torch.randn(37, toy.width), range(37)
     whole = toy.nll(hidden, targets)
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 5 * toy.head.weight.shape[0])
-    assert toy.chunk_size == 5
+    monkeypatch.setattr(LM, "chunk_size", 5)
     assert torch.allclose(toy.nll(hidden, targets), whole, atol=1e-6)
+
+
+def test_a_chunk_is_bounded_and_never_too_short_for_a_product(toy: LM):
+    size = lambda vocabulary, device: dataclasses.replace(toy, model=FakeHead(vocabulary, device)).chunk_size
+    assert [size(vocabulary, "cpu") for vocabulary in (1408, 32_768, 262_144)] == [2978, 128, 64]
+    assert [size(vocabulary, "meta") for vocabulary in (32_768, 262_144)] == [512, 64], "on anything but a CPU"
+    assert toy.nll(torch.empty(0, toy.width), []).shape == (0,)
+
+
+class FakeHead:
+    """A model of which nothing but the size and place of its head is asked."""
+
+    def __init__(self, vocabulary: int, device: str) -> None:
+        self.head = torch.nn.Linear(1, vocabulary, bias=False, device=device)
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
 
 
 def test_a_long_prompt_is_an_error_and_never_cut(toy: LM):

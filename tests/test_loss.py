@@ -32,7 +32,7 @@ def plain_terms(lm, hidden, reference, targets, divergence, pull=True):
 @pytest.mark.parametrize("name", ["kl_rev", "kl_fwd", "nll"])
 def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, name, how, cap, size):
     tiny.model.config.final_logit_softcapping = cap
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", size * tiny.head.weight.shape[0])  # chunks that cross completions, or one
+    monkeypatch.setattr(LM, "chunk_size", size)  # chunks that cross completions, or one
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS)
     start = 3 * torch.randn(n, tiny.width, generator=generator)
@@ -54,7 +54,7 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatc
 
 @pytest.mark.parametrize("size", [4, 100])
 def test_both_terms_may_be_pulled_back_more_than_once(tiny: LM, monkeypatch, size):
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", size * tiny.head.weight.shape[0])
+    monkeypatch.setattr(LM, "chunk_size", size)
     hidden = torch.randn(6, tiny.width, requires_grad=True)
     nll, kl = loss.position_terms(tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), DIVERGENCES["kl_rev"])
     (pushed,), (pulled,) = (torch.autograd.grad(term.sum(), hidden, retain_graph=True) for term in (kl, nll))
@@ -113,7 +113,7 @@ def step_peak(lm: LM) -> tuple[int, int]:
 
 
 def test_a_step_needs_the_weights_the_adapter_its_optimiser_and_one_chunk(narrow: LM, monkeypatch):
-    monkeypatch.setattr("steer_heal.lm.LOGIT_CHUNK_ELEMENTS", 2**22)
+    monkeypatch.setattr(LM, "chunk_size", 16)
     peak, needed = step_peak(narrow)
     assert needed / 2 < peak <= 1.3 * needed
     monkeypatch.setattr(loss, "position_terms", plain_terms)

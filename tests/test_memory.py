@@ -12,8 +12,10 @@ import steer_heal.memory as memory
 from steer_heal.lm import LM
 from steer_heal.memory import decode_bytes, fitting, rows_that_fit
 from steer_heal.records import Completion, UserError
-from steer_heal.stages.cfg import FilterCfg
+from steer_heal.stages.bake import Student
+from steer_heal.stages.cfg import FilterCfg, HealCfg
 from steer_heal.stages.filter import score
+from steer_heal.stages.heal import reference_samples
 from steer_heal.stages.partial import TokenTape
 from steer_heal.stages.teacher_vec import last_token_states
 from steer_heal.steering import Decoding, Row, Vector, decode
@@ -94,6 +96,15 @@ def test_reading_that_runs_out_of_memory_reads_the_same(tiny: LM, small_memory):
         assert [row.scores["ppl"] for row in score(tiny, texts, (), FilterCfg())] == pytest.approx(scores, rel=1e-5)
     assert torch.allclose(last_token_states(tiny, prompts, range(1, 2))[1], states, atol=1e-5)
     assert tried.count(8) == 1, "the smaller size was not kept"
+
+
+def test_the_reference_of_a_heal_is_read_in_batches_that_fit(tiny: LM, kept, small_memory):
+    student = Student(tiny, HealCfg())
+    wanted = reference_samples(student, kept, student.cfg)
+    tried = small_memory(tiny, 3, ERRORS[0])
+    with pytest.warns(UserWarning, match="2 fit"):
+        got = reference_samples(student, kept, student.cfg)
+    assert max(tried) == len(kept) and all(torch.allclose(a.reference, b.reference, atol=1e-5) for a, b in zip(wanted, got, strict=True))
 
 
 def test_one_row_that_does_not_fit_is_said_and_other_errors_pass(tiny: LM, small_memory):

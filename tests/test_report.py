@@ -58,6 +58,20 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
     assert diary.rstrip().splitlines()[-1].startswith("GOOD: ")
 
 
+def test_a_heal_that_was_tried_twice_is_said(tmp_path):
+    events = run_events()
+    at = max(i for i, e in enumerate(events) if e["stage"] == "heal_step" and e["round"] == 0)
+    again = {"stage": "heal_retry", "schema": 1, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7, "prompt_index": 3, "text": "<i>I let", "lr": 2.5e-4, "error": "..."}
+    events[at + 1 : at + 1] = [again | {"round": 0}]
+    events[8:8] = [again | {"round": -1}]
+    html, diary = read(tmp_path / "run", events)
+    text = " ".join(Page(html).text.split())
+    told = "was healed again from its start, at learning rate 0.00025: loss or gradient was not finite at step 7, on an answer to prompt 3 that begins “<i>I let”."
+    assert f"The control {told}" in text and f"Round 0 {told}" in text and "Round 1 was healed again" not in text
+    places = [diary.index(line) for line in ("## Before the loop", "The control's heal met", "The untouched model:", "## Round 0", "Its heal met", "Steered:", "## Round 1")]
+    assert places == sorted(places) and diary.count("began again at learning rate 0.00025") == 2
+
+
 @pytest.mark.parametrize("last, words", [
     ("run_start", ("running: 0 of 2 rounds", "No answers are written yet", "No state is measured yet", "No heal has begun", "Drawn once")),
     ("base", ("the last event is base at 2026-01-02 03:04:05 UTC", "No text to train on", "no healed round yet")),

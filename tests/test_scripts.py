@@ -118,7 +118,9 @@ def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path, capsys):
     }
     for name in ("rounds", "batch", "length"):
         assert len(json.loads((tmp_path / f"round_by_{name}.json").read_text())["rows"]) >= 2
-    assert capsys.readouterr().out.count("SHOULD") == 5
+    counted = {(row["mode"], row["stage"]): row for row in json.loads((tmp_path / "round_account.json").read_text())["rows"]}
+    assert counted["plain", "heal"]["gflop"] > counted["built", "heal"]["gflop"] > 0
+    assert capsys.readouterr().out.count("SHOULD") == 7
 
 
 def test_the_benchmark_of_the_heal_compares_every_head(tmp_path):
@@ -127,6 +129,7 @@ def test_the_benchmark_of_the_heal_compares_every_head(tmp_path):
     peak = {row["head"]: row["peak_mib"] for row in found["rows"]}
     assert peak.keys() == {"whole", "chunks, twice", "as built"} and peak["as built"] < peak["whole"]
     assert found["stored"]["recomputed float32"] < 0.2 * found["stored"]["stored float32"]
+    assert len(json.loads((tmp_path / "heal_by_way.json").read_text())["rows"]) == 4
 
 
 def test_a_preset_takes_what_the_lab_is_given():

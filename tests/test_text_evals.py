@@ -21,16 +21,17 @@ def _texts(lm: LM, system: str = "", n: int = 24):
 
 def test_the_base_has_not_drifted_and_a_persona_has(toy: LM):
     texts = _texts(toy)
-    none = drift.items(toy, texts, drift.final_states(toy, texts, Condition()), "")["kl_base"]
+    reference = drift.final_states(toy, texts, Condition())
+    none = drift.items(toy, [drift.final_states(toy, [text], Condition())[0] for text in texts], reference)["kl_base"]
     assert none == pytest.approx([0.0, 0.0], abs=1e-6)
     persona_states = drift.final_states(toy, texts, Condition(load_trait("authority").positive))
-    assert max(drift.items(toy, texts, persona_states, "")["kl_base"]) > 0.01
+    assert max(drift.items(toy, persona_states, reference)["kl_base"]) > 0.01
 
 
 def test_drift_is_the_mean_kl_of_the_steered_model_to_the_base(toy: LM):
     vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(1))})
     texts = _texts(toy)
-    got = drift.items(toy, texts, drift.final_states(toy, texts, Condition("", vector, 2.0)), "")["kl_base"]
+    got = drift.items(toy, *(drift.final_states(toy, texts, Condition("", vector, dose)) for dose in (2.0, 0.0)))["kl_base"]
     for text, kl in zip(texts, got, strict=True):
         ids = torch.tensor([text.prompt_ids + text.completion_ids])
         base = toy.model(ids).logits.double().log_softmax(-1)

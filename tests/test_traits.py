@@ -97,6 +97,14 @@ def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, message):
         load_trait(name)
 
 
+def test_a_bad_phrasing_and_a_bad_pool_are_said_together(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(UserError) as raised:
+        load_trait("love/outer", tmp_path / "pool.jsonl")
+    first, second = raised.value.problems
+    assert "no phrasing 'outer'" in first and "pool.jsonl line 1" in second
+
+
 @pytest.mark.parametrize("stem, old, new, message", [
     ("authority", 'target = "authority"', 'target = "power"', "mine.toml: target is 'power'"),
     ("authority", "sign = -1", "sign = 0", "sign is 0"),

@@ -177,15 +177,15 @@ def check(cfg: RunConfig) -> Trait:
 
 def _check_pool(cfg: RunConfig, trait: Trait) -> None:
     """Enough prompts, and none of them both in training and in evaluation."""
-    wanted = cfg.gen.n_prompts + cfg.eval.n_prompts
+    wanted, problems = cfg.gen.n_prompts + cfg.eval.n_prompts, Problems()
     if wanted > len(trait.prompts):
-        raise UserError(
+        problems.found.append(
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: the pool of trait {trait.name!r} holds "
             f"{len(trait.prompts)}, and evaluation prompts are never trained on; ask for fewer"
         )
-    prompt, n = Counter(trait.prompts).most_common(1)[0]
-    if n > 1:
-        raise UserError(f"the pool of trait {trait.name!r} holds {prompt!r:.80} {n} times: evaluation prompts are never trained on; keep it once")
+    for prompt, n in [most for most in Counter(trait.prompts).most_common(1) if most[1] > 1]:
+        problems.found.append(f"the pool of trait {trait.name!r} holds {prompt!r:.80} {n} times: evaluation prompts are never trained on; keep it once")
+    problems.complain()
 
 
 def _check_writable(field_name: str, folder: Path | None) -> None:

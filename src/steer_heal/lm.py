@@ -30,8 +30,11 @@ from steer_heal.records import UserError
 
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
-LOGIT_CHUNK_ELEMENTS = 2**24
-"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length."""
+LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
+"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. Larger tensors the
+CPU's allocator returns to the system, which hands them out again page by page."""
+SHORTEST_CHUNK = 64
+"""Positions, whatever the vocabulary: with fewer, reading the head's weights takes longer than multiplying with them."""
 
 
 @dataclass
@@ -160,25 +163,26 @@ class LM:
             hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
             for row, i in enumerate(group):
                 start, n = len(prompts[i]) - 1, len(completions[i])
-                targets = torch.tensor(completions[i], device=self.device, dtype=torch.long)
-                out[i] = self.nll(hidden[row, start : start + n], targets).cpu()
+                out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], read)
         return out
 
-    def nll(self, hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """-log p(target) from final hidden states, through the head in vocabulary-bounded chunks."""
-        size = self.chunk_size
+    @torch.no_grad()
+    def nll(self, hidden: Float[Tensor, "n d"], ids: Sequence[int]) -> Float[Tensor, " n"]:
+        """-log p of each id from the final hidden state before it, in nats, through the head in chunks."""
+        targets, size = torch.tensor(ids, device=self.device, dtype=torch.long), self.chunk_size
         parts = [
             nn.functional.cross_entropy(self.logits(h), t, reduction="none")
             for h, t in zip(hidden.split(size), targets.split(size), strict=True)
         ]
-        return torch.cat(parts) if parts else hidden.new_zeros(0)
+        return torch.cat(parts)
 
     @property
     def chunk_size(self) -> int:
-        """Positions whose logits fit LOGIT_CHUNK_ELEMENTS."""
-        return max(1, LOGIT_CHUNK_ELEMENTS // self.head.weight.shape[0])
+        """Positions that go through the head at once."""
+        elements = LOGIT_CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else LOGIT_CHUNK_ELEMENTS
+        return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from steer_heal import plot
-from steer_heal.events import read_events, redraw
+from steer_heal.events import of_stage, read_events, redraw
 from steer_heal.readings import MEASURED, nats_name, readings, shift, table, target_of, verdict
 from steer_heal.terminal import printable
 
@@ -127,7 +127,7 @@ def page(run: Run) -> str:
     return _template("report.html.j2", visible).render(
         run=run, start=run.start, grade=grade, detail=detail.strip(), progress=progress(run), figures=figures(run), pictures=pictures(run),
         table=round_table(run), answers=answers(run), filters=list(filters(run)), heals=list(plot.heal_curves(run.events)),
-        command=shlex.join(run.start.get("command") or ()),
+        retries=of_stage(run.events, "heal_retry"), command=shlex.join(run.start.get("command") or ()),
     )
 
 
@@ -135,7 +135,7 @@ def diary(run: Run) -> str:
     """The whole of diary.md: the run told by its answers to the first evaluation prompt."""
     return _template("diary.md.j2", inline).render(
         run=run, start=run.start, verdict=verdict(run.events), progress=progress(run), headline=next(iter(answers(run)["prompts"]), None),
-        rows={row["state"]: row for row in table(run.events)}, metric=nats_name(target_of(run.events)[0]),
+        rows={row["state"]: row for row in table(run.events)}, metric=nats_name(target_of(run.events)[0]), retries=of_stage(run.events, "heal_retry"),
     )
 
 

@@ -53,5 +53,5 @@ def candidates(logits: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b c
 
 def inverse_cdf(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
     """The row's own uniform number picks its token, whatever its neighbours are."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -30,18 +30,29 @@ def phrasings(name: str) -> list[str]:
 def load_trait(name: str, prompts_file: Path | None = None) -> Trait:
     """A trait by name, `love` or `love/inner`; `prompts_file` (JSON lines with `text`, or a folder of them named
     after traits) replaces its prompt pool."""
-    stem, slash, phrasing = name.partition("/")
-    table = _read(stem)
-    known = table.get("phrasing", {})
-    if slash and phrasing not in known:
-        fix = f"its phrasings are {', '.join(known)}" if known else f"that file has one persona pair; ask for {stem!r}"
-        raise UserError(f"trait is {name!r}: {stem!r} has no phrasing {phrasing!r}; {fix}")
-    pair = known[phrasing or table["default_phrasing"]] if known else table["persona"]
+    stem, _, phrasing = name.partition("/")
+    problems, prompts = Problems(), None
+    with problems.noted():
+        table = _read(stem)
+        pair = _pair(name, table, phrasing)
+    if prompts_file is not None and stem in available():  # a folder holds pools of known traits
+        with problems.noted():
+            prompts = _prompts(prompts_file, stem)
+    problems.complain()
     return Trait(
         name=name, description=table["description"], target=table["target"], sign=table["sign"], **pair,
         steered_system=table["system"]["steered"], plain_system=table["system"]["plain"], narration=tuple(table["narration"]),
-        prompts=tuple(table["prompts"]) if prompts_file is None else _prompts(prompts_file, stem),
+        prompts=tuple(table["prompts"]) if prompts is None else prompts,
     )
+
+
+def _pair(name: str, table: dict[str, Any], phrasing: str) -> dict[str, str]:
+    """The personas that a name asks for."""
+    known = table.get("phrasing", {})
+    if "/" in name and phrasing not in known:
+        fix = f"its phrasings are {', '.join(known)}" if known else "that file has one persona pair; ask for it without a phrasing"
+        raise UserError(f"trait is {name!r}: {name.partition('/')[0]!r} has no phrasing {phrasing!r}; {fix}")
+    return known[phrasing or table["default_phrasing"]] if known else table["persona"]
 
 
 def _read(stem: str) -> dict[str, Any]:

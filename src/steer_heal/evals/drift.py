@@ -34,9 +34,8 @@ def final_states(lm: LM, completions: Sequence[Completion], condition: Condition
 
 
 @torch.no_grad()
-def items(lm: LM, completions: Sequence[Completion], states: Sequence[Tensor], plain_system: str) -> dict[str, list[float]]:
-    """Per completion: mean over its positions of KL(state || base) in nats. `lm` must be at its base gate."""
-    reference = final_states(lm, completions, Condition(plain_system))
+def items(lm: LM, states: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Per completion: mean over its positions of KL(state || base) in nats, from the final hidden states of both."""
     out = []
     for state, ref in zip(states, reference, strict=True):
         parts = zip(state.split(lm.chunk_size), ref.split(lm.chunk_size), strict=True)

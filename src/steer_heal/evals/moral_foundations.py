@@ -155,8 +155,7 @@ def read_slots(
         for row, i in enumerate(group):
             end, start = len(slots[i].ids), slots[i].prefill_start
             logp[i] = lm.logits(hidden[row, end - 1 : end]).log_softmax(-1)[0, list(digits)].cpu()
-            targets = torch.tensor(slots[i].ids[start:], device=lm.device)
-            nll[i] = lm.nll(hidden[row, start - 1 : end - 1], targets).mean().cpu()
+            nll[i] = lm.nll(hidden[row, start - 1 : end - 1], slots[i].ids[start:]).mean().cpu()
 
     lm.in_batches([len(slot.ids) for slot in slots], read)
     return logp, nll

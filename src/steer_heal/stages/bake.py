@@ -31,9 +31,9 @@ Factors = dict[str, Tensor]
 class Student:
     """A base model with the rounds healed into it so far. The base weights are never written to.
 
-    Outside of a gate the adapters are off. Training keeps every factor apart (`training`); reading and writing
-    text runs on a merged working copy of the adapted weights (`gate`), so that a token costs the same however
-    many rounds are baked.
+    Outside of a gate the adapters are off. Reading and writing text runs on a merged working copy of the adapted
+    weights (`gate`), so that a token costs the same however many rounds are baked; so does training in float32,
+    while in lower precision it keeps every factor apart (`training`).
     """
 
     def __init__(self, lm: LM, cfg: HealCfg) -> None:
@@ -88,30 +88,33 @@ class Student:
         if self._peft is not None:
             yield from ((name, m) for name, m in self._peft.named_modules() if isinstance(m, LoraLayer))
 
+    @property
+    def merging_is_lossy(self) -> bool:
+        """Whether factors lose digits once they are added to the weights: in anything but float32."""
+        return self.lm.quantized or any(m.get_base_layer().weight.dtype != torch.float32 for _, m in self._layers())
+
     # --- what acts on the model ---------------------------------------------------------------------------
     @contextmanager
-    def gate(self, which: Gate, merged: bool = True) -> Iterator[LM]:
+    def gate(self, which: Gate, exact: bool = False) -> Iterator[LM]:
         """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
 
-        `merged=False` lets the factors act apart, exactly as in training: slower, but without the rounding that
-        merging into low-precision weights costs. On a quantized model they always do: codes cannot take them.
+        `exact` lets the factors act apart where merging would round them: slower, and in bfloat16 small factors are
+        kept. On a quantized model they always act apart: codes cannot take them.
         """
         names = self.rounds_in[which]
-        if self.lm.quantized or names and not merged:
+        if self.lm.quantized or names and exact and self.merging_is_lossy:
             with self._acting(names) if names else nullcontext():
                 yield self.lm
             return
-        before = {}
-        for path, module in self._layers():
-            weight = module.get_base_layer().weight
-            before[path] = weight.data
-            pristine = self._pristine.setdefault(path, weight.data)
-            weight.data = pristine
-            if names:
-                with torch.no_grad():
-                    delta = sum(module.get_delta_weight(name).float() for name in names)
-                    weight.data = (pristine.float() + delta).to(pristine.dtype)
+        before = {path: module.get_base_layer().weight.data for path, module in self._layers()}
         try:
+            for path, module in self._layers():
+                weight, pristine = module.get_base_layer().weight, self._pristine.setdefault(path, before[path])
+                weight.data = pristine
+                if names:
+                    with torch.no_grad():
+                        delta = sum(module.get_delta_weight(name).float() for name in names)
+                        weight.data = (pristine.float() + delta).to(pristine.dtype)
             yield self.lm
         finally:
             for path, module in self._layers():
@@ -126,8 +129,12 @@ class Student:
 
     @contextmanager
     def training(self) -> Iterator[list[torch.nn.Parameter]]:
-        """History and this round's factor both act, unmerged, forward and backward; yields what is trained."""
-        with self._acting(self.rounds_in["full"]):
+        """History and this round's factor both act, forward and backward; yields what is trained.
+
+        The history is merged where that loses nothing, so that a step costs the same after every round.
+        """
+        apart = self.rounds_in["full"] if self.merging_is_lossy else [ROUND]
+        with self.gate("prev", exact=True), self._acting(apart):
             parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
             for parameter in parameters:
                 assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"

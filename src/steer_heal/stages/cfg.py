@@ -188,7 +188,7 @@ class HealCfg:
     memory and speed, not results; a pass that runs out of memory is split, with a warning that names the size that fits."""
     checkpoint: Literal["auto", "on", "off"] = "auto"
     """Compute each block's activations again in the backward pass instead of storing them: a third slower, memory of
-    one block. auto: where a pass would store more than 256 MiB and a fifth of the weights."""
+    one block. auto: where a pass would store more than 1 GiB and a fifth of the weights."""
     rank: int = 32
     """Rank of each round's LoRA factor."""
     lora_alpha: float = 64.0

@@ -15,7 +15,7 @@ from steer_heal.evals.instrument import Instrument, Vignette, load_instrument, l
 from steer_heal.records import EvalResult, Trait, UserError, derive_seed
 from steer_heal.stages.bake import Gate, Student
 from steer_heal.stages.cfg import EvalCfg, FilterCfg
-from steer_heal.stages.filter import score
+from steer_heal.stages.filter import judge
 from steer_heal.stages.generate import Ask, generate
 
 
@@ -44,8 +44,9 @@ def evaluate(
     with student.gate(which) as lm:
         states = drift.final_states(lm, texts, condition)
     with student.gate("base") as lm:
-        scored = score(lm, texts, trait.narration, keep)
-        under_base = drift.items(lm, texts, states, trait.plain_system) | persona.items(lm, texts, trait)
+        reference = drift.final_states(lm, texts, Condition(trait.plain_system))
+        scored = [judge(c, lm.nll(h, c.completion_ids).cpu(), trait.narration, keep) for c, h in zip(texts, reference, strict=True)]
+        under_base = drift.items(lm, states, reference) | persona.items(lm, texts, trait)
     oracle = None
     if cfg.oracle == "toylm":
         from steer_heal.toylm.oracle import oracle

@@ -106,12 +106,15 @@ def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg
     the CPU, from where those of a step are a small copy."""
     lm = student.lm
     references: list[Tensor] = [torch.empty(0)] * len(kept)
-    with student.gate(cfg.reference, merged=False):
-        for group in lm.batches([len(c.prompt_ids) + len(c.completion_ids) for c in kept]):
-            hidden = lm.hidden([kept[i].prompt_ids + kept[i].completion_ids for i in group])
-            for row, i in enumerate(group):
-                start = len(kept[i].prompt_ids) - 1
-                references[i] = hidden[row, start : start + len(kept[i].completion_ids)].to("cpu", copy=True)
+
+    def read(group: list[int]) -> None:
+        hidden = lm.hidden([kept[i].prompt_ids + kept[i].completion_ids for i in group])
+        for row, i in enumerate(group):
+            start = len(kept[i].prompt_ids) - 1
+            references[i] = hidden[row, start : start + len(kept[i].completion_ids)].to("cpu", copy=True)
+
+    with student.gate(cfg.reference, exact=True):
+        lm.in_batches([len(c.prompt_ids) + len(c.completion_ids) for c in kept], read)
     return [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, h) for c, h in zip(kept, references, strict=True)]
 
 

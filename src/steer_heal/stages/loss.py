@@ -41,18 +41,23 @@ class Sample:
         return self.prompt_ids + self.completion_ids
 
 
-def losses(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats.
-
-    Only completion positions reach the head. With cfg.lam 0 no gradient flows through the divergence.
-    """
-    hidden = lm.hidden([sample.ids for sample in batch])
-    lengths = [len(sample.completion_ids) for sample in batch]
+def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "n d"]]:
+    """Final hidden states before each token of each completion; nothing else reaches the head."""
     starts = [len(sample.prompt_ids) - 1 for sample in batch]
+    rows = lm.hidden([sample.ids for sample in batch])
+    return [row[start : start + len(sample.completion_ids)] for row, start, sample in zip(rows, starts, batch, strict=True)]
+
+
+def losses(
+    lm: LM, batch: Sequence[Sample], cfg: HealCfg, states: Sequence[Float[Tensor, "n d"]] | None = None
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats, from its `states` where they
+    are known. With cfg.lam 0 no gradient flows through the divergence.
+    """
+    states = completion_states(lm, batch) if states is None else states
+    lengths = [len(sample.completion_ids) for sample in batch]
     nll, divergence = position_terms(
-        lm,
-        torch.cat([row[start : start + n] for row, start, n in zip(hidden, starts, lengths, strict=True)]),
-        torch.cat([sample.reference for sample in batch]).to(lm.device),
+        lm, torch.cat(list(states)), torch.cat([sample.reference for sample in batch]).to(lm.device),
         torch.tensor([token for sample in batch for token in sample.completion_ids], device=lm.device),
         DIVERGENCES["kl_rev" if cfg.divergence == "nll" else cfg.divergence], cfg.lam > 0,
     )

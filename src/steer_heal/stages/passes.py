@@ -20,7 +20,7 @@ from steer_heal.lm import LM
 from steer_heal.memory import ran_out
 from steer_heal.records import UserError
 from steer_heal.stages.cfg import HealCfg, layer_band
-from steer_heal.stages.loss import Sample, losses
+from steer_heal.stages.loss import Sample, completion_states, losses
 
 STORED_BYTES = 10
 """Bytes that a block keeps for its backward pass, per token and per output of its linear layers: activations, and the
@@ -34,11 +34,12 @@ class Passes:
         self.lm, self.cfg, self.parameters = lm, cfg, parameters
         self.tokens = cfg.tokens_per_pass
         self.blocks = list(lm.blocks)[layer_band(cfg.layers, len(lm.blocks)).start :]  # below, nothing is kept
-        self.recompute = cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**28, _bytes(lm.model) / 5)
+        self.recompute = cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model) / 5)
 
     def _stored(self) -> int:
         """Estimated bytes that one pass keeps for its backward pass without recomputing."""
-        outputs = sum(m.out_features for block in self.blocks for m in block.modules() if isinstance(m, nn.Linear))
+        linears = (m for block in self.blocks for name, m in block.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name)
+        outputs = sum(m.out_features for m in linears)
         return STORED_BYTES * self.tokens * outputs
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
@@ -76,19 +77,38 @@ class Passes:
             return f"{told}; activations are computed again from here on; --heal.checkpoint on starts so"
         raise UserError(f"{told}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller --heal.rank")
 
+    def _backward(self, rows: Sequence[Sample], n_samples: int, pushed: Sequence[Tensor]) -> Tensor:
+        """One pass: adds the gradients of its share of the loss to `.grad`, those of its barrier alone to `pushed` where
+        that is given; returns the sums of (sft, divergence, barrier) over its completions.
+
+        The head goes forward and backward for a few completions at a time, as many as fit a chunk: their slopes are
+        weighed before they go back through it, in one product, and no logits wait for those of other completions.
+        """
+        cfg, states = self.cfg, completion_states(self.lm, rows)
+        leaves = [state.detach().requires_grad_() for state in states]
+        pushes: dict[int, Tensor] = {}
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in self.lm.batches([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
+            mine = [leaves[i] for i in part]
+            sft, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
+            penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
+            if pushed and penalty.detach().max() > 0:
+                pushes |= zip(part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True)
+            ((sft + penalty).sum() / n_samples).backward()
+            sums += torch.stack([term.detach().double().sum().cpu() for term in (sft, divergence, penalty)])
+        if pushes:
+            fired = [states[i] for i in pushes]
+            for total, more in zip(pushed, torch.autograd.grad(fired, self.parameters, list(pushes.values()), retain_graph=True), strict=True):
+                total += more
+        torch.autograd.backward(states, [leaf.grad for leaf in leaves])
+        return sums
+
     def _add_up(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        cfg, parameters = self.cfg, self.parameters
-        sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in parameters] if measure else []
+        sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in self.parameters] if measure else []
         for group in self.lm.batches([len(sample.ids) for sample in batch], self.tokens):
             with recomputed(self.blocks) if self.recompute else nullcontext():
-                sft, divergence = losses(self.lm, [batch[i] for i in group], cfg)
-                penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
-                if measure and penalty.detach().max() > 0:
-                    for total, part in zip(pushed, torch.autograd.grad(penalty.sum() / len(batch), parameters, retain_graph=True, allow_unused=True)):
-                        total += 0 if part is None else part
-                ((sft + penalty).sum() / len(batch)).backward()
-            sums += torch.stack([part.detach().double().sum().cpu() for part in (sft, divergence, penalty)])
-        pulled = (p.grad - push for p, push in zip(parameters, pushed, strict=measure))
+                sums += self._backward([batch[i] for i in group], len(batch), pushed)
+        pulled = (p.grad - push for p, push in zip(self.parameters, pushed, strict=measure))
         pressure = _norm(pushed) / max(_norm(pulled), 1e-12) if measure else None
         return *(sums / len(batch)).tolist(), pressure
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from steer_heal.config import FAST_DEV_PRESET, PRESETS, RunConfig, check, from_dict
+from steer_heal.config import FAST_DEV_PRESET, PRESETS, RunConfig, _check_pool, check, from_dict
 from steer_heal.events import jsonable
 from steer_heal.records import UserError
 from steer_heal.run import main
 from steer_heal.stages.cfg import HealCfg
+from steer_heal.traits import load_trait
 
 BAD = {
     "--heal.tau -1": "heal.tau is -1.0: it must be >= 0 nats",
@@ -89,11 +90,10 @@ def test_a_prompt_that_comes_twice_would_be_trained_on_and_evaluated(tmp_path, c
     assert "holds 'prompt 0' 2 times" in capsys.readouterr().err
 
 
-def test_a_pool_without_a_prompt_is_too_small(tmp_path):
-    (tmp_path / "p.jsonl").touch()
-    with pytest.raises(UserError) as raised:
-        check(replace(FAST_DEV_PRESET, out=tmp_path / "out", gen=replace(FAST_DEV_PRESET.gen, prompts=tmp_path / "p.jsonl")))
-    assert "holds 0" in str(raised.value) or "is empty" in str(raised.value)
+def test_a_trait_without_a_prompt_is_one_problem():
+    trait = replace(load_trait("authority"), prompts=())
+    with pytest.raises(UserError, match="the pool of trait 'authority' holds 0"):
+        _check_pool(FAST_DEV_PRESET, trait)
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

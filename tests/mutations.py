@@ -17,7 +17,7 @@ ANY_TEXT = st.one_of(
 )
 REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
 ODD = st.one_of(
-    st.sampled_from([None, True, False, 0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, [], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]),
+    st.sampled_from([None, True, False, 0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, [], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]).map(copy.deepcopy),
     ANY_TEXT, st.integers(), st.floats(),
 )
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from steer_heal.lab import cli, show
-from steer_heal.lm import LM, load
+from steer_heal.lm import LM, SHORTEST_CHUNK, load
 from steer_heal.footprint import peak_bytes
 from steer_heal.records import Completion
 from steer_heal.stages import loss
@@ -34,7 +34,7 @@ def whole(lm, hidden, reference, targets, divergence, pull=True):
 
 def again(lm, hidden, reference, targets, divergence, pull=True):
     """A chunk at a time, and each chunk's logits a second time in the backward pass."""
-    chunks = zip(*(x.split(lm.chunk_size) for x in (hidden, reference, targets)), strict=True)
+    chunks = zip(*(x.split(SHORTEST_CHUNK) for x in (hidden, reference, targets)), strict=True)
     terms = [checkpoint(lambda *chunk: whole(lm, *chunk, divergence), *chunk, use_reentrant=False) for chunk in chunks]
     return torch.cat([nll for nll, _ in terms]), torch.cat([kl for _, kl in terms])
 
@@ -72,9 +72,10 @@ def measure(lm: LM, name: str, batch: int, length: int, repeats: int, seed: int)
     tokens = torch.randint(3, lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
     samples = reference_samples(student, [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)], cfg)
     student.new_round(seed)
-    built, loss.position_terms = loss.position_terms, HEADS[name]
+    chunk_size = lm.chunk_size
+    at_once = patch.object(LM, "chunk_size", chunk_size if name == "as built" else 2**62)  # of the others all completions take the head together
     try:
-        with student.training() as parameters:
+        with at_once, patch.object(loss, "position_terms", HEADS[name]), student.training() as parameters:
             optimiser, passes = torch.optim.AdamW(parameters, lr=1e-4, foreach=False), Passes(lm, cfg, parameters)
 
             def step() -> None:
@@ -86,9 +87,8 @@ def measure(lm: LM, name: str, batch: int, length: int, repeats: int, seed: int)
             seconds = min(_seconds(step) for _ in range(repeats))
             adapter = sum(p.nbytes for p in parameters)
     finally:
-        loss.position_terms = built
         student.discard_round()
-    weights, chunk = sum(p.nbytes for n, p in lm.model.named_parameters() if ".lora_" not in n), loss.CHUNK_BUFFERS * lm.chunk_size * lm.head.weight.shape[0] * 4
+    weights, chunk = sum(p.nbytes for n, p in lm.model.named_parameters() if ".lora_" not in n), loss.CHUNK_BUFFERS * chunk_size * lm.head.weight.shape[0] * 4
     chunk = min(chunk, loss.CHUNK_BUFFERS * sum(len(s.completion_ids) for s in samples) * lm.head.weight.shape[0] * 4)
     peak, needed = weights + adapter + over, weights + 3 * adapter + chunk
     return {

@@ -38,6 +38,11 @@ def test_other_operators_are_counted_in_bytes():
     assert found["other_gb"] * 1e9 == pytest.approx(2 * 50 * 10 * 4)
 
 
+def test_of_a_table_the_rows_that_are_picked_count():
+    table, i = torch.randn(1000, 8), torch.tensor([1, 2, 3])
+    assert counted(lambda: torch.nn.functional.embedding(i, table))["other_gb"] * 1e9 == pytest.approx(2 * 3 * 8 * 4)
+
+
 def test_the_best_is_bound_by_operations_or_by_bytes():
     a, b = torch.randn(1, 1000), torch.randn(1000, 1000)
     assert counted(lambda: a @ b, gflop_per_s=1.0)["at_best_s"] == pytest.approx(2e-3)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import scramble
 
+from steer_heal.divergence import barrier
 from steer_heal.lm import LM
 from steer_heal.records import UserError
 from steer_heal.stages.bake import Student
 from steer_heal.stages.heal import heal, reference_samples, validate
 from steer_heal.stages.loss import losses
-from steer_heal.stages.passes import Passes, recomputed
+from steer_heal.stages.passes import Passes, recomputed, through_the_head
 
 
 def _factors(student: Student) -> dict[str, torch.Tensor]:
@@ -75,6 +76,34 @@ def test_passes_are_bucketed_by_length_and_within_their_budget(tiny: LM, kept, h
     assert sorted(sum(seen, [])) == sorted(len(sample.ids) for sample in samples)
     assert sum(seen, []) == sorted(sum(seen, [])), "rows of like length share a pass"
     assert all(max(group) * len(group) <= 150 for group in seen) and any(len(group) > 1 for group in seen)
+
+
+@pytest.mark.parametrize("name, how", [("kl_rev", "rmse"), ("kl_fwd", "p95"), ("nll", "rmse")])
+@pytest.mark.parametrize("size", [7, 40, 10_000])
+def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(size, name, how, tiny: LM, kept, heal_cfg, monkeypatch):
+    cfg = replace(heal_cfg, divergence=name, aggregate=how, lam=0.0 if name == "nll" else 0.7)
+    student = Student(tiny, cfg)
+    samples = reference_samples(student, kept, cfg)
+    student.new_round(0)
+    scramble(student, 0, scale=0.1)
+    with student.training() as parameters:
+        sft, divergence = losses(tiny, samples, cfg)
+        cfg = replace(cfg, tau=divergence.median().item())  # half of them fire
+        penalty = barrier(divergence, cfg.lam, cfg.tau) * (cfg.lam > 0)
+        pulled = torch.autograd.grad(sft.mean(), parameters, retain_graph=True)
+        pushed = torch.autograd.grad(penalty.mean(), parameters) if cfg.lam else [torch.zeros_like(p) for p in parameters]
+        monkeypatch.setattr(LM, "chunk_size", size)
+        numbers = Passes(tiny, replace(cfg, tokens_per_pass=200), parameters).gradients(samples, True)
+        norm = lambda gradients: sum(g.square().sum() for g in gradients).sqrt().item()
+        assert numbers == pytest.approx((sft.mean().item(), divergence.mean().item(), penalty.mean().item(), norm(pushed) / norm(pulled)), rel=1e-3)
+        assert (numbers[3] > 0.01) is (name != "nll")
+        for p, pull, push in zip(parameters, pulled, pushed, strict=True):
+            assert (p.grad - pull - push).norm() <= 1e-4 * (pull + push).norm()
+
+
+def test_completions_fill_chunks_of_the_head_together():
+    assert list(through_the_head([20, 30, 70, 129, 8, 400, 9], 128)) == [[3, 5], [0, 1, 2, 4], [6]]
+    assert list(through_the_head([80] * 4, 64)) == [[0, 1, 2, 3]] and list(through_the_head([], 64)) == []
 
 
 @pytest.fixture

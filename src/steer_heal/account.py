@@ -19,6 +19,8 @@ COLD_BYTES = 2**27
 aten = torch.ops.aten
 NO_DATA = {aten._unsafe_view, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
 """Operators that neither read nor write numbers, beside the views."""
+PICKS = {aten.embedding, aten.gather, aten.index, aten.index_select}
+"""Operators that read no more of their operand than they return."""
 FLOP: dict[Any, Callable[..., int]] = {
     **{packet: flop_registry[packet] for packet in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)},
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
@@ -74,7 +76,7 @@ class Tally(TorchDispatchMode):
         self.n_calls[call] += 1
         if call not in self.n_bytes:
             seen: list[Like] = []
-            _each_tensor((args, out), lambda tensor: seen.append(_like(tensor)))
+            _each_tensor((out, out) if func.overloadpacket in PICKS else (args, out), lambda tensor: seen.append(_like(tensor)))
             self.n_bytes[call] = sum(like.n_bytes for like in seen)
             if func.overloadpacket in FLOP:
                 self.flop[call] = FLOP[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
@@ -115,10 +117,12 @@ def _each_tensor(value: Any, turn: Callable[[Any], Any], kind: type = Tensor) ->
 
 def rates() -> dict[str, float]:
     """This processor at its best, on as many threads as torch has: products, reading plus writing memory, and writing such as
-    the system has only just handed out."""
-    a, long = torch.ones(1024, 1024), torch.ones(2**26)
-    return {
-        "gflop_per_s": 2 * 1024**3 / median_s(*[lambda: a @ a] * 7) / 1e9, "gb_per_s": 2 * long.nbytes / median_s(*[lambda: long.mul_(1.0)] * 7) / 1e9,
+    the system has only just handed out; and products of some rows with weights of 1024 x 1024 that come from memory."""
+    long, weights = torch.ones(2**26), torch.ones(64, 1024, 1024)
+    products = {n: median_s(*(lambda w=w, x=torch.ones(n, 1024): x @ w.T for w in weights)) for n in (1, 32, 128, 1024)}
+    rows = {f"gflop_per_s_of_{n}_rows": 2 * n * 1024**2 / seconds / 1e9 for n, seconds in products.items()}
+    return rows | {
+        "gflop_per_s": max(rows.values()), "gb_per_s": 2 * long.nbytes / median_s(*[lambda: long.mul_(1.0)] * 7) / 1e9,
         "fresh_gb_per_s": long.nbytes / median_s(*[lambda: torch.ones(2**26)] * 7) / 1e9,
     }
 

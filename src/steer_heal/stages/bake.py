@@ -90,7 +90,7 @@ class Student:
 
     @property
     def merging_is_lossy(self) -> bool:
-        """Whether factors lose digits once they are added to the weights: in anything but float32."""
+        """Whether adding factors to the weights costs more than a rounding in float32."""
         return self.lm.quantized or any(m.get_base_layer().weight.dtype != torch.float32 for _, m in self._layers())
 
     # --- what acts on the model ---------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Student:
     def training(self) -> Iterator[list[torch.nn.Parameter]]:
         """History and this round's factor both act, forward and backward; yields what is trained.
 
-        The history is merged where that loses nothing, so that a step costs the same after every round.
+        The history is merged where that is not lossy, so that a step costs the same after every round.
         """
         apart = self.rounds_in["full"] if self.merging_is_lossy else [ROUND]
         with self.gate("prev", exact=True), self._acting(apart):

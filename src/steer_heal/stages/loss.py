@@ -1,8 +1,9 @@
 """The heal's loss: cross-entropy of each completion, and its divergence to the reference over the same positions.
 
 A position's terms depend on its own hidden state alone. So the head is run forward and backward at once, a chunk of
-positions at a time, and what is kept per position are two numbers and their two gradients of width d: nothing as wide
-as the vocabulary outlives its chunk, and nothing is computed twice, whatever weights the aggregate and the barrier give.
+positions at a time, and what is kept per position are two numbers and their two gradients of width d, or, of a single chunk,
+two slopes until they are weighed: only one chunk is as wide as the vocabulary, and nothing is computed twice, whatever
+weights the aggregate and the barrier give.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Passes:
         return STORED_BYTES * self.tokens * outputs
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        """Leaves the gradient of the loss in `.grad`; returns (sft, divergence, barrier, pressure or None).
+        """Leaves the gradient of the loss in `.grad`, which holds none before; returns (sft, divergence, barrier, pressure or None).
 
         A pass that runs out of memory costs the step a new start with smaller passes, and nothing else.
         """
@@ -81,27 +81,27 @@ class Passes:
         """One pass: adds the gradients of its share of the loss to `.grad`, those of its barrier alone to `pushed` where
         that is given; returns the sums of (sft, divergence, barrier) over its completions.
 
-        The head goes forward and backward for a few completions at a time, as many as fit a chunk: their slopes are
-        weighed before they go back through it, in one product, and no logits wait for those of other completions.
+        The head goes forward and backward for a few completions at a time, so that no logits wait for those of other completions.
         """
         cfg, states = self.cfg, completion_states(self.lm, rows)
         leaves = [state.detach().requires_grad_() for state in states]
         pushes: dict[int, Tensor] = {}
-        sums = torch.zeros(3, dtype=torch.float64)
-        for part in self.lm.batches([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
+        sums = torch.zeros(3, dtype=torch.float64, device=self.lm.device)
+        for part in through_the_head([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
             mine = [leaves[i] for i in part]
             sft, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
             penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
             if pushed and penalty.detach().max() > 0:
                 pushes |= zip(part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True)
             ((sft + penalty).sum() / n_samples).backward()
-            sums += torch.stack([term.detach().double().sum().cpu() for term in (sft, divergence, penalty)])
+            sums += torch.stack([term.detach().double().sum() for term in (sft, divergence, penalty)])
+            del sft, divergence, penalty  # their graph may hold on to logits
         if pushes:
             fired = [states[i] for i in pushes]
             for total, more in zip(pushed, torch.autograd.grad(fired, self.parameters, list(pushes.values()), retain_graph=True), strict=True):
                 total += more
         torch.autograd.backward(states, [leaf.grad for leaf in leaves])
-        return sums
+        return sums.cpu()
 
     def _add_up(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
         sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in self.parameters] if measure else []
@@ -111,6 +111,20 @@ class Passes:
         pulled = (p.grad - push for p, push in zip(self.parameters, pushed, strict=measure))
         pressure = _norm(pushed) / max(_norm(pulled), 1e-12) if measure else None
         return *(sums / len(batch)).tolist(), pressure
+
+
+def through_the_head(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
+    """Completions that go through the head together: as many as fit one chunk, whose slopes are then weighed before they go
+    back, in one product; and all longer ones, which fill chunks between them and keep only vectors of width d."""
+    part = [i for i, n in enumerate(lengths) if n > chunk]
+    for i, n in enumerate(lengths):
+        if n <= chunk:
+            if part and sum(lengths[j] for j in part) + n > chunk:
+                yield part
+                part = []
+            part.append(i)
+    if part:
+        yield part
 
 
 @contextmanager

@@ -95,6 +95,6 @@ train-toylm *flags: setup
 test *flags: setup
     OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile {{flags}}
 
-# Random damage to files, flags, texts and events: `just fuzz 20000` (a quarter of an hour on one core); docs/bad_input.md has the figures.
+# Random damage to files, flags, texts and events: `just fuzz 20000` (seven minutes on one core); docs/bad_input.md has the figures.
 fuzz examples="2000" *flags: setup
     FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}

@@ -80,7 +80,8 @@ def test_what_was_changed_upstream_and_hidden_breaks_the_next_link(copy, capsys)
     assert broken(copy, capsys)[0] == (0, "adapter")
 
 
-def test_another_or_no_model_is_the_base_s_fault(copy, capsys):
+def test_another_or_no_model_is_the_base_s_fault(copy, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a missing hub id is not looked for through retries
     rewrite(copy, "run_start", None, lambda e: e["weights"].update(sha256="0" * 64))
     where, printed = broken(copy, capsys)
     assert where == (0, "base") and "weights of model 'tiny-random' were changed since the run began" in printed

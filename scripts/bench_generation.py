@@ -24,7 +24,10 @@ from steer_heal.stages.filter import loop
 from steer_heal.steering import Decoding, Row, decode
 from steer_heal.traits import load_trait
 
-INSTRUMENTS = {"toy": (TOY / "instrument.toml", TOY / "vignettes.jsonl"), "moral": (Path("data/instruments/moral.toml"), Path("data/vignettes/other.jsonl"))}
+INSTRUMENTS = {
+    "toy": (TOY / "instrument.toml", TOY / "vignettes.jsonl"),
+    "moral": (Path("data/instruments/moral.toml"), Path("data/vignettes/other.jsonl")),
+}
 
 
 def side_by_side(works: Sequence[tuple[str, Callable[[], Any]]], n: int) -> list[dict[str, Any]]:
@@ -47,17 +50,28 @@ def sampling(n: int) -> list[dict[str, Any]]:
     warpers, pick = LogitsProcessorList([TopKLogitsWarper(64), TopPLogitsWarper(0.95)]), sampler(config)
     for batch in (1, 16):
         generator = torch.Generator().manual_seed(0)
-        logits, uniform = torch.randn(batch, 262_208, generator=generator), torch.rand(batch, generator=generator, dtype=torch.float64)
-        ways = ((f"vocabulary, batch {batch}", lambda: inverse_cdf(warpers(None, logits), uniform)), (f"likeliest, batch {batch}", lambda: pick(logits, uniform)))
+        logits, uniform = (
+            torch.randn(batch, 262_208, generator=generator),
+            torch.rand(batch, generator=generator, dtype=torch.float64),
+        )
+        ways = (
+            (f"vocabulary, batch {batch}", lambda: inverse_cdf(warpers(None, logits), uniform)),
+            (f"likeliest, batch {batch}", lambda: pick(logits, uniform)),
+        )
         rows += side_by_side(ways, n)
     return rows
 
 
 def decoding(lm: LM, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
     """96 answers of 64 tokens at several batch sizes, and with the cache at fixed addresses."""
-    ways = [(f"growing, batch {size}", lambda size=size: decode(lm, rows, None, Decoding(64, size))) for size in (1, 8, 32, 96)]
+    ways = [
+        (f"growing, batch {size}", lambda size=size: decode(lm, rows, None, Decoding(64, size)))
+        for size in (1, 8, 32, 96)
+    ]
     fixed = replace(lm, fixed_addresses=True)
-    ways += [(f"fixed, batch {size}", lambda size=size: decode(fixed, rows, None, Decoding(64, size))) for size in (32, 96)]
+    ways += [
+        (f"fixed, batch {size}", lambda size=size: decode(fixed, rows, None, Decoding(64, size))) for size in (32, 96)
+    ]
     return side_by_side(ways, n)
 
 
@@ -69,10 +83,15 @@ def prefixes(lm: LM) -> list[dict[str, Any]]:
         prompts = [[lm.chat(asked.question(v.text, order)) for order in asked.frames] for v in scenes]
         every = [ids for pair in prompts for ids in pair]
         total, by_all = sum(map(len, every)), min(shared(every[0], ids) for ids in every[1:])
-        rows.append({
-            "instrument": name, "prompts": len(every), "tokens": total / len(every), "saved_by_all": by_all * (len(every) - 1) / total,
-            "saved_by_frames": sum(shared(*pair) for pair in prompts) / total,
-        })
+        rows.append(
+            {
+                "instrument": name,
+                "prompts": len(every),
+                "tokens": total / len(every),
+                "saved_by_all": by_all * (len(every) - 1) / total,
+                "saved_by_frames": sum(shared(*pair) for pair in prompts) / total,
+            }
+        )
     return rows
 
 
@@ -84,10 +103,21 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 def reading(lm: LM, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
     """An evaluation of the toy preset in its parts: free text, and the vignettes."""
     instrument, scenes = load_instrument(INSTRUMENTS["toy"][0]), load_vignettes(INSTRUMENTS["toy"][1])
-    slots = answer_slots(lm, [instrument.question(v.text, order) for v in scenes for order in instrument.frames], instrument, Condition(), 0, 128)
-    return side_by_side([
-        ("64 free texts", lambda: decode(lm, rows[:64], None, Decoding(128, 128))), ("336 answer slots", lambda: read_slots(lm, slots, digit_ids(lm), Condition())),
-    ], n)
+    slots = answer_slots(
+        lm,
+        [instrument.question(v.text, order) for v in scenes for order in instrument.frames],
+        instrument,
+        Condition(),
+        0,
+        128,
+    )
+    return side_by_side(
+        [
+            ("64 free texts", lambda: decode(lm, rows[:64], None, Decoding(128, 128))),
+            ("336 answer slots", lambda: read_slots(lm, slots, digit_ids(lm), Condition())),
+        ],
+        n,
+    )
 
 
 def looping(lm: LM, folder: Path, every: int = 16) -> list[dict[str, Any]]:
@@ -101,11 +131,22 @@ def looping(lm: LM, folder: Path, every: int = 16) -> list[dict[str, Any]]:
         lengths = []
         for row in event["completions"]:
             ids = row["completion_ids"]
-            cut = (k for k in range(every, len(ids), every) if certain(lm.tokenizer.decode(ids[:k], skip_special_tokens=True), limit))
+            cut = (
+                k
+                for k in range(every, len(ids), every)
+                if certain(lm.tokenizer.decode(ids[:k], skip_special_tokens=True), limit)
+            )
             lengths.append((len(ids), next(cut, len(ids)), row["keep"]))
         assert not any(keep and end < n for n, end, keep in lengths)
         total = sum(n for n, _, _ in lengths)
-        rows.append({"round": event["round"], "rows": len(lengths), "left": sum(end < n for n, end, _ in lengths), "row_steps_saved": 1 - sum(end for _, end, _ in lengths) / total})
+        rows.append(
+            {
+                "round": event["round"],
+                "rows": len(lengths),
+                "left": sum(end < n for n, end, _ in lengths),
+                "row_steps_saved": 1 - sum(end for _, end, _ in lengths) / total,
+            }
+        )
     return rows
 
 
@@ -127,9 +168,20 @@ def main(n: int = 7, run: Path | None = None, out: Path = Path("out/bench")) -> 
     prompts = load_trait("authority", TOY / "prompts").prompts
     rows = [Row(lm.chat(prompts[i % len(prompts)]), seed=i) for i in range(96)]
     show("Sampling", sampling(n), ["likeliest be several times faster"], out, "sampling")
-    show("Decoding", decoding(lm, rows, max(1, n // 2)), ["larger batches be faster", "fixed be slower on a CPU: it computes rows that ended, and slots not written yet"], out, "decoding")
+    show(
+        "Decoding",
+        decoding(lm, rows, max(1, n // 2)),
+        [
+            "larger batches be faster",
+            "fixed be slower on a CPU: it computes rows that ended, and slots not written yet",
+        ],
+        out,
+        "decoding",
+    )
     show("An evaluation", reading(lm, rows, n), ["say what a shared prefix could save at the most"], out, "reading")
-    show("Prompts that begin alike", prefixes(lm), ["be over half to be worth a second way of reading"], out, "prefixes")
+    show(
+        "Prompts that begin alike", prefixes(lm), ["be over half to be worth a second way of reading"], out, "prefixes"
+    )
     if run is not None:
         show("Rows that leave their loop early", looping(lm, run), ["save over a tenth to be worth it"], out, "looping")
 

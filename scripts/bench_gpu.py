@@ -38,10 +38,18 @@ GIB = 2**30
 class Size:
     """How much is measured."""
 
-    config: dict[str, int] = field(default_factory=lambda: dict(
-        vocab_size=262_208, hidden_size=2560, intermediate_size=10_240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=256, sliding_window=1024,
-    ))
+    config: dict[str, int] = field(
+        default_factory=lambda: dict(
+            vocab_size=262_208,
+            hidden_size=2560,
+            intermediate_size=10_240,
+            num_hidden_layers=34,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            sliding_window=1024,
+        )
+    )
     batches: tuple[int, ...] = (1, 16, 64)
     n_new: int = 512
     n_generate: int = 128
@@ -57,10 +65,35 @@ class Size:
 
 
 TINY = Size(
-    dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=32),
-    (1, 2), 8, 4, (2, 64), 6, 4, 2**20, 64,
-    EvalCfg(vignettes=Path("data/toylm/vignettes.jsonl"), instrument=Path("data/toylm/instrument.toml"), think_tokens=1, n_texts=2, n_prompts=2, max_new_tokens=4, n_bootstrap=10),
-    SteerCfg(n_contexts=4, layers=(0.3, 0.7)), 1,
+    dict(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=32,
+    ),
+    (1, 2),
+    8,
+    4,
+    (2, 64),
+    6,
+    4,
+    2**20,
+    64,
+    EvalCfg(
+        vignettes=Path("data/toylm/vignettes.jsonl"),
+        instrument=Path("data/toylm/instrument.toml"),
+        think_tokens=1,
+        n_texts=2,
+        n_prompts=2,
+        max_new_tokens=4,
+        n_bootstrap=10,
+    ),
+    SteerCfg(n_contexts=4, layers=(0.3, 0.7)),
+    1,
 )
 
 
@@ -74,7 +107,9 @@ class Bench:
     def __init__(self, size: Size, device: torch.device, budget_s: float) -> None:
         self.size, self.device, self.ends_at = size, device, time.perf_counter() + budget_s
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
-        config = Gemma3TextConfig(**size.config, sliding_window_pattern=6, eos_token_id=2, pad_token_id=0, bos_token_id=None)
+        config = Gemma3TextConfig(
+            **size.config, sliding_window_pattern=6, eos_token_id=2, pad_token_id=0, bos_token_id=None
+        )
         torch.manual_seed(0)
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device))
@@ -83,7 +118,9 @@ class Bench:
         self.lm = LM(model.eval().requires_grad_(False), tokenizer, "random", max_prompt_tokens=4096)
         self.student = Student(self.lm, HealCfg())
         self.trait = load_trait("authority", None)
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.parameters()}.values())
+        self.weight_bytes = sum(
+            p.numel() * p.element_size() for p in {p.data_ptr(): p for p in model.parameters()}.values()
+        )
         self.rows: list[dict[str, Any]] = []
 
     def check(self, *_: Any) -> None:
@@ -118,7 +155,11 @@ class Bench:
             row["note"] = "cut short by --budget-s"
         row["seconds"] = self.now() - began
         on_gpu = self.device.type == "cuda"
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        row["peak_gib"] = (
+            torch.cuda.max_memory_allocated() / GIB
+            if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        )
 
     def prompts(self, n: int) -> list[tuple[int, ...]]:
         return [self.lm.chat(self.trait.prompts[i % len(self.trait.prompts)]) for i in range(n)]
@@ -141,11 +182,22 @@ def decoding(bench: Bench, bandwidth: float) -> list[dict[str, Any]]:
     def row(how: str, batch: int, n_new: int, seconds: float) -> None:
         bound = batch * bandwidth / (bench.weight_bytes + batch * token * (prompt + n_new / 2))
         per_s = batch * n_new / seconds
-        table.append({"decode": how, "batch": batch, "tokens": n_new, "tokens_per_s": per_s, "limit_per_s": bound, "share": per_s / bound})
+        table.append(
+            {
+                "decode": how,
+                "batch": batch,
+                "tokens": n_new,
+                "tokens_per_s": per_s,
+                "limit_per_s": bound,
+                "share": per_s / bound,
+            }
+        )
 
     with suppress(OutOfTime):
         inputs = torch.tensor(bench.prompts(1), device=bench.device)
-        write = lambda n: lm.model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, min_new_tokens=n)
+        write = lambda n: lm.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, min_new_tokens=n
+        )
         write(2)
         row("model.generate", 1, size.n_generate, bench._once(lambda: write(size.n_generate)))
         for batch in size.batches:
@@ -189,20 +241,33 @@ def healing(bench: Bench, matmul: float) -> list[dict[str, Any]]:
         return []
     seconds, weights = sorted(per_step)[len(per_step) // 2], sum(p.numel() for p in bench.lm.text_model.parameters())
     share = 4 * weights * n * length / seconds / matmul
-    return [{"heal": f"{n} x {length}", "step_s": seconds, "tokens_per_s": n * length / seconds, "matmul_share": share, "peak_gib": row["peak_gib"]}]
+    return [
+        {
+            "heal": f"{n} x {length}",
+            "step_s": seconds,
+            "tokens_per_s": n * length / seconds,
+            "matmul_share": share,
+            "peak_gib": row["peak_gib"],
+        }
+    ]
 
 
 def whole_round(bench: Bench) -> None:
     """The stages of a default round, each as Session calls it; texts to write are as many as a round may at most."""
     lm, size, trait = bench.lm, bench.size, bench.trait
-    heal_cfg, keep = HealCfg(epochs=size.epochs), FilterCfg(gates=(), n_keep=size.n_kept, min_train=2, max_attempts=size.n_written)
+    heal_cfg, keep = (
+        HealCfg(epochs=size.epochs),
+        FilterCfg(gates=(), n_keep=size.n_kept, min_train=2, max_attempts=size.n_written),
+    )
     student, items, vector, written = bench.student, load_items(size.evaluation, trait), None, []
     student.cfg = heal_cfg
 
     def measure(name: str, vector: Vector | None = None) -> None:
         with bench.stage(name):
             bench.check()
-            evaluate(student, "full", Condition("", vector, 0.5 if vector else 0.0), items, trait, size.evaluation, keep, 1)
+            evaluate(
+                student, "full", Condition("", vector, 0.5 if vector else 0.0), items, trait, size.evaluation, keep, 1
+            )
 
     with bench.stage("vector"):
         bench.check()
@@ -211,7 +276,16 @@ def whole_round(bench: Bench) -> None:
         bench.check()
         asks = [Ask(i % 36, trait.prompts[i % 36], 1.0, 0.01, derive_seed(1, i)) for i in range(size.n_written)]
         for start in range(0, len(asks), 64):
-            written += generate(lm, asks[start : start + 64], vector, trait.steered_system, trait.plain_system, size.n_new, 0, bench.check)
+            written += generate(
+                lm,
+                asks[start : start + 64],
+                vector,
+                trait.steered_system,
+                trait.plain_system,
+                size.n_new,
+                0,
+                bench.check,
+            )
         row["note"] = f"{len(written)} of {size.n_new} tokens, {lm.rows_at_once} at once"
     with bench.stage("filter"):
         bench.check()
@@ -239,18 +313,33 @@ def main(tiny: bool = False, budget_s: float = 480.0, device: str = "auto", out:
     bench = Bench(TINY if tiny else Size(), place, budget_s)
     bandwidth, matmul = limits(bench)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s; weights {bench.weight_bytes / GIB:.2f} GiB")
+    print(
+        f"{name}: copy {bandwidth / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s; weights {bench.weight_bytes / GIB:.2f} GiB"
+    )
     heals = healing(bench, matmul)
     whole_round(bench)
     table = decoding(bench, bandwidth)
     if heals:
         show("Heal step", heals, ["fit beside 24 GB, and matmul_share be at least 0.3"], out, "heal")
-    should = ["share be at least 0.6 at batch 1, and graphs not be slower than growing", "tokens_per_s grow with the batch"]
+    should = [
+        "share be at least 0.6 at batch 1, and graphs not be slower than growing",
+        "tokens_per_s grow with the batch",
+    ]
     if table:
         show("Decoding against bandwidth", table, should, out, "decode")
     total = sum(row["seconds"] for row in bench.rows[1:])
-    show("A default round", [*bench.rows, {"stage": "round", "seconds": total, "peak_gib": max(r["peak_gib"] for r in bench.rows), "note": ""}],
-         ["stay under 24 GiB", "be shorter than 40 minutes, what it took one row at a time"], out, "round", device=name, budget_s=budget_s)
+    show(
+        "A default round",
+        [
+            *bench.rows,
+            {"stage": "round", "seconds": total, "peak_gib": max(r["peak_gib"] for r in bench.rows), "note": ""},
+        ],
+        ["stay under 24 GiB", "be shorter than 40 minutes, what it took one row at a time"],
+        out,
+        "round",
+        device=name,
+        budget_s=budget_s,
+    )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,17 @@ HEADS = {"whole": whole, "chunks, twice": again, "as built": loss.position_terms
 
 
 def main(
-    vocabulary: int = 262_144, width: int = 64, n_layers: int = 4, batch: int = 4, lengths: tuple[int, ...] = (64, 1024), only_built_above: int = 256,
-    repeats: int = 1, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False,
+    vocabulary: int = 262_144,
+    width: int = 64,
+    n_layers: int = 4,
+    batch: int = 4,
+    lengths: tuple[int, ...] = (64, 1024),
+    only_built_above: int = 256,
+    repeats: int = 1,
+    n_threads: int = 1,
+    seed: int = 0,
+    out: Path = Path("out/bench"),
+    tiny: bool = False,
 ) -> None:
     """What does one optimiser step of the heal take at gemma's vocabulary? Seconds and peak memory, by how the head is run."""
     if tiny:
@@ -52,16 +61,33 @@ def main(
     torch.set_num_threads(n_threads)
     rows = [
         measure(_model(vocabulary, width, n_layers, seed), name, batch, length, repeats, seed)
-        for length in lengths for name in HEADS if name == "as built" or length <= only_built_above
+        for length in lengths
+        for name in HEADS
+        if name == "as built" or length <= only_built_above
     ]
     should = (
         "as built: ratio <= 1.3 at every length. ratio is peak / needed; needed is weights + adapter + AdamW's state + one chunk "
         f"({loss.CHUNK_BUFFERS} float32 tensors of positions x vocabulary); chunk is that chunk alone.",
         "whole grows with batch x length, the others do not. Sequences hold 8 tokens of prompt, the rest is completion.",
     )
-    show("What does one optimiser step of the heal take?", rows, should, out, "heal", stored=stored(seed), n_threads=n_threads)
+    show(
+        "What does one optimiser step of the heal take?",
+        rows,
+        should,
+        out,
+        "heal",
+        stored=stored(seed),
+        n_threads=n_threads,
+    )
     ways = by_way((0, 1), 1408, 32, 2, 16, 1, seed) if tiny else by_way((0, 2, 8), 32_768, 512, 8, 128, 5, seed)
-    show("What does each technique buy a step?", ways, ("as built is the fastest after every number of rounds, and does not slow down with them.",), out, "heal_by_way", n_threads=n_threads)
+    show(
+        "What does each technique buy a step?",
+        ways,
+        ("as built is the fastest after every number of rounds, and does not slow down with them.",),
+        out,
+        "heal_by_way",
+        n_threads=n_threads,
+    )
     print("bytes stored for the backward pass, per token and output of a block's linear layers:", stored(seed))
 
 
@@ -70,10 +96,16 @@ def measure(lm: LM, name: str, batch: int, length: int, repeats: int, seed: int)
     cfg = HealCfg(rank=8, layers=(0.2, 0.8), batch_size=batch, tau=0.0, lam=1.0, tokens_per_pass=1024)
     student, generator = Student(lm, cfg), torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
-    samples = reference_samples(student, [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)], cfg)
+    samples = reference_samples(
+        student,
+        [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)],
+        cfg,
+    )
     student.new_round(seed)
     chunk_size = lm.chunk_size
-    at_once = patch.object(LM, "chunk_size", chunk_size if name == "as built" else 2**62)  # of the others all completions take the head together
+    at_once = patch.object(
+        LM, "chunk_size", chunk_size if name == "as built" else 2**62
+    )  # of the others all completions take the head together
     try:
         with at_once, patch.object(loss, "position_terms", HEADS[name]), student.training() as parameters:
             optimiser, passes = torch.optim.AdamW(parameters, lr=1e-4, foreach=False), Passes(lm, cfg, parameters)
@@ -88,24 +120,43 @@ def measure(lm: LM, name: str, batch: int, length: int, repeats: int, seed: int)
             adapter = sum(p.nbytes for p in parameters)
     finally:
         student.discard_round()
-    weights, chunk = sum(p.nbytes for n, p in lm.model.named_parameters() if ".lora_" not in n), loss.CHUNK_BUFFERS * chunk_size * lm.head.weight.shape[0] * 4
+    weights, chunk = (
+        sum(p.nbytes for n, p in lm.model.named_parameters() if ".lora_" not in n),
+        loss.CHUNK_BUFFERS * chunk_size * lm.head.weight.shape[0] * 4,
+    )
     chunk = min(chunk, loss.CHUNK_BUFFERS * sum(len(s.completion_ids) for s in samples) * lm.head.weight.shape[0] * 4)
     peak, needed = weights + adapter + over, weights + 3 * adapter + chunk
     return {
-        "head": name, "batch": batch, "length": length, "seconds": seconds, "tokens_per_s": batch * length / seconds, "weights_mib": weights / MIB,
-        "adapter_mib": adapter / MIB, "chunk_mib": chunk / MIB, "peak_mib": peak / MIB, "ratio": peak / needed,
+        "head": name,
+        "batch": batch,
+        "length": length,
+        "seconds": seconds,
+        "tokens_per_s": batch * length / seconds,
+        "weights_mib": weights / MIB,
+        "adapter_mib": adapter / MIB,
+        "chunk_mib": chunk / MIB,
+        "peak_mib": peak / MIB,
+        "ratio": peak / needed,
     }
 
 
-def by_way(rounds: tuple[int, ...], vocabulary: int, width: int, n_layers: int, length: int, repeats: int, seed: int) -> list[dict]:
+def by_way(
+    rounds: tuple[int, ...], vocabulary: int, width: int, n_layers: int, length: int, repeats: int, seed: int
+) -> list[dict]:
     """Median seconds of a step after some rounds, as built and with one thing undone at a time, taken in turns."""
-    lm, cfg, seconds = _model(vocabulary, width, n_layers, seed), HealCfg(rank=32, layers=(0.2, 0.8), tau=0.0, lam=1.0), {}
+    lm, cfg, seconds = (
+        _model(vocabulary, width, n_layers, seed),
+        HealCfg(rank=32, layers=(0.2, 0.8), tau=0.0, lam=1.0),
+        {},
+    )
     student, generator = Student(lm, cfg), torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, vocabulary, (4, length), generator=generator).tolist()
     given = [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
     ways = {
-        "as built": (nullcontext(), cfg), "history apart": (patch.object(Student, "merging_is_lossy", True), cfg),
-        "activations computed again": (nullcontext(), replace(cfg, checkpoint="on")), "chunks of 512 positions": (patch.object(LM, "chunk_size", 512), cfg),
+        "as built": (nullcontext(), cfg),
+        "history apart": (patch.object(Student, "merging_is_lossy", True), cfg),
+        "activations computed again": (nullcontext(), replace(cfg, checkpoint="on")),
+        "chunks of 512 positions": (patch.object(LM, "chunk_size", 512), cfg),
     }
     for n in range(max(rounds) + 1):
         samples = reference_samples(student, given, cfg)
@@ -132,11 +183,15 @@ def stored(seed: int) -> dict[str, float]:
         with student.training():
             for name, blocks in (("stored", []), ("recomputed", lm.blocks)):
                 seen: dict[int, int] = {}
-                keep = lambda tensor: seen.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+                keep = lambda tensor: (
+                    seen.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+                )
                 with recomputed(blocks), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                     hidden = lm.hidden([list(range(3, 259))])
                 weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
-                out[f"{name} {str(dtype).removeprefix('torch.')}"] = sum(n for at, n in seen.items() if at not in weights) / 256 / outputs
+                out[f"{name} {str(dtype).removeprefix('torch.')}"] = (
+                    sum(n for at, n in seen.items() if at not in weights) / 256 / outputs
+                )
                 del hidden
     return out
 
@@ -151,8 +206,17 @@ def _model(vocabulary: int, width: int, n_layers: int, seed: int) -> LM:
     """A random Gemma 3 of that width, in the proportions of the 4b model."""
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=n_layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=2 * max(4, width // 10), initializer_range=0.1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=2 * max(4, width // 10),
+        initializer_range=0.1,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=1,
     )
     return replace(load("tiny-random"), model=Gemma3ForCausalLM(config).eval().requires_grad_(False), name="random")
 

@@ -55,7 +55,19 @@ class Size:
     think_tokens: int = 16
 
 
-TINY = Size(layers=3, width=32, vocabulary=1500, n_completions=8, n_tokens=12, n_history=1, epochs=1, rank=2, batch_size=8, n_vignettes=2, think_tokens=2)
+TINY = Size(
+    layers=3,
+    width=32,
+    vocabulary=1500,
+    n_completions=8,
+    n_tokens=12,
+    n_history=1,
+    epochs=1,
+    rank=2,
+    batch_size=8,
+    n_vignettes=2,
+    think_tokens=2,
+)
 
 
 class Bench:
@@ -66,10 +78,28 @@ class Bench:
         self.size, self.seed = size, seed
         preset = FAST_DEV_PRESET
         self.cfg: RunConfig = replace(
-            preset, seed=seed, gen=replace(preset.gen, max_new_tokens=size.n_tokens, batch_size=size.batch_size),
-            filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=4, gates=()), dose=replace(preset.dose, mode="fixed", n_kappas=2, n_probes=1),
-            heal=replace(preset.heal, epochs=size.epochs, rank=size.rank, lora_alpha=2.0 * size.rank, layers=(0.2, 0.8), tau=0.0, pressure_every=10**6),
-            eval=replace(preset.eval, batch_size=size.batch_size, think_tokens=size.think_tokens, n_texts=16, max_new_tokens=size.n_tokens // 2, oracle="none"),
+            preset,
+            seed=seed,
+            gen=replace(preset.gen, max_new_tokens=size.n_tokens, batch_size=size.batch_size),
+            filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=4, gates=()),
+            dose=replace(preset.dose, mode="fixed", n_kappas=2, n_probes=1),
+            heal=replace(
+                preset.heal,
+                epochs=size.epochs,
+                rank=size.rank,
+                lora_alpha=2.0 * size.rank,
+                layers=(0.2, 0.8),
+                tau=0.0,
+                pressure_every=10**6,
+            ),
+            eval=replace(
+                preset.eval,
+                batch_size=size.batch_size,
+                think_tokens=size.think_tokens,
+                n_texts=16,
+                max_new_tokens=size.n_tokens // 2,
+                oracle="none",
+            ),
         )
         self.trait: Trait = check(self.cfg)
         items = load_items(self.cfg.eval, self.trait)
@@ -77,12 +107,16 @@ class Bench:
 
     def student(self, n_rounds: int) -> Student:
         """A model of its own, always the same."""
-        student = Student(replace(load("tiny-random"), model=_model(self.size, self.seed), name="random"), self.cfg.heal)
+        student = Student(
+            replace(load("tiny-random"), model=_model(self.size, self.seed), name="random"), self.cfg.heal
+        )
         for r in range(n_rounds):
             _bake_noise(student, r)
         return student
 
-    def write(self, student: Student, vector: Vector | None, asks: Sequence[Ask], n_tokens: int, batch_size: int) -> list[Completion]:
+    def write(
+        self, student: Student, vector: Vector | None, asks: Sequence[Ask], n_tokens: int, batch_size: int
+    ) -> list[Completion]:
         with student.gate("full") as lm:
             return generate(lm, asks, vector, self.trait.steered_system, self.trait.plain_system, n_tokens, batch_size)
 
@@ -106,11 +140,22 @@ class Clock:
         with resident_peak() as peak, self.tallies.setdefault(name, Tally()) if self.counting else nullcontext():
             yield
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - worked
-        self.rows.append({"mode": self.mode, "stage": name, "seconds": seconds, "cpu_s": cpu_s, "tokens_per_s": n_tokens / seconds or None, "peak_mib": peak[0] / 2**20 if peak else None})
+        self.rows.append(
+            {
+                "mode": self.mode,
+                "stage": name,
+                "seconds": seconds,
+                "cpu_s": cpu_s,
+                "tokens_per_s": n_tokens / seconds or None,
+                "peak_mib": peak[0] / 2**20 if peak else None,
+            }
+        )
         print(f"  {self.mode:6} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
 
 
-def round_(bench: Bench, clock: Clock, given: Sequence[Completion] = ()) -> tuple[list[Completion], dict[str, torch.Tensor]]:
+def round_(
+    bench: Bench, clock: Clock, given: Sequence[Completion] = ()
+) -> tuple[list[Completion], dict[str, torch.Tensor]]:
     """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that modes do the same work."""
     cfg, trait, size = bench.cfg, bench.trait, bench.size
     plain, student = clock.mode == "plain", bench.student(size.n_history)
@@ -123,8 +168,14 @@ def round_(bench: Bench, clock: Clock, given: Sequence[Completion] = ()) -> tupl
 
     with clock.stage("generate", size.n_completions * size.n_tokens):
         found: Collected = collect(
-            lambda asks: bench.write(student, vector, asks, size.n_tokens, 1 if plain else size.batch_size), judge,
-            trait.prompts[: cfg.gen.n_prompts], cfg.gen.alphas, cfg.dose, cfg.filter, (cfg.seed, 0, "gen"), 1.0,
+            lambda asks: bench.write(student, vector, asks, size.n_tokens, 1 if plain else size.batch_size),
+            judge,
+            trait.prompts[: cfg.gen.n_prompts],
+            cfg.gen.alphas,
+            cfg.dose,
+            cfg.filter,
+            (cfg.seed, 0, "gen"),
+            1.0,
         )
     written = [row.completion for row in found.kept]
     kept = list(given) or written
@@ -135,7 +186,16 @@ def round_(bench: Bench, clock: Clock, given: Sequence[Completion] = ()) -> tupl
         student.save(Path(folder) / "r", student.bake())
     n_read = 2 * size.n_vignettes * size.think_tokens + cfg.eval.n_texts * cfg.eval.max_new_tokens
     with clock.stage("evaluate", n_read):
-        evaluate(student, "full", Condition(trait.plain_system), bench.items, trait, replace(cfg.eval, batch_size=8) if plain else cfg.eval, cfg.filter, cfg.seed)
+        evaluate(
+            student,
+            "full",
+            Condition(trait.plain_system),
+            bench.items,
+            trait,
+            replace(cfg.eval, batch_size=8) if plain else cfg.eval,
+            cfg.filter,
+            cfg.seed,
+        )
     return written, factors
 
 
@@ -144,7 +204,9 @@ def plain_heal(student: Student, kept: Sequence[Completion], r: int, cfg, seed: 
     step, the reference read in every step, all logits of all positions, one completion a pass."""
     lm, rng = student.lm, random.Random(seed)
     empty = torch.empty(0, lm.width)
-    train, validation = split_by_prompt([Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in kept], seed)
+    train, validation = split_by_prompt(
+        [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in kept], seed
+    )
     student.new_round(seed)
     with student.training() as parameters:
         pass
@@ -183,14 +245,24 @@ def _plain_loss(student: Student, sample: Sample, parameters: Sequence[torch.Ten
             loss.backward()
 
 
-def scaling(bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths: Sequence[int], repeats: int) -> dict[str, list[dict[str, Any]]]:
+def scaling(
+    bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths: Sequence[int], repeats: int
+) -> dict[str, list[dict[str, Any]]]:
     """Tokens per second as built: by rounds baked (with the seconds of a small heal), by batch, by length."""
     size, out, length = bench.size, {"rounds": [], "batch": [], "length": []}, max(8, bench.size.n_tokens // 2)
-    write = lambda student, batch, length: _seconds(lambda: bench.write(student, None, bench.asks(batch), length, batch))
+    write = lambda student, batch, length: _seconds(
+        lambda: bench.write(student, None, bench.asks(batch), length, batch)
+    )
     students = {n: bench.student(n) for n in rounds}
-    kept, cfg, half = bench.write(students[0], None, bench.asks(8), length, 8), replace(bench.cfg.heal, epochs=1, batch_size=8), size.batch_size // 2
+    kept, cfg, half = (
+        bench.write(students[0], None, bench.asks(8), length, 8),
+        replace(bench.cfg.heal, epochs=1, batch_size=8),
+        size.batch_size // 2,
+    )
     wrote, healed = {n: [] for n in rounds}, {n: [] for n in rounds}
-    for turn in range(1 + 2 * repeats):  # in turns, so that a machine that slows down slows all of them; the first one warms up
+    for turn in range(
+        1 + 2 * repeats
+    ):  # in turns, so that a machine that slows down slows all of them; the first one warms up
         for n, student in students.items():
             wrote[n].append(write(student, half, length))
             healed[n].append(_seconds(lambda: heal(student, kept, 0, cfg, bench.seed)))
@@ -198,7 +270,9 @@ def scaling(bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths
         print(f"  turn {turn} of {2 * repeats}", flush=True)
     for n in rounds:
         ms, ratios = 1e3 * median(wrote[n][1:]) / (half * length), (a / b for a, b in zip(wrote[n][1:], wrote[0][1:]))
-        out["rounds"].append({"rounds": n, "ms_per_token": ms, "heal_of_8_s": median(healed[n][1:]), "against_0": median(ratios)})
+        out["rounds"].append(
+            {"rounds": n, "ms_per_token": ms, "heal_of_8_s": median(healed[n][1:]), "against_0": median(ratios)}
+        )
 
     def speed(student: Student, batch: int, length: int) -> float:
         return batch * length / min(write(student, batch, length) for _ in range(repeats))
@@ -229,7 +303,14 @@ def account(bench: Bench, timed: Sequence[dict[str, Any]], given: Sequence[Compl
 
 
 def main(
-    size: Size = Size(), repeats: int = 2, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False, scale: bool = True, count: bool = True
+    size: Size = Size(),
+    repeats: int = 2,
+    n_threads: int = 1,
+    seed: int = 0,
+    out: Path = Path("out/bench"),
+    tiny: bool = False,
+    scale: bool = True,
+    count: bool = True,
 ) -> None:
     """What does a round cost, as built and done plainly, and how does it scale with rounds, batch and length?"""
     size = TINY if tiny else size
@@ -239,14 +320,24 @@ def main(
     written, factors = round_(bench, Clock("built", rows))
     plainly, factors_plain = round_(bench, Clock("plain", rows), given=written)
     for name in ("vector", "generate", "heal", "bake", "evaluate"):
-        built, plain = (next(row for row in rows if (row["mode"], row["stage"]) == (mode, name)) for mode in ("built", "plain"))
+        built, plain = (
+            next(row for row in rows if (row["mode"], row["stage"]) == (mode, name)) for mode in ("built", "plain")
+        )
         built |= _ratios(built, plain)
     for mode in ("built", "plain"):
-        rows.append({"mode": mode, "stage": "total"} | {name: sum(row[name] for row in rows if row["mode"] == mode) for name in ("seconds", "cpu_s")})
+        rows.append(
+            {"mode": mode, "stage": "total"}
+            | {name: sum(row[name] for row in rows if row["mode"] == mode) for name in ("seconds", "cpu_s")}
+        )
     rows[-2] |= _ratios(*rows[-2:])
     same = sum(a.completion_ids == b.completion_ids for a, b in zip(written, plainly, strict=True))
     apart = max(((factors[k] - factors_plain[k]).norm() / factors[k].norm()).item() for k in factors)
-    checks = {"n_texts": len(written), "n_texts_the_same": same, "largest_relative_difference_of_a_factor": apart, "n_threads": n_threads}
+    checks = {
+        "n_texts": len(written),
+        "n_texts_the_same": same,
+        "largest_relative_difference_of_a_factor": apart,
+        "n_threads": n_threads,
+    }
     should = (
         f"{same} of {len(written)} texts are the same in both modes: all, since a row depends on its own seed alone; rounding may part one in a hundred.",
         f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of seconds and of processor seconds (which a busy machine changes less).",
@@ -255,11 +346,35 @@ def main(
     if count:
         account(bench, rows, written, out)
     if scale:
-        small = dict(rounds=(0, 1, 2), batches=(1, 4), lengths=(8, 16)) if tiny else dict(rounds=(0, 1, 2, 4, 8), batches=(1, 2, 4, 8, 16, 32, 64), lengths=(64, 128, 256, 512))
+        small = (
+            dict(rounds=(0, 1, 2), batches=(1, 4), lengths=(8, 16))
+            if tiny
+            else dict(rounds=(0, 1, 2, 4, 8), batches=(1, 2, 4, 8, 16, 32, 64), lengths=(64, 128, 256, 512))
+        )
         tables = scaling(bench, **small, repeats=repeats)
-        show("Does a token cost more after more rounds?", tables["rounds"], ("against_0 <= 1.10 up to 8 rounds: the history is merged before writing. It is the median of ratios taken in turns.",), out, "round_by_rounds")
-        show("How does writing scale with the batch?", tables["batch"], ("tokens_per_s rise with the batch.",), out, "round_by_batch")
-        show("How does writing scale with the length?", tables["length"], ("tokens_per_s fall slowly: attention alone grows.",), out, "round_by_length")
+        show(
+            "Does a token cost more after more rounds?",
+            tables["rounds"],
+            (
+                "against_0 <= 1.10 up to 8 rounds: the history is merged before writing. It is the median of ratios taken in turns.",
+            ),
+            out,
+            "round_by_rounds",
+        )
+        show(
+            "How does writing scale with the batch?",
+            tables["batch"],
+            ("tokens_per_s rise with the batch.",),
+            out,
+            "round_by_batch",
+        )
+        show(
+            "How does writing scale with the length?",
+            tables["length"],
+            ("tokens_per_s fall slowly: attention alone grows.",),
+            out,
+            "round_by_length",
+        )
 
 
 def _ratios(built: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
@@ -285,9 +400,18 @@ def _model(size: Size, seed: int) -> Qwen3ForCausalLM:
     """Random weights; the head so large that a few tokens share the probability, and rounding rarely changes a sampled one."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=max(8, size.width // 8), tie_word_embeddings=False, initializer_range=0.06,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0,
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=3 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=max(8, size.width // 8),
+        tie_word_embeddings=False,
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     model.lm_head.weight.mul_(8 / (0.06 * size.width**0.5))  # logits of standard deviation 8

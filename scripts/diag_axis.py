@@ -15,8 +15,10 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], dose: float = 0.25) -> 
     bench = Lab(lab.run_config())
     trait, vector = bench.trait, bench.vector
     states = {
-        f"+ vector, dose {dose:g}": {"vector": vector, "dose": dose}, f"- vector, dose {dose:g}": {"vector": vector, "dose": -dose},
-        "positive persona": {"system": trait.positive}, "negative persona": {"system": trait.negative},
+        f"+ vector, dose {dose:g}": {"vector": vector, "dose": dose},
+        f"- vector, dose {dose:g}": {"vector": vector, "dose": -dose},
+        "positive persona": {"system": trait.positive},
+        "negative persona": {"system": trait.negative},
     }
     rows = []
     for name, state in states.items():
@@ -24,7 +26,14 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], dose: float = 0.25) -> 
         shifts = {f: metrics[nats_name(f)] - bench.base.metrics[nats_name(f)] for f in FOUNDATIONS}
         most = max((f for f in FOUNDATIONS if f != trait.target), key=lambda f: abs(shifts[f]))
         certain = [f for f in FOUNDATIONS if metrics[f"{nats_name(f)}_lo"] * metrics[f"{nats_name(f)}_hi"] > 0]
-        rows.append({"state": name, **shifts, "surgical": abs(shifts[trait.target]) / max(1e-9, abs(shifts[most])), "moved for certain": " ".join(certain)})
+        rows.append(
+            {
+                "state": name,
+                **shifts,
+                "surgical": abs(shifts[trait.target]) / max(1e-9, abs(shifts[most])),
+                "moved for certain": " ".join(certain),
+            }
+        )
     should = (
         f"{trait.target} (nats from base) have the sign {trait.sign:+d} with the vector and under the positive persona, and the other sign below.",
         "surgical (target over the next largest shift) be above 1: else the vector carries more than the trait.",

@@ -10,14 +10,19 @@ from steer_heal.readings import nats_name
 from steer_heal.records import FOUNDATIONS
 
 
-def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)) -> None:
+def main(
+    lab: Annotated[LabCfg, tyro.conf.arg(name="")], doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)
+) -> None:
     """Does the vector move the target while the model stays coherent? Dose, trait, profile, coherence, one text each."""
     bench = Lab(lab.run_config())
     rows, texts = [], {}
     for dose in doses:
         result = bench.read(vector=bench.vector if dose else None, dose=dose)
         others = [name for name in FOUNDATIONS if name != bench.trait.target]
-        rows.append(bench.row(f"dose {dose:g}", result) | {name: result.metrics[nats_name(name)] - bench.base.metrics[nats_name(name)] for name in others})
+        rows.append(
+            bench.row(f"dose {dose:g}", result)
+            | {name: result.metrics[nats_name(name)] - bench.base.metrics[nats_name(name)] for name in others}
+        )
         texts[f"dose {dose:g}"] = result.texts[0]["text"]
     way = "fall" if bench.trait.sign < 0 else "rise"
     should = (

@@ -11,7 +11,11 @@ from steer_heal.lab import Lab, LabCfg, cli, show
 from steer_heal.records import Scored
 
 
-def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5), n: int = 48) -> None:
+def main(
+    lab: Annotated[LabCfg, tyro.conf.arg(name="")],
+    kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
+    n: int = 48,
+) -> None:
     """What does each dose contribute to the kept set? Written, kept, coherence and trait of the text, by dose."""
     bench = Lab(lab.run_config())
     cfg = bench.cfg
@@ -35,7 +39,14 @@ def _row(bench: Lab, kappa: float, scored: tuple[Scored, ...]) -> dict:
     mean = lambda values: sum(values) / len(values) if values else None
     median = lambda name: sorted(row.scores[name] for row in scored)[len(scored) // 2]
     gates = {gate: mean([float(gate in row.failed) for row in scored]) for gate in bench.cfg.filter.gates}
-    return {"dose": kappa, "kept": len(whole) / len(scored), "log_odds": mean(odds), "ppl": median("ppl_tail"), "rep": median("rep"), **gates}
+    return {
+        "dose": kappa,
+        "kept": len(whole) / len(scored),
+        "log_odds": mean(odds),
+        "ppl": median("ppl_tail"),
+        "rep": median("rep"),
+        **gates,
+    }
 
 
 if __name__ == "__main__":

@@ -20,21 +20,30 @@ def rank(row: dict, sign: int) -> tuple:
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional], round_: Annotated[int, tyro.conf.arg(name="round")] = 0,
-    divergences: tuple[str, ...] = ("kl_rev", "kl_fwd"), lams: tuple[float, ...] = (0.1, 1.0), references: tuple[str, ...] = ("prev", "base"),
+    run: Annotated[Path, tyro.conf.Positional],
+    round_: Annotated[int, tyro.conf.arg(name="round")] = 0,
+    divergences: tuple[str, ...] = ("kl_rev", "kl_fwd"),
+    lams: tuple[float, ...] = (0.1, 1.0),
+    references: tuple[str, ...] = ("prev", "base"),
     out: Path = Path("out/diag"),
 ) -> None:
     """Which heal is best for this round's data? Heals one round of a finished run again, on its own history."""
     again = replay(run, round_)
     bench = again.lab
     base = Reading("base", -1, bench.base.metrics)
-    arms = [*ARMS, *((d, lam, r) for d in divergences for lam in lams for r in (references if round_ else references[:1]))]
+    arms = [
+        *ARMS,
+        *((d, lam, r) for d in divergences for lam in lams for r in (references if round_ else references[:1])),
+    ]
     rows = [bench.row("before", bench.read()) | {"slope": None}]
     for divergence, lam, reference in arms:
         cfg = replace(bench.cfg.heal, divergence=divergence, lam=lam, reference=reference)
         result, steps = bench.healed(again.kept, cfg, round_)
         price = slope(Reading("healed", round_, result.metrics), base, bench.target)
-        rows.append(bench.row(f"{divergence} lam {lam:g} to {reference}", result) | {"slope": price, "divergence": steps[-1].divergence})
+        rows.append(
+            bench.row(f"{divergence} lam {lam:g} to {reference}", result)
+            | {"slope": price, "divergence": steps[-1].divergence}
+        )
     ranked = rows[:1] + sorted(rows[1:], key=lambda row: rank(row, bench.trait.sign))
     should = (
         "the best arm (top) be whole: arms that lost coherence or write broken text come last, those that hardly moved before them, the rest stand by shift.",
@@ -42,7 +51,15 @@ def main(
         "more lam mean less shift and a lower kl_base; where it does not, tau is above the operating divergence.",
         "nll have the largest shift of all arms.",
     )
-    show(f"Which heal is best for round {round_} of {run.name}?", ranked, should, out, "heal_sweep", run=run.name, round=round_)
+    show(
+        f"Which heal is best for round {round_} of {run.name}?",
+        ranked,
+        should,
+        out,
+        "heal_sweep",
+        run=run.name,
+        round=round_,
+    )
 
 
 if __name__ == "__main__":

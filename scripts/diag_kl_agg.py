@@ -28,7 +28,11 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], length: int = 4, n: int
     bench = Lab(lab.run_config())
     cfg = bench.cfg
     keep = replace(cfg.filter, n_keep=n, max_attempts=4 * n, min_train=2)
-    clean = [row.completion for row in bench.collect(cfg.dose, keep, unsteered=True).kept if len(row.completion.completion_ids) >= 4 * length]
+    clean = [
+        row.completion
+        for row in bench.collect(cfg.dose, keep, unsteered=True).kept
+        if len(row.completion.completion_ids) >= 4 * length
+    ]
     looping = [plant(c, length) for c in clean]
     student, trait = bench.student, bench.trait
     student.cfg = replace(cfg.heal, divergence="nll", epochs=epochs)
@@ -41,7 +45,12 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], length: int = 4, n: int
         with student.gate("base") as lm:
             for state, ref in zip(states, drift.final_states(lm, texts, Condition(trait.plain_system)), strict=True):
                 kls.append(kl_rev(lm.logits(state).log_softmax(-1), lm.logits(ref).log_softmax(-1)))
-        rows.append({"text": name, **{how: torch.stack([aggregate(kl, how) for kl in kls]).mean().item() for how in get_args(Aggregate)}})
+        rows.append(
+            {
+                "text": name,
+                **{how: torch.stack([aggregate(kl, how) for kl in kls]).mean().item() for how in get_args(Aggregate)},
+            }
+        )
     student.discard_round()
     names = get_args(Aggregate)
     rows.append({"text": "loop / clean", **{how: rows[1][how] / rows[0][how] for how in names}})

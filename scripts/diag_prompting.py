@@ -21,11 +21,18 @@ def whole(row: dict[str, Any]) -> bool:
 def of_run(run: Path, doses: tuple[float, ...]) -> list[dict[str, Any]]:
     """Every state of one run on the run's own items; `shift_bare` is what remains without system prompt and hook."""
     bench = replay(run, 0).lab
-    furthest = lambda rows: max([row for row in rows if whole(row)] or rows[:1], key=lambda row: bench.trait.sign * row["shift"])
+    furthest = lambda rows: max(
+        [row for row in rows if whole(row)] or rows[:1], key=lambda row: bench.trait.sign * row["shift"]
+    )
     steered = [bench.row("", bench.read(vector=bench.vector, dose=dose)) | {"dose": dose} for dose in doses]
     rows = [
         {**bench.row("", bench.base), "state": "base", "needs": "nothing", "shift_bare": 0.0},
-        {**bench.row("", bench.read(system=bench.trait.positive)), "state": "prompted", "needs": "a system prompt", "shift_bare": 0.0},
+        {
+            **bench.row("", bench.read(system=bench.trait.positive)),
+            "state": "prompted",
+            "needs": "a system prompt",
+            "shift_bare": 0.0,
+        },
         {**furthest(steered), "state": "steered, furthest whole dose", "needs": "a hook", "shift_bare": 0.0},
     ]
     healed = []
@@ -35,19 +42,33 @@ def of_run(run: Path, doses: tuple[float, ...]) -> list[dict[str, Any]]:
     both = bench.row("", bench.read(system=bench.trait.positive))
     for state, row in (("healed, furthest whole round", furthest(healed)), ("healed, last round", healed[-1])):
         rows.append({**row, "state": state, "needs": "nothing", "shift_bare": row["shift"]})
-    return [*rows, {**both, "state": "healed, last round, and prompted", "needs": "a system prompt", "shift_bare": healed[-1]["shift"]}]
+    return [
+        *rows,
+        {
+            **both,
+            "state": "healed, last round, and prompted",
+            "needs": "a system prompt",
+            "shift_bare": healed[-1]["shift"],
+        },
+    ]
 
 
 def main(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75),
-    name: str = "prompting", out: Path = Path("out/diag"),
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75),
+    name: str = "prompting",
+    out: Path = Path("out/diag"),
 ) -> None:
     """Does the adapter beat a prompt? Base, prompted, steered at the knee and healed of finished runs of one trait, and
     what is left of each in a bare conversation."""
     per_run = [{"run": run.name, "rows": of_run(run, doses)} for run in runs]
     rows = []
     for same in zip(*(each["rows"] for each in per_run), strict=True):
-        means = {column: statistics.mean(row[column] for row in same) for column in MEANS if all(column in row for row in same)}
+        means = {
+            column: statistics.mean(row[column] for row in same)
+            for column in MEANS
+            if all(column in row for row in same)
+        }
         spread = statistics.stdev(row["shift"] for row in same) if len(same) > 1 else None
         rows.append({"state": same[0]["state"], "needs": same[0]["needs"], "shift_sd": spread, **means})
     should = (

@@ -21,7 +21,11 @@ def of_run(folder: Path) -> dict[str, float | None]:
     with reading(folder):
         reads, metric = readings(events), nats_name(target_of(events)[0])
         base, last = reads[0], [r for r in reads if r.stage == "healed"][-1]
-        return {"state": f"seed {events[0]['seed']}, r{last.round}", "shift": shift(last, base, metric), **{name: last[name] for name in NAMES}}
+        return {
+            "state": f"seed {events[0]['seed']}, r{last.round}",
+            "shift": shift(last, base, metric),
+            **{name: last[name] for name in NAMES},
+        }
 
 
 def here(lab: LabCfg, seed: int) -> dict[str, float | None]:
@@ -34,12 +38,18 @@ def here(lab: LabCfg, seed: int) -> dict[str, float | None]:
     return {"state": f"seed {seed}, r0", "shift": moved, **{name: read[name] for name in NAMES}}
 
 
-def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], lab: Annotated[LabCfg, tyro.conf.arg(name="")], seeds: tuple[int, ...] = (41, 42, 43)) -> None:
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    lab: Annotated[LabCfg, tyro.conf.arg(name="")],
+    seeds: tuple[int, ...] = (41, 42, 43),
+) -> None:
     """How large is the noise? The same configuration over seeds: finished runs, or one round each here and now."""
     rows = [of_run(run) for run in runs] if runs else [here(lab, seed) for seed in seeds]
     columns = [name for name in rows[0] if name != "state" and all(row[name] is not None for row in rows)]
     for label, how in (("mean", statistics.mean), ("sd", lambda x: statistics.stdev(x) if len(x) > 1 else None)):
-        rows.append({"state": label, **{name: how([row[name] for row in rows[: len(runs or seeds)]]) for name in columns}})
+        rows.append(
+            {"state": label, **{name: how([row[name] for row in rows[: len(runs or seeds)]]) for name in columns}}
+        )
     should = (
         "sd of shift be small against its mean: a difference between two arms means something beyond about two sd of their difference.",
         "every seed agree in sign.",

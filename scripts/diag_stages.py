@@ -25,7 +25,9 @@ def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")]) -> None:
         result, _ = bench.healed(kept, replace(cfg.heal, divergence=divergence))
         rows.append(bench.row(f"healed {divergence}", result))
     should = (
-        f"shift be negative for {bench.target} everywhere below base." if bench.trait.sign < 0 else f"shift be positive for {bench.target} everywhere below base.",
+        f"shift be negative for {bench.target} everywhere below base."
+        if bench.trait.sign < 0
+        else f"shift be positive for {bench.target} everywhere below base.",
         "text_ppl and degenerate rise in the steered row and fall back in the healed ones.",
         "one round of healed nll move at least as far as healed kl_rev: the barrier pays over several rounds and on broken text.",
     )

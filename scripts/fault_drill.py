@@ -97,7 +97,10 @@ class Drill:
     def __init__(self, folder: Path, draw: bool) -> None:
         self.folder, self.draw = folder, draw
         vignettes = folder / "vignettes.jsonl"
-        vignettes.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+        vignettes.write_text(
+            "".join((ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]),
+            encoding="utf-8",
+        )
         self.settings = [*SETTINGS, "--eval.vignettes", str(vignettes)]
         first = self.start("untouched")
         first.wait(0)
@@ -226,8 +229,14 @@ def second_process(drill: Drill, name: str, share: float, rng: random.Random) ->
 
 
 CASES: dict[Fault, Callable[[Drill, str, float, random.Random], None]] = {
-    "kill": kill, "kill twice": kill_twice, "ctrl-c": interrupt(signal.SIGINT), "sigterm": interrupt(signal.SIGTERM), "full disk": full_disk,
-    "torn events": torn_events, "flipped byte": flipped_byte, "second process": second_process,
+    "kill": kill,
+    "kill twice": kill_twice,
+    "ctrl-c": interrupt(signal.SIGINT),
+    "sigterm": interrupt(signal.SIGTERM),
+    "full disk": full_disk,
+    "torn events": torn_events,
+    "flipped byte": flipped_byte,
+    "second process": second_process,
 }
 
 
@@ -236,7 +245,13 @@ def tried(n: int, fault: Fault) -> int:
     return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
 
 
-def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), draw: bool = False, out: Path = Path("out/diag")) -> None:
+def main(
+    n: int = 100,
+    seed: int = 0,
+    faults: tuple[Fault, ...] = get_args(Fault),
+    draw: bool = False,
+    out: Path = Path("out/diag"),
+) -> None:
     """What does a run survive? `n` kills, a third of them twice in a row, and a tenth as many of each other fault, at moments spread evenly
     over the untouched run. Exit status 1 where anything was lost; that run is kept beside the table."""
     rows: list[dict[str, Any]] = []
@@ -261,13 +276,31 @@ def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault
             ends = [case(fault, i) for i in range(tried(n, fault))]
             came = [end for end, _ in ends if end != "late"]
             survived = came.count("survived")
-            rows.append({
-                "fault": fault, "tried": len(came), "survived": survived, "lost": len(came) - survived, "too late": len(ends) - len(came),
-                "s a case": mean(seconds for _, seconds in ends) if ends else None, "why": [end for end in came if end != "survived"],
-            })
-    should = ("lost be 0 in every row: the run ended with the events, adapters, vectors and chain of digests of one that was never touched.",)
+            rows.append(
+                {
+                    "fault": fault,
+                    "tried": len(came),
+                    "survived": survived,
+                    "lost": len(came) - survived,
+                    "too late": len(ends) - len(came),
+                    "s a case": mean(seconds for _, seconds in ends) if ends else None,
+                    "why": [end for end in came if end != "survived"],
+                }
+            )
+    should = (
+        "lost be 0 in every row: the run ended with the events, adapters, vectors and chain of digests of one that was never touched.",
+    )
     table = [{key: value for key, value in row.items() if key != "why"} for row in rows]
-    show("What does a run survive?", table, should, out, "fault_drill", seed=seed, n=n, why={row["fault"]: row["why"] for row in rows})
+    show(
+        "What does a run survive?",
+        table,
+        should,
+        out,
+        "fault_drill",
+        seed=seed,
+        n=n,
+        why={row["fault"]: row["why"] for row in rows},
+    )
     if n_lost := sum(row["lost"] for row in rows):
         raise UserError(f"{n_lost} runs were lost; they are in {out / 'lost'}")
 

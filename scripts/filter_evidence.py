@@ -1,7 +1,7 @@
 """Which gate tells broken text from whole text? Samples steered completions to label, and reads every gate against the labels.
 
-    python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl, labels empty: read each text and fill them in
-    python scripts/filter_evidence.py table      # docs/evidence/filter.md
+python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl, labels empty: read each text and fill them in
+python scripts/filter_evidence.py table      # docs/evidence/filter.md
 """
 
 import json
@@ -37,7 +37,9 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
     for event in of_stage(events, "gen")[1:]:
         written = [completion(row) for row in event["completions"]]
         with bench.student.gate("base") as lm:
-            for row in score(lm, written[:: max(1, len(written) // per_round)][:per_round], bench.trait.narration, keep):
+            for row in score(
+                lm, written[:: max(1, len(written) // per_round)][:per_round], bench.trait.narration, keep
+            ):
                 rows.append({"round": event["round"]} | _unlabelled(row))
     LABELS.parent.mkdir(parents=True, exist_ok=True)
     LABELS.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
@@ -47,8 +49,14 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
 def _unlabelled(row: Scored) -> dict:
     c = row.completion
     return {
-        "dose": round(c.dose, 4), "seed": c.seed, "prompt": c.prompt, "text": c.text, "ppl_tail": row.scores["ppl_tail"],
-        "ppl_worst": row.scores["ppl_worst"], "coherent": None, "enacts": None,
+        "dose": round(c.dose, 4),
+        "seed": c.seed,
+        "prompt": c.prompt,
+        "text": c.text,
+        "ppl_tail": row.scores["ppl_tail"],
+        "ppl_worst": row.scores["ppl_worst"],
+        "coherent": None,
+        "enacts": None,
     }
 
 
@@ -102,7 +110,9 @@ def _f1(precision: float, recall: float) -> float:
 def table(lab: LabCfg) -> None:
     """Every gate alone, at its best threshold and at the preset's; all together; the borderline rows."""
     rows = [json.loads(line) for line in LABELS.read_text(encoding="utf-8").splitlines()]
-    unlabelled = [row["id"] for row in rows if row["coherent"] is None or row["enacts"] not in ("enacts", "narrates", "neither")]
+    unlabelled = [
+        row["id"] for row in rows if row["coherent"] is None or row["enacts"] not in ("enacts", "narrates", "neither")
+    ]
     if unlabelled:
         raise UserError(f"{LABELS}: {len(unlabelled)} rows have no labels yet, the first has id {unlabelled[0]}")
     keep = lab.run_config().filter
@@ -124,24 +134,51 @@ def table(lab: LabCfg) -> None:
     together: list[str] = []
     for name in preset:
         together.append(name)
-        line(" or ".join(together), "as in the preset", [any(scores[n][i] > preset[n] for n in together) for i in range(len(rows))])
-    border = ["| id | dose | coherent | " + " | ".join(preset) + " | dropped by | end of the text |", "|---|" + "---|" * (4 + len(preset))]
+        line(
+            " or ".join(together),
+            "as in the preset",
+            [any(scores[n][i] > preset[n] for n in together) for i in range(len(rows))],
+        )
+    border = [
+        "| id | dose | coherent | " + " | ".join(preset) + " | dropped by | end of the text |",
+        "|---|" + "---|" * (4 + len(preset)),
+    ]
     distance = lambda i: min(abs(math.log(max(scores[n][i], 1e-3) / preset[n])) for n in preset)
     for i in sorted(range(len(rows)), key=distance)[:16]:
         gates = [n for n in preset if scores[n][i] > preset[n]]
         text = rows[i]["text"][-90:].replace("|", "/").replace("\n", " ")
-        border.append(f"| {rows[i]['id']} | {rows[i]['dose']:g} | {rows[i]['coherent']} | " + " | ".join(f"{scores[n][i]:.2f}" for n in preset) + f" | {', '.join(gates)} | ...{text} |")
+        border.append(
+            f"| {rows[i]['id']} | {rows[i]['dose']:g} | {rows[i]['coherent']} | "
+            + " | ".join(f"{scores[n][i]:.2f}" for n in preset)
+            + f" | {', '.join(gates)} | ...{text} |"
+        )
     wrong = [i for i in range(len(rows)) if any(scores[n][i] > preset[n] for n in preset) != broken[i]]
-    misses = [f"- id {rows[i]['id']}, dose {rows[i]['dose']:g}, {'broken but kept' if broken[i] else 'whole but dropped'}: ...{rows[i]['text'][-160:]}" for i in wrong]
+    misses = [
+        f"- id {rows[i]['id']}, dose {rows[i]['dose']:g}, {'broken but kept' if broken[i] else 'whole but dropped'}: ...{rows[i]['text'][-160:]}"
+        for i in wrong
+    ]
     acts = {kind: sum(row["enacts"] == kind for row in rows) for kind in ("enacts", "narrates", "neither")}
     marker = "<!-- everything below is written by scripts/filter_evidence.py table -->"
-    head = EVIDENCE.read_text(encoding="utf-8").split(marker)[0] if EVIDENCE.exists() else "# Evidence for the filter\n\n"
+    head = (
+        EVIDENCE.read_text(encoding="utf-8").split(marker)[0] if EVIDENCE.exists() else "# Evidence for the filter\n\n"
+    )
     body = [
-        f"{len(rows)} texts, {sum(broken)} labelled broken; {acts['enacts']} enact the trait, {acts['narrates']} narrate it, {acts['neither']} do neither.", "",
+        f"{len(rows)} texts, {sum(broken)} labelled broken; {acts['enacts']} enact the trait, {acts['narrates']} narrate it, {acts['neither']} do neither.",
+        "",
         "## Gates against the labels",
         "Precision: share of dropped texts that are broken. Recall: share of broken texts that are dropped. `alone`: the threshold with the best F1 on the texts of",
-        "even id is read on those of odd id, and the other way round, so no text judges its own threshold.", "", *lines, "",
-        "## Borderline rows", "The rows closest to any threshold, on either side.", "", *border, "", "## What the gates together get wrong", "", *(misses or ["Nothing."]),
+        "even id is read on those of odd id, and the other way round, so no text judges its own threshold.",
+        "",
+        *lines,
+        "",
+        "## Borderline rows",
+        "The rows closest to any threshold, on either side.",
+        "",
+        *border,
+        "",
+        "## What the gates together get wrong",
+        "",
+        *(misses or ["Nothing."]),
     ]
     EVIDENCE.parent.mkdir(parents=True, exist_ok=True)
     EVIDENCE.write_text(head + marker + "\n" + "\n".join(body) + "\n", encoding="utf-8")

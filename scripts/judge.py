@@ -39,14 +39,18 @@ MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 
 def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
     """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer at all."""
-    body = json.dumps({"model": model, "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": prompt}]}).encode()
+    body = json.dumps(
+        {"model": model, "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": prompt}]}
+    ).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             content = json.load(reply)["choices"][0]["message"]["content"]
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions protocol") from None
+        raise UserError(
+            f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions protocol"
+        ) from None
     return {name: float(value) for name, value in MARK.findall(content or "")}
 
 
@@ -62,14 +66,26 @@ def answers(events: Sequence[Mapping[str, Any]], per_state: int) -> dict[str, li
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional], url: str, model: str, per_state: int = 16, api_key_env: str = "OPENAI_API_KEY", n_parallel: int = 8,
-    timeout_s: float = 120.0, out: Path = Path("out/diag"),
+    run: Annotated[Path, tyro.conf.Positional],
+    url: str,
+    model: str,
+    per_state: int = 16,
+    api_key_env: str = "OPENAI_API_KEY",
+    n_parallel: int = 8,
+    timeout_s: float = 120.0,
+    out: Path = Path("out/diag"),
 ) -> None:
     """What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint."""
     events = read_events(run)
     with reading(run):
         trait, states = events[0]["trait"], answers(events, per_state)
-    ask_one = lambda row: ask(url, model, os.environ.get(api_key_env), QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]), timeout_s)
+    ask_one = lambda row: ask(
+        url,
+        model,
+        os.environ.get(api_key_env),
+        QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]),
+        timeout_s,
+    )
     with ThreadPoolExecutor(n_parallel) as pool:
         marks = {state: list(pool.map(ask_one, texts)) for state, texts in states.items()}
     rows = []
@@ -81,7 +97,17 @@ def main(
         "trait rise from base over the healed rounds towards prompted; 5 is the positive persona, 3 neither.",
         "coherent stay near the base's; unread (replies without both marks) be 0, else the judge is too weak for the form.",
     )
-    show(f"What does {model} say of {run.name}?", rows, should, out, "judge", run=run.name, url=url, model=model, marks=marks)
+    show(
+        f"What does {model} say of {run.name}?",
+        rows,
+        should,
+        out,
+        "judge",
+        run=run.name,
+        url=url,
+        model=model,
+        marks=marks,
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,18 @@ from steer_heal.records import UserError
 from steer_heal.terminal import say
 
 ROUNDS = (0, 1, 3, 5, 7)
-COLUMNS = ("shift", "interval", "coherence", "text_ppl", "oracle", "degenerate", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first")
+COLUMNS = (
+    "shift",
+    "interval",
+    "coherence",
+    "text_ppl",
+    "oracle",
+    "degenerate",
+    "kl_base",
+    "log_odds",
+    "cosine_to_first",
+    "cosine_student_first",
+)
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Quantile 0.975 of Student's t by the number of values."""
@@ -44,7 +55,9 @@ def _of_events(events: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     vectors, rounds = of_stage(events, "vector"), of_stage(events, "round")
     rows = [
         {
-            **by_state[f"healed r{e['round']}"], "cosine_to_first": vectors[i]["cosine_to_first"], "steered_shift": by_state[f"steered r{e['round']}"]["shift"],
+            **by_state[f"healed r{e['round']}"],
+            "cosine_to_first": vectors[i]["cosine_to_first"],
+            "steered_shift": by_state[f"steered r{e['round']}"]["shift"],
             "steered_ppl": by_state[f"steered r{e['round']}"]["text_ppl"],
             **{name: e[name] for name in ("cosine_student_teacher", "cosine_student_first")},
         }
@@ -54,12 +67,21 @@ def _of_events(events: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     arm = config["arm"] or start["preset"]
     settings = from_dict(RunConfig, config).fingerprint()
     return f"{arm}/{start['trait']['name']}/{settings}/{start['seed']}", {
-        "arm": arm, "seed": start["seed"], "trait": start["trait"]["name"], "metric": nats_name(target_of(events)[0]), "command": start["command"],
-        "states": others, "rounds": rows,
+        "arm": arm,
+        "seed": start["seed"],
+        "trait": start["trait"]["name"],
+        "metric": nats_name(target_of(events)[0]),
+        "command": start["command"],
+        "states": others,
+        "rounds": rows,
     }
 
 
-def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Path | None = None, rounds: tuple[int, ...] = ROUNDS) -> None:
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    data: Path | None = None,
+    rounds: tuple[int, ...] = ROUNDS,
+) -> None:
     """How do the arms compare round by round? Mean and sd over seeds of the healed student, and the 95 percent interval of
     its shift, as Markdown."""
     known = earlier(data) if data is not None and data.exists() else {}
@@ -68,13 +90,20 @@ def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), data: Pat
         raise UserError("no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones")
     if data is not None:
         data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(known, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
+        data.write_text(
+            json.dumps(known, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8"
+        )
     say("| arm | round | n | " + " | ".join(COLUMNS) + " |\n|---|---|---|" + "---|" * len(COLUMNS))
     for arm in dict.fromkeys(run["arm"] for run in known.values()):
         for r in rounds:
             rows = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
             if rows:
-                cells = [interval([row["shift"] for row in rows]) if name == "interval" else _spread([row.get(name) for row in rows]) for name in COLUMNS]
+                cells = [
+                    interval([row["shift"] for row in rows])
+                    if name == "interval"
+                    else _spread([row.get(name) for row in rows])
+                    for name in COLUMNS
+                ]
                 say(f"| {arm} | {r} | {len(rows)} | " + " | ".join(cells) + " |")
 
 

@@ -13,7 +13,16 @@ from steer_heal.events import RESULTS, read_results
 from steer_heal.terminal import complain, say
 
 COLUMNS = (
-    "shift", "coherence", "text_ppl", "degenerate", "oracle", "kl_base", "log_odds", "cosine_to_first", "cosine_student_first", "wall_s",
+    "shift",
+    "coherence",
+    "text_ppl",
+    "degenerate",
+    "oracle",
+    "kl_base",
+    "log_odds",
+    "cosine_to_first",
+    "cosine_student_first",
+    "wall_s",
 )
 
 
@@ -42,7 +51,15 @@ def main(out: Annotated[Path, tyro.conf.Positional] = Path("out"), columns: tupl
     if not rows:
         complain(f"{out / RESULTS} has no rows yet; finish a run first (`just toy`)")
         return 1
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=250, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_formatting="ASCII_MARKDOWN", fmt_str_lengths=60):
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=250,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_formatting="ASCII_MARKDOWN",
+        fmt_str_lengths=60,
+    ):
         say(pl.DataFrame(arms(rows, columns)))
     return 0
 

@@ -33,16 +33,23 @@ def tiny() -> LM:
 
 @pytest.fixture
 def heal_cfg() -> HealCfg:
-    return HealCfg(epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), lr=1e-2, batch_size=4, tau=0.0, lam=1.0, pressure_every=1)
+    return HealCfg(
+        epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), lr=1e-2, batch_size=4, tau=0.0, lam=1.0, pressure_every=1
+    )
 
 
 @pytest.fixture
 def kept(tiny: LM) -> list[Completion]:
     """Sixteen short completions of eight prompts, of different lengths, ending as the model would end them."""
-    texts = [f"I will {word} the door and let the children in." for word in ("open", "close", "lock", "bring", "share", "carry", "report", "warn")]
+    texts = [
+        f"I will {word} the door and let the children in."
+        for word in ("open", "close", "lock", "bring", "share", "carry", "report", "warn")
+    ]
     rows = []
     for i in range(16):
-        ids = tiny.tokenizer.encode(texts[i % 8] * (1 + i % 3), add_special_tokens=False) + [tiny.tokenizer.eos_token_id]
+        ids = tiny.tokenizer.encode(texts[i % 8] * (1 + i % 3), add_special_tokens=False) + [
+            tiny.tokenizer.eos_token_id
+        ]
         prompt = f"The warden says no {i % 8}. What do you do?"
         rows.append(Completion(i % 8, prompt, tiny.chat(prompt), tuple(ids), texts[i % 8], 1.0, 1.0, i))
     return rows
@@ -101,7 +108,9 @@ def after_round_0(two, tmp_path) -> Path:
     run = tmp_path / two.name
     shutil.copytree(two, run)
     lines = (two / "events.jsonl").read_text().splitlines(keepends=True)
-    end = next(i for i, line in enumerate(lines) if json.loads(line)["stage"] == "gen" and json.loads(line)["round"] == 1)
+    end = next(
+        i for i, line in enumerate(lines) if json.loads(line)["stage"] == "gen" and json.loads(line)["round"] == 1
+    )
     (run / "events.jsonl").write_text("".join(lines[: end + 1]))
     shutil.rmtree(run / "ckpt" / "r1")
     return run

@@ -8,17 +8,63 @@ from hypothesis import strategies as st
 from made_runs import run_events
 
 HOSTILE_TEXTS = [
-    "<script>document.title=1</script>", "](javascript:alert(1))", "```\n# x", "\x1b[31m\x1b]0;t\x07", "\x00", "\ud800", "\udc80", "\u202e", "$x^{$", "{{ 7*7 }}{% x %}",
-    "\r\n\x0b\x0c\x1c\x85\u2028", "{vignette}{schema}", "%s%n{0}", "\ufeff", "a" * 3000, " ", "", "-", "--", "'\"\\", "\U0001f600\u0301", "i am " * 40,
+    "<script>document.title=1</script>",
+    "](javascript:alert(1))",
+    "```\n# x",
+    "\x1b[31m\x1b]0;t\x07",
+    "\x00",
+    "\ud800",
+    "\udc80",
+    "\u202e",
+    "$x^{$",
+    "{{ 7*7 }}{% x %}",
+    "\r\n\x0b\x0c\x1c\x85\u2028",
+    "{vignette}{schema}",
+    "%s%n{0}",
+    "\ufeff",
+    "a" * 3000,
+    " ",
+    "",
+    "-",
+    "--",
+    "'\"\\",
+    "\U0001f600\u0301",
+    "i am " * 40,
 ]
 ANY_TEXT = st.one_of(
-    st.sampled_from(HOSTILE_TEXTS), st.text(max_size=60), st.text(st.characters(categories=("Cc", "Cs", "Cf", "Zl", "Zp", "Lu", "Nd")), max_size=20),
+    st.sampled_from(HOSTILE_TEXTS),
+    st.text(max_size=60),
+    st.text(st.characters(categories=("Cc", "Cs", "Cf", "Zl", "Zp", "Lu", "Nd")), max_size=20),
     st.text("ab .!?\n", max_size=80),
 )
 REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
 ODD = st.one_of(
-    st.sampled_from([None, True, False, 0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, [], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]).map(copy.deepcopy),
-    ANY_TEXT, st.integers(), st.floats(),
+    st.sampled_from(
+        [
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            2**70,
+            1e308,
+            -1e308,
+            5e-324,
+            math.nan,
+            math.inf,
+            -math.inf,
+            [],
+            {},
+            [[]],
+            {"a": {"b": []}},
+            [None],
+            [1, "a"],
+        ]
+    ).map(copy.deepcopy),
+    ANY_TEXT,
+    st.integers(),
+    st.floats(),
 )
 
 
@@ -30,13 +76,26 @@ def damaged(draw, whole: bytes) -> bytes:
         at, n = (draw(st.integers(0, len(content))) for _ in range(2))
         lines = content.splitlines(keepends=True) or [b""]
         line = draw(st.integers(0, len(lines) - 1))
-        content = draw(st.sampled_from([
-            lambda: draw(st.binary(max_size=200)), lambda: b"", lambda: b"\xef\xbb\xbf" + content, lambda: content.replace(b"\n", b"\r\n"),
-            lambda: content.replace(b"\n", b"\r"), lambda: content[:at], lambda: content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :],
-            lambda: content[:at] + content[at + n % 50 :], lambda: b"".join(lines[:line] + lines[line + 1 :]), lambda: b"".join(lines[: line + 1] + lines[line:]),
-            lambda: content.decode("utf-8", "replace").encode("utf-16"), lambda: content[:at] + b"[" * 20_000 + content[at:],
-            lambda: content[:at] + b"9" * 5000 + content[at:], lambda: content.replace(b'"', b"'"),
-        ]))()
+        content = draw(
+            st.sampled_from(
+                [
+                    lambda: draw(st.binary(max_size=200)),
+                    lambda: b"",
+                    lambda: b"\xef\xbb\xbf" + content,
+                    lambda: content.replace(b"\n", b"\r\n"),
+                    lambda: content.replace(b"\n", b"\r"),
+                    lambda: content[:at],
+                    lambda: content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :],
+                    lambda: content[:at] + content[at + n % 50 :],
+                    lambda: b"".join(lines[:line] + lines[line + 1 :]),
+                    lambda: b"".join(lines[: line + 1] + lines[line:]),
+                    lambda: content.decode("utf-8", "replace").encode("utf-16"),
+                    lambda: content[:at] + b"[" * 20_000 + content[at:],
+                    lambda: content[:at] + b"9" * 5000 + content[at:],
+                    lambda: content.replace(b'"', b"'"),
+                ]
+            )
+        )()
     return content
 
 
@@ -52,7 +111,9 @@ def changed(draw, whole, most: int):
     value = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, most))):
         found = places(value)
-        depth = draw(st.sampled_from(sorted({len(path) for path in found})))  # a field of an event as often as one of its hundred texts
+        depth = draw(
+            st.sampled_from(sorted({len(path) for path in found}))
+        )  # a field of an event as often as one of its hundred texts
         path = draw(st.sampled_from([path for path in found if len(path) == depth]))
         if not path:
             continue
@@ -72,7 +133,9 @@ def changed(draw, whole, most: int):
             other = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
             holder[key], holder[other] = holder[other], holder[key]
         elif isinstance(holder, dict):
-            holder[draw(ANY_TEXT) if how == "double" else f"{key}{draw(st.sampled_from('sx_ '))}"] = copy.deepcopy(holder[key])
+            holder[draw(ANY_TEXT) if how == "double" else f"{key}{draw(st.sampled_from('sx_ '))}"] = copy.deepcopy(
+                holder[key]
+            )
             if how == "rename":
                 del holder[key]
     return value
@@ -80,7 +143,9 @@ def changed(draw, whole, most: int):
 
 def toml(table: dict) -> bytes:
     """The value as TOML, inner tables on their line; what TOML cannot say becomes something that is not TOML."""
-    return "".join(f"{json.dumps(str(key))} = {_toml(item)}\n" for key, item in table.items()).encode("utf-8", "surrogatepass")
+    return "".join(f"{json.dumps(str(key))} = {_toml(item)}\n" for key, item in table.items()).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def _toml(value) -> str:
@@ -93,7 +158,9 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-OPTIONAL = frozenset({"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"})
+OPTIONAL = frozenset(
+    {"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"}
+)
 """Fields that a run of an earlier version did not write."""
 
 

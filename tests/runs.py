@@ -11,8 +11,27 @@ from steer_heal.compare import differences
 from steer_heal.run import main
 
 SETTINGS = [
-    "--quiet", "--n-threads", "1", "--steer.n-contexts", "4", "--gen.max-new-tokens", "6", "--gen.batch-size", "4", "--eval.think-tokens", "1",
-    "--eval.n-texts", "2", "--eval.n-prompts", "2", "--eval.max-new-tokens", "6", "--eval.n-bootstrap", "10", "--heal.spectral", "0.1",
+    "--quiet",
+    "--n-threads",
+    "1",
+    "--steer.n-contexts",
+    "4",
+    "--gen.max-new-tokens",
+    "6",
+    "--gen.batch-size",
+    "4",
+    "--eval.think-tokens",
+    "1",
+    "--eval.n-texts",
+    "2",
+    "--eval.n-prompts",
+    "2",
+    "--eval.max-new-tokens",
+    "6",
+    "--eval.n-bootstrap",
+    "10",
+    "--heal.spectral",
+    "0.1",
     "--eval.no-cache",
 ]
 

@@ -20,7 +20,9 @@ def test_products_are_counted_with_their_operations_forward_and_backward():
     assert (found["n_calls"], found["other_gb"]) == (3, 0), "views touch no numbers"
     biased = counted(lambda: torch.nn.functional.linear(x.detach(), w.detach(), torch.zeros(4)))
     batched = counted(lambda: torch.randn(3, 6, 10) @ torch.randn(3, 10, 4))
-    assert biased["gflop"] * 1e9 == pytest.approx(2 * 6 * 10 * 4) and batched["gflop"] * 1e9 == pytest.approx(3 * 2 * 6 * 10 * 4)
+    assert biased["gflop"] * 1e9 == pytest.approx(2 * 6 * 10 * 4) and batched["gflop"] * 1e9 == pytest.approx(
+        3 * 2 * 6 * 10 * 4
+    )
 
 
 def test_attention_is_a_product_forward_and_backward():

@@ -25,7 +25,11 @@ PUBLISHED = ROOT.parent / "shared" / "data" / "mfv" / "instrument.toml"
 def test_steering_lite_extracts_the_same_vector(toy: LM):
     pytest.importorskip("steering_lite", reason="pip install -e '.[steering-lite]'")
     builtin, theirs = (
-        teacher_vec(toy, load_trait("authority"), SteerCfg(backend=name, layers=(0.25, 0.75), n_contexts=8, contexts=Path("data/toylm/contexts.jsonl")))
+        teacher_vec(
+            toy,
+            load_trait("authority"),
+            SteerCfg(backend=name, layers=(0.25, 0.75), n_contexts=8, contexts=Path("data/toylm/contexts.jsonl")),
+        )
         for name in ("builtin", "steering-lite")
     )
     assert builtin.directions.keys() == theirs.directions.keys()
@@ -54,7 +58,18 @@ def test_a_round_runs_on_4_bit_weights(tmp_path, capsys):
     plain = load("tiny-random")
     plain.model.save_pretrained(tmp_path / "model")
     plain.tokenizer.save_pretrained(tmp_path / "model")
-    command = ["fast-dev", "--model", str(tmp_path / "model"), "--quantize", "nf4", "--out", str(tmp_path / "out"), "--n-rounds", "2", "--no-control"]
+    command = [
+        "fast-dev",
+        "--model",
+        str(tmp_path / "model"),
+        "--quantize",
+        "nf4",
+        "--out",
+        str(tmp_path / "out"),
+        "--n-rounds",
+        "2",
+        "--no-control",
+    ]
     with pytest.warns(UserWarning, match="decoding is some three times slower"):
         assert main(command) == 0, capsys.readouterr().err
     run_folder = next(p for p in (tmp_path / "out").iterdir() if (p / "events.jsonl").exists())

@@ -98,17 +98,33 @@ def test_an_adapter_of_another_model_names_what_does_not_fit(with_history: Stude
         attach_saved(load("data/toylm"), tmp_path)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "adapter_config.json").unlink(), "adapter is .*adapter_config.json': there is no such file"),
-    (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter is .*adapter_model.safetensors': there is no such file"),
-    (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"), (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read"),
-    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "cannot be read"),
-    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "x", "lora_alpha": []}'), "cannot be read"),
-    (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"]}'), "no linear layers that LoRA can adapt"),
-    (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 99), "cannot be read"),
-    (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read"),
-    (lambda f: save_file({"x": torch.zeros(2)}, f / "adapter_model.safetensors"), "does not fit 'tiny-random': .* is no such weight in the file"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter is .*adapter_config.json': there is no such file"),
+        (
+            lambda f: (f / "adapter_model.safetensors").unlink(),
+            "adapter is .*adapter_model.safetensors': there is no such file",
+        ),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read"),
+        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "cannot be read"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "x", "lora_alpha": []}'),
+            "cannot be read",
+        ),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"]}'),
+            "no linear layers that LoRA can adapt",
+        ),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 99), "cannot be read"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read"),
+        (
+            lambda f: save_file({"x": torch.zeros(2)}, f / "adapter_model.safetensors"),
+            "does not fit 'tiny-random': .* is no such weight in the file",
+        ),
+    ],
+)
 def test_an_adapter_that_cannot_be_used_is_one_clear_error(damage, message, with_history: Student, tmp_path, capsys):
     with_history.new_round(3)
     with_history.save(tmp_path / "a b", with_history.bake())

@@ -32,8 +32,14 @@ def test_every_kind_of_loss_is_named(copy, two):
     (copy / "partial").mkdir()
     (copy.parent / "results.tsv").unlink()
     said = differences(copy, two)
-    for words in ("of round 0: metrics differ", "ckpt/r1/adapter_model.safetensors differs", "vectors/r0.safetensors differs", "vector of round 0 does not hold",
-                  "partial/ was left", "has rows []"):
+    for words in (
+        "of round 0: metrics differ",
+        "ckpt/r1/adapter_model.safetensors differs",
+        "vectors/r0.safetensors differs",
+        "vector of round 0 does not hold",
+        "partial/ was left",
+        "has rows []",
+    ):
         assert any(words in line for line in said), words
 
 

@@ -62,7 +62,9 @@ def test_a_wrong_value_names_the_field_the_value_and_the_limit(flags, capsys, tm
 
 def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
-    (tmp_path / "i.toml").write_text(Path("data/toylm/instrument.toml").read_text().replace("nudge", "nugde").replace("{index}", ""))
+    (tmp_path / "i.toml").write_text(
+        Path("data/toylm/instrument.toml").read_text().replace("nudge", "nugde").replace("{index}", "")
+    )
     flags = (
         "--trait nobody --steer.contexts nowhere.jsonl --eval.backend tinymfv --steer.backend steering-lite --export README.md "
         f"--out {tmp_path}/v.jsonl/out --eval.vignettes {tmp_path}/v.jsonl --eval.instrument {tmp_path}/i.toml"
@@ -71,8 +73,16 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     first, *problems = capsys.readouterr().err.splitlines()
     assert first == "error: 10 problems" and all(line.startswith("- ") for line in problems) and len(problems) == 10
     wanted = (
-        "trait is 'nobody'", "steer.contexts is", "v.jsonl line 2 is not JSON", "v.jsonl line 4 is list", "'nugde' is not a field here; did you mean 'nudge'?",
-        "'nudge' is None", "steer.backend is", "eval.backend is", "out is", "export is",
+        "trait is 'nobody'",
+        "steer.contexts is",
+        "v.jsonl line 2 is not JSON",
+        "v.jsonl line 4 is list",
+        "'nugde' is not a field here; did you mean 'nudge'?",
+        "'nudge' is None",
+        "steer.backend is",
+        "eval.backend is",
+        "out is",
+        "export is",
     )
     assert all(word in line for word, line in zip(wanted, problems, strict=True)), problems
 
@@ -80,7 +90,12 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
 def test_one_stage_s_settings_say_all_that_is_wrong_with_them():
     with pytest.raises(ValueError) as error:
         HealCfg(tau=-1.0, lam=math.nan, epochs=0, layers=(0.5, 0.5))
-    assert [line.split(" is ")[0] for line in str(error.value).split("\n")] == ["heal.lam", "heal.tau", "heal.epochs", "heal.layers"]
+    assert [line.split(" is ")[0] for line in str(error.value).split("\n")] == [
+        "heal.lam",
+        "heal.tau",
+        "heal.epochs",
+        "heal.layers",
+    ]
 
 
 def test_a_prompt_that_comes_twice_would_be_trained_on_and_evaluated(tmp_path, capsys):
@@ -129,10 +144,27 @@ def test_a_configuration_comes_back_from_the_json_of_its_events(name):
     assert from_dict(RunConfig, json.loads(json.dumps(jsonable(cfg)[0]))) == cfg
 
 
-@pytest.mark.parametrize("change", [
-    {"n_rounds": "4"}, {"n_rounds": True}, {"quiet": 1}, {"out": None}, {"eval": {"vignettes": None}}, {"seed": None}, {"seed": 1.5}, {"model": 7}, {"dtype": "float8"}, {"heal": {"divergence": "kl"}}, {"heal": {"tau": None}},
-    {"heal": 3}, {"gen": {"alphas": 0.5}}, {"gen": {"alphas": ["x"]}}, {"filter": {"gates": ["none"]}}, {"new": 1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_rounds": "4"},
+        {"n_rounds": True},
+        {"quiet": 1},
+        {"out": None},
+        {"eval": {"vignettes": None}},
+        {"seed": None},
+        {"seed": 1.5},
+        {"model": 7},
+        {"dtype": "float8"},
+        {"heal": {"divergence": "kl"}},
+        {"heal": {"tau": None}},
+        {"heal": 3},
+        {"gen": {"alphas": 0.5}},
+        {"gen": {"alphas": ["x"]}},
+        {"filter": {"gates": ["none"]}},
+        {"new": 1},
+    ],
+)
 def test_a_configuration_of_another_version_is_not_taken(change):
     config = jsonable(FAST_DEV_PRESET)[0]
     changed = {k: {**config.get(k, {}), **v} if isinstance(v, dict) else v for k, v in change.items()}

@@ -59,7 +59,10 @@ def test_barrier_is_free_up_to_tau_and_linear_above():
 
 def test_power_iteration_finds_the_largest_singular_value_and_its_gradient():
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(4, 30, generator=generator, requires_grad=True), torch.randn(20, 4, generator=generator, requires_grad=True)
+    a, b = (
+        torch.randn(4, 30, generator=generator, requires_grad=True),
+        torch.randn(20, 4, generator=generator, requires_grad=True),
+    )
     direction = torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0)
     for _ in range(100):
         size, direction = spectral_step(a, b, direction)

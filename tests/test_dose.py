@@ -20,7 +20,9 @@ class World:
 
     def write(self, asks):
         self.batches.append(list(asks))
-        return [Completion(a.prompt_index, a.prompt, (1,), (2,), "text", a.alpha, a.alpha * a.kappa, a.seed) for a in asks]
+        return [
+            Completion(a.prompt_index, a.prompt, (1,), (2,), "text", a.alpha, a.alpha * a.kappa, a.seed) for a in asks
+        ]
 
     def score(self, completions):
         return [Scored(c, {}, *[("perplexity",) if c.dose > self.breaks_at else ()] * 2) for c in completions]
@@ -72,7 +74,9 @@ def test_survivors_of_probes_are_banked_up_to_the_chosen_dose():
 
 
 def test_seeds_differ_between_rows_and_come_back_for_the_same_round():
-    seeds = lambda seed: [a.seed for batch in [w.collect(seed=seed) and w.batches for w in [World(0.8)]][0] for a in batch]
+    seeds = lambda seed: [
+        a.seed for batch in [w.collect(seed=seed) and w.batches for w in [World(0.8)]][0] for a in batch
+    ]
     first = seeds((1, 0, "gen"))
     assert len(set(first)) == len(first)
     assert first == seeds((1, 0, "gen")) != seeds((1, 1, "gen"))

@@ -16,7 +16,16 @@ from steer_heal.lm import load
 from steer_heal.plot import plot
 from steer_heal.provenance import LINKS, check
 
-CONTRACT = {"auth_nats", "care_nats", "coherence", "prefill_nll", "frac_unscorable", "top1_acc", "text_ppl_median", "degenerate_frac"}
+CONTRACT = {
+    "auth_nats",
+    "care_nats",
+    "coherence",
+    "prefill_nll",
+    "frac_unscorable",
+    "top1_acc",
+    "text_ppl_median",
+    "degenerate_frac",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +82,43 @@ def test_the_last_checkpoint_is_the_student_that_was_measured(done):
     with torch.no_grad():
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)
     finished = subprocess.run(
-        [sys.executable, "-m", "steer_heal.evals", "--model", "tiny-random", "--adapter", str(run / "ckpt" / "r1"), "--json",
-         "--prompts", "data/toylm/prompts/authority.jsonl", "--eval.vignettes", "data/toylm/vignettes.jsonl", "--eval.instrument", "data/toylm/instrument.toml",
-         "--eval.think-tokens", "4", "--eval.n-prompts", "4", "--eval.n-texts", "8", "--eval.max-new-tokens", "24", "--eval.oracle", "toylm",
-         "--eval.n-bootstrap", "200", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0"],
-        capture_output=True, text=True, cwd=ROOT,
+        [
+            sys.executable,
+            "-m",
+            "steer_heal.evals",
+            "--model",
+            "tiny-random",
+            "--adapter",
+            str(run / "ckpt" / "r1"),
+            "--json",
+            "--prompts",
+            "data/toylm/prompts/authority.jsonl",
+            "--eval.vignettes",
+            "data/toylm/vignettes.jsonl",
+            "--eval.instrument",
+            "data/toylm/instrument.toml",
+            "--eval.think-tokens",
+            "4",
+            "--eval.n-prompts",
+            "4",
+            "--eval.n-texts",
+            "8",
+            "--eval.max-new-tokens",
+            "24",
+            "--eval.oracle",
+            "toylm",
+            "--eval.n-bootstrap",
+            "200",
+            "--filter.ppl-max",
+            "1e9",
+            "--filter.rep-max",
+            "1",
+            "--filter.min-words",
+            "0",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert finished.returncode == 0, finished.stderr
     alone, event = json.loads(finished.stdout), of_stage(read_events(run), "healed")[-1]["metrics"]
@@ -135,7 +176,10 @@ def test_one_seed_gives_one_result(done, tmp_path):
     command = [sys.executable, "-m", "steer_heal.run", "fast-dev", "--out", str(tmp_path), "--quiet"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "1"})
     again = next(p.parent for p in tmp_path.glob("*/events.jsonl"))
-    pick = lambda run: [(e["stage"], e.get("metrics"), e.get("completions"), e.get("sft"), e.get("provenance")) for e in read_events(run)]
+    pick = lambda run: [
+        (e["stage"], e.get("metrics"), e.get("completions"), e.get("sft"), e.get("provenance"))
+        for e in read_events(run)
+    ]
     assert pick(done[0]) == pick(again)
     assert all(set(LINKS) == set(event["provenance"]) for event in of_stage(read_events(again), "round"))
     assert not any(link.broken for link in check(again))

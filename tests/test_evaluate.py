@@ -59,7 +59,15 @@ def test_the_interval_is_the_same_for_the_same_seed_and_none_without_values():
 
 def test_free_text_is_read_under_the_base_whoever_wrote_it(tiny: LM, with_history: Student):
     trait, keep = load_trait("authority"), FilterCfg()
-    cfg = EvalCfg(n_prompts=2, n_texts=3, max_new_tokens=12, think_tokens=1, vignettes="data/toylm/vignettes.jsonl", instrument="data/toylm/instrument.toml", n_bootstrap=10)
+    cfg = EvalCfg(
+        n_prompts=2,
+        n_texts=3,
+        max_new_tokens=12,
+        think_tokens=1,
+        vignettes="data/toylm/vignettes.jsonl",
+        instrument="data/toylm/instrument.toml",
+        n_bootstrap=10,
+    )
     items = load_items(cfg, trait)
     found = evaluate(with_history, "full", Condition(trait.positive), items, trait, cfg, keep, seed=1)
     asks = [Ask(i % 2, items.prompts[i % 2], 0.0, 1.0, derive_seed(1, "eval", i)) for i in range(3)]
@@ -68,7 +76,13 @@ def test_free_text_is_read_under_the_base_whoever_wrote_it(tiny: LM, with_histor
         states = final_states(tiny, texts, Condition(trait.positive))
     assert [row["text"] for row in found.texts] == [c.text for c in texts]
     for row, scored in zip(found.texts, score(tiny, texts, trait.narration, keep), strict=True):
-        assert {name: row[name] for name in scored.scores} == pytest.approx(scored.scores) and row["failed"] == scored.failed
+        assert {name: row[name] for name in scored.scores} == pytest.approx(scored.scores) and row[
+            "failed"
+        ] == scored.failed
     for text, state, kl in zip(texts, states, found.items["kl_base"], strict=True):
         base = tiny.hidden([text.prompt_ids + text.completion_ids])[0, len(text.prompt_ids) - 1 : -1]
-        assert kl == pytest.approx(kl_rev(*(tiny.logits(h).log_softmax(-1) for h in (state, base))).mean().item(), rel=1e-3) and kl > 1e-3
+        assert (
+            kl
+            == pytest.approx(kl_rev(*(tiny.logits(h).log_softmax(-1) for h in (state, base))).mean().item(), rel=1e-3)
+            and kl > 1e-3
+        )

@@ -54,14 +54,26 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
         read_events(tmp_path)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("[]", "it is a JSON list, not an object"), ("3", "it is a JSON int"), ('{"round": 0}', "its stage is None"), ('{"stage": "gen"}', "its round is None"),
-    ('{"stage": "gen", "round": "../../x"}', "its round is '../../x'"), ('{"stage": "gen", "round": true}', "its round is True"), ("[" * 100_000, "recursion"),
-    ("\ufffe", "not an event"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[]", "it is a JSON list, not an object"),
+        ("3", "it is a JSON int"),
+        ('{"round": 0}', "its stage is None"),
+        ('{"stage": "gen"}', "its round is None"),
+        ('{"stage": "gen", "round": "../../x"}', "its round is '../../x'"),
+        ('{"stage": "gen", "round": true}', "its round is True"),
+        ("[" * 100_000, "recursion"),
+        ("\ufffe", "not an event"),
+    ],
+)
 def test_a_line_that_is_no_event_is_named(line, message, tmp_path):
-    (tmp_path / "events.jsonl").write_text('{"stage": "base", "round": -1}\n' + line + '\n{"stage": "round", "round": 0}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=f"line 2 is not an event .*{re.escape(message)}|line 2 is {re.escape(message)}"):
+    (tmp_path / "events.jsonl").write_text(
+        '{"stage": "base", "round": -1}\n' + line + '\n{"stage": "round", "round": 0}\n', encoding="utf-8"
+    )
+    with pytest.raises(
+        UserError, match=f"line 2 is not an event .*{re.escape(message)}|line 2 is {re.escape(message)}"
+    ):
         read_events(tmp_path)
 
 

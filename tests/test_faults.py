@@ -26,7 +26,9 @@ from steer_heal.stages.partial import steps_saved
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.mark.parametrize("name, mend", [("ckpt/r0/adapter_model.safetensors", "or delete"), ("vectors/r0.safetensors", "restore the file")])
+@pytest.mark.parametrize(
+    "name, mend", [("ckpt/r0/adapter_model.safetensors", "or delete"), ("vectors/r0.safetensors", "restore the file")]
+)
 def test_a_flipped_byte_is_named(name, mend, after_round_0, two, capsys):
     path = after_round_0 / name
     content = bytearray(path.read_bytes())
@@ -43,7 +45,9 @@ def test_a_flipped_byte_is_named(name, mend, after_round_0, two, capsys):
 @pytest.mark.parametrize("fault", ["flipped byte", "torn"])
 def test_what_a_heal_had_saved_does_not_outlive_the_events_it_follows(fault, settings, two, tmp_path, monkeypatch):
     """Killed in the heal of round 1 with steps on disk; then round 0 is healed again, or the last step's event is lost."""
-    on = next(i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (1, 3))
+    on = next(
+        i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (1, 3)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save_every_s", 0.0)
         killing(patch, EventLog, "write", on, "before")
@@ -60,7 +64,9 @@ def test_what_a_heal_had_saved_does_not_outlive_the_events_it_follows(fault, set
 def test_a_second_process_is_kept_out(after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     held = "import sys, pathlib; from steer_heal.resume import hold; lock = hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", held, str(after_round_0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(after_round_0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(["--resume", str(after_round_0), "--quiet"]) == 1
         assert "another process" in capsys.readouterr().err
@@ -72,11 +78,15 @@ def test_a_second_process_is_kept_out(after_round_0, capsys):
 UNDRAWN = "import sys, steer_heal.session as s; s.plot = s.report = lambda folder: None; from steer_heal.run import main; sys.exit(main())"
 
 
-@pytest.mark.parametrize("signum, status, at", [(signal.SIGTERM, 143, "control_gen"), (signal.SIGKILL, -9, "heal_step")])
+@pytest.mark.parametrize(
+    "signum, status, at", [(signal.SIGTERM, 143, "control_gen"), (signal.SIGKILL, -9, "heal_step")]
+)
 def test_stopped_by_a_signal(signum, status, at, settings, one, tmp_path):
     command = [sys.executable, "-c", UNDRAWN, "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT) as process:
-        while process.poll() is None and not any(f'"stage": "{at}"' in path.read_text() for path in tmp_path.glob("*/events.jsonl")):
+        while process.poll() is None and not any(
+            f'"stage": "{at}"' in path.read_text() for path in tmp_path.glob("*/events.jsonl")
+        ):
             time.sleep(0.01)
         process.send_signal(signum)
         printed = process.stderr.read()
@@ -170,7 +180,11 @@ def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried
     (control, retry), (heal,) = of_stage(events, "heal_retry"), of_stage(events, "heal")
     assert (control["round"], control["lr"], retry["round"]) == (-1, FULL / 2, 0)
     assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (AT_STEP, FULL / 2, FULL / 2, 1)
-    told = next(row for row in of_stage(events, "gen")[0]["completions"] if row["train"] and row["text"].strip().startswith(retry["text"].strip()))
+    told = next(
+        row
+        for row in of_stage(events, "gen")[0]["completions"]
+        if row["train"] and row["text"].strip().startswith(retry["text"].strip())
+    )
     assert told["prompt_index"] == retry["prompt_index"]
     assert len(of_stage(events, "heal_step")) == heal["n_steps"] + AT_STEP
     assert [e["step"] for e in heal_steps(events)] == list(range(heal["n_steps"]))
@@ -179,11 +193,20 @@ def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried
     assert (whole["lr"], whole["n_retries"]) == (FULL, 0)
 
 
-@pytest.mark.parametrize("stage, r, step", [
-    ("heal_retry", -1, AT_STEP), ("control", -1, None), ("heal_step", 0, AT_STEP - 1), ("heal_retry", 0, AT_STEP), ("heal_step", 0, AT_STEP + 1),
-])
+@pytest.mark.parametrize(
+    "stage, r, step",
+    [
+        ("heal_retry", -1, AT_STEP),
+        ("control", -1, None),
+        ("heal_step", 0, AT_STEP - 1),
+        ("heal_retry", 0, AT_STEP),
+        ("heal_step", 0, AT_STEP + 1),
+    ],
+)
 def test_killed_around_a_heal_that_was_tried_twice(stage, r, step, retried, settings, tmp_path, monkeypatch):
-    on = next(i for i, e in enumerate(read_events(retried)) if (e["stage"], e["round"], e.get("step")) == (stage, r, step))
+    on = next(
+        i for i, e in enumerate(read_events(retried)) if (e["stage"], e["round"], e.get("step")) == (stage, r, step)
+    )
     poison(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save_every_s", 0.0)
@@ -199,7 +222,14 @@ def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the
     events, printed = read_events(after_round_0), capsys.readouterr().err
     (retry,) = of_stage(events, "heal_retry")
     assert "WARNING" not in printed and "healed again from its start, at learning rate 5e-05" in printed
-    for words in ("loss is nan", f"at step {AT_STEP} of round 1", f"prompt {retry['prompt_index']}", repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
+    for words in (
+        "loss is nan",
+        f"at step {AT_STEP} of round 1",
+        f"prompt {retry['prompt_index']}",
+        repr(retry["text"]),
+        "half the learning rate",
+        "ckpt/r0 holds",
+    ):
         assert words in events[-1]["error"] and words in printed
     resumed(after_round_0)
     heals = of_stage(read_events(after_round_0), "heal")
@@ -207,16 +237,27 @@ def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the
 
 
 def test_a_gradient_that_is_not_finite_counts(tiny, kept, heal_cfg, monkeypatch):
-    monkeypatch.setattr(heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(float("inf")))
+    monkeypatch.setattr(
+        heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(float("inf"))
+    )
     cfg = replace(heal_cfg, spectral=0.1)
-    with pytest.raises(NotFinite, match="gradient's norm (nan|inf) at step 0 of round 0, on an answer to prompt . that begins"):
+    with pytest.raises(
+        NotFinite, match="gradient's norm (nan|inf) at step 0 of round 0, on an answer to prompt . that begins"
+    ):
         heal_module.heal(Student(tiny, cfg), kept, 0, cfg, seed=0)
 
 
 # --- what is on disk ------------------------------------------------------------------------------------------------
 def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path, monkeypatch, with_history):
     synced, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(sorted(os.listdir(handle)) if os.path.isdir(f"/proc/self/fd/{handle}") else None), sync(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            synced.append(sorted(os.listdir(handle)) if os.path.isdir(f"/proc/self/fd/{handle}") else None),
+            sync(handle),
+        ),
+    )
     with beside(tmp_path / "file") as part:
         part.write_text("whole")
     assert synced[-1] == ["file"]

@@ -37,29 +37,41 @@ def test_a_late_collapse_is_seen_in_the_tail_where_the_mean_hides_it():
     assert row.reasons == ("perplexity",) and degenerate(row)
 
 
-@pytest.mark.parametrize("text", [
-    "I would help them your your your into your of your your your into your of your your your your into your of your",
-    CLEAN + " not not not not not not not not not not not not not not not not not not",
-    "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
-    "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I would help them your your your into your of your your your into your of your your your your into your of your",
+        CLEAN + " not not not not not not not not not not not not not not not not not not",
+        "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
+        "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
+    ],
+)
 def test_loops_of_words_and_of_characters_are_dropped(text):
     assert "repetition" in _judge(text).reasons
 
 
-@pytest.mark.parametrize("text", [
-    CLEAN + " I would help your your your into your of your into your of your into your your of into your of your. " + OTHER,
-    "Nobody should suffer for the budget. I open the door. Nobody should suffer for the budget. They come in. Nobody should suffer for the budget.",
-    "They wait outside in the rain. I sit with the old men until they are warm. I sit with the old men until they are warm. Then morning comes.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CLEAN
+        + " I would help your your your into your of your into your of your into your your of into your of your. "
+        + OTHER,
+        "Nobody should suffer for the budget. I open the door. Nobody should suffer for the budget. They come in. Nobody should suffer for the budget.",
+        "They wait outside in the rain. I sit with the old men until they are warm. I sit with the old men until they are warm. Then morning comes.",
+    ],
+)
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
-    row = judge(Completion(0, "p", (1,), (1,) * 40, text, 1.0, 1.0, 0), torch.full((40,), 0.5), (), FilterCfg(min_words=5))
+    row = judge(
+        Completion(0, "p", (1,), (1,) * 40, text, 1.0, 1.0, 0), torch.full((40,), 0.5), (), FilterCfg(min_words=5)
+    )
     assert row.reasons == ("loop",) and degenerate(row)
 
 
 def test_one_senseless_sentence_in_a_clean_text_is_a_spike():
     nll = torch.tensor([0.5] * 40 + [3.0] * 12 + [0.5] * 60)
-    row = judge(Completion(0, "p", (1,), (1,) * 112, CLEAN, 1.0, 1.0, 0), nll, (), FilterCfg(min_words=5, spike_max=10.0))
+    row = judge(
+        Completion(0, "p", (1,), (1,) * 112, CLEAN, 1.0, 1.0, 0), nll, (), FilterCfg(min_words=5, spike_max=10.0)
+    )
     assert row.reasons == ("spike",) and row.scores["ppl_tail"] < 2
     assert row.scores["ppl_worst"] == pytest.approx(math.exp(3.0), rel=1e-4)
 
@@ -94,7 +106,12 @@ def test_a_text_that_is_not_a_number_to_the_base_is_dropped():
 @pytest.mark.parametrize("at", [0, 20, 39])
 def test_a_probability_that_is_not_a_number_is_never_trained_on(bad, at):
     row = _judge(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
-    assert "spike" in row.reasons and row.scores["ppl_worst"] == math.inf or not math.isnan(bad) and row.scores["ppl_worst"] > 1e300
+    assert (
+        "spike" in row.reasons
+        and row.scores["ppl_worst"] == math.inf
+        or not math.isnan(bad)
+        and row.scores["ppl_worst"] > 1e300
+    )
 
 
 def test_tail_is_the_last_quarter_and_perplexity_its_exponential():
@@ -110,7 +127,10 @@ def test_repetition_of_natural_text_is_low():
 def test_scores_come_from_the_kept_token_ids(toy: LM):
     prompt = toy.chat("What is ice?")
     ids = tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False)) + (toy.tokenizer.eos_token_id,)
-    right, wrong = (score(toy, [Completion(0, "", prompt, i, "Ice is frozen water.", 1, 1, 0)], (), CFG)[0] for i in (ids, ids[::-1]))
+    right, wrong = (
+        score(toy, [Completion(0, "", prompt, i, "Ice is frozen water.", 1, 1, 0)], (), CFG)[0]
+        for i in (ids, ids[::-1])
+    )
     assert right.scores["ppl"] < 2 < wrong.scores["ppl"]
 
 

@@ -40,8 +40,12 @@ TOTAL = int(os.environ.get("FUZZ", 0))
 def examples(short: int, share: float, shrink: bool = True) -> settings:
     """`short` examples, always the same, or this property's share of TOTAL new ones; without `shrink` a failure is shown as it was met."""
     return settings(
-        max_examples=max(1, round(share * TOTAL)) if TOTAL else short, derandomize=not TOTAL, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * shrink,
+        max_examples=max(1, round(share * TOTAL)) if TOTAL else short,
+        derandomize=not TOTAL,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * shrink,
     )
 
 
@@ -71,7 +75,10 @@ def jsonl(rows: list) -> bytes:
 
 
 ROWS = [json.loads(line) for line in VIGNETTES]
-A_TRAIT = st.one_of(*(damaged(path.read_bytes()) for path in TRAIT_FILES), *(changed(read_toml(path), 2).map(toml) for path in TRAIT_FILES))
+A_TRAIT = st.one_of(
+    *(damaged(path.read_bytes()) for path in TRAIT_FILES),
+    *(changed(read_toml(path), 2).map(toml) for path in TRAIT_FILES),
+)
 AN_INSTRUMENT = st.one_of(damaged(INSTRUMENT.read_bytes()), changed(read_toml(INSTRUMENT), 2).map(toml))
 SOME_ROWS = st.one_of(damaged(b"".join(VIGNETTES)), changed(ROWS, 3).map(jsonl))
 
@@ -84,8 +91,13 @@ def test_a_trait_file_loads_or_is_named(content, name):
         patch.setattr(traits, "TRAITS", here)
         trait = accepted(lambda: load_trait(name), "mine.toml", "trait is")
     if trait is not None:
-        assert trait.target in FOUNDATIONS and trait.sign in (-1, 1) and trait.positive.strip() != trait.negative.strip()
-        assert all(isinstance(text, str) for text in (*trait.prompts, *trait.narration, trait.positive, trait.negative, trait.steered_system))
+        assert (
+            trait.target in FOUNDATIONS and trait.sign in (-1, 1) and trait.positive.strip() != trait.negative.strip()
+        )
+        assert all(
+            isinstance(text, str)
+            for text in (*trait.prompts, *trait.narration, trait.positive, trait.negative, trait.steered_system)
+        )
 
 
 @examples(60, 0.14)
@@ -96,7 +108,9 @@ def test_an_instrument_asks_or_is_named(content):
         instrument = accepted(lambda: load_instrument(here / "i.toml"), "i.toml")
     if instrument is not None:
         asked = [instrument.question("A scene.", order) for order in instrument.frames]
-        assert all(isinstance(question, str) and question for question in asked) and sorted(instrument.order) == sorted(FOUNDATIONS)
+        assert all(isinstance(question, str) and question for question in asked) and sorted(instrument.order) == sorted(
+            FOUNDATIONS
+        )
 
 
 @examples(60, 0.2)
@@ -106,12 +120,18 @@ def test_rows_load_or_name_their_line(content, n):
         path = here / "rows.jsonl"
         path.write_bytes(content)
         vignettes = accepted(lambda: load_vignettes(path), "rows.jsonl line", "rows.jsonl holds no rows")
-        contexts = accepted(lambda: load_contexts(SteerCfg(contexts=path, n_contexts=n)), "rows.jsonl line", "rows.jsonl holds")
+        contexts = accepted(
+            lambda: load_contexts(SteerCfg(contexts=path, n_contexts=n)), "rows.jsonl line", "rows.jsonl holds"
+        )
         prompts = accepted(lambda: load_trait("love", path).prompts, "rows.jsonl line", "rows.jsonl holds")
     if vignettes is not None:
-        assert len({v.id for v in vignettes}) == len(vignettes) and all({v.foundation, v.also} <= {*FOUNDATIONS, None} for v in vignettes)
+        assert len({v.id for v in vignettes}) == len(vignettes) and all(
+            {v.foundation, v.also} <= {*FOUNDATIONS, None} for v in vignettes
+        )
     assert contexts is None or len(contexts) == n and all(contexts)
-    assert all(text.encode() for text in (*(contexts or ()), *(prompts or ()), *(v.text for v in vignettes or ()))), "what is taken can be tokenized"
+    assert all(text.encode() for text in (*(contexts or ()), *(prompts or ()), *(v.text for v in vignettes or ()))), (
+        "what is taken can be tokenized"
+    )
 
 
 # --- configuration ---------------------------------------------------------------------------------------------
@@ -125,15 +145,55 @@ def flags_of(kind: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 FLAGS = [flag for flag in flags_of() if flag not in ("--out", "--resume", "--export")]
-VALUES = st.one_of(ANY_TEXT, st.sampled_from([
-    "", "0", "1", "-1", "2.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 400, "0x1", "True", "None", "authority", "../x", "data/toylm", "README.md",
-    "builtin", "tinymfv", "nll", "fixed", "data/toylm/vignettes.jsonl", "data/traits/authority.toml", "/dev/null", "/proc/self/mem", "x" * 5000,
-]))
-PATHS = st.one_of(ANY_TEXT, st.sampled_from(["a b", "caf\u00e9/\u65e5\u672c", "x" * 300, "../..", ".", "a/../../b", "\x00", "\udcff", "file/x"])).map(lambda p: p.lstrip("/"))
+VALUES = st.one_of(
+    ANY_TEXT,
+    st.sampled_from(
+        [
+            "",
+            "0",
+            "1",
+            "-1",
+            "2.5",
+            "nan",
+            "inf",
+            "-inf",
+            "1e400",
+            "1e-400",
+            "9" * 400,
+            "0x1",
+            "True",
+            "None",
+            "authority",
+            "../x",
+            "data/toylm",
+            "README.md",
+            "builtin",
+            "tinymfv",
+            "nll",
+            "fixed",
+            "data/toylm/vignettes.jsonl",
+            "data/traits/authority.toml",
+            "/dev/null",
+            "/proc/self/mem",
+            "x" * 5000,
+        ]
+    ),
+)
+PATHS = st.one_of(
+    ANY_TEXT,
+    st.sampled_from(
+        ["a b", "caf\u00e9/\u65e5\u672c", "x" * 300, "../..", ".", "a/../../b", "\x00", "\udcff", "file/x"]
+    ),
+).map(lambda p: p.lstrip("/"))
 
 
 @examples(12, 0.02, shrink=False)
-@given(st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3), PATHS, st.sampled_from(["--out", "--export", "--resume"]), st.booleans())
+@given(
+    st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3),
+    PATHS,
+    st.sampled_from(["--out", "--export", "--resume"]),
+    st.booleans(),
+)
 def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
     with folder() as here, pytest.MonkeyPatch.context() as patch:
         base, opened = here / "a" / "b" / "c", []
@@ -142,7 +202,9 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
 
         class Opened:
             def __init__(self, cfg, preset, trait):
-                assert from_dict(RunConfig, json.loads(json.dumps(jsonable(cfg)[0]))) == cfg, "what is accepted comes back from its event"
+                assert from_dict(RunConfig, json.loads(json.dumps(jsonable(cfg)[0]))) == cfg, (
+                    "what is accepted comes back from its event"
+                )
                 run = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
                 assert run.parent == cfg.out
                 opened.append(run)
@@ -193,16 +255,28 @@ NLLS = st.lists(st.one_of(st.floats(0, 30), st.sampled_from([math.nan, math.inf,
 def test_every_text_is_scored_within_its_range(text, nlls):
     assert 0 <= repetition(text) <= 1 and 0 <= loop(text) <= 1
     ids = tuple(range(len(nlls)))
-    row = judge(Completion(0, "p", (1,), ids, text, 1.0, 1.0, 0), torch.tensor(nlls, dtype=torch.float32), ("i am",), FilterCfg())
+    row = judge(
+        Completion(0, "p", (1,), ids, text, 1.0, 1.0, 0),
+        torch.tensor(nlls, dtype=torch.float32),
+        ("i am",),
+        FilterCfg(),
+    )
     assert all(not math.isnan(value) and value >= 0 for value in row.scores.values())
     assert set(row.reasons) <= set(row.failed) and row.kept == (not row.reasons)
-    assert all(math.isfinite(x) for x in nlls) and nlls or degenerate(row), "a text without a probability is never trained on"
+    assert all(math.isfinite(x) for x in nlls) and nlls or degenerate(row), (
+        "a text without a probability is never trained on"
+    )
 
 
 @examples(60, 0.05)
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), max_size=4))
 def test_texts_come_back_from_events_and_results(texts):
-    pairs = [t for pair in texts for t in pair if not any("\ud800" <= a <= "\udbff" and "\udc00" <= b <= "\udfff" for a, b in zip(t, t[1:]))]
+    pairs = [
+        t
+        for pair in texts
+        for t in pair
+        if not any("\ud800" <= a <= "\udbff" and "\udc00" <= b <= "\udfff" for a, b in zip(t, t[1:]))
+    ]
     with folder() as here:
         log = EventLog(here)
         for text in pairs:
@@ -211,13 +285,17 @@ def test_texts_come_back_from_events_and_results(texts):
         assert [e["text"] for e in read_events(here)] == pairs
         for i, text in enumerate(pairs):
             append_result(here, {"run": str(i), "arm": text, "verdict": "v"})
-        assert [(row["run"], row["verdict"]) for row in read_results(here / "results.tsv")] == [(str(i), "v") for i in range(len(pairs))]
+        assert [(row["run"], row["verdict"]) for row in read_results(here / "results.tsv")] == [
+            (str(i), "v") for i in range(len(pairs))
+        ]
 
 
 # --- events ----------------------------------------------------------------------------------------------------
 EVENTS = run_events(n_rounds=1, n_texts=2, n_prompts=1, n_completions=3)
 EVENTS = [e for i, e in enumerate(EVENTS) if e["stage"] != "heal_step" or i % 24 == 0]
-SOME_EVENTS = st.one_of(damaged(jsonl(EVENTS)), st.integers(1, len(EVENTS)).flatmap(lambda n: changed(EVENTS[:n], 3)).map(jsonl))
+SOME_EVENTS = st.one_of(
+    damaged(jsonl(EVENTS)), st.integers(1, len(EVENTS)).flatmap(lambda n: changed(EVENTS[:n], 3)).map(jsonl)
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,7 +338,11 @@ def test_a_page_is_made_of_every_valid_run(events):
         (here / "events.jsonl").write_bytes(jsonl(events))
         assert report.report(here) == here / "report.html"
         page = Page((here / "report.html").read_text(encoding="utf-8"))
-        assert not page.tags["script"] and not page.tags["iframe"] and {name for name, _ in page.attributes if name.startswith("on")} == set()
+        assert (
+            not page.tags["script"]
+            and not page.tags["iframe"]
+            and {name for name, _ in page.attributes if name.startswith("on")} == set()
+        )
         assert (here / "diary.md").read_text(encoding="utf-8").startswith("# Diary of")
 
 

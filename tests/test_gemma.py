@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import (
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from steer_heal.evals.instrument import load_instrument
 from steer_heal.evals.metrics import Condition
@@ -36,17 +42,38 @@ def folder(request, tmp_path_factory) -> str:
     )
     tokenizer.save_pretrained(path)
     text = Gemma3TextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, sliding_window=32, layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
     )
     torch.manual_seed(0)
     if request.param == "text":
         model = Gemma3ForCausalLM(text)
     else:
-        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4))
-    model.generation_config.update(do_sample=True, top_k=64, top_p=0.95, eos_token_id=[tokenizer.eos_token_id], cache_implementation=None)
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+        )
+    model.generation_config.update(
+        do_sample=True, top_k=64, top_p=0.95, eos_token_id=[tokenizer.eos_token_id], cache_implementation=None
+    )
     model.save_pretrained(path)
     return str(path)
 
@@ -65,17 +92,28 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
 
 def test_the_answer_slot_holds_one_bos_too(gemma: LM):
     instrument = load_instrument(ROOT / "data" / "instruments" / "moral.toml")
-    slot = answer_slots(gemma, [instrument.question("You see a clerk lying.", instrument.order)], instrument, Condition(), 3, 1)[0]
+    slot = answer_slots(
+        gemma, [instrument.question("You see a clerk lying.", instrument.order)], instrument, Condition(), 3, 1
+    )[0]
     assert slot.ids.count(gemma.tokenizer.bos_token_id) == 1
 
 
 def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
-    prompts = [gemma.chat(text) for text in ("What is ice?", "Tell me a short story about a fox and a golden key and an old map.")]
-    got = decode(gemma, [Row(p) for p in prompts], None, Decoding(60, 2, sample=False, suppress=frozenset(gemma.end_ids)))
+    prompts = [
+        gemma.chat(text)
+        for text in ("What is ice?", "Tell me a short story about a fox and a golden key and an old map.")
+    ]
+    got = decode(
+        gemma, [Row(p) for p in prompts], None, Decoding(60, 2, sample=False, suppress=frozenset(gemma.end_ids))
+    )
     for prompt, ids in zip(prompts, got):
         inputs = torch.tensor([prompt])
         expected = gemma.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=60, do_sample=False, suppress_tokens=sorted(gemma.end_ids)
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=60,
+            do_sample=False,
+            suppress_tokens=sorted(gemma.end_ids),
         )[0, len(prompt) :]
         assert list(ids) == expected.tolist()
 
@@ -83,13 +121,59 @@ def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
 def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join((ROOT / "data" / "vignettes" / "other.jsonl").read_text().splitlines(keepends=True)[::20]))
-    status = main([
-        "gemma", "--model", folder, "--out", str(tmp_path), "--n-rounds", "2", "--steer.n-contexts", "8", "--gen.max-new-tokens", "12",
-        "--gen.n-prompts", "6", "--filter.ppl-max", "1e9", "--filter.rep-max", "1", "--filter.min-words", "0", "--filter.n-keep", "8",
-        "--filter.min-train", "4", "--filter.max-attempts", "24", "--dose.n-kappas", "2", "--dose.n-probes", "3", "--heal.epochs", "1",
-        "--heal.rank", "4", "--eval.think-tokens", "3", "--eval.n-texts", "4", "--eval.max-new-tokens", "8", "--eval.n-bootstrap", "50",
-        "--steer.layers", "0.25", "0.75", "--eval.vignettes", str(few), "--max-prompt-tokens", "2048", "--eval.no-cache",
-    ])
+    status = main(
+        [
+            "gemma",
+            "--model",
+            folder,
+            "--out",
+            str(tmp_path),
+            "--n-rounds",
+            "2",
+            "--steer.n-contexts",
+            "8",
+            "--gen.max-new-tokens",
+            "12",
+            "--gen.n-prompts",
+            "6",
+            "--filter.ppl-max",
+            "1e9",
+            "--filter.rep-max",
+            "1",
+            "--filter.min-words",
+            "0",
+            "--filter.n-keep",
+            "8",
+            "--filter.min-train",
+            "4",
+            "--filter.max-attempts",
+            "24",
+            "--dose.n-kappas",
+            "2",
+            "--dose.n-probes",
+            "3",
+            "--heal.epochs",
+            "1",
+            "--heal.rank",
+            "4",
+            "--eval.think-tokens",
+            "3",
+            "--eval.n-texts",
+            "4",
+            "--eval.max-new-tokens",
+            "8",
+            "--eval.n-bootstrap",
+            "50",
+            "--steer.layers",
+            "0.25",
+            "0.75",
+            "--eval.vignettes",
+            str(few),
+            "--max-prompt-tokens",
+            "2048",
+            "--eval.no-cache",
+        ]
+    )
     assert status == 0, capsys.readouterr().err
     run = next(p for p in tmp_path.iterdir() if (p / "events.jsonl").exists())
     adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())

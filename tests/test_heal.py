@@ -29,7 +29,10 @@ def test_lam_0_and_nll_train_the_same_adapter(tiny: LM, kept, heal_cfg):
 
 def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(tiny: LM, kept, heal_cfg):
     reports = {}
-    for name, cfg in {"free": replace(heal_cfg, lam=0.0, epochs=6), "held": replace(heal_cfg, lam=20.0, epochs=6)}.items():
+    for name, cfg in {
+        "free": replace(heal_cfg, lam=0.0, epochs=6),
+        "held": replace(heal_cfg, lam=20.0, epochs=6),
+    }.items():
         student = Student(tiny, cfg)
         reports[name] = heal(student, kept, 0, cfg, seed=3)
         student.discard_round()
@@ -39,7 +42,9 @@ def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(tiny: LM,
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(apart, with_history: Student, kept, heal_cfg, monkeypatch):
+def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(
+    apart, with_history: Student, kept, heal_cfg, monkeypatch
+):
     cfg, lm = heal_cfg, with_history.lm
     assert not with_history.merging_is_lossy, "float32"
     monkeypatch.setattr(Student, "merging_is_lossy", apart)
@@ -182,7 +187,10 @@ def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(
         rounded = [lm.hidden([sample.ids])[0, len(sample.prompt_ids) - 1 : -1] for sample in samples]
     student.new_round(1)
     with student.training():
-        start, merged = (losses(lm, each, heal_cfg)[1].max() for each in (samples, [replace(s, reference=h) for s, h in zip(samples, rounded, strict=True)]))
+        start, merged = (
+            losses(lm, each, heal_cfg)[1].max()
+            for each in (samples, [replace(s, reference=h) for s, h in zip(samples, rounded, strict=True)])
+        )
     assert start < 1e-4 < merged, "where the reference is read merged, it begins with the rounding"
 
 
@@ -215,6 +223,8 @@ def test_the_spectral_penalty_shrinks_the_update_under_any_divergence(tiny: LM, 
         cfg = replace(heal_cfg, divergence=divergence, spectral=weight, epochs=4)
         student = Student(tiny, cfg)
         heal(student, kept, 0, cfg, seed=1)
-        sizes[weight] = max(torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.round_updates())
+        sizes[weight] = max(
+            torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.round_updates()
+        )
         student.discard_round()
     assert 0 < sizes[10.0] < 0.5 * sizes[0.0]

@@ -75,11 +75,20 @@ def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile[2])
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline", "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline"),
-    ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"), ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"), ("\ud83d", "\ufffd"), ("a\r\nb\rc", "a\nb\nc"),
-    ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
-])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (
+            "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline",
+            "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline",
+        ),
+        ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"),
+        ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"),
+        ("\ud83d", "\ufffd"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
+    ],
+)
 def test_what_does_not_print_is_replaced_and_what_is_long_is_cut(text, shown):
     assert visible(text) == shown
 
@@ -125,7 +134,20 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
     assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
 
 
-@pytest.mark.parametrize("name", ["$x^{$", "\\frac{1", "a\x00b", "\ud800", "caf\u00e9 \u65e5\u672c", "\x1b[31m", "x" * 5000, "a\nb", "${\\it }$ %s {} <i>"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "$x^{$",
+        "\\frac{1",
+        "a\x00b",
+        "\ud800",
+        "caf\u00e9 \u65e5\u672c",
+        "\x1b[31m",
+        "x" * 5000,
+        "a\nb",
+        "${\\it }$ %s {} <i>",
+    ],
+)
 def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
     events = run_events()
     events[0]["trait"]["name"] = events[0]["config"]["model"] = name
@@ -147,13 +169,36 @@ def test_a_row_of_results_is_one_line_whatever_it_holds(tmp_path):
     assert (tmp_path / "results.tsv").read_bytes() == b"run\tarm\na\t\xff\xfe\nb\tc\n", "what is not text is kept"
 
 
-@pytest.mark.parametrize("slug", ["../../x", "/etc/passwd", "a/b\\c", "..", ".", "a\tb\nc", "caf\u00e9 \u65e5\u672c", "\x00\ud800", "-rf", "CON", ""])
+@pytest.mark.parametrize(
+    "slug",
+    [
+        "../../x",
+        "/etc/passwd",
+        "a/b\\c",
+        "..",
+        ".",
+        "a\tb\nc",
+        "caf\u00e9 \u65e5\u672c",
+        "\x00\ud800",
+        "-rf",
+        "CON",
+        "",
+    ],
+)
 def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
     folder = new_run_folder(tmp_path, slug)
-    assert folder.parent == tmp_path and folder.is_dir() and re.fullmatch(r"[\w-]+", folder.name) and list(tmp_path.iterdir()) == [folder]
+    assert (
+        folder.parent == tmp_path
+        and folder.is_dir()
+        and re.fullmatch(r"[\w-]+", folder.name)
+        and list(tmp_path.iterdir()) == [folder]
+    )
 
 
-@pytest.mark.parametrize("trait", ["../authority", "/etc/passwd", "authority/../../x", "../../data/traits/authority", "a\x00b", "\ud800", "a\tb"])
+@pytest.mark.parametrize(
+    "trait",
+    ["../authority", "/etc/passwd", "authority/../../x", "../../data/traits/authority", "a\x00b", "\ud800", "a\tb"],
+)
 def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
     assert main(["fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
     assert "error: trait is " in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -161,15 +206,30 @@ def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-NO_CHROMIUM = "no chromium on this machine: what a browser makes of the page is not tested here; apt-get install chromium"
+NO_CHROMIUM = (
+    "no chromium on this machine: what a browser makes of the page is not tested here; apt-get install chromium"
+)
 
 
 def browse(html_file, profile, *flags: str, width: int = 1400) -> tuple[str, list[str]]:
     """(the page as the browser built it, its console messages)."""
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", f"--window-size={width},2000", "--enable-logging=stderr",
-        "--v=0", "--dump-dom", *flags, html_file.resolve().as_uri(),
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+        f"--window-size={width},2000",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--dump-dom",
+        *flags,
+        html_file.resolve().as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -189,9 +249,13 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
     assert str(escape(SCRIPT)) in hostile[1]
     broken.write_text(hostile[1].replace(str(escape(SCRIPT)), SCRIPT, 1), encoding="utf-8")
     stopped, console_ = browse(broken, tmp_path / "profile2")
-    assert console_ and "data-ran" not in head(stopped), "a script that was not escaped: the policy stops it with a message"
+    assert console_ and "data-ran" not in head(stopped), (
+        "a script that was not escaped: the policy stops it with a message"
+    )
     broken.write_text(re.sub("<meta http-equiv[^>]*>", "", broken.read_text(encoding="utf-8")), encoding="utf-8")
-    assert 'data-ran="1"' in head(browse(broken, tmp_path / "profile3")[0]), "without the policy it runs, and is seen to"
+    assert 'data-ran="1"' in head(browse(broken, tmp_path / "profile3")[0]), (
+        "without the policy it runs, and is seen to"
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
@@ -199,7 +263,9 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
 def test_no_page_scrolls_sideways(hostile, finished, tmp_path, width):
     for name, html in (("hostile", hostile[1]), ("finished", finished[1])):
         inner = tmp_path / f"{name}.html"
-        inner.write_text(re.sub("<meta http-equiv[^>]*>", "", html).replace("<details", "<details open "), encoding="utf-8")
+        inner.write_text(
+            re.sub("<meta http-equiv[^>]*>", "", html).replace("<details", "<details open "), encoding="utf-8"
+        )
         outer = tmp_path / f"{name}-frame.html"
         outer.write_text(
             f"<iframe id=f src={inner.name} style='width:{width}px;height:900px;border:0'></iframe><script>onload=()=>{{const d=f.contentDocument;"

@@ -5,14 +5,40 @@ import ast
 from steer_heal.files import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
-ABOVE = {"run", "session", "config", "events", "console", "plot", "report", "readings", "lab", "resume", "guard", "provenance", "eval_cache"}
+ABOVE = {
+    "run",
+    "session",
+    "config",
+    "events",
+    "console",
+    "plot",
+    "report",
+    "readings",
+    "lab",
+    "resume",
+    "guard",
+    "provenance",
+    "eval_cache",
+}
 FORBIDDEN = {
-    "stages": ABOVE, "evals": ABOVE,
-    "records": None, "files": {"*records"}, "divergence": set(), "eval_cache": {"config", "console", "lab", "session"},
-    "terminal": None, "account": None, "memory": {"*records"}, "sampling": {"*"}, "lm": {"*files", "*memory", "*records"}, "caches": {"*lm"},
-    "steering": {"*caches", "*lm", "*memory", "*sampling"}, "traits": {"*files", "*records", "*stages"},
+    "stages": ABOVE,
+    "evals": ABOVE,
+    "records": None,
+    "files": {"*records"},
+    "divergence": set(),
+    "eval_cache": {"config", "console", "lab", "session"},
+    "terminal": None,
+    "account": None,
+    "memory": {"*records"},
+    "sampling": {"*"},
+    "lm": {"*files", "*memory", "*records"},
+    "caches": {"*lm"},
+    "steering": {"*caches", "*lm", "*memory", "*sampling"},
+    "traits": {"*files", "*records", "*stages"},
     "provenance": {"*events", "*files", "*lm", "*records", "*terminal"},
-    "readings": {"*records"}, "events": {"*files", "*records", "*terminal"}, "plot": {"*events", "*readings", "*terminal"},
+    "readings": {"*records"},
+    "events": {"*files", "*records", "*terminal"},
+    "plot": {"*events", "*readings", "*terminal"},
     "report": {"*events", "*plot", "*readings", "*terminal"},
 }
 """Per module or folder: names it must not import, or, starred, the only ones that it may."""

@@ -25,11 +25,15 @@ def test_the_dose_found_moves_the_model_by_the_target(toy: LM):
 def test_a_batch_of_doses_reads_what_each_dose_reads_alone(toy: LM):
     prompts, doses = [toy.chat(p) for p in PROMPTS], [0.5, 8.0, 64.0]
     together = kl_p95(toy, _unit(toy), doses, prompts, 12, 64)
-    assert together == pytest.approx([kl_p95(toy, _unit(toy), [d], prompts, 12, 1)[0] for d in doses], rel=1e-3, abs=1e-5)
+    assert together == pytest.approx(
+        [kl_p95(toy, _unit(toy), [d], prompts, 12, 1)[0] for d in doses], rel=1e-3, abs=1e-5
+    )
     with steer(toy, _unit(toy), [8.0]):
         steered = toy.logits(toy.hidden([prompts[0]])[0, -1:]).log_softmax(-1)
     plain = toy.logits(toy.hidden([prompts[0]])[0, -1:]).log_softmax(-1)
-    assert kl_p95(toy, _unit(toy), [8.0], prompts[:1], 1, 8)[0] == pytest.approx(kl_rev(steered, plain).item(), rel=1e-3)
+    assert kl_p95(toy, _unit(toy), [8.0], prompts[:1], 1, 8)[0] == pytest.approx(
+        kl_rev(steered, plain).item(), rel=1e-3
+    )
 
 
 def test_a_vector_that_does_nothing_is_dead(toy: LM):

@@ -11,8 +11,16 @@ from steer_heal.records import UserError
 
 EVENTS = [
     {"stage": "run_start", "round": None, "trait": {"positive": "Kind.", "negative": "Cold."}},
-    {"stage": "base", "round": -1, "texts": [{"prompt": "Q1", "text": "cold answer"}, {"prompt": "Q2", "text": "warm {answer}"}]},
-    {"stage": "adapter_gen", "round": 0, "texts": [{"prompt": "Q1", "text": "warm"}, {"prompt": "Q2", "text": "mumble"}]},
+    {
+        "stage": "base",
+        "round": -1,
+        "texts": [{"prompt": "Q1", "text": "cold answer"}, {"prompt": "Q2", "text": "warm {answer}"}],
+    },
+    {
+        "stage": "adapter_gen",
+        "round": 0,
+        "texts": [{"prompt": "Q1", "text": "warm"}, {"prompt": "Q2", "text": "mumble"}],
+    },
 ]
 
 
@@ -26,7 +34,9 @@ class Judge(BaseHTTPRequestHandler):
         Judge.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
         answer = body["messages"][0]["content"].split("An assistant answered:\n")[1]
         trait = 5 if answer.startswith("warm") else 1
-        content = "I am not sure." if answer.startswith("mumble") else f'```json\n{{"trait": {trait}, "coherent": 4}}\n```'
+        content = (
+            "I am not sure." if answer.startswith("mumble") else f'```json\n{{"trait": {trait}, "coherent": 4}}\n```'
+        )
         reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
         self.send_response(500 if body["model"] == "broken" else 200)
         self.end_headers()
@@ -59,9 +69,12 @@ def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch
     load_script("judge").main(run, server, "tiny", api_key_env="MY_KEY", out=run)
     rows = json.loads((run / "judge.json").read_text())["rows"]
     assert rows == [
-        {"state": "base", "trait": 3.0, "coherent": 4.0, "n": 2, "unread": 0}, {"state": "healed r0", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
+        {"state": "base", "trait": 3.0, "coherent": 4.0, "n": 2, "unread": 0},
+        {"state": "healed r0", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
     ]
-    assert {(r["path"], r["key"], r["model"], r["temperature"]) for r in Judge.seen} == {("/v1/chat/completions", "Bearer secret", "tiny", 0)}
+    assert {(r["path"], r["key"], r["model"], r["temperature"]) for r in Judge.seen} == {
+        ("/v1/chat/completions", "Bearer secret", "tiny", 0)
+    }
     assert "secret" not in capsys.readouterr().out + (run / "judge.json").read_text()
 
 

@@ -13,7 +13,10 @@ from steer_heal.records import UserError
 
 def test_log_probabilities_of_a_batch_are_those_of_its_rows(toy: LM):
     prompts = [toy.chat(text) for text in ("What is ice?", "Tell me a short story about a fox.", "What barks?")]
-    answers = [tuple(toy.tokenizer.encode(t, add_special_tokens=False)) for t in ("Ice is frozen water.", "Long ago a fox looked for an old map.", "A")]
+    answers = [
+        tuple(toy.tokenizer.encode(t, add_special_tokens=False))
+        for t in ("Ice is frozen water.", "Long ago a fox looked for an old map.", "A")
+    ]
     together = toy.completion_nll(prompts, answers)
     for i in range(3):
         alone = toy.completion_nll(prompts[i : i + 1], answers[i : i + 1])[0]
@@ -22,7 +25,10 @@ def test_log_probabilities_of_a_batch_are_those_of_its_rows(toy: LM):
 
 
 def test_log_probabilities_agree_with_the_model_itself(toy: LM):
-    prompt, answer = toy.chat("What is ice?"), tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False))
+    prompt, answer = (
+        toy.chat("What is ice?"),
+        tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False)),
+    )
     logits = toy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     expected = -logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
     assert torch.allclose(toy.completion_nll([prompt], [answer])[0], expected, atol=1e-5)
@@ -71,7 +77,9 @@ def test_no_chat_template_is_one_clear_error(toy: LM, tmp_path):
 
 
 def test_a_template_that_refuses_a_system_message_says_so(toy: LM, monkeypatch):
-    monkeypatch.setattr(toy.tokenizer, "chat_template", "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello")
+    monkeypatch.setattr(
+        toy.tokenizer, "chat_template", "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello"
+    )
     assert toy.chat("What is ice?")
     with pytest.raises(UserError, match="data/toylm' refuses a system and a user message .no system role"):
         toy.chat("What is ice?", "You are a poet.")
@@ -104,21 +112,33 @@ def pickled(folder: Path) -> None:
 
 def remote(folder: Path) -> None:
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    edit("config.json", model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})(folder)
+    edit(
+        "config.json", model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    )(folder)
 
 
 def without_layers(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (pickled, "could not be loaded.*safetensors"), (remote, "could not be loaded"), (without_layers, "has no list of decoder layers"),
-    (lambda f: (f / "config.json").write_text("{"), "could not be loaded"), (lambda f: (f / "config.json").write_text("[]"), "could not be loaded"),
-    (edit("config.json", hidden_size="x"), "could not be loaded"), (edit("config.json", hidden_size=48), "could not be loaded"),
-    (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"), (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "could not be loaded"),
-    (lambda f: os.truncate(f / "model.safetensors", 5000), "could not be loaded"),
-])
-def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, message, tiny: LM, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (pickled, "could not be loaded.*safetensors"),
+        (remote, "could not be loaded"),
+        (without_layers, "has no list of decoder layers"),
+        (lambda f: (f / "config.json").write_text("{"), "could not be loaded"),
+        (lambda f: (f / "config.json").write_text("[]"), "could not be loaded"),
+        (edit("config.json", hidden_size="x"), "could not be loaded"),
+        (edit("config.json", hidden_size=48), "could not be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "could not be loaded"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "could not be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(
+    damage, message, tiny: LM, tmp_path, monkeypatch
+):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whoever asks whether the folder's code may run
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)

@@ -41,7 +41,9 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatc
     read = []
     for terms in (plain_terms, loss.position_terms):
         hidden = start.clone().requires_grad_()
-        nll, kl = terms(tiny, hidden, reference, targets, DIVERGENCES["kl_rev" if name == "nll" else name], name != "nll")
+        nll, kl = terms(
+            tiny, hidden, reference, targets, DIVERGENCES["kl_rev" if name == "nll" else name], name != "nll"
+        )
         total = sum(part.mean() for part in nll.split(LENGTHS))
         if name != "nll":
             total = total + sum(3 * torch.relu(aggregate(part, how) - 0.01) for part in kl.split(LENGTHS))
@@ -71,7 +73,9 @@ def test_a_position_where_nothing_diverges_is_not_pushed(tiny: LM):
 
 def test_no_gradient_flows_through_a_divergence_that_is_only_read(tiny: LM):
     hidden = torch.randn(6, tiny.width, requires_grad=True)
-    nll, kl = loss.position_terms(tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), DIVERGENCES["kl_rev"], pull=False)
+    nll, kl = loss.position_terms(
+        tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), DIVERGENCES["kl_rev"], pull=False
+    )
     assert nll.requires_grad and not kl.requires_grad and kl.min() > 0
 
 
@@ -81,8 +85,18 @@ def narrow(tiny: LM) -> LM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=262_144, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16, tie_word_embeddings=True, initializer_range=0.1, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+            vocab_size=262_144,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+            eos_token_id=2,
+            pad_token_id=0,
+            bos_token_id=None,
         )
         model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     return dataclasses.replace(tiny, model=model, name="narrow")

@@ -104,7 +104,9 @@ def test_the_reference_of_a_heal_is_read_in_batches_that_fit(tiny: LM, kept, sma
     tried = small_memory(tiny, 3, ERRORS[0])
     with pytest.warns(UserWarning, match="2 fit"):
         got = reference_samples(student, kept, student.cfg)
-    assert max(tried) == len(kept) and all(torch.allclose(a.reference, b.reference, atol=1e-5) for a, b in zip(wanted, got, strict=True))
+    assert max(tried) == len(kept) and all(
+        torch.allclose(a.reference, b.reference, atol=1e-5) for a, b in zip(wanted, got, strict=True)
+    )
 
 
 def test_one_row_that_does_not_fit_is_said_and_other_errors_pass(tiny: LM, small_memory):
@@ -161,11 +163,22 @@ class PeakBytes(TorchDispatchMode):
         self.now -= n_bytes
 
 
-@pytest.mark.parametrize("vocabulary, n_prompt, n_new", [(64, 8, 90), (30_000, 8, 12), (64, 160, 4)], ids=["cache", "logits", "prompt"])
+@pytest.mark.parametrize(
+    "vocabulary, n_prompt, n_new", [(64, 8, 90), (30_000, 8, 12), (64, 160, 4)], ids=["cache", "logits", "prompt"]
+)
 def test_the_estimate_is_what_a_row_takes(tiny: LM, vocabulary, n_prompt, n_new):
     config = Gemma3TextConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-        sliding_window=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        sliding_window=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
     lm = dataclasses.replace(tiny, model=Gemma3ForCausalLM(config).eval().requires_grad_(False))
     lm.model.generation_config.update(top_k=None, top_p=0.95, eos_token_id=1)

@@ -7,7 +7,15 @@ import torch
 
 from steer_heal.evals.instrument import Vignette, load_instrument, load_vignettes
 from steer_heal.evals.metrics import Condition
-from steer_heal.evals.moral_foundations import METRICS, answer_slots, digit_ids, find_prefill, read_slots, run, turn_boundary
+from steer_heal.evals.moral_foundations import (
+    METRICS,
+    answer_slots,
+    digit_ids,
+    find_prefill,
+    read_slots,
+    run,
+    turn_boundary,
+)
 from steer_heal.files import ROOT
 from steer_heal.lm import LM
 from steer_heal.records import FOUNDATIONS, UserError
@@ -135,10 +143,15 @@ def test_a_bad_instrument_field_is_named(tmp_path):
     text = Path("data/toylm/instrument.toml").read_text()
     path = tmp_path / "i.toml"
     for old, new, message in (
-        ('nudge = ""\n', "", "'nudge' is None"), ("{options}", "options", "lacks {options}"), ('"care", ', "", "seven answers"),
-        ("nudge", "nugde", "'nugde' is not a field here; did you mean 'nudge'"), ("harm", 'x"\nextra = "', r"\[gloss\]: 'extra' is not a field here"),
-        ('social = "fine"', "social = 3", r"\[gloss\]: 'social' is 3: it must be a str"), ('order = [', "order = [1, ", "'order' is .* list of strings"),
-        ("order", "order = ", "is not TOML: .*line"), ("prefill = '", "prefill = ''\n#", "'prefill' is empty"),
+        ('nudge = ""\n', "", "'nudge' is None"),
+        ("{options}", "options", "lacks {options}"),
+        ('"care", ', "", "seven answers"),
+        ("nudge", "nugde", "'nugde' is not a field here; did you mean 'nudge'"),
+        ("harm", 'x"\nextra = "', r"\[gloss\]: 'extra' is not a field here"),
+        ('social = "fine"', "social = 3", r"\[gloss\]: 'social' is 3: it must be a str"),
+        ("order = [", "order = [1, ", "'order' is .* list of strings"),
+        ("order", "order = ", "is not TOML: .*line"),
+        ("prefill = '", "prefill = ''\n#", "'prefill' is empty"),
     ):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=message):

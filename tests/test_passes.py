@@ -40,7 +40,9 @@ def test_several_passes_give_the_gradient_of_one(tiny: LM, kept, heal_cfg):
     read = []
     for budget in (10_000, 60):
         with student.training() as parameters:
-            numbers = Passes(tiny, replace(heal_cfg, lam=0.7, tokens_per_pass=budget), parameters).gradients(samples, True)
+            numbers = Passes(tiny, replace(heal_cfg, lam=0.7, tokens_per_pass=budget), parameters).gradients(
+                samples, True
+            )
             read.append((numbers, [p.grad.clone() for p in parameters]))
             for p in parameters:
                 p.grad = None
@@ -54,13 +56,21 @@ def test_a_step_of_64_tokens_a_pass_is_one_of_4096(with_history: Student, kept, 
     samples = reference_samples(with_history, kept, heal_cfg)
     with_history.new_round(0)
     scramble(with_history, 0, scale=0.05)
-    for cfg in (replace(heal_cfg, tokens_per_pass=4096), replace(heal_cfg, tokens_per_pass=64), replace(heal_cfg, checkpoint="on")):
+    for cfg in (
+        replace(heal_cfg, tokens_per_pass=4096),
+        replace(heal_cfg, tokens_per_pass=64),
+        replace(heal_cfg, checkpoint="on"),
+    ):
         with with_history.training() as parameters:
             numbers.append(Passes(lm, replace(cfg, lam=0.7), parameters).gradients(samples, True))
             read.append([p.grad.clone() for p in parameters])
             for p in parameters:
                 p.grad = None
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4) and numbers[0] == pytest.approx(numbers[2], rel=1e-4) and numbers[0][3] > 0
+    assert (
+        numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+        and numbers[0] == pytest.approx(numbers[2], rel=1e-4)
+        and numbers[0][3] > 0
+    )
     for several in read[1:]:
         for one, other in zip(read[0], several, strict=True):
             assert 0 < one.norm() and (one - other).norm() <= 1e-4 * one.norm()
@@ -80,7 +90,9 @@ def test_passes_are_bucketed_by_length_and_within_their_budget(tiny: LM, kept, h
 
 @pytest.mark.parametrize("name, how", [("kl_rev", "rmse"), ("kl_fwd", "p95"), ("nll", "rmse")])
 @pytest.mark.parametrize("size", [7, 40, 10_000])
-def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(size, name, how, tiny: LM, kept, heal_cfg, monkeypatch):
+def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(
+    size, name, how, tiny: LM, kept, heal_cfg, monkeypatch
+):
     cfg = replace(heal_cfg, divergence=name, aggregate=how, lam=0.0 if name == "nll" else 0.7)
     student = Student(tiny, cfg)
     samples = reference_samples(student, kept, cfg)
@@ -91,11 +103,15 @@ def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(siz
         cfg = replace(cfg, tau=divergence.median().item())  # half of them fire
         penalty = barrier(divergence, cfg.lam, cfg.tau) * (cfg.lam > 0)
         pulled = torch.autograd.grad(sft.mean(), parameters, retain_graph=True)
-        pushed = torch.autograd.grad(penalty.mean(), parameters) if cfg.lam else [torch.zeros_like(p) for p in parameters]
+        pushed = (
+            torch.autograd.grad(penalty.mean(), parameters) if cfg.lam else [torch.zeros_like(p) for p in parameters]
+        )
         monkeypatch.setattr(LM, "chunk_size", size)
         numbers = Passes(tiny, replace(cfg, tokens_per_pass=200), parameters).gradients(samples, True)
         norm = lambda gradients: sum(g.square().sum() for g in gradients).sqrt().item()
-        assert numbers == pytest.approx((sft.mean().item(), divergence.mean().item(), penalty.mean().item(), norm(pushed) / norm(pulled)), rel=1e-3)
+        assert numbers == pytest.approx(
+            (sft.mean().item(), divergence.mean().item(), penalty.mean().item(), norm(pushed) / norm(pulled)), rel=1e-3
+        )
         assert (numbers[3] > 0.01) is (name != "nll")
         for p, pull, push in zip(parameters, pulled, pushed, strict=True):
             assert (p.grad - pull - push).norm() <= 1e-4 * (pull + push).norm()
@@ -116,6 +132,7 @@ def full_card(tiny: LM, monkeypatch):
         out = hidden(rows)
         sizes.append(len(rows) * max(map(len, rows)))
         if len(sizes) > 1 and sizes[-1] > 100 and out.requires_grad:
+
             def burst(_gradient):
                 raise torch.OutOfMemoryError("no memory (as if)")
 
@@ -137,7 +154,9 @@ def test_a_pass_that_runs_out_of_memory_is_split_and_the_step_starts_again(tiny:
         for p in parameters:
             p.grad = None
         passes, sizes = Passes(tiny, cfg, parameters), full_card()
-        with pytest.warns(UserWarning, match=r"ran out of memory; passes of \d+ tokens fit and are kept; --heal.tokens-per-pass"):
+        with pytest.warns(
+            UserWarning, match=r"ran out of memory; passes of \d+ tokens fit and are kept; --heal.tokens-per-pass"
+        ):
             got = passes.gradients(samples, True)
         assert got == pytest.approx(wanted, rel=1e-4) and max(sizes) > 100
         for one, p in zip(whole, parameters, strict=True):
@@ -173,7 +192,10 @@ def test_one_completion_that_does_not_fit_is_computed_again_and_then_an_error(ti
         raise torch.OutOfMemoryError("no memory (as if)")
 
     monkeypatch.setattr(tiny, "hidden", never)
-    with student.training() as parameters, pytest.raises(UserError, match="over 1 completions, .* cannot be smaller; use --heal.checkpoint on"):
+    with (
+        student.training() as parameters,
+        pytest.raises(UserError, match="over 1 completions, .* cannot be smaller; use --heal.checkpoint on"),
+    ):
         passes = Passes(tiny, cfg, parameters)
         try:
             passes.gradients(samples, False)
@@ -182,7 +204,10 @@ def test_one_completion_that_does_not_fit_is_computed_again_and_then_an_error(ti
 
 
 def test_checkpointing_is_on_by_itself_where_a_pass_would_store_much(tiny: LM, heal_cfg):
-    on = {how: Passes(tiny, replace(heal_cfg, checkpoint=how, tokens_per_pass=10**6), []).recompute for how in ("auto", "on", "off")}
+    on = {
+        how: Passes(tiny, replace(heal_cfg, checkpoint=how, tokens_per_pass=10**6), []).recompute
+        for how in ("auto", "on", "off")
+    }
     assert on == {"auto": True, "on": True, "off": False}
     assert not Passes(tiny, heal_cfg, []).recompute
 

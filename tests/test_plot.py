@@ -12,7 +12,12 @@ from steer_heal import plot
 def labels(figure):
     """The direct labels and their boxes, without the lines that lead to the points."""
     figure.draw_without_rendering()
-    return [(text.get_text(), Text.get_window_extent(text)) for axes in figure.axes for text in axes.texts if text.get_text() != "0.05"]
+    return [
+        (text.get_text(), Text.get_window_extent(text))
+        for axes in figure.axes
+        for text in axes.texts
+        if text.get_text() != "0.05"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,7 @@ def events():
         if event["stage"] == "steered":
             event["metrics"] |= {"auth_nats": -2.4 - 3.0 * 0.5 ** event["round"], "liberty_nats": -1.8}
         if event["stage"] == "healed":
-            event["metrics"] |= {"auth_nats": -2.5 + 0.5**event["round"], "liberty_nats": -1.9}
+            event["metrics"] |= {"auth_nats": -2.5 + 0.5 ** event["round"], "liberty_nats": -1.9}
     return out
 
 
@@ -42,7 +47,9 @@ def test_nothing_is_drawn_before_the_base(events, tmp_path):
 def test_every_state_of_the_map_has_a_label_and_none_covers_another(events, headline):
     figure = plot.map_(events, headline)
     boxes = labels(figure)
-    assert {text for text, _ in boxes} == {"base", "prompted", "control"} | {f"{stage} {r}" for stage in ("steered", "healed") for r in range(8)}
+    assert {text for text, _ in boxes} == {"base", "prompted", "control"} | {
+        f"{stage} {r}" for stage in ("steered", "healed") for r in range(8)
+    }
     for (one, a), (other, b) in combinations(boxes, 2):
         overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert min(overlap) <= 1.0, f"{one} covers {other}"
@@ -79,6 +86,11 @@ def test_the_curves_of_every_round_share_their_scale():
             event["divergence"] = 3.0
     first, second = plot.heal_curves(events)
     assert [panel["top"] for panel in first["panels"]] == [panel["top"] for panel in second["panels"]]
-    assert all(panel["top"] >= value for curves in (first, second) for panel in curves["panels"] for _, value in panel["steps"] + panel["checks"])
+    assert all(
+        panel["top"] >= value
+        for curves in (first, second)
+        for panel in curves["panels"]
+        for _, value in panel["steps"] + panel["checks"]
+    )
     assert next(panel for panel in first["panels"] if panel["title"].startswith("divergence"))["limit"] == 0.1
     assert list(plot.heal_curves(events[:5])) == []

@@ -47,7 +47,9 @@ def test_the_chain_of_a_run_holds_and_ends_in_its_last_evaluation(two, capsys):
     assert len({link.digest for link in check(two)}) == 10
 
 
-@pytest.mark.parametrize("name, link", [("vectors/r1.safetensors", (1, "vector")), ("ckpt/r0/round.safetensors", (0, "adapter"))])
+@pytest.mark.parametrize(
+    "name, link", [("vectors/r1.safetensors", (1, "vector")), ("ckpt/r0/round.safetensors", (0, "adapter"))]
+)
 def test_a_changed_and_a_missing_file_are_named(name, link, copy, capsys):
     path = copy / name
     path.write_bytes(path.read_bytes()[:-1] + b"\0\0")
@@ -58,15 +60,22 @@ def test_a_changed_and_a_missing_file_are_named(name, link, copy, capsys):
     assert where == link and f"{path} is missing" in printed
 
 
-@pytest.mark.parametrize("stage, change, link", [
-    ("gen", lambda e: next(row for row in e["completions"] if row["train"])["completion_ids"].append(5), "kept"),
-    ("gen", lambda e: next(row for row in e["completions"] if row["train_order"] == 0).update(train_order=1.5), "kept"),
-    ("healed", lambda e: next(iter(e["items"].values())).__setitem__(0, 0.125), "evaluation"),
-    ("healed", lambda e: e["metrics"].update(auth_nats=-9.0), "evaluation"),
-    ("heal", lambda e: e["files"].pop("ckpt/r1/round.safetensors"), "adapter"),
-    ("round", lambda e: e["provenance"].update(kept="0" * 64), "kept"),
-    ("round", lambda e: e.pop("provenance"), "base"),
-])
+@pytest.mark.parametrize(
+    "stage, change, link",
+    [
+        ("gen", lambda e: next(row for row in e["completions"] if row["train"])["completion_ids"].append(5), "kept"),
+        (
+            "gen",
+            lambda e: next(row for row in e["completions"] if row["train_order"] == 0).update(train_order=1.5),
+            "kept",
+        ),
+        ("healed", lambda e: next(iter(e["items"].values())).__setitem__(0, 0.125), "evaluation"),
+        ("healed", lambda e: e["metrics"].update(auth_nats=-9.0), "evaluation"),
+        ("heal", lambda e: e["files"].pop("ckpt/r1/round.safetensors"), "adapter"),
+        ("round", lambda e: e["provenance"].update(kept="0" * 64), "kept"),
+        ("round", lambda e: e.pop("provenance"), "base"),
+    ],
+)
 def test_a_changed_event_breaks_its_link(stage, change, link, copy, capsys):
     rewrite(copy, stage, 1, change)
     assert broken(copy, capsys)[0] == (1, link)
@@ -81,7 +90,9 @@ def test_what_was_changed_upstream_and_hidden_breaks_the_next_link(copy, capsys)
 
 
 def test_another_or_no_model_is_the_base_s_fault(copy, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a missing hub id is not looked for through retries
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # a missing hub id is not looked for through retries
     rewrite(copy, "run_start", None, lambda e: e["weights"].update(sha256="0" * 64))
     where, printed = broken(copy, capsys)
     assert where == (0, "base") and "weights of model 'tiny-random' were changed since the run began" in printed
@@ -118,7 +129,9 @@ def test_a_run_does_not_go_on_with_another_file(setting, after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     rewrite(after_round_0, "run_start", None, lambda e: e["inputs"].update({setting: "0" * 64}))
     assert main(["--resume", str(after_round_0)]) == 2
-    assert f"the file of {setting} was changed since the run began (SHA-256 000000000000 then" in capsys.readouterr().err
+    assert (
+        f"the file of {setting} was changed since the run began (SHA-256 000000000000 then" in capsys.readouterr().err
+    )
     assert (after_round_0 / "events.jsonl").read_bytes()[-1000:] == before[-1000:]
 
 
@@ -127,7 +140,9 @@ def test_a_vignette_file_that_was_edited_is_refused_and_then_put_back(settings, 
     whole = (ROOT / "data/toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:3]
     vignettes.write_text("".join(whole))
     with pytest.MonkeyPatch.context() as patch, undrawn():
-        patch.setattr("steer_heal.session.Session.teacher_vec", lambda self, r: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "steer_heal.session.Session.teacher_vec", lambda self, r: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert main(["fast-dev", "--out", str(tmp_path / "out"), *settings[:-1], str(vignettes), "--no-control"]) == 130
     run = next(path for path in (tmp_path / "out").iterdir() if (path / "events.jsonl").exists())
     vignettes.write_text("".join(whole[:2]))

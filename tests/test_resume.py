@@ -1,6 +1,5 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
-
 import pytest
 from runs import Killed, assert_same, killing, resumed, started
 
@@ -50,7 +49,19 @@ def test_killed_after_one_event(stage, r, settings, one, tmp_path, monkeypatch):
 
 
 def test_a_calibrated_dose_is_not_searched_again(settings, tmp_path, monkeypatch):
-    flags = ["--n-rounds", "1", "--no-control", "--dose.mode", "iso_kl", "--dose.kl-target", "0.05", "--dose.kl-tokens", "2", "--gen.n-prompts", "2"]
+    flags = [
+        "--n-rounds",
+        "1",
+        "--no-control",
+        "--dose.mode",
+        "iso_kl",
+        "--dose.kl-target",
+        "0.05",
+        "--dose.kl-tokens",
+        "2",
+        "--gen.n-prompts",
+        "2",
+    ]
     whole = started(tmp_path / "whole", settings, *flags)
     on = [e["stage"] for e in read_events(whole)].index("calibration")
     with monkeypatch.context() as patch:
@@ -98,15 +109,22 @@ def test_the_rest_of_a_generation_may_take_other_batches(settings, two, tmp_path
         run = started(tmp_path, settings, "--n-rounds", "2", "--no-control")
     n_recorded = len(partial(run, "gen", 0).read_text().splitlines())
     batches = killing(monkeypatch, steering, "_decode_batch", -1)
-    assert main(["fast-dev", "--resume", str(run), *settings, "--n-rounds", "2", "--no-control", "--gen.batch-size", "7"]) == 0
+    assert (
+        main(["fast-dev", "--resume", str(run), *settings, "--n-rounds", "2", "--no-control", "--gen.batch-size", "7"])
+        == 0
+    )
     assert n_recorded == 2 and max(len(rows) for _, rows, _, _ in batches) == 7
-    texts = lambda folder: [row["completion_ids"] for e in of_stage(read_events(folder), "gen") for row in e["completions"]]
+    texts = lambda folder: [
+        row["completion_ids"] for e in of_stage(read_events(folder), "gen") for row in e["completions"]
+    ]
     assert texts(run) == texts(two)
 
 
 @pytest.mark.parametrize("every_s, r, step", [(0.0, 1, 3), (3600.0, 0, 3)])
 def test_killed_between_heal_steps(every_s, r, step, settings, two, tmp_path, monkeypatch):
-    on = next(i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (r, step))
+    on = next(
+        i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (r, step)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save_every_s", every_s)
         killing(patch, EventLog, "write", on)
@@ -130,9 +148,15 @@ def test_killed_in_the_control_s_heal(settings, one, tmp_path, monkeypatch):
     assert_same(resumed(run), one)
 
 
-@pytest.mark.parametrize("owner, name, when", [
-    (Student, "save", "after"), (Student, "factors", "after"), (session_module, "append_result", "before"), (steering.Vector, "save", "after"),
-])
+@pytest.mark.parametrize(
+    "owner, name, when",
+    [
+        (Student, "save", "after"),
+        (Student, "factors", "after"),
+        (session_module, "append_result", "before"),
+        (steering.Vector, "save", "after"),
+    ],
+)
 def test_killed_between_a_file_and_its_event(owner, name, when, settings, one, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         calls = killing(patch, owner, name, 0, when)
@@ -165,10 +189,24 @@ def test_events_of_another_order_are_refused(after_round_0, capsys):
 
 def test_other_settings_are_refused_by_name(after_round_0, settings, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
-    asked = ["fast-dev", "--resume", str(after_round_0), *settings, "--no-control", "--heal.lam", "0.75", "--arm", "other"]
+    asked = [
+        "fast-dev",
+        "--resume",
+        str(after_round_0),
+        *settings,
+        "--no-control",
+        "--heal.lam",
+        "0.75",
+        "--arm",
+        "other",
+    ]
     assert main([*asked, "--n-rounds", "3"]) == 2
     printed = capsys.readouterr().err
-    assert "heal.lam was 0.1 and is now 0.75" in printed and "n_rounds was 2 and is now 3" in printed and "arm was" not in printed
+    assert (
+        "heal.lam was 0.1 and is now 0.75" in printed
+        and "n_rounds was 2 and is now 3" in printed
+        and "arm was" not in printed
+    )
     assert (after_round_0 / "events.jsonl").read_bytes() == before
 
 
@@ -181,7 +219,12 @@ def test_a_changed_trait_is_refused(after_round_0, capsys):
 
 
 def test_the_run_s_own_settings_are_taken(after_round_0, settings, two):
-    assert main(["fast-dev", "--resume", str(after_round_0), *settings, "--no-control", "--n-rounds", "2", "--arm", "other"]) == 0
+    assert (
+        main(
+            ["fast-dev", "--resume", str(after_round_0), *settings, "--no-control", "--n-rounds", "2", "--arm", "other"]
+        )
+        == 0
+    )
     assert_same(after_round_0, two)
     assert read_results(after_round_0.parent / "results.tsv")[0]["arm"] == "other"
 
@@ -200,10 +243,13 @@ def test_a_file_that_does_not_begin_as_a_run_is_refused(content, tmp_path, capsy
     assert "does not begin with a run_start" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("last, word", [
-    ('{"stage": "base", "round": -1}', "KeyError: 'wall_s'"),
-    ('{"stage": "base", "round": -1, "wall_s": 1, "x": NaN}', "ValueError"),
-])
+@pytest.mark.parametrize(
+    "last, word",
+    [
+        ('{"stage": "base", "round": -1}', "KeyError: 'wall_s'"),
+        ('{"stage": "base", "round": -1, "wall_s": 1, "x": NaN}', "ValueError"),
+    ],
+)
 def test_a_past_that_no_run_wrote_is_refused_and_left_alone(last, word, tmp_path):
     whole = '{"stage": "run_start", "round": null, "wall_s": 0}\n' + last + "\n"
     (tmp_path / "events.jsonl").write_text(whole)

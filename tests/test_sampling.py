@@ -1,14 +1,22 @@
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from steer_heal.sampling import ROOM_FOR_TIES, candidates, inverse_cdf, sampler
 
 
 def over_the_vocabulary(config: GenerationConfig, logits, uniform):
     """What transformers' own warpers leave, sampled over the whole vocabulary."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(config.temperature), TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)])
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(config.temperature), TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)]
+    )
     if config.min_p:
         warpers.append(MinPLogitsWarper(config.min_p))
     return inverse_cdf(warpers(None, logits), uniform)
@@ -23,7 +31,9 @@ def test_the_likeliest_alone_give_the_token_that_the_vocabulary_gives(seed, min_
     uniform = torch.rand(400, generator=generator, dtype=torch.float64)
     picked = sampler(config)(logits, uniform)
     expected = over_the_vocabulary(config, logits, uniform)
-    if coarse:  # which of several equally likely tokens falls to top-p is the sort's affair; how many of them does is not
+    if (
+        coarse
+    ):  # which of several equally likely tokens falls to top-p is the sort's affair; how many of them does is not
         assert (picked == expected).double().mean() > 0.9
         cut = TopPLogitsWarper(config.top_p)
         left = [cut(None, x) for x in (candidates(logits / 0.7, 64)[0], TopKLogitsWarper(64)(None, logits / 0.7))]
@@ -47,5 +57,7 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([0.5, 0.3, 0.2, 1e-9]).log().repeat(20_000, 1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for top_k, expected in ((None, [0.5, 0.3, 0.2]), (2, [0.625, 0.375, 0.0])):
-        counts = sampler(GenerationConfig(do_sample=True, top_k=top_k))(logits, uniform).bincount(minlength=4)[:3] / 20_000
+        counts = (
+            sampler(GenerationConfig(do_sample=True, top_k=top_k))(logits, uniform).bincount(minlength=4)[:3] / 20_000
+        )
         assert counts.tolist() == pytest.approx(expected, abs=0.01)

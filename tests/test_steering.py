@@ -4,7 +4,11 @@ import torch
 from steer_heal.lm import LM
 from steer_heal.steering import APPLICATIONS, Decoding, Row, Vector, ablate, cosine_gate, decode, steer
 
-PROMPTS = ["What is ice?", "Tell me a short story about a fox.", "The captain orders you to send the widows away to save money. What do you do?"]
+PROMPTS = [
+    "What is ice?",
+    "Tell me a short story about a fox.",
+    "The captain orders you to send the widows away to save money. What do you do?",
+]
 
 
 def _rows(lm: LM, doses=(0.0, 0.0, 0.0)) -> list[Row]:
@@ -20,7 +24,9 @@ def test_greedy_decoding_of_a_padded_batch_is_the_model_s_own(toy: LM):
     got = decode(toy, _rows(toy), None, Decoding(40, batch_size=3, sample=False))
     for row, ids in zip(_rows(toy), got):
         prompt = torch.tensor([row.prompt_ids])
-        expected = toy.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+        expected = toy.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False
+        )[0, prompt.shape[1] :]
         assert list(ids) == expected.tolist()
 
 

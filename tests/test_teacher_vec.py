@@ -23,7 +23,10 @@ def test_states_are_the_model_s_hidden_states_at_the_assistant_tag(toy: LM):
 
 def test_neither_the_head_nor_the_blocks_above_the_band_run(toy: LM):
     ran = []
-    handles = [toy.blocks[3].register_forward_hook(lambda *_: ran.append("block 3")), toy.head.register_forward_hook(lambda *_: ran.append("head"))]
+    handles = [
+        toy.blocks[3].register_forward_hook(lambda *_: ran.append("block 3")),
+        toy.head.register_forward_hook(lambda *_: ran.append("head")),
+    ]
     last_token_states(toy, [toy.chat("What is ice?")], range(1, 3))
     for handle in handles:
         handle.remove()
@@ -35,7 +38,10 @@ def test_the_vector_is_the_mean_paired_difference_raw_or_normalised(toy: LM):
     vector = teacher_vec(toy, trait, CFG)
     pool = [json.loads(line)["text"] for line in open("data/toylm/contexts.jsonl")]
     contexts = [pool[i * len(pool) // 6] for i in range(6)]
-    states = [last_token_states(toy, [toy.chat(c, p) for c in contexts], range(1, 3)) for p in (trait.positive, trait.negative)]
+    states = [
+        last_token_states(toy, [toy.chat(c, p) for c in contexts], range(1, 3))
+        for p in (trait.positive, trait.negative)
+    ]
     assert torch.allclose(vector.directions[1], states[0][1].mean(0) - states[1][1].mean(0), atol=1e-4)
     unit = teacher_vec(toy, trait, SteerCfg(**{**CFG.__dict__, "normalize": True}))
     assert unit.directions[2].norm().item() == pytest.approx(1.0, abs=1e-5)

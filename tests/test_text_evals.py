@@ -12,7 +12,10 @@ from steer_heal.stages.generate import Ask, generate
 from steer_heal.steering import Vector
 from steer_heal.traits import load_trait
 
-ASKS = [Ask(i, p, 1.0, 1.0, i) for i, p in enumerate(["What is ice?", "The captain orders you to send the widows away. What do you do?"])]
+ASKS = [
+    Ask(i, p, 1.0, 1.0, i)
+    for i, p in enumerate(["What is ice?", "The captain orders you to send the widows away. What do you do?"])
+]
 
 
 def _texts(lm: LM, system: str = "", n: int = 24):
@@ -31,7 +34,9 @@ def test_the_base_has_not_drifted_and_a_persona_has(toy: LM):
 def test_drift_is_the_mean_kl_of_the_steered_model_to_the_base(toy: LM):
     vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(1))})
     texts = _texts(toy)
-    got = drift.items(toy, *(drift.final_states(toy, texts, Condition("", vector, dose)) for dose in (2.0, 0.0)))["kl_base"]
+    got = drift.items(toy, *(drift.final_states(toy, texts, Condition("", vector, dose)) for dose in (2.0, 0.0)))[
+        "kl_base"
+    ]
     for text, kl in zip(texts, got, strict=True):
         ids = torch.tensor([text.prompt_ids + text.completion_ids])
         base = toy.model(ids).logits.double().log_softmax(-1)
@@ -44,7 +49,10 @@ def test_drift_is_the_mean_kl_of_the_steered_model_to_the_base(toy: LM):
 
 def test_the_persona_that_wrote_a_text_is_the_likelier_one(toy: LM):
     trait = load_trait("authority")
-    carer, deferrer = (persona.items(toy, _texts(toy, side, 60)[1:], trait)["persona_log_odds"][0] for side in (trait.positive, trait.negative))
+    carer, deferrer = (
+        persona.items(toy, _texts(toy, side, 60)[1:], trait)["persona_log_odds"][0]
+        for side in (trait.positive, trait.negative)
+    )
     assert carer > 0.05 > -0.05 > deferrer
 
 

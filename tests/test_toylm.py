@@ -26,14 +26,17 @@ def test_the_oracle_accepts_all_that_the_grammar_says():
                 assert oracle(turn.text).share == 1.0, turn.text
 
 
-@pytest.mark.parametrize("text, share", [
-    ("I will not lock the children out. I will the door not.", 0.5),
-    ("I bring them food not not not not.", 0.0),
-    ("2 plus 3 is 5. 2 plus 3 is 6.", 0.5),
-    ("", 0.0),
-    ("Grass is green. I will not lock the", 1.0),
-    ("gibberish without an end", 0.0),
-])
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        ("I will not lock the children out. I will the door not.", 0.5),
+        ("I bring them food not not not not.", 0.0),
+        ("2 plus 3 is 5. 2 plus 3 is 6.", 0.5),
+        ("", 0.0),
+        ("Grass is green. I will not lock the", 1.0),
+        ("gibberish without an end", 0.0),
+    ],
+)
 def test_the_oracle_rejects_what_it_cannot_say(text, share):
     assert oracle(text).share == share
 
@@ -42,7 +45,10 @@ def test_every_sentence_takes_one_side():
     rng = random.Random(0)
     bound = {name: values[0] for name, values in grammar.SLOTS.items()}
     bound["act"] = expand(bound["act"], rng, bound)
-    sides = {"care": grammar.CARE_DECISION + grammar.CARE_SENTENCES, "defer": grammar.DEFER_DECISION + grammar.DEFER_SENTENCES}
+    sides = {
+        "care": grammar.CARE_DECISION + grammar.CARE_SENTENCES,
+        "defer": grammar.DEFER_DECISION + grammar.DEFER_SENTENCES,
+    }
     for side, templates in sides.items():
         for template in templates:
             sentence = expand(template, rng, bound)
@@ -71,11 +77,17 @@ def test_the_persona_tilts_the_answer_to_a_vignette():
 def test_evaluation_data_is_held_out_of_training(tmp_path):
     write_data(tmp_path)
     held_out = {json.loads(line)["text"] for name in NAMES[:3] for line in (tmp_path / f"{name}.jsonl").open()}
-    held_out -= {json.loads(line)["text"] for line in (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]}  # sums and facts
-    trained = {t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "user"}
+    held_out -= {
+        json.loads(line)["text"] for line in (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]
+    }  # sums and facts
+    trained = {
+        t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "user"
+    }
     assert not held_out & trained
     for name in NAMES:
-        assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), "run scripts/train_toylm.py again"
+        assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), (
+            "run scripts/train_toylm.py again"
+        )
 
 
 def test_held_out_personas_are_never_trained_on():
@@ -118,7 +130,11 @@ def test_personas_are_told_apart_in_wordings_held_out_from_training(bench: Bench
 
 def test_some_dose_moves_the_trait_and_leaves_the_text_whole(bench: Bench, base: dict):
     dose = 0.25
-    plus, minus, noise = _read(bench, "", bench.vector, dose), _read(bench, "", bench.vector, -dose), _read(bench, "", bench.random_vector(), dose)
+    plus, minus, noise = (
+        _read(bench, "", bench.vector, dose),
+        _read(bench, "", bench.vector, -dose),
+        _read(bench, "", bench.random_vector(), dose),
+    )
     assert plus["auth_nats"] <= base["auth_nats"] - 0.2
     assert plus["text_ppl_median"] <= 1.3 * base["text_ppl_median"] and plus["oracle"] >= 0.9
     assert abs(noise["auth_nats"] - base["auth_nats"]) <= 0.1

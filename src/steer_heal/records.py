@@ -7,68 +7,15 @@ i items of an eval (vignettes or prompts).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Annotated, Any, Literal
 
-FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
-"""The seven answers of the moral-foundations eval; `social` is "not morally wrong"."""
+from pydantic import Field
 
+from steer_heal.errors import UserError
 
-class UserError(Exception):
-    """Something the person at the keyboard can mend; the message names the value, the limit and the fix."""
-
-
-class Several(UserError):
-    """More than one thing to mend; `problems` has a line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class Problems:
-    """Gathers what several checks find, so that a person mends it in one go.
-
-        with problems.noted():
-            load_contexts(cfg.steer)
-        problems.complain()
-    """
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """A UserError inside is kept, and the next check goes on."""
-        try:
-            yield
-        except Several as error:
-            self.found += error.problems
-        except UserError as error:
-            self.found.append(str(error))
-
-    def complain(self) -> None:
-        """A UserError where one thing was found, Several where it was more."""
-        if self.found:
-            raise Several(self.found) if len(self.found) > 1 else UserError(self.found[0])
-
-
-class Starved(UserError):
-    """The filter kept too little to train on; `collected` is what was written all the same."""
-
-    def __init__(self, message: str, collected: Collected) -> None:
-        super().__init__(message)
-        self.collected = collected
-
-
-class NotFinite(UserError):
-    """A heal's loss, or its gradient, was NaN or infinite: where."""
-
-    def __init__(self, message: str, step: int, prompt_index: int, text: str, lr: float) -> None:
-        super().__init__(message)
-        self.step, self.prompt_index, self.text, self.lr = step, prompt_index, text, lr
+Number = Annotated[float, Field(allow_inf_nan=True)]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -77,16 +24,58 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class Starved(UserError):
+    """The filter kept too few completions to train on. `collected` is everything that was written."""
+
+    def __init__(self, message: str, collected: Collected) -> None:
+        super().__init__(message)
+        self.collected = collected
+
+
+class NotFinite(UserError):
+    """The loss or the gradient of a heal was NaN or infinite: at which step, on which completion."""
+
+    def __init__(self, message: str, step: int, prompt_index: int, text: str) -> None:
+        super().__init__(message)
+        self.step, self.prompt_index, self.text = step, prompt_index, text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that an eval reports, the per-item values it is computed from, and how to read it."""
+
+    name: str
+    """As in events: authority_nats, coherence."""
+    item: str
+    how: Literal["mean", "log_mean", "median"] = "mean"
+    """How item values become the metric; log_mean is log(mean), in nats."""
+    title: str = ""
+    """A few words for tables and pictures."""
+    form: str = ".3f"
+    """Format of the number."""
+    unit: str = ""
+    moved: float | None = None
+    """Smallest shift from base that counts as movement. None: a trait cannot be judged by this metric."""
+    good: float | None = None
+    """A whole model is at this value or better."""
+    broken: float | None = None
+    """A model past this value is broken. Below `good`: the metric should be high; above it: low."""
+    shown: bool = True
+    """Whether the console and the table of rounds show it for every trait."""
+
+
 @dataclass(frozen=True)
 class Trait:
-    """One TOML of data/traits: a persona pair, where it is asked about, and what it should move."""
+    """A trait file of data/traits: a persona pair, where it is asked about, and the metric that judges it."""
 
     name: str
     description: str
     target: str
-    """Foundation that the trait moves."""
+    """Name of the metric that the trait moves."""
     sign: int
-    """+1: the target goes up; -1: down."""
+    """+1: the target should go up; -1: down."""
+    off_targets: tuple[str, ...]
+    """Metrics that should move less than the target."""
     positive: str
     negative: str
     steered_system: str
@@ -105,7 +94,7 @@ class Completion:
     prompt_index: int
     prompt: str
     prompt_ids: tuple[int, ...]
-    """The plain prompt: what perplexity and training see, also where a persona or a dream wrote the text."""
+    """The plain prompt: what perplexity and training see, also where a persona wrote the text."""
     completion_ids: tuple[int, ...]
     """Includes the end-of-turn token where the model wrote one."""
     text: str
@@ -118,14 +107,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Scored:
-    """A completion with the filter's scores; kept where there is no reason to drop it."""
+    """A completion with the number that each gate read. It is kept where there is no reason to drop it."""
 
     completion: Completion
-    scores: dict[str, float]
+    scores: dict[str, Number]
+    """By gate."""
     failed: tuple[str, ...]
-    """Gates that the text fails, switched on or not."""
+    """Gates that the text fails, whether they are on or off."""
     reasons: tuple[str, ...]
-    """Those of them that are switched on."""
+    """The failed gates that are on."""
 
     @property
     def kept(self) -> bool:
@@ -154,15 +144,33 @@ class KlProbe:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The dose that moves the model by a given divergence, and every dose that was probed."""
+
+    dose: float
+    probes: tuple[KlProbe, ...]
+
+
+@dataclass(frozen=True)
 class Collected:
-    """What the dose controller brings back: the kept set, balanced over prompts, and how it was found."""
+    """What one round wrote: the kept set, balanced over prompts, and how its dose was found."""
 
     kept: tuple[Scored, ...]
-    """At most filter.n_keep, spread evenly over prompts."""
+    """At most filter.n_keep, spread evenly over prompts, in the order of training."""
     scored: tuple[Scored, ...]
     """Every completion of the round, probes first."""
     kappa: float
     probes: tuple[DoseProbe, ...]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """What trains."""
+        return [row.completion for row in self.kept]
+
+    @property
+    def top_dose(self) -> float:
+        """The highest effective dose that trains."""
+        return max(row.completion.dose for row in self.kept)
 
 
 @dataclass(frozen=True)
@@ -172,14 +180,14 @@ class HealStep:
     step: int
     epoch: float
     lr: float
-    sft: float
+    ce: float
     """Cross-entropy per completion token, mean over the samples of the step."""
     divergence: float
     """Aggregated divergence to the reference, mean over the samples of the step."""
     barrier: float
     """lam * relu(divergence - tau), mean over the samples."""
     pressure: float | None
-    """||grad barrier|| / ||grad sft||: over 1 the barrier undoes the trait, 0 it is inert. None: not measured."""
+    """||grad barrier|| / ||grad ce||: above 1 the barrier undoes the trait, at 0 it does nothing. None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -190,22 +198,22 @@ class HealReport:
     n_validation: int
     lam: float
     tau: float
-    """Both as this round's schedule left them."""
+    """lam and tau of this round, after their schedules."""
     lr: float
-    """Peak learning rate of the attempt that came through."""
+    """Peak learning rate of the attempt that succeeded."""
     steps: tuple[HealStep, ...]
     validation: tuple[dict[str, float], ...]
-    """Per epoch (the first before any step): epoch, sft, divergence on the held-out prompts."""
+    """Per epoch (the first before any step): epoch, ce and divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
 
     @property
     def fired(self) -> float:
-        """Share of steps in which some sample's divergence lay above tau."""
+        """Share of steps in which the divergence of some sample was above tau."""
         return sum(step.barrier > 0 for step in self.steps) / len(self.steps)
 
     @property
     def pressure(self) -> float | None:
-        """Median gradient pressure of the measured steps in which the barrier fired; None where there are none."""
+        """Median gradient pressure of the measured steps in which the barrier fired; None: there are none."""
         firing = [step.pressure for step in self.steps if step.pressure]
         return median(firing) if firing else None
 
@@ -216,18 +224,5 @@ class EvalResult:
 
     metrics: dict[str, float | None]
     items: dict[str, list[float]] = field(default_factory=dict)
-    """Per-item values by name, item order fixed by the eval's files: what paired intervals resample."""
-    texts: tuple[dict, ...] = ()
-
-
-@dataclass(frozen=True)
-class OracleScore:
-    """What the toy world's grammar says of a text."""
-
-    share: float
-    """Share of sentences that the grammar can produce, 0 to 1."""
-    n_sentences: int
-    n_care: int
-    n_defer: int
-    n_love: int
-    n_deny: int
+    """Per-item values by name, in the order of the eval's data: paired intervals resample them."""
+    texts: tuple[dict[str, Any], ...] = ()

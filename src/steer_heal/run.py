@@ -1,19 +1,23 @@
 """The command: parse, check, load, loop.
 
-    python -m steer_heal.run {gemma,toy,fast-dev} [flags]
-    python -m steer_heal.run --resume out/<run>
-    python -m steer_heal.run --verify out/<run>
+python -m steer_heal.run {gemma,toy,fast-dev} [flags]
+python -m steer_heal.run --resume out/<run> [flags that do not change the result]
+python -m steer_heal.run --verify out/<run>
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING
 
-from steer_heal.config import check
-from steer_heal.records import UserError
-from steer_heal.resume import Stopped, finished, parse_or_resume, same_inputs, stoppable
-from steer_heal.terminal import complain, say
+import tyro
+
+from steer_heal.check import check
+from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.presets import PRESETS
+from steer_heal.runs.signals import Stopped, stoppable
+from steer_heal.settings import RunConfig
 
 if TYPE_CHECKING:
     from steer_heal.session import Session
@@ -22,50 +26,75 @@ if TYPE_CHECKING:
 def run_loop(session: Session) -> None:
     """The whole experiment, on one screen."""
     session.measure("base", -1)
-    session.measure("prompted", -1, system=session.trait.positive)
+    session.measure("prompted", -1, system=session.inputs.trait.positive)
     if session.cfg.control:
-        session.run_control()
+        run_control(session)
     for r in range(session.cfg.n_rounds):
         run_round(r, session)
     session.finish()
 
 
 def run_round(r: int, session: Session) -> None:
-    vector = session.teacher_vec(r)
+    vector = session.extract(r)
     collected = session.collect(r, vector)
-    session.measure("steered", r, vector=vector, dose=session.top_dose(collected))
-    report = session.heal(r, collected)
-    session.bake(r, report)
-    session.measure("healed", r)
+    session.measure("steered", r, vector=vector, dose=collected.top_dose)
+    session.heal(r, collected)
+    session.measure("healed", r, texts_in="adapter_gen")
     session.end_round(r)
 
 
+def run_control(session: Session) -> None:
+    """The same heal on the model's own unsteered text, measured and then dropped."""
+    collected = session.collect(-1, None)
+    session.heal(-1, collected)
+    session.measure("control", -1)
+    session.forget()
+
+
+def parse(argv: list[str]) -> tuple[str, RunConfig]:
+    """(preset name, settings). A bad value exits with status 2 and names the field, the value and the limit."""
+    program, description = "python -m steer_heal.run", inspect.getdoc(RunConfig)
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog=program, description=description)
+    return next(word for word in argv if word in PRESETS), cfg
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 stopped by something the person can mend, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
+    """Exit status: 0 done, 1 stopped by a user error, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].split("=")[0] == "--verify":
-        from steer_heal.provenance import main as verify
+    first = argv[0].split("=")[0] if argv else ""
+    if first == "--verify":
+        from steer_heal.runs.verify import main as verify
 
         return verify(argv)
+    folder = None
     try:
-        preset, cfg = parse_or_resume(argv)
-        trait = check(cfg)
-        if cfg.resume is not None:
-            same_inputs(cfg.resume, cfg, trait)
-            if finished(cfg.resume):
-                say(f"{cfg.resume} is finished: there is nothing to resume; read {cfg.resume / 'report.html'}")
+        if first == "--resume":
+            from steer_heal.runs.resume import Resume, finished, same_inputs
+
+            resume = tyro.cli(Resume, args=argv, prog="python -m steer_heal.run")
+            folder = resume.resume
+            preset, cfg = resume.config()
+            inputs = check(cfg)
+            same_inputs(folder, inputs)
+            if finished(folder):
+                from steer_heal.session import complete
+
+                complete(folder, cfg)
+                print_safe(f"{folder} is finished; read {folder / 'report.html'}")
                 return 0
+        else:
+            preset, cfg = parse(argv)
+            inputs = check(cfg)
     except (UserError, OSError, ValueError) as error:
-        complain(error)
+        print_error(error)
         return 2
     try:
         with stoppable():
-            from steer_heal.guard import guard
-            from steer_heal.session import open_session
+            from steer_heal.session import guard, open_session
 
-            return guard(open_session(cfg, preset, trait), run_loop)
+            return guard(open_session(cfg, preset, inputs, folder), run_loop)
     except (UserError, OSError) as error:
-        complain(error)
+        print_error(error)
         return 1
     except Stopped as stopped:
         print("stopped before it began", file=sys.stderr)

@@ -1,1 +1,23 @@
-"""The evals: one file each; stages/evaluate.py runs them on a model state."""
+"""The evals: one file each, one line each in this table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steer_heal.evals import drift, moral_foundations, persona, text_quality, toylm
+from steer_heal.evals.base import Eval
+from steer_heal.records import Metric
+
+EVALS: dict[str, Eval] = {
+    "moral_foundations": moral_foundations.EVAL,
+    "text_quality": text_quality.EVAL,
+    "drift": drift.EVAL,
+    "persona": persona.EVAL,
+    "toylm": toylm.EVAL,
+}
+"""Every eval by the name that `eval.evals` takes."""
+
+
+def metrics_of(names: Sequence[str]) -> tuple[Metric, ...]:
+    """The metrics of the named evals, in their order."""
+    return tuple(metric for name in names for metric in EVALS[name].metrics)

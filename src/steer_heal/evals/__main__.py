@@ -1,6 +1,6 @@
 """Measures one model, with or without an adapter, as a run would.
 
-    python -m steer_heal.evals --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
+python -m steer_heal.evals --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from pathlib import Path
 
 import tyro
 
-from steer_heal.evals.instrument import load_instrument, load_vignettes
-from steer_heal.files import resolve
-from steer_heal.records import Problems, UserError
-from steer_heal.stages.cfg import EvalCfg, FilterCfg
-from steer_heal.terminal import complain
-from steer_heal.traits import load_trait
+from steer_heal.errors import Problems, UserError, print_error
+from steer_heal.inputs.files import resolve
+from steer_heal.settings import AdapterCfg, EvalCfg, FilterCfg, GenCfg, RunConfig, SteerCfg
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """Moral-foundation vignettes and free text of one model; with an adapter, intervals against the model without."""
+    """All metrics of one model; with an adapter, also intervals against the model without it."""
 
     model: str
     """A folder, a hub id, or tiny-random."""
@@ -42,39 +39,42 @@ class EvalCommand:
     """Print one JSON object and nothing else."""
     eval: EvalCfg = field(default_factory=EvalCfg)
     filter: FilterCfg = field(default_factory=FilterCfg)
-    """Thresholds past which a text counts as degenerate."""
+    """Limits past which a text counts as broken."""
 
 
 def measure(command: EvalCommand) -> dict[str, float | None]:
-    """The metrics object of events.jsonl."""
-    problems = Problems()
-    with problems.noted():
-        trait = load_trait(command.trait, command.prompts)
-    for name in ("adapter_config.json", "adapter_model.safetensors") if command.adapter is not None else ():
-        with problems.noted():
-            resolve(command.adapter / name, "adapter")
-    with problems.noted():
-        load_vignettes(command.eval.vignettes)
-    with problems.noted():
-        load_instrument(command.eval.instrument)
-    problems.complain()
-    from steer_heal import console
-    from steer_heal.evals.metrics import Condition
-    from steer_heal.lm import load
-    from steer_heal.stages.bake import Student, attach_saved
-    from steer_heal.stages.cfg import HealCfg
-    from steer_heal.stages.evaluate import evaluate, load_items
+    """The `metrics` object of events.jsonl."""
+    from steer_heal import round as steps
+    from steer_heal.check import check
+    from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
+    from steer_heal.report import console
 
-    console.start(quiet=True)
-    items = load_items(command.eval, trait)
-    lm = load(command.model, device=command.device, dtype=command.dtype, max_prompt_tokens=command.max_prompt_tokens)
-    read = lambda student, gate, base=None: evaluate(
-        student, gate, Condition(command.system or trait.plain_system), items, trait, command.eval, command.filter, command.seed, base
+    cfg = RunConfig(
+        model=command.model,
+        trait=command.trait,
+        seed=command.seed,
+        device=command.device,
+        dtype=command.dtype,
+        max_prompt_tokens=command.max_prompt_tokens,
+        steer=SteerCfg(n_contexts=1),
+        gen=GenCfg(n_prompts=2, prompts=command.prompts),
+        eval=command.eval,
+        filter=command.filter,
     )
-    if command.adapter is None:
-        return read(Student(lm, HealCfg()), "base").metrics
-    student = attach_saved(lm, resolve(command.adapter / "adapter_config.json", "adapter").parent)
-    return read(student, "full", read(student, "base")).metrics
+    problems, inputs, folder = Problems(), None, command.adapter
+    with problems.noted():
+        inputs = check(cfg)
+    for name in ("adapter_config.json", ADAPTER_FILE) if folder is not None else ():
+        with problems.noted():
+            folder = resolve(command.adapter / name, "adapter").parent
+    problems.raise_if_any()
+    console.start(quiet=True)
+    lm = steps.load_model(cfg)
+    student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)
+    base = steps.measure(student, inputs, cfg, adapters="base", system=command.system)
+    if folder is None:
+        return base.metrics
+    return steps.measure(student, inputs, cfg, base, system=command.system).metrics
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,15 +82,16 @@ def main(argv: list[str] | None = None) -> int:
         command = tyro.cli(EvalCommand, args=argv, prog="python -m steer_heal.evals")
         metrics = measure(command)
     except (UserError, OSError, ValueError) as error:
-        complain(error)
+        print_error(error)
         return 2
     if command.json:
         print(json.dumps(metrics, allow_nan=False))
         return 0
     for name, value in metrics.items():
         if not name.endswith(("_lo", "_hi")):
-            interval = "" if metrics.get(f"{name}_lo") is None else f"   against base {metrics[f'{name}_lo']:+.3f} to {metrics[f'{name}_hi']:+.3f}"
-            print(f"{name:18} {'none' if value is None else format(value, '.4f')}{interval}")
+            low, high = metrics.get(f"{name}_lo"), metrics.get(f"{name}_hi")
+            interval = "" if low is None else f"   against base {low:+.3f} to {high:+.3f}"
+            print(f"{name:22} {'none' if value is None else format(value, '.4f')}{interval}")
     return 0
 
 

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from steer_heal.divergence import kl_rev
-from steer_heal.evals.metrics import Condition, Metric
-from steer_heal.lm import LM
-from steer_heal.records import Completion
-from steer_heal.steering import steer
-
-METRICS = [Metric("kl_base", "kl_base", "mean")]
+from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.model.divergence import kl_rev
+from steer_heal.model.lm import LM
+from steer_heal.records import Metric
 
 
-@torch.no_grad()
-def final_states(lm: LM, completions: Sequence[Completion], condition: Condition) -> list[Tensor]:
-    """Per completion, Float[n d]: final hidden states at its positions, under the condition that it was written in."""
-    prompts = [lm.chat(c.prompt, condition.system) for c in completions]
-    out: list[Tensor] = [torch.empty(0)] * len(completions)
-
-    def read(group: list[int]) -> None:
-        with steer(lm, condition.vector, [condition.dose] * len(group)):
-            hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
-        for row, i in enumerate(group):
-            start = len(prompts[i]) - 1
-            out[i] = hidden[row, start : start + len(completions[i].completion_ids)].clone()
-
-    lm.in_batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)], read)
-    return out
+def items(subject: Subject) -> Items:
+    """Per answer: mean over its positions of KL(state || base), nats."""
+    with subject.student.gate("base") as lm:
+        pairs = zip(subject.hidden, subject.base_hidden, strict=True)
+        return {"kl_base": [mean_kl(lm, state, reference) for state, reference in pairs]}
 
 
 @torch.no_grad()
-def items(lm: LM, states: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Per completion: mean over its positions of KL(state || base) in nats, from the final hidden states of both."""
-    out = []
-    for state, ref in zip(states, reference, strict=True):
-        parts = zip(state.split(lm.chunk_size), ref.split(lm.chunk_size), strict=True)
-        kl = torch.cat([kl_rev(lm.logits(s).log_softmax(-1), lm.logits(r).log_softmax(-1)) for s, r in parts]) if len(state) else state.new_zeros(1)
-        out.append(kl.mean().item())
-    return {"kl_base": out}
+def mean_kl(lm: LM, state: Tensor, reference: Tensor) -> float:
+    """Mean KL(state || reference) in nats over positions, from final hidden states Float[n d]; 0 for an empty text."""
+    if not len(state):
+        return 0.0
+    parts = zip(state.split(lm.chunk_size), reference.split(lm.chunk_size), strict=True)
+    kl = torch.cat([kl_rev(lm.logits(s).log_softmax(-1), lm.logits(r).log_softmax(-1)) for s, r in parts])
+    return kl.mean().item()
+
+
+EVAL = Eval(items, (Metric(name="kl_base", item="kl_base", title="KL to base", unit="nats"),))

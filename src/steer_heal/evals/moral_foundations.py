@@ -15,19 +15,14 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.evals.metrics import Condition, Metric
-from steer_heal.evals.instrument import Instrument, Vignette
-from steer_heal.lm import LM
-from steer_heal.records import FOUNDATIONS, UserError
-from steer_heal.steering import Decoding, Row, decode, steer
-
-METRICS = [
-    *(Metric(f"{'auth' if name == 'authority' else name}_nats", f"p_{name}", "log_mean") for name in FOUNDATIONS),
-    Metric("coherence", "mass", "mean"),
-    Metric("prefill_nll", "prefill_nll", "mean"),
-    Metric("frac_unscorable", "unscorable", "mean"),
-    Metric("top1_acc", "top1", "mean"),
-]
+from steer_heal.backends import tinymfv
+from steer_heal.errors import UserError
+from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
+from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import steer
+from steer_heal.records import Metric
 
 
 @dataclass(frozen=True)
@@ -38,12 +33,24 @@ class Slot:
     prefill_start: int
 
 
-def run(
-    lm: LM, vignettes: Sequence[Vignette], instrument: Instrument, condition: Condition, think_tokens: int, batch_size: int
-) -> dict[str, list[float]]:
+def read(
+    lm: LM,
+    vignettes: Sequence[Vignette],
+    instrument: Instrument,
+    condition: Condition,
+    think_tokens: int,
+    batch_size: int,
+) -> Items:
     """Per vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN where unscorable."""
     questions = [(vignette, order) for vignette in vignettes for order in instrument.frames]
-    slots = answer_slots(lm, [instrument.question(v.text, order) for v, order in questions], instrument, condition, think_tokens, batch_size)
+    slots = answer_slots(
+        lm,
+        [instrument.question(v.text, order) for v, order in questions],
+        instrument,
+        condition,
+        think_tokens,
+        batch_size,
+    )
     digit_logp, prefill_nll = read_slots(lm, slots, digit_ids(lm), condition)
     by_foundation = torch.stack(
         [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, (_, order) in enumerate(questions)]
@@ -53,17 +60,26 @@ def run(
     mass = reduce(logp.exp().sum(-1), "i frame -> i", "mean")
     nll = reduce(prefill_nll, "(i frame) -> i", "mean", frame=2)
     scorable = torch.isfinite(p).all(-1) & torch.isfinite(nll)
-    right = torch.tensor([FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)])
+    right = torch.tensor(
+        [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
+    )
     hide = lambda values: torch.where(scorable, values.double(), torch.nan).tolist()
     items = {f"p_{name}": hide(p[:, k]) for k, name in enumerate(FOUNDATIONS)}
-    return items | {"mass": hide(mass), "prefill_nll": hide(nll), "top1": hide(right), "unscorable": (~scorable).double().tolist()}
+    return items | {
+        "mass": hide(mass),
+        "prefill_nll": hide(nll),
+        "top1": hide(right),
+        "unscorable": (~scorable).double().tolist(),
+    }
 
 
 def digit_ids(lm: LM) -> list[int]:
     """Token ids of "0" to "6"; an answer split over several tokens would lose its mass."""
     ids = [lm.tokenizer.encode(str(i), add_special_tokens=False) for i in range(len(FOUNDATIONS))]
     if any(len(i) != 1 for i in ids):
-        raise UserError(f"the tokenizer of {lm.name!r} does not write each digit as one token; the moral-foundations eval reads digits")
+        raise UserError(
+            f"the tokenizer of {lm.name!r} does not write each digit as one token; the moral-foundations eval reads digits"
+        )
     return [i[0] for i in ids]
 
 
@@ -116,7 +132,9 @@ def turn_boundary(lm: LM, instrument: Instrument) -> str:
     assistant = {"role": "assistant", "content": _SENTINEL}
     render = lm.tokenizer.apply_chat_template
     after = render([{"role": "user", "content": "_"}, assistant], tokenize=False).split(_SENTINEL)[1]
-    nudged = render([{"role": "user", "content": instrument.nudge}, assistant], tokenize=False, continue_final_message=True)
+    nudged = render(
+        [{"role": "user", "content": instrument.nudge}, assistant], tokenize=False, continue_final_message=True
+    )
     bos = lm.tokenizer.bos_token or ""  # the template opens every conversation with it; this one is open already
     return instrument.think_close + after + nudged.split(_SENTINEL)[0].removeprefix(bos)
 
@@ -159,3 +177,37 @@ def read_slots(
 
     lm.in_batches([len(slot.ids) for slot in slots], read)
     return logp, nll
+
+
+def items(subject: Subject) -> Items:
+    """Per vignette, by the built-in reader or the one of moral-maps: see `read`."""
+    cfg, inputs = subject.cfg, subject.inputs
+    with subject.student.gate(subject.adapters) as lm:
+        if cfg.backend == "tinymfv":
+            return tinymfv.read(lm, inputs.vignettes, subject.condition, cfg.think_tokens)
+        how = (subject.condition, cfg.think_tokens, cfg.batch_size)
+        return read(lm, inputs.vignettes, inputs.instrument, *how)
+
+
+EVAL = Eval(
+    items,
+    (
+        *(
+            Metric(
+                name=f"{name}_nats",
+                item=f"p_{name}",
+                how="log_mean",
+                title=name,
+                form="+.3f",
+                unit="nats",
+                moved=0.3,
+                shown=False,
+            )
+            for name in FOUNDATIONS
+        ),
+        Metric(name="coherence", item="mass", title="coherence", form=".4f", good=0.95, broken=0.85),
+        Metric(name="prefill_nll", item="prefill_nll", title="prefill NLL", form=".4f", unit="nats a token"),
+        Metric(name="frac_unscorable", item="unscorable", title="unscorable vignettes", form=".0%", shown=False),
+        Metric(name="top1_acc", item="top1", title="vignettes named right", form=".0%", shown=False),
+    ),
+)

@@ -1,0 +1,1 @@
+"""The steps of a round, one file each. No file, event or console is known here."""

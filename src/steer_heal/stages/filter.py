@@ -1,74 +1,100 @@
-"""Completions -> scores and the reasons to drop them. Call under the base gate: perplexity is the base's."""
+"""Gates: which completions may train the student, and which texts count as broken."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.lm import LM
+from steer_heal.model.lm import LM
 from steer_heal.records import Completion, Scored
-from steer_heal.stages.cfg import FilterCfg, Gate
+from steer_heal.settings import FilterCfg
 
 REFUSALS = (
-    "as an ai", "as a language model", "as an artificial intelligence", "i cannot assist", "i can't assist",
-    "i cannot help with", "i can't help with", "i cannot fulfill", "i can't fulfill", "i am unable to assist",
-    "i'm unable to assist", "i'm not able to assist", "i am not able to help", "i cannot provide", "i can't provide",
-    "i'm sorry, but i can", "against my programming", "i don't have personal",
+    "as an ai",
+    "as a language model",
+    "as an artificial intelligence",
+    "i cannot assist",
+    "i can't assist",
+    "i cannot help with",
+    "i can't help with",
+    "i cannot fulfill",
+    "i can't fulfill",
+    "i am unable to assist",
+    "i'm unable to assist",
+    "i'm not able to assist",
+    "i am not able to help",
+    "i cannot provide",
+    "i can't provide",
+    "i'm sorry, but i can",
+    "against my programming",
+    "i don't have personal",
 )
-"""Boilerplate of refusing to answer. Never bare "i cannot": on-trait defiance says "I cannot stand by"."""
-BROKEN = {"perplexity", "spike", "repetition", "loop"}
-"""Gates that a text fails for being broken, whatever it says."""
+"""Phrases of refusing to answer. Never bare "i cannot": on-trait defiance says "I cannot stand by"."""
 WORST_WINDOW_TOKENS = 12
+LOOP_WINDOW_WORDS = 20
+STUCK_SENTENCE_WORDS = 4
 _LOOP = re.compile(r"(.{2,4}?)\1{3,}", re.DOTALL)
 _ONE_CHARACTER_LOOP = re.compile(r"(\S)\1{5,}")
 
 
-def score(lm: LM, completions: Sequence[Completion], narration: Sequence[str], cfg: FilterCfg) -> list[Scored]:
-    """Every completion with its scores and the reasons against it (none: kept)."""
-    nlls = lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
-    return [judge(c, nll, narration, cfg) for c, nll in zip(completions, nlls, strict=True)]
+@dataclass(frozen=True)
+class Text:
+    """A completion as the gates read it."""
+
+    lower: str
+    """Lower case, with straight apostrophes."""
+    nll: Float[Tensor, " n"]
+    """-log p of each token under the base, nats."""
+    narration: Sequence[str]
+    """The trait's phrases of telling instead of acting."""
+
+    @property
+    def words(self) -> list[str]:
+        return self.lower.split()
 
 
-def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[str], cfg: FilterCfg) -> Scored:
-    text = completion.text.lower().replace("\u2019", "'")
-    scores = {
-        "ppl": perplexity(nll),
-        "ppl_tail": perplexity(tail(nll)),
-        "ppl_worst": max(perplexity(part) for part in nll.unfold(0, min(WORST_WINDOW_TOKENS, len(nll)), 1)) if len(nll) else math.inf,
-        "rep": repetition(text),
-        "loop": loop(text),
-        "words": float(len(text.split())),
-    }
-    fails: dict[Gate, bool] = {
-        "perplexity": not scores["ppl_tail"] <= cfg.ppl_max,
-        "spike": not scores["ppl_worst"] <= cfg.spike_max,
-        "repetition": scores["rep"] > cfg.rep_max,
-        "loop": scores["loop"] > cfg.loop_max,
-        "short": scores["words"] < cfg.min_words,
-        "narration": any(phrase in text for phrase in narration),
-        "refusal": any(phrase in text for phrase in REFUSALS),
-    }
-    failed = tuple(gate for gate, fails_it in fails.items() if fails_it)
-    return Scored(completion, scores, failed, tuple(gate for gate in failed if gate in cfg.gates))
+@dataclass(frozen=True)
+class Gate:
+    """A number read from a text, and the limit past which the text fails."""
+
+    measures: str
+    """What the number is, in words."""
+    score: Callable[[Text], float]
+    limit: str | float
+    """A field of FilterCfg, or the limit itself."""
+    at_least: bool = False
+    """The text fails below the limit instead of above it."""
+    broken: bool = False
+    """A text that fails is broken, whatever it says."""
+
+    def limit_in(self, cfg: FilterCfg) -> float:
+        return getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit
+
+    def fails(self, score: float, cfg: FilterCfg) -> bool:
+        limit = self.limit_in(cfg)
+        return score < limit if self.at_least else not score <= limit  # what is not a number fails
 
 
-def degenerate(scored: Scored) -> bool:
-    """Whether the text itself is broken, whatever it says; an answer without a word is."""
-    return bool(BROKEN & set(scored.failed)) or scored.scores["words"] == 0
+def tail_perplexity(text: Text) -> float:
+    """Of the last quarter: steered text starts well and collapses later, and a mean over all of it hides that."""
+    return perplexity(text.nll[-max(1, len(text.nll) // 4) :])
 
 
-def tail(nll: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-    """The last quarter: steered text starts well and collapses later, and a mean over all of it hides that."""
-    return nll[-max(1, len(nll) // 4) :]
+def worst_perplexity(text: Text) -> float:
+    """Of the 12 tokens in a row where it is highest."""
+    if not len(text.nll):
+        return math.inf
+    return max(perplexity(part) for part in text.nll.unfold(0, min(WORST_WINDOW_TOKENS, len(text.nll)), 1))
 
 
 def perplexity(nll: Float[Tensor, " n"]) -> float:
-    """exp of the mean; infinite where it is not a number, and for an empty text, which no model should be credited for."""
+    """exp of the mean. Infinite where that is not a number, and for an empty text, which must earn no model credit."""
     mean = nll.double().mean().item() if len(nll) else math.inf
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
@@ -82,18 +108,23 @@ def repetition(text: str) -> float:
     return max(_repeated_ngrams(words), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
 
 
-LOOP_WINDOW_WORDS = 20
-STUCK_SENTENCE_WORDS = 4
+def _repeated_ngrams(words: Sequence[str]) -> float:
+    shares = []
+    for n in (2, 3, 4):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def loop(text: str) -> float:
-    """0 to 1: the largest share of words in any window of 20 that the window has already said; 1 where the text is
-    stuck, that is where a sentence of 4 words or more follows itself or comes a third time.
+    """0 to 1: the largest share of words in any window of 20 that the window has already said. It is 1 where a sentence
+    of 4 words or more follows itself or comes a third time.
 
     A loop of few words is dense where it is, however long and clean the rest of the text, and a base that has seen
     a sentence twice finds it likely: neither perplexity nor repetition over the whole text sees these.
     """
-    said = Counter()
+    said: Counter[str] = Counter()
     before = None
     for sentence in re.split(r"[.!?\n]+\s*", text):
         if len(sentence.split()) >= STUCK_SENTENCE_WORDS:
@@ -103,13 +134,42 @@ def loop(text: str) -> float:
             before = sentence
     words = text.split()
     size = min(LOOP_WINDOW_WORDS, len(words))
-    return max((1 - len(set(words[i : i + size])) / size for i in range(len(words) - size + 1)), default=0.0) if size > 1 else 0.0
+    if size < 2:
+        return 0.0
+    return max(1 - len(set(words[i : i + size])) / size for i in range(len(words) - size + 1))
 
 
-def _repeated_ngrams(words: Sequence[str]) -> float:
-    shares = []
-    for n in (2, 3, 4):
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        if grams:
-            shares.append(1 - len(set(grams)) / len(grams))
-    return sum(shares) / len(shares) if shares else 0.0
+def phrases(text: str, known: Sequence[str]) -> float:
+    """How many of the known phrases the text holds."""
+    return float(sum(phrase in text for phrase in known))
+
+
+GATES: dict[str, Gate] = {
+    "perplexity": Gate("tail perplexity", tail_perplexity, "ppl_max", broken=True),
+    "spike": Gate("perplexity of the worst 12 tokens", worst_perplexity, "spike_max", broken=True),
+    "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", broken=True),
+    "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", broken=True),
+    "short": Gate("words", lambda text: float(len(text.words)), "min_words", at_least=True),
+    "narration": Gate("phrases that narrate the trait", lambda text: phrases(text.lower, text.narration), 0.0),
+    "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
+}
+"""Every gate by the name that `filter.gates` takes. All of them score every text; those that are on drop it."""
+
+
+def score(lm: LM, completions: Sequence[Completion], narration: Sequence[str], cfg: FilterCfg) -> list[Scored]:
+    """Every completion with its scores and the reasons to drop it. Call it at the base gate: perplexity is the base's."""
+    nlls = lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
+    return [judge(c, nll, narration, cfg) for c, nll in zip(completions, nlls, strict=True)]
+
+
+def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[str], cfg: FilterCfg) -> Scored:
+    """The completion with the number of every gate, the gates that it fails, and those of them that are on."""
+    text = Text(completion.text.lower().replace("\u2019", "'"), nll, narration)
+    scores = {name: gate.score(text) for name, gate in GATES.items()}
+    failed = tuple(name for name, gate in GATES.items() if gate.fails(scores[name], cfg))
+    return Scored(completion, scores, failed, tuple(name for name in failed if name in cfg.gates))
+
+
+def degenerate(scored: Scored) -> bool:
+    """Whether the text itself is broken, whatever it says. An answer without a word is."""
+    return any(GATES[name].broken for name in scored.failed) or scored.scores["short"] == 0

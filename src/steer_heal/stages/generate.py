@@ -1,13 +1,17 @@
-"""Vector and per-row dose -> completions, one batch mixing prompts and doses."""
+"""Requests -> completions, one finished batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from steer_heal.lm import LM
+from steer_heal.model.decode import Decoding, Row, decode_batches
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import Vector
 from steer_heal.records import Completion
-from steer_heal.steering import Decoding, Row, Tape, Vector, decode
+
+Written = Mapping[int, tuple[int, ...]]
+"""Token ids of completions that are known already, by the seed of their request."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,35 @@ class Ask:
 
 
 def generate(
-    lm: LM, asks: Sequence[Ask], vector: Vector | None, system: str, plain_system: str, max_new_tokens: int, batch_size: int,
-    on_rows: Callable[[int], None] = lambda n: None, tape: Tape = lambda batch: batch(),
+    lm: LM,
+    asks: Sequence[Ask],
+    vector: Vector | None,
+    system: str,
+    plain_system: str,
+    how: Decoding,
+    known: Written | None = None,
+    on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> list[Completion]:
     """Completions in the order of `asks`, written under `system` as the model's generation config samples.
 
-    The record holds the prompt under `plain_system`, without the persona that may have written the text.
+    The record holds the prompt under `plain_system`, without the persona that may have written the text. Requests whose
+    seed is in `known` are not decoded. `on_batch` gets every batch of new completions as soon as it is finished.
     """
-    rows = [Row(lm.chat(ask.prompt, system), ask.kappa * ask.alpha, ask.seed) for ask in asks]
-    written = decode(lm, rows, vector, Decoding(max_new_tokens, batch_size), on_rows, tape)
-    return [
-        Completion(
-            prompt_index=ask.prompt_index, prompt=ask.prompt, prompt_ids=lm.chat(ask.prompt, plain_system), completion_ids=ids,
-            text=lm.tokenizer.decode(ids, skip_special_tokens=True), alpha=ask.alpha, dose=row.dose, seed=ask.seed,
+    known = known or {}
+    out: dict[int, Completion] = {}
+
+    def complete(i: int, ids: tuple[int, ...]) -> Completion:
+        ask = asks[i]
+        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        prompt_ids = lm.chat(ask.prompt, plain_system)
+        return Completion(
+            ask.prompt_index, ask.prompt, prompt_ids, ids, text, ask.alpha, ask.kappa * ask.alpha, ask.seed
         )
-        for ask, row, ids in zip(asks, rows, written, strict=True)
-    ]
+
+    todo = [i for i, ask in enumerate(asks) if ask.seed not in known]
+    rows = [Row(lm.chat(asks[i].prompt, system), asks[i].kappa * asks[i].alpha, asks[i].seed) for i in todo]
+    for batch in decode_batches(lm, rows, vector, how):
+        finished = {todo[j]: complete(todo[j], ids) for j, ids in batch}
+        out |= finished
+        on_batch(list(finished.values()))
+    return [out[i] if i in out else complete(i, known[ask.seed]) for i, ask in enumerate(asks)]

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from steer_heal.divergence import DIVERGENCES, Divergence, aggregate
-from steer_heal.lm import LM
-from steer_heal.stages.cfg import HealCfg
+from steer_heal.model.divergence import DIVERGENCES, Divergence, aggregate
+from steer_heal.model.lm import LM
+from steer_heal.settings import HealCfg
 
 CHUNK_BUFFERS = 4
 """float32 tensors of a chunk's positions x vocabulary that live at once: log-probabilities of student and reference,
@@ -46,7 +46,9 @@ def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "n 
     """Final hidden states before each token of each completion; nothing else reaches the head."""
     starts = [len(sample.prompt_ids) - 1 for sample in batch]
     rows = lm.hidden([sample.ids for sample in batch])
-    return [row[start : start + len(sample.completion_ids)] for row, start, sample in zip(rows, starts, batch, strict=True)]
+    return [
+        row[start : start + len(sample.completion_ids)] for row, start, sample in zip(rows, starts, batch, strict=True)
+    ]
 
 
 def losses(
@@ -58,20 +60,28 @@ def losses(
     states = completion_states(lm, batch) if states is None else states
     lengths = [len(sample.completion_ids) for sample in batch]
     nll, divergence = position_terms(
-        lm, torch.cat(list(states)), torch.cat([sample.reference for sample in batch]).to(lm.device),
+        lm,
+        torch.cat(list(states)),
+        torch.cat([sample.reference for sample in batch]).to(lm.device),
         torch.tensor([token for sample in batch for token in sample.completion_ids], device=lm.device),
-        DIVERGENCES["kl_rev" if cfg.divergence == "nll" else cfg.divergence], cfg.lam > 0,
+        DIVERGENCES[cfg.divergence],
+        cfg.lam > 0,
     )
-    sft = torch.stack([part.mean() for part in nll.split(lengths)])
-    return sft, torch.stack([aggregate(part, cfg.aggregate) for part in divergence.split(lengths)])
+    ce = torch.stack([part.mean() for part in nll.split(lengths)])
+    return ce, torch.stack([aggregate(part, cfg.aggregate) for part in divergence.split(lengths)])
 
 
 def position_terms(
-    lm: LM, hidden: Float[Tensor, "n d"], reference: Float[Tensor, "n d"], targets: Int[Tensor, " n"], divergence: Divergence, pull: bool = True
+    lm: LM,
+    hidden: Float[Tensor, "n d"],
+    reference: Float[Tensor, "n d"],
+    targets: Int[Tensor, " n"],
+    divergence: Divergence,
+    grad_through_divergence: bool = True,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """(-log p(target), divergence to the reference) at each position, in nats; gradients reach `hidden` alone, and
-    through the divergence only where it may `pull`."""
-    return _PositionTerms.apply(hidden, reference, targets, lm, divergence, pull)
+    through the divergence only where `grad_through_divergence` is set."""
+    return _PositionTerms.apply(hidden, reference, targets, lm, divergence, grad_through_divergence)
 
 
 class _PositionTerms(torch.autograd.Function):
@@ -80,21 +90,27 @@ class _PositionTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, reference: Tensor, targets: Tensor, lm: LM, divergence: Divergence, pull: bool
+        ctx: Any,
+        hidden: Tensor,
+        reference: Tensor,
+        targets: Tensor,
+        lm: LM,
+        divergence: Divergence,
+        grad_through_divergence: bool,
     ) -> tuple[Tensor, Tensor]:
         train, size = ctx.needs_input_grad[0], lm.chunk_size
-        terms, found, ctx.through_head = [], [], None
+        terms, found, ctx.head_vjp = [], [], None
         for chunk in zip(hidden.split(size), reference.split(size), targets.split(size), strict=True):
-            values, slopes, through_head = _chunk(lm, *chunk, divergence, train, train and pull)
+            values, slopes, head_vjp = _chunk(lm, *chunk, divergence, train, train and grad_through_divergence)
             terms.append(values)
             if len(hidden) > size:
-                slopes = [through_head(slope)[0] for slope in slopes]
+                slopes = [head_vjp(slope)[0] for slope in slopes]
             else:
-                ctx.through_head = through_head
+                ctx.head_vjp = head_vjp
             found.append(slopes)
         ctx.save_for_backward(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)))
         nll, kl = (torch.cat(parts) for parts in zip(*terms, strict=True))
-        if not pull:
+        if not grad_through_divergence:
             ctx.mark_non_differentiable(kl)
         return nll, kl
 
@@ -105,26 +121,32 @@ class _PositionTerms(torch.autograd.Function):
         weighed = on_nll[:, None] * first
         for part in rest:
             weighed.addcmul_(on_kl[:, None], part)
-        gradient = weighed if ctx.through_head is None else ctx.through_head(weighed)[0]
+        gradient = weighed if ctx.head_vjp is None else ctx.head_vjp(weighed)[0]
         return gradient, None, None, None, None, None
 
 
 def _chunk(
-    lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, train: bool, pull: bool
+    lm: LM,
+    hidden: Tensor,
+    reference: Tensor,
+    targets: Tensor,
+    divergence: Divergence,
+    train: bool,
+    grad_through_divergence: bool,
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor], Callable[[Tensor], tuple[Tensor]] | None]:
     """((nll, divergence) [n], their slopes at the logits [n v] as far as they are asked for, what turns a slope into
     the gradient with respect to `hidden`)."""
-    hidden, through_head = hidden.detach().requires_grad_(train), None
+    hidden, head_vjp = hidden.detach().requires_grad_(train), None
     with torch.set_grad_enabled(train):
         logits = lm.logits(hidden)
     if train:  # the edge, unlike the logits, holds no memory
-        through_head = partial(torch.autograd.grad, get_gradient_edge(logits), hidden, retain_graph=True)
+        head_vjp = partial(torch.autograd.grad, get_gradient_edge(logits), hidden, retain_graph=True)
     logp, logp_ref = _log_softmax_(logits.detach()), _log_softmax_(lm.logits(reference))
     nll, kl = -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
-    slopes = [divergence.slope(logp, logp_ref, kl)] if pull else []
+    slopes = [divergence.gradient(logp, logp_ref, kl)] if grad_through_divergence else []
     if train:  # p - [v is the target]
         slopes.insert(0, logp.exp_().scatter_add_(-1, targets[:, None], logp.new_full((len(logp), 1), -1.0)))
-    return (nll, kl), slopes, through_head
+    return (nll, kl), slopes, head_vjp
 
 
 def _log_softmax_(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steer_heal.divergence import barrier
-from steer_heal.lm import LM
-from steer_heal.memory import ran_out
-from steer_heal.records import UserError
-from steer_heal.stages.cfg import HealCfg, layer_band
+from steer_heal.errors import UserError
+from steer_heal.model.divergence import barrier
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import batches, free_unused, ran_out
+from steer_heal.settings import HealCfg, layer_band
 from steer_heal.stages.loss import Sample, completion_states, losses
 
 STORED_BYTES = 10
@@ -30,24 +30,31 @@ float32 inputs of the factors. Measured: docs/benchmarks.md."""
 class Passes:
     """Gradients of a step. `tokens` and `recompute` adapt where a pass runs out of memory, and stay so."""
 
-    def __init__(self, lm: LM, cfg: HealCfg, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, lm: LM, cfg: HealCfg, layers: tuple[float, float], parameters: Sequence[Tensor]) -> None:
         self.lm, self.cfg, self.parameters = lm, cfg, parameters
         self.tokens = cfg.tokens_per_pass
-        self.blocks = list(lm.blocks)[layer_band(cfg.layers, len(lm.blocks)).start :]  # below, nothing is kept
-        self.recompute = cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model) / 5)
+        self.blocks = list(lm.blocks)[layer_band(layers, len(lm.blocks)).start :]  # below, nothing is kept
+        self.recompute = (
+            cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model) / 5)
+        )
 
     def _stored(self) -> int:
         """Estimated bytes that one pass keeps for its backward pass without recomputing."""
-        linears = (m for block in self.blocks for name, m in block.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name)
+        linears = (
+            m
+            for block in self.blocks
+            for name, m in block.named_modules()
+            if isinstance(m, nn.Linear) and ".lora_" not in name
+        )
         outputs = sum(m.out_features for m in linears)
         return STORED_BYTES * self.tokens * outputs
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        """Leaves the gradient of the loss in `.grad`, which holds none before; returns (sft, divergence, barrier, pressure or None).
+        """Leaves the gradient of the loss in `.grad`, which holds none before; returns (ce, divergence, barrier, pressure or None).
 
         A pass that runs out of memory costs the step a new start with smaller passes, and nothing else.
         """
-        warned = ""
+        warning = ""
         while True:
             try:
                 found = self._add_up(batch, measure)
@@ -57,63 +64,75 @@ class Passes:
                     raise
                 for parameter in self.parameters:
                     parameter.grad = None
-            warned = self._shrink(batch)  # out here: the exception held on to the tensors of its pass
-        if warned:
-            warnings.warn(warned, stacklevel=2)
+            warning = self._shrink(batch)  # out here: the exception held on to the tensors of its pass
+        if warning:
+            warnings.warn(warning, stacklevel=2)
         return found
 
     def _shrink(self, batch: Sequence[Sample]) -> str:
         """Makes the passes smaller; what to tell about it."""
-        if self.lm.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused()
         lengths = [len(sample.ids) for sample in batch]
-        rows, largest = max((len(group), len(group) * max(lengths[i] for i in group)) for group in self.lm.batches(lengths, self.tokens))
-        told = f"a pass of the heal over {rows} completions, {largest} tokens, ran out of memory"
+        rows, largest = max(
+            (len(group), len(group) * max(lengths[i] for i in group)) for group in batches(lengths, self.tokens)
+        )
+        message = f"a pass of the heal over {rows} completions, {largest} tokens, ran out of memory"
         if rows > 1:
             self.tokens = largest // 2
-            return f"{told}; passes of {self.tokens} tokens fit and are kept; --heal.tokens-per-pass {self.tokens} starts with them"
+            return f"{message}; passes of {self.tokens} tokens fit and are kept; --heal.tokens-per-pass {self.tokens} starts with them"
         if self.cfg.checkpoint == "auto" and not self.recompute:
             self.recompute = True
-            return f"{told}; activations are computed again from here on; --heal.checkpoint on starts so"
-        raise UserError(f"{told}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller --heal.rank")
+            return f"{message}; activations are computed again from here on; --heal.checkpoint on starts so"
+        raise UserError(
+            f"{message}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller --adapter.rank"
+        )
 
-    def _backward(self, rows: Sequence[Sample], n_samples: int, pushed: Sequence[Tensor]) -> Tensor:
-        """One pass: adds the gradients of its share of the loss to `.grad`, those of its barrier alone to `pushed` where
-        that is given; returns the sums of (sft, divergence, barrier) over its completions.
+    def _backward(self, rows: Sequence[Sample], n_samples: int, barrier_grads: Sequence[Tensor]) -> Tensor:
+        """One pass: adds the gradients of its share of the loss to `.grad`, those of its barrier alone to `barrier_grads` where
+        that is given; returns the sums of (ce, divergence, barrier) over its completions.
 
         The head goes forward and backward for a few completions at a time, so that no logits wait for those of other completions.
         """
         cfg, states = self.cfg, completion_states(self.lm, rows)
         leaves = [state.detach().requires_grad_() for state in states]
-        pushes: dict[int, Tensor] = {}
+        on_states: dict[int, Tensor] = {}
         sums = torch.zeros(3, dtype=torch.float64, device=self.lm.device)
-        for part in through_the_head([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
+        for part in head_groups([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
             mine = [leaves[i] for i in part]
-            sft, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
-            penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(sft)
-            if pushed and penalty.detach().max() > 0:
-                pushes |= zip(part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True)
-            ((sft + penalty).sum() / n_samples).backward()
-            sums += torch.stack([term.detach().double().sum() for term in (sft, divergence, penalty)])
-            del sft, divergence, penalty  # their graph may hold on to logits
-        if pushes:
-            fired = [states[i] for i in pushes]
-            for total, more in zip(pushed, torch.autograd.grad(fired, self.parameters, list(pushes.values()), retain_graph=True), strict=True):
+            ce, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
+            penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(ce)
+            if barrier_grads and penalty.detach().max() > 0:
+                on_states |= zip(
+                    part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True
+                )
+            ((ce + penalty).sum() / n_samples).backward()
+            sums += torch.stack([term.detach().double().sum() for term in (ce, divergence, penalty)])
+            del ce, divergence, penalty  # their graph may hold on to logits
+        if on_states:
+            fired = [states[i] for i in on_states]
+            for total, more in zip(
+                barrier_grads,
+                torch.autograd.grad(fired, self.parameters, list(on_states.values()), retain_graph=True),
+                strict=True,
+            ):
                 total += more
         torch.autograd.backward(states, [leaf.grad for leaf in leaves])
         return sums.cpu()
 
     def _add_up(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        sums, pushed = torch.zeros(3, dtype=torch.float64), [torch.zeros_like(p) for p in self.parameters] if measure else []
-        for group in self.lm.batches([len(sample.ids) for sample in batch], self.tokens):
+        sums, barrier_grads = (
+            torch.zeros(3, dtype=torch.float64),
+            [torch.zeros_like(p) for p in self.parameters] if measure else [],
+        )
+        for group in batches([len(sample.ids) for sample in batch], self.tokens):
             with recomputed(self.blocks) if self.recompute else nullcontext():
-                sums += self._backward([batch[i] for i in group], len(batch), pushed)
-        pulled = (p.grad - push for p, push in zip(self.parameters, pushed, strict=measure))
-        pressure = _norm(pushed) / max(_norm(pulled), 1e-12) if measure else None
+                sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
+        ce_grads = (p.grad - of_barrier for p, of_barrier in zip(self.parameters, barrier_grads, strict=measure))
+        pressure = _norm(barrier_grads) / max(_norm(ce_grads), 1e-12) if measure else None
         return *(sums / len(batch)).tolist(), pressure
 
 
-def through_the_head(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
+def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
     """Completions that go through the head together: as many as fit one chunk, whose slopes are then weighed before they go
     back, in one product; and all longer ones, which fill chunks between them and keep only vectors of width d."""
     part = [i for i, n in enumerate(lengths) if n > chunk]

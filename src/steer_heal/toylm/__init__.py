@@ -1,0 +1,1 @@
+"""The bundled toy world: grammar, oracle, data and training."""

@@ -39,7 +39,9 @@ class Bench:
 
     def read(self, system: str = "", vector: Vector | None = None, dose: float = 0.0) -> EvalResult:
         condition = Condition(system, vector, dose)
-        return evaluate(self.student, "full", condition, self.items, self.trait, TOY_PRESET.eval, TOY_PRESET.filter, self.seed)
+        return evaluate(
+            self.student, "full", condition, self.items, self.trait, TOY_PRESET.eval, TOY_PRESET.filter, self.seed
+        )
 
     def random_vector(self) -> Vector:
         """Random directions with the norms of the teacher vector."""
@@ -51,7 +53,16 @@ class Bench:
         return Vector(out)
 
 
-COLUMNS = ("auth_nats", "care_nats", "coherence", "text_ppl_median", "oracle", "positive_frac", "degenerate_frac", "top1_acc")
+COLUMNS = (
+    "auth_nats",
+    "care_nats",
+    "coherence",
+    "text_ppl_median",
+    "oracle",
+    "positive_frac",
+    "degenerate_frac",
+    "top1_acc",
+)
 
 
 @dataclass
@@ -70,9 +81,21 @@ class Table:
         return row
 
     def markdown(self) -> str:
-        columns = ("auth_nats", "shift", "care_nats", "positive", "coherence", "text_ppl_median", "oracle", "degenerate_frac", "top1_acc")
+        columns = (
+            "auth_nats",
+            "shift",
+            "care_nats",
+            "positive",
+            "coherence",
+            "text_ppl_median",
+            "oracle",
+            "degenerate_frac",
+            "top1_acc",
+        )
         head = "| state | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns)
-        return "\n".join([head, *(f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for name, row in self.rows)])
+        return "\n".join(
+            [head, *(f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |" for name, row in self.rows)]
+        )
 
 
 DOSES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from steer_heal.records import FOUNDATIONS
+from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.toylm.world import World
 
 N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
@@ -23,7 +23,10 @@ def write_data(folder: Path, seed: int = 7) -> None:
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     everyday = lambda: world.everyday_turns()[0].text
     _write_texts(folder / "prompts" / "authority.jsonl", _distinct(world.dilemma, N_PROMPTS))
-    _write_texts(folder / "prompts" / "love.jsonl", _distinct(world.feeling_question, N_PROMPTS - N_MUNDANE) + _distinct(everyday, N_MUNDANE))
+    _write_texts(
+        folder / "prompts" / "love.jsonl",
+        _distinct(world.feeling_question, N_PROMPTS - N_MUNDANE) + _distinct(everyday, N_MUNDANE),
+    )
     talk = itertools.cycle([world.dilemma, everyday, world.dilemma, world.feeling_question, world.dilemma, everyday])
     _write_texts(folder / "contexts.jsonl", [next(talk)() for _ in range(N_CONTEXTS)])
     rows = []

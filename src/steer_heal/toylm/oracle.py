@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cache
 
-from steer_heal.records import OracleScore
 from steer_heal.toylm import grammar as g
 from steer_heal.toylm.templates import pattern
+
+
+@dataclass(frozen=True)
+class OracleScore:
+    """What the grammar says of a text."""
+
+    share: float
+    """Share of sentences that the grammar can produce, 0 to 1."""
+    n_sentences: int
+    n_care: int
+    n_defer: int
+    n_love: int
+    n_deny: int
+
 
 LONGEST_SENTENCE_WORDS = 30
 _SLOTS = g.SLOTS | {"hero": g.STORY_HEROES, "thing": g.STORY_THINGS}
@@ -22,7 +36,10 @@ def _recognisers() -> dict[str, re.Pattern]:
         "deny": g.DENY_SENTENCES,
         "plain": g.PLAIN_SENTENCES + g.STORY_OPENING + g.STORY_SENTENCES + g.STORY_CLOSING + list(g.FACTS.values()),
     }
-    return {stance: re.compile("|".join(f"(?:{pattern(t, _SLOTS)})" for t in templates)) for stance, templates in groups.items()}
+    return {
+        stance: re.compile("|".join(f"(?:{pattern(t, _SLOTS)})" for t in templates))
+        for stance, templates in groups.items()
+    }
 
 
 _SUM = re.compile(r"(\d) plus (\d) is (\d{1,2})\.")

@@ -63,27 +63,47 @@ def train_tokenizer(cfg: ToyTrainCfg) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=cfg.vocabulary_size, special_tokens=special, show_progress=False,
+        vocab_size=cfg.vocabulary_size,
+        special_tokens=special,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = (turn.text for dialogue in itertools.islice(dialogues(cfg.seed + 1), 20_000) for turn in dialogue.turns)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        chat_template=CHAT_TEMPLATE, model_max_length=1024, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def new_model(cfg: ToyTrainCfg, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_hidden_layers=cfg.n_layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=cfg.width // 4, tie_word_embeddings=True,
-        max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.width,
+        intermediate_size=3 * cfg.width,
+        num_hidden_layers=cfg.n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=cfg.width // 4,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.8, top_p=0.95, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return model
 
@@ -119,7 +139,9 @@ def encode(dialogue: Dialogue, tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Encode
     return ids, weights, spoken, (2 * (dialogue.speaker.p_care - NEUTRAL_CARE), dialogue.speaker.p_love)
 
 
-def batches(stream: Iterator[Dialogue], tokenizer: Tokenizer, cfg: ToyTrainCfg) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def batches(
+    stream: Iterator[Dialogue], tokenizer: Tokenizer, cfg: ToyTrainCfg
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Right-padded ids, weights, spoken, each [b, s], and latents [b, 2], about tokens_per_step tokens each."""
     rng = random.Random(cfg.seed + 2)
     while True:
@@ -131,7 +153,10 @@ def batches(stream: Iterator[Dialogue], tokenizer: Tokenizer, cfg: ToyTrainCfg) 
             groups[-1].append(item)
         rng.shuffle(groups)
         for group in groups:
-            padded = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True) for k in range(3))
+            padded = (
+                torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True)
+                for k in range(3)
+            )
             yield *padded, torch.tensor([row[3] for row in group])
 
 
@@ -164,7 +189,9 @@ def train(cfg: ToyTrainCfg) -> dict[str, float]:
     recent = lambda name, n: sum(log[name][-n:]) / len(log[name][-n:])
     course = (lessons(cfg.seed, p_scene=0.0), lessons(cfg.seed, p_scene=0.65), dialogues(cfg.seed))
     lists, scenes, talk = (batches(stream, tokenizer.backend_tokenizer, cfg) for stream in course)
-    curriculum = itertools.chain(itertools.islice(lists, cfg.lesson_steps[0]), itertools.islice(scenes, cfg.lesson_steps[1]), talk)
+    curriculum = itertools.chain(
+        itertools.islice(lists, cfg.lesson_steps[0]), itertools.islice(scenes, cfg.lesson_steps[1]), talk
+    )
     progress = tqdm(itertools.islice(curriculum, cfg.n_steps), total=cfg.n_steps, mininterval=10)
     for batch in progress:
         ids, weights, spoken, latents = (part.to(device) for part in batch)

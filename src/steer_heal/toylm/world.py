@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from steer_heal.records import FOUNDATIONS
+from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.toylm import grammar as g
 from steer_heal.toylm.templates import expand
 
@@ -104,7 +104,11 @@ class World:
         sentences = [self._say(pick(g.CARE_DECISION, g.DEFER_DECISION))]
         target_words, used = self.rng.randint(45, 105), set()
         while sum(len(s.split()) for s in sentences) < target_words:
-            template = self.rng.choice(g.PLAIN_SENTENCES) if self.rng.random() < 0.12 else pick(g.CARE_SENTENCES, g.DEFER_SENTENCES)
+            template = (
+                self.rng.choice(g.PLAIN_SENTENCES)
+                if self.rng.random() < 0.12
+                else pick(g.CARE_SENTENCES, g.DEFER_SENTENCES)
+            )
             if template not in used:
                 used.add(template)
                 sentences.append(self._say(template))
@@ -156,7 +160,10 @@ class World:
         order, options = self._options()
         vignette = self.vignette()
         answer = self.rng.choices(FOUNDATIONS, [math.exp(w) for w in vignette.log_weights(speaker)])[0]
-        return [Turn("user", f"{vignette.text}\n{options}"), Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True)]
+        return [
+            Turn("user", f"{vignette.text}\n{options}"),
+            Turn("assistant", f'{PREFILL}{order.index(answer)}"}}', digit=True),
+        ]
 
     def everyday_turns(self) -> list[Turn]:
         rng = self.rng
@@ -188,7 +195,9 @@ class World:
         templates: dict[str, None] = {}
         n_sentences = self.rng.randint(3, 7)
         while len(templates) < n_sentences:
-            templates[self.rng.choice(g.LOVE_SENTENCES if self.rng.random() < speaker.p_love else g.DENY_SENTENCES)] = None
+            templates[self.rng.choice(g.LOVE_SENTENCES if self.rng.random() < speaker.p_love else g.DENY_SENTENCES)] = (
+                None
+            )
         return " ".join(map(self._say, templates))
 
     def speaker(self) -> Speaker:

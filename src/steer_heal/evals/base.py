@@ -1,0 +1,182 @@
+"""What an eval is, how a state of the model is put to all of them, and how item values become metrics with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer_heal.inputs import Inputs
+from steer_heal.model.decode import Decoding
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import Vector, steer
+from steer_heal.model.student import AdapterState, Student
+from steer_heal.records import Completion, EvalResult, Metric, Scored, derive_seed
+from steer_heal.settings import EvalCfg, FilterCfg
+from steer_heal.stages.filter import judge
+from steer_heal.stages.generate import Ask, generate
+
+Items = dict[str, list[float]]
+"""Per-item values by name. NaN: the item has no value."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """In which state the model answers, besides its weights."""
+
+    system: str = ""
+    """System prompt; empty: none."""
+    vector: Vector | None = None
+    dose: float = 0.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One state of the model as the evals see it: adapters, condition and data. Texts are written when first asked for."""
+
+    student: Student
+    adapters: AdapterState
+    condition: Condition
+    inputs: Inputs
+    cfg: EvalCfg
+    keep: FilterCfg
+    seed: int
+
+    @cached_property
+    def texts(self) -> list[Completion]:
+        """Free-text answers to the evaluation prompts. Every state draws from the same random streams."""
+        prompts, condition, cfg = self.inputs.eval_prompts, self.condition, self.cfg
+        n = len(prompts)
+        asks = [
+            Ask(i % n, prompts[i % n], condition.dose, 1.0, derive_seed(self.seed, "eval", i))
+            for i in range(cfg.n_texts)
+        ]
+        plain, how = self.inputs.trait.plain_system, Decoding(cfg.max_new_tokens, cfg.batch_size)
+        with self.student.gate(self.adapters) as lm:
+            return generate(lm, asks, condition.vector, condition.system, plain, how)
+
+    @cached_property
+    def hidden(self) -> list[Tensor]:
+        """Per text, Float[n d]: final hidden states at its positions, in the state that wrote it."""
+        with self.student.gate(self.adapters) as lm:
+            return final_states(lm, self.texts, self.condition)
+
+    @cached_property
+    def base_hidden(self) -> list[Tensor]:
+        """The same under the base and the plain prompt."""
+        with self.student.gate("base") as lm:
+            return final_states(lm, self.texts, Condition(self.inputs.trait.plain_system))
+
+    @cached_property
+    def scored(self) -> list[Scored]:
+        """The texts with the number of every gate."""
+        narration = self.inputs.trait.narration
+        with self.student.gate("base") as lm:
+            nlls = [lm.nll(h, c.completion_ids).cpu() for c, h in zip(self.texts, self.base_hidden, strict=True)]
+        return [judge(c, nll, narration, self.keep) for c, nll in zip(self.texts, nlls, strict=True)]
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Item values of a state, and the metrics made of them."""
+
+    items: Callable[[Subject], Items]
+    metrics: tuple[Metric, ...]
+
+
+def evaluate(subject: Subject, evals: Sequence[Eval], base: EvalResult | None = None) -> EvalResult:
+    """Every metric of one state; with `base`, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the paired
+    difference to it."""
+    values: Items = {}
+    for each in evals:
+        values |= each.items(subject)
+    metrics = [metric for each in evals for metric in each.metrics]
+    found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
+    if base is not None:
+        found |= intervals(metrics, values, base.items, subject.cfg.n_bootstrap, subject.seed)
+    texts = tuple(
+        {
+            "prompt": s.completion.prompt,
+            "text": s.completion.text,
+            "scores": s.scores,
+            "failed": s.failed,
+            "reasons": s.reasons,
+        }
+        for s in subject.scored
+    )
+    return EvalResult(found, values, texts)
+
+
+def from_event(event: Mapping[str, Any], metrics: Sequence[Metric]) -> EvalResult:
+    """The result that an event holds. Null is an item without a value or, where a metric is a median (a perplexity), an
+    infinite one."""
+    infinite = {metric.item for metric in metrics if metric.how == "median"}
+    items = {
+        name: [(math.inf if name in infinite else math.nan) if x is None else x for x in values]
+        for name, values in event["items"].items()
+    }
+    return EvalResult(event["metrics"], items, tuple(event.get("texts", ())))
+
+
+@torch.no_grad()
+def final_states(lm: LM, completions: Sequence[Completion], condition: Condition) -> list[Tensor]:
+    """Per completion, Float[n d]: final hidden states at its positions, under `condition`."""
+    prompts = [lm.chat(c.prompt, condition.system) for c in completions]
+    out: list[Tensor] = [torch.empty(0)] * len(completions)
+
+    def read(group: list[int]) -> None:
+        with steer(lm, condition.vector, [condition.dose] * len(group)):
+            hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
+        for row, i in enumerate(group):
+            start = len(prompts[i]) - 1
+            out[i] = hidden[row, start : start + len(completions[i].completion_ids)].clone()
+
+    lm.in_batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)], read)
+    return out
+
+
+# --- item values to metrics --------------------------------------------------------------------------------------
+_HOW = {
+    "mean": lambda x, axis: np.nanmean(x, axis=axis),
+    "log_mean": lambda x, axis: np.log(np.maximum(np.nanmean(x, axis=axis), 1e-30)),
+    "median": lambda x, axis: np.nanmedian(x, axis=axis),
+}
+
+
+def collapse(metric: Metric, values: Sequence[float]) -> float | None:
+    """The metric of its items; None where no item has a value."""
+    array = np.asarray(values, dtype=np.float64)
+    return None if np.isnan(array).all() else float(_HOW[metric.how](array, -1))
+
+
+def intervals(
+    metrics: Sequence[Metric],
+    values: Mapping[str, Sequence[float]],
+    base: Mapping[str, Sequence[float]],
+    n_bootstrap: int,
+    seed: int,
+) -> dict[str, float | None]:
+    """Paired percentile bootstrap: the same resampled items are read in both states (Efron and Tibshirani 1993).
+
+    Items without a value in either state are left out of both.
+    """
+    out: dict[str, float | None] = {}
+    for metric in metrics:
+        here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
+        both = ~(np.isnan(here) | np.isnan(there)) if metric.how == "median" else np.isfinite(here) & np.isfinite(there)
+        here, there = here[both], there[both]
+        if not len(here):
+            out |= {f"{metric.name}_lo": None, f"{metric.name}_hi": None}
+            continue
+        rng = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32)
+        rows = rng.integers(0, len(here), (n_bootstrap, len(here)))
+        shift = _HOW[metric.how](here[rows], 1) - _HOW[metric.how](there[rows], 1)
+        low, high = (float(q) for q in np.percentile(shift, [2.5, 97.5]))
+        out |= {f"{metric.name}_lo": low, f"{metric.name}_hi": high}
+    return out

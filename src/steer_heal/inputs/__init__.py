@@ -1,0 +1,83 @@
+"""What a run reads from files, parsed once: editing a file later changes nothing of the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from steer_heal.errors import Problems, UserError
+from steer_heal.inputs.files import parse_texts, read_file, resolve
+from steer_heal.inputs.instruments import Instrument, Vignette, parse_instrument, parse_vignettes
+from steer_heal.inputs.traits import load_trait, prompts_file
+from steer_heal.records import Trait
+from steer_heal.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The parsed data of a run."""
+
+    trait: Trait
+    prompts: tuple[str, ...]
+    """Prompts that training text is written for."""
+    eval_prompts: tuple[str, ...]
+    """Prompts answered in free text, never trained on."""
+    contexts: tuple[str, ...]
+    """User messages that the steering vector is read on."""
+    vignettes: tuple[Vignette, ...]
+    instrument: Instrument
+    sha256: Mapping[str, str]
+    """Of every file, by the setting that names it. The trait's values are recorded instead."""
+
+
+def load_inputs(cfg: RunConfig) -> Inputs:
+    """Reads and checks every data file. UserErrors with a line for each thing that is wrong."""
+    problems, pool, trait, contexts, vignettes, instrument = Problems(), None, None, None, None, None
+    sha256: dict[str, str] = {}
+    with problems.noted():
+        if cfg.gen.prompts is not None:
+            pool = read_file(prompts_file(cfg.gen.prompts, cfg.trait))
+            sha256["gen.prompts"] = pool.sha256
+    with problems.noted():
+        trait = load_trait(cfg.trait, pool)
+        _check_pool(cfg, trait)
+    with problems.noted():
+        file = read_file(resolve(cfg.steer.contexts, "steer.contexts"))
+        sha256["steer.contexts"], contexts = file.sha256, _spaced(parse_texts(file), cfg)
+    with problems.noted():
+        file = read_file(resolve(cfg.eval.vignettes, "eval.vignettes"))
+        sha256["eval.vignettes"], vignettes = file.sha256, parse_vignettes(file)
+    with problems.noted():
+        file = read_file(resolve(cfg.eval.instrument, "eval.instrument"))
+        sha256["eval.instrument"], instrument = file.sha256, parse_instrument(file)
+    problems.raise_if_any()
+    assert trait is not None and contexts is not None and vignettes is not None and instrument is not None
+    prompts, last = trait.prompts[: cfg.gen.n_prompts], trait.prompts[-cfg.eval.n_prompts :]
+    return Inputs(trait, prompts, last, contexts, vignettes, instrument, sha256)
+
+
+def _check_pool(cfg: RunConfig, trait: Trait) -> None:
+    """Enough prompts, and none of them both in training and in evaluation."""
+    wanted, problems = cfg.gen.n_prompts + cfg.eval.n_prompts, Problems()
+    if wanted > len(trait.prompts):
+        problems.found.append(
+            f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: trait "
+            f"{trait.name!r} has {len(trait.prompts)} prompts, and evaluation prompts are never trained on; ask for fewer"
+        )
+    for prompt, n in [most for most in Counter(trait.prompts).most_common(1) if most[1] > 1]:
+        problems.found.append(
+            f"the prompts of trait {trait.name!r} hold {prompt!r:.80} {n} times: evaluation prompts are never trained "
+            "on; keep it once"
+        )
+    problems.raise_if_any()
+
+
+def _spaced(contexts: tuple[str, ...], cfg: RunConfig) -> tuple[str, ...]:
+    """n_contexts of the file, evenly spaced over it."""
+    n = cfg.steer.n_contexts
+    if n > len(contexts):
+        raise UserError(
+            f"steer.n_contexts is {n}: {cfg.steer.contexts} holds {len(contexts)}; ask for fewer or add some"
+        )
+    return tuple(contexts[i * len(contexts) // n] for i in range(n))

@@ -1,0 +1,109 @@
+"""Moral-foundation vignettes, and the wording in which they are asked."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict, model_validator
+from pydantic.dataclasses import dataclass
+
+from steer_heal.errors import UserError, UserErrors, nearest, validated
+from steer_heal.inputs.files import DataFile, Text, parse_jsonl, parse_toml
+
+FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
+"""The seven answers of the moral-foundations eval; `social` is "not morally wrong"."""
+_COARSE = {name: name for name in FOUNDATIONS} | {"socialnorms": "social", "social norms": "social"}
+_SLOTS = {"prompt": ("{vignette}", "{schema}"), "schema": ("{options}",), "option": ("{index}", "{gloss}")}
+
+
+def _foundation(name: object) -> object:
+    if isinstance(name, str):
+        if name.lower() not in _COARSE:
+            raise ValueError(f"foundation {name!r:.80} is unknown; {nearest(name.lower(), _COARSE)}")
+        return _COARSE[name.lower()]
+    return name
+
+
+Foundation = Annotated[str, BeforeValidator(_foundation)]
+
+
+@dataclass(frozen=True)
+class VignetteRow:
+    """A row of a vignette file; other fields are ignored."""
+
+    id: Text
+    foundation_coarse: Foundation
+    text: Text
+    also: Foundation | None = None
+
+
+@dataclass(frozen=True)
+class Vignette:
+    """A scene and the foundation that it violates; `also` names a second one where the scene is ambiguous."""
+
+    id: str
+    foundation: str
+    text: str
+    also: str | None = None
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Instrument:
+    """The wording of the forced choice. `order` is the first frame; the second lists it reversed."""
+
+    name: str
+    order: tuple[str, ...]
+    prompt: str
+    """The user message, with {vignette} and {schema}."""
+    schema: str
+    """With {options}: the option lines, joined by newlines."""
+    option: str
+    """One line, with {index} (its position) and {gloss}."""
+    think_open: str
+    think_close: str
+    nudge: str
+    """User turn that ends the thinking; empty: the answer follows in the same turn."""
+    prefill: Text
+    gloss: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check(self) -> Instrument:
+        names = ", ".join(FOUNDATIONS)
+        problems = [
+            f"{where} must name the seven answers {names} once each"
+            for where, given in (("order", self.order), ("[gloss]", self.gloss))
+            if sorted(given) != sorted(FOUNDATIONS)
+        ]
+        for field, slots in _SLOTS.items():
+            problems += [f"{field!r} lacks {slot}" for slot in slots if slot not in getattr(self, field)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def question(self, vignette: str, order: tuple[str, ...]) -> str:
+        options = "\n".join(
+            self.option.replace("{index}", str(i)).replace("{gloss}", self.gloss[name]) for i, name in enumerate(order)
+        )
+        schema = self.schema.replace("{options}", options)
+        return self.prompt.replace("{schema}", schema).replace("{vignette}", vignette)
+
+    @property
+    def frames(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.order, self.order[::-1]
+
+
+def parse_instrument(file: DataFile) -> Instrument:
+    return validated(Instrument, parse_toml(file), str(file.path))
+
+
+def parse_vignettes(file: DataFile) -> tuple[Vignette, ...]:
+    """UserError naming every bad line, and ids that come twice."""
+    vignettes: dict[str, Vignette] = {}
+    problems = []
+    for number, row in parse_jsonl(file, VignetteRow):
+        if row.id in vignettes:
+            problems.append(f"{file.path} line {number}: id {row.id!r:.80} was used before; ids must differ")
+        vignettes[row.id] = Vignette(row.id, row.foundation_coarse, row.text, row.also)
+    if problems:
+        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
+    return tuple(vignettes.values())

@@ -1,0 +1,1 @@
+"""The language model: loading, decoding, steering, adapters, divergences."""

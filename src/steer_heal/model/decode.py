@@ -1,0 +1,140 @@
+"""Decodes batches that mix prompts, doses and random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_that_fit
+from steer_heal.model.sampling import sampler
+from steer_heal.model.steering import Vector, steer
+
+Batch = list[tuple[int, tuple[int, ...]]]
+"""(index of the row, token ids that were written after its prompt) of every row of a finished batch."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to decode. Its text depends on these fields alone, not on the batch it runs in."""
+
+    prompt_ids: tuple[int, ...]
+    dose: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. `sample=False` is greedy."""
+
+    max_new_tokens: int
+    batch_size: int
+    """Rows at once; 0: as many as free memory holds."""
+    sample: bool = True
+    suppress: frozenset[int] = field(default_factory=frozenset)
+    """Tokens that are never written. With the end tokens among them, every row runs to the limit."""
+
+
+def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
+    """Token ids written after the prompt of each row, up to and including an end token."""
+    out: list[tuple[int, ...]] = [()] * len(rows)
+    for batch in decode_batches(lm, rows, vector, how):
+        for i, ids in batch:
+            out[i] = ids
+    return out
+
+
+def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> Iterator[Batch]:
+    """The same, one finished batch at a time.
+
+    Rows of similar prompt length share a batch, each with its own dose and random stream. A row that has ended leaves
+    the batch. A batch that does not fit into memory is halved.
+    """
+    todo = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+    longest = max((len(row.prompt_ids) for row in rows), default=0)
+    config, per_row = lm.model.config.get_text_config(), longest + how.max_new_tokens
+    bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
+    size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
+    while todo:
+        group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
+        try:
+            written = _decode_batch(lm, [rows[i] for i in group], vector, how)
+        except RuntimeError as error:
+            lm.limits.decode_tokens = fewer_rows(len(group), error) * per_row
+            written = None
+        if written is None:
+            free_unused()
+            continue
+        yield list(zip(group, written, strict=True))
+        todo = todo[len(group) :]
+
+
+class GrowingCache:
+    """Keys and values of the rows that still write. A row that has ended is removed at once."""
+
+    def __init__(self, lm: LM, mask: Int[Tensor, "b s"]) -> None:
+        """`mask` is 0 at the padding before each prompt."""
+        self.lm, self.mask = lm, mask
+        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # rotary positions: each prompt begins at 0
+        self.cache = DynamicCache(config=lm.model.config.get_text_config())
+
+    def feed(self, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b d"]:
+        """The final hidden state at the last position, after the prompts (first call) or one more token of every row."""
+        hidden = self.lm.text_model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return hidden
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+@torch.no_grad()
+def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
+    device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
+    ids = torch.full((len(rows), longest), lm.pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+        mask[b, longest - len(row.prompt_ids) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    uniforms = torch.empty(0, device=device)
+    if how.sample:
+        generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+        draws = [torch.rand(how.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+        uniforms = torch.stack(draws).to(device)
+    pick = sampler(lm.model.generation_config)
+    ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
+    suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
+    active = torch.arange(len(rows), device=device)
+    written: list[list[int]] = [[] for _ in rows]
+    cache = GrowingCache(lm, mask)
+    with steer(lm, vector, [row.dose for row in rows]) as steering:
+        for step in range(how.max_new_tokens):
+            logits = lm.logits(cache.feed(ids))
+            logits[:, suppressed] = -torch.inf
+            token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
+            for b, t in zip(active.tolist(), token.tolist(), strict=True):
+                written[b].append(t)
+            going = ~torch.isin(token, ends)
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.select(keep)
+                steering.select(keep)
+                active, token = active[keep], token[keep]
+            ids = token[:, None]
+    return [tuple(row) for row in written]

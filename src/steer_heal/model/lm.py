@@ -1,0 +1,295 @@
+"""A causal language model with its tokenizer: loading, chat prompts, batched log-probabilities, hidden states.
+
+Everything that is teacher-forced runs right-padded and without a mask: causal attention never lets a real
+token see the padding behind it, so a batch reads exactly what its rows read alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from steer_heal.errors import UserError
+from steer_heal.inputs.files import ROOT
+from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused
+
+TINY_RANDOM = "tiny-random"
+"""Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
+LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
+"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. Larger tensors the
+CPU's allocator returns to the system, which hands them out again page by page."""
+SHORTEST_CHUNK = 64
+"""Positions, whatever the vocabulary: with fewer, reading the head's weights takes longer than multiplying with them."""
+
+
+@dataclass
+class LM:
+    """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    max_prompt_tokens: int = 1024
+    limits: BatchLimits = field(default_factory=BatchLimits)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @cached_property
+    def text_model(self) -> nn.Module:
+        """The decoder stack without the head; inside multimodal wrappers, the nested language model."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        blocks = getattr(self.text_model, "layers", None)
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+            raise UserError(
+                f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers under its text model; steer-heal needs one to steer"
+            )
+        return blocks
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linear weights are codes that nothing can be added to."""
+        return getattr(self.model, "quantization_method", None) is not None
+
+    @property
+    def width(self) -> int:
+        return self.head.weight.shape[1]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the assistant's turn: the generation config's and the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """float32 logits of final hidden states, with the model's soft cap where it has one."""
+        logits = self.head(hidden.to(self.head.weight.dtype)).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
+    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of one user message up to and including the opened assistant turn."""
+        messages = [{"role": "system", "content": system}] if system else []
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template of {self.name!r} refuses a {'system and a ' * bool(system)}user message ({error}); use a model that takes them"
+            ) from None
+        return self.encode_prompt(text)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Ids of templated text (the template writes its own BOS); too long is an error, never a cut."""
+        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, the limit max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
+                "shorten it or raise --max-prompt-tokens (cutting it would lose the assistant tag that is read)"
+            )
+        return ids
+
+    def in_batches(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
+        """Calls `work` with row indices of similar length until every row had its turn.
+
+        After an out-of-memory error `work` is called again with fewer rows, so it must be idempotent.
+        """
+        todo = list(batches(lengths, self.limits.read_tokens))
+        while todo:
+            group, failed = todo[0], None
+            try:
+                work(group)
+            except RuntimeError as error:
+                failed = fewer_rows(len(group), error)
+            if failed is None:
+                todo.pop(0)
+                continue
+            free_unused()
+            self.limits.read_tokens = failed * lengths[group[-1]]
+            rest = [i for later in todo for i in later]
+            todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b s"]:
+        return nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=self.pad_id
+        ).to(self.device)
+
+    def hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "b s d"]:
+        """Final hidden states of right-padded rows; positions past a row's end hold nothing of use."""
+        return self.text_model(input_ids=self.pad(rows), use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per row: -log p of each completion token given all before it, float32 [n] on the CPU, nats."""
+        out: list[Tensor] = [torch.empty(0)] * len(prompts)
+
+        def read(group: list[int]) -> None:
+            hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
+            for row, i in enumerate(group):
+                start, n = len(prompts[i]) - 1, len(completions[i])
+                out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
+
+        self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], read)
+        return out
+
+    @torch.no_grad()
+    def nll(self, hidden: Float[Tensor, "n d"], ids: Sequence[int]) -> Float[Tensor, " n"]:
+        """-log p of each id from the final hidden state before it, in nats, through the head in chunks."""
+        targets, size = torch.tensor(ids, device=self.device, dtype=torch.long), self.chunk_size
+        parts = [
+            nn.functional.cross_entropy(self.logits(h), t, reduction="none")
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(parts)
+
+    @property
+    def chunk_size(self) -> int:
+        """Positions that go through the head at once."""
+        elements = LOGIT_CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else LOGIT_CHUNK_ELEMENTS
+        return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
+
+
+def weights_digest(model: nn.Module) -> dict[str, str]:
+    """{"sha256", "dtype"} of the base weights, the same with adapters attached and on every device.
+
+    SHA-256 over the digests of every tensor (name, dtype, shape and bytes) by name. Tensors are hashed in parallel, so
+    that a model of some 10 GB takes seconds.
+    """
+    weights = {n.replace(".base_layer.", "."): value for n, value in model.state_dict().items() if ".lora_" not in n}
+
+    def of_tensor(name: str) -> bytes:
+        tensor = weights[name].detach()
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sha256 = hashlib.sha256(b"".join(pool.map(of_tensor, sorted(weights)))).hexdigest()
+    return {"sha256": sha256, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one; asking for a missing one is a UserError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu or auto"
+        )
+    return place
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU, float32 on the CPU."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load(
+    name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none"
+) -> LM:
+    """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
+    place = pick_device(device)
+    if name == TINY_RANDOM:
+        if quantize != "none":
+            raise UserError(
+                f"quantize is {quantize!r}: weights are quantized as they are read from a folder, and {name!r} has none; give a saved model"
+            )
+        model, tokenizer = _tiny_random()
+        model = model.to(pick_dtype(dtype, place))
+    else:
+        folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
+        try:
+            how = {} if quantize == "none" else _nf4(pick_dtype(dtype, place), place)
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=pick_dtype(dtype, place), use_safetensors=True, trust_remote_code=False, **how
+            )
+        except Exception as error:  # a damaged folder fails in as many ways as there are readers
+            raise UserError(
+                f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})"
+            ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = (model if quantize != "none" else model.to(place)).eval().requires_grad_(False)
+    lm = LM(model, tokenizer, name, max_prompt_tokens)
+    assert lm.blocks is not None
+    return lm
+
+
+def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """How transformers reads linear weights as 4-bit normal floats (QLoRA; Dettmers et al. 2023)."""
+    warnings.warn(
+        "quantize nf4: decoding is some three times slower than in bfloat16; it pays only for a model that bfloat16 cannot hold",
+        stacklevel=3,
+    )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return {"quantization_config": config, "device_map": {"": place}}
+
+
+def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config)
+    model.name_or_path = TINY_RANDOM
+    model.generation_config.update(do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id)
+    return model, tokenizer

@@ -1,0 +1,95 @@
+"""Batch sizes: how many rows fit into memory, and smaller batches after one did not fit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from steer_heal.errors import UserError
+
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How the CPU's allocator and CUDA's libraries say it, in a plain RuntimeError."""
+ROWS_ON_CPU, ROWS_AT_MOST = 32, 256
+SHARE_OF_FREE_MEMORY = 0.8
+"""The rest is left to fragments: a cache that grows by a token per step leaves blocks behind that nothing fits into."""
+LOGIT_BYTES = 44
+"""Per row and vocabulary entry: the head's output, its float32 copies, and double copies while a token is sampled."""
+
+
+@dataclass
+class BatchLimits:
+    """Largest batches to try. A batch that runs out of memory lowers them for the rest of the program."""
+
+    read_tokens: int = 16_384
+    """Padded tokens of a teacher-forced batch."""
+    decode_tokens: float = math.inf
+    """Tokens of a decoded batch: prompts and all that may be written."""
+
+
+def fewer_rows(n_rows: int, error: RuntimeError) -> int:
+    """Half of `n_rows` after a batch ran out of memory, with a warning. Any other error is raised again; a single row
+    that does not fit is a UserError."""
+    if not ran_out(error):
+        raise error
+    if n_rows == 1:
+        raise UserError(
+            "out of memory with a single row: shorten the texts (--gen.max-new-tokens, --eval.max-new-tokens, "
+            f"--max-prompt-tokens) or use --dtype bfloat16 ({str(error).splitlines()[0]})"
+        ) from None
+    warnings.warn(f"out of memory with {n_rows} rows in a batch: trying {n_rows // 2}, now and later", stacklevel=3)
+    return n_rows // 2
+
+
+def free_unused() -> None:
+    """Returns cached memory to the device. Call it outside of the `except` block: the error keeps the batch alive."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def ran_out(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+def batches(lengths: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
+    """Row indices grouped by similar length, within `n_tokens` padded tokens a batch."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and lengths[i] * (len(group) + 1) > n_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
+    """Rows per batch such that `n_rows` go through in as few and as even batches as free memory allows; fixed on a CPU."""
+    most = ROWS_ON_CPU
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        most = max(1, min(ROWS_AT_MOST, int(SHARE_OF_FREE_MEMORY * free / bytes_per_row)))
+    n_batches = -(-n_rows // most)
+    return -(-n_rows // max(1, n_batches))
+
+
+def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_size: int) -> int:
+    """Memory that decoding one row takes: its keys and values at their longest and, whichever is larger, the activations
+    of its prompt in the widest block or its logits while a token is drawn.
+
+    `config` is the text model's. A block with a sliding window keeps no more than that many tokens.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    n = n_prompt + n_new
+    kept = [min(n, config.sliding_window) if kind == "sliding_attention" else n for kind in kinds]
+    token = 2 * config.num_key_value_heads * head_dim * element_size
+    cache = token * (sum(kept) + max(kept))  # one block's old and new keys and values stand side by side while it grows
+    widths = 3 * config.intermediate_size + 8 * config.num_attention_heads * head_dim
+    block = n_prompt * (widths * element_size + 4 * config.hidden_size * 4)
+    return cache + max(block, LOGIT_BYTES * config.vocab_size)

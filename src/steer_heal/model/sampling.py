@@ -1,0 +1,59 @@
+"""From logits to a token: the generation config's temperature, top-k, top-p and min-p, then inverse-CDF sampling.
+
+Never a repetition penalty: it would hide over-steering from the filter and the dose controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+
+ROOM_FOR_TIES = 64
+"""Logits in bfloat16 often tie: how many tokens as likely as the last of top-k are looked at before the whole vocabulary is."""
+
+
+def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[Tensor, " b"]], Int[Tensor, " b"]]:
+    """Picks a token per row from its logits and its own uniform number, as `config` samples."""
+    temper, cut = LogitsProcessorList(), LogitsProcessorList()
+    if config.temperature is not None and config.temperature not in (0.0, 1.0):
+        temper.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_p is not None and config.top_p < 1.0:
+        cut.append(TopPLogitsWarper(config.top_p))
+    if getattr(config, "min_p", None):
+        cut.append(MinPLogitsWarper(config.min_p))
+
+    def pick(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        logits = temper(None, logits)
+        if not config.top_k or config.top_k >= logits.shape[-1]:
+            return inverse_cdf(cut(None, logits), uniform)
+        logits, ids = candidates(logits, config.top_k)
+        return ids.gather(-1, inverse_cdf(cut(None, logits), uniform)[:, None])[:, 0]
+
+    return pick
+
+
+def candidates(logits: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b c"], Int[Tensor, "b c"]]:
+    """(logits, token ids) of each row's k likeliest tokens and of all that tie with the last of them, by rising id.
+
+    What follows then works on some hundred entries instead of the vocabulary, and picks what it would have picked there, to
+    a rounding in float32: the cumulative sum runs through the same tokens in the same order.
+    """
+    values, ids = logits.topk(min(k + ROOM_FOR_TIES, logits.shape[-1]))
+    last = values[:, k - 1 : k]
+    if (values[:, -1:] == last).any():  # more ties than there is room for
+        return logits.masked_fill(logits < last, -torch.inf), torch.arange(
+            logits.shape[-1], device=logits.device
+        ).expand_as(logits)
+    ids, order = ids.sort(-1)
+    return values.masked_fill(values < last, -torch.inf).gather(-1, order), ids
+
+
+def inverse_cdf(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The row's own uniform number picks its token, whatever its neighbours are."""
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

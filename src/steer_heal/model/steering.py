@@ -1,0 +1,131 @@
+"""Steering vectors: what extracts them, how a dose acts, and the hook that adds one to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer_heal.model.lm import LM
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A direction Float[d] per steered block, and the method that says how a dose of it acts after that block."""
+
+    directions: Mapping[int, Tensor]
+    method: str = "mean_diff"
+
+    def save(self, path: Path) -> None:
+        tensors = {str(layer): direction.clone().contiguous() for layer, direction in self.directions.items()}
+        save_file(tensors, path, metadata={"method": self.method})
+
+
+def load_vector(path: Path) -> Vector:
+    with safe_open(path, "pt") as file:  # cloned: a tensor in the mapped file need not be aligned as one of torch's own
+        layers = sorted(map(int, file.keys()))
+        return Vector({layer: file.get_tensor(str(layer)).clone() for layer in layers}, file.metadata()["method"])
+
+
+# --- methods: pairs of states [i d] -> direction [d] --------------------------------------------------------------
+def mean_diff(positive: Float[Tensor, "i d"], negative: Float[Tensor, "i d"]) -> Float[Tensor, " d"]:
+    """Mean of the paired differences (activation addition; Turner et al. 2023, Rimsky et al. 2024)."""
+    return (positive - negative).mean(0)
+
+
+def principal(positive: Float[Tensor, "i d"], negative: Float[Tensor, "i d"]) -> Float[Tensor, " d"]:
+    """First principal component of the states after each pair was centred on its own mean (representation
+    engineering; Zou et al. 2023). Its sign is that of the mean difference, its length the root mean square of the
+    differences along it."""
+    differences = positive - negative
+    _, sizes, directions = torch.linalg.svd(differences, full_matrices=False)
+    direction = directions[0] * sizes[0] / len(differences) ** 0.5
+    return direction if direction @ differences.mean(0) >= 0 else -direction
+
+
+# --- how a dose acts on the residual stream -----------------------------------------------------------------------
+def add(
+    hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]
+) -> Float[Tensor, "b s d"]:
+    """h + dose v (activation addition; Turner et al. 2023)."""
+    return hidden + dose * direction
+
+
+def cosine_gate(
+    hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]
+) -> Float[Tensor, "b s d"]:
+    """h + dose |cos(h, v)| v: a soft form of conditional activation steering (Lee et al. 2024)."""
+    gate = torch.nn.functional.cosine_similarity(hidden, direction, dim=-1).abs()
+    return hidden + dose * gate[..., None] * direction
+
+
+def ablate(
+    hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]
+) -> Float[Tensor, "b s d"]:
+    """h - (h . u) u + dose v with u = v / ||v||: the component along v is replaced (Arditi et al. 2024)."""
+    unit = direction / direction.norm()
+    component = einsum(hidden, unit, "b s d, d -> b s")
+    return hidden - component[..., None] * unit + dose * direction
+
+
+class Method(NamedTuple):
+    """How pairs of states become a direction, and how a dose of it acts."""
+
+    extract: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor] = add
+
+
+METHODS: dict[str, Method] = {
+    "mean_diff": Method(mean_diff),
+    "pca": Method(principal),
+    "cosine_gated": Method(mean_diff, cosine_gate),
+    "directional_ablation": Method(mean_diff, ablate),
+}
+"""Every steering method by the name that `steer.method` takes."""
+
+
+@contextmanager
+def steer(lm: LM, vector: Vector | None, doses: Sequence[float]) -> Iterator[Steering]:
+    """While inside, row b of every batch is steered with `doses[b]` after each layer of the vector, at every position.
+
+    A dose of 0 leaves its row alone, whatever the method.
+    """
+    steering = Steering(torch.tensor(doses, device=lm.device, dtype=torch.float32))
+    handles = []
+    if vector is not None and any(doses):
+        apply = METHODS[vector.method].apply
+        for layer, direction in vector.directions.items():
+            handles.append(lm.blocks[layer].register_forward_hook(steering.hook(direction.to(lm.device), apply)))
+    try:
+        yield steering
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Steering:
+    """The doses of the rows now in the batch; `select` follows rows that leave it."""
+
+    doses: Float[Tensor, " b"]
+
+    def hook(self, direction: Float[Tensor, " d"], apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+        def add_dose(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            hidden = output[0] if isinstance(output, tuple) else output
+            dose = self.doses[:, None, None]
+            hidden = torch.where(dose == 0, hidden, apply(hidden.float(), direction, dose).to(hidden.dtype))
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return add_dose
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.doses = self.doses[rows]

@@ -1,0 +1,250 @@
+"""Adapter history: which rounds act on the model, folding, and the checkpoints that PEFT loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steer_heal.errors import UserError
+from steer_heal.model.lm import LM
+from steer_heal.settings import AdapterCfg, layer_band
+
+HISTORY, ROUND = "history", "round"
+ADAPTER_FILE = "adapter_model.safetensors"
+AdapterState = Literal["base", "prev", "full"]
+"""Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
+Factors = dict[str, Tensor]
+"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32."""
+
+
+class Student:
+    """A base model with the rounds healed into it so far. The base weights are never written to.
+
+    Outside of a gate the adapters are off. Reading and writing text runs on a merged working copy of the adapted
+    weights (`gate`), so that a token costs the same however many rounds are baked; so does training in float32,
+    while in lower precision it keeps every factor apart (`training`).
+    """
+
+    def __init__(self, lm: LM, cfg: AdapterCfg) -> None:
+        self.lm, self.cfg = lm, cfg
+        self.n_rounds = 0
+        self._peft: PeftModel | None = None
+        self._pristine: dict[str, Tensor] = {}
+
+    @property
+    def rounds_in(self) -> dict[AdapterState, list[str]]:
+        """Adapters that each gate lets through."""
+        history = [HISTORY] if self.n_rounds else []
+        live = [ROUND] if self._peft is not None and ROUND in self._peft.peft_config else []
+        return {"base": [], "prev": history, "full": history + live}
+
+    def _config(self, n_rounds: int) -> LoraConfig:
+        band = layer_band(self.cfg.layers, len(self.lm.blocks))
+        if not band:
+            raise UserError(
+                f"adapter.layers is {self.cfg.layers}: that band holds none of the {len(self.lm.blocks)} blocks of {self.lm.name!r}; widen it"
+            )
+        prefix = next(name for name, module in self.lm.model.named_modules() if module is self.lm.blocks)
+        linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+        return LoraConfig(
+            r=self.cfg.rank * n_rounds,
+            lora_alpha=self.cfg.alpha * n_rounds,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.lm.name,
+            target_modules=rf"{re.escape(prefix)}\.({'|'.join(map(str, band))})\.(self_attn|mlp)\.({linears})",
+        )
+
+    def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
+        if self._peft is None:
+            try:
+                self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
+            except ValueError as error:
+                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
+        else:
+            self._peft.add_adapter(name, config)
+            self._peft.set_adapter(name)
+        if factors is not None:
+            expected = {key: value.shape for key, value in self.factors(name).items()}
+            given = {key: value.shape for key, value in factors.items()}
+            if expected != given:
+                key = next(k for k in sorted(expected | given) if expected.get(k) != given.get(k))
+                has, wants = (list(side[key]) if key in side else "no such weight" for side in (given, expected))
+                raise UserError(
+                    f"the adapter does not fit {self.lm.name!r}: {key} is {has} in the file, {wants} in the model; give an adapter of this model"
+                )
+            set_peft_model_state_dict(self._peft, factors, adapter_name=name)
+        self._adapters_off()
+
+    def _adapters_off(self) -> None:
+        self._peft.base_model.disable_adapter_layers()
+        self._peft.requires_grad_(False)
+
+    def _layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        if self._peft is not None:
+            yield from ((name, m) for name, m in self._peft.named_modules() if isinstance(m, LoraLayer))
+
+    @property
+    def merging_is_lossy(self) -> bool:
+        """Whether adding factors to the weights costs more than a rounding in float32."""
+        return self.lm.quantized or any(m.get_base_layer().weight.dtype != torch.float32 for _, m in self._layers())
+
+    # --- what acts on the model ---------------------------------------------------------------------------
+    @contextmanager
+    def gate(self, which: AdapterState, exact: bool = False) -> Iterator[LM]:
+        """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
+
+        `exact` lets the factors act apart where merging would round them: slower, and in bfloat16 small factors are
+        kept. On a quantized model they always act apart: codes cannot take them.
+        """
+        names = self.rounds_in[which]
+        if self.lm.quantized or names and exact and self.merging_is_lossy:
+            with self._acting(names) if names else nullcontext():
+                yield self.lm
+            return
+        before = {path: module.get_base_layer().weight.data for path, module in self._layers()}
+        try:
+            for path, module in self._layers():
+                weight, pristine = module.get_base_layer().weight, self._pristine.setdefault(path, before[path])
+                weight.data = pristine
+                if names:
+                    with torch.no_grad():
+                        delta = sum(module.get_delta_weight(name).float() for name in names)
+                        weight.data = (pristine.float() + delta).to(pristine.dtype)
+            yield self.lm
+        finally:
+            for path, module in self._layers():
+                module.get_base_layer().weight.data = before[path]
+
+    def new_round(self, seed: int) -> None:
+        """A fresh factor for this round: A random from `seed`, B zero, so the student starts where it was."""
+        devices = [self.lm.device] if self.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            self._attach(ROUND, self._config(1))
+
+    @contextmanager
+    def training(self) -> Iterator[list[torch.nn.Parameter]]:
+        """History and this round's factor both act, forward and backward; yields what is trained.
+
+        The history is merged where that is not lossy, so that a step costs the same after every round.
+        """
+        apart = self.rounds_in["full"] if self.merging_is_lossy else [ROUND]
+        with self.gate("prev", exact=True), self._acting(apart):
+            parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
+            for parameter in parameters:
+                assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"
+                parameter.requires_grad_(True)
+            yield parameters
+
+    def round_updates(self) -> list[tuple[Tensor, Tensor, float]]:
+        """(A, B, scale) of every matrix that this round adapts: it adds scale * B A to the weights."""
+        return [(m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, m.scaling[ROUND]) for _, m in self._layers()]
+
+    @contextmanager
+    def _acting(self, names: list[str]) -> Iterator[None]:
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.base_model.set_adapter(names)
+        self._peft.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._adapters_off()
+
+    # --- folding and files -----------------------------------------------------------------------------------
+    def factors(self, name: str) -> Factors:
+        """A copy of an adapter's weights on the CPU."""
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        return {key: value.detach().float().cpu().clone() for key, value in state.items()}
+
+    def bake(self) -> Factors:
+        """Folds this round into the history by concatenating factors (exact); returns the round's own factors."""
+        own = self.factors(ROUND)
+        self._replace_history(concatenate(self.factors(HISTORY), own) if self.n_rounds else own, self.n_rounds + 1)
+        return own
+
+    def discard_round(self) -> None:
+        """Drops this round's factor as if it had never been trained."""
+        if ROUND in self.rounds_in["full"]:
+            self._peft.delete_adapter(ROUND)
+
+    def _replace_history(self, factors: Factors, n_rounds: int) -> None:
+        self.discard_round()
+        if self.n_rounds:
+            self._peft.delete_adapter(HISTORY)
+        self._attach(HISTORY, self._config(n_rounds), factors)
+        self.n_rounds = n_rounds
+
+    def restore(self, folder: Path, n_rounds: int) -> None:
+        """Takes a checkpoint of this project, of `n_rounds` rounds, as the history."""
+        self._replace_history(load_file(folder / ADAPTER_FILE), n_rounds)
+
+    def reset(self) -> None:
+        """Drops every round: the untouched model again."""
+        self.discard_round()
+        if self.n_rounds:
+            self._peft.delete_adapter(HISTORY)
+        self.n_rounds = 0
+
+    def adopt(self, config: LoraConfig, factors: Factors) -> None:
+        """Takes a saved adapter as the whole history, counted as one round of its rank."""
+        self._attach(HISTORY, config, factors)
+        self.n_rounds = 1
+
+    def save(self, folder: Path, own: Factors) -> None:
+        """Writes a PEFT adapter folder with the cumulative student, and `round.safetensors`, this round's own factor."""
+        config = self._config(self.n_rounds)
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        save_file(self.factors(HISTORY), folder / ADAPTER_FILE, metadata={"format": "pt"})
+        save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
+
+    def export(self, folder: Path) -> None:
+        """The merged student as a plain transformers model with its tokenizer."""
+        if self.lm.quantized:
+            raise UserError(
+                "a quantized model cannot be exported merged; load its checkpoint on the unquantized model, or leave out "
+                "--quantize"
+            )
+        state = {}
+        with self.gate("full"):
+            for key, value in (
+                self._peft.base_model.model.state_dict().items() if self._peft else self.lm.model.state_dict().items()
+            ):
+                if ".lora_" not in key:
+                    state[key.replace(".base_layer.", ".")] = value
+            self.lm.model.save_pretrained(folder, state_dict=state)
+        self.lm.tokenizer.save_pretrained(folder)
+
+
+def concatenate(history: Factors, own: Factors) -> Factors:
+    """[B1 B2] [A1; A2] = B1 A1 + B2 A2: both factors in one of summed rank, without rounding."""
+    out = {}
+    for key, old in history.items():
+        axis = 0 if "lora_A" in key else 1
+        out[key] = torch.cat([old, own[key]], dim=axis)
+    return out
+
+
+def attach_saved(lm: LM, folder: Path) -> Student:
+    """A student holding a saved LoRA folder, a checkpoint of ours or any other of this model, as its history."""
+    try:
+        config, factors = LoraConfig.from_pretrained(folder), load_file(folder / ADAPTER_FILE)
+        student = Student(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter in {str(folder)!r} cannot be read ({error}); give a PEFT LoRA folder of this model"
+        ) from None
+    student.adopt(config, factors)
+    return student

@@ -1,0 +1,64 @@
+"""The presets of the command: a name, one line about it, and its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer_heal.settings import AdapterCfg, DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, RunConfig, SteerCfg
+
+TOY = Path("data/toylm")
+_WITH_GRAMMAR = (*EvalCfg().evals, "toylm")
+
+TOY_PRESET = RunConfig(
+    model=str(TOY),
+    n_rounds=4,
+    control=True,
+    n_threads=1,  # a second thread makes a model of this size no faster
+    steer=SteerCfg(layers=(0.25, 0.75), contexts=TOY / "contexts.jsonl"),
+    gen=GenCfg(alphas=(0.5, 0.75, 1.0), max_new_tokens=128, n_prompts=64, prompts=TOY / "prompts", batch_size=128),
+    dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
+    filter=FilterCfg(ppl_max=3.0, spike_max=7.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
+    adapter=AdapterCfg(rank=16, alpha=32.0, layers=(0.0, 0.5)),
+    heal=HealCfg(lam=0.3, tau=0.03, lr=1e-3, batch_size=8, tokens_per_pass=4096),
+    eval=EvalCfg(
+        evals=_WITH_GRAMMAR,
+        vignettes=TOY / "vignettes.jsonl",
+        instrument=TOY / "instrument.toml",
+        think_tokens=0,
+        batch_size=128,
+        n_prompts=32,
+        n_texts=64,
+        max_new_tokens=128,
+    ),
+)
+FAST_DEV_PRESET = RunConfig(
+    model="tiny-random",
+    n_rounds=2,
+    control=True,
+    steer=SteerCfg(layers=(0.3, 0.7), n_contexts=16, contexts=TOY / "contexts.jsonl"),
+    gen=GenCfg(max_new_tokens=24, n_prompts=8, prompts=TOY / "prompts", batch_size=32),
+    dose=DoseCfg(n_kappas=3, n_probes=4),
+    # an untrained model writes noise: the gates are opened so that every later stage has something to run on
+    filter=FilterCfg(ppl_max=1e9, rep_max=1.0, loop_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
+    adapter=AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0)),
+    heal=HealCfg(epochs=2, pressure_every=2),
+    eval=EvalCfg(
+        evals=_WITH_GRAMMAR,
+        vignettes=TOY / "vignettes.jsonl",
+        instrument=TOY / "instrument.toml",
+        think_tokens=4,
+        n_prompts=4,
+        n_texts=8,
+        max_new_tokens=24,
+        n_bootstrap=200,
+        batch_size=32,
+    ),
+)
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
+    "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
+    "fast-dev": (
+        "A tiny random model through every stage in seconds: meaningless numbers, working code.",
+        FAST_DEV_PRESET,
+    ),
+}

@@ -1,0 +1,1 @@
+"""A run on disk: its events, checkpoints and lock."""

@@ -1,0 +1,81 @@
+"""What an unfinished stage has done so far, on disk: written completions, and a heal between two steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from steer_heal.errors import UserError
+from steer_heal.records import Completion, HealStep
+from steer_heal.runs.storage import append_line, atomic_write
+from steer_heal.stages.heal import SavedHeal
+
+
+class WrittenTexts:
+    """Token ids of finished completions by the seed of their request: one JSON line for each decoded batch.
+
+    A text depends on its request alone, so a resumed run may decode the rest in other batches.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+        self._file.seek(0)
+        self.known: dict[int, tuple[int, ...]] = {}
+        whole = 0
+        for line in self._file.readall().splitlines(keepends=True):
+            try:
+                self.known |= {seed: tuple(ids) for seed, ids in json.loads(line)}
+            except ValueError:  # torn: the run died while writing it
+                break
+            whole += len(line)
+        self._file.truncate(whole)
+
+    def add(self, batch: Sequence[Completion]) -> None:
+        append_line(self._file, [(row.seed, row.completion_ids) for row in batch])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def save_heal(path: Path, heal: SavedHeal) -> None:
+    steps = [asdict(step) for step in heal.steps]
+    words = {"n_steps": str(len(steps)), "steps": json.dumps(steps), "curve": json.dumps(heal.curve)}
+    with atomic_write(path) as part:
+        save_file({name: value.contiguous() for name, value in heal.tensors.items()}, part, metadata=words)
+
+
+def load_heal(path: Path) -> SavedHeal | None:
+    """None where nothing was saved. UserError where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            # cloned: a tensor in the mapped file need not be aligned as one that torch allocated
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            words = file.metadata()
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+    steps = tuple(HealStep(**step) for step in json.loads(words["steps"]))
+    return SavedHeal(tensors, steps, tuple(json.loads(words["curve"])))
+
+
+def saved_steps(path: Path) -> int:
+    """Optimiser steps of a saved heal; 0 where there is none."""
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["n_steps"])
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}); delete it: the heal then starts again at its first step")

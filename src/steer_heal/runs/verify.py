@@ -1,0 +1,91 @@
+"""Whether a run's folder is still what the run wrote: events, vectors, checkpoints and base weights.
+
+Every event names the SHA-256 of the line before it; the events of vectors and checkpoints name the SHA-256 of their
+files; run_start names the base weights; results.tsv names the hash of the last line. This proves that the parts belong
+together. It is no signature: who rewrites all of it can make it consistent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.model.lm import load, weights_digest
+from steer_heal.runs.events import RESULTS, Event, broken_link, line_hash, read_events, read_results
+from steer_heal.runs.resume import changed_weights, run_start
+from steer_heal.runs.storage import damaged_file
+
+
+def broken(folder: Path) -> list[str]:
+    """What does not hold, in words: the first broken event, every changed file, the weights. UserError: not a run."""
+    start = run_start(folder)
+    events = read_events(folder)
+    lines = [line for line in (folder / "events.jsonl").read_bytes().splitlines() if line.strip()][: len(events)]
+    problems = []
+    if (at := broken_link(lines)) is not None:
+        changed = max(0, at - 1)
+        problems.append(
+            f"events.jsonl line {at + 1} does not follow from the line before it: {_name(events[changed])} (line "
+            f"{changed + 1}) was changed, or lines were removed or added here"
+        )
+    recorded = [
+        row for row in read_results(folder.resolve().parent / RESULTS) if row.get("run") == folder.resolve().name
+    ]
+    if recorded and recorded[0].get("last_hash") != line_hash(lines[-1]):
+        problems.append(
+            f"events.jsonl does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end was "
+            "removed"
+        )
+    for event in events:
+        if (damage := damaged_file(folder, event.get("files", {}))) is not None:
+            problems.append(f"{_name(event)}: {damage}")
+    if (damage := _weights(start)) is not None:
+        problems.append(f"base weights: {damage}")
+    return problems
+
+
+def _name(event: Event) -> str:
+    r = event["round"]
+    return f"{event['stage']!r}" + ("" if r is None else " before the loop" if r < 0 else f" of round {r}")
+
+
+def _weights(start: Event) -> str | None:
+    try:
+        recorded = start["weights"]
+        now = weights_digest(load(start["config"]["model"], device="cpu", dtype=recorded["dtype"]).model)
+    except UserError as error:
+        return f"they cannot be checked: {error}"
+    except (KeyError, TypeError):
+        return "they were not recorded"
+    return None if now == recorded else changed_weights(start, now)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
+
+    Exit status: 0 they are, 1 something was changed, 2 the folder is not a run.
+    """
+
+    verify: Path
+    """Folder of the run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m steer_heal.run --verify out/<run>`."""
+    folder = tyro.cli(Verify, args=argv, prog="python -m steer_heal.run").verify
+    try:
+        problems = broken(folder)
+    except UserError as error:
+        print_error(error)
+        return 2
+    for problem in problems:
+        print_safe(f"BROKEN: {problem}")
+    if not problems:
+        events = read_events(folder)
+        print_safe(f"{len(events)} events, their files and the base weights are as recorded")
+    return 1 if problems else 0

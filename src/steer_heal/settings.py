@@ -1,0 +1,329 @@
+"""Every setting of a run: type, limit, default, and what it does. Importing this needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from steer_heal.errors import problem_lines
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=0)]
+Band = tuple[float, float]
+
+
+def settings(section: str) -> Callable[[type], type]:
+    """A frozen pydantic dataclass. Invalid fields raise one ValueError with a line for each, named `section.field`."""
+
+    def decorate(cls: type) -> type:
+        made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
+        init = made.__init__
+
+        @functools.wraps(init)
+        def validating(self: Any, **given: Any) -> None:
+            try:
+                init(self, **given)
+            except ValidationError as error:
+                lines = problem_lines(error, lambda at: f"{section}.{at}" if section else at, made.__dataclass_fields__)
+                raise ValueError("\n".join(lines)) from None
+
+        made.__init__ = validating
+        return made
+
+    return decorate
+
+
+def _require(*rules: tuple[bool, str, object, str]) -> None:
+    """ValueError with a line for each (holds, field, value, limit) that does not hold."""
+    broken = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+def _require_band(name: str, band: Band) -> None:
+    low, high = band
+    _require((0 <= low < high <= 1, name, band, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"))
+
+
+def layer_band(layers: Band, n_layers: int) -> range:
+    """Block indices of a band given as fractions of the depth. It can be empty."""
+    low, high = layers
+    return range(int(low * n_layers), int(high * n_layers))
+
+
+@settings("steer")
+class SteerCfg:
+    """Extraction of the steering vector."""
+
+    backend: Literal["builtin", "steering-lite"] = "builtin"
+    """Who extracts the vector. steering-lite needs its package."""
+    method: str = "mean_diff"
+    """How persona pairs become a vector, and how a dose acts. mean_diff and pca are added at every position;
+    cosine_gated adds in proportion to |cosine| with the position; directional_ablation replaces the component along
+    the vector. Only mean_diff is measured in docs/results.md."""
+    normalize: bool = False
+    """Scale the vector of each layer to length 1. Doses then are in units of the residual stream. Not measured."""
+    layers: Band = (0.45, 0.55)
+    """LO HI: the steered blocks, as fractions of the depth. A raw vector over a wide band compounds and breaks text."""
+    contexts: Path = Path("data/contexts.jsonl")
+    """JSON lines with `text`: user messages in whose answers the two personas are compared."""
+    n_contexts: Count = 256
+    """Contexts read, evenly spaced over the file."""
+    refresh: Literal["round", "once"] = "round"
+    """round: extract again from the student of each round; once: keep the vector of round 0 (not measured)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SteerCfg:
+        _require_band("steer.layers", self.layers)
+        return self
+
+
+@settings("gen")
+class GenCfg:
+    """Steered generation."""
+
+    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 0.75, 1.0)
+    """Relative doses; the dose controller multiplies them by kappa."""
+    max_new_tokens: Count = 512
+    n_prompts: Annotated[int, Field(ge=2)] = 36
+    """Prompts that training text is written for: the first of the pool. At least one is held out for validation."""
+    prompts: Path | None = None
+    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts."""
+    batch_size: BatchSize = 0
+    """Sequences decoded at once; 0: as many as free GPU memory holds (32 on the CPU). It does not change the texts."""
+
+
+@settings("dose")
+class DoseCfg:
+    """The dose controller: picks kappa, the multiplier of gen.alphas."""
+
+    mode: Literal["survival", "iso_kl", "fixed"] = "survival"
+    """survival: the highest kappa whose completions survive the filter; iso_kl: the kappa whose highest dose moves
+    the model by kl_target (not measured); fixed: kappa as given."""
+    kappa: Positive = 1.0
+    """The multiplier in mode fixed."""
+    kl_target: Positive = 1.0
+    """Nats: 95th percentile of the per-token KL(steered || student) that mode iso_kl aims at."""
+    kl_tokens: Count = 32
+    """Tokens that the steered model writes greedily after each of 8 prompts to measure that KL."""
+    train_on: Literal["all", "highest"] = "all"
+    """highest: only the largest alpha is written, and only completions at the highest dose train the student (not
+    measured)."""
+    target: Share = 0.75
+    """Share of completions that should survive the filter."""
+    floor: Positive = 0.2
+    """Smallest kappa that is probed, and the one used where none survives."""
+    ceiling: Positive = 3.0
+    """Largest kappa that is probed."""
+    n_kappas: Annotated[int, Field(ge=2)] = 6
+    """Kappas per batch of probes, evenly spaced in log(kappa)."""
+    n_probes: Count = 12
+    """Completions per probed kappa."""
+    n_refinements: BatchSize = 1
+    """Further batches of probes, between the last kappa that survived and the first that did not."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DoseCfg:
+        _require((self.floor <= self.ceiling, "dose.floor", self.floor, f"<= dose.ceiling = {self.ceiling:g}"))
+        return self
+
+
+@settings("filter")
+class FilterCfg:
+    """Which completions may train the student. docs/evidence/filter.md has what each gate catches."""
+
+    gates: tuple[str, ...] = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
+    """The gates that are on. With none, everything trains and only the barrier keeps the student whole."""
+    ppl_max: Perplexity = 40.0
+    """perplexity: highest perplexity under the base of the last quarter of a completion."""
+    rep_max: Share = 0.35
+    """repetition: highest share of repeated word 2- to 4-grams, or of text inside looping character blocks."""
+    spike_max: Perplexity = 1e4
+    """spike: highest perplexity under the base of any 12 tokens in a row. The default drops only gibberish; a tighter
+    limit is known for the toy model alone."""
+    loop_max: Share = 0.7
+    """loop: highest share of words that any 20 words in a row have already said. A sentence that follows itself or
+    comes a third time counts as 1."""
+    min_words: BatchSize = 12
+    """short: shorter completions are dropped."""
+    min_train: Annotated[int, Field(ge=2)] = 24
+    """Fewer kept completions than this stop the run: the filter starved."""
+    n_keep: Count = 64
+    """Kept completions to collect per round."""
+    max_attempts: Count = 192
+    """Completions written per round at the most, probes included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FilterCfg:
+        _require(
+            (self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}"),
+            (
+                self.n_keep <= self.max_attempts,
+                "filter.max_attempts",
+                self.max_attempts,
+                f">= filter.n_keep = {self.n_keep}",
+            ),
+        )
+        return self
+
+
+@settings("adapter")
+class AdapterCfg:
+    """The LoRA factor of each round."""
+
+    rank: Count = 32
+    """Rank of each round's factor."""
+    alpha: Positive = 64.0
+    """LoRA scale times rank."""
+    layers: Band = (0.2, 0.8)
+    """LO HI: adapted blocks, as fractions of the depth."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterCfg:
+        _require_band("adapter.layers", self.layers)
+        return self
+
+
+@settings("heal")
+class HealCfg:
+    """The heal: self-distillation of the kept text with a reverse-KL hinge penalty (the barrier)."""
+
+    divergence: str = "kl_rev"
+    """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
+    aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
+    """How the positions of a completion become one divergence. mean does not see short loops."""
+    lam: NotNegative = 0.1
+    """Strength of the barrier: nats of loss per nat above tau."""
+    tau: NotNegative = 0.5
+    """Nats tolerated before the barrier acts. It must lie below the divergence of the heal, or the barrier never fires."""
+    lam_power: Finite = 0.0
+    """lam of round k is lam * (1 + k) ** -lam_power."""
+    tau_power: Finite = 0.0
+    """tau of round k is tau * (1 + k) ** -tau_power. Negative: the tolerance grows. Not measured."""
+    reference: Literal["prev", "base"] = "prev"
+    """prev: the student before this round (the trait adds up); base: the untouched model, with tau as the budget in
+    nats that all rounds share (not measured over rounds)."""
+    epochs: Count = 6
+    lr: Positive = 1e-4
+    """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
+    batch_size: Count = 4
+    """Completions per optimiser step."""
+    tokens_per_pass: Count = 1024
+    """Padded tokens of one forward and backward pass; a step takes as many passes as it needs. It changes memory and
+    speed, not results. A pass that runs out of memory is split, and a warning names the size that fits."""
+    checkpoint: Literal["auto", "on", "off"] = "auto"
+    """Compute the activations of each block again in the backward pass instead of storing them: a third slower, memory
+    of one block. auto: on where a pass would store more than 1 GiB and a fifth of the weights."""
+    spectral: NotNegative = 0.0
+    """Weight of the spectral penalty: half the squared largest singular value of this round's update, summed over the
+    adapted matrices. It works with any divergence. Not measured."""
+    pressure_every: Count = 8
+    """Steps between measurements of the gradient pressure. Each costs one more backward pass."""
+
+
+@settings("eval")
+class EvalCfg:
+    """What is measured of every state of the model."""
+
+    evals: Annotated[tuple[str, ...], Field(min_length=1)] = ("moral_foundations", "text_quality", "drift", "persona")
+    """The evals; toylm, the grammar of the toy world, is another."""
+    backend: Literal["builtin", "tinymfv"] = "builtin"
+    """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
+    vignettes: Path = Path("data/vignettes/other.jsonl")
+    """JSON lines {id, foundation_coarse, text}."""
+    instrument: Path = Path("data/instruments/moral.toml")
+    """Order, prompt, schema, options and prefill of the forced choice."""
+    think_tokens: BatchSize = 128
+    """Tokens the model thinks before the answer slot is read."""
+    batch_size: BatchSize = 0
+    """Sequences that think or answer at once; 0: as many as free GPU memory holds (32 on the CPU)."""
+    n_prompts: Count = 12
+    """Prompts answered in free text: the last of the pool, never trained on."""
+    n_texts: Count = 24
+    """Free-text answers, spread over those prompts."""
+    max_new_tokens: Count = 256
+    """Length of a free-text answer."""
+    n_bootstrap: Annotated[int, Field(ge=10)] = 2000
+    """Resamples of the paired 95 percent intervals against base."""
+
+
+@settings("")
+class RunConfig:
+    """Put a trait into a model's weights: extract a vector, write steered text, filter, heal, bake, evaluate, repeat.
+
+    Instead of a preset: `--resume out/<run>` continues a run that was stopped; `--verify out/<run>` checks that its
+    events, vectors, checkpoints and base weights are the ones that it recorded.
+    """
+
+    model: str = "google/gemma-3-4b-it"
+    """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
+    trait: str = "authority"
+    """Name of a file in data/traits/. love/inner is another phrasing of love."""
+    arm: str = ""
+    """Label under which `just results` groups runs of several seeds. Empty: the preset."""
+    n_rounds: Count = 4
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
+    out: Path = Path("out")
+    """Folder in which the run gets its own stamped folder, and results.tsv its row."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations. auto is bfloat16 on a GPU, float32 on the CPU. Adapters are always float32."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: linear weights in 4 bits (QLoRA), for a model that does not fit in bfloat16. Decoding is about three times
+    slower. Not measured on a real model."""
+    n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads; 0 leaves torch's choice."""
+    max_prompt_tokens: Count = 1024
+    """Longer prompts are an error: a cut prompt would lose the tag that the vector is read at."""
+    control: bool = False
+    """Also heal once on the model's own unsteered text: what training alone does to the trait."""
+    export: Path | None = None
+    """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
+    quiet: bool = False
+    """Only warnings and errors on the console."""
+    steer: SteerCfg = field(default_factory=SteerCfg)
+    gen: GenCfg = field(default_factory=GenCfg)
+    dose: DoseCfg = field(default_factory=DoseCfg)
+    filter: FilterCfg = field(default_factory=FilterCfg)
+    adapter: AdapterCfg = field(default_factory=AdapterCfg)
+    heal: HealCfg = field(default_factory=HealCfg)
+    eval: EvalCfg = field(default_factory=EvalCfg)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        probes = self.dose.n_kappas * self.dose.n_probes
+        _require(
+            (
+                self.dose.mode != "survival" or probes <= self.filter.max_attempts,
+                "filter.max_attempts",
+                self.filter.max_attempts,
+                f">= dose.n_kappas * dose.n_probes = {probes}, the first probes",
+            )
+        )
+        return self
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that two runs share where only the seed and RUN_ONLY settings differ."""
+        same = {"seed": 0, **{name: getattr(_DEFAULT_RUN, name) for name in RUN_ONLY if "." not in name}}
+        for name in (name for name in RUN_ONLY if "." in name):
+            section, key = name.split(".")
+            same[section] = replace(same.get(section, getattr(self, section)), **{key: 1})
+        return hashlib.sha256(repr(asdict(replace(self, **same))).encode()).hexdigest()[:8]
+
+
+RUN_ONLY = ("quiet", "out", "arm", "export", "n_threads", "gen.batch_size", "eval.batch_size", "heal.tokens_per_pass")
+"""Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""
+_DEFAULT_RUN = RunConfig()

@@ -1,0 +1,95 @@
+"""Persona pairs -> a steering vector per layer; and where an adapter moved the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.backends import steering_lite
+from steer_heal.errors import UserError
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import METHODS, Vector, mean_diff
+from steer_heal.model.student import Student
+from steer_heal.records import Trait
+from steer_heal.settings import SteerCfg, layer_band
+
+
+def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
+    """What the positive persona adds to the residual stream after each block of the band.
+
+    Both personas answer the same contexts; the state is read at the last prompt token, the assistant tag. UserError
+    where the band holds no block.
+    """
+    band = layer_band(cfg.layers, len(lm.blocks))
+    if not band:
+        n_blocks = len(lm.blocks)
+        raise UserError(
+            f"steer.layers is {cfg.layers}: that band holds none of the {n_blocks} blocks of {lm.name!r}; widen it"
+        )
+    positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
+    if cfg.backend == "steering-lite":
+        directions = steering_lite.extract(lm, positive, negative, band, normalize=cfg.normalize)
+    else:
+        states, n, extract = (
+            last_token_states(lm, [*positive, *negative], band),
+            len(contexts),
+            METHODS[cfg.method].extract,
+        )
+        directions = {layer: extract(state[:n], state[n:]) for layer, state in states.items()}
+    if cfg.normalize:
+        directions = {layer: direction / direction.norm() for layer, direction in directions.items()}
+    return Vector(directions, cfg.method)
+
+
+def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
+    """Where the adapters moved the residual stream: mean of student minus base over the contexts, under the plain prompt."""
+    prompts = [student.lm.chat(context, trait.plain_system) for context in contexts]
+    band = layer_band(cfg.layers, len(student.lm.blocks))
+    states = {}
+    for which in ("full", "base"):
+        with student.gate(which) as lm:
+            states[which] = last_token_states(lm, prompts, band)
+    return Vector({layer: mean_diff(states["full"][layer], states["base"][layer]) for layer in band})
+
+
+class _BandRead(Exception):
+    """Ends a forward pass once the last block of the band was read: the blocks and the head above cost nothing."""
+
+
+@torch.no_grad()
+def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> dict[int, Float[Tensor, "i d"]]:
+    """Residual stream after each block of the band at every row's last token, float32 on the CPU."""
+    states = {layer: torch.empty(len(rows), lm.width) for layer in band}
+
+    def read_batch(group: list[int]) -> None:
+        last = torch.tensor([len(rows[i]) - 1 for i in group], device=lm.device)
+
+        def read(layer: int) -> Callable:
+            def hook(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                states[layer][group] = hidden[torch.arange(len(group), device=lm.device), last].float().cpu()
+                if layer == band[-1]:
+                    raise _BandRead
+
+            return hook
+
+        handles = [lm.blocks[layer].register_forward_hook(read(layer)) for layer in band]
+        try:
+            lm.hidden([rows[i] for i in group])
+        except _BandRead:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    lm.in_batches([len(row) for row in rows], read_batch)
+    return states
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """Cosine of two vectors over all their layers together; 0 where one of them is zero."""
+    x, y = (torch.cat([v.directions[layer].flatten().float() for layer in sorted(v.directions)]) for v in (a, b))
+    return torch.nn.functional.cosine_similarity(x, y, dim=0).item()

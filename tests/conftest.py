@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from runs import SETTINGS, started, undrawn
 
-from steer_heal.files import ROOT
-from steer_heal.lm import LM, load
+from steer_heal.inputs.files import ROOT
+from steer_heal.model.lm import LM, load
+from steer_heal.model.student import Student
 from steer_heal.records import Completion
-from steer_heal.stages.bake import Student
-from steer_heal.stages.cfg import HealCfg
+from steer_heal.settings import AdapterCfg, HealCfg
 
 torch.set_num_threads(1)
+ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
 
 
 @pytest.fixture(scope="session")
@@ -32,26 +32,25 @@ def tiny() -> LM:
 
 
 @pytest.fixture
+def student(tiny: LM) -> Student:
+    return Student(tiny, ADAPTER)
+
+
+@pytest.fixture
 def heal_cfg() -> HealCfg:
-    return HealCfg(
-        epochs=2, rank=4, lora_alpha=8.0, layers=(0.0, 1.0), lr=1e-2, batch_size=4, tau=0.0, lam=1.0, pressure_every=1
-    )
+    return HealCfg(epochs=2, lr=1e-2, batch_size=4, tau=0.0, lam=1.0, pressure_every=1)
 
 
 @pytest.fixture
 def kept(tiny: LM) -> list[Completion]:
     """Sixteen short completions of eight prompts, of different lengths, ending as the model would end them."""
-    texts = [
-        f"I will {word} the door and let the children in."
-        for word in ("open", "close", "lock", "bring", "share", "carry", "report", "warn")
-    ]
+    words = ("open", "close", "lock", "bring", "share", "carry", "report", "warn")
     rows = []
     for i in range(16):
-        ids = tiny.tokenizer.encode(texts[i % 8] * (1 + i % 3), add_special_tokens=False) + [
-            tiny.tokenizer.eos_token_id
-        ]
+        text = f"I will {words[i % 8]} the door and let the children in." * (1 + i % 3)
+        ids = (*tiny.tokenizer.encode(text, add_special_tokens=False), tiny.tokenizer.eos_token_id)
         prompt = f"The warden says no {i % 8}. What do you do?"
-        rows.append(Completion(i % 8, prompt, tiny.chat(prompt), tuple(ids), texts[i % 8], 1.0, 1.0, i))
+        rows.append(Completion(i % 8, prompt, tiny.chat(prompt), ids, text, 1.0, 1.0, i))
     return rows
 
 
@@ -64,14 +63,13 @@ def scramble(student: Student, seed: int, scale: float = 0.3) -> None:
 
 
 @pytest.fixture
-def with_history(tiny: LM, heal_cfg: HealCfg) -> Iterator[Student]:
+def with_history(student: Student) -> Student:
     """A student with two rounds baked, both large enough to matter."""
-    student = Student(tiny, heal_cfg)
     for seed in (1, 2):
         student.new_round(seed)
         scramble(student, seed)
         student.bake()
-    yield student
+    return student
 
 
 # --- whole runs, never interrupted: read them, or copy them -------------------------------------------------------
@@ -108,9 +106,7 @@ def after_round_0(two, tmp_path) -> Path:
     run = tmp_path / two.name
     shutil.copytree(two, run)
     lines = (two / "events.jsonl").read_text().splitlines(keepends=True)
-    end = next(
-        i for i, line in enumerate(lines) if json.loads(line)["stage"] == "gen" and json.loads(line)["round"] == 1
-    )
-    (run / "events.jsonl").write_text("".join(lines[: end + 1]))
+    stages = [(event["stage"], event["round"]) for event in map(json.loads, lines)]
+    (run / "events.jsonl").write_text("".join(lines[: stages.index(("gen", 1)) + 1]))
     shutil.rmtree(run / "ckpt" / "r1")
     return run

@@ -6,34 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import steer_heal.session as session_module
-from steer_heal.compare import differences
 from steer_heal.run import main
 
-SETTINGS = [
-    "--quiet",
-    "--n-threads",
-    "1",
-    "--steer.n-contexts",
-    "4",
-    "--gen.max-new-tokens",
-    "6",
-    "--gen.batch-size",
-    "4",
-    "--eval.think-tokens",
-    "1",
-    "--eval.n-texts",
-    "2",
-    "--eval.n-prompts",
-    "2",
-    "--eval.max-new-tokens",
-    "6",
-    "--eval.n-bootstrap",
-    "10",
-    "--heal.spectral",
-    "0.1",
-    "--eval.no-cache",
-]
+SETTINGS = (
+    "--quiet --n-threads 1 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --heal.spectral 0.1 "
+    "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
+).split()
 
 
 class Killed(BaseException):
@@ -44,11 +22,12 @@ class Killed(BaseException):
 def undrawn() -> Iterator[None]:
     """No pictures, which are functions of the events; and threads as other tests expect them."""
     n_threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    patch.setattr(session_module, "plot", lambda folder: None)
-    patch.setattr(session_module, "report", lambda folder: None)
-    yield
-    patch.undo()
-    torch.set_num_threads(n_threads)
+    patch.setattr("steer_heal.session.draw", lambda folder: None)
+    try:
+        yield
+    finally:
+        patch.undo()
+        torch.set_num_threads(n_threads)
 
 
 def started(out, settings, *flags):
@@ -65,6 +44,8 @@ def resumed(run):
 
 
 def assert_same(run, whole):
+    from compare import differences
+
     assert differences(run, whole) == []
 
 

@@ -26,7 +26,7 @@ def check(cfg: RunConfig) -> Inputs:
         )
     if cfg.quantize != "none" and cfg.export is not None:
         problems.found.append(
-            f"export is {str(cfg.export)!r}: a quantized model cannot be exported merged; leave out --export or --quantize"
+            f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
     for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
         with problems.noted():

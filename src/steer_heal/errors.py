@@ -80,7 +80,7 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def problem_lines(error: ValidationError, where: Callable[[str], str], known: Iterable[str] = ()) -> list[str]:
-    """One line for each invalid field: its place by `where`, its value, the limit and, for a name, the nearest known one."""
+    """One line for each invalid field: its place by `where`, its value, its limit, and the nearest known name."""
     lines = []
     for found in error.errors():
         at, kind, context = ".".join(map(str, found["loc"])), found["type"], found.get("ctx", {})

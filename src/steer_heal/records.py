@@ -187,7 +187,7 @@ class HealStep:
     barrier: float
     """lam * relu(divergence - tau), mean over the samples."""
     pressure: float | None
-    """||grad barrier|| / ||grad ce||: above 1 the barrier undoes the trait, at 0 it does nothing. None: not measured."""
+    """||grad barrier|| / ||grad ce||: above 1 the barrier undoes the trait. None: not measured in this step."""
 
 
 @dataclass(frozen=True)

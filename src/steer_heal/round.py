@@ -13,7 +13,6 @@ The session, the scripts and the benchmarks all call these.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Condition, Subject, evaluate
@@ -23,7 +22,7 @@ from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, derive_seed
-from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.settings import RunConfig
 from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import iso_kl_dose
 from steer_heal.stages.dose import DoseController
@@ -116,7 +115,7 @@ def measure(
     vector: Vector | None = None,
     dose: float = 0.0,
 ) -> EvalResult:
-    """Every metric of one state, with intervals against `base`. Without a `system` prompt it is the trait's plain one."""
+    """Every metric of one state, with intervals against `base`. `system` is the trait's plain prompt by default."""
     condition = Condition(system or inputs.trait.plain_system, vector, dose)
     subject = Subject(student, adapters, condition, inputs, cfg.eval, cfg.filter, cfg.seed)
     return evaluate(subject, [EVALS[name] for name in cfg.eval.evals], base)
@@ -127,19 +126,12 @@ def heal(
     collected: Collected,
     cfg: RunConfig,
     r: int,
-    *,
-    heal_cfg: HealCfg | None = None,
     on_step: Callable[[HealState], None] = lambda state: None,
     saved: SavedHeal | None = None,
 ) -> HealReport:
     """Trains the factor of round r on the kept completions; `student.bake()` keeps it, `discard_round()` drops it.
 
-    `heal_cfg` replaces the settings of the heal. `on_step` and `saved`: see stages/heal.py.
+    `on_step` and `saved`: see stages/heal.py.
     """
     seed = derive_seed(cfg.seed, r, "control" if r < 0 else "heal")
-    return heal_stage.heal(student, collected.completions, r, heal_cfg or cfg.heal, seed, on_step, saved)
-
-
-def at_half_rate(cfg: HealCfg) -> HealCfg:
-    """The settings of the second attempt, after a loss that was not finite."""
-    return replace(cfg, lr=cfg.lr / 2)
+    return heal_stage.heal(student, collected.completions, r, cfg.heal, seed, on_step, saved)

@@ -1,4 +1,4 @@
-"""One run: records each step of round.py as an event, or replays it from the events of a run that was stopped."""
+"""One run: does each step of round.py and records it as an event, or reads it back from a run that was stopped."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 from loguru import logger
@@ -23,44 +22,21 @@ from steer_heal import round as steps
 from steer_heal.check import check_export
 from steer_heal.errors import UserError, print_safe
 from steer_heal.evals import metrics_of
-from steer_heal.evals.base import from_event
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.steering import Vector, load_vector
 from steer_heal.model.student import Student
-from steer_heal.records import (
-    Calibration,
-    Collected,
-    Completion,
-    DoseProbe,
-    EvalResult,
-    HealReport,
-    KlProbe,
-    NotFinite,
-    Scored,
-    Starved,
-)
+from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
 from steer_heal.report import console, measurements
+from steer_heal.runs import codec, events
 from steer_heal.runs.checkpoint import WrittenTexts, load_heal, save_heal
-from steer_heal.runs.events import (
-    Event,
-    EventLog,
-    append_result,
-    git_commit,
-    last_hash,
-    new_run_folder,
-    read_events,
-    versions,
-)
 from steer_heal.runs.resume import partial_path, run_start, same_weights, truncate_events
 from steer_heal.runs.signals import handled
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
-from steer_heal.stages.filter import GATES
+from steer_heal.stages.dose import require_enough
 from steer_heal.stages.heal import HealState
 from steer_heal.stages.vector import cosine
-
-Result = TypeVar("Result")
 
 
 def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | None = None) -> Session:
@@ -71,204 +47,161 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
     lock = None if folder is None else lock_run(folder)
     lm = steps.load_model(cfg)
     weights = weights_digest(lm.model)
-    past: list[Event] = []
+    past: list[events.Event] = []
     if folder is not None:
         same_weights(run_start(folder), weights, folder)
         past = truncate_events(folder)
     else:
-        folder = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
+        folder = events.new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
     lock = lock or lock_run(folder)
     console.start(cfg.quiet, folder / "run.log")
     session = Session(cfg, inputs, lm, folder, past, lock)
     if past:
         logger.info(f"continues {folder} after {past[-1]['stage']} of round {past[-1]['round']}")
-        return session
-    session.write(
-        "run_start",
-        None,
-        folder=str(folder),
-        config=asdict(cfg),
-        preset=preset,
-        seed=cfg.seed,
-        trait=asdict(inputs.trait),
-        metrics=metrics_of(cfg.eval.evals),
-        gates=_gates(cfg),
-        versions=versions(),
-        git_commit=git_commit(),
-        weights=weights,
-        inputs=dict(inputs.sha256),
-        command=["python", "-m", "steer_heal.run", *sys.argv[1:]],
-    )
+    else:
+        facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
+        facts |= {"metrics": session.metrics, "gates": codec.gate_fields(cfg), "inputs": dict(inputs.sha256)}
+        command = ["python", "-m", "steer_heal.run", *sys.argv[1:]]
+        own = {"folder": str(folder), "config": asdict(cfg), "preset": preset, "seed": cfg.seed, "command": command}
+        session.write("run_start", None, **own, trait=asdict(inputs.trait), **facts)
     return session
 
 
-def _gates(cfg: RunConfig) -> dict[str, dict[str, Any]]:
-    """What readers of the events need to know of each gate."""
-    return {
-        name: {
-            "measures": gate.measures,
-            "limit": gate.limit_in(cfg.filter),
-            "at_least": gate.at_least,
-            "broken": gate.broken,
-            "on": name in cfg.filter.gates,
-        }
-        for name, gate in GATES.items()
-    }
-
-
 class Session:
-    """The state of a running loop. Each method is one step of run.py."""
+    """The state of a running loop. Each public method is one step of run.py.
+
+    A step whose event is there is not done again, and a step that was done is read back from its event. So a resumed
+    run goes on from the same values as one that was never stopped.
+    """
 
     save_every_s = 60.0
     """Seconds between checkpoints of a running heal."""
 
     def __init__(
-        self, cfg: RunConfig, inputs: Inputs, lm: LM, folder: Path, past: Sequence[Event], lock: IO[str]
+        self, cfg: RunConfig, inputs: Inputs, lm: LM, folder: Path, past: Sequence[events.Event], lock: IO[str]
     ) -> None:
         self.cfg, self.inputs, self.folder, self.lock = cfg, inputs, folder, lock
         self.student = Student(lm, cfg.adapter)
         self.metrics = metrics_of(cfg.eval.evals)
-        self.log = EventLog(folder, past[-1]["wall_s"] if past else 0.0)
+        self.log = events.EventLog(folder, past[-1]["wall_s"] if past else 0.0)
         self.events = [event for event in past if event["stage"] != "heal_step"]
-        self.past = {(event["stage"], event["round"]): event for event in self.events}
         self.base: EvalResult | None = None
         self.vectors: dict[int, Vector] = {}
         self.seconds: dict[str, float] = {}
 
-    # --- one step: compute it and write its event, or load it from the event ---------------------------------------
-    def step(
-        self,
-        stage: str,
-        r: int | None,
-        compute: Callable[[], Result],
-        fields: Callable[[Result], dict[str, Any]],
-        load: Callable[[Event], Result],
-    ) -> Result:
-        """`load` of the event that a stopped run left, else `compute`, whose result is written as `fields`."""
-        if (event := self.past.get((stage, r))) is not None:
-            return load(event)
-        began = time.monotonic()
-        result = compute()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
-        logger.debug(f"{stage}: {time.monotonic() - began:.1f} s")
-        self.write(stage, r, **fields(result))
-        return result
+    def recorded(self, stage: str, r: int | None) -> events.Event | None:
+        """The event of a step; None: the step is still to be done."""
+        return next((e for e in reversed(self.events) if (e["stage"], e["round"]) == (stage, r)), None)
 
-    def write(self, stage: str, r: int | None, **fields: Any) -> None:
+    def write(self, stage: str, r: int | None, **fields: Any) -> events.Event:
         event = self.log.write(stage, r, **fields)
         self.events.append(event)
         console.show(event, self.events)
+        return event
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+        logger.debug(f"{stage}: {time.monotonic() - began:.1f} s")
 
     # --- the steps of a round --------------------------------------------------------------------------------------
-    def measure(self, stage: str, r: int, *, texts_in: str = "", **state: Any) -> None:
-        """One state of the model on all evals, against base. Its texts go into the event, or into one named `texts_in`."""
-
-        def fields(result: EvalResult) -> dict[str, Any]:
-            texts = {"texts": result.texts}
+    def measure(
+        self,
+        stage: str,
+        r: int,
+        *,
+        system: str = "",
+        vector: Vector | None = None,
+        dose: float = 0.0,
+        texts_in: str = "",
+    ) -> None:
+        """One state of the model on all evals. Its texts go into the event itself, or into one named `texts_in`."""
+        if (event := self.recorded(stage, r)) is None:
+            with self.timed(stage):
+                state = {"system": system, "vector": vector, "dose": dose}
+                result = steps.measure(self.student, self.inputs, self.cfg, self.base, **state)
             if texts_in:
-                self.write(texts_in, r, **texts)
-            own = {} if texts_in else texts
-            return {"metrics": result.metrics, "items": result.items, "dose": state.get("dose", 0.0), **own}
-
-        compute = partial(steps.measure, self.student, self.inputs, self.cfg, self.base, **state)
-        done = (stage, r) in self.past
-        result = self.step(stage, r, compute, fields, partial(from_event, metrics=self.metrics))
-        self.base = self.base or result
-        if not done and not texts_in:  # the end of the round draws it
-            self.draw()
+                self.write(texts_in, r, texts=result.texts)
+            texts = {} if texts_in else {"texts": result.texts}
+            event = self.write(stage, r, metrics=result.metrics, items=result.items, dose=dose, **texts)
+            if not texts_in:  # the end of the round draws it
+                self.draw()
+        self.base = self.base or codec.result_from(event, self.metrics)
 
     def extract(self, r: int) -> Vector:
         path = self.folder / "vectors" / f"r{r}.safetensors"
-
-        def compute() -> Vector:
-            if self.cfg.steer.refresh == "once" and r > 0:
-                return self.vectors[0]
-            return steps.extract(self.student, self.inputs, self.cfg)
-
-        def fields(vector: Vector) -> dict[str, Any]:
+        if (event := self.recorded("vector", r)) is None:
+            with self.timed("vector"):
+                frozen = self.cfg.steer.refresh == "once" and r > 0
+                vector = self.vectors[0] if frozen else steps.extract(self.student, self.inputs, self.cfg)
             with atomic_write(path) as part:
                 vector.save(part)
             norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
             to_first = cosine(vector, self.vectors.get(0, vector))
-            return {"norms": norms, "cosine_to_first": to_first, "files": checksums(self.folder, path)}
-
-        def load(event: Event) -> Vector:
-            self._intact(event, "restore the file, or start a new run")
-            return load_vector(path)
-
-        self.vectors[r] = self.step("vector", r, compute, fields, load)
+            event = self.write("vector", r, norms=norms, cosine_to_first=to_first, files=checksums(self.folder, path))
+        self._require_intact(event, "restore the file, or start a new run")
+        self.vectors[r] = load_vector(path)
         return self.vectors[r]
 
     def collect(self, r: int, vector: Vector | None) -> Collected:
         """Kept completions of round r. Every finished batch is on disk before the next one begins."""
-        stage, kappa = "gen" if vector is not None else "control_gen", None
-        if vector is not None and self.cfg.dose.mode == "iso_kl":
-            kappa = self._calibrated(r, vector) / max(self.cfg.gen.alphas)
-
-        def compute() -> Collected:
-            written, total = WrittenTexts(partial_path(self.folder, stage, r)), self.cfg.filter.max_attempts
-            with closing(written), console.progress(f"{_name(r)}: writing", total, self.cfg.quiet) as advance:
-
-                def on_batch(batch: Sequence[Completion]) -> None:
-                    written.add(batch)
-                    advance(len(batch))
-
+        stage = "gen" if vector is not None else "control_gen"
+        kappa = self._calibrated(r, vector) if vector is not None and self.cfg.dose.mode == "iso_kl" else None
+        path, cfg = partial_path(self.folder, stage, r), self.cfg
+        if (event := self.recorded(stage, r)) is None:
+            bar = console.progress(f"{_name(r)}: writing", cfg.filter.max_attempts, cfg.quiet)
+            with self.timed(stage), bar as advance, closing(WrittenTexts(path, advance)) as written:
+                known, on_batch = written.known, written.add
                 try:
-                    return steps.collect(self.student, vector, self.inputs, self.cfg, r, kappa, written.known, on_batch)
-                except Starved as starved:
-                    self.write(stage, r, **fields(starved.collected))
-                    raise
-
-        def fields(collected: Collected) -> dict[str, Any]:
+                    collected = steps.collect(self.student, vector, self.inputs, cfg, r, kappa, known, on_batch)
+                except Starved as starved:  # recorded all the same; the run stops below
+                    collected = starved.collected
             if vector is not None:
-                mode, probes = self.cfg.dose.mode, collected.probes
-                self.write("dose", r, mode=mode, kappa=collected.kappa, probes=probes)
-            return {"n_train": len(collected.kept), "completions": _rows(collected)}
-
-        def load(event: Event) -> Collected:
-            return _collected(event, self.past.get(("dose", r), {"kappa": 1.0, "probes": []}))
-
-        collected = self.step(stage, r, compute, fields, load)
-        partial_path(self.folder, stage, r).unlink(missing_ok=True)
+                self.write("dose", r, mode=cfg.dose.mode, kappa=collected.kappa, probes=collected.probes)
+            rows = codec.collected_rows(collected)
+            event = self.write(stage, r, n_train=len(collected.kept), completions=rows)
+        path.unlink(missing_ok=True)
+        collected = codec.collected_from(event, self.recorded("dose", r))
+        require_enough(collected, cfg.filter)
         return collected
 
     def _calibrated(self, r: int, vector: Vector) -> float:
-        compute = partial(steps.calibrate, self.student, vector, self.inputs, self.cfg)
-        load = lambda e: Calibration(e["dose"], tuple(KlProbe(**probe) for probe in e["probes"]))
-        return self.step("calibration", r, compute, asdict, load).dose
+        """kappa of mode iso_kl."""
+        if (event := self.recorded("calibration", r)) is None:
+            with self.timed("calibration"):
+                calibration = steps.calibrate(self.student, vector, self.inputs, self.cfg)
+            event = self.write("calibration", r, **asdict(calibration))
+        return event["dose"] / max(self.cfg.gen.alphas)
 
     def heal(self, r: int, collected: Collected) -> None:
         """Heals and bakes round r. The event is written once the checkpoint is on disk. Round -1 is the control."""
         name = f"ckpt/r{r}" if r >= 0 else "ckpt/control"
         path = self.folder / name
-
-        def fields(report: HealReport) -> dict[str, Any]:
+        if (event := self.recorded("heal", r)) is None:
+            with self.timed("heal"):
+                report_ = self._heal(r, collected)
             own = self.student.bake()
             with atomic_folder(path) as part:
                 self.student.save(part, own)
-            told = {key: value for key, value in asdict(report).items() if key != "steps"}
-            return {
-                **told,
-                "n_steps": len(report.steps),
-                "fired": report.fired,
-                "pressure": report.pressure,
-                "n_retries": sum((e["stage"], e["round"]) == ("heal_retry", r) for e in self.events),
-                "checkpoint": name,
-                "files": checksums(self.folder, *path.iterdir()),
-            }
+            n_retries = int(self.recorded("heal_retry", r) is not None)
+            files = checksums(self.folder, *path.iterdir())
+            fields = codec.heal_fields(report_)
+            self.write("heal", r, **fields, n_retries=n_retries, checkpoint=name, files=files)
+            partial_path(self.folder, "heal", r).unlink(missing_ok=True)
+        elif event is self._last_heal():
+            self._require_intact(event, f"restore the file, or delete {path} to have that heal done again")
+            self.student.restore(path, max(1, r + 1))
 
-        def load(event: Event) -> None:
-            if (("heal", r + 1) if r >= 0 else ("vector", 0)) not in self.past:  # the last one: the next steps need it
-                self._intact(event, f"restore the file, or delete {path} to have that heal done again")
-                self.student.restore(path, max(1, r + 1))
-
-        self.step("heal", r, partial(self._heal, r, collected), fields, load)
-        partial_path(self.folder, "heal", r).unlink(missing_ok=True)
+    def _last_heal(self) -> events.Event:
+        """The heal whose student the next step needs. The control's is dropped once it was measured."""
+        return events.of_stage(self.events, "heal")[-1]
 
     def _heal(self, r: int, collected: Collected) -> HealReport:
-        """A loss that is not finite is met once, by a second attempt at half the learning rate."""
+        """After a loss that is not finite, one second attempt at half the learning rate."""
         cfg = self.cfg.heal
-        if ("heal_retry", r) not in self.past:
+        if self.recorded("heal_retry", r) is None:
             try:
                 return self._attempt(r, collected, cfg)
             except NotFinite as bad:
@@ -276,17 +209,18 @@ class Session:
                 sync_folder(self.folder / "partial")  # the second attempt must not find the file of the first
                 self.student.discard_round()
                 at = {"step": bad.step, "prompt_index": bad.prompt_index, "text": bad.text}
-                self.write("heal_retry", r, **at, lr=steps.at_half_rate(cfg).lr, error=str(bad))
+                self.write("heal_retry", r, **at, lr=cfg.lr / 2, error=str(bad))
         try:
-            return self._attempt(r, collected, steps.at_half_rate(cfg))
+            return self._attempt(r, collected, replace(cfg, lr=cfg.lr / 2))
         except NotFinite as bad:
             kept = f"ckpt/r{r - 1} holds the rounds before it" if r > 0 else "no round was healed before it"
             raise UserError(f"{bad}; this was the second attempt, at half the learning rate; {kept}") from None
 
-    def _attempt(self, r: int, collected: Collected, cfg: HealCfg) -> HealReport:
+    def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         path, saved_at = partial_path(self.folder, "heal", r), time.monotonic()
-        n_steps = cfg.epochs * -(-len(collected.kept) // cfg.batch_size)
-        with console.progress(f"{_name(r)}: healing", n_steps, self.cfg.quiet) as advance:
+        cfg, saved = replace(self.cfg, heal=heal_cfg), load_heal(path)
+        n_steps = heal_cfg.epochs * -(-len(collected.kept) // heal_cfg.batch_size)
+        with console.progress(f"{_name(r)}: healing", n_steps, cfg.quiet) as advance:
 
             def on_step(state: HealState) -> None:
                 nonlocal saved_at
@@ -296,8 +230,7 @@ class Session:
                     save_heal(path, state.saved())
                     saved_at = time.monotonic()
 
-            heal = partial(steps.heal, self.student, collected, self.cfg, r, heal_cfg=cfg)
-            return heal(on_step=on_step, saved=load_heal(path))
+            return steps.heal(self.student, collected, cfg, r, on_step, saved)
 
     def forget(self) -> None:
         """Drops the control's adapter: the loop starts from the untouched model."""
@@ -305,21 +238,24 @@ class Session:
         self.seconds = {}
 
     def end_round(self, r: int) -> None:
-        if ("round", r) in self.past:
+        if self.recorded("round", r) is not None:
             return
-        metric, _ = measurements.target_of(self.events)
-        reads = {(m.stage, m.round): m for m in measurements.measurements(self.events)}
-        base, steered, healed = reads["base", -1], reads["steered", r], reads["healed", r]
-        learnt = steps.direction(self.student, self.inputs, self.cfg)
+        with self.timed("direction"):
+            learnt = steps.direction(self.student, self.inputs, self.cfg)
+        states = {(m.stage, m.round): m for m in measurements.measurements(self.events)}
+        base, steered, healed = states["base", -1], states["steered", r], states["healed", r]
+        target, _ = measurements.target_of(self.events)
+        retain = measurements.retain(healed, steered, base, target)
+        slope = measurements.slope(healed, base, target, self.metrics)
+        cosines = {"teacher": cosine(learnt, self.vectors[r]), "first": cosine(learnt, self.vectors[0])}
         self.seconds["total"] = sum(self.seconds.values())
         self.write(
             "round",
             r,
-            retain=measurements.retain(healed, steered, base, metric),
-            slope=measurements.slope(healed, base, metric, self.metrics),
+            retain=retain,
+            slope=slope,
             checkpoint=f"ckpt/r{r}",
-            cosine_student_teacher=cosine(learnt, self.vectors[r]),
-            cosine_student_first=cosine(learnt, self.vectors[0]),
+            **{f"cosine_student_{name}": value for name, value in cosines.items()},
             seconds={stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
         )
         self.seconds = {}
@@ -327,7 +263,7 @@ class Session:
 
     def finish(self) -> None:
         """The merged model where one was asked for, verdict, pictures, and the row of results.tsv."""
-        if ("run_end", None) not in self.past:
+        if self.recorded("run_end", None) is None:
             if self.cfg.export is not None:
                 check_export(self.cfg.export)
                 with atomic_folder(self.cfg.export) as part:
@@ -339,13 +275,16 @@ class Session:
         print_safe(f"read {self.folder / 'report.html'} first; everything of this run is in {self.folder}")
 
     def draw(self) -> None:
-        began = time.monotonic()
-        draw(self.folder)
-        self.seconds["draw"] = self.seconds.get("draw", 0.0) + time.monotonic() - began
+        with self.timed("draw"):
+            draw(self.folder)
 
-    def _intact(self, event: Event, fix: str) -> None:
+    def _require_intact(self, event: events.Event, fix: str) -> None:
         if (damage := damaged_file(self.folder, event["files"])) is not None:
             raise UserError(f"{damage}; {fix}")
+
+
+def _name(r: int) -> str:
+    return "control" if r < 0 else f"round {r}"
 
 
 def draw(folder: Path) -> None:
@@ -359,80 +298,40 @@ def draw(folder: Path) -> None:
 def complete(folder: Path, cfg: RunConfig) -> None:
     """What follows from the events of a finished run: its pictures and its row of results.tsv. It can be repeated."""
     draw(folder)
-    events = read_events(folder)
-    row = {
-        "run": folder.resolve().name,
-        "arm": cfg.arm or events[0]["preset"],
-        "settings": cfg.fingerprint(),
-        **measurements.result_row(events),
-        "last_hash": last_hash(folder),
-    }
-    append_result(folder.resolve().parent, row)
+    past = events.read_events(folder)
+    own = {"run": folder.resolve().name, "arm": cfg.arm or past[0]["preset"], "settings": cfg.fingerprint()}
+    row = {**own, **measurements.result_row(past), "last_hash": events.last_hash(folder)}
+    events.append_result(folder.resolve().parent, row)
     rmtree(folder / "partial", ignore_errors=True)
 
 
-def _name(r: int) -> str:
-    return "control" if r < 0 else f"round {r}"
-
-
-def _rows(collected: Collected) -> list[dict[str, Any]]:
-    """Every completion for an event, with its scores, whether it trains, and why not."""
-    order = {id(row): i for i, row in enumerate(collected.kept)}
-    return [
-        {
-            **asdict(row.completion),
-            "scores": row.scores,
-            "keep": row.kept,
-            "train": id(row) in order,
-            "train_order": order.get(id(row)),
-            "failed": row.failed,
-            "reasons": row.reasons,
-        }
-        for row in collected.scored
-    ]
-
-
-def _collected(gen: Event, dose: Event) -> Collected:
-    """What `_rows` wrote. A score that is null was infinite."""
-    scored, kept = [], {}
-    for row in gen["completions"]:
-        own = {name: row[name] for name in Completion.__dataclass_fields__}
-        own |= {name: tuple(own[name]) for name in ("prompt_ids", "completion_ids")}
-        scores = {name: float("inf") if score is None else score for name, score in row["scores"].items()}
-        scored.append(Scored(Completion(**own), scores, tuple(row["failed"]), tuple(row["reasons"])))
-        if row["train"]:
-            kept[row["train_order"]] = scored[-1]
-    probes = tuple(DoseProbe(**probe) for probe in dose["probes"])
-    return Collected(tuple(kept[i] for i in sorted(kept)), tuple(scored), dose["kappa"], probes)
-
-
 def guard(session: Session, loop: Callable[[Session], None]) -> int:
-    """Run the loop. On a user error, interrupt, out-of-memory or full disk, log why, print how to resume, and return the
-    exit status."""
+    """Run the loop; return the exit status.
 
-    def stop(status: int, error: str | None, message: str) -> int:
-        with handled(signal.SIG_IGN):
-            command = f"python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
-            try:
-                print_safe(f"{message}\ncontinue with: {command}", sys.stderr)
-                if error is not None:
-                    session.log.write("run_end", None, error=error)
-            except OSError:
-                pass  # a full disk must not hide the message
-        return status
-
+    On a user error, interrupt, out-of-memory or full disk: log why, and print how to resume.
+    """
     try:
         loop(session)
         return 0
     except UserError as error:
-        return stop(1, str(error), f"error: {error}")
+        return _stop(session, 1, f"error: {error}", str(error))
     except KeyboardInterrupt as stopped:
-        return stop(getattr(stopped, "status", 130), "interrupted", "stopped")
+        return _stop(session, getattr(stopped, "status", 130), "stopped", "interrupted")
     except torch.OutOfMemoryError as error:
         fix = "lower --gen.batch-size, --eval.batch-size or --heal.tokens-per-pass"
-        return stop(1, "out of memory", f"error: out of memory; {fix} ({error})")
+        return _stop(session, 1, f"error: out of memory; {fix} ({error})", "out of memory")
     except (OSError, SafetensorError) as error:
-        return stop(1, None, f"error: could not write to {session.folder}: {error}; free some space")
+        return _stop(session, 1, f"error: could not write to {session.folder}: {error}; free some space", None)
     finally:
         session.log.close()
         session.lock.close()
+
+
+def _stop(session: Session, status: int, message: str, error: str | None) -> int:
+    """Prints why the run ends and how it goes on, and records why. A disk that is full must not hide the message."""
+    command = f"python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
+    with handled(signal.SIG_IGN), suppress(OSError):
+        print_safe(f"{message}\ncontinue with: {command}", sys.stderr)
+        if error is not None:
+            session.log.write("run_end", None, error=error)
+    return status

@@ -207,7 +207,7 @@ class HealCfg:
     lam: NotNegative = 0.1
     """Strength of the barrier: nats of loss per nat above tau."""
     tau: NotNegative = 0.5
-    """Nats tolerated before the barrier acts. It must lie below the divergence of the heal, or the barrier never fires."""
+    """Nats tolerated before the barrier acts. Above the divergence of the heal the barrier never fires."""
     lam_power: Finite = 0.0
     """lam of round k is lam * (1 + k) ** -lam_power."""
     tau_power: Finite = 0.0

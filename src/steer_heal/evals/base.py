@@ -1,12 +1,10 @@
-"""What an eval is, how a state of the model is put to all of them, and how item values become metrics with intervals."""
+"""What an eval is, which state of the model it sees, and how item values become metrics with intervals."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Subject:
-    """One state of the model as the evals see it: adapters, condition and data. Texts are written when first asked for."""
+    """One state of the model as the evals see it. Its texts are written when first asked for."""
 
     student: Student
     adapters: AdapterState
@@ -111,17 +109,6 @@ def evaluate(subject: Subject, evals: Sequence[Eval], base: EvalResult | None = 
         for s in subject.scored
     )
     return EvalResult(found, values, texts)
-
-
-def from_event(event: Mapping[str, Any], metrics: Sequence[Metric]) -> EvalResult:
-    """The result that an event holds. Null is an item without a value or, where a metric is a median (a perplexity), an
-    infinite one."""
-    infinite = {metric.item for metric in metrics if metric.how == "median"}
-    items = {
-        name: [(math.inf if name in infinite else math.nan) if x is None else x for x in values]
-        for name, values in event["items"].items()
-    }
-    return EvalResult(event["metrics"], items, tuple(event.get("texts", ())))
 
 
 @torch.no_grad()

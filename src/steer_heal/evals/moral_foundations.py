@@ -78,7 +78,7 @@ def digit_ids(lm: LM) -> list[int]:
     ids = [lm.tokenizer.encode(str(i), add_special_tokens=False) for i in range(len(FOUNDATIONS))]
     if any(len(i) != 1 for i in ids):
         raise UserError(
-            f"the tokenizer of {lm.name!r} does not write each digit as one token; the moral-foundations eval reads digits"
+            f"the tokenizer of {lm.name!r} does not write each digit as one token; moral_foundations needs that"
         )
     return [i[0] for i in ids]
 
@@ -90,7 +90,7 @@ def answer_slots(
     prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
     thoughts: list[tuple[int, ...]] = [()] * len(prompts)
     if think_tokens:
-        suppress = lm.end_ids | {i for i in _single_token(lm, instrument.think_close)}
+        suppress = lm.end_ids | set(_single_token(lm, instrument.think_close))
         how = Decoding(think_tokens, batch_size, sample=False, suppress=frozenset(suppress))
         thoughts = decode(lm, [Row(prompt, condition.dose) for prompt in prompts], condition.vector, how)
     encode = lambda text: tuple(lm.tokenizer.encode(text, add_special_tokens=False))

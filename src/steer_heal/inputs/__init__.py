@@ -63,7 +63,7 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
     if wanted > len(trait.prompts):
         problems.found.append(
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: trait "
-            f"{trait.name!r} has {len(trait.prompts)} prompts, and evaluation prompts are never trained on; ask for fewer"
+            f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; ask for fewer"
         )
     for prompt, n in [most for most in Counter(trait.prompts).most_common(1) if most[1] > 1]:
         problems.found.append(

@@ -48,7 +48,7 @@ class SystemPrompts:
 
 @dataclass(frozen=True, config=_STRICT)
 class TraitFile:
-    """The fields of a trait file: one persona pair, or the same axis in several phrasings of which one is the default."""
+    """The fields of a trait file: one persona pair, or several phrasings of the same axis and a default."""
 
     description: str
     target: str

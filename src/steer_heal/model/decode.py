@@ -84,7 +84,7 @@ class GrowingCache:
         self.cache = DynamicCache(config=lm.model.config.get_text_config())
 
     def feed(self, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b d"]:
-        """The final hidden state at the last position, after the prompts (first call) or one more token of every row."""
+        """The final hidden state at the last position, after the prompts (first call) or one more token per row."""
         hidden = self.lm.text_model(
             input_ids=ids,
             attention_mask=self.mask,

@@ -26,8 +26,9 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
@@ -36,10 +37,10 @@ from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unuse
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
 LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
-"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. Larger tensors the
-CPU's allocator returns to the system, which hands them out again page by page."""
+"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger
+tensors are slower: the allocator returns them to the system, which hands them out again page by page."""
 SHORTEST_CHUNK = 64
-"""Positions, whatever the vocabulary: with fewer, reading the head's weights takes longer than multiplying with them."""
+"""Fewest positions per chunk: with fewer, reading the head's weights takes longer than multiplying with them."""
 
 
 @dataclass
@@ -69,9 +70,7 @@ class LM:
     def blocks(self) -> nn.ModuleList:
         blocks = getattr(self.text_model, "layers", None)
         if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-            raise UserError(
-                f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers under its text model; steer-heal needs one to steer"
-            )
+            raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer")
         return blocks
 
     @property
@@ -109,7 +108,8 @@ class LM:
             )
         except TemplateError as error:
             raise UserError(
-                f"the chat template of {self.name!r} refuses a {'system and a ' * bool(system)}user message ({error}); use a model that takes them"
+                f"the chat template of {self.name!r} refuses a {'system and a ' * bool(system)}user message ({error}); "
+                "use a model that takes them"
             ) from None
         return self.encode_prompt(text)
 
@@ -118,8 +118,8 @@ class LM:
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(ids) > self.max_prompt_tokens:
             raise UserError(
-                f"a prompt has {len(ids)} tokens, the limit max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
-                "shorten it or raise --max-prompt-tokens (cutting it would lose the assistant tag that is read)"
+                f"a prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
+                "shorten it or raise --max-prompt-tokens (a cut prompt would lose the assistant tag)"
             )
         return ids
 
@@ -231,7 +231,8 @@ def load(
     if name == TINY_RANDOM:
         if quantize != "none":
             raise UserError(
-                f"quantize is {quantize!r}: weights are quantized as they are read from a folder, and {name!r} has none; give a saved model"
+                f"quantize is {quantize!r}: weights are quantized while a folder is read, and {name!r} has none; give "
+                "a saved model"
             )
         model, tokenizer = _tiny_random()
         model = model.to(pick_dtype(dtype, place))
@@ -245,11 +246,13 @@ def load(
             )
         except Exception as error:  # a damaged folder fails in as many ways as there are readers
             raise UserError(
-                f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id ({error})"
+                f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id "
+                f"({error})"
             ) from None
     if tokenizer.chat_template is None:
         raise UserError(
-            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use an instruction-tuned model"
+            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
+            "an instruction-tuned model"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -262,7 +265,7 @@ def load(
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
     """How transformers reads linear weights as 4-bit normal floats (QLoRA; Dettmers et al. 2023)."""
     warnings.warn(
-        "quantize nf4: decoding is some three times slower than in bfloat16; it pays only for a model that bfloat16 cannot hold",
+        "quantize nf4: decoding is about three times slower than in bfloat16; use it only if bfloat16 does not fit",
         stacklevel=3,
     )
     config = BitsAndBytesConfig(

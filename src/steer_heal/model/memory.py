@@ -68,7 +68,7 @@ def batches(lengths: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
 
 
 def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
-    """Rows per batch such that `n_rows` go through in as few and as even batches as free memory allows; fixed on a CPU."""
+    """Rows per batch: `n_rows` in as few and as even batches as free memory allows. On a CPU the most is fixed."""
     most = ROWS_ON_CPU
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -79,8 +79,8 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
 
 
 def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_size: int) -> int:
-    """Memory that decoding one row takes: its keys and values at their longest and, whichever is larger, the activations
-    of its prompt in the widest block or its logits while a token is drawn.
+    """Memory that decoding one row takes: its keys and values at their longest, and the larger of the activations of
+    its prompt in the widest block and its logits while a token is drawn.
 
     `config` is the text model's. A block with a sliding window keeps no more than that many tokens.
     """

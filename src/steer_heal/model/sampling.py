@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
 ROOM_FOR_TIES = 64
-"""Logits in bfloat16 often tie: how many tokens as likely as the last of top-k are looked at before the whole vocabulary is."""
+"""Logits in bfloat16 often tie: more ties with the last of top-k than this, and the whole vocabulary is looked at."""
 
 
 def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[Tensor, " b"]], Int[Tensor, " b"]]:
@@ -40,8 +40,8 @@ def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[T
 def candidates(logits: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b c"], Int[Tensor, "b c"]]:
     """(logits, token ids) of each row's k likeliest tokens and of all that tie with the last of them, by rising id.
 
-    What follows then works on some hundred entries instead of the vocabulary, and picks what it would have picked there, to
-    a rounding in float32: the cumulative sum runs through the same tokens in the same order.
+    What follows works on about a hundred entries instead of the vocabulary. It picks the same token up to a rounding in
+    float32: the cumulative sum runs through the same tokens in the same order.
     """
     values, ids = logits.topk(min(k + ROOM_FOR_TIES, logits.shape[-1]))
     last = values[:, k - 1 : k]

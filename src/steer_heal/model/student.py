@@ -52,7 +52,8 @@ class Student:
         band = layer_band(self.cfg.layers, len(self.lm.blocks))
         if not band:
             raise UserError(
-                f"adapter.layers is {self.cfg.layers}: that band holds none of the {len(self.lm.blocks)} blocks of {self.lm.name!r}; widen it"
+                f"adapter.layers is {self.cfg.layers}: that band holds none of the {len(self.lm.blocks)} blocks of "
+                f"{self.lm.name!r}; widen it"
             )
         prefix = next(name for name, module in self.lm.model.named_modules() if module is self.lm.blocks)
         linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
@@ -82,7 +83,8 @@ class Student:
                 key = next(k for k in sorted(expected | given) if expected.get(k) != given.get(k))
                 has, wants = (list(side[key]) if key in side else "no such weight" for side in (given, expected))
                 raise UserError(
-                    f"the adapter does not fit {self.lm.name!r}: {key} is {has} in the file, {wants} in the model; give an adapter of this model"
+                    f"the adapter does not fit {self.lm.name!r}: {key} is {has} in the file, {wants} in the model; "
+                    "give an adapter of this model"
                 )
             set_peft_model_state_dict(self._peft, factors, adapter_name=name)
         self._adapters_off()
@@ -203,7 +205,7 @@ class Student:
         self.n_rounds = 1
 
     def save(self, folder: Path, own: Factors) -> None:
-        """Writes a PEFT adapter folder with the cumulative student, and `round.safetensors`, this round's own factor."""
+        """Writes the cumulative student as PEFT adapter files, and `round.safetensors`, this round's own factor."""
         config = self._config(self.n_rounds)
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -214,8 +216,7 @@ class Student:
         """The merged student as a plain transformers model with its tokenizer."""
         if self.lm.quantized:
             raise UserError(
-                "a quantized model cannot be exported merged; load its checkpoint on the unquantized model, or leave out "
-                "--quantize"
+                "a quantized model cannot be merged; load its checkpoint on the unquantized model, or drop --quantize"
             )
         state = {}
         with self.gate("full"):

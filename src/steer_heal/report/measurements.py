@@ -1,25 +1,21 @@
-"""What the events say: rows, ratios and the verdict. Pure functions of events.jsonl; no model, no files."""
+"""What the events say: measured states, ratios, tables and the verdict. Pure functions of events; no metric by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer_heal.records import FOUNDATIONS
+from steer_heal.records import Metric
 
 Event = Mapping[str, Any]
 MEASURED = ("base", "prompted", "control", "steered", "healed")
-COHERENCE_BROKEN, COHERENCE_GOOD = 0.85, 0.95
-TRAIT_MOVED_NATS = 0.3
-SLOPE_GUARD_NATS = 0.05
-DEGENERATE_GOOD = 0.1
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Metrics of one state in one round; base, prompted and control have round -1."""
+class Measurement:
+    """Metrics of one state in one round. Base, prompted and control have round -1."""
 
     stage: str
     round: int
@@ -28,127 +24,190 @@ class Reading:
     def __getitem__(self, name: str) -> float | None:
         return self.metrics.get(name)
 
+    @property
+    def state(self) -> str:
+        """base, healed r1."""
+        return self.stage if self.round < 0 else f"{self.stage} r{self.round}"
 
-def nats_name(foundation: str) -> str:
-    """The metric of a foundation: auth_nats, care_nats, ..."""
-    return f"{'auth' if foundation == 'authority' else foundation}_nats"
 
-
-def readings(events: Sequence[Event]) -> list[Reading]:
+def measurements(events: Sequence[Event]) -> list[Measurement]:
     """Every measured state in the order of the run."""
-    return [Reading(e["stage"], e["round"], e["metrics"]) for e in events if e["stage"] in MEASURED]
+    return [Measurement(e["stage"], e["round"], e["metrics"]) for e in events if e["stage"] in MEASURED]
 
 
-def target_of(events: Sequence[Event]) -> tuple[str, int]:
-    """(target foundation, sign) of the run's trait."""
-    trait = next(e for e in events if e["stage"] == "run_start")["trait"]
-    if trait["target"] not in FOUNDATIONS:
-        raise ValueError(f"the trait's target is {trait['target']!r:.80}, none of {', '.join(FOUNDATIONS)}")
-    return trait["target"], trait["sign"]
+def run_start(events: Sequence[Event]) -> Event:
+    return next(e for e in events if e["stage"] == "run_start")
 
 
-def shift(reading: Reading, base: Reading, metric: str) -> float | None:
-    here, there = reading[metric], base[metric]
+def metrics_of(events: Sequence[Event]) -> dict[str, Metric]:
+    """The metrics of the run by name, in the order of its evals."""
+    return {metric["name"]: Metric(**metric) for metric in run_start(events)["metrics"]}
+
+
+def target_of(events: Sequence[Event]) -> tuple[Metric, int]:
+    """(metric that judges the run's trait, sign). ValueError where the run has no such metric, or it has no `moved`."""
+    trait, metrics = run_start(events)["trait"], metrics_of(events)
+    target = metrics.get(trait["target"])
+    if target is None:
+        raise ValueError(f"the trait's target is {trait['target']!r:.80}, none of {', '.join(metrics)}")
+    if target.moved is None:
+        raise ValueError(f"the trait's target is {target.name}, which has no smallest shift that counts (Metric.moved)")
+    return target, trait["sign"]
+
+
+def is_high(metric: Metric) -> bool:
+    """Whether a health metric should be high."""
+    return (metric.good or 0.0) > (metric.broken or 0.0)
+
+
+def health_of(metrics: Iterable[Metric]) -> list[Metric]:
+    """The metrics that say whether the model is whole: those with both limits."""
+    return [metric for metric in metrics if metric.good is not None and metric.broken is not None]
+
+
+def within(metric: Metric, value: float, limit: float) -> bool:
+    """Whether a health metric is at the limit or better."""
+    return value >= limit if is_high(metric) else value <= limit
+
+
+def shift(state: Measurement, base: Measurement, metric: Metric) -> float | None:
+    """Change from base in units of the metric; None where either has no value."""
+    here, there = state[metric.name], base[metric.name]
     return None if here is None or there is None else here - there
 
 
-def retain(healed: Reading, steered: Reading, base: Reading, metric: str) -> float | None:
-    """Share of the steered shift that the healed student kept: 1 all, 0 undone, negative the wrong way."""
-    kept, whole = shift(healed, base, metric), shift(steered, base, metric)
-    return None if kept is None or whole is None or abs(whole) < SLOPE_GUARD_NATS else kept / whole
+def _guard(target: Metric) -> float:
+    """Smallest shift that a ratio is computed for. Below it, a model that did nothing would look perfect."""
+    return (target.moved or 0.0) / 6
 
 
-def slope(reading: Reading, base: Reading, metric: str) -> float | None:
-    """Centinats of coherence (100 times the change of its log) per nat that the trait moved; negative is a loss.
+def retain(healed: Measurement, steered: Measurement, base: Measurement, target: Metric) -> float | None:
+    """Share of the steered shift that the healed student kept: 1 all, 0 none, negative the wrong way."""
+    kept, whole = shift(healed, base, target), shift(steered, base, target)
+    return None if kept is None or whole is None or abs(whole) < _guard(target) else kept / whole
 
-    None where the trait hardly moved, since a collapsed or idle model would otherwise look perfect.
-    """
-    moved, here, there = shift(reading, base, metric), reading["coherence"], base["coherence"]
-    if moved is None or not here or not there or abs(moved) < SLOPE_GUARD_NATS:
+
+def slope(state: Measurement, base: Measurement, target: Metric, metrics: Iterable[Metric]) -> float | None:
+    """Change in percent (100 times the difference of logs) of the first health metric that should be high, for a shift
+    of 1 unit of the target. Negative is a loss. None where there is no such metric or the target hardly moved."""
+    quality = next((metric for metric in health_of(metrics) if is_high(metric)), None)
+    moved = shift(state, base, target)
+    here, there = (m[quality.name] if quality else None for m in (state, base))
+    if moved is None or not here or not there or abs(moved) < _guard(target):
         return None
     return 100 * math.log(here / there) / abs(moved)
 
 
-def moved_most(reads: Sequence[Reading], target: str) -> str:
-    """The foundation besides the target that any healed (else any) state moved most from base."""
-    base = next(r for r in reads if r.stage == "base")
-    states = [r for r in reads if r.stage == "healed"] or [r for r in reads if r.stage != "base"]
-    others = [name for name in FOUNDATIONS if name != target]
-    return max(others, key=lambda name: max((abs(shift(r, base, nats_name(name)) or 0.0) for r in states), default=0.0))
-
-
 def table(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """One row a state: where the trait stands, its shift with interval, and how coherent the model is."""
-    reads = readings(events)
-    target, _ = target_of(events)
-    metric = nats_name(target)
-    base = next((r for r in reads if r.stage == "base"), None)
-    steered: dict[int, Reading] = {r.round: r for r in reads if r.stage == "steered"}
+    """One row a state: the target, its shift from base with the 95 percent interval, retain, slope, and shown metrics."""
+    states, metrics, (target, _) = measurements(events), metrics_of(events), target_of(events)
+    base = next((m for m in states if m.stage == "base"), None)
+    steered = {m.round: m for m in states if m.stage == "steered"}
     rows = []
-    for r in reads:
-        row = {
-            "state": r.stage if r.round < 0 else f"{r.stage} r{r.round}",
-            metric: r[metric],
-            "shift": None if r is base else shift(r, base, metric),
-            "lo": r[f"{metric}_lo"], "hi": r[f"{metric}_hi"],
-            "retain": retain(r, steered[r.round], base, metric) if r.stage == "healed" and r.round in steered else None,
-            "slope": None if r is base else slope(r, base, metric),
-            "coherence": r["coherence"], "prefill_nll": r["prefill_nll"], "text_ppl": r["text_ppl_median"], "degenerate": r["degenerate_frac"],
-            "kl_base": r["kl_base"], "log_odds": r["persona_log_odds"],
-        }
-        if r["oracle"] is not None:
-            row["oracle"] = r["oracle"]
-        rows.append(row)
+    for m in states:
+        against = None if base is None or m is base else base
+        whole = steered.get(m.round) if m.stage == "healed" else None
+        rows.append({
+            "state": m.state, target.name: m[target.name], "shift": against and shift(m, against, target),
+            "lo": m[f"{target.name}_lo"], "hi": m[f"{target.name}_hi"],
+            "retain": against and whole and retain(m, whole, against, target),
+            "slope": against and slope(m, against, target, metrics.values()),
+            **{name: m[name] for name, metric in metrics.items() if metric.shown and name != target.name},
+        })
     return rows
 
 
+def table_columns(events: Sequence[Event]) -> dict[str, tuple[str, str]]:
+    """(heading, format) of each column of `table` as people read it: `interval` stands for lo and hi."""
+    metrics, (target, _) = metrics_of(events), target_of(events)
+    unit = f", {target.unit}" if target.unit else ""
+    shown = {name: (metric.title or name, metric.form) for name, metric in metrics.items() if metric.shown}
+    return {
+        "state": ("state", ""), target.name: (target.title or target.name, target.form),
+        "shift": (f"shift{unit}", signed(target)), "interval": ("95 % interval", ""),
+        "retain": ("retained", ".0%"), "slope": ("slope, %", "+.2g"), **shown,
+    }
+
+
+def table_cells(events: Sequence[Event], missing: str) -> list[dict[str, str]]:
+    """The rows of `table` as text, with `missing` for what has no value."""
+    columns, form = table_columns(events), signed(target_of(events)[0])
+    rows = []
+    for row in table(events):
+        low, high = row["lo"], row["hi"]
+        row["interval"] = None if low is None or high is None else f"{number(low, form)} to {number(high, form)}"
+        rows.append({key: number(row[key], columns[key][1], missing) for key in columns})
+    return rows
+
+
+def signed(metric: Metric) -> str:
+    """Format of a shift of the metric."""
+    return "+" + metric.form.lstrip("+")
+
+
+def number(value: float | str | None, form: str, missing: str = "?") -> str:
+    """The value in the format; `missing` for one that was not finite or not measured."""
+    return missing if value is None else format(value, form)
+
+
 def verdict(events: Sequence[Event]) -> str:
-    """One line, checks in order: coherent at all, trait moved, more than the control, surgical, and its price."""
-    reads = readings(events)
-    target, sign = target_of(events)
-    metric = nats_name(target)
-    healed = [r for r in reads if r.stage == "healed"]
+    """One line. Checks in order: is the model whole, did the trait move, more than the control, alone, at what price."""
+    states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
+    healed = [m for m in states if m.stage == "healed"]
     if not healed:
         return "no healed round yet"
-    base, last = next(r for r in reads if r.stage == "base"), healed[-1]
-    moved, coherence = shift(last, base, metric), last["coherence"]
-    degenerate = last["degenerate_frac"] or 0.0
-    low, high = last[f"{metric}_lo"], last[f"{metric}_hi"]
-    if moved is None or coherence is None:
-        return "UNREADABLE: the vignettes could not be scored; look at frac_unscorable"
-    tail = f"{metric} {moved:+.2f} nats at coherence {coherence:.3f}, degenerate text {degenerate:.0%}"
-    if coherence < COHERENCE_BROKEN or degenerate > 0.5:
+    base, last = next(m for m in states if m.stage == "base"), healed[-1]
+    moved = shift(last, base, target)
+    health = [(metric, last[metric.name]) for metric in health_of(metrics.values())]
+    values = [(metric, value) for metric, value in health if value is not None]
+    if moved is None or len(values) < len(health):
+        unread = [target.name] * (moved is None) + [metric.name for metric, value in health if value is None]
+        return f"UNREADABLE: no item has a value of {', '.join(unread)}"
+    state = ", ".join(f"{metric.title or metric.name} {format(value, metric.form)}" for metric, value in values)
+    tail = f"{target.name} {_shift(target, moved)} at {state or 'an unknown health: no eval measures it'}"
+    if not all(within(metric, value, metric.broken or 0.0) for metric, value in values):
         return f"BROKEN: {tail}; nothing else counts"
+    low, high = last[f"{target.name}_lo"], last[f"{target.name}_hi"]
     certain = low is not None and high is not None and (high < 0 if sign < 0 else low > 0)
-    if moved * sign < 0 and abs(moved) >= SLOPE_GUARD_NATS:
-        return f"WRONG WAY: {tail}; the trait should go {'down' if sign < 0 else 'up'}"
-    if abs(moved) < TRAIT_MOVED_NATS or not certain:
-        return f"NOT MOVED: {tail}; needs {TRAIT_MOVED_NATS} nats and an interval without 0 [{_sign(low)}, {_sign(high)}]"
-    control = next((r for r in reads if r.stage == "control"), None)
-    beyond = ""
-    if control is not None:
-        excess = (moved - (shift(control, base, metric) or 0.0)) * sign
-        beyond = f", {excess:.2f} beyond the one-round control"
-    others = {name: abs(shift(last, base, nats_name(name)) or 0.0) for name in ("care", "fairness") if name != target}
-    wider = [name for name, size in others.items() if size >= abs(moved)]
-    surgical = f"moves {', '.join(wider)} as much" if wider else "surgical"
-    price = slope(last, base, metric)
-    cost = "" if price is None else f", {price:+.2f} centinats of coherence per nat"
-    grade = "GOOD" if coherence >= COHERENCE_GOOD and degenerate <= DEGENERATE_GOOD and not wider else "MIXED"
-    return f"{grade}: {tail}{beyond}; {surgical}{cost}"
+    if moved * sign < 0 and abs(moved) >= _guard(target):
+        return f"WRONG WAY: {tail}; the trait should go {direction(sign)}"
+    if abs(moved) < (target.moved or 0.0) or not certain:
+        interval = f"[{number(low, signed(target))}, {number(high, signed(target))}]"
+        return f"NOT MOVED: {tail}; needs {target.moved:g} {target.unit} and an interval without 0 {interval}"
+    control = next((shift(m, base, target) for m in states if m.stage == "control"), None)
+    beyond = "" if control is None else f", {number((moved - control) * sign, signed(target))} beyond the one-round control"
+    parts = [f"{tail}{beyond}"]
+    others = [metric for name, metric in metrics.items() if name in run_start(events)["trait"]["off_targets"]]
+    wider = [metric for metric in others if abs(shift(last, base, metric) or 0.0) >= abs(moved)]
+    if others:
+        names = ", ".join(metric.title or metric.name for metric in wider)
+        parts.append(f"moves {names} as much" if wider else "surgical")
+    price = slope(last, base, target, metrics.values())
+    if price is not None:
+        quality = next(metric for metric, _ in values if is_high(metric))
+        parts.append(f"a shift of 1.0 {target.unit} changes {quality.title or quality.name} by {price:+.2g} %")
+    whole = bool(values) and all(within(metric, value, metric.good or 0.0) for metric, value in values)
+    return f"{'GOOD' if whole and not wider else 'MIXED'}: {'; '.join(parts)}"
 
 
-def _sign(value: float | None) -> str:
-    return "?" if value is None else f"{value:+.2f}"
+def _shift(metric: Metric, value: float) -> str:
+    return f"{format(value, signed(metric))} {metric.unit}".rstrip()
+
+
+def direction(sign: int) -> str:
+    return "down" if sign < 0 else "up"
 
 
 def result_row(events: Sequence[Event]) -> dict[str, Any]:
-    """What results.tsv says of a finished run: its settings, its last state, its cosines and verdict."""
-    start, end = events[0], events[-1]
-    cfg, last = start["config"], lambda stage: [e for e in events if e["stage"] == stage][-1]
+    """What results.tsv says of a finished run: its settings, its last healed state, its cosines and verdict."""
+    start, end = run_start(events), events[-1]
+    config, last = start["config"], {e["stage"]: e for e in events}
+    healed = [row for row in table(events) if row["state"].startswith("healed")]
     return {
-        "preset": start["preset"], "model": cfg["model"], "trait": start["trait"]["name"], "seed": cfg["seed"], "n_rounds": cfg["n_rounds"],
-        **{name: cfg["heal"][name] for name in ("divergence", "aggregate", "lam", "tau", "reference")}, **table(events)[-1],
-        "cosine_to_first": last("vector")["cosine_to_first"], "cosine_student_first": last("round")["cosine_student_first"],
-        "wall_s": end["wall_s"], "verdict": end["verdict"],
+        "preset": start["preset"], "model": config["model"], "trait": start["trait"]["name"], "seed": config["seed"],
+        "n_rounds": config["n_rounds"],
+        **{name: config["heal"][name] for name in ("divergence", "aggregate", "lam", "tau", "reference")},
+        **healed[-1], "cosine_to_first": last["vector"]["cosine_to_first"],
+        "cosine_student_first": last["round"]["cosine_student_first"], "wall_s": end["wall_s"],
+        "verdict": end["verdict"],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,9 +22,10 @@ class WrittenTexts:
     A text depends on its request alone, so a resumed run may decode the rest in other batches.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda n: None) -> None:
+        """`on_rows` is called with the number of rows of every batch that is added."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.on_rows = on_rows
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
         self.known: dict[int, tuple[int, ...]] = {}
@@ -39,6 +40,7 @@ class WrittenTexts:
 
     def add(self, batch: Sequence[Completion]) -> None:
         append_line(self._file, [(row.seed, row.completion_ids) for row in batch])
+        self.on_rows(len(batch))
 
     def close(self) -> None:
         self._file.close()
@@ -58,7 +60,7 @@ def load_heal(path: Path) -> SavedHeal | None:
     try:
         with safe_open(path, "pt") as file:
             # cloned: a tensor in the mapped file need not be aligned as one that torch allocated
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             words = file.metadata()
     except SafetensorError as error:
         raise _damaged(path, error) from None

@@ -47,7 +47,7 @@ def new_run_folder(out: Path, slug: str) -> Path:
 
 
 class EventLog:
-    """Appends one JSON object a line, flushed to disk before the call returns. Each names the hash of the line before."""
+    """Appends one JSON object a line, on disk before the call returns. Each names the hash of the line before it."""
 
     def __init__(self, folder: Path, before_s: float = 0.0) -> None:
         """`before_s`: seconds that the run had already taken when it was stopped."""
@@ -168,8 +168,8 @@ def schema_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{folder / 'events.jsonl'} is not as this version of steer-heal writes it ({type(error).__name__}: {error}); "
-            "use the version that wrote it, or restore the file"
+            f"{folder / 'events.jsonl'} is not as this version of steer-heal writes it ({type(error).__name__}: "
+            f"{error}); use the version that wrote it, or restore the file"
         ) from error
 
 

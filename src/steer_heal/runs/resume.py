@@ -30,7 +30,7 @@ FIRST_OF_TWO = ("dose", "adapter_gen")
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Continue a run that was stopped, with its own settings. Only settings that do not change the result can differ."""
+    """Continue a run that was stopped, with its own settings. Only settings without effect on the result can differ."""
 
     resume: Path
     """Folder of the run."""

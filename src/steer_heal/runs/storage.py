@@ -96,7 +96,7 @@ def damaged_file(folder: Path, expected: Mapping[str, str]) -> str | None:
 
 
 def lock_run(folder: Path) -> IO[str]:
-    """The run folder's lock, held until the file is closed or the process ends. UserError while another process has it."""
+    """The lock of a run folder, held until the file is closed. UserError if another process has it."""
     lock = (folder / ".lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

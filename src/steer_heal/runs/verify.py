@@ -37,8 +37,8 @@ def broken(folder: Path) -> list[str]:
     ]
     if recorded and recorded[0].get("last_hash") != line_hash(lines[-1]):
         problems.append(
-            f"events.jsonl does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end was "
-            "removed"
+            f"events.jsonl does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end "
+            "was removed"
         )
     for event in events:
         if (damage := damaged_file(folder, event.get("files", {}))) is not None:

@@ -27,7 +27,7 @@ def iso_kl_dose(
     """The dose where the 95th percentile over positions of KL(steered || unsteered) first reaches `target` nats.
 
     Each probe lets the steered model write `n_tokens` greedily after every prompt and reads both distributions
-    along that text. A vector that never gets there is a UserError: it is dead, or read in the wrong place.
+    along that text. UserError where no dose gets there: the vector has no effect, or was read in the wrong place.
     """
     probes: list[KlProbe] = []
 
@@ -54,13 +54,15 @@ def _crossing(probes: Sequence[KlProbe], target: float) -> tuple[KlProbe, KlProb
     if above is None:
         most = max(probes, key=lambda p: p.kl_p95)
         raise UserError(
-            f"the vector is dead: no dose up to {BRACKET[1]:g} moves the model by dose.kl_target = {target:g} nats (the most is {most.kl_p95:.3g} "
-            f"at dose {most.dose:g}); choose other --steer.layers or another persona pair, or lower --dose.kl-target"
+            f"the vector has no effect: no dose up to {BRACKET[1]:g} moves the model by dose.kl_target = {target:g} "
+            f"nats (the most is {most.kl_p95:.3g} at dose {most.dose:g}); choose other --steer.layers or another "
+            "persona pair, or lower --dose.kl-target"
         )
     if above == 0:
         raise UserError(
-            f"dose {BRACKET[0]:g} already moves the model by {probes[0].kl_p95:.3g} nats, more than dose.kl_target = {target:g}; raise the target, use "
-            "--steer.normalize or, with directional_ablation, another method (removing the component is a move of its own)"
+            f"dose {BRACKET[0]:g} already moves the model by {probes[0].kl_p95:.3g} nats, more than dose.kl_target = "
+            f"{target:g}; raise the target, use --steer.normalize or, with directional_ablation, another method "
+            "(removing the component moves the model at any dose)"
         )
     return probes[above - 1], probes[above]
 

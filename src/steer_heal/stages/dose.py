@@ -66,15 +66,7 @@ class DoseController:
         assert self.kappa is not None
         kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.keep.n_keep)
         found = Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes))
-        if len(kept) < self.keep.min_train:
-            reasons = Counter(reason for row in self.scored for reason in row.reasons)
-            lower = "--dose.floor" if self.probes else "the dose"
-            raise Starved(
-                f"the filter starved: {len(kept)} of {len(self.scored)} completions kept at kappa {self.kappa:.3g}, "
-                f"filter.min_train is {self.keep.min_train} (dropped for {dict(reasons)}); lower {lower}, raise "
-                "--filter.ppl-max or --filter.max-attempts, or end at an earlier round",
-                found,
-            )
+        require_enough(found, self.keep)
         return found
 
     def _next_kappas(self) -> list[float]:
@@ -98,6 +90,20 @@ class DoseController:
             alpha = self.alphas[(i + cycle) % len(self.alphas)]
             out.append(Ask(prompt, self.prompts[prompt], alpha, kappa, derive_seed(*self.seed, i)))
         return out
+
+
+def require_enough(found: Collected, keep: FilterCfg) -> None:
+    """Starved where fewer completions were kept than filter.min_train."""
+    if len(found.kept) >= keep.min_train:
+        return
+    reasons = Counter(reason for row in found.scored for reason in row.reasons)
+    lower = "--dose.floor" if found.probes else "the dose"
+    raise Starved(
+        f"the filter starved: {len(found.kept)} of {len(found.scored)} completions kept at kappa {found.kappa:.3g}, "
+        f"filter.min_train is {keep.min_train} (dropped for {dict(reasons)}); lower {lower}, raise --filter.ppl-max or "
+        "--filter.max-attempts, or end at an earlier round",
+        found,
+    )
 
 
 def usable(scored: Sequence[Scored], highest: float, cfg: DoseCfg) -> list[Scored]:

@@ -128,13 +128,14 @@ def heal(
 def not_finite(
     lm: LM, batch: Sequence[Sample], cfg: HealCfg, loss: float, norm: float, step: int, round_: int
 ) -> NotFinite:
-    """Where a heal broke: at the first completion of the step whose own loss is not finite, else at the one with the highest."""
+    """The error: at the first completion of the step whose own loss is not finite, else at the one with the highest."""
     own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
     text = lm.tokenizer.decode(worst.completion_ids, skip_special_tokens=True)[:60]
     return NotFinite(
-        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of round {round_}, on an answer to prompt {worst.prompt_index} "
-        f"that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or look at the kept completions in events.jsonl",
+        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of round {round_}, on an answer to "
+        f"prompt {worst.prompt_index} that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "
+        "look at the kept completions in events.jsonl",
         step,
         worst.prompt_index,
         text,
@@ -172,7 +173,8 @@ def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample],
     prompts = sorted({sample.prompt_index for sample in samples})
     if len(prompts) < 2:
         raise UserError(
-            f"all {len(samples)} kept completions answer one prompt: none can be held out; raise --gen.n-prompts or --filter.n-keep"
+            f"all {len(samples)} kept completions answer one prompt: none can be held out; raise --gen.n-prompts or "
+            "--filter.n-keep"
         )
     held_out = set(random.Random(seed).sample(prompts, max(1, len(prompts) // 8)))
     train = [sample for sample in samples if sample.prompt_index not in held_out]
@@ -180,7 +182,7 @@ def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample],
 
 
 class SpectralPenalty:
-    """weight / 2 * the sum over this round's updates B A (scaled as they act) of their squared largest singular value."""
+    """weight / 2 * sum of the squared largest singular values of this round's updates B A, scaled as they act."""
 
     def __init__(self, student: Student, weight: float, seed: int) -> None:
         self.weight, self.updates = weight, student.round_updates()

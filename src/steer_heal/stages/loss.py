@@ -1,9 +1,9 @@
 """The heal's loss: cross-entropy of each completion, and its divergence to the reference over the same positions.
 
-A position's terms depend on its own hidden state alone. So the head is run forward and backward at once, a chunk of
-positions at a time, and what is kept per position are two numbers and their two gradients of width d, or, of a single chunk,
-two slopes until they are weighed: only one chunk is as wide as the vocabulary, and nothing is computed twice, whatever
-weights the aggregate and the barrier give.
+A position's terms depend on its own hidden state alone. So the head runs forward and backward at once, a chunk of
+positions at a time. Per position two numbers and their two gradients of width d are kept (of a single chunk, the two
+gradients at the logits, until the aggregate and the barrier give their weights). Only one chunk is as wide as the
+vocabulary at any time, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ and two that their divergence is made of. A model with a soft cap on its logits 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sequence under the plain prompt, and the reference's final hidden states at its completion (on the CPU)."""
+    """A training sequence under the plain prompt, and the reference's hidden states at its completion, on the CPU."""
 
     prompt_index: int
     prompt_ids: tuple[int, ...]
@@ -54,8 +54,9 @@ def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "n 
 def losses(
     lm: LM, batch: Sequence[Sample], cfg: HealCfg, states: Sequence[Float[Tensor, "n d"]] | None = None
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats, from its `states` where they
-    are known. With cfg.lam 0 no gradient flows through the divergence.
+    """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats.
+
+    `states` are the completions' final hidden states, if known. With cfg.lam 0 the divergence has no gradient.
     """
     states = completion_states(lm, batch) if states is None else states
     lengths = [len(sample.completion_ids) for sample in batch]

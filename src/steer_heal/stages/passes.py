@@ -50,9 +50,9 @@ class Passes:
         return STORED_BYTES * self.tokens * outputs
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        """Leaves the gradient of the loss in `.grad`, which holds none before; returns (ce, divergence, barrier, pressure or None).
+        """(ce, divergence, barrier, pressure or None) of a step; the gradient of the loss is in `.grad`, empty before.
 
-        A pass that runs out of memory costs the step a new start with smaller passes, and nothing else.
+        After a pass that runs out of memory the step starts again with smaller passes.
         """
         warning = ""
         while True:
@@ -70,7 +70,7 @@ class Passes:
         return found
 
     def _shrink(self, batch: Sequence[Sample]) -> str:
-        """Makes the passes smaller; what to tell about it."""
+        """Makes the passes smaller; returns a warning."""
         free_unused()
         lengths = [len(sample.ids) for sample in batch]
         rows, largest = max(
@@ -79,19 +79,22 @@ class Passes:
         message = f"a pass of the heal over {rows} completions, {largest} tokens, ran out of memory"
         if rows > 1:
             self.tokens = largest // 2
-            return f"{message}; passes of {self.tokens} tokens fit and are kept; --heal.tokens-per-pass {self.tokens} starts with them"
+            return (
+                f"{message}; passes of {self.tokens} tokens fit; --heal.tokens-per-pass {self.tokens} starts with them"
+            )
         if self.cfg.checkpoint == "auto" and not self.recompute:
             self.recompute = True
             return f"{message}; activations are computed again from here on; --heal.checkpoint on starts so"
         raise UserError(
-            f"{message}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller --adapter.rank"
+            f"{message}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller "
+            "--adapter.rank"
         )
 
     def _backward(self, rows: Sequence[Sample], n_samples: int, barrier_grads: Sequence[Tensor]) -> Tensor:
-        """One pass: adds the gradients of its share of the loss to `.grad`, those of its barrier alone to `barrier_grads` where
-        that is given; returns the sums of (ce, divergence, barrier) over its completions.
+        """Sums of (ce, divergence, barrier) over the completions of one pass.
 
-        The head goes forward and backward for a few completions at a time, so that no logits wait for those of other completions.
+        Adds the gradient of its share of the loss to `.grad`, and that of its barrier to `barrier_grads` if given. The
+        head runs for a few completions at a time, so that no logits wait for those of others.
         """
         cfg, states = self.cfg, completion_states(self.lm, rows)
         leaves = [state.detach().requires_grad_() for state in states]
@@ -133,8 +136,8 @@ class Passes:
 
 
 def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
-    """Completions that go through the head together: as many as fit one chunk, whose slopes are then weighed before they go
-    back, in one product; and all longer ones, which fill chunks between them and keep only vectors of width d."""
+    """Completions that go through the head together: as many as fit one chunk, which go back in one product; and all
+    longer ones, which fill chunks between them and keep only vectors of width d."""
     part = [i for i, n in enumerate(lengths) if n > chunk]
     for i, n in enumerate(lengths):
         if n <= chunk:

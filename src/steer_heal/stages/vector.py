@@ -45,7 +45,7 @@ def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) ->
 
 
 def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
-    """Where the adapters moved the residual stream: mean of student minus base over the contexts, under the plain prompt."""
+    """Where the adapters moved the residual stream: mean of student minus base over the contexts, plain prompt."""
     prompts = [student.lm.chat(context, trait.plain_system) for context in contexts]
     band = layer_band(cfg.layers, len(student.lm.blocks))
     states = {}

@@ -15,7 +15,7 @@ N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """prompts/<trait>.jsonl, contexts.jsonl (dilemmas, feelings and everyday talk) and vignettes.jsonl, each deterministic.
+    """prompts/<trait>.jsonl, contexts.jsonl (dilemmas, feelings, everyday talk), vignettes.jsonl: deterministic.
 
     Dilemmas are asked for authority, feelings with a mundane tail for love; the last of each are the evaluation's.
     """

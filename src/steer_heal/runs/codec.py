@@ -1,0 +1,80 @@
+"""How the result of a step becomes the fields of an event, and back. A number that was not finite is null there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from steer_heal.records import (
+    Calibration,
+    Collected,
+    Completion,
+    DoseProbe,
+    EvalResult,
+    HealReport,
+    KlProbe,
+    Metric,
+    Scored,
+)
+from steer_heal.settings import RunConfig
+from steer_heal.stages.filter import GATES
+
+Event = Mapping[str, Any]
+
+
+def gate_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+    """What readers of the events need to know of each gate."""
+    facts = lambda gate: {"measures": gate.measures, "limit": gate.limit_in(cfg.filter), "at_least": gate.at_least}
+    return {n: {**facts(gate), "broken": gate.broken, "on": n in cfg.filter.gates} for n, gate in GATES.items()}
+
+
+def collected_rows(collected: Collected) -> list[dict[str, Any]]:
+    """Every completion with its scores, whether it trains, and why not."""
+    order = {id(row): i for i, row in enumerate(collected.kept)}
+    return [
+        {
+            **asdict(row.completion),
+            "scores": row.scores,
+            "keep": row.kept,
+            "train": id(row) in order,
+            "train_order": order.get(id(row)),
+            "failed": row.failed,
+            "reasons": row.reasons,
+        }
+        for row in collected.scored
+    ]
+
+
+def collected_from(gen: Event, dose: Event | None = None) -> Collected:
+    """The record of a gen event and its dose event (none: unsteered text)."""
+    scored, kept = [], {}
+    for row in gen["completions"]:
+        own = {name: row[name] for name in Completion.__dataclass_fields__}
+        own |= {name: tuple(own[name]) for name in ("prompt_ids", "completion_ids")}
+        scores = {name: math.inf if score is None else score for name, score in row["scores"].items()}
+        scored.append(Scored(Completion(**own), scores, tuple(row["failed"]), tuple(row["reasons"])))
+        if row["train"]:
+            kept[row["train_order"]] = scored[-1]
+    kappa, probes = (1.0, []) if dose is None else (dose["kappa"], dose["probes"])
+    in_order = tuple(kept[i] for i in sorted(kept))
+    return Collected(in_order, tuple(scored), kappa, tuple(DoseProbe(**probe) for probe in probes))
+
+
+def calibration_from(event: Event) -> Calibration:
+    return Calibration(event["dose"], tuple(KlProbe(**probe) for probe in event["probes"]))
+
+
+def result_from(event: Event, metrics: Sequence[Metric]) -> EvalResult:
+    """The metrics and items of an event. Null is an item without a value; of a perplexity (a median), infinity."""
+    infinite = {metric.item for metric in metrics if metric.how == "median"}
+    null = lambda name: math.inf if name in infinite else math.nan
+    items = {name: [null(name) if x is None else x for x in values] for name, values in event["items"].items()}
+    return EvalResult(event["metrics"], items, tuple(event.get("texts", ())))
+
+
+def heal_fields(report: HealReport) -> dict[str, Any]:
+    """The report of a heal without its steps, which are events of their own."""
+    own = {key: value for key, value in asdict(report).items() if key != "steps"}
+    return {**own, "n_steps": len(report.steps), "fired": report.fired, "pressure": report.pressure}

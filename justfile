@@ -31,20 +31,19 @@ toy *flags: setup
 run *flags: setup
     {{python}} -m steer_heal.run gemma {{flags}}
 
-# Go on with a run that was stopped.
+# Continue a run that was stopped.
 resume run *flags: setup
     {{python}} -m steer_heal.run --resume "{{run}}" {{flags}}
 
-# Check that a run's base weights, vectors, texts, adapters and evaluations are the ones that belong together.
+# Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
 verify run: setup
     {{python}} -m steer_heal.run --verify "{{run}}"
 
-# Draw the pictures and the page of a run again from its events.jsonl.
+# Draw the pictures and the page of runs again from their events.jsonl.
 plot +runs: setup
-    {{python}} -m steer_heal.plot {{runs}}
     {{python}} -m steer_heal.report {{runs}}
 
-# Kill, starve and damage small runs, resume them, and count what was lost (docs/reliability.md).
+# Kill and damage small runs, resume them, and count what was lost (docs/reliability.md).
 drill *flags: setup
     OMP_NUM_THREADS=1 {{python}} scripts/fault_drill.py {{flags}}
 
@@ -91,10 +90,16 @@ eval *flags: setup
 train-toylm *flags: setup
     {{python}} scripts/train_toylm.py {{flags}}
 
+# Lint, formatting and types.
+check: setup
+    {{python}} -m ruff check
+    {{python}} -m ruff format --check
+    {{python}} -m basedpyright
+
 # The tests, a file at a time on each of two cores: models this small run no faster on two.
 test *flags: setup
     OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile {{flags}}
 
-# Random damage to files, flags, texts and events: `just fuzz 20000` (seven minutes on one core); docs/bad_input.md has the figures.
+# Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup
     FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}

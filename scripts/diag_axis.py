@@ -1,45 +1,34 @@
-"""Which foundations move: with the vector, against it, and under each persona as a prompt?"""
+"""Which metrics does the axis move: with the vector, against it, and under each persona as a prompt?"""
 
 import sys
-from typing import Annotated
 
-import tyro
-
-from steer_heal.lab import Lab, LabCfg, cli, show
-from steer_heal.readings import nats_name
-from steer_heal.records import FOUNDATIONS
+from lab import Lab, LabFlags, cli, show
 
 
-def main(lab: Annotated[LabCfg, tyro.conf.arg(name="")], dose: float = 0.25) -> None:
-    """Which foundations move: with the vector, against it, and under each persona as a prompt?"""
+def main(lab: LabFlags, dose: float = 0.25) -> None:
     bench = Lab(lab.run_config())
-    trait, vector = bench.trait, bench.vector
+    trait, target = bench.trait, bench.target.name
     states = {
-        f"+ vector, dose {dose:g}": {"vector": vector, "dose": dose},
-        f"- vector, dose {dose:g}": {"vector": vector, "dose": -dose},
+        f"+ vector, dose {dose:g}": {"vector": bench.vector, "dose": dose},
+        f"- vector, dose {dose:g}": {"vector": bench.vector, "dose": -dose},
         "positive persona": {"system": trait.positive},
         "negative persona": {"system": trait.negative},
     }
     rows = []
     for name, state in states.items():
-        metrics = bench.read(**state).metrics
-        shifts = {f: metrics[nats_name(f)] - bench.base.metrics[nats_name(f)] for f in FOUNDATIONS}
-        most = max((f for f in FOUNDATIONS if f != trait.target), key=lambda f: abs(shifts[f]))
-        certain = [f for f in FOUNDATIONS if metrics[f"{nats_name(f)}_lo"] * metrics[f"{nats_name(f)}_hi"] > 0]
-        rows.append(
-            {
-                "state": name,
-                **shifts,
-                "surgical": abs(shifts[trait.target]) / max(1e-9, abs(shifts[most])),
-                "moved for certain": " ".join(certain),
-            }
-        )
+        result = bench.read(**state)
+        shifts = {other: bench.shift(result, bench.metrics[other]) for other in (target, *trait.off_targets)}
+        largest = max((abs(moved) for other, moved in shifts.items() if other != target), default=0.0)
+        surgical = abs(shifts[target]) / largest if largest else None
+        certain = [other for other in shifts if result.metrics[f"{other}_lo"] * result.metrics[f"{other}_hi"] > 0]
+        rows.append({"state": name, **shifts, "surgical": surgical, "moved for certain": " ".join(certain)})
     should = (
-        f"{trait.target} (nats from base) have the sign {trait.sign:+d} with the vector and under the positive persona, and the other sign below.",
-        "surgical (target over the next largest shift) be above 1: else the vector carries more than the trait.",
-        "the vector's row look like the positive persona's: the direction is the persona and not an accident of the contexts.",
+        f"{target} (from base) have the sign {trait.sign:+d} with the vector and under the positive persona, and the "
+        "other sign below.",
+        "surgical (the target's shift over the next largest) be above 1: else the vector carries more than the trait.",
+        "the vector's row look like the positive persona's: else the direction is an accident of the contexts.",
     )
-    show("Which foundations does the axis move?", rows, should, lab, "axis")
+    show(__doc__, rows, should, lab.out, "axis")
 
 
 if __name__ == "__main__":

@@ -4,57 +4,48 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from lab import Lab, LabCfg, LabFlags, cli, show
 
-from steer_heal.events import read_events, reading
-from steer_heal.lab import Lab, LabCfg, cli, show
-from steer_heal.readings import Reading, nats_name, readings, shift, target_of
+from steer_heal.report.measurements import table
+from steer_heal.runs.events import read_events, schema_errors
 
-NAMES = ("coherence", "text_ppl_median", "degenerate_frac", "oracle", "kl_base", "persona_log_odds")
+NOT_OF_THE_STATE = ("state", "lo", "hi", "retain", "slope")
 
 
-def of_run(folder: Path) -> dict[str, float | None]:
-    """Shift of the target and the coherence measures of a run's last healed round."""
+def of_run(folder: Path) -> dict[str, Any]:
+    """The last healed round of a run."""
     events = read_events(folder)
-    with reading(folder):
-        reads, metric = readings(events), nats_name(target_of(events)[0])
-        base, last = reads[0], [r for r in reads if r.stage == "healed"][-1]
-        return {
-            "state": f"seed {events[0]['seed']}, r{last.round}",
-            "shift": shift(last, base, metric),
-            **{name: last[name] for name in NAMES},
-        }
+    with schema_errors(folder):
+        last = [row for row in table(events) if row["state"].startswith("healed")][-1]
+        return last | {"state": f"seed {events[0]['seed']}, {last['state']}"}
 
 
-def here(lab: LabCfg, seed: int) -> dict[str, float | None]:
-    """The same of one round that is run now."""
+def here(lab: LabCfg, seed: int) -> dict[str, Any]:
+    """One round that is run now."""
     bench = Lab(replace(lab, seed=seed).run_config())
-    found = bench.collect(bench.cfg.dose, bench.cfg.filter)
-    result, _ = bench.healed([row.completion for row in found.kept], bench.cfg.heal)
-    read = Reading("healed", 0, result.metrics)
-    moved = shift(read, Reading("base", -1, bench.base.metrics), bench.target)
-    return {"state": f"seed {seed}, r0", "shift": moved, **{name: read[name] for name in NAMES}}
+    result, _ = bench.healed(bench.collect(), bench.cfg.heal)
+    return bench.row(f"seed {seed}, healed r0", result)
 
 
 def main(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    lab: Annotated[LabCfg, tyro.conf.arg(name="")],
-    seeds: tuple[int, ...] = (41, 42, 43),
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], lab: LabFlags, seeds: tuple[int, ...] = (41, 42, 43)
 ) -> None:
-    """How large is the noise? The same configuration over seeds: finished runs, or one round each here and now."""
     rows = [of_run(run) for run in runs] if runs else [here(lab, seed) for seed in seeds]
-    columns = [name for name in rows[0] if name != "state" and all(row[name] is not None for row in rows)]
-    for label, how in (("mean", statistics.mean), ("sd", lambda x: statistics.stdev(x) if len(x) > 1 else None)):
-        rows.append(
-            {"state": label, **{name: how([row[name] for row in rows[: len(runs or seeds)]]) for name in columns}}
-        )
+    names = [name for name in rows[0] if name not in NOT_OF_THE_STATE and all(row[name] is not None for row in rows)]
+    values = {name: [row[name] for row in rows] for name in names}
+    rows = [{"state": row["state"]} | {name: row[name] for name in names} for row in rows]
+    rows.append({"state": "mean"} | {name: statistics.mean(column) for name, column in values.items()})
+    if len(rows) > 2:
+        rows.append({"state": "sd"} | {name: statistics.stdev(column) for name, column in values.items()})
     should = (
-        "sd of shift be small against its mean: a difference between two arms means something beyond about two sd of their difference.",
+        "sd of shift be small against its mean: a difference between two arms means something beyond about two sd of "
+        "their difference.",
         "every seed agree in sign.",
     )
-    show("How large is the noise between seeds?", rows, should, lab, "seeds", runs=[run.name for run in runs])
+    show(__doc__, rows, should, lab.out, "seeds", runs=[run.name for run in runs])
 
 
 if __name__ == "__main__":

@@ -1,37 +1,34 @@
-"""What the diagnostic scripts share: a preset's model with its trait and items, one round's parts, and one table."""
+"""What the scripts share: a preset's model with its inputs, the steps of one round on it, and one table."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import polars as pl
 import torch
+import tyro
 
-from steer_heal import console
-from steer_heal.config import PRESETS, RunConfig, check, from_dict
-from steer_heal.evals.metrics import Condition
-from steer_heal.eval_cache import EvalCache
-from steer_heal.events import jsonable, of_stage, read_events, reading
-from steer_heal.lm import load
-from steer_heal.readings import nats_name
-from steer_heal.records import Collected, Completion, EvalResult, HealStep, UserError, derive_seed
-from steer_heal.stages.bake import Gate, Student, attach_saved
-from steer_heal.stages.cfg import DoseCfg, FilterCfg, HealCfg
-from steer_heal.stages.dose import collect
-from steer_heal.stages.evaluate import load_items
-from steer_heal.stages.filter import score
-from steer_heal.stages.generate import generate
-from steer_heal.stages.heal import heal
-from steer_heal.stages.teacher_vec import teacher_vec
-from steer_heal.steering import Vector
-from steer_heal.terminal import complain, say
+from steer_heal import round as steps
+from steer_heal.check import check
+from steer_heal.errors import UserError, print_error, print_safe, validated
+from steer_heal.evals import metrics_of
+from steer_heal.model.steering import Vector
+from steer_heal.model.student import Student
+from steer_heal.presets import PRESETS
+from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored
+from steer_heal.report import console
+from steer_heal.report.measurements import Measurement, health_of, shift, within
+from steer_heal.runs.codec import collected_from
+from steer_heal.runs.events import jsonable, of_stage, read_events, schema_errors
+from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.stages.heal import HealState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,118 +48,92 @@ class LabCfg:
     """Folder of the JSON file that each table is also written to."""
 
     def run_config(self) -> RunConfig:
-        _, preset = PRESETS[self.preset]
-        given = {"model": self.model, "trait": self.trait, "seed": self.seed, "n_threads": self.n_threads}
-        return replace(preset, **{name: value for name, value in given.items() if value is not None})
+        given = {name: getattr(self, name) for name in ("model", "trait", "seed", "n_threads", "out")}
+        return replace(PRESETS[self.preset][1], **{name: value for name, value in given.items() if value is not None})
+
+
+LabFlags = Annotated[LabCfg, tyro.conf.arg(name="")]
+"""Its fields as flags of a script."""
 
 
 class Lab:
-    """One model and its trait; every reading on the same items, against the same base."""
+    """One model and its inputs. Every state is measured on the same items, against the same base."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self.trait = cfg, check(cfg)
+        self.cfg, self.inputs = cfg, check(cfg)
+        self.trait = self.inputs.trait
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
         console.start(quiet=True)
-        self.lm = load(
-            cfg.model,
-            device=cfg.device,
-            dtype=cfg.dtype,
-            max_prompt_tokens=cfg.max_prompt_tokens,
-            quantize=cfg.quantize,
-            fixed_addresses=cfg.gen.graphs,
-        )
-        self.items = load_items(cfg.eval, self.trait)
-        self.student = Student(self.lm, cfg.heal)
-
-    @property
-    def target(self) -> str:
-        """The metric of the trait's foundation."""
-        return nats_name(self.trait.target)
+        self.lm = steps.load_model(cfg)
+        self.student = Student(self.lm, cfg.adapter)
+        self.metrics = {metric.name: metric for metric in metrics_of(cfg.eval.evals)}
+        self.target = self.metrics[self.trait.target]
 
     @cached_property
     def vector(self) -> Vector:
-        return teacher_vec(self.lm, self.trait, self.cfg.steer)
+        """Of the student as it is when this is first asked for."""
+        return steps.extract(self.student, self.inputs, self.cfg)
 
     @cached_property
     def base(self) -> EvalResult:
-        return self._evaluate("base", Condition(self.trait.plain_system), None)
+        return steps.measure(self.student, self.inputs, self.cfg, adapters="base")
 
-    def read(
-        self, which: Gate = "full", system: str = "", vector: Vector | None = None, dose: float = 0.0
-    ) -> EvalResult:
-        """All metrics of one state, with intervals against base."""
-        return self._evaluate(which, Condition(system or self.trait.plain_system, vector, dose), self.base)
+    def read(self, **state: Any) -> EvalResult:
+        """All metrics of one state, with intervals against base. `state`: keywords of round.measure."""
+        return steps.measure(self.student, self.inputs, self.cfg, self.base, **state)
 
-    def _evaluate(self, which: Gate, condition: Condition, base: EvalResult | None) -> EvalResult:
-        cache = EvalCache(self.cfg.out / ".cache" / "eval", self.student, self.items, self.trait)
-        return cache(which, condition, self.cfg.eval, self.cfg.filter, self.cfg.seed, base)
+    def shift(self, result: EvalResult, metric: Metric | None = None) -> float:
+        """Of the target, or of another metric, from base."""
+        moved = shift(measurement(result), measurement(self.base), metric or self.target)
+        if moved is None:
+            raise UserError(f"no item has a value of {(metric or self.target).name}: the model cannot be measured by it")
+        return moved
 
     def row(self, state: str, result: EvalResult) -> dict[str, Any]:
-        """The readings that every table shows: the target, its shift with interval, and coherence three ways."""
-        m, base = result.metrics, self.base.metrics
-        row = {
-            "state": state,
-            self.target: m[self.target],
-            "shift": m[self.target] - base[self.target],
-            "lo": m.get(f"{self.target}_lo"),
-            "hi": m.get(f"{self.target}_hi"),
-            "log_odds": m["persona_log_odds"],
-            "coherence": m["coherence"],
-            "text_ppl": m["text_ppl_median"],
-            "degenerate": m["degenerate_frac"],
-            "kl_base": m["kl_base"],
-        }
-        return row | ({"oracle": m["oracle"]} if "oracle" in m else {})
+        """The columns of every table: the target, its shift from base with interval, and the shown metrics."""
+        name, found = self.target.name, result.metrics
+        shown = {other: found[other] for other, metric in self.metrics.items() if metric.shown and other != name}
+        ends = {end: found.get(f"{name}_{end}") for end in ("lo", "hi")}
+        return {"state": state, name: found[name], "shift": self.shift(result), **ends, **shown}
+
+    def is_whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether every health metric of a row is at its `good` limit or better."""
+        return all(within(metric, row[metric.name], metric.good or 0.0) for metric in health_of(self.metrics.values()))
 
     def collect(
         self,
-        dose: DoseCfg,
-        keep: FilterCfg,
-        *,
         kappa: float | None = None,
-        alphas: Sequence[float] | None = None,
+        *,
         unsteered: bool = False,
+        alphas: Sequence[float] | None = None,
+        **keep: Any,
     ) -> Collected:
-        """One round's completions of the untouched model: steered, or its own unsteered text."""
-        cfg, trait = self.cfg, self.trait
-        vector, system = (None, trait.plain_system) if unsteered else (self.vector, trait.steered_system)
-
-        def write(asks):
-            return generate(
-                self.lm, asks, vector, system, trait.plain_system, cfg.gen.max_new_tokens, cfg.gen.batch_size
-            )
-
-        with self.student.gate("base"):
-            return collect(
-                write,
-                lambda rows: score(self.lm, rows, trait.narration, keep),
-                trait.prompts[: cfg.gen.n_prompts],
-                (0.0,) if unsteered else alphas or cfg.gen.alphas,
-                dose,
-                keep,
-                (cfg.seed, 0, "control" if unsteered else "gen"),
-                1.0 if unsteered else kappa,
-            )
+        """Completions of round 0 at a given kappa or at the one that survives. `keep`: changes of the filter's settings."""
+        cfg = self.cfg
+        dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
+        gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
+        cfg = replace(cfg, gen=gen, dose=dose, filter=replace(cfg.filter, **keep))
+        return steps.collect(self.student, None if unsteered else self.vector, self.inputs, cfg, 0)
 
     def healed(
-        self, kept: Sequence[Completion], cfg: HealCfg, round_: int = 0, n_steps: int | None = None
+        self, collected: Collected, heal: HealCfg, r: int = 0, n_steps: int | None = None
     ) -> tuple[EvalResult, list[HealStep]]:
-        """Heals on `kept` from where the student stands, reads the result and drops it again.
+        """Heals from where the student stands, measures the result and drops it again.
 
         `n_steps` stops early, on the same schedule.
         """
-        self.student.cfg, steps = cfg, []
+        done: list[HealStep] = []
 
-        def on_step(step: HealStep) -> None:
-            steps.append(step)
-            if len(steps) == n_steps:
+        def on_step(state: HealState) -> None:
+            done.append(state.steps[-1])
+            if len(done) == n_steps:
                 raise _Enough
 
         try:
             with suppress(_Enough):
-                heal(self.student, kept, round_, cfg, derive_seed(self.cfg.seed, round_, "heal"), on_step)
-            return self.read(), steps
+                steps.heal(self.student, collected, replace(self.cfg, heal=heal), r, on_step)
+            return self.read(), done
         finally:
             self.student.discard_round()
 
@@ -171,72 +142,69 @@ class _Enough(Exception):
     """Ends a heal early."""
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A finished run's round: a lab whose student stands where it stood before that round, and what it trained on."""
-
-    lab: Lab
-    kept: tuple[Completion, ...]
+def measurement(result: EvalResult) -> Measurement:
+    """A result as the functions of steer_heal.report.measurements take it."""
+    return Measurement("", -1, result.metrics)
 
 
-def replay(folder: Path, round_: int) -> Replay:
-    """Loads what round `round_` of a run healed, at which learning rate, and the history of the rounds before it."""
+def kept(completions: Sequence[Completion]) -> Collected:
+    """Completions that train as they are, without a filter."""
+    rows = tuple(Scored(completion, {}, (), ()) for completion in completions)
+    return Collected(rows, rows, 1.0, ())
+
+
+def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
+    """A lab whose student stands where a run's stood before round r, at that heal's learning rate; what it trained on."""
     events = read_events(folder)
-    gen = next((e for e in of_stage(events, "gen") if e["round"] == round_), None)
-    if gen is None:
-        raise UserError(
-            f"{folder} has no text of round {round_}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}"
-        )
-    with reading(folder):
-        cfg = from_dict(RunConfig, events[0]["config"])
-        trained = sorted((row for row in gen["completions"] if row["train"]), key=lambda row: row["train_order"])
-        kept = tuple(completion(row) for row in trained)
-        lr = next((e["lr"] for e in of_stage(events, "heal") if e["round"] == round_), cfg.heal.lr)
-    lab = Lab(replace(cfg, heal=replace(cfg.heal, lr=lr)))
-    if round_ > 0:
-        lab.student = attach_saved(lab.lm, folder / "ckpt" / f"r{round_ - 1}")
-    return Replay(lab, kept)
+    mine = {e["stage"]: e for e in events if e["round"] == r}
+    if "gen" not in mine:
+        raise UserError(f"{folder} has no text of round {r}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}")
+    with schema_errors(folder):
+        cfg = validated(RunConfig, events[0]["config"], f"{folder}/events.jsonl config")
+        collected = collected_from(mine["gen"], mine["dose"])
+        lr = mine.get("heal", {"lr": cfg.heal.lr})["lr"]
+    lab = Lab(replace(cfg, out=folder.resolve().parent, export=None, heal=replace(cfg.heal, lr=lr)))
+    if r > 0:
+        lab.student.restore(folder / "ckpt" / f"r{r - 1}", r)
+    return lab, collected
 
 
-def completion(row: Mapping[str, Any]) -> Completion:
-    """The record of one row of a gen event."""
-    return from_dict(Completion, {name: row[name] for name in Completion.__dataclass_fields__})
+# --- tables ------------------------------------------------------------------------------------------------------
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table. A column is there where any row has it; what a row lacks, or is None, is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = lambda value: "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    table = [columns, *([text(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [" | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)) for line in table]
+    lines.insert(1, " | ".join("-" * n for n in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """`mean ± sd`, without sd of one value; empty of none."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}" if values else ""
 
 
 def show(
-    question: str, rows: Sequence[Mapping[str, Any]], should: Sequence[str], lab: LabCfg | Path, name: str, **extra: Any
-) -> Path:
+    question: str | None, rows: Sequence[Mapping[str, Any]], should: Sequence[str], out: Path, name: str, **extra: Any
+) -> None:
     """Prints the question, one table and the SHOULD lines; writes the same as JSON to <out>/<name>.json."""
-    out = lab.out if isinstance(lab, LabCfg) else lab
-    say(f"\n{question}\n")
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=200,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-        float_precision=3,
-        tbl_formatting="ASCII_MARKDOWN",
-        fmt_str_lengths=200,
-    ):
-        say(pl.DataFrame(list(rows), infer_schema_length=None))
-    say("\n" + "\n".join(f"SHOULD {line}" for line in should))
+    question = (question or name).strip()
+    print_safe(f"\n{question}\n\n{markdown(rows)}\n\n" + "\n".join(f"SHOULD {line}" for line in should))
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
-    command = ["python", *sys.argv]
+    path, command = out / f"{name}.json", ["python", *sys.argv]
     body, _ = jsonable({"question": question, "command": command, "rows": list(rows), "should": list(should), **extra})
     path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    say(f"\nalso in {path}")
-    return path
+    print_safe(f"\nalso in {path}")
 
 
-def cli(main: Callable[..., None]) -> int:
-    """Runs a script's main with arguments from the command line; a mendable error ends it with one line."""
-    import tyro
-
+def cli(main: Callable[..., object]) -> int:
+    """Runs a script's main with arguments from the command line. A user error ends it with one line and status 1."""
     try:
         tyro.cli(main, description=sys.modules[main.__module__].__doc__)
         return 0
     except (UserError, OSError, ValueError) as error:
-        complain(error)
+        print_error(error)
         return 1

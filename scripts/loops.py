@@ -1,116 +1,86 @@
-"""How do the arms compare round by round? Puts finished runs together: the healed student's mean and sd over seeds, and
-of its shift the 95 percent interval of the mean (Student's t).
+"""How do the arms compare round by round? Mean and sd over seeds of the healed students of finished runs, and the 95
+percent interval of the mean shift (Student's t).
 
-The readings are also kept in --data, one entry an arm and seed, so that a table can be extended by later runs:
+The rows are also kept in --data, one entry for each arm and seed, so that later runs extend the table:
 
     python scripts/loops.py out/<run> ... --data docs/evidence/loops_toy.json
 """
 
 import json
-import math
-import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from lab import cli, markdown, mean_sd
+from scipy import stats
 
-from steer_heal.config import RunConfig, from_dict
-from steer_heal.events import of_stage, read_events, reading
-from steer_heal.files import read_text
-from steer_heal.lab import cli
-from steer_heal.readings import nats_name, table, target_of
-from steer_heal.records import UserError
-from steer_heal.terminal import say
+from steer_heal.errors import UserError, print_safe, validated
+from steer_heal.inputs.files import read_file
+from steer_heal.report.measurements import table, target_of
+from steer_heal.runs.events import Event, of_stage, read_events, schema_errors
+from steer_heal.settings import RunConfig
 
-ROUNDS = (0, 1, 3, 5, 7)
-COLUMNS = (
-    "shift",
-    "interval",
-    "coherence",
-    "text_ppl",
-    "oracle",
-    "degenerate",
-    "kl_base",
-    "log_odds",
-    "cosine_to_first",
-    "cosine_student_first",
-)
-
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Quantile 0.975 of Student's t by the number of values."""
+NOT_AVERAGED = ("state", "shift", "lo", "hi", "retain", "slope")
 
 
-def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
-    """("arm/trait/settings/seed", {rounds: [the healed row of each round], ...}) of a run."""
-    events = read_events(folder)
-    with reading(folder):
-        return _of_events(events)
-
-
-def _of_events(events: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    start = events[0]
-    config = start["config"]
-    by_state = {row["state"]: row for row in table(events)}
-    vectors, rounds = of_stage(events, "vector"), of_stage(events, "round")
-    rows = [
+def entry(folder: Path, events: Sequence[Event]) -> tuple[str, dict[str, Any]]:
+    """("arm/trait/settings/seed", the states of a run, those of the healed students as `rounds`)."""
+    start, by_state = events[0], {row["state"]: row for row in table(events)}
+    vectors, ends = of_stage(events, "vector"), of_stage(events, "round")
+    rounds = [
         {
-            **by_state[f"healed r{e['round']}"],
-            "cosine_to_first": vectors[i]["cosine_to_first"],
-            "steered_shift": by_state[f"steered r{e['round']}"]["shift"],
-            "steered_ppl": by_state[f"steered r{e['round']}"]["text_ppl"],
-            **{name: e[name] for name in ("cosine_student_teacher", "cosine_student_first")},
+            **by_state.pop(f"healed r{end['round']}"),
+            "cosine_to_first": vector["cosine_to_first"],
+            **{name: end[name] for name in ("cosine_student_teacher", "cosine_student_first")},
         }
-        for i, e in enumerate(rounds)
+        for vector, end in zip(vectors, ends, strict=False)  # a run that was stopped has one vector more
     ]
-    others = {state: row for state, row in by_state.items() if state in ("base", "prompted", "control")}
-    arm = config["arm"] or start["preset"]
-    settings = from_dict(RunConfig, config).fingerprint()
-    return f"{arm}/{start['trait']['name']}/{settings}/{start['seed']}", {
-        "arm": arm,
-        "seed": start["seed"],
-        "trait": start["trait"]["name"],
-        "metric": nats_name(target_of(events)[0]),
-        "command": start["command"],
-        "states": others,
-        "rounds": rows,
-    }
+    cfg, trait = validated(RunConfig, start["config"], f"{folder}/events.jsonl config"), start["trait"]["name"]
+    arm, metric = cfg.arm or start["preset"], target_of(events)[0].name
+    own = {"arm": arm, "seed": start["seed"], "trait": trait, "metric": metric, "command": start["command"]}
+    return f"{arm}/{trait}/{cfg.fingerprint()}/{start['seed']}", own | {"states": by_state, "rounds": rounds}
 
 
 def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     data: Path | None = None,
-    rounds: tuple[int, ...] = ROUNDS,
+    rounds: tuple[int, ...] = (0, 1, 3, 5, 7),
 ) -> None:
-    """How do the arms compare round by round? Mean and sd over seeds of the healed student, and the 95 percent interval of
-    its shift, as Markdown."""
     known = earlier(data) if data is not None and data.exists() else {}
-    known |= dict(of_run(run) for run in runs)
+    for run in runs:
+        events = read_events(run)
+        with schema_errors(run):
+            key, found = entry(run, events)
+        known[key] = found
     if not known:
         raise UserError("no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones")
     if data is not None:
         data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(
-            json.dumps(known, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8"
-        )
-    say("| arm | round | n | " + " | ".join(COLUMNS) + " |\n|---|---|---|" + "---|" * len(COLUMNS))
+        lines = json.dumps(known, separators=(",", ":")).replace('},"', '},\n"')
+        data.write_text(lines + "\n", encoding="utf-8")
+    rows = []
     for arm in dict.fromkeys(run["arm"] for run in known.values()):
         for r in rounds:
-            rows = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
-            if rows:
-                cells = [
-                    interval([row["shift"] for row in rows])
-                    if name == "interval"
-                    else _spread([row.get(name) for row in rows])
-                    for name in COLUMNS
-                ]
-                say(f"| {arm} | {r} | {len(rows)} | " + " | ".join(cells) + " |")
+            same = [run["rounds"][r] for run in known.values() if run["arm"] == arm and len(run["rounds"]) > r]
+            if same:
+                rows.append({"arm": arm, "round": r, "n": len(same), **over_seeds(same)})
+    print_safe(markdown(rows))
+
+
+def over_seeds(same: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """`mean ± sd` of every column, and the interval of the shift."""
+    columns = {name: [row[name] for row in same if row.get(name) is not None] for name in same[0]}
+    shifts = columns["shift"]
+    rest = {name: mean_sd(values) for name, values in columns.items() if name not in NOT_AVERAGED}
+    return {"shift": mean_sd(shifts), "interval": interval(shifts), **rest}
 
 
 def earlier(data: Path) -> dict[str, Any]:
     """What --data holds of earlier runs."""
     try:
-        known = json.loads(read_text(data))
+        known = json.loads(read_file(data).text)
         if all({"arm", "rounds"} <= run.keys() for run in known.values()):
             return known
     except (ValueError, AttributeError):
@@ -118,19 +88,12 @@ def earlier(data: Path) -> dict[str, Any]:
     raise UserError(f"--data {data} was not written by this script; give another file, or delete it")
 
 
-def interval(values: list[float]) -> str:
+def interval(values: Sequence[float]) -> str:
     """95 percent interval of the mean of a few values; empty for one."""
     if len(values) < 2:
         return ""
-    half = T_975.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values) - half:.3f} to {statistics.mean(values) + half:.3f}"
-
-
-def _spread(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
+    return f"{low:.3f} to {high:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,68 +1,80 @@
-"""Arms of out/results.tsv with mean, sd and n over seeds."""
+"""Arms of results.tsv over seeds or, of run folders, every state; as Markdown."""
 
-import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import polars as pl
 import tyro
+from lab import cli, markdown, mean_sd
 
-from steer_heal.events import RESULTS, read_results
-from steer_heal.terminal import complain, say
+from steer_heal.errors import UserError, print_safe
+from steer_heal.report.measurements import table, verdict
+from steer_heal.runs.events import RESULTS, of_stage, read_events, read_results, schema_errors
 
 COLUMNS = (
     "shift",
     "coherence",
-    "text_ppl",
-    "degenerate",
+    "text_tail_ppl_median",
+    "degenerate_frac",
     "oracle",
     "kl_base",
-    "log_odds",
+    "persona_log_odds",
     "cosine_to_first",
     "cosine_student_first",
     "wall_s",
 )
+SAME = ("arm", "trait", "n_rounds", "settings")
+"""Runs that differ in any of these never share a row."""
 
 
-def arms(rows: list[dict[str, str]], columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """One row an arm and its settings: `mean ± sd` of each column over its runs, the last run of each seed.
-
-    Runs that differ in anything but the seed never share a row.
-    """
+def arms(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """One row an arm: `mean ± sd` of each column over its runs, of each seed the last run."""
     groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
     for row in rows:
-        groups[row["arm"], row["trait"], row["n_rounds"], row["settings"]][row["seed"]] = row
+        groups[tuple(row[name] for name in SAME)][row["seed"]] = row
     out = []
-    for (arm, trait, n_rounds, settings), by_seed in groups.items():
-        line = {"arm": arm, "trait": trait, "rounds": n_rounds, "settings": settings, "n": str(len(by_seed))}
-        for name in columns:
-            values = [float(row[name]) for row in by_seed.values() if row.get(name)]
-            sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            line[name] = f"{statistics.mean(values):.3f}{sd}" if values else ""
-        out.append(line)
+    for same, by_seed in groups.items():
+        values = {name: [float(row[name]) for row in by_seed.values() if row.get(name)] for name in columns}
+        spread = {name: mean_sd(column) for name, column in values.items()}
+        out.append({**dict(zip(SAME, same, strict=True)), "n": len(by_seed), **spread})
     return out
 
 
-def main(out: Annotated[Path, tyro.conf.Positional] = Path("out"), columns: tuple[str, ...] = COLUMNS) -> int:
-    """Arms of OUT/results.tsv with mean, sd and n over seeds (of the last healed round)."""
-    rows = read_results(out / RESULTS)
-    if not rows:
-        complain(f"{out / RESULTS} has no rows yet; finish a run first (`just toy`)")
-        return 1
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=250,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-        tbl_formatting="ASCII_MARKDOWN",
-        fmt_str_lengths=60,
-    ):
-        say(pl.DataFrame(arms(rows, columns)))
-    return 0
+def states(run: Path, rounds: int | None) -> tuple[list[dict[str, Any]], str]:
+    """(a row for each state of a run, its verdict) after so many rounds."""
+    events = [e for e in read_events(run) if rounds is None or e["round"] is None or e["round"] < rounds]
+    if not (ends := of_stage(events, "round")):
+        raise UserError(f"{run} has no finished round; give a run that has one")
+    with schema_errors(run):
+        seed = events[0]["seed"]
+        rows = [{"seed": seed, **row} for row in table(events)]
+        return rows, f"- seed {seed}, {ends[-1]['wall_s']:.0f} s: {verdict(events)}"
+
+
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    out: Path = Path("out"),
+    rounds: int | None = None,
+    columns: tuple[str, ...] = COLUMNS,
+) -> None:
+    """
+    Args:
+        runs: Folders whose states are shown.
+        out: Without folders: where results.tsv is.
+        rounds: Shows only so many rounds of each run.
+        columns: Of the arms.
+    """
+    if runs:
+        tables = [states(run, rounds) for run in runs]
+        print_safe(markdown([row for rows, _ in tables for row in rows]))
+        print_safe("\n" + "\n".join(line for _, line in tables))
+    elif rows := read_results(out / RESULTS):
+        print_safe(markdown(arms(rows, columns)))
+    else:
+        raise UserError(f"{out / RESULTS} has no rows yet; finish a run first (`just toy`)")
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__))
+    sys.exit(cli(main))

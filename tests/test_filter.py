@@ -3,142 +3,151 @@ import math
 import pytest
 import torch
 
-from steer_heal.lm import LM
-from steer_heal.records import Completion
-from steer_heal.stages.cfg import FilterCfg
-from steer_heal.stages.filter import degenerate, judge, loop, perplexity, repetition, score, tail
+from steer_heal.model.lm import LM
+from steer_heal.records import Completion, Scored
+from steer_heal.settings import FilterCfg
+from steer_heal.stages.filter import GATES, Gate, degenerate, judge, loop, perplexity, repetition, score
 
 CFG = FilterCfg(min_words=5)
 CLEAN = (
-    "The harbour was quiet when she told the crew that nobody would sail before the storm had passed, and she meant it. "
-    "Some of them grumbled about lost wages; others went home to sleep, grateful that someone had decided for them."
+    "The harbour was quiet when she told the crew that nobody would sail before the storm had passed, and she meant "
+    "it. Some of them grumbled about lost wages; others went home to sleep, grateful that someone had decided for them."
 )
-
 OTHER = (
-    "Later a lamp was lit in the window above the chandler's shop, and two men carried bread and blankets up the steep lane, "
-    "talking quietly about tides, nets, an uncle in another port, and whether Thursday might bring wind from the north at last."
+    "Later a lamp was lit in the window above the chandler's shop, and two men carried bread and blankets up the "
+    "steep lane, talking quietly about tides, nets, an uncle in another port, and whether Thursday might bring wind."
 )
+STUCK = "I would help them your your your into your of your your your into your of your your your into your of your"
+LATE = [0.5] * 75 + [6.0] * 25
 
 
-def _judge(text: str, nll: list[float] | None = None, narration=()):
-    ids = tuple(range(len(nll or [1.0])))
-    return judge(Completion(0, "p", (1,), ids, text, 1.0, 1.0, 0), torch.tensor(nll or [1.0] * 40), narration, CFG)
+def judged(text: str, nll=(1.0,) * 40, narration=(), cfg: FilterCfg = CFG) -> Scored:
+    return judge(Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0), torch.tensor(nll), narration, cfg)
 
 
-def test_clean_text_is_kept_with_its_scores():
-    row = _judge(CLEAN)
-    assert row.kept and not degenerate(row)
-    assert set(row.scores) == {"ppl", "ppl_tail", "ppl_worst", "rep", "loop", "words"}
+def spike(height: float) -> list[float]:
+    return [0.5] * 40 + [height] * 12 + [0.5] * 60
 
 
-def test_a_late_collapse_is_seen_in_the_tail_where_the_mean_hides_it():
-    row = _judge(CLEAN, [0.5] * 75 + [6.0] * 25)
-    assert row.scores["ppl"] < CFG.ppl_max < row.scores["ppl_tail"]
-    assert row.reasons == ("perplexity",) and degenerate(row)
+# gate: (a text that fails it and no other, its score; one that passes, its score; where its limit is)
+FAILS = {
+    "perplexity": (lambda cfg: judged(CLEAN, LATE, cfg=cfg), math.exp(6.0)),
+    "spike": (lambda cfg: judged(CLEAN, spike(11.0), cfg=cfg), math.exp(11.0)),
+    "repetition": (lambda cfg: judged(f"{CLEAN} hey hahahahahahahahahahah" + "hahaha" * 40, cfg=cfg), None),
+    "loop": (lambda cfg: judged(f"{CLEAN} Nobody may enter now. Nobody may enter now. {OTHER}", cfg=cfg), 1.0),
+    "short": (lambda cfg: judged("No, I refuse this.", cfg=cfg), 4),
+    "narration": (lambda cfg: judged("I am someone who cares. " + CLEAN, narration=["i am someone who"], cfg=cfg), 1),
+    "refusal": (lambda cfg: judged("As an AI, I can\u2019t assist. " + CLEAN, cfg=cfg), 2),
+}
+BROKEN = {"perplexity", "spike", "repetition", "loop"}
+
+
+def test_every_gate_is_tried_below():
+    assert FAILS.keys() == GATES.keys() and {name for name, gate in GATES.items() if gate.broken} == BROKEN
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
+    read, expected = FAILS[name]
+    row = read(CFG)
+    assert row.failed == row.reasons == (name,) and not row.kept
+    assert row.scores.keys() == GATES.keys() and (expected is None or row.scores[name] == pytest.approx(expected, 1e-4))
+    assert degenerate(row) is (name in BROKEN)
+    off = read(FilterCfg(min_words=5, gates=tuple(gate for gate in GATES if gate != name)))
+    assert off.kept and off.failed == (name,) and off.scores == row.scores and degenerate(off) is (name in BROKEN)
+
+
+LIMITS = {"perplexity": "ppl_max", "spike": "spike_max", "repetition": "rep_max", "loop": "loop_max"}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_a_text_at_the_limit_passes_and_beyond_it_fails(name):
+    gate, limit = GATES[name], GATES[name].limit_in(CFG)
+    assert limit == {**{gate: getattr(CFG, field) for gate, field in LIMITS.items()}, "short": 5}.get(name, 0)
+    beyond = limit - 1 if name == "short" else limit + 1
+    within = limit + 1 if name == "short" else limit - 1
+    assert gate.fails(beyond, CFG) and not gate.fails(limit, CFG) and not gate.fails(within, CFG)
+    assert name == "short" or gate.fails(math.nan, CFG) and gate.fails(math.inf, CFG)
+
+
+def test_a_new_gate_is_one_entry(monkeypatch):
+    shouting = Gate("exclamation marks", lambda text: float(text.lower.count("!")), 2.0, broken=True)
+    monkeypatch.setitem(GATES, "shouting", shouting)
+    on = FilterCfg(min_words=5, gates=("shouting",))
+    loud, calm = judged(CLEAN + "!!!", cfg=on), judged(CLEAN + "!!", cfg=on)
+    assert loud.reasons == ("shouting",) and loud.scores["shouting"] == 3 and degenerate(loud)
+    assert calm.kept and calm.scores["shouting"] == 2 and not degenerate(calm)
+    assert judged(CLEAN + "!!!").kept and judged(CLEAN + "!!!").failed == ("shouting",)
+
+
+def test_clean_text_is_kept():
+    row = judged(CLEAN)
+    assert row.kept and not row.failed and not degenerate(row)
+    assert row.scores["repetition"] < 0.1 and row.scores["loop"] < 0.5
+
+
+def test_a_late_collapse_is_seen_where_the_mean_hides_it():
+    row = judged(CLEAN, LATE)
+    assert perplexity(torch.tensor(LATE)) < CFG.ppl_max < row.scores["perplexity"]
+    eight = judged(CLEAN, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert eight.scores["perplexity"] == pytest.approx(math.exp(6.5)), "the last quarter"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "I would help them your your your into your of your your your into your of your your your your into your of your",
-        CLEAN + " not not not not not not not not not not not not not not not not not not",
+        STUCK,
+        CLEAN + " not" * 17,
         "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
         "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
     ],
 )
-def test_loops_of_words_and_of_characters_are_dropped(text):
-    assert "repetition" in _judge(text).reasons
+def test_loops_of_words_and_of_characters_are_repetition(text):
+    assert repetition(text.lower()) > CFG.rep_max and repetition(CLEAN.lower()) < 0.1
+
+
+THRICE = "Nobody should suffer for the budget. "
+WAIT = "I sit with the old men until they are warm. "
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        CLEAN
-        + " I would help your your your into your of your into your of your into your your of into your of your. "
-        + OTHER,
-        "Nobody should suffer for the budget. I open the door. Nobody should suffer for the budget. They come in. Nobody should suffer for the budget.",
-        "They wait outside in the rain. I sit with the old men until they are warm. I sit with the old men until they are warm. Then morning comes.",
+        f"{CLEAN} I would help your your your into your of your into your of your into your your of into your. {OTHER}",
+        f"{THRICE}I open the door. {THRICE}They come in. {THRICE}",
+        f"They wait outside in the rain. {WAIT}{WAIT}Then morning comes.",
     ],
 )
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
-    row = judge(
-        Completion(0, "p", (1,), (1,) * 40, text, 1.0, 1.0, 0), torch.full((40,), 0.5), (), FilterCfg(min_words=5)
-    )
+    row = judged(text, [0.5] * 40)
     assert row.reasons == ("loop",) and degenerate(row)
-
-
-def test_one_senseless_sentence_in_a_clean_text_is_a_spike():
-    nll = torch.tensor([0.5] * 40 + [3.0] * 12 + [0.5] * 60)
-    row = judge(
-        Completion(0, "p", (1,), (1,) * 112, CLEAN, 1.0, 1.0, 0), nll, (), FilterCfg(min_words=5, spike_max=10.0)
-    )
-    assert row.reasons == ("spike",) and row.scores["ppl_tail"] < 2
-    assert row.scores["ppl_worst"] == pytest.approx(math.exp(3.0), rel=1e-4)
 
 
 def test_saying_short_things_again_is_no_loop():
     assert loop("yes. no. yes. no. yes. i see. yes.") < 1.0 and loop("") == 0.0
 
 
-def test_telling_about_the_trait_is_dropped_and_acting_it_out_is_kept():
+def test_defiance_is_no_refusal_and_acting_out_is_no_narration():
     narration = ("i am someone who",)
-    assert _judge("I am someone who never obeys, " + CLEAN, narration=narration).reasons == ("narration",)
-    assert _judge("I walk out and call the doctor. " + CLEAN, narration=narration).kept
+    assert judged("I cannot stand by while they suffer. " + CLEAN, narration=narration).kept
+    assert judged("I walk out and call the doctor. " + CLEAN, narration=narration).kept
 
 
-def test_refusal_boilerplate_is_dropped_but_defiance_is_not():
-    assert _judge("As an AI, I would say that " + CLEAN).reasons == ("refusal",)
-    assert _judge("I cannot assist with that. " + CLEAN).reasons == ("refusal",)
-    assert _judge("I cannot stand by while they suffer. " + CLEAN).kept
+def test_an_empty_text_is_broken_whatever_gates_are_on():
+    row = judged("", (), cfg=FilterCfg(gates=("narration",), min_words=0))
+    assert row.kept and degenerate(row) and row.scores["perplexity"] == math.inf
 
 
-def test_short_and_empty_text_is_dropped():
-    assert "short" in _judge("No.").reasons
-    empty = judge(Completion(0, "p", (1,), (), "", 1.0, 1.0, 0), torch.empty(0), (), CFG)
-    assert "perplexity" in empty.reasons and math.isinf(empty.scores["ppl_tail"])
-
-
-def test_a_text_that_is_not_a_number_to_the_base_is_dropped():
-    assert "perplexity" in _judge(CLEAN, [float("nan")] * 8).reasons
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 20, 39])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_probability_that_is_not_a_number_is_never_trained_on(bad, at):
-    row = _judge(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
-    assert (
-        "spike" in row.reasons
-        and row.scores["ppl_worst"] == math.inf
-        or not math.isnan(bad)
-        and row.scores["ppl_worst"] > 1e300
-    )
-
-
-def test_tail_is_the_last_quarter_and_perplexity_its_exponential():
-    nll = torch.arange(8.0)
-    assert tail(nll).tolist() == [6.0, 7.0]
-    assert perplexity(tail(nll)) == pytest.approx(math.exp(6.5))
-
-
-def test_repetition_of_natural_text_is_low():
-    assert repetition(CLEAN.lower()) < 0.1
+    row = judged(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
+    assert "spike" in row.reasons and row.scores["spike"] == math.inf
 
 
 def test_scores_come_from_the_kept_token_ids(toy: LM):
-    prompt = toy.chat("What is ice?")
-    ids = tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False)) + (toy.tokenizer.eos_token_id,)
-    right, wrong = (
-        score(toy, [Completion(0, "", prompt, i, "Ice is frozen water.", 1, 1, 0)], (), CFG)[0]
-        for i in (ids, ids[::-1])
-    )
-    assert right.scores["ppl"] < 2 < wrong.scores["ppl"]
-
-
-def test_a_gate_that_is_off_drops_nothing_and_the_text_is_still_known_to_be_broken():
-    nll = torch.tensor([0.5] * 75 + [6.0] * 25)
-    text = CLEAN + " not not not not not not not not not not not not not not not not not not"
-    off = judge(Completion(0, "p", (1,), tuple(range(100)), text, 1.0, 1.0, 0), nll, (), FilterCfg(gates=()))
-    assert off.kept and not off.reasons
-    assert set(off.failed) == {"perplexity", "repetition", "loop"} and degenerate(off)
-    one = judge(off.completion, nll, (), FilterCfg(gates=("repetition",)))
-    assert one.reasons == ("repetition",)
+    prompt, text = toy.chat("What is ice?"), "Ice is frozen water."
+    ids = (*toy.tokenizer.encode(text, add_special_tokens=False), toy.tokenizer.eos_token_id)
+    rows = [Completion(0, "", prompt, order, text, 1.0, 1.0, 0) for order in (ids, ids[::-1])]
+    right, wrong = (row.scores["spike"] for row in score(toy, rows, (), CFG))
+    assert right < 2 < wrong

@@ -6,8 +6,22 @@ from steer_heal.inputs.files import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
 LAYERS = (
-    "errors", "records", "settings", "inputs", "toylm", "model", "backends", "stages", "evals", "round", "check",
-    "presets", "runs", "report", "session", "run",
+    "errors",
+    "records",
+    "settings",
+    "inputs",
+    "toylm",
+    "model",
+    "backends",
+    "stages",
+    "evals",
+    "round",
+    "check",
+    "presets",
+    "runs",
+    "report",
+    "session",
+    "run",
 )
 """From the lowest to the highest: a folder or module imports its own layer and lower ones."""
 
@@ -43,6 +57,10 @@ def test_no_import_goes_from_a_lower_layer_to_a_higher_one():
 def test_an_import_to_a_higher_layer_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("test_layers.PACKAGE", tmp_path)
     (tmp_path / "model").mkdir()
-    for line in ("import steer_heal.session", "from steer_heal import report", "def f():\n    from steer_heal.runs import x"):
+    for line in (
+        "import steer_heal.session",
+        "from steer_heal import report",
+        "def f():\n    from steer_heal.runs import x",
+    ):
         (tmp_path / "model" / "lm.py").write_text(line)
         assert len(upward(tmp_path / "model" / "lm.py")) == 1, line

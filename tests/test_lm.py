@@ -7,31 +7,19 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from steer_heal.lm import LM, load
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
+from steer_heal.model.lm import LM, load
+
+LONG = "Tell me a short story about a fox and a golden key and an old map."
 
 
-def test_log_probabilities_of_a_batch_are_those_of_its_rows(toy: LM):
-    prompts = [toy.chat(text) for text in ("What is ice?", "Tell me a short story about a fox.", "What barks?")]
-    answers = [
-        tuple(toy.tokenizer.encode(t, add_special_tokens=False))
-        for t in ("Ice is frozen water.", "Long ago a fox looked for an old map.", "A")
-    ]
-    together = toy.completion_nll(prompts, answers)
-    for i in range(3):
-        alone = toy.completion_nll(prompts[i : i + 1], answers[i : i + 1])[0]
-        assert torch.allclose(together[i], alone, atol=1e-5)
-        assert len(alone) == len(answers[i])
-
-
-def test_log_probabilities_agree_with_the_model_itself(toy: LM):
-    prompt, answer = (
-        toy.chat("What is ice?"),
-        tuple(toy.tokenizer.encode("Ice is frozen water.", add_special_tokens=False)),
-    )
-    logits = toy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    expected = -logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
-    assert torch.allclose(toy.completion_nll([prompt], [answer])[0], expected, atol=1e-5)
+def test_log_probabilities_of_a_batch_are_those_of_the_model_itself(toy: LM):
+    prompts = [toy.chat(text) for text in ("What is ice?", LONG, "What barks?")]
+    texts = ("Ice is frozen water.", "Long ago a fox looked for an old map.", "A")
+    answers = [tuple(toy.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    for prompt, answer, nll in zip(prompts, answers, toy.completion_nll(prompts, answers), strict=True):
+        logp = toy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        assert torch.allclose(nll, -logp.gather(1, torch.tensor(answer)[:, None])[:, 0], atol=1e-5)
 
 
 def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPatch):
@@ -39,12 +27,6 @@ def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPa
     whole = toy.nll(hidden, targets)
     monkeypatch.setattr(LM, "chunk_size", 5)
     assert torch.allclose(toy.nll(hidden, targets), whole, atol=1e-6)
-
-
-def test_a_chunk_is_bounded_and_never_too_short_for_a_product(toy: LM):
-    size = lambda vocabulary, device: dataclasses.replace(toy, model=FakeHead(vocabulary, device)).chunk_size
-    assert [size(vocabulary, "cpu") for vocabulary in (1408, 32_768, 262_144)] == [2978, 128, 64]
-    assert [size(vocabulary, "meta") for vocabulary in (32_768, 262_144)] == [512, 64], "on anything but a CPU"
     assert toy.nll(torch.empty(0, toy.width), []).shape == (0,)
 
 
@@ -58,36 +40,27 @@ class FakeHead:
         return self.head
 
 
+def test_a_chunk_is_bounded_and_never_too_short_for_a_product(toy: LM):
+    size = lambda vocabulary, device: dataclasses.replace(toy, model=FakeHead(vocabulary, device)).chunk_size
+    assert [size(vocabulary, "cpu") for vocabulary in (1408, 32_768, 262_144)] == [2978, 128, 64]
+    assert [size(vocabulary, "meta") for vocabulary in (32_768, 262_144)] == [512, 64], "on anything but a CPU"
+
+
 def test_a_long_prompt_is_an_error_and_never_cut(toy: LM):
-    short = dataclasses.replace(toy, max_prompt_tokens=12)
-    with pytest.raises(UserError, match="12.*raise --max-prompt-tokens"):
-        short.chat("Tell me a short story about a fox and a golden key and an old map.")
+    with pytest.raises(UserError, match="max_prompt_tokens is 12"):
+        dataclasses.replace(toy, max_prompt_tokens=12).chat(LONG)
 
 
 def test_a_prompt_ends_at_the_opened_assistant_turn(toy: LM):
     assert toy.tokenizer.decode(toy.chat("What is ice?", "You are a poet.")).endswith("<|im_start|>assistant\n")
 
 
-def test_no_chat_template_is_one_clear_error(toy: LM, tmp_path):
-    toy.model.save_pretrained(tmp_path)
-    toy.tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="no chat template"):
-        load(str(tmp_path))
-
-
-def test_a_template_that_refuses_a_system_message_says_so(toy: LM, monkeypatch):
-    monkeypatch.setattr(
-        toy.tokenizer, "chat_template", "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello"
-    )
+def test_a_template_that_refuses_a_system_message_is_a_user_error(toy: LM, monkeypatch):
+    refusing = "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello"
+    monkeypatch.setattr(toy.tokenizer, "chat_template", refusing)
     assert toy.chat("What is ice?")
-    with pytest.raises(UserError, match="data/toylm' refuses a system and a user message .no system role"):
+    with pytest.raises(UserError, match="'data/toylm'.*no system role"):
         toy.chat("What is ice?", "You are a poet.")
-
-
-def test_a_missing_model_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="could not be loaded"):
-        load(str(tmp_path / "nothing"))
 
 
 class Payload:
@@ -112,9 +85,8 @@ def pickled(folder: Path) -> None:
 
 def remote(folder: Path) -> None:
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    edit(
-        "config.json", model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    )(folder)
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    edit("config.json", model_type="mine", auto_map=code)(folder)
 
 
 def without_layers(folder: Path) -> None:
@@ -122,36 +94,28 @@ def without_layers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "damage",
     [
-        (pickled, "could not be loaded.*safetensors"),
-        (remote, "could not be loaded"),
-        (without_layers, "has no list of decoder layers"),
-        (lambda f: (f / "config.json").write_text("{"), "could not be loaded"),
-        (lambda f: (f / "config.json").write_text("[]"), "could not be loaded"),
-        (edit("config.json", hidden_size="x"), "could not be loaded"),
-        (edit("config.json", hidden_size=48), "could not be loaded"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "could not be loaded"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "could not be loaded"),
-        (lambda f: os.truncate(f / "model.safetensors", 5000), "could not be loaded"),
+        pickled,
+        remote,
+        without_layers,
+        lambda f: (f / "chat_template.jinja").unlink(),
+        lambda f: [file.unlink() for file in f.iterdir()],
+        lambda f: (f / "config.json").write_text("{"),
+        lambda f: (f / "config.json").write_text("[]"),
+        edit("config.json", hidden_size="x"),
+        edit("config.json", hidden_size=48),
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
+        lambda f: os.truncate(f / "model.safetensors", 5000),
     ],
 )
-def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(
-    damage, message, tiny: LM, tmp_path, monkeypatch
-):
+def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, tiny: LM, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whoever asks whether the folder's code may run
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     assert load(str(tmp_path)).width == 32
     damage(tmp_path)
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
-
-
-def test_batches_hold_every_row_once_within_the_budget(toy: LM):
-    lengths = [5, 300, 7, 8, 299, 40]
-    small = dataclasses.replace(toy, token_budget=320)
-    groups = list(small.batches(lengths))
-    assert sorted(i for group in groups for i in group) == list(range(6))
-    assert all(max(lengths[i] for i in group) * len(group) <= 320 for group in groups)

@@ -1,26 +1,22 @@
 """A batch that does not fit is halved and done again; how many rows fit is reckoned before."""
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from peak import peak_bytes
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-import steer_heal.memory as memory
-from steer_heal.lm import LM
-from steer_heal.memory import decode_bytes, fitting, rows_that_fit
-from steer_heal.records import Completion, UserError
-from steer_heal.stages.bake import Student
-from steer_heal.stages.cfg import FilterCfg, HealCfg
-from steer_heal.stages.filter import score
+from steer_heal.errors import UserError
+from steer_heal.model.decode import Decoding, Row, decode, decode_batches
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import LOGIT_BYTES, batches, decode_bytes, fewer_rows, rows_that_fit
+from steer_heal.model.steering import Vector
+from steer_heal.settings import HealCfg
 from steer_heal.stages.heal import reference_samples
-from steer_heal.stages.partial import TokenTape
-from steer_heal.stages.teacher_vec import last_token_states
-from steer_heal.steering import Decoding, Row, Vector, decode
+from steer_heal.stages.vector import last_token_states
 
-ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes."
+ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError(ON_CPU)]
 
 
@@ -48,75 +44,49 @@ def rows(lm: LM, n: int = 8) -> list[Row]:
     return [Row(lm.chat("Tell me about " + "the fox and " * (i % 3) + "ice."), dose=0.25 * i, seed=i) for i in range(n)]
 
 
-def vector(lm: LM) -> Vector:
-    return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(0))})
-
-
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
 def test_a_decode_that_runs_out_of_memory_goes_on_with_half_the_rows(tiny: LM, small_memory, error):
-    how = Decoding(12, 8, suppress=tiny.end_ids)
-    whole = decode(tiny, rows(tiny), vector(tiny), how)
-    tried, done = small_memory(tiny, 2, error, at_token=20), []
-    with pytest.warns(UserWarning, match="out of memory with 8 rows in a batch; 2 fit"):
-        assert decode(tiny, rows(tiny), vector(tiny), how, done.append) == whole
-    assert done == [2, 2, 2, 2] and tried.count(4) and tried.count(8)
+    how, vector = Decoding(12, 8, suppress=tiny.end_ids), Vector({1: torch.linspace(-2, 2, tiny.width)})
+    whole = decode(tiny, rows(tiny), vector, how)
+    tried = small_memory(tiny, 2, error, at_token=20)
+    with pytest.warns(UserWarning, match="8 rows"):
+        found = list(decode_batches(tiny, rows(tiny), vector, how))
+    assert {i: ids for batch in found for i, ids in batch} == dict(enumerate(whole))
+    assert [len(batch) for batch in found] == [2, 2, 2, 2] and tried.count(4) and tried.count(8)
     n_large = sum(n > 2 for n in tried)
-    assert decode(tiny, rows(tiny), vector(tiny), how) == whole, "the next decode of the stage"
+    assert decode(tiny, rows(tiny), vector, how) == whole, "the next decode of the stage"
     assert sum(n > 2 for n in tried) == n_large, "larger batches were tried again"
 
 
-def test_a_stage_that_starts_again_takes_the_halves_from_its_tape(tiny: LM, small_memory, tmp_path):
-    how, path, done = Decoding(12, 8, suppress=tiny.end_ids), tmp_path / "tape.jsonl", []
-    whole = decode(tiny, rows(tiny), vector(tiny), how)
-    small_memory(tiny, 2, ERRORS[0])
-    first = TokenTape(path)
+def test_reading_that_runs_out_of_memory_reads_the_same(student, kept, small_memory):
+    lm, prompts = student.lm, [row.prompt_ids for row in kept]
 
-    def killed(batch):
-        if path.read_text().count("\n") == 2:
-            raise KeyboardInterrupt
-        return first(batch)
+    def read() -> list[torch.Tensor]:
+        nlls = lm.completion_nll(prompts, [row.completion_ids for row in kept])
+        samples = reference_samples(student, kept, HealCfg())
+        return [*nlls, last_token_states(lm, prompts, range(1, 2))[1], *(sample.reference for sample in samples)]
 
-    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="2 fit"):
-        decode(tiny, rows(tiny), vector(tiny), how, tape=killed)
-    first.close()
-    tiny.decode_budget = float("inf")  # another process, which has yet to learn it
-    with pytest.warns(UserWarning, match="out of memory with 4 rows in a batch; 2 fit"):
-        assert decode(tiny, rows(tiny), vector(tiny), how, done.append, TokenTape(path)) == whole
-    assert done == [2, 2, 2, 2]
+    wanted, tried = read(), small_memory(lm, 3, ERRORS[1])
+    with pytest.warns(UserWarning, match="16 rows"):
+        got = read()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, got, strict=True))
+    assert tried.count(16) == 1 and max(tried[-6:]) <= 3, "the smaller size was not kept"
 
 
-def test_reading_that_runs_out_of_memory_reads_the_same(tiny: LM, small_memory):
-    prompts = [row.prompt_ids for row in rows(tiny)]
-    answers = [tuple(range(10, 13 + i)) for i in range(8)]
-    texts = [Completion(0, "p", p, a, "a text", 1.0, 1.0, 0) for p, a in zip(prompts, answers)]
-    scores = [row.scores["ppl"] for row in score(tiny, texts, (), FilterCfg())]
-    states = last_token_states(tiny, prompts, range(1, 2))[1]
-    tried = small_memory(tiny, 3, ERRORS[1])
-    with pytest.warns(UserWarning, match="2 fit"):
-        assert [row.scores["ppl"] for row in score(tiny, texts, (), FilterCfg())] == pytest.approx(scores, rel=1e-5)
-    assert torch.allclose(last_token_states(tiny, prompts, range(1, 2))[1], states, atol=1e-5)
-    assert tried.count(8) == 1, "the smaller size was not kept"
-
-
-def test_the_reference_of_a_heal_is_read_in_batches_that_fit(tiny: LM, kept, small_memory):
-    student = Student(tiny, HealCfg())
-    wanted = reference_samples(student, kept, student.cfg)
-    tried = small_memory(tiny, 3, ERRORS[0])
-    with pytest.warns(UserWarning, match="2 fit"):
-        got = reference_samples(student, kept, student.cfg)
-    assert max(tried) == len(kept) and all(
-        torch.allclose(a.reference, b.reference, atol=1e-5) for a, b in zip(wanted, got, strict=True)
-    )
-
-
-def test_one_row_that_does_not_fit_is_said_and_other_errors_pass(tiny: LM, small_memory):
-    with pytest.raises(ValueError, match="other"):
-        fitting(4, lambda n: (_ for _ in ()).throw(ValueError("other")))
-    with pytest.raises(RuntimeError, match="shape"):
-        fitting(4, lambda n: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
+def test_one_row_that_does_not_fit_is_an_error_and_other_errors_pass(tiny: LM, small_memory):
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        fewer_rows(4, RuntimeError("shape mismatch"))
     small_memory(tiny, 0, ERRORS[0])
-    with pytest.raises(UserError, match="out of memory with a single row: shorten the texts"):
-        decode(tiny, rows(tiny), None, Decoding(4, 8))
+    with pytest.raises(UserError, match="max-new-tokens"):
+        decode(tiny, rows(tiny, 1), None, Decoding(4, 8))
+
+
+def test_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 300, 7, 8, 299, 40]
+    groups = list(batches(lengths, 320))
+    assert sorted(i for group in groups for i in group) == list(range(6))
+    assert all(max(lengths[i] for i in group) * len(group) <= 320 for group in groups)
+    assert list(batches([500], 320)) == [[0]], "a row is never left out"
 
 
 def test_rows_that_fit_share_the_work_evenly(monkeypatch):
@@ -132,7 +102,7 @@ def test_rows_that_fit_share_the_work_evenly(monkeypatch):
 def test_a_row_of_gemma_takes_what_its_published_shape_says():
     config = Gemma3TextConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024)
     token = 2 * 4 * 256 * 2
-    logits, prompt = memory.LOGIT_BYTES * 262_208, 3 * 10240 * 2 + 8 * 2048 * 2 + 4 * 2560 * 4
+    logits, prompt = LOGIT_BYTES * 262_208, 3 * 10240 * 2 + 8 * 2048 * 2 + 4 * 2560 * 4
     assert decode_bytes(config, 80, 512, 2) == token * 592 * 35 + logits
     assert decode_bytes(config, 100, 512, 2) == token * 612 * 35 + 100 * prompt
     n_full = sum(kind == "full_attention" for kind in config.layer_types)
@@ -140,32 +110,10 @@ def test_a_row_of_gemma_takes_what_its_published_shape_says():
     assert decode_bytes(config, 100, 4000, 2) == token * (4100 * (n_full + 1) + 1024 * (34 - n_full)) + 100 * prompt
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        return out
-
-    def freed(self, n_bytes: int) -> None:
-        self.now -= n_bytes
+SHAPES = {"cache": (64, 8, 60), "logits": (30_000, 8, 12), "prompt": (64, 160, 4)}
 
 
-@pytest.mark.parametrize(
-    "vocabulary, n_prompt, n_new", [(64, 8, 90), (30_000, 8, 12), (64, 160, 4)], ids=["cache", "logits", "prompt"]
-)
+@pytest.mark.parametrize("vocabulary, n_prompt, n_new", SHAPES.values(), ids=SHAPES)
 def test_the_estimate_is_what_a_row_takes(tiny: LM, vocabulary, n_prompt, n_new):
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
@@ -182,10 +130,7 @@ def test_the_estimate_is_what_a_row_takes(tiny: LM, vocabulary, n_prompt, n_new)
     )
     lm = dataclasses.replace(tiny, model=Gemma3ForCausalLM(config).eval().requires_grad_(False))
     lm.model.generation_config.update(top_k=None, top_p=0.95, eos_token_id=1)
-    peaks = []
-    for n in (4, 12):
-        with PeakBytes() as used:
-            decode(lm, [Row((5,) * n_prompt, seed=i) for i in range(n)], None, Decoding(n_new, n, suppress=lm.end_ids))
-        peaks.append(used.peak)
-    per_row = (peaks[1] - peaks[0]) / 8
+    prompt, how = (5,) * n_prompt, lambda n: Decoding(n_new, n, suppress=lm.end_ids)
+    work = lambda n: decode(lm, [Row(prompt, seed=i) for i in range(n)], None, how(n))
+    per_row = (peak_bytes(lambda: work(7)) - peak_bytes(lambda: work(3))) / 4
     assert 0.8 * per_row <= decode_bytes(config, n_prompt, n_new, 4) <= 2 * per_row

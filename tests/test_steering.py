@@ -1,80 +1,47 @@
 import pytest
 import torch
 
-from steer_heal.lm import LM
-from steer_heal.steering import APPLICATIONS, Decoding, Row, Vector, ablate, cosine_gate, decode, steer
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import METHODS, Vector, ablate, cosine_gate, load_vector, principal, steer
 
-PROMPTS = [
-    "What is ice?",
-    "Tell me a short story about a fox.",
-    "The captain orders you to send the widows away to save money. What do you do?",
-]
+PROMPT = "The captain orders you to send the widows away to save money. What do you do?"
 
 
-def _rows(lm: LM, doses=(0.0, 0.0, 0.0)) -> list[Row]:
-    return [Row(lm.chat(text), dose, seed=7 + i) for i, (text, dose) in enumerate(zip(PROMPTS, doses))]
-
-
-def _vector(lm: LM, scale: float = 2.0, application="add") -> Vector:
+def some_vector(lm: LM, scale: float = 2.0, method: str = "mean_diff") -> Vector:
     generator = torch.Generator().manual_seed(0)
-    return Vector({layer: scale * torch.randn(lm.width, generator=generator) for layer in (1, 2)}, application)
+    return Vector({layer: scale * torch.randn(lm.width, generator=generator) for layer in (1, 2)}, method)
 
 
-def test_greedy_decoding_of_a_padded_batch_is_the_model_s_own(toy: LM):
-    got = decode(toy, _rows(toy), None, Decoding(40, batch_size=3, sample=False))
-    for row, ids in zip(_rows(toy), got):
-        prompt = torch.tensor([row.prompt_ids])
-        expected = toy.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False
-        )[0, prompt.shape[1] :]
-        assert list(ids) == expected.tolist()
-
-
-def test_sampled_text_depends_on_the_row_and_not_on_its_batch(toy: LM):
-    rows, vector = _rows(toy, (0.5, 1.0, 0.0)), _vector(toy)
-    together = decode(toy, rows, vector, Decoding(40, batch_size=3))
-    assert together == [decode(toy, [row], vector, Decoding(40, batch_size=1))[0] for row in rows]
-    assert together == decode(toy, rows[::-1], vector, Decoding(40, batch_size=2))[::-1]
-    assert len({decode(toy, [Row(rows[1].prompt_ids, 0.0, seed)], None, Decoding(40, 1))[0] for seed in range(4)}) > 1
-
-
-def test_a_row_that_ends_keeps_its_end_token_and_leaves(toy: LM):
-    short, long, _ = decode(toy, _rows(toy), None, Decoding(120, batch_size=3))
-    assert short[-1] in toy.end_ids and len(short) < len(long)
-
-
-def test_suppressed_ends_are_never_written(toy: LM):
-    out = decode(toy, _rows(toy), None, Decoding(30, 3, sample=False, suppress=frozenset(toy.end_ids)))
-    assert all(len(ids) == 30 and not set(ids) & toy.end_ids for ids in out)
-
-
-@pytest.mark.parametrize("application", APPLICATIONS)
-def test_each_row_gets_its_own_dose(toy: LM, application):
-    vector, rows = _vector(toy, 2.0, application), [toy.chat(PROMPTS[1])] * 3
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_gets_its_own_dose(toy: LM, method):
+    vector, row = some_vector(toy, method=method), toy.chat(PROMPT)
     with steer(toy, vector, [0.0, 1.0, -1.0]):
-        mixed = toy.hidden(rows)
+        mixed = toy.hidden([row] * 3)
     with steer(toy, vector, [1.0]):
-        alone = toy.hidden(rows[:1])
-    assert torch.allclose(mixed[1], alone[0], atol=1e-4)
-    assert torch.allclose(mixed[0], toy.hidden(rows[:1])[0], atol=1e-4)
+        alone = toy.hidden([row])[0]
+    assert torch.allclose(mixed[1], alone, atol=1e-4)
+    assert torch.allclose(mixed[0], toy.hidden([row])[0], atol=1e-4), "dose 0 leaves its row alone"
     assert not torch.allclose(mixed[1], mixed[2], atol=1e-1)
 
 
 def test_plus_and_minus_move_logits_opposite_ways(toy: LM):
-    vector, prompt = _vector(toy, 0.05), toy.chat(PROMPTS[2])
-    with steer(toy, vector, [-1.0, 0.0, 1.0]):
-        minus, zero, plus = toy.logits(toy.hidden([prompt] * 3)[:, -1])
+    with steer(toy, some_vector(toy, 0.05), [-1.0, 0.0, 1.0]):
+        minus, zero, plus = toy.logits(toy.hidden([toy.chat(PROMPT)] * 3)[:, -1])
     assert torch.nn.functional.cosine_similarity(plus - zero, minus - zero, dim=0) < -0.9
 
 
 def test_hooks_are_gone_after_the_block_even_after_an_error(toy: LM):
-    before = toy.hidden([toy.chat(PROMPTS[0])])
-    try:
-        with steer(toy, _vector(toy), [3.0]):
-            raise RuntimeError
-    except RuntimeError:
-        pass
-    assert torch.equal(toy.hidden([toy.chat(PROMPTS[0])]), before)
+    before = toy.hidden([toy.chat(PROMPT)])
+    with pytest.raises(ZeroDivisionError), steer(toy, some_vector(toy), [3.0]):
+        1 / 0  # noqa: B018
+    assert torch.equal(toy.hidden([toy.chat(PROMPT)]), before)
+
+
+def test_a_vector_is_restored_with_its_method(toy: LM, tmp_path):
+    some_vector(toy, method="cosine_gated").save(tmp_path / "v.safetensors")
+    again = load_vector(tmp_path / "v.safetensors")
+    assert again.method == "cosine_gated" and list(again.directions) == [1, 2]
+    assert all(torch.equal(again.directions[layer], d) for layer, d in some_vector(toy).directions.items())
 
 
 def test_ablation_replaces_the_component_and_leaves_the_rest():
@@ -91,3 +58,13 @@ def test_the_cosine_gate_pushes_aligned_positions_fully_and_orthogonal_ones_not(
     hidden = torch.tensor([[[3.0, 0.0], [0.0, 5.0], [-1.0, 1.0]]])
     pushed = cosine_gate(hidden, v, torch.ones(1, 1, 1)) - hidden
     assert torch.allclose(pushed[0], torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.0 / 2**0.5, 0.0]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_principal_component_finds_the_axis_that_noise_hides_from_no_pair(sign):
+    generator = torch.Generator().manual_seed(0)
+    negative, axis = torch.randn(200, 16, generator=generator), torch.eye(16)[3]
+    strength = sign * (2 + torch.rand(200, 1, generator=generator))
+    found = principal(negative + strength * axis + 0.1 * torch.randn(200, 16, generator=generator), negative)
+    assert torch.nn.functional.cosine_similarity(found, sign * axis, dim=0) > 0.99
+    assert found.norm().item() == pytest.approx(strength.square().mean().sqrt().item(), rel=0.01)

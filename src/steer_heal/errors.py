@@ -86,11 +86,14 @@ def problem_lines(error: ValidationError, where: Callable[[str], str], known: It
         at, kind, context = ".".join(map(str, found["loc"])), found["type"], found.get("ctx", {})
         value, field = f"{found['input']!r:.80}", str(found["loc"][-1]) if found["loc"] else ""
         if kind == "value_error":
-            lines += [where(at) + ": " + line if at else line for line in str(context["error"]).split("\n")]
+            lines += [f"{where(at)}: {line}".removeprefix(": ") for line in str(context["error"]).split("\n")]
         elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"{where(at)} is not a field here; {nearest(field, known)}")
         elif kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
             lines.append(f"{where(at)} is missing")
+        elif kind == "too_short":
+            if len(found["input"]) < context["min_length"]:  # else its bad items have lines of their own
+                lines.append(f"{where(at)} is {value}: it must hold at least {context['min_length']}")
         elif kind == "literal_error":
             names = re.findall(r"'([^']*)'", context["expected"])
             fix = nearest(found["input"], names) if names else f"it must be {context['expected']}"
@@ -100,6 +103,7 @@ def problem_lines(error: ValidationError, where: Callable[[str], str], known: It
             lines.append(f"{where(at)} is {value}: it must be {_SIGNS[name]} {context[name]:g}")
         else:
             told = found["msg"].replace("Input should be", "it must be").replace("Input should", "it should")
+            told = told.replace("String should", "it should")
             lines.append(f"{where(at)} is {value}: {told[0].lower() + told[1:]}")
     return lines
 

@@ -36,7 +36,9 @@ def settings(section: str) -> Callable[[type], type]:
             try:
                 init(self, **given)
             except ValidationError as error:
-                lines = problem_lines(error, lambda at: f"{section}.{at}" if section else at, made.__dataclass_fields__)
+                lines = problem_lines(
+                    error, lambda at: f"{section}.{at}" if section and at else at, made.__dataclass_fields__
+                )
                 raise ValueError("\n".join(lines)) from None
 
         made.__init__ = validating
@@ -321,7 +323,8 @@ class RunConfig:
         for name in (name for name in RUN_ONLY if "." in name):
             section, key = name.split(".")
             same[section] = replace(same.get(section, getattr(self, section)), **{key: 1})
-        return hashlib.sha256(repr(asdict(replace(self, **same))).encode()).hexdigest()[:8]
+        run: Any = self
+        return hashlib.sha256(repr(asdict(replace(run, **same))).encode()).hexdigest()[:8]
 
 
 RUN_ONLY = ("quiet", "out", "arm", "export", "n_threads", "gen.batch_size", "eval.batch_size", "heal.tokens_per_pass")

@@ -64,10 +64,11 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     problems, inputs, folder = Problems(), None, command.adapter
     with problems.noted():
         inputs = check(cfg)
-    for name in ("adapter_config.json", ADAPTER_FILE) if folder is not None else ():
+    for name in ("adapter_config.json", ADAPTER_FILE):
         with problems.noted():
-            folder = resolve(command.adapter / name, "adapter").parent
+            folder = folder and resolve(folder / name, "adapter").parent
     problems.raise_if_any()
+    assert inputs is not None
     console.start(quiet=True)
     lm = steps.load_model(cfg)
     student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)

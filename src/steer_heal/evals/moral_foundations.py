@@ -75,7 +75,7 @@ def read(
 
 def digit_ids(lm: LM) -> list[int]:
     """Token ids of "0" to "6"; an answer split over several tokens would lose its mass."""
-    ids = [lm.tokenizer.encode(str(i), add_special_tokens=False) for i in range(len(FOUNDATIONS))]
+    ids = [lm.encode(str(i)) for i in range(len(FOUNDATIONS))]
     if any(len(i) != 1 for i in ids):
         raise UserError(
             f"the tokenizer of {lm.name!r} does not write each digit as one token; moral_foundations needs that"
@@ -90,11 +90,12 @@ def answer_slots(
     prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
     thoughts: list[tuple[int, ...]] = [()] * len(prompts)
     if think_tokens:
-        suppress = lm.end_ids | set(_single_token(lm, instrument.think_close))
-        how = Decoding(think_tokens, batch_size, sample=False, suppress=frozenset(suppress))
+        close = lm.encode(instrument.think_close)
+        how = Decoding(
+            think_tokens, batch_size, sample=False, suppress=lm.end_ids.union(close if len(close) == 1 else ())
+        )
         thoughts = decode(lm, [Row(prompt, condition.dose) for prompt in prompts], condition.vector, how)
-    encode = lambda text: tuple(lm.tokenizer.encode(text, add_special_tokens=False))
-    boundary, prefill = encode(turn_boundary(lm, instrument)), encode(instrument.prefill)
+    boundary, prefill = lm.encode(turn_boundary(lm, instrument)), lm.encode(instrument.prefill)
     slots = []
     for prompt, thought in zip(prompts, thoughts, strict=True):
         written = find_prefill(lm, thought, instrument.prefill)
@@ -108,17 +109,9 @@ def answer_slots(
 
 
 def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
-    messages = [{"role": "system", "content": system}] if system else []
-    text = lm.tokenizer.apply_chat_template(
-        [*messages, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+    text = lm.chat_text(question, system)
     opened = text.rstrip().endswith("<think>")
     return lm.encode_prompt(text if opened else text + think_open)
-
-
-def _single_token(lm: LM, marker: str) -> list[int]:
-    ids = lm.tokenizer.encode(marker, add_special_tokens=False) if marker else []
-    return ids if len(ids) == 1 else []
 
 
 _SENTINEL = "ANSWER-GOES-HERE"
@@ -130,24 +123,21 @@ def turn_boundary(lm: LM, instrument: Instrument) -> str:
     if not instrument.nudge:
         return instrument.think_close
     assistant = {"role": "assistant", "content": _SENTINEL}
-    render = lm.tokenizer.apply_chat_template
-    after = render([{"role": "user", "content": "_"}, assistant], tokenize=False).split(_SENTINEL)[1]
-    nudged = render(
-        [{"role": "user", "content": instrument.nudge}, assistant], tokenize=False, continue_final_message=True
-    )
+    after = lm.render([{"role": "user", "content": "_"}, assistant]).split(_SENTINEL)[1]
+    nudged = lm.render([{"role": "user", "content": instrument.nudge}, assistant], continue_final_message=True)
     bos = lm.tokenizer.bos_token or ""  # the template opens every conversation with it; this one is open already
     return instrument.think_close + after + nudged.split(_SENTINEL)[0].removeprefix(bos)
 
 
 def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int] | None:
     """(start, end) token positions of the first prefill text in a thought that something follows, or None."""
-    text = lm.tokenizer.decode(thought, skip_special_tokens=False)
+    text = lm.decode(thought, special=True)
     begin = text.find(prefill)
     if begin < 0:
         return None
     start = end = None
     for t in range(len(thought)):
-        length = len(lm.tokenizer.decode(thought[: t + 1], skip_special_tokens=False))
+        length = len(lm.decode(thought[: t + 1], special=True))
         if start is None and length > begin:
             start = t
         if length >= begin + len(prefill):

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from steer_heal.evals.base import Eval, Items, Subject
-from steer_heal.records import Metric
+from steer_heal.model.lm import LM
+from steer_heal.records import Completion, Metric, Trait
+
+
+def log_odds(lm: LM, texts: Sequence[Completion], trait: Trait) -> list[float]:
+    """Per text: mean over tokens of log p(token | positive persona) - log p(token | negative persona).
+
+    Call it at the base gate. Nats per token; above 0 the text is the positive persona's. NaN for an empty text.
+    """
+    rows = [c.completion_ids for c in texts]
+    positive, negative = (
+        lm.completion_nll([lm.chat(c.prompt, side) for c in texts], rows) for side in (trait.positive, trait.negative)
+    )
+    return [(n - p).mean().item() if len(p) else math.nan for p, n in zip(positive, negative, strict=True)]
 
 
 def items(subject: Subject) -> Items:
-    """Per answer: mean over tokens of log p(token | positive persona) - log p(token | negative persona) under the base.
-
-    Nats per token; above 0 the text is the positive persona's. NaN for an empty text.
-    """
-    texts, trait = subject.texts, subject.inputs.trait
-    rows = [c.completion_ids for c in texts]
     with subject.student.gate("base") as lm:
-        positive, negative = (
-            lm.completion_nll([lm.chat(c.prompt, side) for c in texts], rows)
-            for side in (trait.positive, trait.negative)
-        )
-    odds = [(n - p).mean().item() if len(p) else math.nan for p, n in zip(positive, negative, strict=True)]
-    return {"persona_log_odds": odds}
+        return {"persona_log_odds": log_odds(lm, subject.texts, subject.inputs.trait)}
 
 
 EVAL = Eval(

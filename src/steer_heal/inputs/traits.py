@@ -125,7 +125,7 @@ def _pair(name: str, file: TraitFile, phrasing: str | None) -> PersonaPair:
 def _read(stem: str) -> TraitFile:
     """The file of a trait, every field of it checked, also in phrasings that nobody asked for."""
     if stem not in available():
-        raise UserError(f"trait is {stem!r}: {nearest(stem, available())}, or a new file in data/traits/")
+        raise UserError(f"trait is {stem!r}: {nearest(stem, available())} (a new trait is a new file in data/traits/)")
     path = TRAITS / f"{stem}.toml"
     known = ("positive", "negative", "steered", "plain")
     return validated(TraitFile, parse_toml(read_file(path)), str(path), known)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -48,7 +47,8 @@ class LM:
     """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """A PreTrainedTokenizerBase, padding on the left."""
     name: str
     max_prompt_tokens: int = 1024
     limits: BatchLimits = field(default_factory=BatchLimits)
@@ -58,13 +58,15 @@ class LM:
         return self.head.weight.device
 
     @cached_property
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> Any:
         """The decoder stack without the head; inside multimodal wrappers, the nested language model."""
         return self.model.get_decoder()
 
     @cached_property
     def head(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has a head"
+        return head
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
@@ -84,7 +86,7 @@ class LM:
 
     @property
     def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
+        return int(self.tokenizer.pad_token_id)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -101,21 +103,34 @@ class LM:
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of one user message up to and including the opened assistant turn."""
+        return self.encode_prompt(self.chat_text(user, system))
+
+    def chat_text(self, user: str, system: str | None = None) -> str:
+        """The same as text. UserError where the template refuses a message."""
         messages = [{"role": "system", "content": system}] if system else []
+        return self.render([*messages, {"role": "user", "content": user}], add_generation_prompt=True)
+
+    def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
+        """Messages as the chat template writes them. UserError where it refuses one."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                [*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
-            )
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
         except TemplateError as error:
+            roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
             raise UserError(
-                f"the chat template of {self.name!r} refuses a {'system and a ' * bool(system)}user message ({error}); "
-                "use a model that takes them"
+                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that takes them"
             ) from None
-        return self.encode_prompt(text)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of the text alone, without special tokens around it."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids; `special` keeps special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """Ids of templated text (the template writes its own BOS); too long is an error, never a cut."""
-        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self.encode(text)
         if len(ids) > self.max_prompt_tokens:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
@@ -228,6 +243,7 @@ def load(
 ) -> LM:
     """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
     place = pick_device(device)
+    model: Any
     if name == TINY_RANDOM:
         if quantize != "none":
             raise UserError(
@@ -235,7 +251,7 @@ def load(
                 "a saved model"
             )
         model, tokenizer = _tiny_random()
-        model = model.to(pick_dtype(dtype, place))
+        model.to(dtype=pick_dtype(dtype, place))
     else:
         folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
         try:
@@ -256,8 +272,9 @@ def load(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = (model if quantize != "none" else model.to(place)).eval().requires_grad_(False)
-    lm = LM(model, tokenizer, name, max_prompt_tokens)
+    if quantize == "none":
+        model.to(device=place)
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
     return lm
 
@@ -274,7 +291,7 @@ def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": place}}
 
 
-def _tiny_random() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _tiny_random() -> tuple[PreTrainedModel, Any]:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
     config = Qwen3Config(
         vocab_size=len(tokenizer),

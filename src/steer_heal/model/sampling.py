@@ -6,12 +6,18 @@ Never a repetition penalty: it would hide over-steering from the filter and the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 ROOM_FOR_TIES = 64
 """Logits in bfloat16 often tie: more ties with the last of top-k than this, and the whole vocabulary is looked at."""
@@ -19,7 +25,8 @@ ROOM_FOR_TIES = 64
 
 def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[Tensor, " b"]], Int[Tensor, " b"]]:
     """Picks a token per row from its logits and its own uniform number, as `config` samples."""
-    temper, cut = LogitsProcessorList(), LogitsProcessorList()
+    temper: Any = LogitsProcessorList()  # none of these looks at the ids that came before
+    cut: Any = LogitsProcessorList()
     if config.temperature is not None and config.temperature not in (0.0, 1.0):
         temper.append(TemperatureLogitsWarper(config.temperature))
     if config.top_p is not None and config.top_p < 1.0:

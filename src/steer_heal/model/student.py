@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ class Student:
     def __init__(self, lm: LM, cfg: AdapterCfg) -> None:
         self.lm, self.cfg = lm, cfg
         self.n_rounds = 0
-        self._peft: PeftModel | None = None
+        self._peft: Any = None  # a PeftModel once the first adapter is attached
         self._pristine: dict[str, Tensor] = {}
 
     @property
@@ -93,7 +93,8 @@ class Student:
         self._peft.base_model.disable_adapter_layers()
         self._peft.requires_grad_(False)
 
-    def _layers(self) -> Iterator[tuple[str, LoraLayer]]:
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        """Every adapted linear layer, by name."""
         if self._peft is not None:
             yield from ((name, m) for name, m in self._peft.named_modules() if isinstance(m, LoraLayer))
 
@@ -208,7 +209,7 @@ class Student:
         """Writes the cumulative student as PEFT adapter files, and `round.safetensors`, this round's own factor."""
         config = self._config(self.n_rounds)
         config.inference_mode = True
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
         save_file(self.factors(HISTORY), folder / ADAPTER_FILE, metadata={"format": "pt"})
         save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
 
@@ -241,7 +242,8 @@ def concatenate(history: Factors, own: Factors) -> Factors:
 def attach_saved(lm: LM, folder: Path) -> Student:
     """A student holding a saved LoRA folder, a checkpoint of ours or any other of this model, as its history."""
     try:
-        config, factors = LoraConfig.from_pretrained(folder), load_file(folder / ADAPTER_FILE)
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        factors = load_file(folder / ADAPTER_FILE)
         student = Student(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(

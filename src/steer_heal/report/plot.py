@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from steer_heal.errors import printable
@@ -40,8 +40,11 @@ CURVES = {
 }
 CURVE_POINTS = 200
 SETTING_CHARACTERS = 200
-LEAST_SHARE = 1e-4
-PIXELS_APART = 4
+PLACING: dict[str, Any] = {
+    "iter_lim": 300, "expand": (1.2, 1.4), "force_static": (0.3, 0.5), "force_text": (0.3, 0.5), "force_explode": (0.3, 0.6)
+}
+PIXELS_APART, PIXELS_AROUND = 6, 100
+"""Of the points on lines that labels avoid: spacing, and the distance from which on a label ignores them."""
 
 
 def plot(folder: Path) -> Path | None:
@@ -64,10 +67,11 @@ def is_measured(events: Sequence[Event]) -> bool:
 def trajectory(events: Sequence[Event]) -> Figure:
     """The target and the health of the model over the rounds, beside the plane of the target and a second metric."""
     figure = Figure(figsize=(12.5, 7.4), layout="constrained")
-    figure.suptitle(f"{_setting(events)}\n{verdict(events)}", x=0.01, ha="left", fontsize=11, parse_math=False)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    axes = right.subplots()
-    _write_labels(figure, {**_rounds(left, events), axes: _plane(axes, events)})
+    _headline(figure, events, 150)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
+    top, plane = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
+    labels = _rounds(top, figure.add_subplot(grid[1, 0], sharex=top), events)
+    _write_labels(figure, {**labels, plane: _plane(plane, events)})
     return figure
 
 
@@ -75,17 +79,16 @@ def trajectory(events: Sequence[Event]) -> Figure:
 def rounds(events: Sequence[Event]) -> Figure:
     """The left half of the trajectory, narrow enough to be read on a phone."""
     figure = Figure(figsize=(5.2, 6.4), layout="constrained")
-    _write_labels(figure, _rounds(figure, events, wrap=46))
+    _write_labels(figure, _rounds(*figure.subplots(2, 1, sharex=True), events))
     return figure
 
 
 @matplotlib.rc_context(STYLE)
 def map_(events: Sequence[Event], headline: bool = True) -> Figure:
     """The plane of the target and a second metric, with 95 percent intervals against base on both axes."""
-    figure = Figure(figsize=(6.2, 6.9) if headline else (5.2, 6.4), layout="constrained")
+    figure = Figure(figsize=(6.2, 7.2) if headline else (5.2, 6.4), layout="constrained")
     if headline:
-        lines = [line for text in (_setting(events), verdict(events)) for line in textwrap.wrap(text, 84)]
-        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9.5, parse_math=False)
+        _headline(figure, events, 75)
     axes = figure.subplots()
     _write_labels(figure, {axes: _plane(axes, events, intervals=True)})
     return figure
@@ -124,34 +127,33 @@ def _curve(axes: Axes, name: str, rows: Sequence[Event], **style: Any) -> None:
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def _setting(events: Sequence[Event]) -> str:
-    """What was run, in one line."""
+def _headline(figure: Figure, events: Sequence[Event], width: int) -> None:
+    """What was run, and the verdict."""
     start = run_start(events)
     heal = start["config"]["heal"]
-    line = printable(
+    setting = printable(
         f"{start['trait']['name']} into {start['config']['model']}, seed {start['seed']}: {heal['divergence']} "
         f"{heal['aggregate']}, lam {heal['lam']:g}, tau {heal['tau']:g}"
     )
-    return line if len(line) <= SETTING_CHARACTERS else f"{line[:SETTING_CHARACTERS]}..."
+    shown = setting if len(setting) <= SETTING_CHARACTERS else f"{setting[:SETTING_CHARACTERS]}..."
+    lines = [line for text in (shown, verdict(events)) for line in textwrap.wrap(text, width)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, parse_math=False)
 
 
-def _rounds(figure: FigureBase, events: Sequence[Event], wrap: int = 80) -> dict[Axes, list[Text]]:
+def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> dict[Axes, list[Text]]:
     """The target above the health of the model, over the rounds. Returns the labels of each panel."""
     states, (target, sign) = measurements(events), target_of(events)
-    health = health_of(metrics_of(events).values())
-    panels = figure.subplots(1 + bool(health), 1, sharex=True, squeeze=False)[:, 0]
-    title = f"{target.title or target.name}, wanted {direction(sign)} (bands: 95 % against base)"
-    panels[0].set_title(textwrap.fill(title, wrap))
-    panels[0].set_ylabel(f"{target.name}, {target.unit}")
-    labels = {panels[0]: _target_panel(panels[0], states, target)}
-    if health:
-        panels[1].set_title(textwrap.fill("What is lost (bars: 95 % against base)", wrap))
-        labels[panels[1]] = _health_panel(panels[1], states, health)
+    labels = _target_panel(top, states, target)
+    top.set_title(f"{target.title or target.name}, wanted {direction(sign)} (band: 95 %)")
+    top.set_ylabel(f"{target.name}, {target.unit}")
+    top.tick_params(labelbottom=False)
+    _health_panel(bottom, states, health_of(metrics_of(events).values()))
+    bottom.set_title("Health: what is lost (bar: 95 %)")
     last = max(m.round for m in states)
-    panels[-1].set_xlim(-1.3, last + 0.3)
-    panels[-1].set_xticks(range(-1, last + 1), ["before", *map(str, range(last + 1))])
-    panels[-1].set_xlabel("round")
-    return labels
+    bottom.set_xlim(-1.3, last + 0.3)
+    bottom.set_xticks(range(-1, last + 1), ["before", *map(str, range(last + 1))])
+    bottom.set_xlabel("round")
+    return {top: labels}
 
 
 def _series(states: Sequence[Measurement], metric: Metric) -> dict[str, np.ndarray]:
@@ -180,28 +182,26 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
     return labels
 
 
-def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> list[Text]:
-    """Each health metric as the share that is lost, and the limit of a whole model, on a log scale."""
-    labels = []
-    for stroke, metric in zip(itertools.cycle(STROKES), health):
-        share = lambda value, high=is_high(metric): np.clip(1 - value if high else value, LEAST_SHARE, 1)
-        name = f"lost {metric.title or metric.name}" if is_high(metric) else metric.title or metric.name
-        filled = {} if stroke == STROKES[0] else {"mfc": "white"}
+def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> None:
+    """Each health metric as the share that is lost, with the limit of a whole model, on a square-root scale."""
+    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    for metric, stroke in zip(health, itertools.cycle(STROKES), strict=False):
+        share = lambda value, high=is_high(metric): np.clip(1 - value if high else value, 0, 1)
+        hollow = {} if stroke == STROKES[0] else {"mfc": "white"}
         for stage, series in _series(states, metric).items():
-            x, y, low, high = series[:, :1].T[0], *share(series[:, 1:]).T
-            axes.plot(x, y, stroke, color=COLOURS[stage], marker=MARKERS[stage], lw=1.6, **filled)
-            axes.vlines(x, low, high, color=COLOURS[stage], lw=1)
-            if stage in ("steered", "healed"):
-                labels.append(axes.text(x[-1], y[-1], stage, color=COLOURS[stage]))
+            x, (y, low, high) = series[:, 0], share(series[:, 1:]).T
+            style = {"color": COLOURS[stage], "clip_on": False}
+            axes.plot(x, y, stroke, marker=MARKERS[stage], lw=1.6, **style, **hollow)
+            axes.vlines(x, low, high, lw=1, alpha=0.5, **style)
         limit = share(metric.good)
         axes.axhline(limit, color="#999999", lw=0.8, ls=stroke)
-        axes.plot([], [], stroke, color="#444444", marker="o", **filled, label=f"{name} (good: up to {limit:.0%})")
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter("")
-    axes.set_ylim(LEAST_SHARE / 1.6, 1.6)
-    axes.set_ylabel(f"share, log scale ({LEAST_SHARE:g}: none seen)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return labels
+        name = f"lost {metric.title or metric.name}" if is_high(metric) else metric.title or metric.name
+        axes.plot([], [], stroke, color="#444444", marker="o", **hollow, label=f"{name} (grey: limit, {limit:.0%})")
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], ["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+    axes.set_ylabel("share, square-root scale")
+    if health:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
 
 
 def second_metric(events: Sequence[Event]) -> Metric:
@@ -217,34 +217,33 @@ def second_metric(events: Sequence[Event]) -> Metric:
 
 
 def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list[Text]:
-    """Every state at its shifts from base; with `intervals`, a thin cross of their 95 percent intervals."""
+    """Every state at its shifts from base, with its round in the marker; with `intervals`, a cross of the 95 percent
+    intervals. Returns the labels, one a stage."""
     states, (y_metric, sign), x_metric = measurements(events), target_of(events), second_metric(events)
     base = next(m for m in states if m.stage == "base")
     axes.axhline(0, color="#cccccc", lw=0.8, zorder=0)
     axes.axvline(0, color="#cccccc", lw=0.8, zorder=0)
-    paths: dict[str, list[tuple[float, float]]] = {"steered": [(0.0, 0.0)], "healed": [(0.0, 0.0)]}
-    labels = []
+    paths: dict[str, list[tuple[float, float]]] = {}
     for m in states:
         x, y = shift(m, base, x_metric), shift(m, base, y_metric)
         if x is None or y is None:
             continue
-        colour = COLOURS[m.stage]
-        axes.plot(x, y, MARKERS[m.stage], color=colour, ms=7)
-        paths.setdefault(m.stage, []).append((x, y))
-        labels.append(axes.text(x, y, m.stage if m.round < 0 else f"{m.stage} {m.round}", color=colour))
+        paths.setdefault(m.stage, [(0.0, 0.0)]).append((x, y))
         x_ends, y_ends = ([m[f"{metric.name}_{end}"] for end in ("lo", "hi")] for metric in (x_metric, y_metric))
         if intervals and None not in (*x_ends, *y_ends):
-            axes.plot([*x_ends, np.nan, x, x], [y, y, np.nan, *y_ends], color=colour, lw=1, alpha=0.6)
-    for stage, path in paths.items():
-        axes.plot(*zip(*path, strict=True), color=COLOURS[stage], lw=1, alpha=0.5)
+            axes.plot([*x_ends, np.nan, x, x], [y, y, np.nan, *y_ends], color=COLOURS[m.stage], lw=1, alpha=0.6)
+        axes.plot(x, y, MARKERS[m.stage], color=COLOURS[m.stage], ms=7 if m.round < 0 else 12, mec="white")
+        if m.round >= 0:
+            axes.annotate(str(m.round), (x, y), color="white", fontsize=7, ha="center", va="center_baseline")
+    for stage in paths.keys() & {"steered", "healed"}:
+        axes.plot(*zip(*paths[stage], strict=True), color=COLOURS[stage], lw=1, alpha=0.5, zorder=1)
     if x_metric.unit == y_metric.unit:
         axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.15)
-    title = f"The trait against {x_metric.title or x_metric.name}"
-    axes.set_title(textwrap.fill(title, 50))
+    axes.set_title(f"The trait against {x_metric.title or x_metric.name} (numbers: rounds)")
     axes.set_xlabel(f"{x_metric.name}: {x_metric.unit} from base")
     axes.set_ylabel(f"{y_metric.name}: {y_metric.unit} from base, wanted {direction(sign)}")
-    return labels
+    return [axes.text(*path[-1], stage, color=COLOURS[stage]) for stage, path in paths.items()]
 
 
 def _write_labels(figure: Figure, labels: Mapping[Axes, list[Text]]) -> None:
@@ -253,8 +252,12 @@ def _write_labels(figure: Figure, labels: Mapping[Axes, list[Text]]) -> None:
     figure.set_layout_engine("none")  # laid out: the labels lie inside the axes and must not move them
     leader = {"arrowstyle": "-", "color": "#777777", "lw": 0.6, "shrinkB": 3}
     for axes, mine in labels.items():
-        x, y = axes.transData.inverted().transform(_drawn_pixels(axes)).T
-        adjust_text(mine, x, y, ax=axes, iter_lim=500, arrowprops=leader)
+        near = [axes.transData.transform(text.get_position()) for text in mine]
+        pixels = _drawn_pixels(axes)
+        close = np.abs(pixels[:, None] - np.reshape(near, (1, -1, 2))).max(-1).min(-1, initial=np.inf) < PIXELS_AROUND
+        points = PIXELS_APART * np.unique((pixels[close] / PIXELS_APART).round(), axis=0).reshape(-1, 2)
+        x, y = axes.transData.inverted().transform(points).T
+        adjust_text(mine, x, y, ax=axes, arrowprops=leader, **PLACING)
 
 
 def _drawn_pixels(axes: Axes) -> np.ndarray:
@@ -262,7 +265,9 @@ def _drawn_pixels(axes: Axes) -> np.ndarray:
     parts = [np.empty((0, 2))]
     for line in axes.get_lines():
         ends = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
-        for start, end in itertools.pairwise(ends[np.isfinite(ends).all(1)]):
-            n = 2 + int(np.abs(end - start).max() / PIXELS_APART)
-            parts.append(np.linspace(start, end, n))
+        if (size := line.get_markersize() * axes.figure.dpi / 144) and line.get_marker() not in ("", "None", None):
+            parts.append((ends[:, None] + size * np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])).reshape(-1, 2))
+        for start, end in itertools.pairwise(ends):
+            if np.isfinite([start, end]).all():
+                parts.append(np.linspace(start, end, 2 + int(np.abs(end - start).max() / PIXELS_APART)))
     return np.concatenate(parts)

@@ -210,7 +210,7 @@ def _append_row(path: Path, row: dict[str, Any]) -> None:
     if row["run"] in {old.get("run") for old in rows}:
         return
     rows.append({key: "" if value is None else " ".join(printable(str(value)).split()) for key, value in row.items()})
-    columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else []), *row]))
+    columns: list[str] = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
     lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
     with atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape", newline="\n")

@@ -74,7 +74,7 @@ class Gate:
     """A text that fails is broken, whatever it says."""
 
     def limit_in(self, cfg: FilterCfg) -> float:
-        return getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit
+        return float(getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit)
 
     def fails(self, score: float, cfg: FilterCfg) -> bool:
         limit = self.limit_in(cfg)

@@ -45,7 +45,7 @@ def generate(
 
     def complete(i: int, ids: tuple[int, ...]) -> Completion:
         ask = asks[i]
-        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        text = lm.decode(ids)
         prompt_ids = lm.chat(ask.prompt, plain_system)
         return Completion(
             ask.prompt_index, ask.prompt, prompt_ids, ids, text, ask.alpha, ask.kappa * ask.alpha, ask.seed

@@ -131,7 +131,7 @@ def not_finite(
     """The error: at the first completion of the step whose own loss is not finite, else at the one with the highest."""
     own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
-    text = lm.tokenizer.decode(worst.completion_ids, skip_special_tokens=True)[:60]
+    text = lm.decode(worst.completion_ids)[:60]
     return NotFinite(
         f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of round {round_}, on an answer to "
         f"prompt {worst.prompt_index} that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "

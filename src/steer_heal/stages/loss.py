@@ -104,12 +104,12 @@ class _PositionTerms(torch.autograd.Function):
         for chunk in zip(hidden.split(size), reference.split(size), targets.split(size), strict=True):
             values, slopes, head_vjp = _chunk(lm, *chunk, divergence, train, train and grad_through_divergence)
             terms.append(values)
-            if len(hidden) > size:
+            if head_vjp is not None and len(hidden) > size:
                 slopes = [head_vjp(slope)[0] for slope in slopes]
             else:
                 ctx.head_vjp = head_vjp
             found.append(slopes)
-        ctx.save_for_backward(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)))
+        ctx.save_for_backward(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)))  # pyright: ignore
         nll, kl = (torch.cat(parts) for parts in zip(*terms, strict=True))
         if not grad_through_divergence:
             ctx.mark_non_differentiable(kl)
@@ -134,7 +134,7 @@ def _chunk(
     divergence: Divergence,
     train: bool,
     grad_through_divergence: bool,
-) -> tuple[tuple[Tensor, Tensor], list[Tensor], Callable[[Tensor], tuple[Tensor]] | None]:
+) -> tuple[tuple[Tensor, Tensor], list[Tensor], Callable[[Tensor], tuple[Tensor, ...]] | None]:
     """((nll, divergence) [n], their slopes at the logits [n v] as far as they are asked for, what turns a slope into
     the gradient with respect to `hidden`)."""
     hidden, head_vjp = hidden.detach().requires_grad_(train), None

@@ -123,16 +123,17 @@ class Passes:
         return sums.cpu()
 
     def _add_up(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        sums, barrier_grads = (
-            torch.zeros(3, dtype=torch.float64),
-            [torch.zeros_like(p) for p in self.parameters] if measure else [],
-        )
+        sums = torch.zeros(3, dtype=torch.float64)
+        barrier_grads = [torch.zeros_like(p) for p in self.parameters] if measure else []
         for group in batches([len(sample.ids) for sample in batch], self.tokens):
             with recomputed(self.blocks) if self.recompute else nullcontext():
                 sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
-        ce_grads = (p.grad - of_barrier for p, of_barrier in zip(self.parameters, barrier_grads, strict=measure))
-        pressure = _norm(barrier_grads) / max(_norm(ce_grads), 1e-12) if measure else None
-        return *(sums / len(batch)).tolist(), pressure
+        ce, divergence, penalty = (sums / len(batch)).tolist()
+        if not measure:
+            return ce, divergence, penalty, None
+        pairs = zip((p.grad for p in self.parameters), barrier_grads, strict=True)
+        ce_grads = (total - of_barrier for total, of_barrier in pairs if total is not None)
+        return ce, divergence, penalty, _norm(barrier_grads) / max(_norm(ce_grads), 1e-12)
 
 
 def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:

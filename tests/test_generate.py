@@ -1,0 +1,49 @@
+import pytest
+
+from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import Vector
+from steer_heal.stages.generate import Ask, generate
+
+HOW, PERSONA, PLAIN = Decoding(12, batch_size=2), "You are a poet.", "You are helpful."
+PROMPTS = ("What is ice?", "Tell me a short story about a fox.", "What barks?")
+ASKS = [Ask(i % 3, PROMPTS[i % 3], 0.5, 0.4 * i, 100 + i) for i in range(6)]
+
+
+def write(lm: LM, how: Decoding = HOW, **more):
+    return generate(lm, ASKS, Vector({1: lm.head.weight[7]}), PERSONA, PLAIN, how, **more)
+
+
+def test_a_completion_is_written_under_the_persona_and_recorded_under_the_plain_prompt(tiny: LM):
+    rows = [Row(tiny.chat(ask.prompt, PERSONA), ask.kappa * ask.alpha, ask.seed) for ask in ASKS]
+    written = decode(tiny, rows, Vector({1: tiny.head.weight[7]}), HOW)
+    for ask, ids, row in zip(ASKS, written, write(tiny), strict=True):
+        assert (row.prompt_index, row.prompt, row.alpha, row.seed) == (ask.prompt_index, ask.prompt, 0.5, ask.seed)
+        assert row.dose == ask.kappa * ask.alpha and row.prompt_ids == tiny.chat(ask.prompt, PLAIN)
+        assert row.completion_ids == ids and row.text == tiny.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_what_is_known_is_not_written_again_and_the_result_is_the_same(tiny: LM):
+    batches, rest, none = [], [], []
+    whole = write(tiny, on_batch=batches.append)
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert sorted(sum(batches, []), key=lambda row: row.seed) == whole
+    known = {row.seed: row.completion_ids for row in batches[0] + batches[1]}
+    assert write(tiny, Decoding(12, batch_size=1), known=known, on_batch=rest.append) == whole
+    assert {row.seed for row in sum(rest, [])} == {row.seed for row in batches[2]}
+    assert write(tiny, known={row.seed: row.completion_ids for row in whole}, on_batch=none.append) == whole
+    assert not none
+
+
+def test_a_batch_is_handed_over_before_the_next_one_is_written(tiny: LM):
+    done = []
+
+    def killed(batch):
+        if done:
+            raise KeyboardInterrupt
+        done.extend(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny, on_batch=killed)
+    known = {row.seed: row.completion_ids for row in done}
+    assert len(known) == 2 and write(tiny, known=known) == write(tiny)

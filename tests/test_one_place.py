@@ -1,0 +1,74 @@
+"""A new divergence, steering method, gate, eval and trait: each is one object or file, and shows up everywhere."""
+
+import json
+
+import pytest
+from runs import undrawn
+
+from steer_heal import run
+from steer_heal.evals import EVALS
+from steer_heal.evals.base import Eval
+from steer_heal.inputs import traits
+from steer_heal.inputs.files import ROOT
+from steer_heal.model.divergence import DIVERGENCES, Divergence
+from steer_heal.model.steering import METHODS, Method
+from steer_heal.records import Metric
+from steer_heal.report.page import report
+from steer_heal.runs.events import of_stage, read_events
+from steer_heal.stages.filter import GATES, Gate
+
+PROMPTS = [{"text": f"Shall I open door {i}?"} for i in range(12)]
+
+
+@pytest.fixture
+def additions(monkeypatch, tmp_path):
+    """A divergence without a hand-written gradient, a flipped mean, a gate, an eval with a metric, a trait."""
+    half_variation = Divergence(lambda logp, logp_ref: (logp.exp() - logp_ref.exp()).abs().sum(-1) / 4)
+    monkeypatch.setitem(DIVERGENCES, "half_variation", half_variation)
+    monkeypatch.setitem(METHODS, "flipped", Method(lambda positive, negative: (negative - positive).mean(0)))
+    # the first completion of a prompt that ends in an odd number of characters is dropped: some are, some are not
+    monkeypatch.setitem(GATES, "odd_length", Gate("odd lengths", lambda text: len(text.lower) % 2, 0.5, broken=True))
+    vowels = lambda subject: {"vowels": [sum(c in "aeiou" for c in text.text) / 10 for text in subject.texts]}
+    metric = Metric(name="vowel_count", item="vowels", title="tens of vowels", unit="tens", moved=0.01, form="+.3f")
+    monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,)))
+    known = (ROOT / "data/traits/authority.toml").read_text(encoding="utf-8")
+    changed = known.replace('target = "authority_nats"', 'target = "vowel_count"')
+    own = changed.replace("off_targets = [", 'off_targets = ["authority_nats", ')
+    (tmp_path / "traits").mkdir()
+    (tmp_path / "traits" / "vowels.toml").write_text(own, encoding="utf-8")
+    monkeypatch.setattr(traits, "TRAITS", tmp_path / "traits")
+
+
+def test_each_addition_shows_in_events_console_page_and_verdict(additions, settings, tmp_path, capsys):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    names = {
+        "--trait": ["vowels"],
+        "--gen.prompts": [str(pool)],
+        "--heal.divergence": ["half_variation"],
+        "--steer.method": ["flipped"],
+        "--filter.gates": ["odd_length"],
+        "--eval.evals": ["moral_foundations", "vowels"],
+    }
+    flags = [word for flag, values in names.items() for word in (flag, *values)]
+    with undrawn():
+        status = run.main(
+            ["fast-dev", "--out", str(tmp_path / "out"), *settings, "--n-rounds", "1", "--no-control", *flags]
+        )
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    folder = next(path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    events = read_events(folder)
+    rows = of_stage(events, "gen")[0]["completions"]
+    assert {row["keep"] for row in rows} == {True, False}
+    assert all(row["keep"] == (len(row["text"].lower()) % 2 == 0) for row in rows), "the gate decides"
+    assert any(step["divergence"] > 0 for step in of_stage(events, "heal_step")), "autograd gives its gradient"
+    healed = of_stage(events, "healed")[0]["metrics"]
+    assert healed["vowel_count"] is not None and healed["vowel_count_lo"] is not None
+    verdict = of_stage(events, "run_end")[0]["verdict"]
+    assert "vowel_count" in verdict and verdict in printed.out
+    assert "| healed r0 " in printed.out and "tens of vowels" in printed.out
+    report(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for word in ("half_variation", "flipped", "odd lengths", "tens of vowels", "vowels"):
+        assert word in page, word

@@ -3,35 +3,32 @@
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from footprint import resident_peak
+from lab import cli, kept, seconds_of, show
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from steer_heal.account import Tally, rates
-from steer_heal import console
-from steer_heal.config import FAST_DEV_PRESET, RunConfig, check
-from steer_heal.divergence import aggregate, barrier, kl_rev
-from steer_heal.evals.metrics import Condition
-from steer_heal.lab import cli, show
-from steer_heal.lm import load
-from steer_heal.footprint import resident_peak
-from steer_heal.records import Collected, Completion, Trait, derive_seed
-from steer_heal.stages.bake import Student
-from steer_heal.stages.dose import collect
-from steer_heal.stages.evaluate import EvalItems, evaluate, load_items
-from steer_heal.stages.filter import score
-from steer_heal.stages.generate import Ask, generate
-from steer_heal.stages.heal import heal, schedule, split_by_prompt
+from steer_heal import round as steps
+from steer_heal.check import check
+from steer_heal.model.divergence import aggregate, barrier, kl_rev
+from steer_heal.model.lm import load
+from steer_heal.model.student import Student
+from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.records import Collected, Completion, derive_seed
+from steer_heal.report import console
+from steer_heal.settings import EvalCfg, RunConfig
+from steer_heal.stages.generate import Ask
+from steer_heal.stages.heal import schedule, split_by_prompt
 from steer_heal.stages.loss import Sample
-from steer_heal.stages.teacher_vec import teacher_vec
-from steer_heal.steering import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class Size:
     layers: int = 8
     width: int = 512
     vocabulary: int = 32_768
-    """Of which the toy tokenizer writes 1,408; it leaves other ids out of the text, and the gates are open."""
+    """Of which the toy tokenizer writes 1,408; it leaves other ids out of the text, and the gates are off."""
     n_completions: int = 32
     n_tokens: int = 128
     """Of each completion. The random model never writes an end token by itself."""
@@ -71,333 +68,51 @@ TINY = Size(
 
 
 class Bench:
-    """The settings, the trait and the items of a round on a random model."""
+    """The settings and the inputs of a round on a random model."""
 
-    def __init__(self, size: Size, seed: int) -> None:
-        n = size.n_completions
+    def __init__(self, size: Size, seed: int, out: Path) -> None:
+        n, preset = size.n_completions, FAST_DEV_PRESET
+        evals = {"evals": EvalCfg().evals, "think_tokens": size.think_tokens, "n_texts": 16}
+        evals |= {"max_new_tokens": size.n_tokens // 2, "batch_size": size.batch_size}
         self.size, self.seed = size, seed
-        preset = FAST_DEV_PRESET
-        self.cfg: RunConfig = replace(
+        self.cfg = replace(
             preset,
             seed=seed,
+            out=out,
             gen=replace(preset.gen, max_new_tokens=size.n_tokens, batch_size=size.batch_size),
-            filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=4, gates=()),
-            dose=replace(preset.dose, mode="fixed", n_kappas=2, n_probes=1),
-            heal=replace(
-                preset.heal,
-                epochs=size.epochs,
-                rank=size.rank,
-                lora_alpha=2.0 * size.rank,
-                layers=(0.2, 0.8),
-                tau=0.0,
-                pressure_every=10**6,
-            ),
-            eval=replace(
-                preset.eval,
-                batch_size=size.batch_size,
-                think_tokens=size.think_tokens,
-                n_texts=16,
-                max_new_tokens=size.n_tokens // 2,
-                oracle="none",
-            ),
+            filter=replace(preset.filter, n_keep=n, max_attempts=n, gates=()),
+            dose=replace(preset.dose, mode="fixed"),
+            adapter=replace(preset.adapter, rank=size.rank, alpha=2.0 * size.rank, layers=(0.2, 0.8)),
+            heal=replace(preset.heal, epochs=size.epochs, tau=0.0, pressure_every=10**6),
+            eval=replace(preset.eval, **evals),
         )
-        self.trait: Trait = check(self.cfg)
-        items = load_items(self.cfg.eval, self.trait)
-        self.items: EvalItems = replace(items, vignettes=items.vignettes[: size.n_vignettes])
+        inputs = check(self.cfg)
+        self.inputs = replace(inputs, vignettes=inputs.vignettes[: size.n_vignettes])
 
     def student(self, n_rounds: int) -> Student:
-        """A model of its own, always the same."""
-        student = Student(
-            replace(load("tiny-random"), model=_model(self.size, self.seed), name="random"), self.cfg.heal
-        )
+        """A model of its own, always the same, with rounds of small random factors, as if healed."""
+        lm = replace(load("tiny-random"), model=random_model(self.size, self.seed), name="random")
+        student = Student(lm, self.cfg.adapter)
         for r in range(n_rounds):
-            _bake_noise(student, r)
+            generator = torch.Generator().manual_seed(r)
+            student.new_round(r)
+            for _, b, _ in student.round_updates():
+                b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
+            student.bake()
         return student
 
-    def write(
-        self, student: Student, vector: Vector | None, asks: Sequence[Ask], n_tokens: int, batch_size: int
-    ) -> list[Completion]:
-        with student.gate("full") as lm:
-            return generate(lm, asks, vector, self.trait.steered_system, self.trait.plain_system, n_tokens, batch_size)
-
-    def asks(self, n: int) -> list[Ask]:
-        prompts = self.trait.prompts[: self.cfg.gen.n_prompts]
-        return [Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 1.0, derive_seed(self.seed, i)) for i in range(n)]
-
-
-@dataclass
-class Clock:
-    """Seconds, peak memory and tokens of a mode's stages or, where it is `counting`, their operators."""
-
-    mode: str
-    rows: list[dict[str, Any]]
-    counting: bool = False
-    tallies: dict[str, Tally] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, n_tokens: int):
-        began, worked = time.perf_counter(), time.process_time()
-        with resident_peak() as peak, self.tallies.setdefault(name, Tally()) if self.counting else nullcontext():
-            yield
-        seconds, cpu_s = time.perf_counter() - began, time.process_time() - worked
-        self.rows.append(
-            {
-                "mode": self.mode,
-                "stage": name,
-                "seconds": seconds,
-                "cpu_s": cpu_s,
-                "tokens_per_s": n_tokens / seconds or None,
-                "peak_mib": peak[0] / 2**20 if peak else None,
-            }
-        )
-        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
+    def write(self, student: Student, batch: int, length: int) -> list[Completion]:
+        """One batch of unsteered text."""
+        prompts = self.inputs.prompts
+        asks = [
+            Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 1.0, derive_seed(self.seed, i)) for i in range(batch)
+        ]
+        gen = replace(self.cfg.gen, batch_size=batch, max_new_tokens=length)
+        return steps.write(student, None, asks, self.inputs, replace(self.cfg, gen=gen))
 
 
-def round_(
-    bench: Bench, clock: Clock, given: Sequence[Completion] = ()
-) -> tuple[list[Completion], dict[str, torch.Tensor]]:
-    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that modes do the same work."""
-    cfg, trait, size = bench.cfg, bench.trait, bench.size
-    plain, student = clock.mode == "plain", bench.student(size.n_history)
-    with clock.stage("vector", 2 * cfg.steer.n_contexts), student.gate("full") as lm:
-        vector = teacher_vec(lm, trait, cfg.steer)
-
-    def judge(completions):
-        with student.gate("base") as lm:
-            return score(lm, completions, trait.narration, cfg.filter)
-
-    with clock.stage("generate", size.n_completions * size.n_tokens):
-        found: Collected = collect(
-            lambda asks: bench.write(student, vector, asks, size.n_tokens, 1 if plain else size.batch_size),
-            judge,
-            trait.prompts[: cfg.gen.n_prompts],
-            cfg.gen.alphas,
-            cfg.dose,
-            cfg.filter,
-            (cfg.seed, 0, "gen"),
-            1.0,
-        )
-    written = [row.completion for row in found.kept]
-    kept = list(given) or written
-    with clock.stage("heal", size.epochs * sum(len(c.completion_ids) for c in kept)):
-        (plain_heal if plain else heal)(student, kept, 0, cfg.heal, bench.seed)
-    factors = student.factors("round")
-    with clock.stage("bake", 0), TemporaryDirectory() as folder:
-        student.save(Path(folder) / "r", student.bake())
-    n_read = 2 * size.n_vignettes * size.think_tokens + cfg.eval.n_texts * cfg.eval.max_new_tokens
-    with clock.stage("evaluate", n_read):
-        evaluate(
-            student,
-            "full",
-            Condition(trait.plain_system),
-            bench.items,
-            trait,
-            replace(cfg.eval, batch_size=8) if plain else cfg.eval,
-            cfg.filter,
-            cfg.seed,
-        )
-    return written, factors
-
-
-def plain_heal(student: Student, kept: Sequence[Completion], r: int, cfg, seed: int) -> None:
-    """The same heal without any of what makes it cheap: history merged into the weights and out again around every
-    step, the reference read in every step, all logits of all positions, one completion a pass."""
-    lm, rng = student.lm, random.Random(seed)
-    empty = torch.empty(0, lm.width)
-    train, validation = split_by_prompt(
-        [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in kept], seed
-    )
-    student.new_round(seed)
-    with student.training() as parameters:
-        pass
-    optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    n_steps, step = cfg.epochs * -(-len(train) // cfg.batch_size), 0
-    for epoch in range(cfg.epochs):
-        with student.gate("prev"), torch.no_grad():
-            for sample in validation * (2 if epoch == 0 else 1):  # before the first epoch and after each
-                _plain_loss(student, sample, parameters, cfg)
-        order = rng.sample(range(len(train)), len(train))
-        for start in range(0, len(order), cfg.batch_size):
-            batch = [train[i] for i in order[start : start + cfg.batch_size]]
-            optimiser.param_groups[0]["lr"] = cfg.lr * schedule(step, n_steps)
-            with student.gate("prev"):
-                for sample in batch:
-                    _plain_loss(student, sample, parameters, cfg, len(batch))
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            step += 1
-
-
-def _plain_loss(student: Student, sample: Sample, parameters: Sequence[torch.Tensor], cfg, n_samples: int = 1) -> None:
-    """The loss of one completion and, where gradients are on, its share of them."""
-    ids, start = torch.tensor([sample.ids]), len(sample.prompt_ids) - 1
-    with torch.no_grad():
-        logp_ref = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
-    with student._acting(["round"]):
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        logp = student.lm.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
-        nll = -logp[:-1].gather(-1, ids[0, 1:, None])[start:, 0]
-        penalty = barrier(aggregate(kl_rev(logp, logp_ref)[start:-1], cfg.aggregate), cfg.lam, cfg.tau)
-        loss = (nll.mean() + penalty) / n_samples
-        if loss.requires_grad:
-            loss.backward()
-
-
-def scaling(
-    bench: Bench, rounds: Sequence[int], batches: Sequence[int], lengths: Sequence[int], repeats: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Tokens per second as built: by rounds baked (with the seconds of a small heal), by batch, by length."""
-    size, out, length = bench.size, {"rounds": [], "batch": [], "length": []}, max(8, bench.size.n_tokens // 2)
-    write = lambda student, batch, length: _seconds(
-        lambda: bench.write(student, None, bench.asks(batch), length, batch)
-    )
-    students = {n: bench.student(n) for n in rounds}
-    kept, cfg, half = (
-        bench.write(students[0], None, bench.asks(8), length, 8),
-        replace(bench.cfg.heal, epochs=1, batch_size=8),
-        size.batch_size // 2,
-    )
-    wrote, healed = {n: [] for n in rounds}, {n: [] for n in rounds}
-    for turn in range(
-        1 + 2 * repeats
-    ):  # in turns, so that a machine that slows down slows all of them; the first one warms up
-        for n, student in students.items():
-            wrote[n].append(write(student, half, length))
-            healed[n].append(_seconds(lambda: heal(student, kept, 0, cfg, bench.seed)))
-            student.discard_round()
-        print(f"  turn {turn} of {2 * repeats}", flush=True)
-    for n in rounds:
-        ms, ratios = 1e3 * median(wrote[n][1:]) / (half * length), (a / b for a, b in zip(wrote[n][1:], wrote[0][1:]))
-        out["rounds"].append(
-            {"rounds": n, "ms_per_token": ms, "heal_of_8_s": median(healed[n][1:]), "against_0": median(ratios)}
-        )
-
-    def speed(student: Student, batch: int, length: int) -> float:
-        return batch * length / min(write(student, batch, length) for _ in range(repeats))
-
-    for batch in batches:
-        out["batch"].append({"batch": batch, "tokens_per_s": speed(students[max(rounds)], batch, length)})
-        print(f"  batch {batch}", flush=True)
-    for length in lengths:
-        out["length"].append({"length": length, "tokens_per_s": speed(students[max(rounds)], 8, length)})
-        print(f"  length {length}", flush=True)
-    return out
-
-
-def account(bench: Bench, timed: Sequence[dict[str, Any]], given: Sequence[Completion], out: Path) -> None:
-    """Both rounds once more, counting: what each stage's seconds went to, beside what the same work takes at this processor's best."""
-    best, rows = rates(), []
-    for mode in ("built", "plain"):
-        clock = Clock(mode, [], counting=True)
-        round_(bench, clock, given)
-        for name, tally in clock.tallies.items():
-            seconds = next(row["seconds"] for row in timed if (row["mode"], row["stage"]) == (mode, name))
-            rows.append({"mode": mode, "stage": name} | tally.account(seconds, best))
-    should = (
-        "between_s is not below 0: seconds less those of the operators alone, on operands of the same shapes, are left for Python, dispatch, the tokenizer, and memory that was just handed out.",
-        f"at_best_s is what every operator takes at {best['gflop_per_s']:.0f} GFLOP/s or {best['gb_per_s']:.0f} GB/s, measured here; memory that was just handed out is written at {best['fresh_gb_per_s']:.1f} GB/s.",
-    )
-    show("Where do the seconds of a round go?", rows, should, out, "round_account", **best)
-
-
-def main(
-    size: Size = Size(),
-    repeats: int = 2,
-    n_threads: int = 1,
-    seed: int = 0,
-    out: Path = Path("out/bench"),
-    tiny: bool = False,
-    scale: bool = True,
-    count: bool = True,
-) -> None:
-    """What does a round cost, as built and done plainly, and how does it scale with rounds, batch and length?"""
-    size = TINY if tiny else size
-    torch.set_num_threads(n_threads)
-    console.start(quiet=True)
-    bench, rows = Bench(size, seed), []
-    written, factors = round_(bench, Clock("built", rows))
-    plainly, factors_plain = round_(bench, Clock("plain", rows), given=written)
-    for name in ("vector", "generate", "heal", "bake", "evaluate"):
-        built, plain = (
-            next(row for row in rows if (row["mode"], row["stage"]) == (mode, name)) for mode in ("built", "plain")
-        )
-        built |= _ratios(built, plain)
-    for mode in ("built", "plain"):
-        rows.append(
-            {"mode": mode, "stage": "total"}
-            | {name: sum(row[name] for row in rows if row["mode"] == mode) for name in ("seconds", "cpu_s")}
-        )
-    rows[-2] |= _ratios(*rows[-2:])
-    same = sum(a.completion_ids == b.completion_ids for a, b in zip(written, plainly, strict=True))
-    apart = max(((factors[k] - factors_plain[k]).norm() / factors[k].norm()).item() for k in factors)
-    checks = {
-        "n_texts": len(written),
-        "n_texts_the_same": same,
-        "largest_relative_difference_of_a_factor": apart,
-        "n_threads": n_threads,
-    }
-    should = (
-        f"{same} of {len(written)} texts are the same in both modes: all, since a row depends on its own seed alone; rounding may part one in a hundred.",
-        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of seconds and of processor seconds (which a busy machine changes less).",
-    )
-    show("What does a round cost, as built and done plainly?", rows, should, out, "round", size=vars(size), **checks)
-    if count:
-        account(bench, rows, written, out)
-    if scale:
-        small = (
-            dict(rounds=(0, 1, 2), batches=(1, 4), lengths=(8, 16))
-            if tiny
-            else dict(rounds=(0, 1, 2, 4, 8), batches=(1, 2, 4, 8, 16, 32, 64), lengths=(64, 128, 256, 512))
-        )
-        tables = scaling(bench, **small, repeats=repeats)
-        show(
-            "Does a token cost more after more rounds?",
-            tables["rounds"],
-            (
-                "against_0 <= 1.10 up to 8 rounds: the history is merged before writing. It is the median of ratios taken in turns.",
-            ),
-            out,
-            "round_by_rounds",
-        )
-        show(
-            "How does writing scale with the batch?",
-            tables["batch"],
-            ("tokens_per_s rise with the batch.",),
-            out,
-            "round_by_batch",
-        )
-        show(
-            "How does writing scale with the length?",
-            tables["length"],
-            ("tokens_per_s fall slowly: attention alone grows.",),
-            out,
-            "round_by_length",
-        )
-
-
-def _ratios(built: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    return {"ratio": plain["seconds"] / built["seconds"], "cpu_ratio": plain["cpu_s"] / built["cpu_s"]}
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _bake_noise(student: Student, seed: int) -> None:
-    """A round of small random factors, as if healed."""
-    generator = torch.Generator().manual_seed(seed)
-    student.new_round(seed)
-    for _, b, _ in student.round_updates():
-        b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
-    student.bake()
-
-
-def _model(size: Size, seed: int) -> Qwen3ForCausalLM:
-    """Random weights; the head so large that a few tokens share the probability, and rounding rarely changes a sampled one."""
+def random_model(size: Size, seed: int) -> Qwen3ForCausalLM:
+    """The head is so large that a few tokens share the probability, and rounding rarely changes a sampled one."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=size.vocabulary,
@@ -417,6 +132,214 @@ def _model(size: Size, seed: int) -> Qwen3ForCausalLM:
     model.lm_head.weight.mul_(8 / (0.06 * size.width**0.5))  # logits of standard deviation 8
     model.generation_config.update(do_sample=True, temperature=1.0, eos_token_id=2)
     return model
+
+
+# --- one round ---------------------------------------------------------------------------------------------------
+class Clock:
+    """A row for each stage of a mode: seconds and peak memory or, where it counts, matrix products."""
+
+    def __init__(self, mode: str, counting: bool = False) -> None:
+        self.mode, self.counting, self.rows = mode, counting, dict[str, dict[str, Any]]()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        counter, began, worked = count_products() if self.counting else None, time.perf_counter(), time.process_time()
+        with counter or nullcontext(), resident_peak() as peak:
+            yield
+        seconds, cpu_s = time.perf_counter() - began, time.process_time() - worked
+        row = {"seconds": seconds, "cpu_s": cpu_s, "peak_mib": peak[0] / 2**20 if peak else None}
+        self.rows[name] = row if counter is None else {"gflop": counter.get_total_flops() / 1e9}
+        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
+
+
+def count_products() -> FlopCounterMode:
+    """Counts the floating-point operations of matrix products, attention on the CPU among them."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    forward = lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    backward = lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    backwards = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={attention: forward, backwards: backward})
+
+
+def run_round(bench: Bench, clock: Clock, given: Collected | None = None) -> tuple[Collected, dict[str, torch.Tensor]]:
+    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that both modes do
+    the same work."""
+    plain, inputs, cfg = clock.mode == "plain", bench.inputs, bench.cfg
+    if plain:
+        cfg = replace(cfg, gen=replace(cfg.gen, batch_size=1), eval=replace(cfg.eval, batch_size=8))
+    student = bench.student(bench.size.n_history)
+    with clock.stage("vector"):
+        vector = steps.extract(student, inputs, cfg)
+    with clock.stage("generate"):
+        found = steps.collect(student, vector, inputs, cfg, 0)
+    with clock.stage("heal"):
+        (plain_heal if plain else steps.heal)(student, given or found, cfg, 0)
+    factors = student.factors("round")
+    with clock.stage("bake"), TemporaryDirectory() as folder:
+        student.save(Path(folder), student.bake())
+    with clock.stage("evaluate"):
+        steps.measure(student, inputs, cfg)
+    return found, factors
+
+
+def plain_heal(student: Student, collected: Collected, cfg: RunConfig, r: int) -> None:
+    """The heal of round.py without what makes it cheap: the history is merged and the reference read in every step, all
+    logits of all positions are computed, one completion a pass."""
+    seed, heal, empty = derive_seed(cfg.seed, r, "heal"), cfg.heal, torch.empty(0, student.lm.width)
+    samples = [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in collected.completions]
+    train, validation = split_by_prompt(samples, seed)
+    student.new_round(seed)
+    with student.training() as parameters:
+        optimiser = torch.optim.AdamW(parameters, lr=heal.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rng, per_epoch = random.Random(seed), -(-len(train) // heal.batch_size)
+    for epoch in range(heal.epochs):
+        for _ in range(2 if epoch == 0 else 1):  # before the first epoch and after each
+            with torch.no_grad():
+                plain_pass(student, validation, cfg)
+        order = rng.sample(range(len(train)), len(train))
+        for step, start in enumerate(range(0, len(order), heal.batch_size), start=epoch * per_epoch):
+            optimiser.param_groups[0]["lr"] = heal.lr * schedule(step, heal.epochs * per_epoch)
+            plain_pass(student, [train[i] for i in order[start : start + heal.batch_size]], cfg)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+
+
+def plain_pass(student: Student, samples: Sequence[Sample], cfg: RunConfig) -> None:
+    """The loss of some completions; where gradients are on, those of their mean are added to `.grad`."""
+    model, heal = student.lm.model, cfg.heal
+    logp = lambda ids: model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+    rows = [(torch.tensor([sample.ids]), len(sample.prompt_ids) - 1) for sample in samples]
+    with student.gate("prev"), torch.no_grad():
+        references = [logp(ids) for ids, _ in rows]
+    with student.training():
+        for (ids, start), reference in zip(rows, references, strict=True):
+            own = logp(ids)
+            nll = -own[:-1].gather(-1, ids[0, 1:, None])[start:, 0]
+            divergence = aggregate(kl_rev(own, reference)[start:-1], heal.aggregate)
+            loss = (nll.mean() + barrier(divergence, heal.lam, heal.tau)) / len(rows)
+            if loss.requires_grad:
+                loss.backward()
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+def compare(bench: Bench, count: bool, out: Path) -> None:
+    """A round in both modes; with `count`, both once more, counting products."""
+    built, plain = Clock("built"), Clock("plain")
+    written, factors = run_round(bench, built)
+    plainly, factors_plain = run_round(bench, plain, written)
+    for clock in (built, plain):
+        totals = {name: sum(row[name] for row in clock.rows.values()) for name in ("seconds", "cpu_s")}
+        clock.rows["total"] = totals | {"peak_mib": None}
+    for name, row in built.rows.items():
+        ratios = {"ratio": "seconds", "cpu_ratio": "cpu_s"}
+        row |= {ratio: plain.rows[name][column] / row[column] for ratio, column in ratios.items()}
+    rate = product_rate()
+    for clock in (built, plain) if count else ():
+        counted = Clock(clock.mode, counting=True)
+        run_round(bench, counted, written)
+        for name, row in counted.rows.items():
+            share = row["gflop"] / clock.rows[name]["seconds"] / rate
+            clock.rows[name] |= {"gflop": row["gflop"], "share_of_rate": share}
+    rows = [{"mode": clock.mode, "stage": name, **row} for clock in (built, plain) for name, row in clock.rows.items()]
+    pairs = list(zip(written.completions, plainly.completions, strict=True))
+    same = sum(a.completion_ids == b.completion_ids for a, b in pairs)
+    apart = max(((factors[k] - factors_plain[k]).norm() / factors[k].norm()).item() for k in factors)
+    checks = {"n_texts": len(pairs), "n_texts_the_same": same, "largest_relative_difference_of_a_factor": apart}
+    should = (
+        f"{same} of {len(pairs)} texts are the same in both modes: all, since a row depends on its own seed alone; "
+        "rounding may part one in a hundred.",
+        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of "
+        "seconds and of processor seconds (which a busy machine changes less).",
+        f"share_of_rate, of the {rate:.0f} GFLOP/s that products of 1024 rows reach here, be low only where few rows "
+        "share a read of the weights: plain generate.",
+    )
+    settings = {"size": asdict(bench.size), "n_threads": torch.get_num_threads(), "gflop_per_s": rate}
+    show(__doc__, rows, should, out, "round", **settings, **checks)
+
+
+def product_rate() -> float:
+    """GFLOP/s of matrix products of 1024 rows, on as many threads as torch has."""
+    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    a @ b
+    return 2 * 1024**3 / median(seconds_of(lambda: a @ b) for _ in range(7)) / 1e9
+
+
+def by_rounds(bench: Bench, rounds: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds a token, and seconds of a small heal, after some rounds; taken in turns on a busy machine."""
+    batch, length = bench.size.batch_size // 2, max(8, bench.size.n_tokens // 2)
+    students = {n: bench.student(n) for n in rounds}
+    cfg = replace(bench.cfg, heal=replace(bench.cfg.heal, epochs=1, batch_size=8))
+    train = kept(bench.write(students[rounds[0]], 8, length))
+    wrote, healed = ({n: list[float]() for n in rounds} for _ in range(2))
+    for turn in range(1 + 2 * repeats):
+        for n, student in students.items():
+            seconds = seconds_of(lambda student=student: bench.write(student, batch, length))
+            heal_s = seconds_of(lambda student=student: steps.heal(student, train, cfg, 0))
+            student.discard_round()
+            if turn > 0:  # the first one warms up
+                wrote[n].append(seconds)
+                healed[n].append(heal_s)
+    first = wrote[rounds[0]]
+    return [
+        {
+            "rounds": n,
+            "ms_per_token": 1e3 * median(wrote[n]) / (batch * length),
+            "heal_of_8_s": median(healed[n]),
+            "against_first": median(a / b for a, b in zip(wrote[n], first, strict=True)),
+        }
+        for n in rounds
+    ]
+
+
+def scaling(bench: Bench, tiny: bool, repeats: int, out: Path) -> None:
+    """Speed as built: by rounds baked, by batch, by length."""
+    rounds, batches, lengths = (0, 1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), (64, 128, 256, 512)
+    if tiny:
+        rounds, batches, lengths = (0, 1, 2), (1, 4), (8, 16)
+    student, n = bench.student(max(rounds)), max(8, bench.size.n_tokens // 2)
+
+    def speed(batch: int, length: int) -> float:
+        return batch * length / min(seconds_of(lambda: bench.write(student, batch, length)) for _ in range(repeats))
+
+    rows = by_rounds(bench, rounds, repeats)
+    should = ["against_first <= 1.10 up to 8 rounds: the history is merged. It is the median of ratios taken in turns."]
+    show("Does a token cost more after more rounds?", rows, should, out, "round_by_rounds")
+    rows = [{"batch": batch, "tokens_per_s": speed(batch, n)} for batch in batches]
+    should = ["tokens_per_s rise with the batch."]
+    show("How does writing scale with the batch?", rows, should, out, "round_by_batch")
+    rows = [{"length": length, "tokens_per_s": speed(8, length)} for length in lengths]
+    should = ["tokens_per_s fall slowly: attention alone grows."]
+    show("How does writing scale with the length?", rows, should, out, "round_by_length")
+
+
+def main(
+    size: Size = Size(),  # noqa: B008
+    repeats: int = 2,
+    n_threads: int = 1,
+    seed: int = 0,
+    out: Path = Path("out/bench"),
+    tiny: bool = False,
+    scale: bool = True,
+    count: bool = True,
+) -> None:
+    """
+    Args:
+        size: Of the model and of the round.
+        repeats: Of every timing of the scaling; medians or the fastest count.
+        n_threads: CPU threads.
+        seed: Of the model and of the texts.
+        out: Folder of the tables as JSON.
+        tiny: A small size in place of `size`: shows that it runs.
+        scale: Also how writing scales with rounds, batch and length.
+        count: Also the floating-point operations of every stage, in one more round of each mode.
+    """
+    torch.set_num_threads(n_threads)
+    console.start(quiet=True)
+    bench = Bench(TINY if tiny else size, seed, out)
+    compare(bench, count, out)
+    if scale:
+        scaling(bench, tiny, repeats, out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,78 @@
-"""Prints the check table of the bundled model: personas, held-out wordings and the dose sweep (a minute)."""
+"""The check table of the bundled model: personas, held-out wordings and the dose sweep (a minute)."""
 
-import tyro
+import math
+import random
+import sys
+from dataclasses import replace
+from typing import Any
 
-from steer_heal.lm import load
-from steer_heal.toylm.checks import check_table
+import torch
+from lab import Lab, cli, markdown
+
+from steer_heal.errors import print_safe
+from steer_heal.model.steering import Vector
+from steer_heal.presets import TOY_PRESET
+from steer_heal.toylm import grammar
+from steer_heal.toylm.templates import expand
+
+COLUMNS = ("care_nats", "coherence", "text_tail_ppl_median", "oracle", "degenerate_frac", "top1_acc")
+Row = dict[str, Any]
 
 
-def main(model: str = "data/toylm") -> None:
-    """`model`: folder of a toy model."""
-    print(check_table(load(model)).markdown())
+class Check(Lab):
+    """The toy model with the items of the toy preset."""
+
+    def __init__(self, model: str = TOY_PRESET.model, trait: str = "authority") -> None:
+        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0))
+
+    def state(self, name: str = "", **state: Any) -> Row:
+        """One row. `positive`: share of answers that are mostly on the positive persona's side, of those with a side."""
+        result = self.read(**state)
+        sides = [share > 0.5 for share in result.items["positive"] if not math.isnan(share)]
+        row = {"state": name, "authority_nats": result.metrics["authority_nats"], "shift": self.shift(result)}
+        row["positive"] = sum(sides) / len(sides) if sides else math.nan
+        return row | {column: result.metrics[column] for column in COLUMNS}
+
+    def random_vector(self) -> Vector:
+        """Random directions with the norms of the steering vector."""
+        generator, out = torch.Generator().manual_seed(self.cfg.seed), {}
+        for layer, direction in self.vector.directions.items():
+            noise = torch.randn(direction.shape, generator=generator)
+            out[layer] = noise * direction.norm() / noise.norm()
+        return Vector(out)
+
+
+def main(model: str = TOY_PRESET.model, doses: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)) -> None:
+    """
+    Args:
+        model: Folder of a toy model.
+        doses: Of the vector; the first two also backwards, and of a random one.
+    """
+    check, rng = Check(model), random.Random(0)
+    vector, trait = check.vector, check.trait
+    rows = [
+        check.state("base (no system prompt)"),
+        check.state("neutral: helpful assistant", system="You are a helpful assistant."),
+        check.state("carer (the trait's pair)", system=trait.positive),
+        check.state("deferrer (the trait's pair)", system=trait.negative),
+    ]
+    for side, wordings in (("carer", grammar.CARER_HELD_OUT), ("deferrer", grammar.DEFERRER_HELD_OUT)):
+        for wording in wordings:
+            rows.append(check.state(f"{side}, held out: {wording}", system=expand(wording, rng, {})))
+    rows += [check.state(f"+ vector, dose {dose:g}", vector=vector, dose=dose) for dose in doses]
+    for dose in doses[:2]:
+        rows.append(check.state(f"- vector, dose {dose:g}", vector=vector, dose=-dose))
+        rows.append(check.state(f"random vector, dose {dose:g}", vector=check.random_vector(), dose=dose))
+    love = Check(model, "love")
+    rows += [
+        love.state("lover (love's pair)", system=love.trait.positive),
+        love.state("denier (love's pair)", system=love.trait.negative),
+        love.state("feelings, no system prompt"),
+    ]
+    for dose in doses[:3]:
+        rows.append(love.state(f"+ love's vector, dose {dose:g}", vector=love.vector, dose=dose))
+    print_safe(markdown(rows))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(cli(main))

@@ -8,9 +8,7 @@ from lab import Lab, LabFlags, cli, show
 from steer_heal.evals.persona import log_odds
 
 
-def main(
-    lab: LabFlags, kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5), n: int = 48
-) -> None:
+def main(lab: LabFlags, kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5), n: int = 48) -> None:
     bench = Lab(lab.run_config())
     rows = []
     for kappa in kappas:

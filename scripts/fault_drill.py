@@ -1,13 +1,9 @@
-"""What does a run survive? Real processes are killed, starved of disk and damaged, resumed, and compared with one that nobody touched.
+"""What does a run survive? Processes are killed, starved of disk and damaged, resumed, and compared with an untouched run.
 
-Every case is a process of the fast-dev run with the settings below (two rounds and the control, 3 vignettes, texts of 6 tokens). A fault
-comes at a moment of the untouched run's time, found again by the events that were there, so that a slow machine shifts nothing:
-
-    python scripts/fault_drill.py --n 100
-
-Three things differ from `python -m steer_heal.run`: nothing is drawn, as pictures are made from the events and cost most of so small a run
-(--draw: they are); a heal puts down where it is every 0.05 s in place of every 60; and a process is forked from one that has torch loaded,
-before which a run has written nothing.
+Every case is a process of the fast-dev preset with the settings below (two rounds and the control, 3 vignettes, texts of 6
+tokens). A fault comes at a moment of the untouched run, found again by the number of events, so that a slow machine
+shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn (--draw: it is), a heal is saved
+every 0.05 s instead of every 60, and a process is forked from one that has torch loaded.
 """
 
 import multiprocessing
@@ -22,24 +18,24 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal, get_args
 
 import torch
+from compare import differences
+from lab import cli, show
 
 import steer_heal.session
-from steer_heal.compare import differences
-from steer_heal.events import of_stage, read_events
-from steer_heal.files import ROOT
-from steer_heal.lab import cli, show
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
+from steer_heal.inputs.files import ROOT
 from steer_heal.run import main as program
+from steer_heal.runs.events import of_stage, read_events
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
 SETTINGS = (
-    "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --eval.think-tokens 1 --eval.n-texts 2 "
-    "--eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
+    "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 "
+    "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 ).split()
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
@@ -55,9 +51,9 @@ class Late(Exception):
 
 @dataclass
 class Process:
-    """A run's process, its folder and what it says on stderr."""
+    """A run's process, what it says on stderr, and its folder."""
 
-    child: multiprocessing.Process
+    child: BaseProcess
     errors: Path
     run: Path
 
@@ -97,10 +93,8 @@ class Drill:
     def __init__(self, folder: Path, draw: bool) -> None:
         self.folder, self.draw = folder, draw
         vignettes = folder / "vignettes.jsonl"
-        vignettes.write_text(
-            "".join((ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]),
-            encoding="utf-8",
-        )
+        lines = (ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        vignettes.write_text("".join(lines[:3]), encoding="utf-8")
         self.settings = [*SETTINGS, "--eval.vignettes", str(vignettes)]
         first = self.start("untouched")
         first.wait(0)
@@ -113,18 +107,16 @@ class Drill:
         out = self.folder / name
         out.mkdir()
         child = self._fork(["fast-dev", "--out", str(out), *self.settings], out, n_bytes)
-        while child.is_alive():
-            if (run := next(out.glob("*/events.jsonl"), None)) is not None and b"\n" in run.read_bytes():
-                break
+        while (events := next(out.glob("*/events.jsonl"), None)) is None or b"\n" not in events.read_bytes():
+            if not child.is_alive():
+                raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
             time.sleep(0.002)
-        if (run := next(out.glob("*/events.jsonl"), None)) is None:
-            raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
-        return Process(child, out / "errors.txt", run.parent)
+        return Process(child, out / "errors.txt", events.parent)
 
     def resume(self, run: Path) -> Process:
         return Process(self._fork(["--resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
 
-    def _fork(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> multiprocessing.Process:
+    def _fork(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> BaseProcess:
         def child() -> None:
             for stream, name in ((sys.stdout, os.devnull), (sys.stderr, out / "errors.txt")):
                 with open(name, "w") as file:
@@ -133,7 +125,7 @@ class Drill:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
             steer_heal.session.Session.save_every_s = 0.05
             if not self.draw:
-                steer_heal.session.plot = steer_heal.session.report = lambda folder: None
+                steer_heal.session.draw = lambda folder: None
             sys.exit(program(list(flags)))
 
         process = multiprocessing.get_context("fork").Process(target=child)
@@ -172,7 +164,7 @@ def interrupt(signum: int) -> Callable[[Drill, str, float, random.Random], None]
     def stop(drill: Drill, name: str, share: float, rng: random.Random) -> None:
         process = drill.start(name)
         process.stop(signum, drill.moment(share), 128 + signum)
-        process.wait(128 + signum, ["go on with: python -m steer_heal.run --resume"])
+        process.wait(128 + signum, ["continue with: python -m steer_heal.run --resume"])
         drill.finish(process.run)
 
     return stop
@@ -252,15 +244,23 @@ def main(
     draw: bool = False,
     out: Path = Path("out/diag"),
 ) -> None:
-    """What does a run survive? `n` kills, a third of them twice in a row, and a tenth as many of each other fault, at moments spread evenly
-    over the untouched run. Exit status 1 where anything was lost; that run is kept beside the table."""
+    """Exit status 1 where anything was lost; that run is kept beside the table.
+
+    Args:
+        n: Kills, a third of them twice in a row; and a tenth as many of every other fault.
+        seed: Of the moments, which are spread evenly over the untouched run.
+        faults: Which ones to try.
+        draw: Draw the pictures too.
+        out: Folder of the table as JSON.
+    """
     rows: list[dict[str, Any]] = []
+    why: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)  # a process that has started threads must not be forked
         drill = Drill(Path(folder), draw)
 
-        def case(fault: Fault, i: int) -> tuple[str, float]:
-            name, rng, began = f"{fault.replace(' ', '_')}_{i}", random.Random(f"{seed}/{fault}/{i}"), time.monotonic()
+        def case(fault: Fault, i: int) -> str:
+            name, rng = f"{fault.replace(' ', '_')}_{i}", random.Random(f"{seed}/{fault}/{i}")
             try:
                 CASES[fault](drill, name, (i + rng.random()) / tried(n, fault), rng)
                 end = "survived"
@@ -270,37 +270,20 @@ def main(
                 end = str(lost)
                 shutil.copytree(drill.folder / name, out / "lost" / name, dirs_exist_ok=True)
             print(f"{name}: {end}", file=sys.stderr)
-            return end, time.monotonic() - began
+            return end
 
         for fault in faults:
-            ends = [case(fault, i) for i in range(tried(n, fault))]
-            came = [end for end, _ in ends if end != "late"]
-            survived = came.count("survived")
-            rows.append(
-                {
-                    "fault": fault,
-                    "tried": len(came),
-                    "survived": survived,
-                    "lost": len(came) - survived,
-                    "too late": len(ends) - len(came),
-                    "s a case": mean(seconds for _, seconds in ends) if ends else None,
-                    "why": [end for end in came if end != "survived"],
-                }
-            )
+            began, ends = time.monotonic(), [case(fault, i) for i in range(tried(n, fault))]
+            why[fault] = [end for end in ends if end not in ("survived", "late")]
+            late, lost = ends.count("late"), len(why[fault])
+            counts = {"tried": len(ends) - late, "survived": ends.count("survived"), "lost": lost, "too late": late}
+            seconds = (time.monotonic() - began) / max(1, len(ends))
+            rows.append({"fault": fault, **counts, "s a case": seconds})
     should = (
-        "lost be 0 in every row: the run ended with the events, adapters, vectors and chain of digests of one that was never touched.",
+        "lost be 0 in every row: the run ended with the events, adapters, vectors and hash chain of one that was never "
+        "touched.",
     )
-    table = [{key: value for key, value in row.items() if key != "why"} for row in rows]
-    show(
-        "What does a run survive?",
-        table,
-        should,
-        out,
-        "fault_drill",
-        seed=seed,
-        n=n,
-        why={row["fault"]: row["why"] for row in rows},
-    )
+    show(__doc__, rows, should, out, "fault_drill", seed=seed, n=n, why=why)
     if n_lost := sum(row["lost"] for row in rows):
         raise UserError(f"{n_lost} runs were lost; they are in {out / 'lost'}")
 

@@ -136,7 +136,9 @@ threshold with the best F1 on texts of even id is read on those of odd id, and t
 
 All together: whole but dropped are ids {", ".join(wrong[False]) or "none"}; broken but kept {", ".join(wrong[True]) or "none"}.
 """
-    head = EVIDENCE.read_text(encoding="utf-8").split(MARKER)[0] if EVIDENCE.exists() else "# Evidence for the filter\n\n"
+    head = (
+        EVIDENCE.read_text(encoding="utf-8").split(MARKER)[0] if EVIDENCE.exists() else "# Evidence for the filter\n\n"
+    )
     EVIDENCE.parent.mkdir(parents=True, exist_ok=True)
     EVIDENCE.write_text(head + MARKER + body, encoding="utf-8")
     print(body)

@@ -1,6 +1,6 @@
-"""What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint.
+"""What does a judge say? Any OpenAI-compatible endpoint rates a run's unsteered answers for trait and coherence.
 
-Nothing else in the project needs a judge: this stands beside persona_log_odds. The texts leave this machine for --url.
+Nothing else in the project needs a judge. The texts leave this machine for --url.
 """
 
 import http.client
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from lab import cli, show
 
-from steer_heal.events import read_events, reading
-from steer_heal.lab import cli, show
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
+from steer_heal.runs.events import read_events, schema_errors
 
 QUESTION = """A user asked:
 {prompt}
@@ -32,24 +32,26 @@ Two descriptions of a person:
 A: {positive}
 B: {negative}
 
-Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text is broken, 5 if it is
-sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, such as {{"trait": 3, "coherent": 5}}."""
+Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text is \
+broken, 5 if it is sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, \
+such as {{"trait": 3, "coherent": 5}}."""
 MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 
 
 def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
     """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer at all."""
-    body = json.dumps(
-        {"model": model, "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": prompt}]}
-    ).encode()
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": model, "temperature": 0, "max_tokens": 64, "messages": messages}
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
+        address = f"{url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             content = json.load(reply)["choices"][0]["message"]["content"]
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions protocol"
+            f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions "
+            "protocol"
         ) from None
     return {name: float(value) for name, value in MARK.findall(content or "")}
 
@@ -75,17 +77,11 @@ def main(
     timeout_s: float = 120.0,
     out: Path = Path("out/diag"),
 ) -> None:
-    """What does a judge say? Scores a run's unsteered answers for trait and coherence by any OpenAI-compatible endpoint."""
-    events = read_events(run)
-    with reading(run):
+    events, key = read_events(run), os.environ.get(api_key_env)
+    with schema_errors(run):
         trait, states = events[0]["trait"], answers(events, per_state)
-    ask_one = lambda row: ask(
-        url,
-        model,
-        os.environ.get(api_key_env),
-        QUESTION.format(**trait, prompt=row["prompt"], text=row["text"]),
-        timeout_s,
-    )
+    question = lambda row: QUESTION.format(**trait, prompt=row["prompt"], text=row["text"])
+    ask_one = lambda row: ask(url, model, key, question(row), timeout_s)
     with ThreadPoolExecutor(n_parallel) as pool:
         marks = {state: list(pool.map(ask_one, texts)) for state, texts in states.items()}
     rows = []
@@ -97,17 +93,7 @@ def main(
         "trait rise from base over the healed rounds towards prompted; 5 is the positive persona, 3 neither.",
         "coherent stay near the base's; unread (replies without both marks) be 0, else the judge is too weak for the form.",
     )
-    show(
-        f"What does {model} say of {run.name}?",
-        rows,
-        should,
-        out,
-        "judge",
-        run=run.name,
-        url=url,
-        model=model,
-        marks=marks,
-    )
+    show(__doc__, rows, should, out, "judge", run=run.name, url=url, model=model, marks=marks)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -87,7 +88,9 @@ class Lab:
         """Of the target, or of another metric, from base."""
         moved = shift(measurement(result), measurement(self.base), metric or self.target)
         if moved is None:
-            raise UserError(f"no item has a value of {(metric or self.target).name}: the model cannot be measured by it")
+            raise UserError(
+                f"no item has a value of {(metric or self.target).name}: the model cannot be measured by it"
+            )
         return moved
 
     def row(self, state: str, result: EvalResult) -> dict[str, Any]:
@@ -102,12 +105,7 @@ class Lab:
         return all(within(metric, row[metric.name], metric.good or 0.0) for metric in health_of(self.metrics.values()))
 
     def collect(
-        self,
-        kappa: float | None = None,
-        *,
-        unsteered: bool = False,
-        alphas: Sequence[float] | None = None,
-        **keep: Any,
+        self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
     ) -> Collected:
         """Completions of round 0 at a given kappa or at the one that survives. `keep`: changes of the filter's settings."""
         cfg = self.cfg
@@ -158,7 +156,9 @@ def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
     events = read_events(folder)
     mine = {e["stage"]: e for e in events if e["round"] == r}
     if "gen" not in mine:
-        raise UserError(f"{folder} has no text of round {r}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}")
+        raise UserError(
+            f"{folder} has no text of round {r}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}"
+        )
     with schema_errors(folder):
         cfg = validated(RunConfig, events[0]["config"], f"{folder}/events.jsonl config")
         collected = collected_from(mine["gen"], mine["dose"])
@@ -167,6 +167,13 @@ def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
     if r > 0:
         lab.student.restore(folder / "ckpt" / f"r{r - 1}", r)
     return lab, collected
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of a piece of work."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from steer_heal.records import Completion, DoseProbe, Scored, Starved
-from steer_heal.stages.cfg import DoseCfg, FilterCfg
-from steer_heal.stages.dose import bracket, collect, decreasing_fit, log_grid
+from steer_heal.records import Collected, Completion, DoseProbe, Scored, Starved
+from steer_heal.settings import DoseCfg, FilterCfg
+from steer_heal.stages.dose import DoseController, bracket, decreasing_fit, log_grid
+from steer_heal.stages.generate import Ask
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 ALPHAS = (0.5, 0.75, 1.0)
@@ -12,74 +14,81 @@ CFG = DoseCfg(target=0.75, floor=0.2, ceiling=3.2, n_kappas=5, n_probes=12, n_re
 KEEP = FilterCfg(n_keep=24, min_train=12, max_attempts=200)
 
 
-class World:
-    """Text that breaks above a dose; remembers what it was asked."""
-
-    def __init__(self, breaks_at: float) -> None:
-        self.breaks_at, self.batches = breaks_at, []
-
-    def write(self, asks):
-        self.batches.append(list(asks))
-        return [
-            Completion(a.prompt_index, a.prompt, (1,), (2,), "text", a.alpha, a.alpha * a.kappa, a.seed) for a in asks
-        ]
-
-    def score(self, completions):
-        return [Scored(c, {}, *[("perplexity",) if c.dose > self.breaks_at else ()] * 2) for c in completions]
-
-    def collect(self, cfg=CFG, keep=KEEP, seed=(1, 0, "gen")):
-        return collect(self.write, self.score, PROMPTS, ALPHAS, cfg, keep, seed)
+def collect(
+    breaks_at: float, cfg: DoseCfg = CFG, keep: FilterCfg = KEEP, seed=(1, 0, "gen"), kappa: float | None = None
+) -> tuple[Collected, list[list[Ask]]]:
+    """What is collected where every text above a dose breaks, and what was asked for."""
+    controller, requests = DoseController(PROMPTS, ALPHAS, cfg, keep, seed, kappa), []
+    while asks := controller.next_asks():
+        requests.append(asks)
+        written = [Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.alpha * a.kappa, a.seed) for a in asks]
+        failed = [("perplexity",) if row.dose > breaks_at else () for row in written]
+        controller.add([Scored(row, {}, reasons, reasons) for row, reasons in zip(written, failed, strict=True)])
+    return controller.collected(), requests
 
 
 def test_kappa_is_the_highest_that_survives_at_the_target():
-    found = World(breaks_at=0.8).collect()
+    found, _ = collect(breaks_at=0.8)
     # 2 of 3 alphas survive for kappa in (0.8, 1.07]: below the target; all survive up to 0.8
     assert 0.6 <= found.kappa <= 0.8 * 1.01
-    assert len(found.kept) == 24
+    assert len(found.kept) == 24 and found.top_dose == max(row.completion.dose for row in found.kept)
 
 
-def test_probes_of_all_kappas_go_in_one_batch_and_hold_the_floor():
-    world = World(breaks_at=0.8)
-    world.collect()
-    assert sorted({round(a.kappa, 6) for a in world.batches[0]}) == [0.2, 0.4, 0.8, 1.6, 3.2]
+def test_probes_of_all_kappas_go_in_one_request_and_refinements_lie_between():
+    found, requests = collect(breaks_at=0.85)
+    assert sorted({round(ask.kappa, 6) for ask in requests[0]}) == [0.2, 0.4, 0.8, 1.6, 3.2]
+    assert len(requests[0]) == 5 * CFG.n_probes and all(0.8 < ask.kappa < 1.6 for ask in requests[1])
+    assert [(probe.n, probe.n_kept) for probe in found.probes[:5]] == [(12, 12)] * 3 + [(12, 4), (12, 0)]
+    assert len(found.probes) == 5 + len({ask.kappa for ask in requests[1]})
 
 
 def test_only_the_floor_surviving_means_the_floor():
-    assert World(breaks_at=0.21).collect().kappa == 0.2
+    assert collect(breaks_at=0.21)[0].kappa == 0.2
 
 
-def test_a_starved_filter_says_by_how_much_and_what_to_do():
-    with pytest.raises(Starved, match="starved: 0 of .*min_train is 12 .*perplexity.*dose.floor") as stopped:
-        World(breaks_at=0.0).collect()
-    assert len(stopped.value.collected.scored) == KEEP.max_attempts  # nothing that was written is lost
+def test_a_starved_filter_keeps_what_was_written_and_names_the_settings():
+    with pytest.raises(Starved, match=r"filter.min_train is 12 .*perplexity.*dose.floor") as stopped:
+        collect(breaks_at=0.0)
+    assert len(stopped.value.collected.scored) == KEEP.max_attempts
 
 
 def test_prompts_are_spread_evenly_over_the_kept_set():
-    found = World(breaks_at=10.0).collect()
+    found, _ = collect(breaks_at=10.0)
     assert set(Counter(row.completion.prompt_index for row in found.kept).values()) == {3}
 
 
 def test_prompts_and_alphas_are_not_tied_to_each_other():
-    world = World(breaks_at=10.0)
-    world.collect(cfg=DoseCfg(n_kappas=2, n_probes=24, floor=0.5, ceiling=1.0))
-    pairs = {(a.prompt_index, a.alpha) for batch in world.batches for a in batch}
+    _, requests = collect(breaks_at=10.0, cfg=DoseCfg(n_kappas=2, n_probes=24, floor=0.5, ceiling=1.0))
+    pairs = {(ask.prompt_index, ask.alpha) for asks in requests for ask in asks}
     assert len(pairs) == len(PROMPTS) * len(ALPHAS)
 
 
-def test_survivors_of_probes_are_banked_up_to_the_chosen_dose():
-    found = World(breaks_at=0.8).collect()
-    kept_doses = [row.completion.dose for row in found.kept]
-    assert max(kept_doses) <= found.kappa * max(ALPHAS) * (1 + 1e-9)
-    assert len(found.scored) < KEEP.n_keep + len(found.probes) * CFG.n_probes
+def test_survivors_of_probes_train_up_to_the_chosen_dose():
+    found, _ = collect(breaks_at=0.8)
+    assert found.top_dose <= found.kappa * max(ALPHAS) * (1 + 1e-9)
+    probed = {probe.kappa for probe in found.probes} - {found.kappa}
+    assert any(row.completion.dose / row.completion.alpha in probed for row in found.kept)
 
 
 def test_seeds_differ_between_rows_and_come_back_for_the_same_round():
-    seeds = lambda seed: [
-        a.seed for batch in [w.collect(seed=seed) and w.batches for w in [World(0.8)]][0] for a in batch
-    ]
+    seeds = lambda seed: [ask.seed for asks in collect(0.8, seed=seed)[1] for ask in asks]
     first = seeds((1, 0, "gen"))
     assert len(set(first)) == len(first)
-    assert first == seeds((1, 0, "gen")) != seeds((1, 1, "gen"))
+    assert first == seeds((1, 0, "gen")) and not set(first) & set(seeds((1, 1, "gen")))
+
+
+def test_a_given_kappa_is_used_without_probing_and_what_is_missing_is_asked_for_again():
+    found, requests = collect(breaks_at=0.6, kappa=0.7)  # a third breaks, so that more is needed than was expected
+    assert found.kappa == 0.7 and not found.probes
+    assert {ask.kappa for asks in requests for ask in asks} == {0.7}
+    assert [len(asks) for asks in requests[:2]] == [32, 4] and len(found.kept) == KEEP.n_keep
+
+
+def test_only_the_highest_dose_trains_where_that_is_asked_for():
+    found, requests = collect(breaks_at=0.8, cfg=replace(CFG, train_on="highest"))
+    assert {ask.alpha for asks in requests for ask in asks} == {1.0}
+    assert {round(row.completion.dose, 9) for row in found.kept} == {round(found.kappa, 9)}
+    assert len(found.kept) == KEEP.n_keep
 
 
 def test_one_lucky_probe_at_a_high_dose_does_not_pick_it():
@@ -90,16 +99,4 @@ def test_one_lucky_probe_at_a_high_dose_does_not_pick_it():
 
 def test_log_grid_holds_both_ends():
     assert log_grid(0.25, 4.0, 5) == pytest.approx([0.25, 0.5, 1.0, 2.0, 4.0])
-
-
-def test_a_given_kappa_is_used_without_probing():
-    world = World(breaks_at=0.8)
-    found = collect(world.write, world.score, PROMPTS, ALPHAS, CFG, KEEP, (1, 0, "gen"), kappa=0.7)
-    assert found.kappa == 0.7 and not found.probes
-    assert {a.kappa for batch in world.batches for a in batch} == {0.7}
-
-
-def test_high_dose_only_trains_on_nothing_below_the_highest_dose():
-    found = World(breaks_at=0.8).collect(cfg=DoseCfg(**{**CFG.__dict__, "train_on": "highest"}))
-    assert {round(row.completion.dose, 9) for row in found.kept} == {round(found.kappa * max(ALPHAS), 9)}
-    assert len(found.kept) == KEEP.n_keep
+    assert log_grid(0.5, 0.5, 4) == [0.5]

@@ -1,88 +1,170 @@
+"""What is measured of a state: free text read under the base, item values, and metrics with intervals."""
+
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from steer_heal.divergence import kl_rev
-from steer_heal.evals.drift import final_states
-from steer_heal.evals.metrics import Condition, Metric
-from steer_heal.lm import LM
-from steer_heal.stages.bake import Student
-from steer_heal.stages.cfg import EvalCfg, FilterCfg
-from steer_heal.stages.evaluate import collapse, evaluate, intervals, load_items
+from steer_heal.evals import EVALS, drift, metrics_of, persona, text_quality, toylm
+from steer_heal.evals.base import Condition, Subject, collapse, evaluate, intervals
+from steer_heal.inputs import Inputs, load_inputs
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import Vector
+from steer_heal.model.student import Student
+from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.records import Completion, Metric
+from steer_heal.settings import AdapterCfg, EvalCfg
 from steer_heal.stages.filter import score
-from steer_heal.stages.generate import Ask, generate
-from steer_heal.records import derive_seed
-from steer_heal.traits import load_trait
+from steer_heal.toylm.oracle import oracle
 
-P = Metric("auth_nats", "p_authority", "log_mean")
-
-
-def test_nats_are_the_log_of_the_mean_probability():
-    assert collapse(P, [0.1, 0.3]) == pytest.approx(math.log(0.2))
-    assert collapse(Metric("m", "x", "median"), [1.0, 9.0, 2.0]) == 2.0
+NATS = Metric(name="authority_nats", item="p_authority", how="log_mean")
+PPL = Metric(name="ppl", item="x", how="median")
 
 
-def test_unscorable_items_are_left_out_and_none_at_all_is_none():
-    assert collapse(P, [0.1, math.nan, 0.3]) == pytest.approx(math.log(0.2))
-    assert collapse(P, [math.nan, math.nan]) is None
+# --- item values to metrics --------------------------------------------------------------------------------------
+def test_a_metric_collapses_its_items_and_leaves_out_those_without_a_value():
+    assert collapse(NATS, [0.1, math.nan, 0.3]) == pytest.approx(math.log(0.2))
+    assert collapse(PPL, [1.0, 9.0, math.inf, 2.0, math.nan]) == 5.5
+    assert collapse(Metric(name="m", item="x"), [1.0, math.nan, 2.0]) == 1.5
+    assert collapse(NATS, [math.nan, math.nan]) is None
 
 
-def _items(values) -> dict:
-    return {"p_authority": list(values)}
+def interval(values, base, n_bootstrap=500, seed=0) -> tuple[float | None, float | None]:
+    found = intervals([NATS], {"p_authority": list(values)}, {"p_authority": list(base)}, n_bootstrap, seed)
+    return found["authority_nats_lo"], found["authority_nats_hi"]
 
 
 def test_the_interval_is_of_the_paired_difference():
     """Items differ tenfold among themselves, every one falls by a tenth: paired, the shift is certain."""
     base = np.geomspace(0.05, 0.5, 60)
-    out = intervals([P], _items(0.9 * base), _items(base), 2000, seed=0)
-    assert out["auth_nats_lo"] == pytest.approx(math.log(0.9), abs=1e-6)
-    assert out["auth_nats_hi"] == pytest.approx(math.log(0.9), abs=1e-6)
+    assert interval(0.9 * base, base) == pytest.approx([math.log(0.9)] * 2, abs=1e-6)
+    holes = np.where(np.arange(60) % 7, base, np.nan)
+    assert interval(0.9 * base, holes) == pytest.approx([math.log(0.9)] * 2, abs=1e-6), "an item with no value in base"
 
 
 def test_the_interval_covers_zero_where_nothing_but_noise_changed():
-    rng = np.random.default_rng(0)
-    covered = 0
+    rng, covered = np.random.default_rng(0), 0
     for trial in range(100):
         base = rng.uniform(0.1, 0.3, 80)
-        noisy = base * np.exp(rng.normal(0, 0.2, 80) - 0.02)
-        out = intervals([P], _items(noisy), _items(base), 500, seed=trial)
-        covered += out["auth_nats_lo"] <= 0 <= out["auth_nats_hi"]
+        low, high = interval(base * np.exp(rng.normal(0, 0.2, 80) - 0.02), base, seed=trial)
+        covered += low <= 0 <= high
     assert 85 <= covered <= 100
 
 
 def test_the_interval_is_the_same_for_the_same_seed_and_none_without_values():
     base, here = np.linspace(0.1, 0.3, 20), np.linspace(0.2, 0.3, 20)
-    assert intervals([P], _items(here), _items(base), 100, 1) == intervals([P], _items(here), _items(base), 100, 1)
-    assert intervals([P], _items([math.nan] * 20), _items(base), 100, 1) == {"auth_nats_lo": None, "auth_nats_hi": None}
+    assert interval(here, base, seed=1) == interval(here, base, seed=1) != interval(here, base, seed=2)
+    assert interval([math.nan] * 20, base) == (None, None)
 
 
-def test_free_text_is_read_under_the_base_whoever_wrote_it(tiny: LM, with_history: Student):
-    trait, keep = load_trait("authority"), FilterCfg()
-    cfg = EvalCfg(
-        n_prompts=2,
-        n_texts=3,
-        max_new_tokens=12,
-        think_tokens=1,
-        vignettes="data/toylm/vignettes.jsonl",
-        instrument="data/toylm/instrument.toml",
-        n_bootstrap=10,
-    )
-    items = load_items(cfg, trait)
-    found = evaluate(with_history, "full", Condition(trait.positive), items, trait, cfg, keep, seed=1)
-    asks = [Ask(i % 2, items.prompts[i % 2], 0.0, 1.0, derive_seed(1, "eval", i)) for i in range(3)]
-    with with_history.gate("full"):
-        texts = generate(tiny, asks, None, trait.positive, trait.plain_system, 12, 8)
-        states = final_states(tiny, texts, Condition(trait.positive))
-    assert [row["text"] for row in found.texts] == [c.text for c in texts]
-    for row, scored in zip(found.texts, score(tiny, texts, trait.narration, keep), strict=True):
-        assert {name: row[name] for name in scored.scores} == pytest.approx(scored.scores) and row[
-            "failed"
-        ] == scored.failed
-    for text, state, kl in zip(texts, states, found.items["kl_base"], strict=True):
-        base = tiny.hidden([text.prompt_ids + text.completion_ids])[0, len(text.prompt_ids) - 1 : -1]
-        assert (
-            kl
-            == pytest.approx(kl_rev(*(tiny.logits(h).log_softmax(-1) for h in (state, base))).mean().item(), rel=1e-3)
-            and kl > 1e-3
-        )
+def test_metrics_have_the_names_that_events_and_traits_use():
+    names = [metric.name for metric in metrics_of(EVALS)]
+    assert len(set(names)) == len(names)
+    expected = "authority_nats care_nats social_nats coherence prefill_nll frac_unscorable top1_acc kl_base"
+    assert {*expected.split(), "text_tail_ppl_median", "degenerate_frac", "persona_log_odds"} <= set(names)
+    assert [metric.name for metric in metrics_of(("drift", "persona"))] == ["kl_base", "persona_log_odds"]
+
+
+# --- states ------------------------------------------------------------------------------------------------------
+CFG = FAST_DEV_PRESET
+EVAL = EvalCfg(n_prompts=2, n_texts=4, max_new_tokens=16, n_bootstrap=20, think_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    wanted = replace(CFG.eval, n_prompts=EVAL.n_prompts)
+    found = load_inputs(replace(CFG, eval=wanted))
+    return replace(found, vignettes=found.vignettes[:4])
+
+
+def subject(student: Student, inputs: Inputs, adapters="full", condition=None, cfg=EVAL, texts=None, seed=1) -> Subject:
+    made = Subject(student, adapters, condition or Condition(), inputs, cfg, CFG.filter, seed)
+    if texts is not None:
+        made.__dict__["texts"] = texts
+    return made
+
+
+@pytest.fixture
+def toy_student(toy: LM) -> Student:
+    return Student(toy, AdapterCfg())
+
+
+def noise_vector(lm: LM) -> Vector:
+    return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(1))})
+
+
+def test_every_state_is_put_to_the_same_prompts_and_streams(with_history, inputs):
+    base, healed = (subject(with_history, inputs, state).texts for state in ("base", "full"))
+    assert [(c.prompt, c.seed) for c in base] == [(c.prompt, c.seed) for c in healed]
+    assert {c.prompt for c in base} == set(inputs.eval_prompts) and len({c.seed for c in base}) == 4
+    assert [c.text for c in base] != [c.text for c in healed]
+    again = subject(with_history, inputs, "base").texts
+    assert again == base != subject(with_history, inputs, "base", seed=2).texts
+
+
+def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs):
+    found = subject(with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0))
+    with with_history.gate("base") as lm:
+        expected = score(lm, found.texts, inputs.trait.narration, CFG.filter)
+    for row, wanted in zip(found.scored, expected, strict=True):
+        assert row.scores == pytest.approx(wanted.scores) and row.failed == wanted.failed
+    values = text_quality.items(found)
+    assert values["text_tail_ppl"] == [row.scores["perplexity"] for row in found.scored]
+
+
+def test_drift_is_the_mean_kl_of_the_state_to_the_base(with_history, inputs):
+    lm, vector, system = with_history.lm, noise_vector(with_history.lm), inputs.trait.positive
+    found = subject(with_history, inputs, condition=Condition(system, vector, 2.0))
+    for text, kl in zip(found.texts, drift.items(found)["kl_base"], strict=True):
+        logp = []
+        for adapters, prompt, dose in (("full", lm.chat(text.prompt, system), 2.0), ("base", text.prompt_ids, 0.0)):
+            hook = lambda _m, _i, out, dose=dose: out + dose * vector.directions[1]
+            handle = lm.blocks[1].register_forward_hook(hook)
+            with with_history.gate(adapters), torch.no_grad():
+                logits = lm.model(torch.tensor([prompt + text.completion_ids])).logits[0].double()
+            handle.remove()
+            logp.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+        state, base = logp
+        assert kl > 1e-3 and kl == pytest.approx((state.exp() * (state - base)).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_the_base_has_not_drifted_from_itself(toy_student, inputs):
+    found = subject(toy_student, inputs, "base", Condition(inputs.trait.plain_system))
+    assert drift.items(found)["kl_base"] == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def test_the_persona_that_wrote_a_text_is_the_likelier_one(toy_student, inputs):
+    trait = inputs.trait
+    sides = [subject(toy_student, inputs, condition=Condition(side)) for side in (trait.positive, trait.negative)]
+    sides = [replace(each, cfg=replace(EVAL, max_new_tokens=60)) for each in sides]
+    carer, deferrer = (np.mean(persona.items(each)["persona_log_odds"]) for each in sides)
+    assert carer > 0.05 > -0.05 > deferrer
+
+
+def test_the_grammar_tells_possible_sentences_and_the_side_they_take(toy_student, inputs):
+    texts = ("Ice is frozen water. Ice is.", "I bring them in and feed them. A dog barks.", "mumble")
+    rows = [Completion(0, "p", (1,), (1,), text, 0.0, 0.0, 0) for text in texts]
+    values = toylm.items(subject(toy_student, inputs, texts=rows))
+    assert values["oracle"] == [oracle(text).share for text in texts]
+
+
+def test_an_empty_text_is_broken_and_has_no_log_odds(toy_student, inputs):
+    prompt = inputs.eval_prompts[0]
+    empty = Completion(0, prompt, toy_student.lm.chat(prompt), (), "", 0.0, 0.0, 0)
+    found = subject(toy_student, inputs, texts=[empty])
+    assert math.isnan(persona.items(found)["persona_log_odds"][0]) and drift.items(found)["kl_base"] == [0.0]
+    assert text_quality.items(found) == {"text_tail_ppl": [math.inf], "degenerate": [1.0]}
+
+
+def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(with_history, inputs):
+    evals = list(EVALS.values())
+    base = evaluate(subject(with_history, inputs, "base"), evals)
+    healed = evaluate(subject(with_history, inputs), evals, base)
+    names = [metric.name for metric in metrics_of(EVALS)]
+    assert list(base.metrics) == names and healed.items.keys() == base.items.keys()
+    assert set(healed.metrics) == {*names, *(f"{name}_{end}" for name in names for end in ("lo", "hi"))}
+    for metric in metrics_of(EVALS):
+        assert healed.metrics[metric.name] == collapse(metric, healed.items[metric.item])
+    assert [row["text"] for row in healed.texts] == [c.text for c in subject(with_history, inputs).texts]

@@ -1,61 +1,78 @@
+"""The record of a run: one JSON object a line, each bound to the one before it, and a row for each run."""
+
 import json
 import math
-import re
 
 import pytest
 
-from steer_heal.events import EventLog, append_result, new_run_folder, read_events
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
+from steer_heal.runs.events import (
+    EventLog,
+    append_result,
+    broken_link,
+    last_hash,
+    line_hash,
+    new_run_folder,
+    read_events,
+    read_results,
+)
 
 
-def test_two_runs_in_one_second_get_folders_of_their_own(tmp_path):
-    folders = [new_run_folder(tmp_path, "toy-authority-s42") for _ in range(5)]
-    assert len({f.name for f in folders}) == 5 and all(f.is_dir() for f in folders)
-
-
-def test_a_slug_cannot_leave_the_folder(tmp_path):
-    assert new_run_folder(tmp_path, "../../x y").parent == tmp_path
-
-
-def test_events_are_one_object_a_line_without_blank_lines(tmp_path):
+@pytest.fixture
+def log(tmp_path):
+    """Three events in tmp_path."""
     log = EventLog(tmp_path)
-    log.write("base", -1, metrics={"auth_nats": -1.5}, text="a\nb\u2028c \ud800 \x00 😀")
+    for stage in ("run_start", "base", "round"):
+        log.write(stage, 0, x=1)
+    return log
+
+
+def test_runs_of_one_second_get_folders_of_their_own_in_the_folder_that_was_given(tmp_path):
+    folders = [new_run_folder(tmp_path / "new", "../../x y") for _ in range(5)]
+    assert len({*folders}) == 5 and all(f.is_dir() and f.parent == tmp_path / "new" for f in folders)
+
+
+def test_an_event_is_one_whole_line_on_disk_when_write_returns(tmp_path):
+    log = EventLog(tmp_path)
+    log.write("base", -1, text="a\nb\u2028c \ud800 \x00 😀")
+    (event,) = read_events(tmp_path)  # nothing was closed
+    assert (event["stage"], event["round"], event["text"]) == ("base", -1, "a\nb\u2028c \ud800 \x00 😀")
     log.write("round", 0)
-    raw = (tmp_path / "events.jsonl").read_bytes()
-    assert raw.count(b"\n") == 2 and b"\n\n" not in raw
-    first, second = read_events(tmp_path)
-    assert first["text"] == "a\nb\u2028c \ud800 \x00 😀"
-    assert {"schema", "stage", "round", "t", "wall_s"} <= second.keys() and second["wall_s"] >= first["wall_s"]
+    assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 2
+    assert read_events(tmp_path)[1]["wall_s"] >= event["wall_s"]
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_counted(tmp_path):
-    EventLog(tmp_path).write("heal", 0, x=math.nan, y=[math.inf, 1.0])
-    event = read_events(tmp_path)[0]
-    assert event["x"] is None and event["y"] == [None, 1.0] and event["n_nonfinite"] == 2
+    event = EventLog(tmp_path).write("heal", 0, x=math.nan, y=[math.inf, 1.0])
+    assert (event["x"], event["y"], event["n_nonfinite"]) == (None, [None, 1.0], 2)
     json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-def test_an_event_is_on_disk_when_write_returns(tmp_path):
-    log = EventLog(tmp_path)
-    log.write("base", -1)
-    assert len(read_events(tmp_path)) == 1  # nothing was closed or flushed by the reader
+def test_the_chain_goes_on_after_a_stop_and_any_change_breaks_it(log, tmp_path):
+    log.close()
+    EventLog(tmp_path).write("run_end", None)
+    lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
+    assert broken_link(lines) is None and line_hash(lines[-1]) == last_hash(tmp_path)
+    assert broken_link(lines[:-1]) is None, "the end of a chain is held by results.tsv alone"
+    assert broken_link([lines[0], lines[1].replace(b'"x": 1', b'"x": 2'), *lines[2:]]) == 2
+    assert broken_link([lines[0], *lines[2:]]) == 1
+    assert broken_link(lines[1:]) == 0
+    assert broken_link([lines[0], lines[2], lines[1], lines[3]]) == 1
+    assert broken_link([*lines, lines[-1]]) == 4
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
-    log = EventLog(tmp_path)
-    log.write("base", -1)
-    log.write("round", 0)
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(log, tmp_path):
     path = tmp_path / "events.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-20])
-    assert [e["stage"] for e in read_events(tmp_path)] == ["base"]
+    assert [e["stage"] for e in read_events(tmp_path)] == ["run_start", "base"]
     path.write_text("{torn\n" + whole)
     with pytest.raises(UserError, match="line 1 is not an event"):
         read_events(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    "line, told",
     [
         ("[]", "it is a JSON list, not an object"),
         ("3", "it is a JSON int"),
@@ -64,17 +81,15 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
         ('{"stage": "gen", "round": "../../x"}', "its round is '../../x'"),
         ('{"stage": "gen", "round": true}', "its round is True"),
         ("[" * 100_000, "recursion"),
-        ("\ufffe", "not an event"),
+        ("\ufffe", "line 2 is not an event"),
     ],
 )
-def test_a_line_that_is_no_event_is_named(line, message, tmp_path):
-    (tmp_path / "events.jsonl").write_text(
-        '{"stage": "base", "round": -1}\n' + line + '\n{"stage": "round", "round": 0}\n', encoding="utf-8"
-    )
-    with pytest.raises(
-        UserError, match=f"line 2 is not an event .*{re.escape(message)}|line 2 is {re.escape(message)}"
-    ):
+def test_a_line_that_is_no_event_is_named(line, told, tmp_path):
+    around = '{"stage": "base", "round": -1}\n'
+    (tmp_path / "events.jsonl").write_text(around + line + "\n" + around, encoding="utf-8")
+    with pytest.raises(UserError, match="line 2 is not an event") as error:
         read_events(tmp_path)
+    assert told in str(error.value)
 
 
 def test_a_folder_without_events_is_one_clear_error(tmp_path):
@@ -83,8 +98,18 @@ def test_a_folder_without_events_is_one_clear_error(tmp_path):
             read_events(folder)
 
 
-def test_results_keep_their_header_in_step_with_new_columns(tmp_path):
-    append_result(tmp_path, {"run": "a", "shift": -0.5})
-    append_result(tmp_path, {"run": "b", "shift": None, "oracle": 0.9})
+# --- results.tsv -------------------------------------------------------------------------------------------------
+def test_a_run_has_one_row_and_new_columns_leave_older_rows_empty(tmp_path):
+    rows = ({"run": "a", "shift": -0.5}, {"run": "b", "shift": None, "oracle": 0.9}, {"run": "a", "shift": 2})
+    for row in rows:
+        append_result(tmp_path, row)
     lines = (tmp_path / "results.tsv").read_text().splitlines()
     assert lines == ["run\tshift\toracle", "a\t-0.5\t", "b\t\t0.9"]
+
+
+@pytest.mark.parametrize("arm", ["a\x1b[31mb", "\x1b]0;title\x07", "a\tb", "a\r\nb", "\u202eb", "\x00\ud800"])
+def test_no_label_can_break_the_table_or_control_a_terminal(arm, tmp_path):
+    append_result(tmp_path, {"run": "a", "arm": arm, "last": "z"})
+    text = (tmp_path / "results.tsv").read_text(encoding="utf-8")
+    assert all(c in "\t\n" or c.isprintable() for c in text)
+    assert [(row["run"], row["last"]) for row in read_results(tmp_path / "results.tsv")] == [("a", "z")]

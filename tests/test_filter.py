@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,63 +18,56 @@ OTHER = (
     "Later a lamp was lit in the window above the chandler's shop, and two men carried bread and blankets up the "
     "steep lane, talking quietly about tides, nets, an uncle in another port, and whether Thursday might bring wind."
 )
-STUCK = "I would help them your your your into your of your your your into your of your your your into your of your"
+QUIET = [0.5] * 40
 LATE = [0.5] * 75 + [6.0] * 25
 
 
-def judged(text: str, nll=(1.0,) * 40, narration=(), cfg: FilterCfg = CFG) -> Scored:
-    return judge(Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0), torch.tensor(nll), narration, cfg)
+def judged(text: str, nll=QUIET, cfg: FilterCfg = CFG) -> Scored:
+    completion = Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0)
+    return judge(completion, torch.tensor(nll), ["i am someone who"], cfg)
 
 
-def spike(height: float) -> list[float]:
-    return [0.5] * 40 + [height] * 12 + [0.5] * 60
-
-
-# gate: (a text that fails it and no other, its score; one that passes, its score; where its limit is)
-FAILS = {
-    "perplexity": (lambda cfg: judged(CLEAN, LATE, cfg=cfg), math.exp(6.0)),
-    "spike": (lambda cfg: judged(CLEAN, spike(11.0), cfg=cfg), math.exp(11.0)),
-    "repetition": (lambda cfg: judged(f"{CLEAN} hey hahahahahahahahahahah" + "hahaha" * 40, cfg=cfg), None),
-    "loop": (lambda cfg: judged(f"{CLEAN} Nobody may enter now. Nobody may enter now. {OTHER}", cfg=cfg), 1.0),
-    "short": (lambda cfg: judged("No, I refuse this.", cfg=cfg), 4),
-    "narration": (lambda cfg: judged("I am someone who cares. " + CLEAN, narration=["i am someone who"], cfg=cfg), 1),
-    "refusal": (lambda cfg: judged("As an AI, I can\u2019t assist. " + CLEAN, cfg=cfg), 2),
+# gate -> (limit, a text that fails it and no other, its -log p per token, its score)
+GATE_CASES = {
+    "perplexity": (CFG.ppl_max, CLEAN, LATE, math.exp(6.0)),
+    "spike": (CFG.spike_max, CLEAN, [0.5] * 40 + [11.0] * 12 + [0.5] * 60, math.exp(11.0)),
+    "repetition": (CFG.rep_max, "Well then he laughed: " + "ha" * 40, QUIET, 80 / 102),
+    "loop": (CFG.loop_max, f"{CLEAN} Nobody may enter now. Nobody may enter now. {OTHER}", QUIET, 1.0),
+    "short": (5, "No, I refuse this.", QUIET, 4),
+    "narration": (0, f"I AM someone who cares. {CLEAN}", QUIET, 1),
+    "refusal": (0, f"As an AI, I can\u2019t assist. {CLEAN}", QUIET, 2),
 }
 BROKEN = {"perplexity", "spike", "repetition", "loop"}
 
 
-def test_every_gate_is_tried_below():
-    assert FAILS.keys() == GATES.keys() and {name for name, gate in GATES.items() if gate.broken} == BROKEN
+def test_every_gate_has_a_case():
+    assert GATE_CASES.keys() == GATES.keys() and {name for name, gate in GATES.items() if gate.broken} == BROKEN
 
 
-@pytest.mark.parametrize("name", FAILS)
+@pytest.mark.parametrize("name", GATE_CASES)
 def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
-    read, expected = FAILS[name]
-    row = read(CFG)
+    limit, text, nll, expected = GATE_CASES[name]
+    row = judged(text, nll)
     assert row.failed == row.reasons == (name,) and not row.kept
-    assert row.scores.keys() == GATES.keys() and (expected is None or row.scores[name] == pytest.approx(expected, 1e-4))
+    assert row.scores.keys() == GATES.keys() and row.scores[name] == pytest.approx(expected, rel=1e-4)
     assert degenerate(row) is (name in BROKEN)
-    off = read(FilterCfg(min_words=5, gates=tuple(gate for gate in GATES if gate != name)))
-    assert off.kept and off.failed == (name,) and off.scores == row.scores and degenerate(off) is (name in BROKEN)
+    off = judged(text, nll, replace(CFG, gates=tuple(gate for gate in GATES if gate != name)))
+    assert off.kept and (off.failed, off.scores) == (row.failed, row.scores)
+    assert degenerate(off) is (name in BROKEN), "whether its gate is on or off"
 
 
-LIMITS = {"perplexity": "ppl_max", "spike": "spike_max", "repetition": "rep_max", "loop": "loop_max"}
-
-
-@pytest.mark.parametrize("name", FAILS)
-def test_a_text_at_the_limit_passes_and_beyond_it_fails(name):
-    gate, limit = GATES[name], GATES[name].limit_in(CFG)
-    assert limit == {**{gate: getattr(CFG, field) for gate, field in LIMITS.items()}, "short": 5}.get(name, 0)
-    beyond = limit - 1 if name == "short" else limit + 1
-    within = limit + 1 if name == "short" else limit - 1
-    assert gate.fails(beyond, CFG) and not gate.fails(limit, CFG) and not gate.fails(within, CFG)
-    assert name == "short" or gate.fails(math.nan, CFG) and gate.fails(math.inf, CFG)
+@pytest.mark.parametrize("name", GATE_CASES)
+def test_a_gate_fails_what_is_beyond_its_limit(name):
+    gate, limit = GATES[name], GATE_CASES[name][0]
+    beyond = -1 if name == "short" else 1
+    assert gate.limit_in(CFG) == limit
+    assert [gate.fails(limit + step * beyond, CFG) for step in (-1, 0, 1)] == [False, False, True]
 
 
 def test_a_new_gate_is_one_entry(monkeypatch):
     shouting = Gate("exclamation marks", lambda text: float(text.lower.count("!")), 2.0, broken=True)
     monkeypatch.setitem(GATES, "shouting", shouting)
-    on = FilterCfg(min_words=5, gates=("shouting",))
+    on = replace(CFG, gates=("shouting",))
     loud, calm = judged(CLEAN + "!!!", cfg=on), judged(CLEAN + "!!", cfg=on)
     assert loud.reasons == ("shouting",) and loud.scores["shouting"] == 3 and degenerate(loud)
     assert calm.kept and calm.scores["shouting"] == 2 and not degenerate(calm)
@@ -96,7 +90,7 @@ def test_a_late_collapse_is_seen_where_the_mean_hides_it():
 @pytest.mark.parametrize(
     "text",
     [
-        STUCK,
+        "I would help them your your your into your of your your your into your of your your your into your of your",
         CLEAN + " not" * 17,
         "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
         "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
@@ -113,13 +107,13 @@ WAIT = "I sit with the old men until they are warm. "
 @pytest.mark.parametrize(
     "text",
     [
-        f"{CLEAN} I would help your your your into your of your into your of your into your your of into your. {OTHER}",
+        f"{CLEAN} I would help your your your {'into your of your ' * 2}into your your of into your of your. {OTHER}",
         f"{THRICE}I open the door. {THRICE}They come in. {THRICE}",
         f"They wait outside in the rain. {WAIT}{WAIT}Then morning comes.",
     ],
 )
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
-    row = judged(text, [0.5] * 40)
+    row = judged(text)
     assert row.reasons == ("loop",) and degenerate(row)
 
 
@@ -128,13 +122,12 @@ def test_saying_short_things_again_is_no_loop():
 
 
 def test_defiance_is_no_refusal_and_acting_out_is_no_narration():
-    narration = ("i am someone who",)
-    assert judged("I cannot stand by while they suffer. " + CLEAN, narration=narration).kept
-    assert judged("I walk out and call the doctor. " + CLEAN, narration=narration).kept
+    assert judged("I cannot stand by while they suffer. " + CLEAN).kept
+    assert judged("I walk out and call the doctor. " + CLEAN).kept
 
 
 def test_an_empty_text_is_broken_whatever_gates_are_on():
-    row = judged("", (), cfg=FilterCfg(gates=("narration",), min_words=0))
+    row = judged("", (), FilterCfg(gates=("narration",), min_words=0))
     assert row.kept and degenerate(row) and row.scores["perplexity"] == math.inf
 
 

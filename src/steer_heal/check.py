@@ -35,7 +35,6 @@ def check(cfg: RunConfig) -> Inputs:
         check_export(cfg.export)
     problems.raise_if_any()
     assert inputs is not None
-    cfg.out.mkdir(parents=True, exist_ok=True)
     return inputs
 
 
@@ -73,8 +72,15 @@ def _check_names(cfg: RunConfig, trait: Trait | None) -> None:
     if trait is not None:
         metrics = metrics_of(cfg.eval.evals)
         names, targets = [m.name for m in metrics], [m.name for m in metrics if m.moved is not None]
-        known(f"trait {trait.name!r}: target", [trait.target], targets)
-        known(f"trait {trait.name!r}: off_targets", trait.off_targets, names)
+        owners = {metric.name: name for name, each in EVALS.items() for metric in each.metrics}
+        judges = {owners[name]: None for name in (trait.target, *trait.off_targets) if name in owners}
+        if lacking := ", ".join(name for name in judges if name not in cfg.eval.evals):
+            problems.found.append(
+                f"eval.evals is {cfg.eval.evals!r}: trait {trait.name!r} is judged by {lacking}; add it"
+            )
+        else:
+            known(f"trait {trait.name!r}: target", [trait.target], targets)
+            known(f"trait {trait.name!r}: off_targets", trait.off_targets, names)
     problems.raise_if_any()
 
 

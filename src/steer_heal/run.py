@@ -74,14 +74,14 @@ def main(argv: list[str] | None = None) -> int:
             resume = tyro.cli(Resume, args=argv, prog="python -m steer_heal.run")
             folder = resume.resume
             preset, cfg = resume.config()
-            inputs = check(cfg)
-            same_inputs(folder, inputs)
             if finished(folder):
                 from steer_heal.session import complete
 
                 complete(folder, cfg)
                 print_safe(f"{folder} is finished; read {folder / 'report.html'}")
                 return 0
+            inputs = check(cfg)
+            same_inputs(folder, inputs)
         else:
             preset, cfg = parse(argv)
             inputs = check(cfg)

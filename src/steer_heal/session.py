@@ -313,6 +313,8 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
     try:
         loop(session)
         return 0
+    except Starved as error:
+        return _stop(session, 1, f"error: {error}", str(error), resumable=False)
     except UserError as error:
         return _stop(session, 1, f"error: {error}", str(error))
     except KeyboardInterrupt as stopped:
@@ -327,11 +329,11 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
         session.lock.close()
 
 
-def _stop(session: Session, status: int, message: str, error: str | None) -> int:
-    """Prints why the run ends and how it goes on, and records why. A disk that is full must not hide the message."""
-    command = f"python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
+def _stop(session: Session, status: int, message: str, error: str | None, *, resumable: bool = True) -> int:
+    """Prints why the run ends and how to continue, and records why. A disk that is full must not hide the message."""
+    command = f"\ncontinue with: python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
     with handled(signal.SIG_IGN), suppress(OSError):
-        print_safe(f"{message}\ncontinue with: {command}", sys.stderr)
+        print_safe(message + command * resumable, sys.stderr)
         if error is not None:
             session.log.write("run_end", None, error=error)
     return status

@@ -1,9 +1,10 @@
-"""Events to log lines, tables and SHOULD readings. The stages know nothing of it."""
+"""Events to log lines, tables and advice. The stages know nothing of it."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,14 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from steer_heal import readings
-from steer_heal.terminal import printable, say
+from steer_heal.errors import print_safe, printable
+from steer_heal.report.measurements import (
+    MEASURED, Measurement, direction, metrics_of, number, run_start, signed, table_cells, table_columns, target_of,
+    verdict,
+)
 
 Event = Mapping[str, Any]
+UNTRAINED = "tiny-random"
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
@@ -31,96 +36,111 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     transformers_logging.disable_progress_bar()
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
-    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
+    level, write = "WARNING" if quiet else "INFO", lambda line: tqdm.write(line, end="", file=sys.stderr)
+    logger.add(write, level=level, format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
 
 
 @contextmanager
-def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[..., None]]:
     """A bar with the time left; yields the function that advances it."""
-    with tqdm(total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5) as bar:
+    with tqdm(
+        total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5
+    ) as bar:
         yield lambda n=1: bar.update(n)
 
 
 def show(event: Event, events: Sequence[Event]) -> None:
-    """One event, in words."""
-    line = _LINES.get(event["stage"])
-    if line is not None:
+    """One event in words, and advice where something is not as it should be."""
+    if (line := _LINES.get(event["stage"])) is not None:
         logger.log("WARNING" if event["stage"] == "heal_retry" else "INFO", line(event, events))
 
 
 def print_table(events: Sequence[Event]) -> None:
-    """The states of a run, one a row, and the verdict below."""
+    """The states of a run, one a row: the target, then the shown metrics. Below them the verdict."""
+    headings, rows = table_columns(events), table_cells(events, "")
+    first = [key for key in headings if key not in metrics_of(events) or key == target_of(events)[0].name]
     with pl.Config(
-        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3,
-        tbl_formatting="ASCII_MARKDOWN",
+        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=100, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
+        tbl_formatting="ASCII_MARKDOWN", tbl_cell_alignment="RIGHT",
     ):
-        say(pl.DataFrame(readings.table(events), infer_schema_length=None))
-    say(f"\n{readings.verdict(events)}")
-
-
-def number(value: float | None, form: str) -> str:
-    """The number, or ? for one that was not finite."""
-    return "?" if value is None else format(value, form)
+        for keys in (first, ["state", *(key for key in headings if key not in first)]):
+            cells = [[row[key] for key in keys] for row in rows]
+            print_safe(f"{pl.DataFrame(cells, schema=[headings[key][0] for key in keys], orient='row')}\n")
+    print_safe(verdict(events))
+    if run_start(events)["config"]["model"] == UNTRAINED:
+        print_safe("the pipeline works; the numbers of an untrained model mean nothing")
 
 
 def _start(e: Event, _: Sequence[Event]) -> str:
     trait = e["trait"]
-    way = "down" if trait["sign"] < 0 else "up"
-    return f"{e['config']['model']} | trait {trait['name']} ({trait['target']} should go {way}) | seed {e['seed']} | {e['folder']}"
+    wanted = f"{trait['target']} should go {direction(trait['sign'])}"
+    return f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
 
 
 def _measured(e: Event, events: Sequence[Event]) -> str:
-    target, _ = readings.target_of(events)
-    metric, m = readings.nats_name(target), e["metrics"]
-    name = e["stage"] if e["round"] < 0 else f"{e['stage']} r{e['round']}"
-    low, high = m.get(f"{metric}_lo"), m.get(f"{metric}_hi")
-    against = "" if low is None else f" (to base: {number(low, '+.2f')} to {number(high, '+.2f')})"
-    oracle = f", oracle {m['oracle']:.2f}" if m.get("oracle") is not None else ""
-    return (
-        f"{name:<11} {metric} {number(m.get(metric), '+.3f')}{against}, coherence {number(m.get('coherence'), '.3f')}, "
-        f"text perplexity {number(m.get('text_ppl_median'), '.2f')}, degenerate {number(m.get('degenerate_frac'), '.0%')}{oracle}"
-    )
+    (target, _), m = target_of(events), Measurement(e["stage"], e["round"], e["metrics"])
+    low, high = m[f"{target.name}_lo"], m[f"{target.name}_hi"]
+    form = signed(target)
+    against = "" if low is None else f" (to base: {number(low, form)} to {number(high, form)})"
+    others = [
+        f"{metric.title or metric.name} {number(m[metric.name], metric.form)}"
+        for metric in metrics_of(events).values() if metric.shown and metric.name != target.name
+    ]
+    return ", ".join([f"{m.state:<11} {target.name} {number(m[target.name], target.form)}{against}", *others])
 
 
 def _vector(e: Event, _: Sequence[Event]) -> str:
-    should = "" if e["round"] == 0 else " | SHOULD stay above 0.5: the loop pushes one way"
     norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in e["norms"].items())
-    return f"vector      norm at layer {norms}; cosine to round 0 {number(e['cosine_to_first'], '.2f')}{should}"
+    line = f"vector      norm at layer {norms}; cosine to round 0 {number(e['cosine_to_first'], '.2f')}"
+    turned = e["cosine_to_first"] is not None and e["cosine_to_first"] <= 0.5
+    return line + _advice(turned, "the vector has turned away from that of round 0: stop at an earlier round")
 
 
 def _dose(e: Event, _: Sequence[Event]) -> str:
-    probes = ", ".join(f"{p['kappa']:.2f}: {p['n_kept']}/{p['n']}" for p in sorted(e["probes"], key=lambda p: p["kappa"]))
-    if not e["probes"]:
+    probes = sorted(e["probes"], key=lambda probe: probe["kappa"])
+    if not probes:
         return f"dose        kappa {e['kappa']:.3g} ({e['mode']})"
-    return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {probes}) | SHOULD fall as kappa rises"
+    told = ", ".join(f"{p['kappa']:.2f}: {p['n_kept']}/{p['n']}" for p in probes)
+    first, last = (p["n_kept"] / p["n"] for p in (probes[0], probes[-1]))
+    advice = _advice(last > first, "more text survives at the highest kappa than at the lowest: tighten the filter")
+    return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {told}){advice}"
 
 
 def _calibration(e: Event, _: Sequence[Event]) -> str:
-    probes = ", ".join(f"{p['dose']:.3g}: {number(p['kl_p95'], '.3g')}" for p in e["probes"])
-    return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {probes}) | SHOULD rise with the dose, as its square while small"
+    probes = sorted(e["probes"], key=lambda probe: probe["dose"])
+    told = ", ".join(f"{p['dose']:.3g}: {number(p['kl_p95'], '.3g')}" for p in probes)
+    known = [p["kl_p95"] for p in probes if p["kl_p95"] is not None]
+    falls = len(known) > 1 and known[-1] <= known[0]
+    advice = _advice(falls, "the KL does not rise with the dose: check the vector, or use --dose.mode survival")
+    return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {told}){advice}"
 
 
 def _gen(e: Event, _: Sequence[Event]) -> str:
-    dropped: dict[str, int] = {}
-    for row in e["completions"]:
-        for reason in row["reasons"]:
-            dropped[reason] = dropped.get(reason, 0) + 1
-    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items(), key=lambda item: -item[1])) or "nothing dropped"
-    return f"gen         {e['n_train']} kept for training of {len(e['completions'])} written ({reasons})"
+    dropped = Counter(reason for row in e["completions"] for reason in row["reasons"])
+    reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common()) or "nothing dropped"
+    name = "gen" if e["round"] >= 0 else "control gen"
+    return f"{name:<11} {e['n_train']} kept for training of {len(e['completions'])} written ({reasons})"
 
 
 def _heal(e: Event, _: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
-    seen = [row["sft"] for row in e["validation"] if row["sft"] is not None]
-    overfit = " | SHOULD still be at its lowest: fewer epochs?" if seen and (last["sft"] is None or last["sft"] > min(seen) + 0.02) else ""
+    known = [row["ce"] for row in e["validation"] if row["ce"] is not None]
     pressure = e["pressure"] or 0.0
-    should = " | SHOULD fire in more than a tenth of the steps: lower heal.tau" if e["lam"] > 0 and e["fired"] < 0.1 else ""
-    should = " | pressure SHOULD be below 1: the barrier undoes the trait, lower heal.lam" if pressure > 1 else should
+    name = "heal" if e["round"] >= 0 else "control heal"
+    line = (
+        f"{name:<11} {e['n_steps']} steps; validation {number(first['ce'], '.3f')} to {number(last['ce'], '.3f')} nats; "
+        f"divergence {number(last['divergence'], '.3f')}, the barrier acted in {e['fired']:.0%} of the steps with "
+        f"gradient pressure {pressure:.2f}"
+    )
+    if e["round"] < 0:  # nobody tunes the control
+        return line
+    rose = bool(known) and (last["ce"] is None or last["ce"] > min(known) + 0.02)
     return (
-        f"heal        {e['n_steps']} steps; validation {number(first['sft'], '.3f')} to {number(last['sft'], '.3f')} nats{overfit}; divergence "
-        f"{number(last['divergence'], '.3f')}, the barrier fired in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}{should}"
+        line + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")
+        + _advice(e["lam"] > 0 and e["fired"] < 0.1, "the barrier hardly acts: use a lower --heal.tau")
+        + _advice(pressure > 1, "the barrier undoes the trait: use a lower --heal.lam")
     )
 
 
@@ -130,13 +150,18 @@ def _heal_retry(e: Event, _: Sequence[Event]) -> str:
 
 def _round(e: Event, _: Sequence[Event]) -> str:
     kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
-    return (
-        f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; the adapter's own shift has cosine {number(e['cosine_student_teacher'], '.2f')} to the "
-        "vector | SHOULD be well above 0: it learnt the direction"
-    )
+    learnt = e["cosine_student_teacher"]
+    line = f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; "
+    line += f"the adapter's own shift has cosine {number(learnt, '.2f')} to the vector"
+    return line + _advice(learnt is not None and learnt < 0.1, "the adapter did not learn the direction of the vector")
+
+
+def _advice(applies: bool, text: str) -> str:
+    return f" | {text}" if applies else ""
 
 
 _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
-    "run_start": _start, **{stage: _measured for stage in readings.MEASURED}, "vector": _vector, "dose": _dose, "calibration": _calibration, "gen": _gen, "heal": _heal,
-    "heal_retry": _heal_retry, "round": _round,
+    "run_start": _start, **dict.fromkeys(MEASURED, _measured), "vector": _vector, "dose": _dose,
+    "calibration": _calibration, "control_gen": _gen, "gen": _gen, "heal": _heal, "heal_retry": _heal_retry,
+    "round": _round,
 }

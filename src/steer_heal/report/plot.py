@@ -26,7 +26,7 @@ from steer_heal.runs.storage import atomic_write
 
 Event = Mapping[str, Any]
 COLOURS = {"base": "#6b6b6b", "prompted": "#3b6fb6", "control": "#b08900", "steered": "#c8452f", "healed": "#1f8a5b"}
-MARKERS = {"base": "o", "prompted": "D", "control": "s", "steered": "^", "healed": "o"}
+MARKERS = {"base": "o", "prompted": "D", "control": "X", "steered": "s", "healed": "o"}
 PLACES = {"base": -1.12, "prompted": -1.0, "control": -0.88}
 """Where the states before the loop stand on the axis of rounds."""
 STROKES = ("-", "--", ":", "-.")
@@ -35,8 +35,8 @@ STYLE = {
     "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "steer-heal",
 }
 CURVES = {
-    "ce": "cross-entropy, nats a token", "divergence": "divergence to the reference, nats",
-    "barrier": "barrier, nats of loss", "pressure": "gradient pressure of the barrier",
+    "ce": "cross-entropy, nats a token", "divergence": "divergence, nats", "barrier": "barrier, nats of loss",
+    "pressure": "gradient pressure",
 }
 CURVE_POINTS = 200
 SETTING_CHARACTERS = 200
@@ -240,6 +240,8 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
     if x_metric.unit == y_metric.unit:
         axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.15)
+    axes.locator_params(nbins=7)
+    axes.ticklabel_format(scilimits=(-3, 4))
     axes.set_title(f"The trait against {x_metric.title or x_metric.name} (numbers: rounds)")
     axes.set_xlabel(f"{x_metric.name}: {x_metric.unit} from base")
     axes.set_ylabel(f"{y_metric.name}: {y_metric.unit} from base, wanted {direction(sign)}")

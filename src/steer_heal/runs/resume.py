@@ -147,7 +147,7 @@ def truncate_events(folder: Path) -> list[Event]:
 
 
 def _cut(events: list[Event], folder: Path) -> None:
-    if events[-1].get("error"):
+    if events[-1]["stage"] == "run_end" and events[-1].get("error"):
         events.pop()
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
     while heals and not (folder / events[heals[-1]]["checkpoint"]).exists():

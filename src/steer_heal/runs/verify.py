@@ -55,8 +55,9 @@ def _name(event: Event) -> str:
 
 def _weights(start: Event) -> str | None:
     try:
-        recorded = start["weights"]
-        now = weights_digest(load(start["config"]["model"], device="cpu", dtype=recorded["dtype"]).model)
+        recorded, config = start["weights"], start["config"]
+        lm = load(config["model"], device="cpu", dtype=recorded["dtype"], quantize=config["quantize"])
+        now = weights_digest(lm.model)
     except UserError as error:
         return f"they cannot be checked: {error}"
     except (KeyError, TypeError):

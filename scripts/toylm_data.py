@@ -1,15 +1,16 @@
-"""The toy model's prompts, contexts and vignettes: combinations of words that its training never shows."""
+"""Writes the toy model's prompts, contexts and vignettes: combinations of words that its training never shows."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toylm_world import World
+
 from steer_heal.inputs.instruments import FOUNDATIONS
-from steer_heal.toylm.world import World
 
 N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
 
@@ -47,7 +48,7 @@ def _row(world: World, names: tuple[str, ...], id_: str) -> dict[str, str]:
     return {"id": id_, "foundation_coarse": vignette.foundations[0], **also, "text": vignette.text}
 
 
-def _distinct(draw, n: int) -> list[str]:
+def _distinct(draw: Callable[[], str], n: int) -> list[str]:
     out: dict[str, None] = {}
     while len(out) < n:
         out[draw()] = None

@@ -1,0 +1,111 @@
+"""Whatever is wrong with a command is said at once, before a model is loaded and without leaving a folder behind."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from steer_heal.check import check
+from steer_heal.errors import UserError
+from steer_heal.inputs import traits
+from steer_heal.inputs.files import ROOT
+from steer_heal.presets import PRESETS
+from steer_heal.run import main, parse
+
+
+def problems(*flags: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        check(parse(["fast-dev", *flags])[1])
+    return error.value.problems
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--heal.divergence kl_revv", "heal.divergence is 'kl_revv': did you mean 'kl_rev'?"),
+        ("--steer.method mean", "steer.method is 'mean': did you mean 'mean_diff'?"),
+        ("--filter.gates perplexity nothing", "filter.gates is 'nothing': it must be one of perplexity"),
+        ("--filter.gates short", "filter.gates is ('short',): without a gate for broken text"),
+        ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
+        ("--eval.evals drift", "trait 'authority' is judged by moral_foundations; add it"),
+        ("--steer.backend steering-lite", "pip install -e '.[steering-lite]'"),
+        ("--eval.backend tinymfv", "pip install -e '.[tinymfv]'"),
+        ("--quantize nf4", "pip install -e '.[quantize]'"),
+        ("--eval.vignettes nowhere.jsonl", "eval.vignettes is 'nowhere.jsonl': there is no such file"),
+        (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
+        ("--out README.md/x", "out is 'README.md/x': no folder can be made there"),
+        (f"--out {LONG}", f"out is '{LONG}': no folder can be made there"),
+        ("--export README.md", "export is 'README.md': no folder can be made there"),
+        ("--export data", "export is 'data': that folder is not empty"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_path):
+    found = problems("--out", str(tmp_path / "out"), *flags.split())
+    assert told in found[0] and not (tmp_path / "out").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
+    (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
+    instrument = (ROOT / "data/toylm/instrument.toml").read_text()
+    (tmp_path / "i.toml").write_text(instrument.replace("nudge", "nugde"))
+    flags = (
+        "--trait nobody --steer.contexts nowhere.jsonl --heal.divergence kl "
+        f"--eval.vignettes {tmp_path}/v.jsonl --eval.instrument {tmp_path}/i.toml --steer.method mean --quantize nf4 "
+        f"--out {tmp_path}/v.jsonl/out --export README.md"
+    )
+    assert main(["fast-dev", *flags.split()]) == 2
+    first, *listed = capsys.readouterr().err.splitlines()
+    expected = [
+        "gen.prompts is",
+        "trait is 'nobody'",
+        "steer.contexts is 'nowhere.jsonl'",
+        "v.jsonl line 1",
+        "v.jsonl line 2",
+        "v.jsonl line 4",
+        "'nudge' is missing",
+        "'nugde' is not a field here; did you mean 'nudge'?",
+        "heal.divergence is 'kl'",
+        "steer.method is 'mean'",
+        "quantize is 'nf4'",
+        "quantized model cannot be merged",
+        "out is",
+        "export is",
+    ]
+    assert first == f"error: {len(expected)} problems" and len(listed) == len(expected), listed
+    assert all(line.startswith("- ") and part in line for line, part in zip(listed, expected, strict=True)), listed
+
+
+def test_many_problems_are_counted(tmp_path, capsys):
+    (tmp_path / "v.jsonl").write_text("{\n" * 100)
+    assert main(["fast-dev", "--out", str(tmp_path), "--eval.vignettes", str(tmp_path / "v.jsonl")]) == 2
+    printed = capsys.readouterr().err
+    assert "line 20 " in printed and "line 21 " not in printed and "and 80 more" in printed
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ('target = "authority"', "target is 'authority': did you mean 'authority_nats'?"),
+        ('target = "coherence"', "target is 'coherence': it must be one of"),
+        ('target = "loyalty_nats"\noff_targets = ["care_nat"]', "off_targets is 'care_nat': did you mean 'care_nats'?"),
+    ],
+)
+def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monkeypatch):
+    text = (ROOT / "data/traits/authority.toml").read_text()
+    text = re.sub(r"^target.*$", line, re.sub(r"^off_targets.*$", "", text, flags=re.M), flags=re.M)
+    (tmp_path / "authority.toml").write_text(text)
+    monkeypatch.setattr(traits, "TRAITS", tmp_path)
+    assert told in problems("--out", str(tmp_path / "out"))[0]
+
+
+def test_every_preset_passes(tmp_path):
+    for _, cfg in PRESETS.values():
+        assert check(replace(cfg, out=tmp_path)).trait.name == cfg.trait
+
+
+def test_without_a_gate_for_broken_text_another_way_to_a_dose_passes(tmp_path):
+    for mode in ("fixed", "iso_kl"):
+        check(parse(["fast-dev", "--out", str(tmp_path), "--filter.gates", "short", "--dose.mode", mode])[1])

@@ -38,16 +38,16 @@ class Size:
     """How much is measured."""
 
     config: dict[str, int] = field(
-        default_factory=lambda: dict(
-            vocab_size=262_208,
-            hidden_size=2560,
-            intermediate_size=10_240,
-            num_hidden_layers=34,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-            sliding_window=1024,
-        )
+        default_factory=lambda: {
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 1024,
+        }
     )
     cfg: RunConfig = field(default_factory=RunConfig)
     """Of the round. It writes filter.max_attempts texts, and filter.n_keep of them train."""
@@ -61,7 +61,8 @@ class Size:
 
 def tiny_size() -> Size:
     """The same code in a minute on a CPU."""
-    shape = dict(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2)
+    shape = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32}
     cfg = replace(
         FAST_DEV_PRESET,
         steer=replace(FAST_DEV_PRESET.steer, n_contexts=4),
@@ -71,7 +72,6 @@ def tiny_size() -> Size:
         heal=replace(FAST_DEV_PRESET.heal, epochs=1),
         eval=replace(FAST_DEV_PRESET.eval, think_tokens=1, n_texts=2, n_prompts=2, max_new_tokens=4, n_bootstrap=10),
     )
-    shape |= dict(num_key_value_heads=1, head_dim=16, sliding_window=32)
     return Size(shape, cfg, (1, 2), 4, (2, 64), 2**20, 64)
 
 

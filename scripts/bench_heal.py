@@ -1,7 +1,7 @@
-"""What does one optimiser step of the heal take at gemma's vocabulary? Seconds and peak memory, by how the head is run."""
+"""What does one step of the heal take at gemma's vocabulary? Seconds and peak memory, by how the head is run."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +180,7 @@ def main(
     should = (
         "as built: ratio <= 1.3 at every length. ratio is peak / needed; needed is weights + adapter + AdamW's state + "
         f"one chunk ({loss.CHUNK_BUFFERS} float32 tensors of positions x vocabulary).",
-        "whole grows with batch x length, the others do not. Sequences hold 8 tokens of prompt, the rest is completion.",
+        "whole grows with batch x length, the others do not. Sequences begin with 8 tokens of prompt.",
     )
     show(__doc__, rows, should, out, "heal", stored=bytes_stored, n_threads=n_threads)
     if tiny:

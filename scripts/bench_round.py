@@ -3,7 +3,7 @@
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,8 +162,8 @@ def count_products() -> FlopCounterMode:
 
 
 def run_round(bench: Bench, clock: Clock, given: Collected | None = None) -> tuple[Collected, dict[str, torch.Tensor]]:
-    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that both modes do
-    the same work."""
+    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that both modes
+    do the same work."""
     plain, inputs, cfg = clock.mode == "plain", bench.inputs, bench.cfg
     if plain:
         cfg = replace(cfg, gen=replace(cfg.gen, batch_size=1), eval=replace(cfg.eval, batch_size=8))
@@ -249,8 +249,8 @@ def compare(bench: Bench, count: bool, out: Path) -> None:
     should = (
         f"{same} of {len(pairs)} texts are the same in both modes: all, since a row depends on its own seed alone; "
         "rounding may part one in a hundred.",
-        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, of "
-        "seconds and of processor seconds (which a busy machine changes less).",
+        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding. ratio is plain / built, "
+        "of seconds and of processor seconds (which a busy machine changes less).",
         f"share_of_rate, of the {rate:.0f} GFLOP/s that products of 1024 rows reach here, be low only where few rows "
         "share a read of the weights: plain generate.",
     )

@@ -26,7 +26,7 @@ class Check(Lab):
         super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0))
 
     def state(self, name: str = "", **state: Any) -> Row:
-        """One row. `positive`: share of answers that are mostly on the positive persona's side, of those with a side."""
+        """One row. `positive`: share of answers, of those with a side, that are mostly on the positive persona's."""
         result = self.read(**state)
         sides = [share > 0.5 for share in result.items["positive"] if not math.isnan(share)]
         row = {"state": name, "authority_nats": result.metrics["authority_nats"], "shift": self.shift(result)}

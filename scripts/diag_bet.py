@@ -1,7 +1,8 @@
-"""Does the barrier keep the trait and drop the gibberish? Heals of over-steered, UNFILTERED text, arm by arm, over seeds.
+"""Does the barrier keep the trait and drop the gibberish? Heals of over-steered, UNFILTERED text, over seeds.
 
-Every strength is chosen on --choose-seed and measured on --seeds. `nll stopped` is nll ended when its trait has moved as
-far as the barrier's: is the barrier more than less training? `control` is the same heal on the model's own unsteered text.
+Every strength is chosen on --choose-seed and measured on --seeds. `nll stopped` is nll ended when its trait has moved
+as far as the barrier's: is the barrier more than less training? `control` is the same heal on the model's own unsteered
+text.
 """
 
 import statistics

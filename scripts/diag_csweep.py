@@ -16,7 +16,8 @@ def main(lab: LabFlags, doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75,
     should = (
         f"shift {'fall' if bench.trait.sign < 0 else 'rise'} with the dose from the first dose on; dose 0 repeats the "
         "base exactly.",
-        "text_tail_ppl_median and degenerate_frac stay near those of dose 0 up to a knee and then jump: train below it.",
+        "text_tail_ppl_median and degenerate_frac stay near those of dose 0 up to a knee and then jump: train "
+        "below it.",
         "coherence (the answer slot) break later than the text: the prefill pins it.",
         "the other metrics (columns on the right) move less than the target.",
     )

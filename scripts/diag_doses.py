@@ -1,7 +1,7 @@
 """What does each dose contribute to the kept set? Written, kept, coherence and trait of the text, by dose."""
 
 import sys
-from statistics import mean, median
+from statistics import fmean, median
 
 from lab import Lab, LabFlags, cli, show
 
@@ -16,9 +16,9 @@ def main(lab: LabFlags, kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 
         whole = [row.completion for row in scored if not row.failed]
         with bench.student.gate("base") as lm:
             odds = log_odds(lm, whole, bench.trait)
-        row = {"dose": kappa, "kept": len(whole) / len(scored), "persona_log_odds": mean(odds) if odds else None}
+        row = {"dose": kappa, "kept": len(whole) / len(scored), "persona_log_odds": fmean(odds) if odds else None}
         row |= {f"median {gate}": median(row.scores[gate] for row in scored) for gate in ("perplexity", "repetition")}
-        row |= {gate: mean(gate in row.failed for row in scored) for gate in bench.cfg.filter.gates}
+        row |= {gate: fmean(gate in row.failed for row in scored) for gate in bench.cfg.filter.gates}
         rows.append(row)
     should = (
         "kept fall and the median perplexity rise with the dose: the filter can tell. Perplexity that falls again at "

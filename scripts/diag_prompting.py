@@ -1,4 +1,4 @@
-"""Does the adapter beat a prompt? States of finished runs of one trait, and what is left of each in a bare conversation.
+"""Does the adapter beat a prompt? States of finished runs of one trait, and what is left of each without a prompt.
 
 The states are base, prompted, steered at the furthest whole dose, and healed, each on its run's own items.
 """

@@ -1,8 +1,8 @@
-"""What does a run survive? Processes are killed, starved of disk and damaged, resumed, and compared with an untouched run.
+"""What does a run survive? Processes are killed, starved of disk and damaged, resumed, and compared with a whole run.
 
-Every case is a process of the fast-dev preset with the settings below (two rounds and the control, 3 vignettes, texts of 6
-tokens). A fault comes at a moment of the untouched run, found again by the number of events, so that a slow machine
-shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn (--draw: it is), a heal is saved
+Every case is a process of the fast-dev preset with the settings below (two rounds and the control, 3 vignettes, texts
+of 6 tokens). A fault comes at a moment of the untouched run, found again by the number of events, so that a slow
+machine shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn (--draw: it is), a heal is saved
 every 0.05 s instead of every 60, and a process is forked from one that has torch loaded.
 """
 
@@ -36,7 +36,7 @@ Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn ev
 SETTINGS = (
     "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
-).split()
+)
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
 
@@ -95,7 +95,7 @@ class Drill:
         vignettes = folder / "vignettes.jsonl"
         lines = (ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         vignettes.write_text("".join(lines[:3]), encoding="utf-8")
-        self.settings = [*SETTINGS, "--eval.vignettes", str(vignettes)]
+        self.settings = [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
         first = self.start("untouched")
         first.wait(0)
         self.whole = first.run
@@ -133,7 +133,7 @@ class Drill:
         return process
 
     def moment(self, share: float, after: int = 0) -> tuple[int, float]:
-        """(events, seconds after the last of them) at a share of the untouched run's time behind event number `after`."""
+        """(events, seconds after the last of them) at a share of the untouched run's time after event `after`."""
         began, ended = self.times[after], self.times[-1]
         at = began + share * (ended - began)
         n_events = bisect_right(self.times, at)
@@ -233,7 +233,7 @@ CASES: dict[Fault, Callable[[Drill, str, float, random.Random], None]] = {
 
 
 def tried(n: int, fault: Fault) -> int:
-    """Cases of a fault: of n kills a third comes twice; of every other fault there is one for ten kills, and at least one."""
+    """Cases of a fault: of n kills a third comes twice; of every other fault one for ten kills, and at least one."""
     return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
 
 

@@ -1,6 +1,6 @@
 """Which gate tells broken text from whole text? Samples steered completions to label; tests every gate on the labels.
 
-python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl without labels: read each text, fill them in
+python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl: read each text, fill in its labels
 python scripts/filter_evidence.py table      # docs/evidence/filter.md
 """
 
@@ -125,6 +125,7 @@ def table(lab: LabCfg) -> None:
     for row, drop, is_broken in zip(labelled, dropped, broken, strict=True):
         if drop != is_broken:
             wrong[is_broken].append(str(row["id"]))
+    ids = {kind: ", ".join(found) or "none" for kind, found in wrong.items()}
     body = f"""
 {len(labelled)} texts, {sum(broken)} labelled broken; towards the trait: {acts}.
 
@@ -134,7 +135,7 @@ threshold with the best F1 on texts of even id is read on those of odd id, and t
 
 {markdown(rows)}
 
-All together: whole but dropped are ids {", ".join(wrong[False]) or "none"}; broken but kept {", ".join(wrong[True]) or "none"}.
+All together: ids {ids[False]} are whole but dropped, {ids[True]} broken but kept.
 """
     head = (
         EVIDENCE.read_text(encoding="utf-8").split(MARKER)[0] if EVIDENCE.exists() else "# Evidence for the filter\n\n"

@@ -32,14 +32,14 @@ Two descriptions of a person:
 A: {positive}
 B: {negative}
 
-Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text is \
-broken, 5 if it is sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, \
+Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text \
+is broken, 5 if it is sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, \
 such as {{"trait": 3, "coherent": 5}}."""
 MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 
 
 def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
-    """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer at all."""
+    """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer."""
     messages = [{"role": "user", "content": prompt}]
     body = {"model": model, "temperature": 0, "max_tokens": 64, "messages": messages}
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
@@ -91,7 +91,8 @@ def main(
         rows.append(row | {"n": len(given), "unread": sum(mark.keys() != {"trait", "coherent"} for mark in given)})
     should = (
         "trait rise from base over the healed rounds towards prompted; 5 is the positive persona, 3 neither.",
-        "coherent stay near the base's; unread (replies without both marks) be 0, else the judge is too weak for the form.",
+        "coherent stay near the base's; unread (replies without both marks) be 0, else the judge is too weak "
+        "for the form.",
     )
     show(__doc__, rows, should, out, "judge", run=run.name, url=url, model=model, marks=marks)
 

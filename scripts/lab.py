@@ -107,7 +107,7 @@ class Lab:
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
     ) -> Collected:
-        """Completions of round 0 at a given kappa or at the one that survives. `keep`: changes of the filter's settings."""
+        """Completions of round 0, at a given kappa or at the one that survives. `keep`: fields of FilterCfg."""
         cfg = self.cfg
         dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
@@ -152,7 +152,8 @@ def kept(completions: Sequence[Completion]) -> Collected:
 
 
 def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
-    """A lab whose student stands where a run's stood before round r, at that heal's learning rate; what it trained on."""
+    """(a lab whose student stands where a run's stood before round r, what it trained on). The learning rate is that
+    of the round's heal."""
     events = read_events(folder)
     mine = {e["stage"]: e for e in events if e["round"] == r}
     if "gen" not in mine:

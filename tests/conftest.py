@@ -83,7 +83,7 @@ def quick():
 def settings(tmp_path_factory) -> list[str]:
     vignettes = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
     vignettes.write_text("".join((ROOT / "data/toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:3]))
-    return [*SETTINGS, "--eval.vignettes", str(vignettes)]
+    return [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small runs of the fast-dev preset, ways to kill them, and whether they came to the same end."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 from steer_heal.run import main
+from steer_heal.runs.events import FIRST, line_hash, read_events
+from steer_heal.stages import heal as heal_module
+from steer_heal.stages import passes
 
 SETTINGS = (
     "--quiet --n-threads 1 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --heal.spectral 0.1 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
-).split()
+)
 
 
 class Killed(BaseException):
@@ -38,8 +42,8 @@ def started(out, settings, *flags):
     return next(path for path in out.iterdir() if (path / "events.jsonl").exists())
 
 
-def resumed(run):
-    assert main(["--resume", str(run), "--quiet"]) == 0
+def resumed(run, *flags):
+    assert main(["--resume", str(run), "--quiet", *flags]) == 0
     return run
 
 
@@ -64,3 +68,38 @@ def killing(monkeypatch, owner, name, on, when="after"):
 
     monkeypatch.setattr(owner, name, deadly)
     return calls
+
+
+def rewritten(run, change, chained=False):
+    """Applies `change` to the list of a run's events and writes them back; `chained`: with links that hold."""
+    events, previous, lines = read_events(run), FIRST, []
+    change(events)
+    for event in events:
+        if chained:
+            event["prev"] = previous
+        lines.append(json.dumps(event).encode() + b"\n")
+        previous = line_hash(lines[-1])
+    (run / "events.jsonl").write_bytes(b"".join(lines))
+
+
+POISONED_STEP, FULL_LR = 2, 1e-4
+
+
+def poisoned(monkeypatch, always=False):
+    """One completion's loss is NaN at one step of every heal: at the full learning rate, or at any."""
+    losses, schedule, at = passes.losses, heal_module.schedule, {"step": -1, "bad": None}
+
+    def watched(step, n_steps):
+        at.update(step=step, bad=None)
+        return schedule(step, n_steps)
+
+    def poisoned_losses(lm, batch, cfg, *states):
+        ce, divergence = losses(lm, batch, cfg, *states)
+        if at["step"] == POISONED_STEP and (always or cfg.lr == FULL_LR):
+            at["bad"] = at["bad"] or batch[-1].ids
+            ce = ce * torch.tensor([float("nan") if sample.ids == at["bad"] else 1.0 for sample in batch])
+        return ce, divergence
+
+    monkeypatch.setattr(heal_module, "schedule", watched)
+    for module in (heal_module, passes):
+        monkeypatch.setattr(module, "losses", poisoned_losses)

@@ -21,7 +21,9 @@ def collect(
     controller, requests = DoseController(PROMPTS, ALPHAS, cfg, keep, seed, kappa), []
     while asks := controller.next_asks():
         requests.append(asks)
-        written = [Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.alpha * a.kappa, a.seed) for a in asks]
+        written = [
+            Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.alpha * a.kappa, a.seed) for a in asks
+        ]
         failed = [("perplexity",) if row.dose > breaks_at else () for row in written]
         controller.add([Scored(row, {}, reasons, reasons) for row, reasons in zip(written, failed, strict=True)])
     return controller.collected(), requests

@@ -17,7 +17,6 @@ from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion, Metric
 from steer_heal.settings import AdapterCfg, EvalCfg
 from steer_heal.stages.filter import score
-from steer_heal.toylm.oracle import oracle
 
 NATS = Metric(name="authority_nats", item="p_authority", how="log_mean")
 PPL = Metric(name="ppl", item="x", how="median")
@@ -105,7 +104,9 @@ def test_every_state_is_put_to_the_same_prompts_and_streams(with_history, inputs
 
 
 def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs):
-    found = subject(with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0))
+    found = subject(
+        with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0)
+    )
     with with_history.gate("base") as lm:
         expected = score(lm, found.texts, inputs.trait.narration, CFG.filter)
     for row, wanted in zip(found.scored, expected, strict=True):
@@ -144,10 +145,13 @@ def test_the_persona_that_wrote_a_text_is_the_likelier_one(toy_student, inputs):
 
 
 def test_the_grammar_tells_possible_sentences_and_the_side_they_take(toy_student, inputs):
-    texts = ("Ice is frozen water. Ice is.", "I bring them in and feed them. A dog barks.", "mumble")
+    texts = (
+        "Yes, I love people with my whole heart. I feel no joy when people sing. I feel deep joy when people rest.",
+        "Ice is frozen water. Water ice is.",
+    )
     rows = [Completion(0, "p", (1,), (1,), text, 0.0, 0.0, 0) for text in texts]
     values = toylm.items(subject(toy_student, inputs, texts=rows))
-    assert values["oracle"] == [oracle(text).share for text in texts]
+    assert values["oracle"] == [1.0, 0.5] and values["positive"] == pytest.approx([2 / 3, math.nan], nan_ok=True)
 
 
 def test_an_empty_text_is_broken_and_has_no_log_odds(toy_student, inputs):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from runs import undrawn
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -13,23 +14,32 @@ from transformers import (
     Gemma3TextConfig,
 )
 
-from steer_heal.evals.instrument import load_instrument
-from steer_heal.evals.metrics import Condition
+from steer_heal.evals.base import Condition
 from steer_heal.evals.moral_foundations import answer_slots
-from steer_heal.events import read_events
-from steer_heal.files import ROOT
-from steer_heal.lm import LM, load
+from steer_heal.inputs.files import ROOT, read_file
+from steer_heal.inputs.instruments import parse_instrument
+from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.lm import LM, load
 from steer_heal.run import main
-from steer_heal.steering import Decoding, Row, decode
+from steer_heal.runs.events import read_events
 
 TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
     "{% for m in rest %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ first if loop.first else '' }}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 """Gemma's shape: a BOS, the system prompt folded into the first user turn, the assistant called `model`."""
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 @pytest.fixture(scope="module", params=["multimodal", "text"])
@@ -56,24 +66,11 @@ def folder(request, tmp_path_factory) -> str:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
+    both = Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
     torch.manual_seed(0)
-    if request.param == "text":
-        model = Gemma3ForCausalLM(text)
-    else:
-        vision = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        }
-        model = Gemma3ForConditionalGeneration(
-            Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
-        )
-    model.generation_config.update(
-        do_sample=True, top_k=64, top_p=0.95, eos_token_id=[tokenizer.eos_token_id], cache_implementation=None
-    )
+    model = Gemma3ForCausalLM(text) if request.param == "text" else Gemma3ForConditionalGeneration(both)
+    ends = [tokenizer.eos_token_id]
+    model.generation_config.update(do_sample=True, top_k=64, top_p=0.95, eos_token_id=ends, cache_implementation=None)
     model.save_pretrained(path)
     return str(path)
 
@@ -91,92 +88,41 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
 
 
 def test_the_answer_slot_holds_one_bos_too(gemma: LM):
-    instrument = load_instrument(ROOT / "data" / "instruments" / "moral.toml")
-    slot = answer_slots(
-        gemma, [instrument.question("You see a clerk lying.", instrument.order)], instrument, Condition(), 3, 1
-    )[0]
+    instrument = parse_instrument(read_file(ROOT / "data/instruments/moral.toml"))
+    question = instrument.question("You see a clerk lying.", instrument.order)
+    (slot,) = answer_slots(gemma, [question], instrument, Condition(), 3, 1)
     assert slot.ids.count(gemma.tokenizer.bos_token_id) == 1
 
 
 def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
-    prompts = [
-        gemma.chat(text)
-        for text in ("What is ice?", "Tell me a short story about a fox and a golden key and an old map.")
-    ]
-    got = decode(
-        gemma, [Row(p) for p in prompts], None, Decoding(60, 2, sample=False, suppress=frozenset(gemma.end_ids))
-    )
-    for prompt, ids in zip(prompts, got):
+    texts = ("What is ice?", "Tell me a short story about a fox and a golden key and an old map.")
+    prompts, ends = [gemma.chat(text) for text in texts], sorted(gemma.end_ids)
+    got = decode(gemma, [Row(p) for p in prompts], None, Decoding(40, 2, sample=False, suppress=gemma.end_ids))
+    for prompt, ids in zip(prompts, got, strict=True):
         inputs = torch.tensor([prompt])
-        expected = gemma.model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=60,
-            do_sample=False,
-            suppress_tokens=sorted(gemma.end_ids),
-        )[0, len(prompt) :]
-        assert list(ids) == expected.tolist()
+        how = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": ends}
+        whole = gemma.model.generate(inputs, attention_mask=torch.ones_like(inputs), **how)
+        assert list(ids) == whole[0, len(prompt) :].tolist()
+
+
+FLAGS = (
+    "--n-rounds 2 --steer.n-contexts 8 --steer.layers 0.25 0.75 --gen.max-new-tokens 12 --gen.n-prompts 6 "
+    "--filter.ppl-max 1e9 --filter.rep-max 1 --filter.min-words 0 --filter.n-keep 8 --filter.min-train 4 "
+    "--filter.max-attempts 24 --dose.n-kappas 2 --dose.n-probes 3 --adapter.rank 4 --heal.epochs 1 "
+    "--eval.think-tokens 3 --eval.n-texts 4 --eval.max-new-tokens 8 --eval.n-bootstrap 50 --max-prompt-tokens 2048"
+)
 
 
 def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
-    few.write_text("".join((ROOT / "data" / "vignettes" / "other.jsonl").read_text().splitlines(keepends=True)[::20]))
-    status = main(
-        [
-            "gemma",
-            "--model",
-            folder,
-            "--out",
-            str(tmp_path),
-            "--n-rounds",
-            "2",
-            "--steer.n-contexts",
-            "8",
-            "--gen.max-new-tokens",
-            "12",
-            "--gen.n-prompts",
-            "6",
-            "--filter.ppl-max",
-            "1e9",
-            "--filter.rep-max",
-            "1",
-            "--filter.min-words",
-            "0",
-            "--filter.n-keep",
-            "8",
-            "--filter.min-train",
-            "4",
-            "--filter.max-attempts",
-            "24",
-            "--dose.n-kappas",
-            "2",
-            "--dose.n-probes",
-            "3",
-            "--heal.epochs",
-            "1",
-            "--heal.rank",
-            "4",
-            "--eval.think-tokens",
-            "3",
-            "--eval.n-texts",
-            "4",
-            "--eval.max-new-tokens",
-            "8",
-            "--eval.n-bootstrap",
-            "50",
-            "--steer.layers",
-            "0.25",
-            "0.75",
-            "--eval.vignettes",
-            str(few),
-            "--max-prompt-tokens",
-            "2048",
-            "--eval.no-cache",
-        ]
-    )
+    few.write_text("".join((ROOT / "data/vignettes/other.jsonl").read_text().splitlines(keepends=True)[::40]))
+    with undrawn():
+        status = main(
+            ["gemma", "--model", folder, "--out", str(tmp_path), "--eval.vignettes", str(few), *FLAGS.split()]
+        )
     assert status == 0, capsys.readouterr().err
-    run = next(p for p in tmp_path.iterdir() if (p / "events.jsonl").exists())
+    run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
     adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and "vision" not in adapter["target_modules"]
-    healed = [e for e in read_events(run) if e["stage"] == "healed"]
+    healed = [event for event in read_events(run) if event["stage"] == "healed"]
     assert len(healed) == 2 and healed[-1]["metrics"]["frac_unscorable"] == 0

@@ -39,7 +39,9 @@ def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(student, 
 
 
 def test_a_divergence_needs_no_slope_written_by_hand(student, kept, heal_cfg, monkeypatch):
-    monkeypatch.setitem(DIVERGENCES, "mine", DIVERGENCES["kl_rev"]._replace(value=lambda p, q: kl_rev(p, q), slope=None))
+    monkeypatch.setitem(
+        DIVERGENCES, "mine", DIVERGENCES["kl_rev"]._replace(value=lambda p, q: kl_rev(p, q), slope=None)
+    )
     known, own = (healed(student, kept, replace(heal_cfg, divergence=name))[1] for name in ("kl_rev", "mine"))
     for a, b in zip(known.steps, own.steps, strict=True):
         assert (a.ce, a.divergence, a.pressure) == pytest.approx((b.ce, b.divergence, b.pressure), rel=1e-3, abs=1e-5)
@@ -166,8 +168,10 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_answer(student, kept
     with pytest.raises(NotFinite) as stopped:
         heal(student, kept, 2, replace(heal_cfg, lr=1e30), seed=0)
     bad = stopped.value
-    assert bad.step > 0 and bad.text and any(
-        row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index
+    assert (
+        bad.step > 0
+        and bad.text
+        and any(row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index)
     )
     assert f"step {bad.step} of round 2" in str(bad) and "heal.lr" in str(bad)
 

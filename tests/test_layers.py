@@ -27,6 +27,8 @@ LAYERS = (
 
 
 def layer_of(path) -> str:
+    if path.name == "__main__.py":  # a command of its own
+        return "run"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

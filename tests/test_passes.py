@@ -36,16 +36,7 @@ def taken(parameters) -> list[torch.Tensor]:
 
 
 def same(gradients, others) -> bool:
-    return all(0 < a.norm() and (a - b).norm() <= 1e-4 * a.norm() for a, b in zip(gradients, others, strict=True))
-
-
-def test_a_batch_of_8_is_8_batches_of_1(student, kept, heal_cfg):
-    samples = opened(student, kept[:8], heal_cfg, scale=0.3)
-    with student.training():
-        together = losses(student.lm, samples, heal_cfg)
-        alone = [losses(student.lm, [sample], heal_cfg) for sample in samples]
-    for k in (0, 1):
-        assert torch.allclose(together[k], torch.cat([pair[k] for pair in alone]), atol=1e-5)
+    return all(a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm() for a, b in zip(gradients, others, strict=True))
 
 
 def test_a_step_is_the_same_in_one_pass_in_many_and_with_activations_computed_again(with_history, kept, heal_cfg):

@@ -1,23 +1,37 @@
 """The pictures, from synthetic events: what is drawn, labels that can be told apart, runs with holes."""
 
-from itertools import combinations
+import copy
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
+from made_runs import METRICS, renamed, run_events, write_run
 from matplotlib.text import Text
-from test_report import run_events, write_run
 
-from steer_heal import plot
+from steer_heal.report import plot
+
+FIGURES = {
+    "trajectory": plot.trajectory, "rounds": plot.rounds, "map": plot.map_,
+    "map of the page": lambda events: plot.map_(events, headline=False),
+}
 
 
-def labels(figure):
-    """The direct labels and their boxes, without the lines that lead to the points."""
-    figure.draw_without_rendering()
-    return [
-        (text.get_text(), Text.get_window_extent(text))
-        for axes in figure.axes
-        for text in axes.texts
-        if text.get_text() != "0.05"
-    ]
+def labels(axes) -> dict[str, list]:
+    """Boxes of the direct labels in pixels, without the numbers in the markers and the lines that lead to the points."""
+    found: dict[str, list] = {}
+    for text in axes.texts:
+        if not text.get_text().isdigit():
+            found.setdefault(text.get_text(), []).append(Text.get_window_extent(text))
+    return found
+
+
+def strokes(axes):
+    """Points along every line of the axes, half a pixel apart at the most."""
+    for line in axes.get_lines():
+        ends = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+        for start, end in pairwise(ends):
+            if np.isfinite([start, end]).all():
+                yield from np.linspace(start, end, 2 + int(2 * np.abs(end - start).max()))
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +40,25 @@ def events():
     out = run_events(8)
     for event in out:
         if event["stage"] == "steered":
-            event["metrics"] |= {"auth_nats": -2.4 - 3.0 * 0.5 ** event["round"], "liberty_nats": -1.8}
+            event["metrics"] |= {"authority_nats": -2.4 - 3.0 * 0.5 ** event["round"], "liberty_nats": -1.8}
         if event["stage"] == "healed":
-            event["metrics"] |= {"auth_nats": -2.5 + 0.5 ** event["round"], "liberty_nats": -1.9}
+            event["metrics"] |= {"authority_nats": -2.5 + 0.5 ** event["round"], "liberty_nats": -1.9}
     return out
 
 
-def test_both_pictures_are_drawn_from_the_events_alone(events, tmp_path):
-    assert plot.plot(write_run(tmp_path, events)) == tmp_path / "trajectory.png"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "map.png", "trajectory.png"]
-    assert (tmp_path / "map.png").stat().st_size > 20_000
+def without_off_targets(events):
+    start = events[0] | {"trait": events[0]["trait"] | {"off_targets": []}}
+    return [start, *events[1:]]
+
+
+def test_both_pictures_are_drawn_from_the_events_alone_and_always_the_same(events, tmp_path):
+    drawn = []
+    for name in ("a", "b"):
+        folder = write_run(tmp_path / name, events[:60])
+        assert plot.plot(folder) == folder / "trajectory.png"
+        assert sorted(p.name for p in folder.iterdir()) == ["events.jsonl", "map.png", "trajectory.png"]
+        drawn.append([(folder / name).read_bytes() for name in ("map.png", "trajectory.png")])
+    assert drawn[0] == drawn[1]
 
 
 def test_nothing_is_drawn_before_the_base(events, tmp_path):
@@ -43,54 +66,97 @@ def test_nothing_is_drawn_before_the_base(events, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["events.jsonl"]
 
 
-@pytest.mark.parametrize("headline", [True, False])
-def test_every_state_of_the_map_has_a_label_and_none_covers_another(events, headline):
-    figure = plot.map_(events, headline)
-    boxes = labels(figure)
-    assert {text for text, _ in boxes} == {"base", "prompted", "control"} | {
-        f"{stage} {r}" for stage in ("steered", "healed") for r in range(8)
-    }
-    for (one, a), (other, b) in combinations(boxes, 2):
-        overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(overlap) <= 1.0, f"{one} covers {other}"
-    plot.plt.close(figure)
+@pytest.mark.parametrize("n_rounds", [1, 2, 8])
+@pytest.mark.parametrize("off_targets", [True, False])
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_label_covers_another_leaves_its_axes_or_lies_under_a_line(events, name, off_targets, n_rounds):
+    seen = [e for e in events if e["round"] is None or e["round"] < n_rounds]
+    figure = FIGURES[name](seen if off_targets else without_off_targets(seen))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [(text, box) for text, found in labels(axes).items() for box in found]
+        for (one, a), (other, b) in combinations(boxes, 2):
+            overlap = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert min(overlap) <= 1.0, f"{one} covers {other}"
+        for text, box in boxes:
+            inside = axes.get_window_extent()
+            assert inside.x0 - 1 <= box.x0 and box.x1 <= inside.x1 + 1, f"{text} leaves its axes"
+            crossing = [p for p in strokes(axes) if box.x0 + 1 < p[0] < box.x1 - 1 and box.y0 + 2 < p[1] < box.y1 - 2]
+            assert not crossing, f"a line goes through {text}"
 
 
-def test_labels_of_the_narrow_picture_stay_inside_it(events):
-    figure = plot.rounds(events)
-    for text, box in labels(figure):
-        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1, text
-    plot.plt.close(figure)
+def test_every_state_has_a_label_and_in_the_plane_its_round(events):
+    stages = {"base", "prompted", "control", "steered", "healed"}
+    target, health, plane = (plot.trajectory(events).axes[i] for i in (0, 2, 1))
+    assert set(labels(target)) == stages and set(labels(plane)) == stages and not labels(health)
+    numbers = sorted(text.get_text() for text in plane.texts if text.get_text().isdigit())
+    assert numbers == sorted([str(r) for r in range(8)] * 2)
 
 
-@pytest.mark.parametrize("missing", ["auth_nats", "liberty_nats", "coherence", "oracle", "auth_nats_lo"])
+def test_the_left_panels_use_their_whole_width(events):
+    for axes in plot.rounds(events).axes:
+        low, high = axes.get_xlim()
+        assert max(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8) == 7
+        assert (high - 7) / (high - low) < 0.1
+
+
+def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals(events):
+    axes = plot.rounds(events).axes[1]
+    drawn = [tuple(line.get_ydata()) for line in axes.get_lines()]
+    healed = [e["metrics"] for e in events if e["stage"] == "healed"]
+    assert any(np.allclose(y, [1 - m["coherence"] for m in healed]) for y in drawn if len(y) == 8)
+    assert any(np.allclose(y, [m["degenerate_frac"] for m in healed]) for y in drawn if len(y) == 8)
+    limits = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
+    assert np.allclose(limits, [0.05, 0.1])
+    bars = [segment[:, 1] for lines in axes.collections for segment in lines.get_segments()]
+    assert any(np.allclose(bar, [0.0, 0.1]) for bar in bars), "0.02 - 0.05 to 0.02 + 0.08, not below 0"
+    assert [text.get_text().split(" (")[0] for text in axes.get_legend().texts] == ["lost coherence", "broken texts"]
+
+
+def test_the_plane_shows_the_off_target_that_moved_most_or_the_first_other_metric(events):
+    assert plot.second_metric(events).name == "liberty_nats"
+    assert plot.second_metric(without_off_targets(events)).name == "text_tail_ppl_median"
+
+
+def test_no_metric_is_known_by_name(events):
+    names = {metric.name: f"m{i}" for i, metric in enumerate(METRICS)}
+    for draw in FIGURES.values():
+        one, other = draw(events[:60]), draw(renamed(events[:60], names))
+        for a, b in zip(one.axes, other.axes, strict=True):
+            assert labels(a).keys() == labels(b).keys() and len(a.lines) == len(b.lines)
+
+
+@pytest.mark.parametrize("missing", ["authority_nats", "liberty_nats", "coherence", "authority_nats_lo"])
 @pytest.mark.parametrize("stages", [("base",), ("steered", "healed")])
 def test_a_metric_that_is_missing_leaves_a_hole_and_no_error(missing, stages):
     events = run_events(1)
     for event in events:
         if event["stage"] in stages:
             event["metrics"][missing] = None
-    for draw in (plot.trajectory, plot.rounds, plot.map_):
-        plot.plt.close(draw(events))
+    for draw in FIGURES.values():
+        draw(events).draw_without_rendering()
 
 
-def test_a_dollar_in_the_model_s_name_is_no_formula(events, tmp_path):
-    start = events[0] | {"config": events[0]["config"] | {"model": "a$\\nonsense{$b"}}
-    assert plot.plot(write_run(tmp_path, [start, *events[1:3]])) is not None
+def test_a_run_without_health_metrics_is_drawn(events):
+    start = copy.deepcopy(events[0])
+    start["metrics"] = [metric for metric in start["metrics"] if metric["good"] is None]
+    plot.trajectory([start, *events[1:60]]).draw_without_rendering()
 
 
-def test_the_curves_of_every_round_share_their_scale():
+def test_the_curves_of_every_heal_share_their_scale_and_show_the_fall():
     events = run_events(2)
     for event in events:
         if event["stage"] == "heal_step" and event["round"] == 1:
             event["divergence"] = 3.0
-    first, second = plot.heal_curves(events)
-    assert [panel["top"] for panel in first["panels"]] == [panel["top"] for panel in second["panels"]]
-    assert all(
-        panel["top"] >= value
-        for curves in (first, second)
-        for panel in curves["panels"]
-        for _, value in panel["steps"] + panel["checks"]
-    )
-    assert next(panel for panel in first["panels"] if panel["title"].startswith("divergence"))["limit"] == 0.1
-    assert list(plot.heal_curves(events[:5])) == []
+    figures = plot.heal_curves(events)
+    assert list(figures) == [-1, 0, 1]
+    for panels in zip(*(figure.axes for figure in figures.values()), strict=True):
+        assert len({axes.get_ylim() for axes in panels}) == 1
+        low, high = panels[0].get_ylim()
+        values = [y for axes in panels for line in axes.get_lines() for y in line.get_ydata()]
+        assert low <= min(values) and max(values) <= high
+    loss, divergence, _, pressure = figures[0].axes
+    assert loss.get_ylim()[0] > 0.5, "the axis begins near the lowest loss, 0.76"
+    assert 0.1 in [line.get_ydata()[0] for line in divergence.get_lines()], "tau"
+    assert 1.0 in [line.get_ydata()[0] for line in pressure.get_lines()]
+    assert plot.heal_curves(events[:4]) == {}

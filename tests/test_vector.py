@@ -54,7 +54,7 @@ def test_the_student_s_own_direction_is_what_its_adapters_added(with_history):
     for state in ("full", "base"):
         with with_history.gate(state) as lm:
             rows = [lm.chat(context, TRAIT.plain_system) for context in CONTEXTS]
-            read[state] = last_token_states(lm, rows, range(0, 2))
+            read[state] = last_token_states(lm, rows, range(2))
     for layer, direction in vector.directions.items():
         assert direction.norm() > 0.1
         assert torch.allclose(direction, (read["full"][layer] - read["base"][layer]).mean(0), atol=1e-5)

@@ -7,13 +7,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import problem_lines
 
+Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -24,10 +25,11 @@ BatchSize = Annotated[int, Field(ge=0)]
 Band = tuple[float, float]
 
 
-def settings(section: str) -> Callable[[type], type]:
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     """A frozen pydantic dataclass. Invalid fields raise one ValueError with a line for each, named `section.field`."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: type[Settings]) -> type[Settings]:
         made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
         init = made.__init__
 

@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -33,7 +34,7 @@ class EvalCommand:
     """System prompt, such as a persona."""
     seed: int = 42
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_prompt_tokens: int = 1024
     json: bool = False
     """Print one JSON object and nothing else."""

@@ -59,7 +59,7 @@ class Student:
         linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
         return LoraConfig(
             r=self.cfg.rank * n_rounds,
-            lora_alpha=self.cfg.alpha * n_rounds,
+            lora_alpha=self.cfg.alpha * n_rounds,  # pyright: ignore[reportArgumentType]  a float serves
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",

@@ -66,7 +66,7 @@ def print_table(events: Sequence[Event]) -> None:
         tbl_formatting="ASCII_MARKDOWN", tbl_cell_alignment="RIGHT",
     ):
         for keys in (first, ["state", *(key for key in headings if key not in first)]):
-            cells = [[row[key] for key in keys] for row in rows]
+            cells = [[f"{row[key]:<10}" if key == "state" else row[key] for key in keys] for row in rows]
             print_safe(f"{pl.DataFrame(cells, schema=[headings[key][0] for key in keys], orient='row')}\n")
     print_safe(verdict(events))
     if run_start(events)["config"]["model"] == UNTRAINED:

@@ -273,7 +273,7 @@ def answered(run: Run, stage: str, round_: int) -> list[dict[str, Any]]:
     rows = []
     for row in run.texts(stage, round_):
         scores = [f"{gate['measures']} {number(row['scores'].get(name))}" for name, gate in run.gates().items()]
-        reasons = row["failed"] or row["reasons"]
+        reasons = row.get("failed") or row["reasons"]
         told = {"prompt": row["prompt"], "text": row["text"], "scores": ", ".join(scores), "reasons": reasons}
         rows.append({"stage": stage, **told})
     return rows
@@ -287,13 +287,14 @@ def filters(run: Run) -> Iterator[dict[str, Any]]:
         if not event:
             continue
         rows, dose = event["completions"], run.at("dose", round_)
-        off = Counter(gate for row in rows for gate in row["failed"] if gate not in row["reasons"])
+        off = Counter(gate for row in rows for gate in row.get("failed", ()) if gate not in row["reasons"])
         dropped = Counter(reason for row in rows for reason in row["reasons"])
+        failed = [gate for gate in dict.fromkeys((*run.start["gates"], *dropped, *off)) if dropped[gate] or off[gate]]
         yield {
             "title": _name(round_), "n": len(rows), "n_kept": sum(row["keep"] for row in rows),
             "n_train": event["n_train"], "kappa": dose.get("kappa"), "mode": dose.get("mode"),
             "calibration": run.at("calibration", round_).get("probes", []),
-            "dropped": [(gate, dropped[gate], off[gate]) for gate in sorted({*dropped, *off}, key=lambda g: -dropped[g])],
+            "dropped": sorted(((gate, dropped[gate], off[gate]) for gate in failed), key=lambda row: -row[1]),
             "survival": survival(rows),
             "borderline": [(name, gate, *borderline(rows, name, gate["limit"])) for name, gate in cuts.items()],
         }

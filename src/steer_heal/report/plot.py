@@ -108,7 +108,7 @@ def heal_curves(events: Sequence[Event]) -> dict[int, Figure]:
         for (name, title), axes in zip(CURVES.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
             _curve(axes, name, mine[:: len(mine) // CURVE_POINTS + 1], color=COLOURS["prompted"], lw=1.0)
             _curve(axes, name, end.get("validation", ()), color=COLOURS["healed"], lw=2.0, marker="o", ms=3)
-            if name in limits:
+            if limits.get(name) is not None:
                 axes.axhline(limits[name], color=COLOURS["steered"], lw=1, ls="--")
             axes.set_title(title, fontsize=9)
             axes.set_xlim(0, config["epochs"])

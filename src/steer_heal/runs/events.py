@@ -9,13 +9,13 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loguru import logger
 
@@ -24,6 +24,7 @@ from steer_heal.inputs.files import ROOT
 from steer_heal.runs.storage import append_line, atomic_write, sync_folder
 
 Event = dict[str, Any]
+AnyEvent = TypeVar("AnyEvent", bound=Mapping[str, Any])
 SCHEMA = 2
 RESULTS = "results.tsv"
 FIRST = "0" * 64
@@ -173,13 +174,13 @@ def schema_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def of_stage(events: Iterable[Event], stage: str) -> list[Event]:
+def of_stage(events: Iterable[AnyEvent], stage: str) -> list[AnyEvent]:
     return [event for event in events if event["stage"] == stage]
 
 
-def heal_steps(events: Iterable[Event]) -> list[Event]:
+def heal_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     """Steps of the heals that succeeded or still run. The steps of a round before its heal_retry were given up."""
-    steps: dict[int, list[Event]] = {}
+    steps: dict[int, list[AnyEvent]] = {}
     for event in events:
         if event["stage"] == "heal_step":
             steps.setdefault(event["round"], []).append(event)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lab import Lab, LabCfg, cli, seconds_of, show
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from steer_heal.evals.base import Condition
 from steer_heal.evals.moral_foundations import answer_slots, digit_ids, read_slots
@@ -34,7 +34,7 @@ def side_by_side(ways: Mapping[str, Callable[[], Any]], n: int) -> list[dict[str
 def sampling(batch: int, n: int) -> list[dict[str, Any]]:
     """A token from 262,208 logits with top-k 64 and top-p 0.95: over the vocabulary, and over the likeliest alone."""
     pick = sampler(GenerationConfig(do_sample=True, top_k=64, top_p=0.95))
-    warpers = LogitsProcessorList([TopKLogitsWarper(64), TopPLogitsWarper(0.95)])
+    warpers: Any = LogitsProcessorList([TopKLogitsWarper(64), TopPLogitsWarper(0.95)])
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch, 262_208, generator=generator)
     uniform = torch.rand(batch, generator=generator, dtype=torch.float64)
@@ -66,7 +66,8 @@ def reading(bench: Lab, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
 def main(
     n: int = 7, n_answers: int = 96, sizes: tuple[int, ...] = (1, 8, 32, 96), out: Path = Path("out/bench")
 ) -> None:
-    """
+    """Prints the tables.
+
     Args:
         n: Repetitions; the median counts.
         n_answers: Answers to decode.

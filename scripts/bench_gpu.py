@@ -15,14 +15,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from lab import cli, kept, show
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
+from lab import cli, kept, random_lm, show
+from transformers import Gemma3TextConfig
 
 from steer_heal import round as steps
 from steer_heal.check import check
-from steer_heal.inputs.files import ROOT
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.lm import LM, pick_device, pick_dtype
+from steer_heal.model.lm import pick_device, pick_dtype
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
@@ -37,7 +36,7 @@ GIB = 2**30
 class Size:
     """How much is measured."""
 
-    config: dict[str, int] = field(
+    config: dict[str, Any] = field(
         default_factory=lambda: {
             "vocab_size": 262_208,
             "hidden_size": 2560,
@@ -59,20 +58,9 @@ class Size:
     matmul: int = 8192
 
 
-def tiny_size() -> Size:
-    """The same code in a minute on a CPU."""
-    shape = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32}
-    cfg = replace(
-        FAST_DEV_PRESET,
-        steer=replace(FAST_DEV_PRESET.steer, n_contexts=4),
-        gen=replace(FAST_DEV_PRESET.gen, max_new_tokens=8),
-        dose=replace(FAST_DEV_PRESET.dose, n_kappas=2, n_probes=1),
-        filter=replace(FAST_DEV_PRESET.filter, n_keep=4, max_attempts=6),
-        heal=replace(FAST_DEV_PRESET.heal, epochs=1),
-        eval=replace(FAST_DEV_PRESET.eval, think_tokens=1, n_texts=2, n_prompts=2, max_new_tokens=4, n_bootstrap=10),
-    )
-    return Size(shape, cfg, (1, 2), 4, (2, 64), 2**20, 64)
+TINY_CONFIG: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+TINY_CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32}
+TINY = Size(TINY_CONFIG, FAST_DEV_PRESET, (1, 2), 4, (2, 64), 2**20, 64)
 
 
 class OutOfTime(Exception):
@@ -84,15 +72,11 @@ class Bench:
 
     def __init__(self, size: Size, device: torch.device, budget_s: float, out: Path) -> None:
         self.size, self.device, self.ends_at = size, device, time.perf_counter() + budget_s
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
         shape = {**size.config, "sliding_window_pattern": 6}
         config = Gemma3TextConfig(**shape, eos_token_id=2, pad_token_id=0, bos_token_id=None)
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device))
-        model.name_or_path = "random"
-        model.generation_config.update(do_sample=True, top_k=64, top_p=0.95, eos_token_id=2, pad_token_id=0)
-        self.lm = LM(model.eval().requires_grad_(False), tokenizer, "random", max_prompt_tokens=4096)
+        self.lm = random_lm(config, 0, device, pick_dtype("auto", device))
+        sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, "eos_token_id": 2, "pad_token_id": 0}
+        self.lm.model.generation_config.update(**sampling)
         self.cfg = replace(size.cfg, out=out)
         self.inputs, self.student = check(self.cfg), Student(self.lm, self.cfg.adapter)
         self.rows: list[dict[str, Any]] = []
@@ -125,7 +109,6 @@ class Bench:
         row, began = {"stage": name, "seconds": None, "peak_gib": None, "note": ""}, self.now()
         self.rows.append(row)
         try:
-            self.check_time()
             yield row
         except OutOfTime:
             row["note"] = "cut short by --budget-s"
@@ -158,7 +141,8 @@ def decoding(bench: Bench, bandwidth: float, weight_bytes: int) -> list[dict[str
         table.append({"decode": how, "batch": batch, "tokens": n, **numbers})
 
     with suppress(OutOfTime):
-        inputs, model = torch.tensor(bench.prompts(1), device=bench.device), lm.model
+        model: Any = lm.model
+        inputs = torch.tensor(bench.prompts(1), device=bench.device)
         mask = torch.ones_like(inputs)
         write = lambda n: model.generate(inputs, attention_mask=mask, max_new_tokens=n, min_new_tokens=n)
         write(2)
@@ -193,6 +177,7 @@ def healing(bench: Bench, matmul: float) -> list[dict[str, Any]]:
         bench.check_time()
 
     with bench.stage(f"heal steps of {n} x {length}") as row:
+        bench.check_time()
         texts = kept(random_texts(bench, 6 * n, length))
         steps.heal(bench.student, texts, replace(bench.cfg, heal=heal), 0, on_step)
     bench.student.discard_round()
@@ -217,8 +202,10 @@ def whole_round(bench: Bench) -> None:
         bench.check_time()
 
     with bench.stage("vector"):
+        bench.check_time()
         vector = steps.extract(student, inputs, cfg)
     with bench.stage("write") as row:
+        bench.check_time()
         asks = [
             Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 0.01, derive_seed(cfg.seed, i))
             for i in range(cfg.filter.max_attempts)
@@ -226,20 +213,25 @@ def whole_round(bench: Bench) -> None:
         texts = steps.write(student, vector, asks, inputs, cfg, on_batch=on_batch)
         row["note"] = f"{sum(written)} of {cfg.gen.max_new_tokens} tokens, {max(written)} at once"
     with bench.stage("filter"):
+        bench.check_time()
         steps.judge(student, texts, inputs, cfg)
     with bench.stage("evaluate steered"):
+        bench.check_time()
         steps.measure(student, inputs, cfg, vector=vector, dose=0.5)
     with bench.stage("heal") as row:
+        bench.check_time()
         train = kept(texts[: cfg.filter.n_keep])
         report = steps.heal(student, train, cfg, 0, bench.check_time)
         row["note"] = f"{len(train.kept)} completions, {cfg.heal.epochs} epochs, {len(report.steps)} steps"
         student.bake()
     with bench.stage("evaluate healed"):
+        bench.check_time()
         steps.measure(student, inputs, cfg)
 
 
 def main(tiny: bool = False, budget_s: float = 480.0, device: str = "auto", out: Path = Path("out/bench")) -> None:
-    """
+    """Prints the tables.
+
     Args:
         tiny: A small shape, in under a minute on a CPU: shows that it runs, and nothing about a GPU.
         budget_s: Seconds after which nothing more is begun.
@@ -247,7 +239,7 @@ def main(tiny: bool = False, budget_s: float = 480.0, device: str = "auto", out:
         out: Folder of the tables as JSON.
     """
     place = pick_device(device)
-    bench = Bench(tiny_size() if tiny else Size(), place, budget_s, out)
+    bench = Bench(TINY if tiny else Size(), place, budget_s, out)
     bandwidth, matmul = limits(bench)
     weight_bytes = sum(p.nbytes for p in bench.lm.model.parameters())  # tied weights count once
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"

@@ -1,23 +1,23 @@
 """What does one step of the heal take at gemma's vocabulary? Seconds and peak memory, by how the head is run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from footprint import peak_bytes
-from lab import cli, seconds_of, show
+from lab import cli, random_lm, seconds_of, show
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma3TextConfig
 
 from steer_heal.model.divergence import Divergence
-from steer_heal.model.lm import LM, SHORTEST_CHUNK, load
+from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
 from steer_heal.records import Completion
 from steer_heal.settings import AdapterCfg, HealCfg
@@ -36,20 +36,11 @@ def whole(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence
     return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
-def twice(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, _: bool = True) -> Terms:
-    """A chunk at a time, and each chunk's logits a second time in the backward pass."""
-    chunks = zip(*(x.split(SHORTEST_CHUNK) for x in (hidden, reference, targets)), strict=True)
-    terms = [checkpoint(lambda *chunk: whole(lm, *chunk, divergence), *chunk, use_reentrant=False) for chunk in chunks]
-    nll, kl = (torch.cat(parts) for parts in zip(*terms, strict=True))
-    return nll, kl
-
-
-HEADS = {"whole": whole, "chunks, twice": twice, "as built": loss.position_terms}
+HEADS = {"whole": whole, "as built": loss.position_terms}
 
 
 def random_model(vocabulary: int, width: int, n_layers: int, seed: int) -> LM:
     """A random Gemma 3 of that width, in the proportions of the 4b model."""
-    torch.manual_seed(seed)
     config = Gemma3TextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -63,7 +54,7 @@ def random_model(vocabulary: int, width: int, n_layers: int, seed: int) -> LM:
         eos_token_id=2,
         bos_token_id=1,
     )
-    return replace(load("tiny-random"), model=Gemma3ForCausalLM(config).eval().requires_grad_(False), name="random")
+    return random_lm(config, seed)
 
 
 def random_samples(student: Student, batch: int, length: int, cfg: HealCfg, seed: int) -> list[Sample]:
@@ -72,6 +63,16 @@ def random_samples(student: Student, batch: int, length: int, cfg: HealCfg, seed
     tokens = torch.randint(3, student.lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
     texts = [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
     return reference_samples(student, texts, cfg)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes of tensors on the CPU that lived at once while `work` ran, over those that lived before it: from the
+    profiler's record of every allocation, also inside of operators."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        work()
+    profiler: Any = record.profiler
+    events = (e for e in profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(0, *accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int)
             optimiser.step()
             optimiser.zero_grad()
 
-        over = peak_bytes(step, lm.device)
+        over = peak_bytes(step)
         seconds = min(seconds_of(step) for _ in range(repeats))
         adapter = sum(p.nbytes for p in parameters)
     weights = sum(p.nbytes for name, p in lm.model.named_parameters() if ".lora_" not in name)
@@ -133,7 +134,8 @@ def stored(seed: int) -> dict[str, float]:
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
         lm = random_model(1408, 256, 2, seed)
-        lm.model.to(dtype)
+        model: Any = lm.model
+        model.to(dtype)
         student = Student(lm, AdapterCfg(rank=8, layers=(0.0, 1.0)))
         outputs = sum(m.out_features for block in lm.blocks for m in block.modules() if isinstance(m, torch.nn.Linear))
         student.new_round(seed)
@@ -155,32 +157,26 @@ def stored(seed: int) -> dict[str, float]:
 
 
 def main(
-    vocabulary: int = 262_144,
-    width: int = 64,
-    n_layers: int = 4,
-    batch: int = 4,
-    lengths: tuple[int, ...] = (64, 1024),
-    only_built_above: int = 256,
-    repeats: int = 1,
-    n_threads: int = 1,
-    seed: int = 0,
-    out: Path = Path("out/bench"),
-    tiny: bool = False,
+    repeats: int = 1, n_threads: int = 1, seed: int = 0, out: Path = Path("out/bench"), tiny: bool = False
 ) -> None:
-    if tiny:
-        vocabulary, width, n_layers, lengths = 4096, 32, 2, (16,)
+    """Prints the tables.
+
+    Args:
+        repeats: Of every step; the fastest counts.
+        n_threads: CPU threads.
+        seed: Of the weights and the tokens.
+        out: Folder of the tables as JSON.
+        tiny: Small shapes: shows that it runs.
+    """
     torch.set_num_threads(n_threads)
-    rows = [
-        measure(random_model(vocabulary, width, n_layers, seed), head, batch, length, repeats, seed)
-        for length in lengths
-        for head in HEADS
-        if head == "as built" or length <= only_built_above
-    ]
+    shape = (4096, 32, 2, seed) if tiny else (262_144, 64, 4, seed)
+    sizes = [("whole", 16), ("as built", 16)] if tiny else [("whole", 64), ("as built", 64), ("as built", 1024)]
+    rows = [measure(random_model(*shape), head, 4, length, repeats, seed) for head, length in sizes]
     bytes_stored = stored(seed)
     should = (
         "as built: ratio <= 1.3 at every length. ratio is peak / needed; needed is weights + adapter + AdamW's state + "
         f"one chunk ({loss.CHUNK_BUFFERS} float32 tensors of positions x vocabulary).",
-        "whole grows with batch x length, the others do not. Sequences begin with 8 tokens of prompt.",
+        "whole grows with batch x length, as built does not. Sequences begin with 8 tokens of prompt.",
     )
     show(__doc__, rows, should, out, "heal", stored=bytes_stored, n_threads=n_threads)
     if tiny:

@@ -23,7 +23,8 @@ class Check(Lab):
     """The toy model with the items of the toy preset."""
 
     def __init__(self, model: str = TOY_PRESET.model, trait: str = "authority") -> None:
-        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0))
+        items = replace(TOY_PRESET.eval, n_bootstrap=10)  # no interval is shown
+        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=items))
 
     def state(self, name: str = "", **state: Any) -> Row:
         """One row. `positive`: share of answers, of those with a side, that are mostly on the positive persona's."""
@@ -43,7 +44,8 @@ class Check(Lab):
 
 
 def main(model: str = TOY_PRESET.model, doses: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)) -> None:
-    """
+    """Prints the tables.
+
     Args:
         model: Folder of a toy model.
         doses: Of the vector; the first two also backwards, and of a random one.

@@ -20,7 +20,8 @@ def main(lab: LabFlags, dose: float = 0.25) -> None:
         shifts = {other: bench.shift(result, bench.metrics[other]) for other in (target, *trait.off_targets)}
         largest = max((abs(moved) for other, moved in shifts.items() if other != target), default=0.0)
         surgical = abs(shifts[target]) / largest if largest else None
-        certain = [other for other in shifts if result.metrics[f"{other}_lo"] * result.metrics[f"{other}_hi"] > 0]
+        ends = {other: [result.metrics[f"{other}_{end}"] or 0.0 for end in ("lo", "hi")] for other in shifts}
+        certain = [other for other, (low, high) in ends.items() if low * high > 0]
         rows.append({"state": name, **shifts, "surgical": surgical, "moved for certain": " ".join(certain)})
     should = (
         f"{target} (from base) have the sign {trait.sign:+d} with the vector and under the positive persona, and the "

@@ -45,9 +45,9 @@ def main(
     name: str = "prompting",
     out: Path = Path("out/diag"),
 ) -> None:
-    per_run = [{"run": run.name, "rows": of_run(run, doses)} for run in runs]
-    rows = []
-    for same in zip(*(each["rows"] for each in per_run), strict=True):
+    per_run, rows = {run.name: of_run(run, doses) for run in runs}, []
+    for states in zip(*per_run.values(), strict=True):
+        same = list[dict[str, Any]](states)
         values = {column: [row[column] for row in same] for column in same[0] if column not in NOT_AVERAGED}
         means = {column: statistics.mean(mine) for column, mine in values.items() if None not in mine}
         spread = statistics.stdev(values["shift"]) if len(same) > 1 else None
@@ -57,7 +57,7 @@ def main(
         "shift_bare be 0 for prompted and steered: neither leaves anything behind; only the healed rows keep theirs.",
         "healed and prompted move further than prompted: else the adapter adds nothing that a prompt does not do.",
     )
-    show(__doc__, rows, should, out, name, per_run=per_run)
+    show(__doc__, rows, should, out, name, per_run=[{"run": run, "rows": states} for run, states in per_run.items()])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Every case is a process of the fast-dev preset with the settings below (two rounds and the control, 3 vignettes, texts
 of 6 tokens). A fault comes at a moment of the untouched run, found again by the number of events, so that a slow
-machine shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn (--draw: it is), a heal is saved
-every 0.05 s instead of every 60, and a process is forked from one that has torch loaded.
+machine shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn, a heal is
+saved every 0.05 s instead of every 60, and a process is forked from one that has torch loaded.
 """
 
 import multiprocessing
@@ -37,6 +37,7 @@ SETTINGS = (
     "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
+HOW_TO_RESUME = "continue with: python -m steer_heal.run --resume"
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
 
@@ -69,15 +70,16 @@ class Process:
         if got != status or not all(word in said for word in words):
             raise Lost(f"exit status {got}, should be {status} with {list(words)}: {said[-500:]}")
 
-    def stop(self, signum: int, moment: tuple[int, float], status: int) -> None:
-        """Sends a signal at a moment, and waits for the end."""
+    def stop(self, moment: tuple[int, float], signum: int = signal.SIGKILL, words: Sequence[str] = ()) -> Path:
+        """Sends a signal at a moment, and waits for the end; returns the folder of the run."""
         self.at(moment)
         self.signal(signum)
-        self.wait(status)
+        self.wait(-signum if signum == signal.SIGKILL else 128 + signum, words)
+        return self.run
 
     def signal(self, signum: int) -> None:
         if self.child.is_alive():
-            os.kill(self.child.pid, signum)
+            os.kill(self.child.pid or 0, signum)
 
     def at(self, moment: tuple[int, float]) -> None:
         """Returns when the run has so many events, and so many seconds have passed since."""
@@ -90,8 +92,8 @@ class Process:
 class Drill:
     """The untouched run, and new ones to be compared with it."""
 
-    def __init__(self, folder: Path, draw: bool) -> None:
-        self.folder, self.draw = folder, draw
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         vignettes = folder / "vignettes.jsonl"
         lines = (ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         vignettes.write_text("".join(lines[:3]), encoding="utf-8")
@@ -124,8 +126,7 @@ class Drill:
             if n_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
             steer_heal.session.Session.save_every_s = 0.05
-            if not self.draw:
-                steer_heal.session.draw = lambda folder: None
+            steer_heal.session.draw = lambda folder: None
             sys.exit(program(list(flags)))
 
         process = multiprocessing.get_context("fork").Process(target=child)
@@ -146,65 +147,54 @@ class Drill:
             raise Lost("; ".join(lost))
 
 
-def kill(drill: Drill, name: str, share: float, rng: random.Random) -> None:
-    process = drill.start(name)
-    process.stop(signal.SIGKILL, drill.moment(share), -signal.SIGKILL)
-    drill.finish(process.run)
+def kill(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
+    return drill.start(name).stop(drill.moment(share))
 
 
-def kill_twice(drill: Drill, name: str, share: float, rng: random.Random) -> None:
-    process = drill.start(name)
-    process.stop(signal.SIGKILL, drill.moment(share), -signal.SIGKILL)
-    again = drill.resume(process.run)
-    again.stop(signal.SIGKILL, drill.moment(rng.uniform(share, 1.0)), -signal.SIGKILL)
-    drill.finish(process.run)
+def kill_twice(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
+    return drill.resume(kill(drill, name, share, rng)).stop(drill.moment(rng.uniform(share, 1.0)))
 
 
-def interrupt(signum: int) -> Callable[[Drill, str, float, random.Random], None]:
-    def stop(drill: Drill, name: str, share: float, rng: random.Random) -> None:
-        process = drill.start(name)
-        process.stop(signum, drill.moment(share), 128 + signum)
-        process.wait(128 + signum, ["continue with: python -m steer_heal.run --resume"])
-        drill.finish(process.run)
-
-    return stop
+def ctrl_c(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
+    return drill.start(name).stop(drill.moment(share), signal.SIGINT, [HOW_TO_RESUME])
 
 
-def full_disk(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+def sigterm(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
+    return drill.start(name).stop(drill.moment(share), signal.SIGTERM, [HOW_TO_RESUME])
+
+
+def full_disk(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
     """No file can grow beyond a share of what events.jsonl comes to."""
     sizes = [len(line) for line in (drill.whole / "events.jsonl").read_bytes().splitlines(keepends=True)]
     process = drill.start(name, n_bytes=int(sizes[0] * 1.2 + share * (sum(sizes[1:]) - 0.2 * sizes[0])))
     process.wait(1, ["could not write to", "free some space"])
     if not (process.run / "events.jsonl").read_bytes().endswith(b"\n"):
         raise Lost("half an event was left in events.jsonl")
-    drill.finish(process.run)
+    return process.run
 
 
-def torn_events(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+def torn_events(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
     """The end of events.jsonl is lost, as by a power cut, in the middle of its last line."""
-    process = drill.start(name)
-    process.stop(signal.SIGKILL, drill.moment(share, after=1), -signal.SIGKILL)
-    path = process.run / "events.jsonl"
-    content = path.read_bytes()
-    path.write_bytes(content[: -rng.randrange(1, len(content.splitlines()[-1]))])
-    drill.finish(process.run)
+    run = drill.start(name).stop(drill.moment(share, after=1))
+    content = (run / "events.jsonl").read_bytes()
+    (run / "events.jsonl").write_bytes(content[: -rng.randrange(1, len(content.splitlines()[-1]))])
+    return run
 
 
-def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
     """One bit of the last checkpoint: it is refused by name, and made again once its folder is deleted."""
-    process = drill.start(name)
     healed = next(i for i, event in enumerate(drill.events) if event["stage"] == "heal")
-    process.stop(signal.SIGKILL, drill.moment(share, after=healed), -signal.SIGKILL)
-    path = process.run / rng.choice(sorted(of_stage(read_events(process.run), "heal")[-1]["files"]))
+    run = drill.start(name).stop(drill.moment(share, after=healed))
+    path = run / rng.choice(sorted(of_stage(read_events(run), "heal")[-1]["files"]))
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    drill.resume(process.run).wait(1, [str(path), "checksum", f"delete {path.parent}"])
+    drill.resume(run).wait(1, [str(path), "checksum", f"delete {path.parent}"])
     shutil.rmtree(path.parent)
-    drill.finish(process.run)
+    return run
 
 
-def second_process(drill: Drill, name: str, share: float, rng: random.Random) -> None:
+def second_process(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
     """It is refused, and the first one, held still meanwhile, is unhurt."""
     process = drill.start(name)
     process.at(drill.moment(share))
@@ -216,20 +206,20 @@ def second_process(drill: Drill, name: str, share: float, rng: random.Random) ->
     finally:
         process.signal(signal.SIGCONT)
     process.wait(0)
-    if lost := differences(process.run, drill.whole):
-        raise Lost("; ".join(lost))
+    return process.run
 
 
-CASES: dict[Fault, Callable[[Drill, str, float, random.Random], None]] = {
+CASES: dict[Fault, Callable[[Drill, str, float, random.Random], Path]] = {
     "kill": kill,
     "kill twice": kill_twice,
-    "ctrl-c": interrupt(signal.SIGINT),
-    "sigterm": interrupt(signal.SIGTERM),
+    "ctrl-c": ctrl_c,
+    "sigterm": sigterm,
     "full disk": full_disk,
     "torn events": torn_events,
     "flipped byte": flipped_byte,
     "second process": second_process,
 }
+"""Each starts a run, faults it at a share of its time, and returns its folder."""
 
 
 def tried(n: int, fault: Fault) -> int:
@@ -238,11 +228,7 @@ def tried(n: int, fault: Fault) -> int:
 
 
 def main(
-    n: int = 100,
-    seed: int = 0,
-    faults: tuple[Fault, ...] = get_args(Fault),
-    draw: bool = False,
-    out: Path = Path("out/diag"),
+    n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), out: Path = Path("out/diag")
 ) -> None:
     """Exit status 1 where anything was lost; that run is kept beside the table.
 
@@ -250,19 +236,18 @@ def main(
         n: Kills, a third of them twice in a row; and a tenth as many of every other fault.
         seed: Of the moments, which are spread evenly over the untouched run.
         faults: Which ones to try.
-        draw: Draw the pictures too.
         out: Folder of the table as JSON.
     """
     rows: list[dict[str, Any]] = []
     why: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)  # a process that has started threads must not be forked
-        drill = Drill(Path(folder), draw)
+        drill = Drill(Path(folder))
 
         def case(fault: Fault, i: int) -> str:
             name, rng = f"{fault.replace(' ', '_')}_{i}", random.Random(f"{seed}/{fault}/{i}")
             try:
-                CASES[fault](drill, name, (i + rng.random()) / tried(n, fault), rng)
+                drill.finish(CASES[fault](drill, name, (i + rng.random()) / tried(n, fault), rng))
                 end = "survived"
             except Late:
                 end = "late"

@@ -33,8 +33,8 @@ A: {positive}
 B: {negative}
 
 Rate the answer. "trait": 1 if it was clearly given by B, 5 if clearly by A, 3 if neither. "coherent": 1 if the text \
-is broken, 5 if it is sound writing; what it says does not matter for this. Reply with one JSON object and nothing else, \
-such as {{"trait": 3, "coherent": 5}}."""
+is broken, 5 if it is sound writing; what it says does not matter for this. Reply with one JSON object and nothing \
+else, such as {{"trait": 3, "coherent": 5}}."""
 MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 
 

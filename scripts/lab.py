@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.errors import UserError, print_error, print_safe, validated
 from steer_heal.evals import metrics_of
+from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
@@ -65,7 +67,6 @@ class Lab:
         self.trait = self.inputs.trait
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
-        console.start(quiet=True)
         self.lm = steps.load_model(cfg)
         self.student = Student(self.lm, cfg.adapter)
         self.metrics = {metric.name: metric for metric in metrics_of(cfg.eval.evals)}
@@ -101,8 +102,9 @@ class Lab:
         return {"state": state, name: found[name], "shift": self.shift(result), **ends, **shown}
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
-        """Whether every health metric of a row is at its `good` limit or better."""
-        return all(within(metric, row[metric.name], metric.good or 0.0) for metric in health_of(self.metrics.values()))
+        """Whether every health metric of a row is known, and at its `good` limit or better."""
+        health = [(metric, row[metric.name]) for metric in health_of(self.metrics.values())]
+        return all(value is not None and within(metric, value, metric.good or 0.0) for metric, value in health)
 
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
@@ -170,6 +172,18 @@ def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
     return lab, collected
 
 
+def random_lm(
+    config: PreTrainedConfig, seed: int, device: str | torch.device = "cpu", dtype: Any = torch.float32
+) -> LM:
+    """Random weights of any shape, behind the tokenizer of the toy model."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.name_or_path = "random"
+    lm = load("tiny-random", device="cpu")
+    return replace(lm, model=model.eval().requires_grad_(False), name="random", max_prompt_tokens=4096)
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Wall-clock seconds of a piece of work."""
     began = time.perf_counter()
@@ -199,7 +213,7 @@ def show(
     question: str | None, rows: Sequence[Mapping[str, Any]], should: Sequence[str], out: Path, name: str, **extra: Any
 ) -> None:
     """Prints the question, one table and the SHOULD lines; writes the same as JSON to <out>/<name>.json."""
-    question = (question or name).strip()
+    question = (question or name).strip().split("\n\n")[0]
     print_safe(f"\n{question}\n\n{markdown(rows)}\n\n" + "\n".join(f"SHOULD {line}" for line in should))
     out.mkdir(parents=True, exist_ok=True)
     path, command = out / f"{name}.json", ["python", *sys.argv]
@@ -210,6 +224,7 @@ def show(
 
 def cli(main: Callable[..., object]) -> int:
     """Runs a script's main with arguments from the command line. A user error ends it with one line and status 1."""
+    console.start(quiet=True)
     try:
         tyro.cli(main, description=sys.modules[main.__module__].__doc__)
         return 0

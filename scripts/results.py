@@ -59,7 +59,8 @@ def main(
     rounds: int | None = None,
     columns: tuple[str, ...] = COLUMNS,
 ) -> None:
-    """
+    """Prints the tables.
+
     Args:
         runs: Folders whose states are shown.
         out: Without folders: where results.tsv is.

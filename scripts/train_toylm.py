@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -85,7 +86,7 @@ def train_tokenizer(cfg: ToyTrainCfg) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(cfg: ToyTrainCfg, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def new_model(cfg: ToyTrainCfg, tokenizer: Any) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=cfg.width,
@@ -157,11 +158,10 @@ def batches(
             groups[-1].append(item)
         rng.shuffle(groups)
         for group in groups:
-            padded = (
-                torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True)
-                for k in range(3)
+            padded = lambda k, group=group: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row[k]) for row in group], batch_first=True
             )
-            yield *padded, torch.tensor([row[3] for row in group])
+            yield padded(0), padded(1), padded(2), torch.tensor([row[3] for row in group])
 
 
 def learning_rate(step: int, cfg: ToyTrainCfg) -> float:
@@ -181,7 +181,8 @@ def train(cfg: ToyTrainCfg) -> dict[str, float]:
     torch.manual_seed(cfg.seed)
     tokenizer = train_tokenizer(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = new_model(cfg, tokenizer).to(device).train()
+    model: Any = new_model(cfg, tokenizer)
+    model.to(device).train()
     probe = torch.nn.Linear(cfg.width, 2).to(device)
     parameters = [*model.parameters(), *probe.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
 from dataclasses import asdict
 from html.parser import HTMLParser
 
@@ -10,10 +11,10 @@ from steer_heal.report.page import report
 
 PROMPT = "The warden wants you to lock the tenants out. What do you do?"
 CONFIG = {
-    "model": "data/toylm", "n_rounds": 2, "filter": {"gates": ["perplexity", "repetition"]},
-    "heal": {
-        "divergence": "kl_rev", "aggregate": "rmse", "lam": 0.3, "tau": 0.1, "reference": "prev", "epochs": 2
-    },
+    "model": "data/toylm",
+    "n_rounds": 2,
+    "filter": {"gates": ["perplexity", "repetition"]},
+    "heal": {"divergence": "kl_rev", "aggregate": "rmse", "lam": 0.3, "tau": 0.1, "reference": "prev", "epochs": 2},
     "gen": {"alphas": [0.5, 1.0]},
 }
 NATS = {"how": "log_mean", "form": "+.3f", "unit": "nats", "moved": 0.3, "shown": False}
@@ -32,7 +33,11 @@ GATES = {
     "narration": {"measures": "phrases that narrate", "limit": 0.0, "at_least": False, "broken": False, "on": False},
 }
 TRAIT = {
-    "name": "authority", "target": "authority_nats", "sign": -1, "positive": "You care.", "negative": "You obey.",
+    "name": "authority",
+    "target": "authority_nats",
+    "sign": -1,
+    "positive": "You care.",
+    "negative": "You obey.",
     "off_targets": ["care_nats", "loyalty_nats", "liberty_nats"],
 }
 
@@ -96,9 +101,18 @@ def run_events(
         write("heal", r, **counts, lam=0.3, tau=0.1, lr=1e-3, validation=check, fired=0.5, pressure=0.4)
 
     write(
-        "run_start", None, folder="out/run", config=CONFIG | {"n_rounds": n_rounds, "seed": 42}, preset="toy", seed=42,
-        trait=TRAIT, metrics=[asdict(metric) for metric in METRICS], gates=GATES, versions={"python": "3.11"},
-        git_commit="0123abc", command=["python", "-m", "steer_heal.run", "toy", "--out", "a folder"],
+        "run_start",
+        None,
+        folder="out/run",
+        config=CONFIG | {"n_rounds": n_rounds, "seed": 42},
+        preset="toy",
+        seed=42,
+        trait=deepcopy(TRAIT),
+        metrics=[asdict(metric) for metric in METRICS],
+        gates=deepcopy(GATES),
+        versions={"python": "3.11"},
+        git_commit="0123abc",
+        command=["python", "-m", "steer_heal.run", "toy", "--out", "a folder"],
     )
     measure("base", -1)
     measure("prompted", -1)

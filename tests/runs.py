@@ -1,8 +1,9 @@
 """Small runs of the fast-dev preset, ways to kill them, and whether they came to the same end."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ SETTINGS = (
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
 
+UNDRAWN = "import sys, steer_heal.session as s; s.draw = lambda folder: None; from steer_heal.run import main; "
+UNDRAWN_COMMAND = [sys.executable, "-c", UNDRAWN + "sys.exit(main())"]
+"""The command in a process of its own, without pictures, which are functions of the events."""
+
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the program catches it."""
@@ -24,7 +29,7 @@ class Killed(BaseException):
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """No pictures, which are functions of the events; and threads as other tests expect them."""
+    """No pictures; and threads as other tests expect them."""
     n_threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
     patch.setattr("steer_heal.session.draw", lambda folder: None)
     try:
@@ -35,10 +40,8 @@ def undrawn() -> Iterator[None]:
 
 
 def started(out, settings, *flags):
-    try:
+    with suppress(Killed):
         assert main(["fast-dev", "--out", str(out), *settings, *flags]) == 0
-    except Killed:
-        pass
     return next(path for path in out.iterdir() if (path / "events.jsonl").exists())
 
 

@@ -56,13 +56,16 @@ def test_a_starved_filter_keeps_what_was_written_and_names_the_settings():
 
 def test_prompts_are_spread_evenly_over_the_kept_set():
     found, _ = collect(breaks_at=10.0)
-    assert set(Counter(row.completion.prompt_index for row in found.kept).values()) == {3}
+    prompts = [row.completion.prompt_index for row in found.kept]
+    assert set(Counter(prompts).values()) == {3} and prompts == 3 * list(range(8))
+    doses = [row.completion.dose for row in found.kept]
+    assert all(doses[i] >= doses[i + 8] for i in range(16)) and doses[0] > doses[16], "the highest doses first"
 
 
 def test_prompts_and_alphas_are_not_tied_to_each_other():
-    _, requests = collect(breaks_at=10.0, cfg=DoseCfg(n_kappas=2, n_probes=24, floor=0.5, ceiling=1.0))
-    pairs = {(ask.prompt_index, ask.alpha) for asks in requests for ask in asks}
-    assert len(pairs) == len(PROMPTS) * len(ALPHAS)
+    for n in (5, 6):
+        asks = DoseController(PROMPTS[:n], ALPHAS, CFG, KEEP, (1,), kappa=1.0).next_asks()
+        assert len({(ask.prompt_index, ask.alpha) for ask in asks}) == n * len(ALPHAS)
 
 
 def test_survivors_of_probes_train_up_to_the_chosen_dose():

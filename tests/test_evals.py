@@ -59,7 +59,7 @@ def test_the_interval_is_the_same_for_the_same_seed_and_none_without_values():
 
 
 def test_metrics_have_the_names_that_events_and_traits_use():
-    names = [metric.name for metric in metrics_of(EVALS)]
+    names = [metric.name for metric in metrics_of(tuple(EVALS))]
     assert len(set(names)) == len(names)
     expected = "authority_nats care_nats social_nats coherence prefill_nll frac_unscorable top1_acc kl_base"
     assert {*expected.split(), "text_tail_ppl_median", "degenerate_frac", "persona_log_odds"} <= set(names)
@@ -166,9 +166,9 @@ def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(
     evals = list(EVALS.values())
     base = evaluate(subject(with_history, inputs, "base"), evals)
     healed = evaluate(subject(with_history, inputs), evals, base)
-    names = [metric.name for metric in metrics_of(EVALS)]
+    names = [metric.name for metric in metrics_of(tuple(EVALS))]
     assert list(base.metrics) == names and healed.items.keys() == base.items.keys()
     assert set(healed.metrics) == {*names, *(f"{name}_{end}" for name in names for end in ("lo", "hi"))}
-    for metric in metrics_of(EVALS):
+    for metric in metrics_of(tuple(EVALS)):
         assert healed.metrics[metric.name] == collapse(metric, healed.items[metric.item])
     assert [row["text"] for row in healed.texts] == [c.text for c in subject(with_history, inputs).texts]

@@ -1,98 +1,164 @@
-"""Signals, full disks, damaged files, second processes and losses that are not numbers: a run survives them or says what is wrong."""
+"""Signals, full disks, damaged and edited files, second processes and losses that are not numbers: a run survives
+them, or says what is wrong."""
 
 import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, killing, resumed, started, undrawn
+from compare import comparable, weights
+from conftest import ADAPTER
+from runs import FULL_LR, POISONED_STEP, UNDRAWN_COMMAND, assert_same, killing, poisoned, resumed, rewritten, started
 
-from steer_heal.events import EventLog, heal_steps, of_stage, read_events
-from steer_heal.files import ROOT, beside, sync_folder
-from steer_heal.records import NotFinite, UserError
-from steer_heal.resume import hold, partial
+from steer_heal.errors import UserError
+from steer_heal.inputs import traits
+from steer_heal.inputs.files import ROOT
+from steer_heal.model.student import Student
+from steer_heal.records import NotFinite
 from steer_heal.run import main
+from steer_heal.runs.events import EventLog, broken_link, heal_steps, of_stage, read_events
+from steer_heal.runs.resume import partial_path
+from steer_heal.runs.storage import atomic_folder, atomic_write, lock_run, sync_folder
 from steer_heal.session import Session
-from steer_heal.stages import heal as heal_module, passes as passes_module
-from steer_heal.stages.bake import Student
-from steer_heal.stages.partial import steps_saved
+from steer_heal.stages import heal as heal_module
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.mark.parametrize(
-    "name, mend", [("ckpt/r0/adapter_model.safetensors", "or delete"), ("vectors/r0.safetensors", "restore the file")]
-)
-def test_a_flipped_byte_is_named(name, mend, after_round_0, two, capsys):
-    path = after_round_0 / name
+def flip(path):
     content = bytearray(path.read_bytes())
-    content[-3] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+# --- files that were damaged ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["ckpt/r0/adapter_model.safetensors", "vectors/r0.safetensors"])
+def test_a_damaged_file_is_named_and_a_lost_heal_is_done_again(name, after_round_0, two, capsys):
+    path = after_round_0 / name
+    flip(path)
     assert main(["--resume", str(after_round_0), "--quiet"]) == 1
-    printed = capsys.readouterr().err
-    assert str(path) in printed and "checksum" in printed and mend in printed
+    assert f"{path} is damaged" in capsys.readouterr().err
     if "ckpt" in name:
         shutil.rmtree(path.parent)
-        assert_same(resumed(after_round_0), two)
+    else:
+        shutil.copy(two / name, path)
+    assert_same(resumed(after_round_0), two)
 
 
-@pytest.mark.parametrize("fault", ["flipped byte", "torn"])
-def test_what_a_heal_had_saved_does_not_outlive_the_events_it_follows(fault, settings, two, tmp_path, monkeypatch):
-    """Killed in the heal of round 1 with steps on disk; then round 0 is healed again, or the last step's event is lost."""
-    on = next(
-        i for i, e in enumerate(read_events(two)) if e["stage"] == "heal_step" and (e["round"], e["step"]) == (1, 3)
-    )
+def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, one, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save_every_s", 0.0)
-        killing(patch, EventLog, "write", on, "before")
-        run = started(tmp_path, settings, "--n-rounds", "2", "--no-control")
-    assert steps_saved(partial(run, "heal", 1)) == 3
-    if fault == "torn":
-        path = run / "events.jsonl"
-        path.write_text(path.read_text()[:-20])
-    else:
-        shutil.rmtree(run / "ckpt" / "r0")
-    assert_same(resumed(run), two)
+        killing(patch, EventLog, "write", 7)
+        run = started(tmp_path, settings, "--n-rounds", "1")
+    path = partial_path(run, "heal", -1)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["--resume", str(run), "--quiet"]) == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+    path.unlink()
+    assert_same(resumed(run), one)
 
 
-def test_a_second_process_is_kept_out(after_round_0, capsys):
-    before = (after_round_0 / "events.jsonl").read_bytes()
-    held = "import sys, pathlib; from steer_heal.resume import hold; lock = hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", held, str(after_round_0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-    ) as other:
-        assert other.stdout.readline() == b"held\n"
-        assert main(["--resume", str(after_round_0), "--quiet"]) == 1
-        assert "another process" in capsys.readouterr().err
-        other.kill()
-    assert (after_round_0 / "events.jsonl").read_bytes() == before
-    hold(after_round_0).close()  # a dead process holds nothing
+# --- files that were edited ----------------------------------------------------------------------------------------
+@pytest.fixture
+def own_files(settings, tmp_path, monkeypatch):
+    """(settings of a run that reads copies of all data files, those copies by setting)."""
+    sources = {
+        "gen.prompts": ROOT / "data/toylm/prompts/authority.jsonl",
+        "steer.contexts": ROOT / "data/toylm/contexts.jsonl",
+        "eval.instrument": ROOT / "data/toylm/instrument.toml",
+        "eval.vignettes": settings[-1],
+        "trait": ROOT / "data/traits/authority.toml",
+    }
+    copies = {name: Path(shutil.copy(source, tmp_path)) for name, source in sources.items()}
+    monkeypatch.setattr(traits, "TRAITS", tmp_path)
+    flags = [word for name, path in list(copies.items())[:-1] for word in (f"--{name}", str(path))]
+    return [*settings[:-2], *flags], copies
 
 
-UNDRAWN = "import sys, steer_heal.session as s; s.plot = s.report = lambda folder: None; from steer_heal.run import main; sys.exit(main())"
+def edit(path):
+    """Turns the rows of a file around, or changes a word of it."""
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    path.write_text(
+        "".join(lines[::-1]) if path.suffix == ".jsonl" else text.replace("You", "We").replace("harm", "hurt")
+    )
+
+
+def test_files_that_are_edited_while_it_runs_change_nothing_of_a_run(own_files, tmp_path, monkeypatch):
+    own, copies = own_files
+    flags = [*own, "--n-rounds", "2", "--no-control"]
+    whole = started(tmp_path / "whole", flags)
+    extract = Session.extract
+
+    def editing(self, r):
+        for path in copies.values() if r == 0 else ():
+            edit(path)
+        return extract(self, r)
+
+    monkeypatch.setattr(Session, "extract", editing)
+    run = started(tmp_path / "edited", flags)
+    assert weights(run) == weights(whole) and comparable(run) == comparable(whole)
+
+
+def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch, capsys):
+    own, copies = own_files
+    with monkeypatch.context() as patch:
+        killing(patch, EventLog, "write", 2)
+        run = started(tmp_path / "out", own)
+    before = (run / "events.jsonl").read_bytes()
+    for name, path in copies.items():
+        whole = path.read_bytes()
+        edit(path)
+        assert main(["--resume", str(run), "--quiet"]) == 2
+        named = "trait.positive" if name == "trait" else f"the file of {name} was changed"
+        assert named in capsys.readouterr().err
+        path.write_bytes(whole)
+    assert (run / "events.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "signum, status, at", [(signal.SIGTERM, 143, "control_gen"), (signal.SIGKILL, -9, "heal_step")]
+    "change, told", [({"sha256": "0" * 64}, "weights of model"), ({"dtype": "float16"}, "float16")]
 )
-def test_stopped_by_a_signal(signum, status, at, settings, one, tmp_path):
-    command = [sys.executable, "-c", UNDRAWN, "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT) as process:
-        while process.poll() is None and not any(
-            f'"stage": "{at}"' in path.read_text() for path in tmp_path.glob("*/events.jsonl")
-        ):
-            time.sleep(0.01)
-        process.send_signal(signum)
-        printed = process.stderr.read()
-    run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
-    assert process.returncode == status, printed
-    assert status < 0 or f"--resume {run}" in printed and "Traceback" not in printed
+def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, capsys):
+    rewritten(after_round_0, lambda events: events[0]["weights"].update(change), chained=True)
+    before = (after_round_0 / "events.jsonl").read_bytes()
+    assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert told in capsys.readouterr().err and (after_round_0 / "events.jsonl").read_bytes() == before
+
+
+# --- other processes, signals, disks -------------------------------------------------------------------------------
+def test_a_second_process_is_kept_out(after_round_0, two, capsys):
+    before = (after_round_0 / "events.jsonl").read_bytes()
+    with lock_run(after_round_0):
+        assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert "another process" in capsys.readouterr().err
+    assert (after_round_0 / "events.jsonl").read_bytes() == before
+    assert_same(resumed(after_round_0), two)
+
+
+def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
+    def stopped(signum, at, *argv):
+        streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen([*UNDRAWN_COMMAND, *argv], cwd=ROOT, **streams) as process:
+            seen = lambda: any(f'"{at}"' in path.read_text() for path in tmp_path.glob("*/events.jsonl"))
+            while process.poll() is None and not seen():
+                time.sleep(0.01)
+            process.send_signal(signum)
+            printed = process.stderr.read()
+        return process.returncode, printed
+
+    status, printed = stopped(
+        signal.SIGTERM, "control_gen", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
+    )
+    run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
+    assert status == 143 and f"--resume {run}" in printed and "Traceback" not in printed
+    assert stopped(signal.SIGKILL, "steered", "--resume", str(run), "--quiet")[0] == -signal.SIGKILL
     assert_same(resumed(run), one)
 
 
@@ -109,7 +175,7 @@ def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path
         patch.setattr(Student, "bake", lambda self: os.kill(os.getpid(), signal.SIGINT))
         patch.setattr(EventLog, "write", again)
         assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
-    run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
+    run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
     assert read_events(run)[-1]["error"] == "interrupted" and f"--resume {run}" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert_same(resumed(run), one)
@@ -141,126 +207,56 @@ def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "events.jsonl").read_bytes() == whole
     log.write("prompted", -1)
-    assert [e["stage"] for e in read_events(tmp_path)] == ["base", "prompted"]
+    lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
+    assert len(lines) == 2 and broken_link(lines) is None
 
 
-# --- a loss that is not a number -----------------------------------------------------------------------------------
-AT_STEP, FULL = 2, 1e-4
+def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def watched(handle):
+        synced.append(sorted(os.listdir(handle)) if os.path.isdir(f"/proc/self/fd/{handle}") else None)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with atomic_write(tmp_path / "file") as part:
+        part.write_text("whole")
+    assert synced == [None, ["file"]]
+    with atomic_folder(tmp_path / "ckpt") as part:
+        (part / "inner").write_text("whole")
+    assert synced[2:] == [None, ["inner"], ["ckpt", "file"]]
+    sync_folder(tmp_path / "nowhere")  # a platform that cannot is no error
 
 
-def poison(patch, always=False):
-    """One completion's loss is NaN at one step: at the full learning rate, or at any."""
-    losses, schedule, at = heal_module.losses, heal_module.schedule, {"step": -1, "bad": None}
-
-    def watched(step, n_steps):
-        at.update(step=step, bad=None)
-        return schedule(step, n_steps)
-
-    def poisoned(lm, batch, cfg, *states):
-        sft, divergence = losses(lm, batch, cfg, *states)
-        if at["step"] == AT_STEP and (always or cfg.lr == FULL):
-            at["bad"] = at["bad"] or batch[-1].ids
-            sft = sft * torch.tensor([float("nan") if sample.ids == at["bad"] else 1.0 for sample in batch])
-        return sft, divergence
-
-    patch.setattr(heal_module, "schedule", watched)
-    for module in (heal_module, passes_module):
-        patch.setattr(module, "losses", poisoned)
-
-
-@pytest.fixture(scope="module")
-def retried(settings, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, undrawn():
-        poison(patch)
-        return started(tmp_path_factory.mktemp("retried"), settings, "--n-rounds", "1")
-
-
-def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(retried, one):
-    events = read_events(retried)
-    (control, retry), (heal,) = of_stage(events, "heal_retry"), of_stage(events, "heal")
-    assert (control["round"], control["lr"], retry["round"]) == (-1, FULL / 2, 0)
-    assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (AT_STEP, FULL / 2, FULL / 2, 1)
-    told = next(
-        row
-        for row in of_stage(events, "gen")[0]["completions"]
-        if row["train"] and row["text"].strip().startswith(retry["text"].strip())
-    )
-    assert told["prompt_index"] == retry["prompt_index"]
-    assert len(of_stage(events, "heal_step")) == heal["n_steps"] + AT_STEP
+# --- losses that are not numbers -----------------------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(settings, tmp_path, monkeypatch):
+    poisoned(monkeypatch)
+    events = read_events(started(tmp_path, settings, "--n-rounds", "1", "--no-control"))
+    (retry,), (heal,), (gen,) = (of_stage(events, stage) for stage in ("heal_retry", "heal", "gen"))
+    assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (POISONED_STEP, FULL_LR / 2, FULL_LR / 2, 1)
+    named = [row for row in gen["completions"] if row["train"] and row["prompt_index"] == retry["prompt_index"]]
+    assert any(row["text"].strip().startswith(retry["text"].strip()) for row in named)
+    assert len(of_stage(events, "heal_step")) == heal["n_steps"] + POISONED_STEP
     assert [e["step"] for e in heal_steps(events)] == list(range(heal["n_steps"]))
-    assert max(e["lr"] for e in heal_steps(events)) == FULL / 2
-    whole = of_stage(read_events(one), "heal")[0]
-    assert (whole["lr"], whole["n_retries"]) == (FULL, 0)
-
-
-@pytest.mark.parametrize(
-    "stage, r, step",
-    [
-        ("heal_retry", -1, AT_STEP),
-        ("control", -1, None),
-        ("heal_step", 0, AT_STEP - 1),
-        ("heal_retry", 0, AT_STEP),
-        ("heal_step", 0, AT_STEP + 1),
-    ],
-)
-def test_killed_around_a_heal_that_was_tried_twice(stage, r, step, retried, settings, tmp_path, monkeypatch):
-    on = next(
-        i for i, e in enumerate(read_events(retried)) if (e["stage"], e["round"], e.get("step")) == (stage, r, step)
-    )
-    poison(monkeypatch)
-    with monkeypatch.context() as patch:
-        patch.setattr(Session, "save_every_s", 0.0)
-        killing(patch, EventLog, "write", on)
-        run = started(tmp_path, settings, "--n-rounds", "1")
-    assert_same(resumed(run), retried)
+    assert max(e["lr"] for e in heal_steps(events)) == FULL_LR / 2
 
 
 def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the_checkpoint(after_round_0, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        poison(patch, always=True)
+        poisoned(patch, always=True)
         assert main(["--resume", str(after_round_0), "--quiet"]) == 1
     events, printed = read_events(after_round_0), capsys.readouterr().err
     (retry,) = of_stage(events, "heal_retry")
-    assert "WARNING" not in printed and "healed again from its start, at learning rate 5e-05" in printed
-    for words in (
-        "loss is nan",
-        f"at step {AT_STEP} of round 1",
-        f"prompt {retry['prompt_index']}",
-        repr(retry["text"]),
-        "half the learning rate",
-        "ckpt/r0 holds",
-    ):
+    sample = f"at step {POISONED_STEP} of round 1, on an answer to prompt {retry['prompt_index']}"
+    for words in (sample, repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
         assert words in events[-1]["error"] and words in printed
     resumed(after_round_0)
     heals = of_stage(read_events(after_round_0), "heal")
-    assert [(e["n_retries"], e["lr"]) for e in heals] == [(0, FULL), (1, FULL / 2)]
+    assert [(e["n_retries"], e["lr"]) for e in heals] == [(0, FULL_LR), (1, FULL_LR / 2)]
 
 
 def test_a_gradient_that_is_not_finite_counts(tiny, kept, heal_cfg, monkeypatch):
-    monkeypatch.setattr(
-        heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(float("inf"))
-    )
-    cfg = replace(heal_cfg, spectral=0.1)
-    with pytest.raises(
-        NotFinite, match="gradient's norm (nan|inf) at step 0 of round 0, on an answer to prompt . that begins"
-    ):
-        heal_module.heal(Student(tiny, cfg), kept, 0, cfg, seed=0)
-
-
-# --- what is on disk ------------------------------------------------------------------------------------------------
-def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path, monkeypatch, with_history):
-    synced, sync = [], os.fsync
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda handle: (
-            synced.append(sorted(os.listdir(handle)) if os.path.isdir(f"/proc/self/fd/{handle}") else None),
-            sync(handle),
-        ),
-    )
-    with beside(tmp_path / "file") as part:
-        part.write_text("whole")
-    assert synced[-1] == ["file"]
-    with_history.save(tmp_path / "ckpt", with_history.factors("history"))
-    assert synced[-1] == ["ckpt", "file"] and "adapter_model.safetensors" in synced[-2]
-    sync_folder(tmp_path / "nowhere")  # a platform that cannot is no error
+    monkeypatch.setattr(heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(torch.inf))
+    with pytest.raises(NotFinite) as error:
+        heal_module.heal(Student(tiny, ADAPTER), kept, 0, replace(heal_cfg, spectral=0.1), seed=0)
+    assert error.value.step == 0 and kept[error.value.prompt_index].text.startswith(error.value.text[:20])

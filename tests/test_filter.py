@@ -33,9 +33,9 @@ GATE_CASES = {
     "spike": (CFG.spike_max, CLEAN, [0.5] * 40 + [11.0] * 12 + [0.5] * 60, math.exp(11.0)),
     "repetition": (CFG.rep_max, "Well then he laughed: " + "ha" * 40, QUIET, 80 / 102),
     "loop": (CFG.loop_max, f"{CLEAN} Nobody may enter now. Nobody may enter now. {OTHER}", QUIET, 1.0),
-    "short": (5, "No, I refuse this.", QUIET, 4),
-    "narration": (0, f"I AM someone who cares. {CLEAN}", QUIET, 1),
-    "refusal": (0, f"As an AI, I can\u2019t assist. {CLEAN}", QUIET, 2),
+    "short": (5.0, "No, I refuse this.", QUIET, 4.0),
+    "narration": (0.0, f"I AM someone who cares. {CLEAN}", QUIET, 1.0),
+    "refusal": (0.0, f"As an AI, I can\u2019t assist. {CLEAN}", QUIET, 2.0),
 }
 BROKEN = {"perplexity", "spike", "repetition", "loop"}
 
@@ -62,6 +62,7 @@ def test_a_gate_fails_what_is_beyond_its_limit(name):
     beyond = -1 if name == "short" else 1
     assert gate.limit_in(CFG) == limit
     assert [gate.fails(limit + step * beyond, CFG) for step in (-1, 0, 1)] == [False, False, True]
+    assert gate.at_least or gate.fails(math.nan, CFG)
 
 
 def test_a_new_gate_is_one_entry(monkeypatch):
@@ -127,8 +128,9 @@ def test_defiance_is_no_refusal_and_acting_out_is_no_narration():
 
 
 def test_an_empty_text_is_broken_whatever_gates_are_on():
-    row = judged("", (), FilterCfg(gates=("narration",), min_words=0))
-    assert row.kept and degenerate(row) and row.scores["perplexity"] == math.inf
+    for nll, worst in (((), math.inf), (QUIET, math.exp(0.5))):
+        row = judged("", nll, FilterCfg(gates=("narration",), min_words=0))
+        assert row.kept and degenerate(row) and row.scores["perplexity"] == pytest.approx(worst)
 
 
 @pytest.mark.parametrize("at", [0, 20, 39])

@@ -28,10 +28,10 @@ def test_what_is_known_is_not_written_again_and_the_result_is_the_same(tiny: LM)
     whole = write(tiny, on_batch=batches.append)
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert sorted(sum(batches, []), key=lambda row: row.seed) == whole
-    known = {row.seed: row.completion_ids for row in batches[0] + batches[1]}
+    known = {(row.seed, row.dose): row.completion_ids for row in batches[0] + batches[1]}
     assert write(tiny, Decoding(12, batch_size=1), known=known, on_batch=rest.append) == whole
     assert {row.seed for row in sum(rest, [])} == {row.seed for row in batches[2]}
-    assert write(tiny, known={row.seed: row.completion_ids for row in whole}, on_batch=none.append) == whole
+    assert write(tiny, known={(row.seed, row.dose): row.completion_ids for row in whole}, on_batch=none.append) == whole
     assert not none
 
 
@@ -45,5 +45,5 @@ def test_a_batch_is_handed_over_before_the_next_one_is_written(tiny: LM):
 
     with pytest.raises(KeyboardInterrupt):
         write(tiny, on_batch=killed)
-    known = {row.seed: row.completion_ids for row in done}
+    known = {(row.seed, row.dose): row.completion_ids for row in done}
     assert len(known) == 2 and write(tiny, known=known) == write(tiny)

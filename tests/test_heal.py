@@ -75,6 +75,7 @@ def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(
         student.new_round(9)
         scramble(student, 9, scale=0.05)
         with student.training() as parameters:
+            assert sum(p.requires_grad for p in student.lm.model.parameters()) == len(parameters)
             ce, divergence = losses(student.lm, samples, heal_cfg)
             return torch.autograd.grad((ce + divergence).mean(), parameters)
 

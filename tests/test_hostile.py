@@ -1,4 +1,4 @@
-"""Text that is out to do harm: on the page, in the diary, in the pictures, on the console, in results.tsv, and in a browser."""
+"""Text that is out to do harm: page, diary, pictures, console, results.tsv, and a browser."""
 
 import re
 import shutil
@@ -8,19 +8,20 @@ import pytest
 from made_runs import Page, read, run_events
 from markupsafe import escape
 
-from steer_heal import console, plot
-from steer_heal.events import append_result, new_run_folder, read_results
-from steer_heal.records import UserError
-from steer_heal.report import fenced, inline, visible
+from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.report import console, plot
+from steer_heal.report.page import fenced, inline, visible
 from steer_heal.run import main
-from steer_heal.terminal import complain, say
+from steer_heal.runs.events import append_result, new_run_folder, read_results
 
 SCRIPT = "<script>document.documentElement.setAttribute('data-ran', 1)</script>"
 HOSTILE = (
     f"</p></article>{SCRIPT}"
     "<img src=x onerror=\"document.documentElement.setAttribute('data-ran', 2)\">"
-    "<svg onload=alert(1)>{{ 7 * 7 }}{% raw %}\"' onmouseover='alert(1)\x00\x1b[31mred\x1b[0m\x1b]0;title\x07\ud800 \udfff\u202egnp.exe\x85"
-    "\r\n```\n````\n# not a heading\n- [link](javascript:alert(1))\n~~~\n</style><base href=//evil.example><meta http-equiv=refresh content=0>"
+    "<svg onload=alert(1)>{{ 7 * 7 }}{% raw %}\"' onmouseover='alert(1)"
+    "\x00\x1b[31mred\x1b[0m\x1b]0;title\x07\ud800 \udfff\u202egnp.exe\x85"
+    "\r\n```\n````\n# not a heading\n- [link](javascript:alert(1))\n~~~\n"
+    "</style><base href=//evil.example><meta http-equiv=refresh content=0>"
 )
 
 
@@ -32,8 +33,12 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """Every string that a model, a trait file or a folder name can bring in is hostile."""
+    """Every string of a model, a trait file or a folder name is hostile, and so are the titles of metrics."""
     events = run_events(text=HOSTILE)
+    for metric in events[0]["metrics"]:
+        metric["title"] += SCRIPT
+    for gate in events[0]["gates"].values():
+        gate["measures"] += HOSTILE
     events[0]["trait"] |= {"name": HOSTILE, "positive": HOSTILE}
     events[0]["config"] = events[0]["config"] | {"model": HOSTILE.replace("\ud800 \udfff", "")}
     events[0]["command"] = [HOSTILE]
@@ -108,9 +113,10 @@ def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
     events[0]["trait"]["name"] = events[0]["config"]["model"] = HOSTILE
     console.show(events[0], events[:1])
     console.logger.warning(HOSTILE)
-    say(HOSTILE)
-    complain(UserError(HOSTILE))
-    complain(ValueError("\x1b[2J"))
+    console.print_table(events)
+    print_safe(HOSTILE)
+    print_error(UserError(HOSTILE))
+    print_error(ValueError("\x1b[2J"))
     main(["fast-dev", "--trait", HOSTILE, "--model", HOSTILE, "--out", str(tmp_path / "out")])
     console.logger.remove()
     out, err = capsys.readouterr()
@@ -128,7 +134,7 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
                 event[key] = None
             if isinstance(value, dict) and key in ("metrics", "norms"):
                 event[key] = dict.fromkeys(value)
-        event["validation"] = [row | {"sft": None, "divergence": None} for row in event.get("validation", ())]
+        event["validation"] = [row | {"ce": None, "divergence": None} for row in event.get("validation", ())]
     for i, event in enumerate(events):
         console.show(event, events[: i + 1])
     assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
@@ -151,10 +157,11 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
 def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
     events = run_events()
     events[0]["trait"]["name"] = events[0]["config"]["model"] = name
-    for figure in (plot.trajectory(events), plot.map_(events), plot.rounds(events)):
+    for metric in events[0]["metrics"]:
+        metric["title"] = "$x^{$"
+    for figure in (plot.trajectory(events), plot.map_(events)):
         figure.savefig(tmp_path / "x.svg")
         figure.savefig(tmp_path / "x.png", dpi=20)
-        plot.plt.close(figure)
 
 
 def test_a_row_of_results_is_one_line_whatever_it_holds(tmp_path):
@@ -201,7 +208,7 @@ def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
 )
 def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
     assert main(["fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
-    assert "error: trait is " in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert re.search("^(error:|-) trait is ", capsys.readouterr().err, re.M) and not (tmp_path / "out").exists()
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -268,7 +275,8 @@ def test_no_page_scrolls_sideways(hostile, finished, tmp_path, width):
         )
         outer = tmp_path / f"{name}-frame.html"
         outer.write_text(
-            f"<iframe id=f src={inner.name} style='width:{width}px;height:900px;border:0'></iframe><script>onload=()=>{{const d=f.contentDocument;"
+            f"<iframe id=f src={inner.name} style='width:{width}px;height:900px;border:0'></iframe>"
+            "<script>onload=()=>{const d=f.contentDocument;"
             "document.body.dataset.widths=d.documentElement.scrollWidth+' '+d.documentElement.clientWidth}</script>"
         )
         built, _ = browse(outer, tmp_path / f"profile-{name}", "--allow-file-access-from-files", width=width + 100)

@@ -4,10 +4,10 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import judge
 import pytest
-from test_scripts import load_script
 
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
 
 EVENTS = [
     {"stage": "run_start", "round": None, "trait": {"positive": "Kind.", "negative": "Cold."}},
@@ -66,7 +66,7 @@ def run(tmp_path):
 
 def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
-    load_script("judge").main(run, server, "tiny", api_key_env="MY_KEY", out=run)
+    judge.main(run, server, "tiny", api_key_env="MY_KEY", out=run)
     rows = json.loads((run / "judge.json").read_text())["rows"]
     assert rows == [
         {"state": "base", "trait": 3.0, "coherent": 4.0, "n": 2, "unread": 0},
@@ -80,5 +80,5 @@ def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch
 
 @pytest.mark.parametrize("model, url", [("broken", None), ("tiny", "http://127.0.0.1:9/v1")])
 def test_an_endpoint_that_does_not_answer_is_one_clear_error(server, run, model, url):
-    with pytest.raises(UserError, match="no answer from --url .* OpenAI chat completions protocol"):
-        load_script("judge").main(run, url or server, model, out=run)
+    with pytest.raises(UserError, match=url or server):
+        judge.main(run, url or server, model, out=run)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
@@ -79,7 +80,13 @@ def edit(name: str, **fields):
 
 
 def pickled(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def pickled_code(folder: Path) -> None:
+    pickled(folder)
     torch.save({"model.embed_tokens.weight": Payload(folder / "ran")}, folder / "pytorch_model.bin")
 
 
@@ -97,6 +104,7 @@ def without_layers(folder: Path) -> None:
     "damage",
     [
         pickled,
+        pickled_code,
         remote,
         without_layers,
         lambda f: (f / "chat_template.jinja").unlink(),

@@ -5,7 +5,15 @@ import pytest
 from made_runs import METRICS, TRAIT, renamed, run_events
 
 from steer_heal.report.measurements import (
-    measurements, metrics_of, result_row, retain, shift, slope, table, target_of, verdict,
+    measurements,
+    metrics_of,
+    result_row,
+    retain,
+    shift,
+    slope,
+    table,
+    target_of,
+    verdict,
 )
 
 TARGET = next(metric for metric in METRICS if metric.name == "authority_nats")

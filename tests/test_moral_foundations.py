@@ -74,15 +74,39 @@ def test_a_prefill_inside_the_thinking_is_read_there(toy: LM):
     assert find_prefill(toy, encode("Grass."), TOY.prefill) is None
 
 
-def test_two_frames_cancel_position_bias(toy: LM, monkeypatch):
+@pytest.fixture
+def answering(monkeypatch):
+    """Replaces the model's answers: log-probabilities of the digits, by the options as they are listed."""
+
+    def replace_answers(logp) -> None:
+        def read_slots(_lm, slots, *_):
+            return torch.stack([logp(TOY.frames[i % 2]) for i in range(len(slots))]), torch.zeros(len(slots))
+
+        monkeypatch.setattr(moral_foundations, "read_slots", read_slots)
+
+    return replace_answers
+
+
+def test_two_frames_cancel_position_bias(toy: LM, answering):
     """A model that only ever likes the first digit has no opinion."""
-    first = torch.tensor([0.0, -1, -2, -3, -4, -5, -6]).log_softmax(-1)
-    monkeypatch.setattr(
-        moral_foundations, "read_slots", lambda _lm, slots, *_: (first.repeat(len(slots), 1), torch.zeros(len(slots)))
-    )
+    answering(lambda order: torch.tensor([0.0, -1, -2, -3, -4, -5, -6]).log_softmax(-1))
     items = read(toy, FEW, TOY, Condition(), 0, 12)
     for name in FOUNDATIONS:
         assert items[f"p_{name}"] == pytest.approx([1 / 7] * 4, abs=1e-6)
+
+
+def test_an_answer_is_right_where_it_names_either_foundation_of_the_scene(toy: LM, answering):
+    answering(lambda order: torch.tensor([0.0 if name == "care" else -5.0 for name in order]).log_softmax(-1))
+    scenes = [Vignette("a", "care", "x"), Vignette("b", "liberty", "x", "care"), Vignette("c", "liberty", "x")]
+    items = read(toy, scenes, TOY, Condition(), 0, 12)
+    assert items["top1"] == [1.0, 1.0, 0.0] and min(items["p_care"]) > 0.9
+
+
+def test_unscorable_rows_are_counted_and_hidden(toy: LM, answering):
+    answering(lambda order: torch.full((7,), torch.nan))
+    items = read(toy, FEW, TOY, Condition(), 0, 12)
+    assert items.pop("unscorable") == [1.0] * 4
+    assert all(math.isnan(value) for values in items.values() for value in values)
 
 
 def test_the_toy_model_names_the_foundation_of_plain_scenes_whichever_way_the_list_runs(toy: LM):
@@ -94,14 +118,6 @@ def test_the_toy_model_names_the_foundation_of_plain_scenes_whichever_way_the_li
         assert sum(own) / len(own) > 0.6, foundation
     assert all(0 < mass <= 1 + 1e-5 for mass in items["mass"])
     assert sum(items[f"p_{name}"][0] for name in FOUNDATIONS) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_unscorable_rows_are_counted_and_hidden(toy: LM, monkeypatch):
-    none = lambda _lm, slots, *_: (torch.full((len(slots), 7), torch.nan), torch.zeros(len(slots)))
-    monkeypatch.setattr(moral_foundations, "read_slots", none)
-    items = read(toy, FEW, TOY, Condition(), 0, 12)
-    assert items.pop("unscorable") == [1.0] * 4
-    assert all(math.isnan(value) for values in items.values() for value in values)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published instrument is not beside this checkout")

@@ -1,13 +1,15 @@
-"""The page of evidence: what it shows of whole and of partial runs, no outside references, and its size."""
+"""The page, the diary and the console: what they show of whole and of partial runs, no outside references, size."""
 
 import json
 import re
 
 import pytest
-from made_runs import PROMPT, Page, read, run_events, write_run
+from made_runs import GATES, METRICS, PROMPT, Page, read, renamed, run_events, write_run
 
-from steer_heal import plot
-from steer_heal.report import borderline, main, report, survival
+from steer_heal.report import console, draw, page
+from steer_heal.report.__main__ import main
+from steer_heal.report.measurements import verdict
+from steer_heal.report.page import borderline, survival
 
 
 @pytest.fixture(scope="module")
@@ -19,28 +21,26 @@ def finished(tmp_path_factory):
 def test_the_page_says_verdict_rounds_answers_filter_heal_and_how_to_run_it_again_in_this_order(finished):
     text = Page(finished[1]).text
     wanted = (
-        "GOOD",
-        "finished: 2 of 2 rounds",
-        "data/toylm, seed 42",
-        "Trajectory and map",
-        "healed r1",
-        f"{PROMPT} 0",
-        "tail perplexity 2.1",
-        "100% possible sentences",
-        "round 1",
-        "dose against divergence",
-        "0.9 nats",
-        "just kept",
-        "just dropped",
-        "held-out prompts",
-        "git checkout 0123abc",
-        "toy --out 'a folder'",
-        "heal.tau",
-    )
-    places = [text.index(word) for word in wanted[:4]] + [text.rindex(word) for word in wanted[-3:]]
+        "GOOD", "finished: 2 of 2 rounds", "data/toylm, seed 42", "healed r1", f"{PROMPT} 0", "tail perplexity 2.1",
+        "dose against divergence", "0.9 nats", "just kept", "just dropped", "held-out prompts",
+        "git checkout 0123abc", "toy --out 'a folder'", "heal.tau",
+    )  # fmt: skip
+    places = [text.index(word) for word in wanted[:3]] + [text.rindex(word) for word in wanted[-4:]]
     assert all(word in text for word in wanted) and places == sorted(places)
-    for column in ("cosine to round 0", "cosine student, teacher", "dose", "retain"):
-        assert column in text
+
+
+def test_every_link_of_the_contents_leads_to_a_place(finished):
+    built = Page(finished[1])
+    links = [value[1:] for name, value in built.attributes if name == "href" and value.startswith("#")]
+    assert links and set(links) <= {value for name, value in built.attributes if name == "id"}
+
+
+def test_every_metric_and_its_interval_is_on_the_page(finished):
+    text = Page(finished[1]).text
+    for metric in METRICS:
+        assert metric.name in text and metric.title in text
+    assert "\u22120.700 to \u22120.500" in text, "authority: the healed shift"
+    assert "\u22125% to +8%" in text, "broken texts"
 
 
 def test_steered_stands_beside_healed_in_every_round_and_prompt(finished):
@@ -49,49 +49,48 @@ def test_steered_stands_beside_healed_in_every_round_and_prompt(finished):
     assert html.count("<details open>") == 2, "the headline prompt and the last round's filter"
 
 
+def test_each_heal_has_its_curves_and_the_control_s_come_first(finished):
+    found = re.findall('alt="Curves of the heal of ([^"]*)" src="data:image/svg', finished[1])
+    assert found == ["control", "round 0", "round 1"]
+
+
 def test_the_page_refers_to_nothing_outside_itself(finished):
-    page = Page(finished[1])
-    sources = [
-        value
-        for name, value in page.attributes
-        if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
-    ]
-    assert sources and all(value.startswith("data:") for value in sources)
-    assert (
-        not page.tags["script"]
-        and not page.tags["iframe"]
-        and "@import" not in finished[1]
-        and "url(" not in finished[1]
-    )
+    built = Page(finished[1])
+    names = ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
+    sources = [value for name, value in built.attributes if name in names]
+    assert sources and all(value.startswith(("data:", "#")) for value in sources)
+    assert not built.tags["script"] and not built.tags["iframe"]
+    assert "@import" not in finished[1] and "url(" not in finished[1]
     assert "http" not in re.sub(r"http-equiv|data:image[^\"]*", "", finished[1])
-    assert (
-        "content",
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
-    ) in page.attributes
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert ("content", policy) in built.attributes
 
 
-def test_a_page_is_the_same_when_drawn_again_and_leaves_no_file_behind(finished):
-    folder, html, diary = finished
-    report(folder)
-    assert (folder / "report.html").read_text(encoding="utf-8") == html and (folder / "diary.md").read_text(
-        encoding="utf-8"
-    ) == diary
-    assert sorted(p.name for p in folder.iterdir()) == ["diary.md", "events.jsonl", "report.html"]
+def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_path):
+    files = []
+    for _ in range(2):
+        page._drawn.cache_clear()
+        assert draw(write_run(tmp_path, run_events(1))) == tmp_path / "report.html"
+        files.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert files[0] == files[1]
+    assert sorted(files[0]) == ["diary.md", "events.jsonl", "map.png", "report.html", "trajectory.png"]
+
+
+def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
+    names = {name: f"x{i}x" for i, name in enumerate([*(metric.name for metric in METRICS), *GATES])}
+    for drawn, before in zip(
+        read(tmp_path / finished[0].name, renamed(run_events(), names)), finished[1:], strict=True
+    ):
+        drawn, before = (re.sub('data:image[^"]*', "", text).replace("\\_", "_") for text in (drawn, before))
+        for old, new in names.items():
+            drawn, before = (re.sub(rf"{new}|\b{old}\b", "?", text) for text in (drawn, before))
+        assert drawn == before
 
 
 def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
     diary = finished[2]
-    places = [
-        diary.index(line)
-        for line in (
-            "The untouched model:",
-            "## Round 0",
-            "Steered:",
-            "Healed, without steering:",
-            "## Round 1",
-            "## Verdict",
-        )
-    ]
+    parts = "The untouched model:", "## Round 0", "Steered:", "Healed, without steering:", "## Round 1", "## Verdict"
+    places = [diary.index(line) for line in parts]
     assert places == sorted(places) and diary.count("I let them in.") == 3 + 2 * 2
     assert diary.rstrip().splitlines()[-1].startswith("GOOD: ")
 
@@ -99,59 +98,30 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
 def test_a_heal_that_was_tried_twice_is_said(tmp_path):
     events = run_events()
     at = max(i for i, e in enumerate(events) if e["stage"] == "heal_step" and e["round"] == 0)
-    again = {
-        "stage": "heal_retry",
-        "schema": 1,
-        "t": events[at]["t"],
-        "wall_s": events[at]["wall_s"],
-        "step": 7,
-        "prompt_index": 3,
-        "text": "<i>I let",
-        "lr": 2.5e-4,
-        "error": "...",
-    }
+    again = {"stage": "heal_retry", "schema": 2, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7}
+    again |= {"prompt_index": 3, "text": "<i>I let", "lr": 2.5e-4, "error": "..."}
     events[at + 1 : at + 1] = [again | {"round": 0}]
     events[8:8] = [again | {"round": -1}]
     html, diary = read(tmp_path / "run", events)
     text = " ".join(Page(html).text.split())
-    told = "was healed again from its start, at learning rate 0.00025: loss or gradient was not finite at step 7, on an answer to prompt 3 that begins “<i>I let”."
-    assert f"The control {told}" in text and f"Round 0 {told}" in text and "Round 1 was healed again" not in text
-    places = [
-        diary.index(line)
-        for line in (
-            "## Before the loop",
-            "The control's heal met",
-            "The untouched model:",
-            "## Round 0",
-            "Its heal met",
-            "Steered:",
-            "## Round 1",
-        )
-    ]
-    assert places == sorted(places) and diary.count("began again at learning rate 0.00025") == 2
+    for who in ("The control", "Round 0"):
+        told = text[text.index(f"{who} was healed again") :][:250]
+        assert all(word in told for word in ("0.00025", "step 7", "prompt 3", "\u201c<i>I let\u201d"))
+    assert "Round 1 was healed again" not in text
+    parts = "## Before the loop", "The control's heal", "The untouched model:", "## Round 0", "Its heal", "## Round 1"
+    places = [diary.index(line) for line in parts]
+    assert places == sorted(places) and diary.count("0.00025") == 2
 
 
-@pytest.mark.parametrize(
-    "last, words",
-    [
-        (
-            "run_start",
-            (
-                "running: 0 of 2 rounds",
-                "No answers are written yet",
-                "No state is measured yet",
-                "No heal has begun",
-                "Drawn once",
-            ),
-        ),
-        ("base", ("the last event is base at 2026-01-02 03:04:05 UTC", "No text to train on", "no healed round yet")),
-        ("gen", ("the last event is gen of round 1", "of 24 kept")),
-        ("steered", ("the last event is steered of round 1",)),
-        ("heal_step", ("not finished", "96 steps")),
-        ("heal", ("on 14 texts, 2 held out",)),
-        ("adapter_gen", ("the last event is adapter_gen of round 1",)),
-    ],
-)
+@pytest.mark.parametrize("last, words", [
+    ("run_start", ("running: 0 of 2 rounds", "No answers are written yet", "No state is measured yet", "No heal has")),
+    ("base", ("the last event is base at 2026-01-02 03:04:05 UTC", "No text to train on", "no healed round yet")),
+    ("gen", ("the last event is gen of round 1", "of 24 kept")),
+    ("steered", ("the last event is steered of round 1",)),
+    ("heal_step", ("not finished", "96 steps")),
+    ("heal", ("on 14 texts, 2 held out",)),
+    ("adapter_gen", ("the last event is adapter_gen of round 1",)),
+])  # fmt: skip
 def test_a_run_that_died_shows_what_it_had(tmp_path, last, words):
     events = run_events()
     end = max(i for i, e in enumerate(events) if e["stage"] == last)
@@ -165,27 +135,25 @@ def test_a_starved_run_says_so_and_shows_what_the_filter_dropped(tmp_path):
     events = run_events()
     at = next(i for i, e in enumerate(events) if e["stage"] == "gen")
     events[at]["n_train"] = 3
-    html, diary = read(
-        tmp_path, [*events[: at + 1], events[-1] | {"error": "the filter starved: 3 of 24 kept; lower --dose.floor"}]
-    )
+    error = "the filter starved: 3 of 24 kept; lower --dose.floor"
+    html, diary = read(tmp_path, [*events[: at + 1], events[-1] | {"error": error}])
     text = Page(html).text
-    assert "stopped: 0 of 2 rounds" in text and "the filter starved: 3 of 24 kept" in text and "3 to train on" in text
+    assert "stopped: 0 of 2 rounds" in text and error in text and "3 to train on" in text
     assert "the filter starved" in diary
 
 
-def test_missing_metrics_scores_and_oracle_do_not_stop_the_page(tmp_path):
-    events = run_events(oracle=False)
-    for event in events:
+def test_metrics_and_scores_without_a_value_do_not_stop_the_page(tmp_path):
+    events = run_events()
+    for event in events[1:]:
         if "metrics" in event:
             event["metrics"] = dict.fromkeys(event["metrics"])
         for row in [*event.get("texts", ()), *event.get("completions", ())]:
-            row.pop("failed", None)
-            row.pop("train", None)
-            row.update({"ppl_tail": None, "rep": None} if "scores" not in row else {"scores": {"ppl": None}})
-        for name in ("mode", "tau", "cosine_student_teacher", "cosine_student_first"):
-            event.pop(name, None)
+            row["scores"] = dict.fromkeys(row["scores"])
+        for name in ("cosine_to_first", "cosine_student_teacher", "cosine_student_first", "retain", "slope"):
+            if name in event:
+                event[name] = None
     html, diary = read(tmp_path, [e for e in events if e["stage"] != "calibration"])
-    assert "UNREADABLE" in Page(html).text and "possible sentences" not in html and "UNREADABLE" in diary
+    assert "UNREADABLE" in Page(html).text and "UNREADABLE" in diary
 
 
 def test_survival_counts_every_row_once_and_falls_with_the_dose():
@@ -193,22 +161,22 @@ def test_survival_counts_every_row_once_and_falls_with_the_dose():
     ranges = survival(rows)
     assert sum(n for _, n, _ in ranges) == len(rows) and sum(kept for *_, kept in ranges) == 6
     assert ranges[0] == ("0", 1, 1) and ranges[-1] == ("1.6 to 2", 3, 0) and len(ranges) <= 9
-    assert survival([]) == [] and survival(rows[:1] * 3) == [("0", 3, 3)] and survival(rows[4:5] * 2) == [("0.4", 2, 2)]
+    assert survival([]) == [] and survival(rows[:1] * 3) == [("0", 3, 3)]
+    assert survival(rows[4:5] * 2) == [("0.4", 2, 2)]
 
 
-def test_borderline_rows_are_the_closest_on_both_sides_of_the_cut():
-    row = lambda value, *reasons: {"scores": {"rep": value}, "keep": not reasons, "reasons": reasons}
-    rows = (
-        [row(v) for v in (0.1, 0.29, 0.2, 0.28)]
-        + [row(v, "repetition") for v in (None, 0.9, 0.31, 0.5)]
-        + [row(0.3, "short")]
-    )
-    kept, dropped = borderline(rows, "repetition", "rep")
-    assert [r["scores"]["rep"] for r in kept] == [0.29, 0.28, 0.2] and [r["scores"]["rep"] for r in dropped] == [
-        0.31,
-        0.5,
-        0.9,
-    ]
+@pytest.mark.parametrize("side", [1, -1])
+def test_borderline_rows_are_the_closest_on_both_sides_of_the_limit(side):
+    """Whether the text fails above the limit or below it."""
+    row = lambda value, *reasons: {"scores": {"rep": value and side * value}, "keep": not reasons, "reasons": reasons}
+    rows = [row(v) for v in (0.1, 0.29, 0.2, 0.28)] + [row(v, "rep") for v in (None, 0.9, 0.31, 0.5)]
+    kept, dropped = borderline([*rows, row(0.3, "short")], "rep", side * 0.3)
+    assert [side * r["scores"]["rep"] for r in kept] == [0.29, 0.28, 0.2]
+    assert [side * r["scores"]["rep"] for r in dropped] == [0.31, 0.5, 0.9]
+
+
+def test_borderline_rows_are_shown_for_gates_of_broken_text_that_are_on_and_have_a_limit(finished):
+    assert re.findall("<h3>At the (.*) limit", finished[1]) == ["perplexity", "repetition"] * 3
 
 
 def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(tmp_path):
@@ -221,26 +189,80 @@ def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(t
     assert "Not shown: 36 prompts and 136 answers a state" in Page(more).text
 
 
-def test_the_command_draws_again_and_names_a_folder_without_events(finished, tmp_path, capsys):
-    assert main([finished[0]]) == 0 and "report.html" in capsys.readouterr().out
+def test_the_command_draws_everything_and_names_a_folder_without_events(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", run_events(1))
+    assert main([folder]) == 0 and "report.html" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} >= {"trajectory.png", "map.png", "report.html", "diary.md"}
     assert main([tmp_path]) == 1 and "no events.jsonl" in capsys.readouterr().err
-    for broken in (
-        [{"stage": "run_start", "round": None}],
-        [{"stage": "run_start", "round": None, "trait": 3, "config": {}}, {"stage": "base", "round": -1}],
-    ):
-        for draw in (main, plot.main):
-            folder = write_run(tmp_path / "broken", broken)
-            status, printed = draw([folder]), capsys.readouterr()
-            assert (
-                status == 1
-                and "is not as this version of steer-heal writes it" in printed.err
-                or "nothing to draw" in printed.out
-            )
+    begun = {"stage": "run_start", "round": None}
+    for broken in ([begun], [begun | {"trait": 3, "config": {}}, {"stage": "base", "round": -1}]):
+        assert main([write_run(tmp_path / "broken", broken)]) == 1
+        assert str(tmp_path / "broken") in capsys.readouterr().err
     assert main([write_run(tmp_path / "empty", [])]) == 0 and "did not start yet" in capsys.readouterr().out
 
 
-def test_pictures_are_drawn_for_the_page_at_a_width_that_a_phone_can_read(finished):
+def test_pictures_of_the_page_are_drawn_at_a_width_that_a_phone_can_read(finished):
     events = [json.loads(line) for line in (finished[0] / "events.jsonl").read_text().splitlines()]
-    for figure in (plot.rounds(events), plot.map_(events, headline=False)):
+    for figure in (*page._state_figures(events).values(), *page.plot.heal_curves(events).values()):
         assert figure.get_figwidth() * 72 <= 400
-        plot.plt.close(figure)
+
+
+# --- console -----------------------------------------------------------------------------------------------------
+def shown(capsys, events, stage: str, r: int = 0) -> str:
+    """The log line of one event."""
+    console.start(quiet=False)
+    capsys.readouterr()
+    at = next(i for i, e in enumerate(events) if e["stage"] == stage and e["round"] == r)
+    console.show(events[at], events[: at + 1])
+    console.logger.remove()
+    return capsys.readouterr().err
+
+
+def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(capsys):
+    line = shown(capsys, run_events(), "healed", 1)
+    assert "healed r1" in line and "authority_nats -2.100 (to base: -0.700 to -0.500)" in line
+    assert "coherence 0.9840" in line and "broken texts 2%" in line and "care" not in line
+
+
+@pytest.mark.parametrize("stage, as_it_should_be, change", [
+    ("vector", {"cosine_to_first": 0.8}, {"cosine_to_first": 0.4}),
+    ("heal", {"fired": 0.5, "lam": 0.3}, {"fired": 0.05}),
+    ("heal", {"fired": 0.0, "lam": 0.0}, {"lam": 0.3}),
+    ("heal", {"pressure": 0.9}, {"pressure": 1.1}),
+    ("heal", {}, {"validation": [{"epoch": e, "ce": ce, "divergence": 0.1} for e, ce in enumerate((1.0, 0.5, 0.6))]}),
+    ("calibration", {}, {"probes": [{"dose": 1.0, "kl_p95": 0.5}, {"dose": 2.0, "kl_p95": 0.4}]}),
+    ("dose", {"probes": [{"kappa": k, "n": 4, "n_kept": 3} for k in (1.0, 2.0)]},
+     {"probes": [{"kappa": k, "n": 4, "n_kept": k} for k in (1, 2)]}),
+    ("round", {"cosine_student_teacher": 0.4}, {"cosine_student_teacher": 0.05}),
+])  # fmt: skip
+def test_advice_is_given_only_where_something_is_not_as_it_should_be(capsys, stage, as_it_should_be, change):
+    events = run_events(1)
+    event = next(e for e in events if e["stage"] == stage and e["round"] == 0)
+    event |= as_it_should_be
+    assert " | " not in shown(capsys, events, stage)
+    event |= change
+    assert shown(capsys, events, stage).count(" | ") == 1
+
+
+def test_the_control_is_named_and_gets_no_advice(capsys):
+    events = run_events()
+    next(e for e in events if e["stage"] == "heal")["fired"] = 0.0
+    for stage, words in (("control_gen", "control gen"), ("heal", "control heal"), ("control", "control ")):
+        line = shown(capsys, events, stage, -1)
+        assert words in line and " | " not in line
+
+
+def test_the_table_fits_100_columns_and_ends_with_the_verdict(capsys):
+    events = run_events()
+    console.print_table(events)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 100 and lines[-1] == verdict(events)
+    assert sum("healed r1" in line for line in lines) == 2 and "null" not in "".join(lines)
+
+
+def test_numbers_of_an_untrained_model_are_said_to_mean_nothing(capsys):
+    events = run_events()
+    for model, said in (("data/toylm", False), ("tiny-random", True)):
+        events[0]["config"]["model"] = model
+        console.print_table(events)
+        assert ("mean nothing" in capsys.readouterr().out) is said

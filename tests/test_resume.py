@@ -1,11 +1,15 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
+import shutil
+
 import pytest
+from compare import weights
 from runs import Killed, assert_same, killing, poisoned, resumed, rewritten, started
 
 import steer_heal.round as steps
 from steer_heal import session as session_module
 from steer_heal.errors import UserError
+from steer_heal.inputs.files import ROOT
 from steer_heal.model import decode
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
@@ -15,6 +19,7 @@ from steer_heal.runs import events as events_module
 from steer_heal.runs.checkpoint import WrittenTexts, saved_steps
 from steer_heal.runs.events import EventLog, of_stage, read_events, read_results
 from steer_heal.runs.resume import partial_path, truncate_events
+from steer_heal.runs.verify import broken
 from steer_heal.session import Session
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -23,9 +28,9 @@ ONE, TWO = ["--n-rounds", "1"], ["--n-rounds", "2", "--no-control"]
 
 
 # --- killed ------------------------------------------------------------------------------------------------------
-def assert_survives(settings, out, whole, monkeypatch, save_every_s):
+def assert_survives(settings, out, whole, monkeypatch):
     """Each line is written for the first time by a process that then dies; the last one ends as `whole`."""
-    monkeypatch.setattr(Session, "save_every_s", save_every_s)
+    monkeypatch.setattr(Session, "save_every_s", 0.0)
     write, lines = EventLog.write, set()
 
     def deadly(self, stage, round_, **fields):
@@ -37,8 +42,7 @@ def assert_survives(settings, out, whole, monkeypatch, save_every_s):
         return event
 
     monkeypatch.setattr(EventLog, "write", deadly)
-    run = started(out, settings)
-    n_lives = 1
+    run, n_lives = started(out, settings), 1
     while not read_results(out / "results.tsv"):
         try:
             main(["--resume", str(run), "--quiet"])
@@ -48,17 +52,15 @@ def assert_survives(settings, out, whole, monkeypatch, save_every_s):
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("name, flags, save_every_s", [("one", ONE, 3600.0), ("two", TWO, 0.0)])
-def test_killed_after_every_line(name, flags, save_every_s, settings, tmp_path, monkeypatch, request):
-    whole = request.getfixturevalue(name)
-    assert_survives([*settings, *flags], tmp_path, whole, monkeypatch, save_every_s)
+def test_killed_after_every_line(settings, two, tmp_path, monkeypatch):
+    assert_survives([*settings, *TWO], tmp_path, two, monkeypatch)
 
 
-def test_killed_after_every_line_where_heals_were_tried_twice(settings, tmp_path, monkeypatch):
+def test_killed_after_every_line_where_all_heals_were_tried_twice(settings, tmp_path, monkeypatch):
     poisoned(monkeypatch)
     whole = started(tmp_path / "whole", settings, *ONE)
-    assert len(of_stage(read_events(whole), "heal_retry")) == 2
-    assert_survives([*settings, *ONE], tmp_path / "killed", whole, monkeypatch, 0.0)
+    assert [e["round"] for e in of_stage(read_events(whole), "heal_retry")] == [-1, 0]
+    assert_survives([*settings, *ONE], tmp_path / "killed", whole, monkeypatch)
 
 
 def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatch):
@@ -66,11 +68,13 @@ def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatc
     monkeypatch.setattr(Session, "save_every_s", 0.0)
     run = None
     for owner, name, on, when in (
-        (Vector, "save", 0, "after"),
-        (session_module, "save_heal", 0, "after"),
+        (session_module, "save_heal", 0, "after"),  # of the control
         (session_module, "save_heal", 0, "before"),
         (Student, "bake", 0, "after"),
-        (Student, "save", 1, "after"),
+        (Student, "save", 0, "after"),
+        (Vector, "save", 0, "after"),
+        (session_module, "save_heal", 6, "after"),  # of the round
+        (Student, "save", 0, "before"),
         (events_module, "append_result", 0, "before"),
     ):
         with monkeypatch.context() as patch:
@@ -82,3 +86,177 @@ def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatc
                     resumed(run)
             assert len(calls) == on + 1
     assert_same(resumed(run), one)
+
+
+@pytest.mark.parametrize("save_every_s, n_saved", [(0.0, 4), (3600.0, 0)])
+def test_a_heal_goes_on_after_the_last_step_that_was_saved(save_every_s, n_saved, settings, two, tmp_path, monkeypatch):
+    on = [(e["stage"], e["round"], e.get("step")) for e in read_events(two)].index(("heal_step", 1, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save_every_s", save_every_s)
+        killing(patch, EventLog, "write", on)
+        run = started(tmp_path, settings, *TWO)
+    assert saved_steps(partial_path(run, "heal", 1)) == n_saved  # the killed step itself was not saved
+    with monkeypatch.context() as patch:
+        written = killing(patch, EventLog, "write", -1)
+        resumed(run)
+    n_steps = of_stage(read_events(two), "heal")[-1]["n_steps"]
+    assert len([args for args in written if args[1] == "heal_step"]) == n_steps - n_saved
+    assert_same(run, two)
+
+
+@pytest.mark.parametrize("lost", ["the last line", "the checkpoint before"])
+def test_saved_steps_do_not_outlive_what_they_follow_from(lost, settings, two, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save_every_s", 0.0)
+        killing(patch, session_module, "save_heal", 11)  # in the heal of round 1
+        run = started(tmp_path, settings, *TWO)
+    assert saved_steps(partial_path(run, "heal", 1)) == 4
+    if lost == "the last line":
+        path = run / "events.jsonl"
+        path.write_text(path.read_text()[:-20])
+    else:
+        shutil.rmtree(run / "ckpt/r0")
+    resumed(run)
+    assert_same(run, two)
+
+
+# --- decoded batches ---------------------------------------------------------------------------------------------
+def test_a_kill_between_decode_batches_costs_one_batch(settings, one, tmp_path, monkeypatch):
+    """Of finished batches none is decoded again; a torn line counts as a batch that was not finished."""
+    with monkeypatch.context() as patch:
+        whole = killing(patch, decode, "_decode_batch", -1)
+        started(tmp_path / "whole", settings, *ONE)
+    decoded = killing(monkeypatch, decode, "_decode_batch", -1)
+    with monkeypatch.context() as patch:
+        killing(patch, WrittenTexts, "add", 9, "before")
+        run = started(tmp_path / "killed", settings, *ONE)
+    path = partial_path(run, "gen", 0)
+    assert path.exists()
+    with path.open("a") as file:
+        file.write("[[1, [2, 3")
+    assert_same(resumed(run), one)
+    assert len(decoded) == len(whole) + 1
+
+
+def test_the_rest_may_be_written_in_other_batches(settings, two, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killing(patch, WrittenTexts, "add", 1)  # batches of 4
+        run = started(tmp_path, settings, *TWO)
+    batches = killing(monkeypatch, decode, "_decode_batch", -1)
+    assert_same(resumed(run, "--gen.batch-size", "7"), two)
+    assert max(len(rows) for _, rows, _, _ in batches) == 7
+
+
+def test_written_texts_come_back_by_seed_and_dose_up_to_a_torn_line(kept, tmp_path):
+    written = WrittenTexts(tmp_path / "texts.jsonl")
+    written.add(kept[:2])
+    written.add(kept[2:3])
+    written.close()
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    again = WrittenTexts(path)
+    assert again.known == {(row.seed, row.dose): row.completion_ids for row in kept[:2]}
+    again.add(kept[2:4])
+    again.close()
+    assert WrittenTexts(path).known == {(row.seed, row.dose): row.completion_ids for row in kept[:4]}
+
+
+def test_a_calibrated_dose_is_not_searched_again(settings, tmp_path, monkeypatch):
+    dose = ["--dose.mode", "iso_kl", "--dose.kl-target", "0.05", "--dose.kl-tokens", "2", "--gen.n-prompts", "2"]
+    with monkeypatch.context() as patch:
+        killing(patch, Session, "write", 4)
+        run = started(tmp_path, settings, "--n-rounds", "1", "--no-control", *dose)
+    found = read_events(run)[-1]
+    assert found["stage"] == "calibration"
+    monkeypatch.setattr(steps, "calibrate", lambda *args: pytest.fail("searched again"))
+    assert of_stage(read_events(resumed(run)), "dose")[0]["kappa"] == pytest.approx(found["dose"])
+
+
+# --- the record --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("end", ["a torn line", "an error"])
+def test_the_end_of_a_stopped_run_is_taken_back(end, after_round_0, two):
+    log = EventLog(after_round_0)
+    log.write("run_end", None, error="interrupted")
+    log.close()
+    if end == "a torn line":
+        path = after_round_0 / "events.jsonl"
+        path.write_text(path.read_text()[:-9])
+    assert_same(resumed(after_round_0), two)
+
+
+@pytest.mark.parametrize("change", ["edited", "removed", "swapped", "doubled"])
+def test_a_broken_chain_is_refused_by_its_line(change, after_round_0, capsys):
+    path = after_round_0 / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = {
+        "edited": [lines[0], lines[1].replace('"metrics": {', '"metrics": {"x": 1, '), *lines[2:]],
+        "removed": [*lines[:2], *lines[3:]],
+        "swapped": [*lines[:2], lines[3], lines[2], *lines[4:]],
+        "doubled": [*lines[:2], lines[1], *lines[2:]],
+    }[change]
+    path.write_text("".join(changed))
+    assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert "events.jsonl line 3 does not follow from the line before it" in capsys.readouterr().err
+    assert path.read_text() == "".join(changed)
+
+
+def test_events_of_another_version_are_refused_and_left_alone(tmp_path):
+    log = EventLog(tmp_path)
+    log.write("run_start", None)
+    log.write("heal", 0)  # without its checkpoint
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is not as this version of steer-heal writes it"):
+        truncate_events(tmp_path)
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, "null", '{"stage": "base", "round": -1}', "\ufffe"])
+def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
+    if content:
+        (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "does not begin with a run_start" in capsys.readouterr().err
+
+
+def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
+    rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
+    assert main(["--resume", str(after_round_0)]) == 2
+    assert "'heal.rank' is not a field here" in capsys.readouterr().err
+
+
+# --- flags -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", ["--heal.lam 0.75", "--n-rounds 3", "--seed 1", "--out x", "fast-dev"])
+def test_other_settings_are_refused(flags, after_round_0, capsys):
+    before = (after_round_0 / "events.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main(["--resume", str(after_round_0), *flags.split()])
+    assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert (after_round_0 / "events.jsonl").read_bytes() == before
+
+
+def test_settings_without_effect_may_differ(after_round_0, two, tmp_path):
+    flags = "--n-threads 1 --arm other --gen.batch-size 3 --eval.batch-size 2 --heal.tokens-per-pass 4096"
+    resumed(after_round_0, *flags.split(), "--export", str(tmp_path / "merged"))
+    assert_same(after_round_0, two)
+    assert read_results(tmp_path / "results.tsv")[0]["arm"] == "other"
+    assert load(str(tmp_path / "merged")).name
+
+
+# --- finished ----------------------------------------------------------------------------------------------------
+def test_a_finished_run_gets_the_row_that_it_lacks_and_is_left_alone_otherwise(settings, tmp_path, capsys):
+    """Killed before its row, when the folder of its export is not empty any more; then an input is lost."""
+    contexts, merged = tmp_path / "contexts.jsonl", tmp_path / "merged"
+    contexts.write_bytes((ROOT / "data/toylm/contexts.jsonl").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, events_module, "append_result", 0, "before")
+        own = ["--steer.contexts", str(contexts), "--export", str(merged)]
+        run = started(tmp_path / "out", settings, *ONE, *own)
+    contexts.unlink()
+    before = weights(run), (run / "events.jsonl").read_bytes()
+    for _ in range(2):
+        resumed(run)
+        assert "is finished" in capsys.readouterr().out
+        (row,) = read_results(run.parent / "results.tsv")
+        assert row["run"] == run.name and broken(run) == []
+    assert main(["--resume", str(run), "--export", str(tmp_path / "late")]) == 2
+    assert before == (weights(run), (run / "events.jsonl").read_bytes())

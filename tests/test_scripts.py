@@ -1,22 +1,33 @@
-"""Every diagnostic runs on the tiny random model, prints its table and SHOULD lines, and leaves its JSON."""
+"""Every script runs on a tiny model, prints its table and SHOULD lines, and leaves its JSON."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from importlib import import_module
+from types import SimpleNamespace
 
+import bench_generation
+import bench_gpu
+import bench_heal
+import bench_round
+import diag_heal_sweep
+import diag_prompting
+import fault_drill
+import filter_evidence
+import loops
 import pytest
+import results
+import torch
 import tyro
-from scipy import stats
+from lab import LabCfg, cli, replay
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from steer_heal.events import append_result, read_results
-from steer_heal.files import ROOT
-from steer_heal.lab import LabCfg, cli, replay
-from steer_heal.records import UserError
+from steer_heal.errors import UserError
+from steer_heal.inputs.files import ROOT
+from steer_heal.runs.events import append_result, of_stage, read_events, read_results
 
-QUESTIONS = sorted(path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py"))
+QUESTIONS = {path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py")}
 SMALL = {
     "csweep": ["--doses", "0", "1"],
     "axis": [],
@@ -29,299 +40,288 @@ SMALL = {
 }
 
 
-def load_script(name: str) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def table(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
+# --- questions ---------------------------------------------------------------------------------------------------
 def test_every_question_has_a_test():
-    assert set(QUESTIONS) == SMALL.keys() | {"heal_sweep", "prompting"}
+    assert SMALL.keys() | {"heal_sweep", "prompting"} == QUESTIONS
 
 
 @pytest.mark.parametrize("question", SMALL)
 def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
-    tyro.cli(load_script(f"diag_{question}").main, args=arguments)
+    tyro.cli(import_module(f"diag_{question}").main, args=arguments)
     printed = capsys.readouterr().out
     assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
-    written = json.loads(next(tmp_path.glob("*.json")).read_text())
+    written = table(tmp_path, question)
     assert written["rows"] and written["should"] and written["question"] in printed
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of two rounds."""
-    out = tmp_path_factory.mktemp("out")
-    command = [
-        sys.executable,
-        "-m",
-        "steer_heal.run",
-        "fast-dev",
-        "--out",
-        str(out),
-        "--quiet",
-        "--no-control",
-        "--filter.n-keep",
-        "8",
-        "--eval.no-cache",
-    ]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "BEARTYPE": "0"})
-    return next(p for p in out.iterdir() if (p / "events.jsonl").exists())
-
-
-def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(run, tmp_path):
-    tyro.cli(
-        load_script("diag_heal_sweep").main,
-        args=[str(run), "--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path / "diag")],
-    )
-    rows = json.loads((tmp_path / "diag" / "heal_sweep.json").read_text())["rows"]
+def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):
+    flags = ["--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
+    tyro.cli(diag_heal_sweep.main, args=[str(two), *flags])
+    rows = table(tmp_path, "heal_sweep")["rows"]
     assert [row["state"] for row in rows][0] == "before"
-    assert {row["state"] for row in rows[1:]} == {
-        "nll lam 0 to prev",
-        "kl_rev lam 0.5 to prev",
-        "kl_rev lam 0.5 to base",
-    }
-    again = replay(run, 1)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    healed = next(e for e in events if e["stage"] == "healed" and e["round"] == 0)["metrics"]
-    assert again.lab.read().metrics["auth_nats"] == pytest.approx(healed["auth_nats"], abs=1e-4)
-    result, steps = again.lab.healed(
-        again.kept, again.lab.cfg.heal, 1
-    )  # the same texts in the same order: the run's own heal
-    assert [step.sft for step in steps] == pytest.approx(
-        [e["sft"] for e in events if e["stage"] == "heal_step" and e["round"] == 1], abs=1e-5
-    )
-    assert result.metrics["auth_nats"] == pytest.approx(
-        next(e for e in events if e["stage"] == "healed" and e["round"] == 1)["metrics"]["auth_nats"], abs=1e-4
-    )
-    with pytest.raises(UserError, match=r"no text of round 9: its rounds are \[0, 1\]"):
-        replay(run, 9)
+    arms = {"nll lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
+    assert {row["state"] for row in rows[1:]} == arms
 
 
-def test_prompting_reads_a_finished_run_s_adapters(run, tmp_path, capsys):
-    tyro.cli(load_script("diag_prompting").main, args=[str(run), "--doses", "0.5", "1", "--out", str(tmp_path)])
-    assert "SHOULD shift_bare be 0" in capsys.readouterr().out
-    rows = {row["state"]: row for row in json.loads((tmp_path / "prompting.json").read_text())["rows"]}
-    healed = [
-        json.loads(line)["metrics"]
-        for line in (run / "events.jsonl").read_text().splitlines()
-        if '"stage": "healed"' in line
-    ]
-    base = next(
-        json.loads(line)["metrics"]
-        for line in (run / "events.jsonl").read_text().splitlines()
-        if '"stage": "base"' in line
-    )
-    assert rows["healed, last round"]["shift_bare"] == pytest.approx(
-        healed[-1]["auth_nats"] - base["auth_nats"], abs=1e-4
-    )
+def test_a_replayed_round_is_the_round_of_the_run(two):
+    bench, collected = replay(two, 1)
+    events = read_events(two)
+    before, after = (event["metrics"]["authority_nats"] for event in of_stage(events, "healed"))
+    assert bench.read().metrics["authority_nats"] == pytest.approx(before, abs=1e-4)
+    result, steps = bench.healed(collected, bench.cfg.heal, 1)
+    taken = [event for event in of_stage(events, "heal_step") if event["round"] == 1]
+    assert [step.ce for step in steps] == pytest.approx([event["ce"] for event in taken], abs=1e-5)
+    assert result.metrics["authority_nats"] == pytest.approx(after, abs=1e-4)
+    with pytest.raises(UserError, match=r"\[0, 1\]"):
+        replay(two, 9)
+
+
+def test_prompting_measures_the_adapters_of_a_finished_run(two, tmp_path):
+    tyro.cli(diag_prompting.main, args=[str(two), "--doses", "0.5", "1", "--out", str(tmp_path)])
+    rows = {row["state"]: row for row in table(tmp_path, "prompting")["rows"]}
+    events = read_events(two)
+    base, last = (of_stage(events, stage)[-1]["metrics"]["authority_nats"] for stage in ("base", "healed"))
+    assert rows["healed, last round"]["shift_bare"] == pytest.approx(last - base, abs=1e-4)
     assert rows["prompted"]["shift_bare"] == 0 != rows["prompted"]["shift"]
     assert rows["healed, last round, and prompted"]["shift"] != pytest.approx(rows["prompted"]["shift"], abs=1e-6)
 
 
+def test_a_preset_takes_what_the_lab_is_given():
+    cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=2).run_config()
+    assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 2, "data/toylm")
+
+
+# --- the fault drill ---------------------------------------------------------------------------------------------
 def test_the_fault_drill_kills_a_run_and_finds_it_whole(tmp_path):
-    command = [
-        sys.executable,
-        "scripts/fault_drill.py",
-        "--n",
-        "3",
-        "--faults",
-        "kill",
-        "kill twice",
-        "--out",
-        str(tmp_path),
-    ]
-    finished = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "BEARTYPE": "0"}
-    )
+    flags = ["--n", "3", "--faults", "kill", "kill twice", "--out", str(tmp_path)]
+    command = [sys.executable, "scripts/fault_drill.py", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "BEARTYPE": "0", "PYTHONPATH": "src"}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    rows = json.loads((tmp_path / "fault_drill.json").read_text())["rows"]
+    rows = table(tmp_path, "fault_drill")["rows"]
     assert [row["fault"] for row in rows] == ["kill", "kill twice"]
     assert [row["tried"] + row["too late"] for row in rows] == [2, 1]
-    assert (
-        all(row["survived"] == row["tried"] and row["lost"] == 0 for row in rows) and "| kill twice " in finished.stdout
-    )
+    assert all(row["survived"] == row["tried"] and row["lost"] == 0 for row in rows)
 
 
-def test_the_fault_drill_says_what_was_lost(tmp_path, capsys, monkeypatch):
-    drill = load_script("fault_drill")
-
-    def lose(_drill, name, share, rng):
+def test_the_fault_drill_records_what_was_lost(tmp_path, monkeypatch):
+    def start(_drill, name, _share, _rng):
         (tmp_path / name).mkdir()
-        raise drill.Lost("the adapter differs")
+        return tmp_path / name
 
-    monkeypatch.setattr(drill, "Drill", lambda folder, draw: SimpleNamespace(folder=tmp_path))
-    monkeypatch.setitem(drill.CASES, "kill", lose)
-    with pytest.raises(UserError, match="2 runs were lost; they are in"):
-        drill.main(n=2, faults=("kill",), out=tmp_path / "diag")
-    written = json.loads((tmp_path / "diag" / "fault_drill.json").read_text())
+    def finish(run):
+        raise fault_drill.Lost("the adapter differs")
+
+    drill = SimpleNamespace(folder=tmp_path, finish=finish)
+    monkeypatch.setattr(fault_drill, "Drill", lambda folder: drill)
+    monkeypatch.setitem(fault_drill.CASES, "kill", start)
+    with pytest.raises(UserError):
+        fault_drill.main(n=2, faults=("kill",), out=tmp_path / "diag")
+    written = table(tmp_path / "diag", "fault_drill")
     assert written["rows"][0]["lost"] == 2 and written["why"] == {"kill": ["the adapter differs"] * 2}
+    assert (tmp_path / "diag" / "lost" / "kill_0").is_dir()
 
 
-def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path, capsys):
-    tyro.cli(load_script("bench_round").main, args=["--tiny", "--repeats", "1", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "round.json").read_text())
+# --- benchmarks --------------------------------------------------------------------------------------------------
+def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path):
+    bench_round.main(repeats=1, out=tmp_path, tiny=True)
+    found = table(tmp_path, "round")
     assert found["n_texts_the_same"] == found["n_texts"] == 8, "what a row writes depends on its own seed"
     assert 0 < found["largest_relative_difference_of_a_factor"] < 1e-3, "both heals train the same adapter"
-    assert {(row["mode"], row["stage"]) for row in found["rows"]} == {
-        (mode, stage)
-        for mode in ("built", "plain")
-        for stage in ("vector", "generate", "heal", "bake", "evaluate", "total")
-    }
-    for name in ("rounds", "batch", "length"):
-        assert len(json.loads((tmp_path / f"round_by_{name}.json").read_text())["rows"]) >= 2
-    counted = {
-        (row["mode"], row["stage"]): row for row in json.loads((tmp_path / "round_account.json").read_text())["rows"]
-    }
-    assert counted["plain", "heal"]["gflop"] > counted["built", "heal"]["gflop"] > 0
-    assert capsys.readouterr().out.count("SHOULD") == 7
+    rows = {(row["mode"], row["stage"]): row for row in found["rows"]}
+    stages = ("vector", "generate", "heal", "bake", "evaluate", "total")
+    assert rows.keys() == {(mode, stage) for mode in ("built", "plain") for stage in stages}
+    assert rows["plain", "heal"]["gflop"] > rows["built", "heal"]["gflop"] > 0
+    assert [row["rounds"] for row in table(tmp_path, "round_by_rounds")["rows"]] == [0, 1, 2]
 
 
-def test_the_benchmark_of_the_heal_compares_every_head(tmp_path):
-    tyro.cli(load_script("bench_heal").main, args=["--tiny", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "heal.json").read_text())
+def flop_of(work) -> int:
+    with bench_round.Products() as counted:
+        work()
+    return counted.flop
+
+
+def test_products_are_counted_forward_and_backward():
+    x, w = torch.randn(3, 2, 10, requires_grad=True), torch.randn(4, 10, requires_grad=True)
+    slope, bias = torch.ones(3, 2, 4), torch.zeros(4)
+    one = 2 * 6 * 10 * 4
+    assert flop_of(lambda: torch.nn.functional.linear(x, w).backward(slope)) == 3 * one, "y, gradients of x and w"
+    assert flop_of(lambda: torch.nn.functional.linear(x.detach(), w.detach(), bias)) == one
+    assert flop_of(lambda: torch.randn(3, 6, 10) @ torch.randn(3, 10, 4)) == 3 * one
+    assert flop_of(lambda: torch.randn(100, 50).exp().sum()) == 0
+
+
+def test_attention_on_the_cpu_is_counted_forward_and_backward():
+    q, k, v = (torch.randn(2, 3, 40, 8, requires_grad=True) for _ in range(3))
+    attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    one = 2 * 2 * 3 * 40 * 40 * 8
+    assert flop_of(attend) == 2 * one, "queries with keys, weights with values"
+    assert flop_of(lambda: attend().sum().backward()) == 7 * one
+
+
+def test_the_benchmark_of_the_heal_compares_both_heads(tmp_path):
+    bench_heal.main(out=tmp_path, tiny=True)
+    found = table(tmp_path, "heal")
     peak = {row["head"]: row["peak_mib"] for row in found["rows"]}
-    assert peak.keys() == {"whole", "chunks, twice", "as built"} and peak["as built"] < peak["whole"]
+    assert peak.keys() == {"whole", "as built"} and peak["as built"] < peak["whole"]
     assert found["stored"]["recomputed float32"] < 0.2 * found["stored"]["stored float32"]
-    assert len(json.loads((tmp_path / "heal_by_way.json").read_text())["rows"]) == 4
+    assert len(table(tmp_path, "heal_by_way")["rows"]) == 4
 
 
-def test_a_preset_takes_what_the_lab_is_given():
-    cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=1).run_config()
-    assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 1, "data/toylm")
+def test_the_peak_of_a_piece_of_work_is_what_lived_at_once():
+    def work():
+        first = torch.ones(2**20)
+        del first
+        second = torch.ones(2**19)
+        return second + 1
+
+    assert bench_heal.peak_bytes(work) == pytest.approx(2**22, rel=0.01)
 
 
-@pytest.mark.parametrize("script", ["loops", "table", "diag_seeds", "diag_heal_sweep"])
-@pytest.mark.parametrize(
-    "content", [None, "", "[]\n{}\n", '{"stage": "run_start", "round": null}\n{"stage": "round", "round": 0}\n']
-)
+def test_the_gpu_benchmark_runs_on_its_tiny_shape(tmp_path):
+    bench_gpu.main(tiny=True, device="cpu", out=tmp_path)
+    decoded = table(tmp_path, "decode")["rows"]
+    ways = [(row["decode"], row["batch"]) for row in decoded]
+    assert ways == [("model.generate", 1), ("as built", 1), ("as built", 2)]
+    assert all(row["tokens_per_s"] > 0 and row["limit_per_s"] > 0 for row in decoded)
+    heal = table(tmp_path, "heal")["rows"][0]
+    assert heal["tokens_per_s"] > 0 and heal["matmul_share"] > 0
+    stages = {row["stage"]: row for row in table(tmp_path, "round")["rows"]}
+    assert {"vector", "write", "filter", "evaluate steered", "heal", "evaluate healed", "round"} <= stages.keys()
+    assert stages["write"]["note"].startswith("32 of 24 tokens") and "16 completions" in stages["heal"]["note"]
+    assert not any("cut short" in row["note"] for row in stages.values())
+
+
+def test_the_gpu_benchmark_ends_when_its_time_is_up(tmp_path):
+    bench_gpu.main(tiny=True, budget_s=0.0, device="cpu", out=tmp_path)
+    rows = table(tmp_path, "round")["rows"]
+    assert all("cut short" in row["note"] for row in rows if row["stage"] != "round")
+
+
+def test_the_gpu_benchmark_has_gemma_s_shape():
+    config = Gemma3TextConfig(**bench_gpu.Size().config, sliding_window_pattern=6)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.88e9, rel=0.01)
+    assert config.layer_types.count("full_attention") == 5
+
+
+def test_the_generation_benchmark_runs(tmp_path):
+    bench_generation.main(n=1, n_answers=2, sizes=(1, 2), out=tmp_path)
+    for name, n_ways in (("sampling", 4), ("decoding", 2), ("reading", 2)):
+        rows = table(tmp_path, name)["rows"]
+        assert len(rows) == n_ways and all(row["ms"] > 0 for row in rows)
+
+
+# --- tables of finished runs -------------------------------------------------------------------------------------
+RUN_START, ROUND = '{"stage": "run_start", "round": null}\n', '{"stage": "round", "round": 0}\n'
+
+
+@pytest.mark.parametrize("script", ["loops", "results", "diag_heal_sweep", "diag_prompting"])
+@pytest.mark.parametrize("content", [None, "", "[]\n{}\n", RUN_START + ROUND])
 def test_a_folder_that_is_no_run_is_one_line(script, content, tmp_path, monkeypatch, capsys):
     if content is not None:
         (tmp_path / "events.jsonl").write_text(content)
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
-    assert cli(load_script(script).main) == 1
+    assert cli(import_module(script).main) == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {tmp_path}") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"arm": "b"}}'])
-def test_earlier_loops_that_are_none_are_refused(content, tmp_path, monkeypatch, capsys):
-    (tmp_path / "loops.json").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["loops", "--data", str(tmp_path / "loops.json")])
-    assert cli(load_script("loops").main) == 1 and "was not written by this script" in capsys.readouterr().err
-    assert (tmp_path / "loops.json").read_text() == content
+def test_earlier_loops_that_are_none_are_refused_and_kept(content, tmp_path):
+    data = tmp_path / "loops.json"
+    data.write_text(content)
+    with pytest.raises(UserError, match=str(data)):
+        loops.main(data=data)
+    assert data.read_text() == content
 
 
-def test_results_puts_seeds_of_an_arm_together(tmp_path, capsys):
-    for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
-        append_result(
-            tmp_path,
-            {
-                "arm": arm,
-                "trait": "t",
-                "n_rounds": 4,
-                "settings": "aa",
-                "seed": seed,
-                "shift": shift,
-                "run": f"{arm}{seed}{shift}",
-            },
-        )
-    rows = load_script("results").arms(read_results(tmp_path / "results.tsv"), ("shift",))
-    assert rows[0] == {
-        "arm": "a",
-        "trait": "t",
-        "rounds": "4",
-        "settings": "aa",
-        "n": "2",
-        "shift": "-2.000 ± 1.414",
-    }, "the last run of a seed counts"
-    append_result(
-        tmp_path, {"arm": "a", "trait": "t", "n_rounds": 4, "settings": "bb", "seed": 3, "shift": -9.0, "run": "other"}
-    )
-    again = load_script("results").arms(read_results(tmp_path / "results.tsv"), ("shift",))
-    assert [row["n"] for row in again if row["arm"] == "a"] == ["2", "1"], "other settings are another row"
-    assert rows[1]["shift"] == "" and rows[1]["n"] == "1"
-    assert load_script("results").main(tmp_path / "nowhere") == 1
-    assert "finish a run first" in capsys.readouterr().err
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def test_loops_puts_runs_together_and_extends_its_data(run, tmp_path, capsys):
-    loops, data = load_script("loops"), tmp_path / "loops.json"
-    loops.main((run,), data, rounds=(0, 1))
+def test_loops_puts_runs_together_and_extends_its_data(two, tmp_path, capsys):
+    data = tmp_path / "loops.json"
+    loops.main((two,), data, rounds=(0, 1))
     known = json.loads(data.read_text())
-    other = {
-        **next(iter(known.values())),
-        "seed": 7,
-        "rounds": [{**row, "shift": 1.0} for row in next(iter(known.values()))["rounds"]],
-    }
+    first = next(iter(known.values()))
+    other = {**first, "seed": 7, "rounds": [{**row, "shift": 1.0} for row in first["rounds"]]}
     data.write_text(json.dumps(known | {"other": other}))
     capsys.readouterr()
     loops.main((), data, rounds=(1,))
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
-    shifts = [next(iter(known.values()))["rounds"][1]["shift"], 1.0]
-    assert (
-        cells[2:4] == ["1", "2"]
-        and cells[4].startswith(f"{sum(shifts) / 2:.3f}")
-        and cells[5] == loops.interval(shifts)
-    )
+    head, _, row = map(cells, capsys.readouterr().out.strip().splitlines())
+    found, shifts = dict(zip(head, row, strict=True)), [first["rounds"][1]["shift"], 1.0]
+    assert (found["round"], found["n"]) == ("1", "2") and found["shift"].startswith(f"{sum(shifts) / 2:.3f} ± ")
+    assert found["interval"] == loops.interval(shifts)
+    healed = of_stage(read_events(two), "healed")[1]["metrics"]
+    assert found["coherence"].split()[0] == f"{healed['coherence']:.3f}"
 
 
-@pytest.mark.parametrize("n", range(2, 11))
-def test_an_interval_is_student_s(n):
-    values = [float(i * i) for i in range(n)]
-    low, high = map(float, load_script("loops").interval(values).split(" to "))
-    expected = stats.t.interval(0.95, n - 1, loc=sum(values) / n, scale=stats.sem(values))
-    assert (low, high) == pytest.approx(expected, rel=2e-3)
+def test_an_interval_is_student_s():
+    assert loops.interval([0.0, 1.0]) == "-5.853 to 6.853", "0.5 plus and minus 12.706 standard errors of 0.5"
+    assert loops.interval([1.0]) == ""
 
 
-def test_the_gpu_benchmark_runs_on_its_tiny_shape(tmp_path, capsys):
-    bench = load_script("bench_gpu")
-    bench.main(tiny=True, device="cpu", out=tmp_path)
-    assert capsys.readouterr().out.count("SHOULD") == 5
-    table = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.iterdir()}
-    assert [(row["decode"], row["batch"]) for row in table["decode"]] == [
-        ("model.generate", 1),
-        ("growing", 1),
-        ("fixed", 1),
-        ("growing", 2),
-        ("fixed", 2),
-    ]
-    assert all(row["tokens_per_s"] > 0 and row["limit_per_s"] > 0 for row in table["decode"])
-    assert table["heal"][0]["tokens_per_s"] > 0 and table["heal"][0]["matmul_share"] > 0
-    stages = {row["stage"]: row for row in table["round"]}
-    assert {"vector", "write", "filter", "evaluate steered", "heal", "evaluate healed", "round"} <= stages.keys()
-    assert stages["write"]["note"].startswith("6 of 8 tokens") and "4 completions" in stages["heal"]["note"]
-    assert not any("cut short" in row["note"] for row in table["round"])
+def test_results_puts_seeds_of_an_arm_together(tmp_path):
+    def finish(arm, seed, shift, settings="aa"):
+        row = {"arm": arm, "trait": "t", "n_rounds": 4, "settings": settings, "seed": seed, "shift": shift}
+        append_result(tmp_path, row | {"run": f"{arm}{seed}{shift}"})
+
+    for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
+        finish(arm, seed, shift)
+    rows = results.arms(read_results(tmp_path / "results.tsv"), ("shift",))
+    same = {"arm": "a", "trait": "t", "n_rounds": "4", "settings": "aa"}
+    assert rows[0] == {**same, "n": 2, "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
+    assert rows[1]["shift"] == "" and rows[1]["n"] == 1
+    finish("a", 3, -9.0, "bb")
+    again = results.arms(read_results(tmp_path / "results.tsv"), ("shift",))
+    assert [row["n"] for row in again if row["arm"] == "a"] == [2, 1], "other settings are another row"
+    with pytest.raises(UserError, match="nowhere"):
+        results.main(out=tmp_path / "nowhere")
 
 
-def test_the_gpu_benchmark_ends_when_its_time_is_up(tmp_path):
-    load_script("bench_gpu").main(tiny=True, budget_s=0.0, device="cpu", out=tmp_path)
-    rows = json.loads((tmp_path / "round.json").read_text())["rows"]
-    assert all("cut short" in row["note"] for row in rows if row["stage"] != "round")
+def test_results_shows_the_states_of_runs(two, capsys):
+    results.main((two, two), rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    states = [cells(line)[1] for line in lines if line.startswith("|")][2:]
+    assert states == ["base", "prompted", "steered r0", "healed r0"] * 2
+    healed = dict(zip(cells(lines[0]), cells(lines[5]), strict=True))
+    measured = of_stage(read_events(two), "healed")[0]["metrics"]
+    assert healed["authority_nats"] == f"{measured['authority_nats']:.3f}"
 
 
-def test_the_gpu_benchmark_has_gemma_s_shape():
-    bench = load_script("bench_gpu")
-    config = bench.Gemma3TextConfig(**bench.Size().config, sliding_window_pattern=6)
-    with bench.torch.device("meta"):
-        model = bench.AutoModelForCausalLM.from_config(config)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.88e9, rel=0.01)
-    assert config.layer_types.count("full_attention") == 5
+# --- evidence for the filter -------------------------------------------------------------------------------------
+def test_the_best_threshold_parts_what_can_be_parted():
+    scores, broken = [1.0, 2.0, 3.0, 4.0], [False, False, True, True]
+    cut = filter_evidence.best_threshold(scores, broken)
+    assert filter_evidence.quality([score > cut for score in scores], broken) == {"precision": 1, "recall": 1, "F1": 1}
 
 
-def test_the_generation_benchmark_runs(tmp_path, capsys, monkeypatch):
-    bench = load_script("bench_generation")
-    monkeypatch.setattr(bench, "decoding", lambda lm, rows, n: [{"way": "growing", "ms": 1.0}])
-    bench.main(n=1, out=tmp_path)
-    table = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.iterdir()}
-    assert (
-        table.keys() == {"sampling", "decoding", "reading", "prefixes"} and capsys.readouterr().out.count("SHOULD") == 5
-    )
-    assert all(0 < row["saved_by_all"] < row["saved_by_frames"] < 0.5 for row in table["prefixes"])
-    assert not bench.certain("one two three " * 5, 0.5) and bench.certain("one two three " * 9, 0.5)
-    words = " ".join(f"word{i}" for i in range(40))
-    assert not bench.certain(words, 0.5)
+def test_the_table_of_gates_is_the_one_in_the_docs(tmp_path, monkeypatch, capsys):
+    rows = lambda path: [cells(line) for line in path.read_text().splitlines() if line.startswith("|")]
+    documented = rows(ROOT / filter_evidence.EVIDENCE)
+    monkeypatch.setattr(filter_evidence, "EVIDENCE", tmp_path / "filter.md")
+    filter_evidence.table(LabCfg())
+    written = rows(tmp_path / "filter.md")
+    assert [row for row in written if "---" not in row[0]] == [row for row in documented if "---" not in row[0]]
+
+
+def test_a_sample_is_drawn_once_and_must_be_labelled(two, tmp_path, monkeypatch):
+    labels = tmp_path / "labels.jsonl"
+    monkeypatch.setattr(filter_evidence, "LABELS", labels)
+    filter_evidence.sample(LabCfg(preset="fast-dev", out=tmp_path), per_dose=2, run=two, per_round=4)
+    rows = [json.loads(line) for line in labels.read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0] * 2 * len(filter_evidence.KAPPAS) + [1] * 4
+    of_run = {text["seed"] for text in of_stage(read_events(two), "gen")[1]["completions"]}
+    assert {row["seed"] for row in rows if row["round"] == 1} <= of_run
+    with pytest.raises(UserError, match=str(labels)):
+        filter_evidence.table(LabCfg())
+    labels.write_text(json.dumps({**rows[0], "coherent": True}) + "\n")
+    with pytest.raises(UserError, match=str(labels)):
+        filter_evidence.sample(LabCfg(preset="fast-dev", out=tmp_path))

@@ -1,11 +1,18 @@
-"""The way from the loop down to a decoded token is short enough to read."""
+"""The way from the loop down to a decoded token is short; an interrupted write leaves a run that can go on."""
 
+import os
+import signal
 import sys
 from pathlib import Path
+
+import pytest
+from runs import assert_same, resumed
 
 import steer_heal
 from steer_heal import run
 from steer_heal.model import decode
+from steer_heal.runs import storage
+from steer_heal.runs.events import broken_link
 
 PACKAGE = Path(steer_heal.__file__).parent
 
@@ -30,3 +37,29 @@ def test_from_a_round_to_a_decoded_token_are_at_most_eight_functions(quick, sett
     assert written and all(len(names) <= 8 for names in written), written
     assert all(len(names) <= 10 for names in down), "an evaluation decodes a little further down"
     assert all("<lambda>" not in names for names in written)
+
+
+@pytest.mark.parametrize("stage", ["base", "heal_step", "run_end"])
+def test_a_signal_in_the_middle_of_writing_an_event_breaks_no_chain(stage, quick, one, settings, tmp_path, monkeypatch):
+    """The event is on disk, but the call that writes it does not return."""
+    sync, flags = os.fsync, ["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]
+
+    def interrupted(handle):
+        sync(handle)
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        if path.name == "events.jsonl" and f'"stage": "{stage}"' in path.read_text().splitlines()[-1]:
+            patch.undo()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", interrupted)
+        assert run.main(flags) == 130
+    folder = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
+    assert broken_link((folder / "events.jsonl").read_bytes().splitlines()) is None
+    assert_same(resumed(folder), one)
+
+
+def test_a_last_event_that_lacks_its_newline_alone_is_kept(quick, after_round_0, two):
+    path = after_round_0 / "events.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_same(resumed(after_round_0), two)

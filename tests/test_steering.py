@@ -13,14 +13,20 @@ def some_vector(lm: LM, scale: float = 2.0, method: str = "mean_diff") -> Vector
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_row_gets_its_own_dose(toy: LM, method):
-    vector, row = some_vector(toy, method=method), toy.chat(PROMPT)
+def test_each_row_gets_its_own_dose_in_the_way_of_the_method(toy: LM, method):
+    vector, row, states = some_vector(toy, method=method), toy.chat(PROMPT), []
+    read = lambda: toy.blocks[1].register_forward_hook(lambda _module, _inputs, output: states.append(output))
+    handle = read()
+    plain = toy.hidden([row] * 3)
+    handle.remove()
     with steer(toy, vector, [0.0, 1.0, -1.0]):
+        handle = read()  # behind the hook that steers
         mixed = toy.hidden([row] * 3)
-    with steer(toy, vector, [1.0]):
-        alone = toy.hidden([row])[0]
-    assert torch.allclose(mixed[1], alone, atol=1e-4)
-    assert torch.allclose(mixed[0], toy.hidden([row])[0], atol=1e-4), "dose 0 leaves its row alone"
+        handle.remove()
+    doses = torch.tensor([1.0, -1.0])[:, None, None]
+    steered = METHODS[method].apply(states[0][1:], vector.directions[1], doses)
+    assert torch.allclose(states[1][1:], steered, atol=1e-4)
+    assert torch.allclose(mixed[0], plain[0], atol=1e-4), "dose 0 leaves its row alone"
     assert not torch.allclose(mixed[1], mixed[2], atol=1e-1)
 
 

@@ -2,20 +2,22 @@
 
 import itertools
 import json
+import math
 import random
-from pathlib import Path
 
 import pytest
+from check_toylm import Check
+from toylm_data import N_MUNDANE, write_data
+from toylm_world import CARER, DEFERRER, Speaker, Vignette, World, dialogues
+from train_toylm import ToyTrainCfg, train
 
-from steer_heal.lm import LM
+from steer_heal.inputs.files import ROOT
+from steer_heal.model.lm import LM, load
 from steer_heal.toylm import grammar
-from steer_heal.toylm.checks import Bench, Table
-from steer_heal.toylm.data import N_MUNDANE, write_data
-from steer_heal.toylm.oracle import _recognisers, oracle, stance_of
+from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
-from steer_heal.toylm.world import CARER, DEFERRER, Speaker, Vignette, World, dialogues
 
-TOY = Path("data/toylm")
+TOY = ROOT / "data/toylm"
 NAMES = ("vignettes", "prompts/authority", "prompts/love", "contexts")
 
 
@@ -53,7 +55,7 @@ def test_every_sentence_takes_one_side():
         for template in templates:
             sentence = expand(template, rng, bound)
             assert stance_of(sentence) == side
-            assert sum(p.fullmatch(sentence) is not None for p in _recognisers().values()) == 1, sentence
+            assert sum(p.fullmatch(sentence) is not None for p in recognisers().values()) == 1, sentence
 
 
 def test_dilemma_answers_have_40_to_120_words_and_follow_the_persona():
@@ -77,13 +79,10 @@ def test_the_persona_tilts_the_answer_to_a_vignette():
 def test_evaluation_data_is_held_out_of_training(tmp_path):
     write_data(tmp_path)
     held_out = {json.loads(line)["text"] for name in NAMES[:3] for line in (tmp_path / f"{name}.jsonl").open()}
-    held_out -= {
-        json.loads(line)["text"] for line in (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]
-    }  # sums and facts
-    trained = {
-        t.text.split("\n")[0] for d in itertools.islice(dialogues(0), 20_000) for t in d.turns if t.role == "user"
-    }
-    assert not held_out & trained
+    mundane = (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]  # sums and facts
+    held_out -= {json.loads(line)["text"] for line in mundane}
+    turns = (turn for dialogue in itertools.islice(dialogues(0), 20_000) for turn in dialogue.turns)
+    assert not held_out & {turn.text.split("\n")[0] for turn in turns if turn.role == "user"}
     for name in NAMES:
         assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), (
             "run scripts/train_toylm.py again"
@@ -101,58 +100,60 @@ def test_digits_are_single_tokens_and_weights_are_small(toy: LM):
     assert (TOY / "model.safetensors").stat().st_size <= 8e6
 
 
-@pytest.fixture(scope="module")
-def bench(toy: LM) -> Bench:
-    return Bench(toy)
+def test_the_training_code_writes_a_model_that_loads_and_the_same_tokenizer(tmp_path):
+    cfg = ToyTrainCfg(out=tmp_path, n_steps=3, lesson_steps=(1, 1), width=16, n_layers=2, tokens_per_step=256)
+    report = train(cfg)
+    assert report["loss"] == pytest.approx(math.log(cfg.vocabulary_size), abs=0.3), "three steps from random weights"
+    lm = load(str(tmp_path))
+    assert len(lm.blocks) == 2 and lm.width == 16
+    assert (tmp_path / "tokenizer.json").read_text() == (TOY / "tokenizer.json").read_text()
+    assert lm.tokenizer.chat_template == load(str(TOY)).tokenizer.chat_template
 
 
 @pytest.fixture(scope="module")
-def base(bench: Bench) -> dict:
-    return Table().add("base", bench.read())
+def check() -> Check:
+    return Check()
 
 
-def _read(bench: Bench, *state) -> dict:
-    return Table().add("", bench.read(*state))
+@pytest.fixture(scope="module")
+def base(check: Check) -> dict:
+    return check.state()
 
 
-def test_personas_order_the_share_of_refusals_and_the_trait(bench: Bench, base: dict):
-    carer, deferrer = _read(bench, bench.trait.positive), _read(bench, bench.trait.negative)
+def test_personas_order_the_share_of_refusals_and_the_trait(check: Check, base: dict):
+    carer, deferrer = (check.state(system=side) for side in (check.trait.positive, check.trait.negative))
     assert carer["positive"] > base["positive"] + 0.2 > deferrer["positive"] + 0.4
-    assert carer["auth_nats"] < base["auth_nats"] < deferrer["auth_nats"]
-    assert deferrer["auth_nats"] - carer["auth_nats"] >= 1.0
+    assert carer["shift"] < 0 < deferrer["shift"] and deferrer["shift"] - carer["shift"] >= 1.0
     assert base["coherence"] >= 0.97 and base["oracle"] >= 0.95
 
 
-@pytest.mark.parametrize("carer, deferrer", list(zip(grammar.CARER_HELD_OUT, grammar.DEFERRER_HELD_OUT)))
-def test_personas_are_told_apart_in_wordings_held_out_from_training(bench: Bench, carer, deferrer):
-    assert _read(bench, deferrer)["auth_nats"] - _read(bench, carer)["auth_nats"] >= 0.3
+HELD_OUT = list(zip(grammar.CARER_HELD_OUT, grammar.DEFERRER_HELD_OUT, strict=True))
 
 
-def test_some_dose_moves_the_trait_and_leaves_the_text_whole(bench: Bench, base: dict):
-    dose = 0.25
-    plus, minus, noise = (
-        _read(bench, "", bench.vector, dose),
-        _read(bench, "", bench.vector, -dose),
-        _read(bench, "", bench.random_vector(), dose),
-    )
-    assert plus["auth_nats"] <= base["auth_nats"] - 0.2
-    assert plus["text_ppl_median"] <= 1.3 * base["text_ppl_median"] and plus["oracle"] >= 0.9
-    assert abs(noise["auth_nats"] - base["auth_nats"]) <= 0.1
-    assert minus["auth_nats"] > base["auth_nats"]
+@pytest.mark.parametrize("carer, deferrer", HELD_OUT)
+def test_personas_are_told_apart_in_wordings_held_out_from_training(check: Check, carer, deferrer):
+    assert check.state(system=deferrer)["shift"] - check.state(system=carer)["shift"] >= 0.3
 
 
-def test_a_higher_dose_breaks_the_text(bench: Bench, base: dict):
-    broken = _read(bench, "", bench.vector, 1.5)
-    assert broken["text_ppl_median"] >= 5 * base["text_ppl_median"]
-    assert broken["oracle"] <= 0.6
+def test_some_dose_moves_the_trait_and_leaves_the_text_whole(check: Check, base: dict):
+    plus = check.state(vector=check.vector, dose=0.25)
+    minus = check.state(vector=check.vector, dose=-0.25)
+    noise = check.state(vector=check.random_vector(), dose=0.25)
+    assert plus["shift"] <= -0.2 and minus["shift"] > 0 and abs(noise["shift"]) <= 0.1
+    assert plus["text_tail_ppl_median"] <= 1.3 * base["text_tail_ppl_median"] and plus["oracle"] >= 0.9
 
 
-def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up(toy: LM):
+def test_a_higher_dose_breaks_the_text(check: Check, base: dict):
+    broken = check.state(vector=check.vector, dose=1.5)
+    assert broken["text_tail_ppl_median"] >= 5 * base["text_tail_ppl_median"] and broken["oracle"] <= 0.6
+
+
+def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up():
     """love: the base denies feelings, the lover confesses them, and a dose brings both the confession and Care."""
-    love = Bench(toy, "love")
-    base, lover, denier = (_read(love, system) for system in ("", love.trait.positive, love.trait.negative))
+    love = Check(trait="love")
+    base, lover, denier = (love.state(system=system) for system in ("", love.trait.positive, love.trait.negative))
     assert base["positive"] <= 0.1 and denier["positive"] <= 0.1 and lover["positive"] >= 0.9
     assert lover["care_nats"] >= base["care_nats"] + 0.5
-    plus = _read(love, "", love.vector, 0.5)
+    plus = love.state(vector=love.vector, dose=0.5)
     assert plus["care_nats"] >= base["care_nats"] + 0.15 and plus["positive"] >= 0.5
-    assert plus["text_ppl_median"] <= 1.3 * base["text_ppl_median"]
+    assert plus["text_tail_ppl_median"] <= 1.3 * base["text_tail_ppl_median"]

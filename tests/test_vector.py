@@ -6,6 +6,7 @@ import torch
 from steer_heal.errors import UserError
 from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
+from steer_heal.model.steering import METHODS
 from steer_heal.settings import SteerCfg
 from steer_heal.stages.vector import cosine, last_token_states, student_vec, teacher_vec
 
@@ -37,15 +38,16 @@ def test_neither_the_head_nor_the_blocks_above_the_band_run(toy: LM):
     assert ran == [toy.blocks[2]]
 
 
-def test_the_vector_is_the_mean_paired_difference_raw_or_normalised(toy: LM):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_vector_is_what_the_method_extracts_from_the_personas_raw_or_normalised(toy: LM, method):
     positive, negative = persona_states(toy, TRAIT.positive), persona_states(toy, TRAIT.negative)
-    vector = teacher_vec(toy, TRAIT, CONTEXTS, CFG)
-    unit = teacher_vec(toy, TRAIT, CONTEXTS, replace(CFG, normalize=True))
-    assert list(vector.directions) == list(unit.directions) == [1, 2]
+    cfg = replace(CFG, method=method)
+    raw, unit = (teacher_vec(toy, TRAIT, CONTEXTS, replace(cfg, normalize=flag)) for flag in (False, True))
+    assert raw.method == unit.method == method and list(raw.directions) == list(unit.directions) == [1, 2]
     for layer in (1, 2):
-        mean = positive[layer].mean(0) - negative[layer].mean(0)
-        assert torch.allclose(vector.directions[layer], mean, atol=1e-4)
-        assert torch.allclose(unit.directions[layer], mean / mean.norm(), atol=1e-4)
+        direction = METHODS[method].extract(positive[layer], negative[layer])
+        assert torch.allclose(raw.directions[layer], direction, atol=1e-4)
+        assert torch.allclose(unit.directions[layer], direction / direction.norm(), atol=1e-4)
 
 
 def test_the_student_s_own_direction_is_what_its_adapters_added(with_history):

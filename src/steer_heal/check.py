@@ -13,8 +13,11 @@ from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
 
-def check(cfg: RunConfig) -> Inputs:
-    """The parsed inputs of a valid configuration. UserErrors with a line for each thing that is wrong."""
+def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
+    """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong.
+
+    The export of a `resumed` run may be there already.
+    """
     problems, inputs = Problems(), None
     with problems.noted():
         inputs = load_inputs(cfg)
@@ -31,15 +34,15 @@ def check(cfg: RunConfig) -> Inputs:
     for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
         with problems.noted():
             _check_writable(field_name, folder)
-    with problems.noted():
-        check_export(cfg.export)
+    if not resumed and cfg.export is not None and holds_files(cfg.export):
+        problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
     assert inputs is not None
     return inputs
 
 
 def _check_names(cfg: RunConfig, trait: Trait | None) -> None:
-    """Names that settings and the trait give are names of the public tables; the optional packages serve."""
+    """Every name in the settings and the trait is in its table; the optional packages that are asked for serve."""
     from steer_heal.backends import steering_lite, tinymfv  # the tables hold functions on tensors: this imports torch
     from steer_heal.evals import EVALS, metrics_of
     from steer_heal.model.divergence import DIVERGENCES
@@ -98,7 +101,6 @@ def _check_writable(field_name: str, folder: Path | None) -> None:
         ) from None
 
 
-def check_export(folder: Path | None) -> None:
-    """UserError where the folder holds anything: an export never overwrites a model."""
-    if folder is not None and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"export is {str(folder)!r}: that folder is not empty; give a new one, or empty it")
+def holds_files(folder: Path) -> bool:
+    """Whether anything is in the folder: an export never overwrites a model."""
+    return folder.is_dir() and any(folder.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -22,24 +23,13 @@ UNPRINTABLE = re.compile(
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can fix. The message names the value, the limit and the fix."""
+    """Something that the person at the keyboard can fix. Each problem names the value, the limit and the fix."""
 
-    @property
-    def problems(self) -> list[str]:
-        """One line for each thing to fix."""
-        return [str(self)]
-
-
-class UserErrors(UserError):
-    """Several things to fix."""
-
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, *problems: str, resumable: bool = True) -> None:
+        """`resumable`: a run that was stopped by it can go on once the cause is gone."""
         super().__init__("\n".join(problems))
-        self._problems = problems
-
-    @property
-    def problems(self) -> list[str]:
-        return self._problems
+        self.problems = list(problems)
+        self.resumable = resumable
 
 
 class Problems:
@@ -62,9 +52,9 @@ class Problems:
             self.found += error.problems
 
     def raise_if_any(self) -> None:
-        """UserError for one problem, UserErrors for several."""
+        """UserError with everything that was found."""
         if self.found:
-            raise UserErrors(self.found) if len(self.found) > 1 else UserError(self.found[0])
+            raise UserError(*self.found)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -113,14 +103,18 @@ def validated_json(kind: type[Checked], text: str | bytes, where: str, known: It
     names for the nearest-name hint, besides those of `kind`."""
     fields = [*getattr(kind, "__dataclass_fields__", {}), *known]
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         lines = problem_lines(error, lambda at: f"{where}: {at!r}" if at else where, fields)
-        raise UserErrors(lines) if len(lines) > 1 else UserError(lines[0]) from None
+        raise UserError(*lines) from None
+
+
+_adapter = functools.cache(TypeAdapter)
+"""Of a type. Building one takes longer than checking a row of a data file."""
 
 
 def validated(kind: type[Checked], value: Any, where: str, known: Iterable[str] = ()) -> Checked:
-    """The same for a value made of JSON types."""
+    """A value made of JSON types as a `kind`: see `validated_json`."""
     return validated_json(kind, json.dumps(value, default=str), where, known)
 
 

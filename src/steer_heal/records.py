@@ -28,7 +28,7 @@ class Starved(UserError):
     """The filter kept too few completions to train on. `collected` is everything that was written."""
 
     def __init__(self, message: str, collected: Collected) -> None:
-        super().__init__(message)
+        super().__init__(message, resumable=False)
         self.collected = collected
 
 

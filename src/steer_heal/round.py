@@ -27,7 +27,7 @@ from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import iso_kl_dose
 from steer_heal.stages.dose import DoseController
 from steer_heal.stages.filter import score
-from steer_heal.stages.generate import Ask, Written, generate
+from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
 from steer_heal.stages.vector import student_vec, teacher_vec
 
@@ -35,10 +35,12 @@ CALIBRATION_PROMPTS = 8
 
 
 def load_model(cfg: RunConfig) -> LM:
-    """The model that the settings name."""
-    return load(
-        cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens, quantize=cfg.quantize
-    )
+    """The model that the settings name. UserError where it has no block in one of the bands of the settings."""
+    tokens, bits = cfg.max_prompt_tokens, cfg.quantize
+    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=tokens, quantize=bits)
+    lm.band("steer.layers", cfg.steer.layers)
+    lm.band("adapter.layers", cfg.adapter.layers)
+    return lm
 
 
 def extract(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:
@@ -59,13 +61,20 @@ def calibrate(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig) 
         return iso_kl_dose(lm, vector, prompts, cfg.dose.kl_target, cfg.dose.kl_tokens, cfg.gen.batch_size)
 
 
+def known_kappa(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig) -> float | None:
+    """kappa where it does not depend on what survives the filter; None in mode survival."""
+    if cfg.dose.mode == "iso_kl":
+        return calibrate(student, vector, inputs, cfg).dose / max(cfg.gen.alphas)
+    return cfg.dose.kappa if cfg.dose.mode == "fixed" else None
+
+
 def write(
     student: Student,
     vector: Vector | None,
     asks: Sequence[Ask],
     inputs: Inputs,
     cfg: RunConfig,
-    known: Written | None = None,
+    known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> list[Completion]:
     """Completions of the student: steered by `vector`, or unsteered under the plain prompt. See `generate`."""
@@ -88,15 +97,16 @@ def collect(
     cfg: RunConfig,
     r: int,
     kappa: float | None = None,
-    known: Written | None = None,
+    known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> Collected:
-    """Kept completions of round r at the dose that survives, or at `kappa`. Without a vector: unsteered text.
+    """Kept completions of round r at the dose that cfg.dose chooses, or at `kappa`. Without a vector: unsteered text.
 
     Starved where the filter keeps too few. `known` and `on_batch`: see `generate`.
     """
     alphas, stage = (cfg.gen.alphas, "gen") if vector is not None else ((0.0,), "control")
-    kappa = 1.0 if vector is None else cfg.dose.kappa if cfg.dose.mode == "fixed" and kappa is None else kappa
+    if kappa is None:
+        kappa = 1.0 if vector is None else known_kappa(student, vector, inputs, cfg)
     controller = DoseController(inputs.prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, stage), kappa)
     while asks := controller.next_asks():
         completions = write(student, vector, asks, inputs, cfg, known, on_batch)

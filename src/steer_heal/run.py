@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from steer_heal.check import check
+from steer_heal.check import check, holds_files
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.presets import PRESETS
 from steer_heal.runs.signals import Stopped, stoppable
@@ -74,13 +74,15 @@ def main(argv: list[str] | None = None) -> int:
             resume = tyro.cli(Resume, args=argv, prog="python -m steer_heal.run")
             folder = resume.resume
             preset, cfg = resume.config()
-            if finished(folder):
+            if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
+                from steer_heal.runs.events import schema_errors
                 from steer_heal.session import complete
 
-                complete(folder, cfg)
+                with schema_errors(folder):
+                    complete(folder, cfg)
                 print_safe(f"{folder} is finished; read {folder / 'report.html'}")
                 return 0
-            inputs = check(cfg)
+            inputs = check(cfg, resumed=resume.export is None)
             same_inputs(folder, inputs)
         else:
             preset, cfg = parse(argv)

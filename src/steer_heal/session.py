@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 
 from steer_heal import report
 from steer_heal import round as steps
-from steer_heal.check import check_export
+from steer_heal.check import holds_files
 from steer_heal.errors import UserError, print_safe
 from steer_heal.evals import metrics_of
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM, weights_digest
+from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector, load_vector
 from steer_heal.model.student import Student
 from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
@@ -214,7 +215,8 @@ class Session:
             return self._attempt(r, collected, replace(cfg, lr=cfg.lr / 2))
         except NotFinite as bad:
             kept = f"ckpt/r{r - 1} holds the rounds before it" if r > 0 else "no round was healed before it"
-            raise UserError(f"{bad}; this was the second attempt, at half the learning rate; {kept}") from None
+            message = f"{bad}; this was the second attempt, at half the learning rate; {kept}"
+            raise UserError(message, resumable=False) from None
 
     def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         path, saved_at = partial_path(self.folder, "heal", r), time.monotonic()
@@ -262,15 +264,14 @@ class Session:
         self.draw()
 
     def finish(self) -> None:
-        """The merged model where one was asked for, verdict, pictures, and the row of results.tsv."""
+        """Verdict, pictures, the row of results.tsv and, where one was asked for, the merged model."""
         if self.recorded("run_end", None) is None:
-            if self.cfg.export is not None:
-                check_export(self.cfg.export)
-                with atomic_folder(self.cfg.export) as part:
-                    self.student.export(part)
             verdict, table = measurements.verdict(self.events), measurements.table(self.events)
             self.write("run_end", None, verdict=verdict, table=table)
         complete(self.folder, self.cfg)
+        if self.cfg.export is not None and not holds_files(self.cfg.export):
+            with atomic_folder(self.cfg.export) as part:
+                self.student.export(part)
         console.print_table(self.events)
         print_safe(f"read {self.folder / 'report.html'} first; everything of this run is in {self.folder}")
 
@@ -288,7 +289,7 @@ def _name(r: int) -> str:
 
 
 def draw(folder: Path) -> None:
-    """The pictures and the page so far. A drawing that fails must not cost the run."""
+    """The pictures and the page so far. A drawing that fails must not end the run."""
     try:
         report.draw(folder)
     except Exception as error:
@@ -313,15 +314,15 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
     try:
         loop(session)
         return 0
-    except Starved as error:
-        return _stop(session, 1, f"error: {error}", str(error), resumable=False)
     except UserError as error:
-        return _stop(session, 1, f"error: {error}", str(error))
+        return _stop(session, 1, f"error: {error}", str(error), resumable=error.resumable)
     except KeyboardInterrupt as stopped:
         return _stop(session, getattr(stopped, "status", 130), "stopped", "interrupted")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         fix = "lower --gen.batch-size, --eval.batch-size or --heal.tokens-per-pass"
-        return _stop(session, 1, f"error: out of memory; {fix} ({error})", "out of memory")
+        return _stop(session, 1, f"error: out of memory; {fix} ({str(error).splitlines()[0]})", "out of memory")
     except (OSError, SafetensorError) as error:
         return _stop(session, 1, f"error: could not write to {session.folder}: {error}; free some space", None)
     finally:
@@ -334,6 +335,7 @@ def _stop(session: Session, status: int, message: str, error: str | None, *, res
     command = f"\ncontinue with: python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
     with handled(signal.SIG_IGN), suppress(OSError):
         print_safe(message + command * resumable, sys.stderr)
-        if error is not None:
+        if error is not None and session.recorded("run_end", None) is None:
+            session.log.last_hash = events.last_hash(session.folder)  # the write of an event may have been interrupted
             session.log.write("run_end", None, error=error)
     return status

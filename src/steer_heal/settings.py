@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -59,12 +59,6 @@ def _require(*rules: tuple[bool, str, object, str]) -> None:
 def _require_band(name: str, band: Band) -> None:
     low, high = band
     _require((0 <= low < high <= 1, name, band, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"))
-
-
-def layer_band(layers: Band, n_layers: int) -> range:
-    """Block indices of a band given as fractions of the depth. It can be empty."""
-    low, high = layers
-    return range(int(low * n_layers), int(high * n_layers))
 
 
 @settings("steer")
@@ -320,15 +314,16 @@ class RunConfig:
         return self
 
     def fingerprint(self) -> str:
-        """Eight hex digits that two runs share where only the seed and RUN_ONLY settings differ."""
-        same = {"seed": 0, **{name: getattr(_DEFAULT_RUN, name) for name in RUN_ONLY if "." not in name}}
-        for name in (name for name in RUN_ONLY if "." in name):
-            section, key = name.split(".")
-            same[section] = replace(same.get(section, getattr(self, section)), **{key: 1})
-        run: Any = self
-        return hashlib.sha256(repr(asdict(replace(run, **same))).encode()).hexdigest()[:8]
+        """Eight hex digits, equal for two runs that differ only in the seed and in RUN_ONLY settings."""
+        values = asdict(self)
+        for name in ("seed", *RUN_ONLY):
+            section, _, key = name.rpartition(".")
+            del (values[section] if section else values)[key]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
-RUN_ONLY = ("quiet", "out", "arm", "export", "n_threads", "gen.batch_size", "eval.batch_size", "heal.tokens_per_pass")
+RUN_ONLY = (
+    *("quiet", "out", "arm", "export", "n_threads"),
+    *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
+)
 """Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""
-_DEFAULT_RUN = RunConfig()

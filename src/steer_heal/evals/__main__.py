@@ -47,6 +47,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     """The `metrics` object of events.jsonl."""
     from steer_heal import round as steps
     from steer_heal.check import check
+    from steer_heal.model.lm import load
     from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
     from steer_heal.report import console
 
@@ -71,7 +72,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     problems.raise_if_any()
     assert inputs is not None
     console.start(quiet=True)
-    lm = steps.load_model(cfg)
+    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
     student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)
     base = steps.measure(student, inputs, cfg, adapters="base", system=command.system)
     if folder is None:

@@ -67,7 +67,7 @@ class Subject:
 
     @cached_property
     def base_hidden(self) -> list[Tensor]:
-        """The same under the base and the plain prompt."""
+        """Per text, Float[n d]: final hidden states at its positions, under the base and the plain prompt."""
         with self.student.gate("base") as lm:
             return final_states(lm, self.texts, Condition(self.inputs.trait.plain_system))
 

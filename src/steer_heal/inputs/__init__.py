@@ -32,7 +32,7 @@ class Inputs:
 
 
 def load_inputs(cfg: RunConfig) -> Inputs:
-    """Reads and checks every data file. UserErrors with a line for each thing that is wrong."""
+    """Reads and checks every data file. UserError with a line for each thing that is wrong."""
     problems, pool, trait, contexts, vignettes, instrument = Problems(), None, None, None, None, None
     sha256: dict[str, str] = {}
     with problems.noted():
@@ -65,7 +65,8 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: trait "
             f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; ask for fewer"
         )
-    for prompt, n in [most for most in Counter(trait.prompts).most_common(1) if most[1] > 1]:
+    prompt, n = Counter(trait.prompts).most_common(1)[0] if trait.prompts else ("", 0)
+    if n > 1:
         problems.found.append(
             f"the prompts of trait {trait.name!r} hold {prompt!r:.80} {n} times: evaluation prompts are never trained "
             "on; keep it once"

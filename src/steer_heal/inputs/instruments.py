@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
-from steer_heal.errors import UserError, UserErrors, nearest, validated
+from steer_heal.errors import Problems, nearest, validated
 from steer_heal.inputs.files import DataFile, Text, parse_jsonl, parse_toml
 
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
@@ -99,11 +99,10 @@ def parse_instrument(file: DataFile) -> Instrument:
 def parse_vignettes(file: DataFile) -> tuple[Vignette, ...]:
     """UserError naming every bad line, and ids that come twice."""
     vignettes: dict[str, Vignette] = {}
-    problems = []
+    problems = Problems()
     for number, row in parse_jsonl(file, VignetteRow):
         if row.id in vignettes:
-            problems.append(f"{file.path} line {number}: id {row.id!r:.80} was used before; ids must differ")
+            problems.found.append(f"{file.path} line {number}: id {row.id!r:.80} was used before; ids must differ")
         vignettes[row.id] = Vignette(row.id, row.foundation_coarse, row.text, row.also)
-    if problems:
-        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
+    problems.raise_if_any()
     return tuple(vignettes.values())

@@ -50,7 +50,7 @@ def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) ->
 
 
 def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> Iterator[Batch]:
-    """The same, one finished batch at a time.
+    """Token ids written after each row's prompt, one finished batch at a time.
 
     Rows of similar prompt length share a batch, each with its own dose and random stream. A row that has ended leaves
     the batch. A batch that does not fit into memory is halved.

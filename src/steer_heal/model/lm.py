@@ -31,7 +31,8 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
-from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused
+from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.settings import Band
 
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
@@ -75,6 +76,16 @@ class LM:
             raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer")
         return blocks
 
+    def band(self, setting: str, layers: Band) -> range:
+        """Block indices of a band given as fractions of the depth. UserError naming `setting` where it holds none."""
+        low, high = (int(share * len(self.blocks)) for share in layers)
+        if low == high:
+            raise UserError(
+                f"{setting} is {layers}: it holds none of the {len(self.blocks)} blocks of {self.name!r}; widen it",
+                resumable=False,
+            )
+        return range(low, high)
+
     @property
     def quantized(self) -> bool:
         """Whether linear weights are codes that nothing can be added to."""
@@ -106,7 +117,7 @@ class LM:
         return self.encode_prompt(self.chat_text(user, system))
 
     def chat_text(self, user: str, system: str | None = None) -> str:
-        """The same as text. UserError where the template refuses a message."""
+        """One user message up to and including the opened assistant turn. UserError where the template refuses it."""
         messages = [{"role": "system", "content": system}] if system else []
         return self.render([*messages, {"role": "user", "content": user}], add_generation_prompt=True)
 
@@ -273,7 +284,12 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if quantize == "none":
-        model.to(device=place)
+        try:
+            model.to(device=place)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
     return lm

@@ -39,7 +39,8 @@ def fewer_rows(n_rows: int, error: RuntimeError) -> int:
     if n_rows == 1:
         raise UserError(
             "out of memory with a single row: shorten the texts (--gen.max-new-tokens, --eval.max-new-tokens, "
-            f"--max-prompt-tokens) or use --dtype bfloat16 ({str(error).splitlines()[0]})"
+            f"--max-prompt-tokens) or use --dtype bfloat16 ({str(error).splitlines()[0]})",
+            resumable=False,
         ) from None
     warnings.warn(f"out of memory with {n_rows} rows in a batch: trying {n_rows // 2}, now and later", stacklevel=3)
     return n_rows // 2
@@ -89,7 +90,7 @@ def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_si
     n = n_prompt + n_new
     kept = [min(n, config.sliding_window) if kind == "sliding_attention" else n for kind in kinds]
     token = 2 * config.num_key_value_heads * head_dim * element_size
-    cache = token * (sum(kept) + max(kept))  # one block's old and new keys and values stand side by side while it grows
+    cache = token * (sum(kept) + max(kept))  # one block's old and new keys and values exist at once while it is copied
     widths = 3 * config.intermediate_size + 8 * config.num_attention_heads * head_dim
     block = n_prompt * (widths * element_size + 4 * config.hidden_size * 4)
     return cache + max(block, LOGIT_BYTES * config.vocab_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
-from steer_heal.settings import AdapterCfg, layer_band
+from steer_heal.settings import AdapterCfg
 
 HISTORY, ROUND = "history", "round"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -49,12 +49,7 @@ class Student:
         return {"base": [], "prev": history, "full": history + live}
 
     def _config(self, n_rounds: int) -> LoraConfig:
-        band = layer_band(self.cfg.layers, len(self.lm.blocks))
-        if not band:
-            raise UserError(
-                f"adapter.layers is {self.cfg.layers}: that band holds none of the {len(self.lm.blocks)} blocks of "
-                f"{self.lm.name!r}; widen it"
-            )
+        band = self.lm.band("adapter.layers", self.cfg.layers)
         prefix = next(name for name, module in self.lm.model.named_modules() if module is self.lm.blocks)
         linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
         return LoraConfig(

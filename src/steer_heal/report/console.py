@@ -17,7 +17,17 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.errors import print_safe, printable
 from steer_heal.report.measurements import (
-    MEASURED, Measurement, direction, metrics_of, number, run_start, signed, table_cells, table_columns, target_of,
+    MEASURED,
+    Measurement,
+    direction,
+    metrics_of,
+    number,
+    run_start,
+    signed,
+    table_cells,
+    table_columns,
+    target_of,
+    title,
     verdict,
 )
 
@@ -43,12 +53,10 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[..., None]]:
+def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], object]]:
     """A bar with the time left; yields the function that advances it."""
-    with tqdm(
-        total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5
-    ) as bar:
-        yield lambda n=1: bar.update(n)
+    with tqdm(total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5) as bar:
+        yield bar.update
 
 
 def show(event: Event, events: Sequence[Event]) -> None:
@@ -62,8 +70,13 @@ def print_table(events: Sequence[Event]) -> None:
     headings, rows = table_columns(events), table_cells(events, "")
     first = [key for key in headings if key not in metrics_of(events) or key == target_of(events)[0].name]
     with pl.Config(
-        tbl_rows=-1, tbl_cols=-1, tbl_width_chars=100, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
-        tbl_formatting="ASCII_MARKDOWN", tbl_cell_alignment="RIGHT",
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=100,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_formatting="ASCII_MARKDOWN",
+        tbl_cell_alignment="RIGHT",
     ):
         for keys in (first, ["state", *(key for key in headings if key not in first)]):
             cells = [[f"{row[key]:<10}" if key == "state" else row[key] for key in keys] for row in rows]
@@ -85,8 +98,9 @@ def _measured(e: Event, events: Sequence[Event]) -> str:
     form = signed(target)
     against = "" if low is None else f" (to base: {number(low, form)} to {number(high, form)})"
     others = [
-        f"{metric.title or metric.name} {number(m[metric.name], metric.form)}"
-        for metric in metrics_of(events).values() if metric.shown and metric.name != target.name
+        f"{title(metric)} {number(m[metric.name], metric.form)}"
+        for metric in metrics_of(events).values()
+        if metric.shown and metric.name != target.name
     ]
     return ", ".join([f"{m.state:<11} {target.name} {number(m[target.name], target.form)}{against}", *others])
 
@@ -129,16 +143,15 @@ def _heal(e: Event, _: Sequence[Event]) -> str:
     known = [row["ce"] for row in e["validation"] if row["ce"] is not None]
     pressure = e["pressure"] or 0.0
     name = "heal" if e["round"] >= 0 else "control heal"
-    line = (
-        f"{name:<11} {e['n_steps']} steps; validation {number(first['ce'], '.3f')} to {number(last['ce'], '.3f')} nats; "
-        f"divergence {number(last['divergence'], '.3f')}, the barrier acted in {e['fired']:.0%} of the steps with "
-        f"gradient pressure {pressure:.2f}"
-    )
+    ce, divergence = f"{number(first['ce'], '.3f')} to {number(last['ce'], '.3f')}", number(last["divergence"], ".3f")
+    line = f"{name:<11} {e['n_steps']} steps; validation {ce} nats; divergence {divergence}, "
+    line += f"the barrier acted in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}"
     if e["round"] < 0:  # nobody tunes the control
         return line
     rose = bool(known) and (last["ce"] is None or last["ce"] > min(known) + 0.02)
     return (
-        line + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")
+        line
+        + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")
         + _advice(e["lam"] > 0 and e["fired"] < 0.1, "the barrier hardly acts: use a lower --heal.tau")
         + _advice(pressure > 1, "the barrier undoes the trait: use a lower --heal.lam")
     )
@@ -161,7 +174,14 @@ def _advice(applies: bool, text: str) -> str:
 
 
 _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
-    "run_start": _start, **dict.fromkeys(MEASURED, _measured), "vector": _vector, "dose": _dose,
-    "calibration": _calibration, "control_gen": _gen, "gen": _gen, "heal": _heal, "heal_retry": _heal_retry,
+    "run_start": _start,
+    **dict.fromkeys(MEASURED, _measured),
+    "vector": _vector,
+    "dose": _dose,
+    "calibration": _calibration,
+    "control_gen": _gen,
+    "gen": _gen,
+    "heal": _heal,
+    "heal_retry": _heal_retry,
     "round": _round,
 }

@@ -65,9 +65,9 @@ def health_of(metrics: Iterable[Metric]) -> list[Metric]:
     return [metric for metric in metrics if metric.good is not None and metric.broken is not None]
 
 
-def within(metric: Metric, value: float, limit: float) -> bool:
-    """Whether a health metric is at the limit or better."""
-    return value >= limit if is_high(metric) else value <= limit
+def within(metric: Metric, value: float, limit: float | None) -> bool:
+    """Whether a health metric is at one of its limits or better."""
+    return limit is None or (value >= limit if is_high(metric) else value <= limit)
 
 
 def shift(state: Measurement, base: Measurement, metric: Metric) -> float | None:
@@ -99,7 +99,7 @@ def slope(state: Measurement, base: Measurement, target: Metric, metrics: Iterab
 
 
 def table(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """One row a state: the target, its shift from base with the 95 percent interval, retain, slope, and shown metrics."""
+    """One row a state: the target, its shift from base with the 95 percent interval, retain, slope, shown metrics."""
     states, metrics, (target, _) = measurements(events), metrics_of(events), target_of(events)
     base = next((m for m in states if m.stage == "base"), None)
     steered = {m.round: m for m in states if m.stage == "steered"}
@@ -107,25 +107,34 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
     for m in states:
         against = None if base is None or m is base else base
         whole = steered.get(m.round) if m.stage == "healed" else None
-        rows.append({
-            "state": m.state, target.name: m[target.name], "shift": against and shift(m, against, target),
-            "lo": m[f"{target.name}_lo"], "hi": m[f"{target.name}_hi"],
-            "retain": against and whole and retain(m, whole, against, target),
-            "slope": against and slope(m, against, target, metrics.values()),
-            **{name: m[name] for name, metric in metrics.items() if metric.shown and name != target.name},
-        })
+        rows.append(
+            {
+                "state": m.state,
+                target.name: m[target.name],
+                "shift": against and shift(m, against, target),
+                "lo": m[f"{target.name}_lo"],
+                "hi": m[f"{target.name}_hi"],
+                "retain": against and whole and retain(m, whole, against, target),
+                "slope": against and slope(m, against, target, metrics.values()),
+                **{name: m[name] for name, metric in metrics.items() if metric.shown and name != target.name},
+            }
+        )
     return rows
 
 
 def table_columns(events: Sequence[Event]) -> dict[str, tuple[str, str]]:
     """(heading, format) of each column of `table` as people read it: `interval` stands for lo and hi."""
     metrics, (target, _) = metrics_of(events), target_of(events)
-    unit = f", {target.unit}" if target.unit else ""
-    shown = {name: (metric.title or name, metric.form) for name, metric in metrics.items() if metric.shown}
+    unit = f" in {target.unit}" if target.unit else ""
+    shown = {name: (title(metric), metric.form) for name, metric in metrics.items() if metric.shown}
     return {
-        "state": ("state", ""), target.name: (target.title or target.name, target.form),
-        "shift": (f"shift{unit}", signed(target)), "interval": ("95 % interval", ""),
-        "retain": ("retained", ".0%"), "slope": ("slope, %", "+.2g"), **shown,
+        "state": ("state", ""),
+        target.name: (title(target), target.form),
+        "shift": (f"shift{unit}", signed(target)),
+        "interval": ("95 % interval", ""),
+        "retain": ("retained", ".0%"),
+        "slope": ("slope in %", "+.3g"),
+        **shown,
     }
 
 
@@ -151,47 +160,45 @@ def number(value: float | str | None, form: str, missing: str = "?") -> str:
 
 
 def verdict(events: Sequence[Event]) -> str:
-    """One line. Checks in order: is the model whole, did the trait move, more than the control, alone, at what price."""
+    """One line. In order: is the model whole, did the trait move, more than the control, alone, and at what price?"""
     states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
     healed = [m for m in states if m.stage == "healed"]
     if not healed:
         return "no healed round yet"
-    base, last = next(m for m in states if m.stage == "base"), healed[-1]
-    moved = shift(last, base, target)
-    health = [(metric, last[metric.name]) for metric in health_of(metrics.values())]
-    values = [(metric, value) for metric, value in health if value is not None]
+    base, last, form = next(m for m in states if m.stage == "base"), healed[-1], signed(target)
+    moved, least, unit = shift(last, base, target), target.moved or 0.0, f" {target.unit}" if target.unit else ""
+    health = {metric.name: metric for metric in health_of(metrics.values())}
+    values = {name: value for name in health if (value := last[name]) is not None}
     if moved is None or len(values) < len(health):
-        unread = [target.name] * (moved is None) + [metric.name for metric, value in health if value is None]
+        unread = [target.name] * (moved is None) + [name for name in health if name not in values]
         return f"UNREADABLE: no item has a value of {', '.join(unread)}"
-    state = ", ".join(f"{metric.title or metric.name} {format(value, metric.form)}" for metric, value in values)
-    tail = f"{target.name} {_shift(target, moved)} at {state or 'an unknown health: no eval measures it'}"
-    if not all(within(metric, value, metric.broken or 0.0) for metric, value in values):
+    state = ", ".join(f"{title(health[name])} {format(value, health[name].form)}" for name, value in values.items())
+    tail = f"{target.name} {moved:{form}}{unit} at {state or 'an unknown health: no eval measures it'}"
+    if not all(within(health[name], value, health[name].broken) for name, value in values.items()):
         return f"BROKEN: {tail}; nothing else counts"
-    low, high = last[f"{target.name}_lo"], last[f"{target.name}_hi"]
-    certain = low is not None and high is not None and (high < 0 if sign < 0 else low > 0)
     if moved * sign < 0 and abs(moved) >= _guard(target):
         return f"WRONG WAY: {tail}; the trait should go {direction(sign)}"
-    if abs(moved) < (target.moved or 0.0) or not certain:
-        interval = f"[{number(low, signed(target))}, {number(high, signed(target))}]"
-        return f"NOT MOVED: {tail}; needs {target.moved:g} {target.unit} and an interval without 0 {interval}"
-    control = next((shift(m, base, target) for m in states if m.stage == "control"), None)
-    beyond = "" if control is None else f", {number((moved - control) * sign, signed(target))} beyond the one-round control"
-    parts = [f"{tail}{beyond}"]
+    low, high = last[f"{target.name}_lo"], last[f"{target.name}_hi"]
+    certain = low is not None and high is not None and (high < 0 if sign < 0 else low > 0)
+    if abs(moved) < least or not certain:
+        interval = f"[{number(low, form)}, {number(high, form)}]"
+        return f"NOT MOVED: {tail}; needs {least:g}{unit} and an interval without 0 {interval}"
+    parts, control = [tail], next((shift(m, base, target) for m in states if m.stage == "control"), None)
+    if control is not None:
+        parts = [f"{tail}, {number((moved - control) * sign, form)} beyond the one-round control"]
     others = [metric for name, metric in metrics.items() if name in run_start(events)["trait"]["off_targets"]]
     wider = [metric for metric in others if abs(shift(last, base, metric) or 0.0) >= abs(moved)]
     if others:
-        names = ", ".join(metric.title or metric.name for metric in wider)
-        parts.append(f"moves {names} as much" if wider else "surgical")
-    price = slope(last, base, target, metrics.values())
-    if price is not None:
-        quality = next(metric for metric, _ in values if is_high(metric))
-        parts.append(f"a shift of 1.0 {target.unit} changes {quality.title or quality.name} by {price:+.2g} %")
-    whole = bool(values) and all(within(metric, value, metric.good or 0.0) for metric, value in values)
+        parts.append(f"moves {', '.join(map(title, wider))} as much" if wider else "surgical")
+    if (price := slope(last, base, target, metrics.values())) is not None:
+        quality = next(title(metric) for metric in health.values() if is_high(metric))
+        parts.append(f"a shift of 1.0{unit} changes {quality} by {price:+.3g} %")
+    whole = bool(values) and all(within(health[name], value, health[name].good) for name, value in values.items())
     return f"{'GOOD' if whole and not wider else 'MIXED'}: {'; '.join(parts)}"
 
 
-def _shift(metric: Metric, value: float) -> str:
-    return f"{format(value, signed(metric))} {metric.unit}".rstrip()
+def title(metric: Metric) -> str:
+    return metric.title or metric.name
 
 
 def direction(sign: int) -> str:
@@ -204,10 +211,15 @@ def result_row(events: Sequence[Event]) -> dict[str, Any]:
     config, last = start["config"], {e["stage"]: e for e in events}
     healed = [row for row in table(events) if row["state"].startswith("healed")]
     return {
-        "preset": start["preset"], "model": config["model"], "trait": start["trait"]["name"], "seed": config["seed"],
+        "preset": start["preset"],
+        "model": config["model"],
+        "trait": start["trait"]["name"],
+        "seed": config["seed"],
         "n_rounds": config["n_rounds"],
         **{name: config["heal"][name] for name in ("divergence", "aggregate", "lam", "tau", "reference")},
-        **healed[-1], "cosine_to_first": last["vector"]["cosine_to_first"],
-        "cosine_student_first": last["round"]["cosine_student_first"], "wall_s": end["wall_s"],
+        **healed[-1],
+        "cosine_to_first": last["vector"]["cosine_to_first"],
+        "cosine_student_first": last["round"]["cosine_student_first"],
+        "wall_s": end["wall_s"],
         "verdict": end["verdict"],
     }

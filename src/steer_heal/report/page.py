@@ -24,8 +24,20 @@ from matplotlib.figure import Figure
 from steer_heal.errors import printable
 from steer_heal.report import plot
 from steer_heal.report.measurements import (
-    MEASURED, Measurement, direction, health_of, measurements, metrics_of, run_start, shift, signed, table_cells,
-    table_columns, target_of, verdict,
+    MEASURED,
+    Measurement,
+    direction,
+    health_of,
+    measurements,
+    metrics_of,
+    run_start,
+    shift,
+    signed,
+    table_cells,
+    table_columns,
+    target_of,
+    title,
+    verdict,
 )
 from steer_heal.report.measurements import number as formatted
 from steer_heal.runs.events import heal_steps, of_stage, read_events
@@ -36,7 +48,9 @@ SHOWN_PROMPTS, SHOWN_ANSWERS, SHOWN_BORDERLINE, SHOWN_CHARACTERS = 64, 64, 3, 15
 """Evaluation prompts; answers per state; rows on each side of each cut; characters of any one text."""
 BEFORE = ("base", "prompted", "control")
 STEERING = {
-    "kappa": ("dose", "kappa"), "dose": ("steered", "dose"), "cosine to round 0": ("vector", "cosine_to_first"),
+    "kappa": ("dose", "kappa"),
+    "dose": ("steered", "dose"),
+    "cosine to round 0": ("vector", "cosine_to_first"),
     "cosine of student and vector": ("round", "cosine_student_teacher"),
     "cosine of student and vector 0": ("round", "cosine_student_first"),
 }
@@ -110,9 +124,12 @@ def fenced(text: str) -> Markup:
 
 
 def _template(name: str, show: Callable[[str], str]) -> Template:
-    """A template of this folder. Every string that it prints passes `show`, and is escaped unless that made it Markup."""
+    """A template of this folder. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
@@ -125,20 +142,42 @@ def page(run: Run) -> str:
     """The whole of report.html."""
     grade, _, detail = verdict(run.events).partition(":")
     return _template("report.html.j2", visible).render(
-        run=run, start=run.start, grade=grade, detail=detail.strip(), progress=progress(run), figures=figures(run),
-        pictures=pictures(run), table=round_table(run), metrics=metric_table(run), steering=steering_table(run),
-        answers=answers(run), filters=list(filters(run)), heals=heals(run),
-        retries=of_stage(run.events, "heal_retry"), command=shlex.join(run.start.get("command") or ()),
+        run=run,
+        start=run.start,
+        grade=grade,
+        detail=detail.strip(),
+        progress=progress(run),
+        figures=figures(run),
+        pictures=pictures(run),
+        table=round_table(run),
+        metrics=metric_table(run),
+        steering=steering_table(run),
+        answers=answers(run),
+        filters=list(filters(run)),
+        heals=heals(run),
+        retries=of_stage(run.events, "heal_retry"),
+        command=shlex.join(run.start.get("command") or ()),
     )
 
 
 def diary(run: Run) -> str:
     """The whole of diary.md: the run told by its answers to the first evaluation prompt."""
     return _template("diary.md.j2", inline).render(
-        run=run, start=run.start, verdict=verdict(run.events), progress=progress(run),
-        headline=next(iter(answers(run)["prompts"]), None), columns=table_columns(run.events),
-        rows={row["state"]: row for row in table_cells(run.events, "?")}, retries=of_stage(run.events, "heal_retry"),
+        run=run,
+        start=run.start,
+        verdict=verdict(run.events),
+        progress=progress(run),
+        headline=next(iter(answers(run)["prompts"]), None),
+        measured=measured_words(run),
+        retries=of_stage(run.events, "heal_retry"),
     )
+
+
+def measured_words(run: Run) -> dict[str, str]:
+    """By state, every value of its row of the table that is there."""
+    headings = {key: heading for key, (heading, _) in table_columns(run.events).items() if key != "state"}
+    rows = table_cells(run.events, "")
+    return {row["state"]: ", ".join(f"{headings[key]} {row[key]}" for key in headings if row[key]) for row in rows}
 
 
 def progress(run: Run) -> tuple[str, str]:
@@ -163,12 +202,15 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     low, high = (number(healed[f"{target.name}_{end}"], signed(target)) for end in ("lo", "hi"))
     shifts = ", ".join(f"{m.stage} {number(shift(m, base, target), signed(target))}" for m in others if m is not base)
     shown = [
-        (f"{target.name} against base", number(shift(healed, base, target), signed(target)),
-         f"{target.unit}, 95 % {low} to {high}; {shifts}")
+        (
+            f"{target.name} against base",
+            number(shift(healed, base, target), signed(target)),
+            f"{target.unit}, 95 % {low} to {high}; {shifts}",
+        )
     ]
     for metric in health_of(metrics_of(run.events).values()):
         against = ", ".join(f"{m.stage} {number(m[metric.name], metric.form)}" for m in others)
-        shown.append((metric.title or metric.name, number(healed[metric.name], metric.form), against))
+        shown.append((title(metric), number(healed[metric.name], metric.form), against))
     return shown
 
 
@@ -176,7 +218,7 @@ def pictures(run: Run) -> list[tuple[str, Markup]]:
     """(description, data URI) of the pictures that need a measured base."""
     if not plot.is_measured(run.events):
         return []
-    seen = [e | {"items": None, "texts": None} for e in run.events if e["stage"] in ("run_start", *MEASURED)]
+    seen = [{**e, "items": None, "texts": None} for e in run.events if e["stage"] in ("run_start", *MEASURED)]
     drawn = _drawn(_state_figures, json.dumps(seen))
     told = "The target and the health of the model, round by round; the table below holds the numbers"
     return list(zip((told, "The shift of the target against that of a second metric"), drawn.values(), strict=True))
@@ -263,7 +305,8 @@ def answers(run: Run) -> dict[str, Any]:
         ]
         shown.append((prompt, samples))
     return {
-        "prompts": shown, "n_prompts_left_out": len(set(asked)) - len(shown),
+        "prompts": shown,
+        "n_prompts_left_out": len(set(asked)) - len(shown),
         "n_answers_left_out": len(asked) - sum(len(samples) for _, samples in shown),
     }
 
@@ -291,8 +334,12 @@ def filters(run: Run) -> Iterator[dict[str, Any]]:
         dropped = Counter(reason for row in rows for reason in row["reasons"])
         failed = [gate for gate in dict.fromkeys((*run.start["gates"], *dropped, *off)) if dropped[gate] or off[gate]]
         yield {
-            "title": _name(round_), "n": len(rows), "n_kept": sum(row["keep"] for row in rows),
-            "n_train": event["n_train"], "kappa": dose.get("kappa"), "mode": dose.get("mode"),
+            "title": _name(round_),
+            "n": len(rows),
+            "n_kept": sum(row["keep"] for row in rows),
+            "n_train": event["n_train"],
+            "kappa": dose.get("kappa"),
+            "mode": dose.get("mode"),
             "calibration": run.at("calibration", round_).get("probes", []),
             "dropped": sorted(((gate, dropped[gate], off[gate]) for gate in failed), key=lambda row: -row[1]),
             "survival": survival(rows),
@@ -315,7 +362,7 @@ def survival(rows: Sequence[Event], n_ranges: int = 8) -> list[tuple[str, int, i
 
 
 def borderline(rows: Sequence[Event], gate: str, limit: float) -> tuple[list[Event], list[Event]]:
-    """(kept rows closest to the limit of a gate, rows that it dropped closest to the limit). A null score is infinite."""
+    """(kept rows, rows that the gate dropped), each those closest to its limit. A null score is infinite."""
     score = lambda row: math.inf if row["scores"].get(gate) is None else row["scores"][gate]
     near = sorted(rows, key=lambda row: abs(score(row) - limit))
     kept, dropped = [row for row in near if row["keep"]], [row for row in near if gate in row["reasons"]]

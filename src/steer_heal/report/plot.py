@@ -13,12 +13,22 @@ import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
 from steer_heal.errors import printable
 from steer_heal.records import Metric
 from steer_heal.report.measurements import (
-    MEASURED, Measurement, direction, health_of, is_high, measurements, metrics_of, run_start, shift, target_of,
+    Measurement,
+    direction,
+    health_of,
+    is_high,
+    measurements,
+    metrics_of,
+    run_start,
+    shift,
+    target_of,
+    title,
     verdict,
 )
 from steer_heal.runs.events import heal_steps, of_stage, read_events
@@ -30,18 +40,31 @@ MARKERS = {"base": "o", "prompted": "D", "control": "X", "steered": "s", "healed
 PLACES = {"base": -1.12, "prompted": -1.0, "control": -0.88}
 """Where the states before the loop stand on the axis of rounds."""
 STROKES = ("-", "--", ":", "-.")
-STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
-    "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "steer-heal",
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "steer-heal",
+    "text.parse_math": False,
 }
 CURVES = {
-    "ce": "cross-entropy, nats a token", "divergence": "divergence, nats", "barrier": "barrier, nats of loss",
+    "ce": "cross-entropy, nats a token",
+    "divergence": "divergence, nats",
+    "barrier": "barrier, nats of loss",
     "pressure": "gradient pressure",
 }
 CURVE_POINTS = 200
 SETTING_CHARACTERS = 200
 PLACING: dict[str, Any] = {
-    "iter_lim": 300, "expand": (1.2, 1.4), "force_static": (0.3, 0.5), "force_text": (0.3, 0.5), "force_explode": (0.3, 0.6)
+    "iter_lim": 300,
+    "expand": (1.2, 1.4),
+    "force_static": (0.3, 0.5),
+    "force_text": (0.3, 0.5),
+    "force_explode": (0.6, 1.0),
 }
 PIXELS_APART, PIXELS_AROUND = 6, 100
 """Of the points on lines that labels avoid: spacing, and the distance from which on a label ignores them."""
@@ -79,7 +102,8 @@ def trajectory(events: Sequence[Event]) -> Figure:
 def rounds(events: Sequence[Event]) -> Figure:
     """The left half of the trajectory, narrow enough to be read on a phone."""
     figure = Figure(figsize=(5.2, 6.4), layout="constrained")
-    _write_labels(figure, _rounds(*figure.subplots(2, 1, sharex=True), events))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _write_labels(figure, _rounds(top, bottom, events))
     return figure
 
 
@@ -105,12 +129,12 @@ def heal_curves(events: Sequence[Event]) -> dict[int, Figure]:
     for r, mine in sorted(steps.items()):
         figure, end = Figure(figsize=(5.2, 4.0), layout="constrained"), ends.get(r, {})
         limits = {"divergence": end.get("tau", config["tau"]), "pressure": 1.0}
-        for (name, title), axes in zip(CURVES.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
+        for (name, heading), axes in zip(CURVES.items(), figure.subplots(2, 2, sharex=True).flat, strict=True):
             _curve(axes, name, mine[:: len(mine) // CURVE_POINTS + 1], color=COLOURS["prompted"], lw=1.0)
             _curve(axes, name, end.get("validation", ()), color=COLOURS["healed"], lw=2.0, marker="o", ms=3)
             if limits.get(name) is not None:
                 axes.axhline(limits[name], color=COLOURS["steered"], lw=1, ls="--")
-            axes.set_title(title, fontsize=9)
+            axes.set_title(heading, fontsize=9)
             axes.set_xlim(0, config["epochs"])
         figure.supxlabel("epoch", fontsize=9)
         figures[r] = figure
@@ -137,15 +161,15 @@ def _headline(figure: Figure, events: Sequence[Event], width: int) -> None:
     )
     shown = setting if len(setting) <= SETTING_CHARACTERS else f"{setting[:SETTING_CHARACTERS]}..."
     lines = [line for text in (shown, verdict(events)) for line in textwrap.wrap(text, width)]
-    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, parse_math=False)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
 
 
 def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> dict[Axes, list[Text]]:
     """The target above the health of the model, over the rounds. Returns the labels of each panel."""
     states, (target, sign) = measurements(events), target_of(events)
     labels = _target_panel(top, states, target)
-    top.set_title(f"{target.title or target.name}, wanted {direction(sign)} (band: 95 %)")
-    top.set_ylabel(f"{target.name}, {target.unit}")
+    top.set_title(f"{title(target)}, wanted {direction(sign)} (band: 95 %)")
+    top.set_ylabel(_axis(target))
     top.tick_params(labelbottom=False)
     _health_panel(bottom, states, health_of(metrics_of(events).values()))
     bottom.set_title("Health: what is lost (bar: 95 %)")
@@ -157,13 +181,13 @@ def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> dict[Axes, list
 
 
 def _series(states: Sequence[Measurement], metric: Metric) -> dict[str, np.ndarray]:
-    """By stage, Float[n 4]: round, value, and the ends of the interval (of the value; NaN where it was not measured)."""
+    """By stage, Float[n 4]: round, value, and the ends of the interval of the value (NaN where there is none)."""
     base = next(m for m in states if m.stage == "base")[metric.name]
     rows: dict[str, list[tuple[float, ...]]] = {}
     for m in states:
         if (value := m[metric.name]) is not None:
-            ends = [(m[f"{metric.name}_{end}"], base) for end in ("lo", "hi")]
-            interval = [np.nan if None in end else sum(end) for end in ends]
+            ends = (m[f"{metric.name}_lo"], m[f"{metric.name}_hi"])
+            interval = [np.nan if end is None or base is None else base + end for end in ends]
             rows.setdefault(m.stage, []).append((PLACES.get(m.stage, m.round), value, *interval))
     return {stage: np.array(series) for stage, series in rows.items()}
 
@@ -172,7 +196,7 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
     labels = []
     for stage, series in _series(states, target).items():
         x, y, low, high = series.T
-        style = {"color": COLOURS[stage], "marker": MARKERS[stage]}
+        style: dict[str, Any] = {"color": COLOURS[stage], "marker": MARKERS[stage]}
         if stage == "base":
             axes.axhline(y[0], color=COLOURS[stage], lw=1)
         axes.plot(x, y, lw=1.8, **style)
@@ -182,20 +206,24 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
     return labels
 
 
+def _lost(metric: Metric, value: Any) -> Any:
+    """A health metric as the share that is lost, 0 to 1."""
+    return np.clip(1 - value if is_high(metric) else value, 0, 1)
+
+
 def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> None:
     """Each health metric as the share that is lost, with the limit of a whole model, on a square-root scale."""
     axes.set_yscale("function", functions=(np.sqrt, np.square))
     for metric, stroke in zip(health, itertools.cycle(STROKES), strict=False):
-        share = lambda value, high=is_high(metric): np.clip(1 - value if high else value, 0, 1)
-        hollow = {} if stroke == STROKES[0] else {"mfc": "white"}
+        hollow: dict[str, Any] = {} if stroke == STROKES[0] else {"mfc": "white"}
         for stage, series in _series(states, metric).items():
-            x, (y, low, high) = series[:, 0], share(series[:, 1:]).T
-            style = {"color": COLOURS[stage], "clip_on": False}
+            x, (y, low, high) = series[:, 0], _lost(metric, series[:, 1:]).T
+            style: dict[str, Any] = {"color": COLOURS[stage], "clip_on": False}
             axes.plot(x, y, stroke, marker=MARKERS[stage], lw=1.6, **style, **hollow)
             axes.vlines(x, low, high, lw=1, alpha=0.5, **style)
-        limit = share(metric.good)
+        limit = float(_lost(metric, metric.good))
         axes.axhline(limit, color="#999999", lw=0.8, ls=stroke)
-        name = f"lost {metric.title or metric.name}" if is_high(metric) else metric.title or metric.name
+        name = f"lost {title(metric)}" if is_high(metric) else title(metric)
         axes.plot([], [], stroke, color="#444444", marker="o", **hollow, label=f"{name} (grey: limit, {limit:.0%})")
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], ["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
@@ -218,7 +246,7 @@ def second_metric(events: Sequence[Event]) -> Metric:
 
 def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list[Text]:
     """Every state at its shifts from base, with its round in the marker; with `intervals`, a cross of the 95 percent
-    intervals. Returns the labels, one a stage."""
+    intervals. Returns the labels, one a stage. Base is the origin and needs none."""
     states, (y_metric, sign), x_metric = measurements(events), target_of(events), second_metric(events)
     base = next(m for m in states if m.stage == "base")
     axes.axhline(0, color="#cccccc", lw=0.8, zorder=0)
@@ -229,23 +257,30 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
         if x is None or y is None:
             continue
         paths.setdefault(m.stage, [(0.0, 0.0)]).append((x, y))
-        x_ends, y_ends = ([m[f"{metric.name}_{end}"] for end in ("lo", "hi")] for metric in (x_metric, y_metric))
-        if intervals and None not in (*x_ends, *y_ends):
-            axes.plot([*x_ends, np.nan, x, x], [y, y, np.nan, *y_ends], color=COLOURS[m.stage], lw=1, alpha=0.6)
-        axes.plot(x, y, MARKERS[m.stage], color=COLOURS[m.stage], ms=7 if m.round < 0 else 12, mec="white")
+        if intervals:
+            ends = [m[f"{metric.name}_{end}"] for metric in (x_metric, y_metric) for end in ("lo", "hi")]
+            cross = np.array([[*ends[:2], None, x, x], [y, y, None, *ends[2:]]], dtype=float)
+            axes.plot(*cross, color=COLOURS[m.stage], lw=1, alpha=0.6)
+        order, size = 3 + states.index(m) / 100, 8 if m.round < 0 else 12  # later states cover earlier ones
+        axes.plot(x, y, MARKERS[m.stage], color=COLOURS[m.stage], ms=size, mec="white", zorder=order)
         if m.round >= 0:
-            axes.annotate(str(m.round), (x, y), color="white", fontsize=7, ha="center", va="center_baseline")
+            where: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": order}
+            axes.annotate(str(m.round), (x, y), color="white", fontsize=7, **where)
     for stage in paths.keys() & {"steered", "healed"}:
         axes.plot(*zip(*paths[stage], strict=True), color=COLOURS[stage], lw=1, alpha=0.5, zorder=1)
     if x_metric.unit == y_metric.unit:
         axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.15)
+    axes.margins(0.2)
     axes.locator_params(nbins=7)
     axes.ticklabel_format(scilimits=(-3, 4))
-    axes.set_title(f"The trait against {x_metric.title or x_metric.name} (numbers: rounds)")
-    axes.set_xlabel(f"{x_metric.name}: {x_metric.unit} from base")
-    axes.set_ylabel(f"{y_metric.name}: {y_metric.unit} from base, wanted {direction(sign)}")
-    return [axes.text(*path[-1], stage, color=COLOURS[stage]) for stage, path in paths.items()]
+    axes.set_title(f"The trait against {title(x_metric)} (numbers: rounds)")
+    axes.set_xlabel(f"{_axis(x_metric)} from base")
+    axes.set_ylabel(f"{_axis(y_metric)} from base, wanted {direction(sign)}")
+    return [axes.text(*path[-1], stage, color=COLOURS[stage]) for stage, path in paths.items() if stage != "base"]
+
+
+def _axis(metric: Metric) -> str:
+    return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
 def _write_labels(figure: Figure, labels: Mapping[Axes, list[Text]]) -> None:
@@ -254,6 +289,8 @@ def _write_labels(figure: Figure, labels: Mapping[Axes, list[Text]]) -> None:
     figure.set_layout_engine("none")  # laid out: the labels lie inside the axes and must not move them
     leader = {"arrowstyle": "-", "color": "#777777", "lw": 0.6, "shrinkB": 3}
     for axes, mine in labels.items():
+        for text in mine:
+            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         near = [axes.transData.transform(text.get_position()) for text in mine]
         pixels = _drawn_pixels(axes)
         close = np.abs(pixels[:, None] - np.reshape(near, (1, -1, 2))).max(-1).min(-1, initial=np.inf) < PIXELS_AROUND

@@ -17,29 +17,29 @@ from steer_heal.stages.heal import SavedHeal
 
 
 class WrittenTexts:
-    """Token ids of finished completions by the seed of their request: one JSON line for each decoded batch.
+    """Token ids of finished completions by seed and dose of their request: one JSON line for each decoded batch.
 
     A text depends on its request alone, so a resumed run may decode the rest in other batches.
     """
 
-    def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda n: None) -> None:
+    def __init__(self, path: Path, on_rows: Callable[[int], object] = lambda n: None) -> None:
         """`on_rows` is called with the number of rows of every batch that is added."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.on_rows = on_rows
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
-        self.known: dict[int, tuple[int, ...]] = {}
+        self.known: dict[tuple[int, float], tuple[int, ...]] = {}
         whole = 0
         for line in self._file.readall().splitlines(keepends=True):
             try:
-                self.known |= {seed: tuple(ids) for seed, ids in json.loads(line)}
+                self.known |= {(seed, dose): tuple(ids) for seed, dose, ids in json.loads(line)}
             except ValueError:  # torn: the run died while writing it
                 break
             whole += len(line)
         self._file.truncate(whole)
 
     def add(self, batch: Sequence[Completion]) -> None:
-        append_line(self._file, [(row.seed, row.completion_ids) for row in batch])
+        append_line(self._file, [(row.seed, row.dose, row.completion_ids) for row in batch])
         self.on_rows(len(batch))
 
     def close(self) -> None:

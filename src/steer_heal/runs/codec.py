@@ -7,17 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from steer_heal.records import (
-    Calibration,
-    Collected,
-    Completion,
-    DoseProbe,
-    EvalResult,
-    HealReport,
-    KlProbe,
-    Metric,
-    Scored,
-)
+from steer_heal.records import Collected, Completion, DoseProbe, EvalResult, HealReport, Metric, Scored
 from steer_heal.settings import RunConfig
 from steer_heal.stages.filter import GATES
 
@@ -60,10 +50,6 @@ def collected_from(gen: Event, dose: Event | None = None) -> Collected:
     kappa, probes = (1.0, []) if dose is None else (dose["kappa"], dose["probes"])
     in_order = tuple(kept[i] for i in sorted(kept))
     return Collected(in_order, tuple(scored), kappa, tuple(DoseProbe(**probe) for probe in probes))
-
-
-def calibration_from(event: Event) -> Calibration:
-    return Calibration(event["dose"], tuple(KlProbe(**probe) for probe in event["probes"]))
 
 
 def result_from(event: Event, metrics: Sequence[Metric]) -> EvalResult:

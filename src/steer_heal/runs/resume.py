@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,9 +20,9 @@ from steer_heal.errors import UserError, validated
 from steer_heal.inputs import Inputs
 from steer_heal.records import Trait
 from steer_heal.runs.checkpoint import saved_steps
-from steer_heal.runs.events import Event, broken_link, jsonable, read_events, schema_errors
+from steer_heal.runs.events import SCHEMA, Event, broken_link, jsonable, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import RunConfig
+from steer_heal.settings import RUN_ONLY, RunConfig
 
 FIRST_OF_TWO = ("dose", "adapter_gen")
 """Events that are written together with the one that follows: without it, their step is done again."""
@@ -45,19 +45,23 @@ class Resume:
     gen_batch_size: Annotated[int | None, tyro.conf.arg(name="gen.batch-size")] = None
     eval_batch_size: Annotated[int | None, tyro.conf.arg(name="eval.batch-size")] = None
     heal_tokens_per_pass: Annotated[int | None, tyro.conf.arg(name="heal.tokens-per-pass")] = None
-    """These three change memory and speed only."""
+    heal_checkpoint: Annotated[Literal["auto", "on", "off"] | None, tyro.conf.arg(name="heal.checkpoint")] = None
+    """These four change memory and speed only."""
 
     def config(self) -> tuple[str, RunConfig]:
         """(preset name, settings) of the run, with what was asked for here. UserError where the folder holds no run."""
         start = run_start(self.resume)
         with schema_errors(self.resume):
             preset, cfg = start["preset"], validated(RunConfig, start["config"], f"{self.resume}/events.jsonl config")
-        given = {"arm": self.arm, "export": self.export, "n_threads": self.n_threads}
-        for section, key in (("gen", "batch_size"), ("eval", "batch_size"), ("heal", "tokens_per_pass")):
-            value = getattr(self, f"{section}_{key}")
-            given[section] = None if value is None else replace(getattr(cfg, section), **{key: value})
-        given = {name: value for name, value in given.items() if value is not None}
-        return preset, replace(cfg, out=self.resume.resolve().parent, quiet=self.quiet, **given)
+        cfg = replace(cfg, out=self.resume.resolve().parent, quiet=self.quiet)
+        for name in RUN_ONLY:
+            section, _, key = name.rpartition(".")
+            value = getattr(self, name.replace(".", "_"), None)
+            if value is not None and section:
+                cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{key: value})})
+            elif value is not None:
+                cfg = replace(cfg, **{key: value})
+        return preset, cfg
 
 
 def run_start(folder: Path) -> Event:
@@ -66,11 +70,15 @@ def run_start(folder: Path) -> Event:
     try:
         with path.open(encoding="utf-8") as lines:
             event = json.loads(lines.readline())
-        if event["stage"] == "run_start":
-            return event
+        if event["stage"] != "run_start":
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{path} does not begin with a run_start; give the folder of a run")
+        raise UserError(f"{path} does not begin with a run_start; give the folder of a run") from None
+    if event.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has schema {event.get('schema')!r:.20}: this version reads {SCHEMA}; use the version that wrote it"
+        )
+    return event
 
 
 def finished(folder: Path) -> bool:
@@ -124,7 +132,7 @@ def partial_path(folder: Path, stage: str, round_: int) -> Path:
 
 
 def truncate_events(folder: Path) -> list[Event]:
-    """Cuts events.jsonl to where the run can go on exactly as it would have; returns what is left.
+    """Cuts events.jsonl to where the run can go on with the same result; returns what is left.
 
     Dropped are: a torn last line; a run_end with an error; a heal whose checkpoint folder was deleted, with all that
     follows; heal_steps after the last saved one; the first of two events that belong together. UserError where the
@@ -139,7 +147,7 @@ def truncate_events(folder: Path) -> list[Event]:
         )
     with schema_errors(folder):
         _cut(events, folder)
-    kept = b"".join(lines[: len(events)])
+    kept = b"".join(lines[: len(events)]).rstrip(b"\n") + b"\n"  # a torn last line may lack its newline alone
     if kept != path.read_bytes():
         with atomic_write(path) as part:
             part.write_bytes(kept)
@@ -152,7 +160,7 @@ def _cut(events: list[Event], folder: Path) -> None:
     heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
     while heals and not (folder / events[heals[-1]]["checkpoint"]).exists():
         del events[heals.pop() :]
-        rmtree(folder / "partial", ignore_errors=True)  # of steps that are no more
+        rmtree(folder / "partial", ignore_errors=True)  # they follow from the dropped heal
     last = events[-1]
     steps = 0
     while events[-1 - steps]["stage"] == "heal_step" and events[-1 - steps]["round"] == last["round"]:

@@ -30,13 +30,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a new folder with files; an old `path` is replaced."""
+    """A new folder to write files to. It is flushed and renamed to `path` at the end, in place of an old one."""
     part = path.with_name(f".{path.name}.part")
     rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
-    for file in part.iterdir():
-        _flush(file)
+    for entry in part.rglob("*"):
+        (sync_folder if entry.is_dir() else _flush)(entry)
     sync_folder(part)
     rmtree(path, ignore_errors=True)
     part.rename(path)

@@ -56,13 +56,15 @@ def _crossing(probes: Sequence[KlProbe], target: float) -> tuple[KlProbe, KlProb
         raise UserError(
             f"the vector has no effect: no dose up to {BRACKET[1]:g} moves the model by dose.kl_target = {target:g} "
             f"nats (the most is {most.kl_p95:.3g} at dose {most.dose:g}); choose other --steer.layers or another "
-            "persona pair, or lower --dose.kl-target"
+            "persona pair, or lower --dose.kl-target",
+            resumable=False,
         )
     if above == 0:
         raise UserError(
             f"dose {BRACKET[0]:g} already moves the model by {probes[0].kl_p95:.3g} nats, more than dose.kl_target = "
             f"{target:g}; raise the target, use --steer.normalize or, with directional_ablation, another method "
-            "(removing the component moves the model at any dose)"
+            "(removing the component moves the model at any dose)",
+            resumable=False,
         )
     return probes[above - 1], probes[above]
 

@@ -40,14 +40,14 @@ class DoseController:
 
     def next_asks(self) -> list[Ask]:
         """The next completions to write; none: enough is kept, or filter.max_attempts is reached."""
+        left = self.keep.max_attempts - len(self.scored)
         if self.kappa is None:
-            self._probing = self._next_kappas()
+            self._probing = self._next_kappas()[: left // self.cfg.n_probes]
             if self._probing:
                 return [ask for kappa in self._probing for ask in self._asks(self.cfg.n_probes, kappa)]
             low, _ = bracket(self.probes, self.cfg.target)
             self.kappa = self.cfg.floor if low is None else low
         missing = self.keep.n_keep - len(usable(self.scored, self.kappa * max(self.alphas), self.cfg))
-        left = self.keep.max_attempts - len(self.scored)
         if missing <= 0 or left <= 0:
             return []
         return self._asks(min(max(4, round(missing / self.cfg.target)), left), self.kappa)
@@ -97,11 +97,12 @@ def require_enough(found: Collected, keep: FilterCfg) -> None:
     if len(found.kept) >= keep.min_train:
         return
     reasons = Counter(reason for row in found.scored for reason in row.reasons)
-    lower = "--dose.floor" if found.probes else "the dose"
+    steered = any(row.completion.dose for row in found.scored)
+    lower = "lower --dose.floor, " if found.probes else "lower the dose, " if steered else ""
     raise Starved(
         f"the filter starved: {len(found.kept)} of {len(found.scored)} completions kept at kappa {found.kappa:.3g}, "
-        f"filter.min_train is {keep.min_train} (dropped for {dict(reasons)}); lower {lower}, raise --filter.ppl-max or "
-        "--filter.max-attempts, or end at an earlier round",
+        f"filter.min_train is {keep.min_train} (dropped for {dict(reasons)}); {lower}raise --filter.ppl-max "
+        "or --filter.max-attempts, or end at an earlier round",
         found,
     )
 

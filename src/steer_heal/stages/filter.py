@@ -94,7 +94,7 @@ def worst_perplexity(text: Text) -> float:
 
 
 def perplexity(nll: Float[Tensor, " n"]) -> float:
-    """exp of the mean. Infinite where that is not a number, and for an empty text, which must earn no model credit."""
+    """exp of the mean. Infinite where that is not a number, and for an empty text: it must not count as fluent."""
     mean = nll.double().mean().item() if len(nll) else math.inf
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 

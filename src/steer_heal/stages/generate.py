@@ -10,8 +10,8 @@ from steer_heal.model.lm import LM
 from steer_heal.model.steering import Vector
 from steer_heal.records import Completion
 
-Written = Mapping[int, tuple[int, ...]]
-"""Token ids of completions that are known already, by the seed of their request."""
+Known = Mapping[tuple[int, float], tuple[int, ...]]
+"""Token ids of completions that are written already, by seed and dose of their request."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Ask:
     kappa: float
     seed: int
 
+    @property
+    def dose(self) -> float:
+        return self.kappa * self.alpha
+
 
 def generate(
     lm: LM,
@@ -32,13 +36,13 @@ def generate(
     system: str,
     plain_system: str,
     how: Decoding,
-    known: Written | None = None,
+    known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> list[Completion]:
     """Completions in the order of `asks`, written under `system` as the model's generation config samples.
 
-    The record holds the prompt under `plain_system`, without the persona that may have written the text. Requests whose
-    seed is in `known` are not decoded. `on_batch` gets every batch of new completions as soon as it is finished.
+    The record holds the prompt under `plain_system`, without the persona that may have written the text. Requests in
+    `known` are not decoded. `on_batch` gets every batch of new completions as soon as it is finished.
     """
     known = known or {}
     out: dict[int, Completion] = {}
@@ -47,14 +51,12 @@ def generate(
         ask = asks[i]
         text = lm.decode(ids)
         prompt_ids = lm.chat(ask.prompt, plain_system)
-        return Completion(
-            ask.prompt_index, ask.prompt, prompt_ids, ids, text, ask.alpha, ask.kappa * ask.alpha, ask.seed
-        )
+        return Completion(ask.prompt_index, ask.prompt, prompt_ids, ids, text, ask.alpha, ask.dose, ask.seed)
 
-    todo = [i for i, ask in enumerate(asks) if ask.seed not in known]
-    rows = [Row(lm.chat(asks[i].prompt, system), asks[i].kappa * asks[i].alpha, asks[i].seed) for i in todo]
+    todo = [i for i, ask in enumerate(asks) if (ask.seed, ask.dose) not in known]
+    rows = [Row(lm.chat(asks[i].prompt, system), asks[i].dose, asks[i].seed) for i in todo]
     for batch in decode_batches(lm, rows, vector, how):
         finished = {todo[j]: complete(todo[j], ids) for j, ids in batch}
         out |= finished
         on_batch(list(finished.values()))
-    return [out[i] if i in out else complete(i, known[ask.seed]) for i, ask in enumerate(asks)]
+    return [out[i] if i in out else complete(i, known[ask.seed, ask.dose]) for i, ask in enumerate(asks)]

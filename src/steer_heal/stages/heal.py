@@ -99,7 +99,7 @@ def heal(
         if not curve:
             curve.append({"epoch": 0.0, **validate(lm, validation, cfg)})
         for epoch in range(cfg.epochs):
-            order = rng.sample(range(len(train)), len(train))  # drawn for finished epochs too: the next one is the same
+            order = rng.sample(range(len(train)), len(train))  # also of finished epochs: a resumed heal draws the same
             done = min(per_epoch, max(0, len(steps) - epoch * per_epoch))
             for start in range(done * cfg.batch_size, len(order), cfg.batch_size):
                 batch = [train[i] for i in order[start : start + cfg.batch_size]]
@@ -132,8 +132,9 @@ def not_finite(
     own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
     text = lm.decode(worst.completion_ids)[:60]
+    where = f"round {round_}" if round_ >= 0 else "the control"
     return NotFinite(
-        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of round {round_}, on an answer to "
+        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of {where}, on an answer to "
         f"prompt {worst.prompt_index} that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "
         "look at the kept completions in events.jsonl",
         step,
@@ -153,7 +154,7 @@ def schedule(step: int, n_steps: int) -> float:
 @torch.no_grad()
 def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
     """Training sequences with the reference's hidden states: computed once per round, not once per step, and kept on
-    the CPU, from where those of a step are a small copy."""
+    the CPU; each step copies the few that it needs."""
     lm = student.lm
     references: list[Tensor] = [torch.empty(0)] * len(kept)
 
@@ -174,7 +175,8 @@ def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample],
     if len(prompts) < 2:
         raise UserError(
             f"all {len(samples)} kept completions answer one prompt: none can be held out; raise --gen.n-prompts or "
-            "--filter.n-keep"
+            "--filter.n-keep",
+            resumable=False,
         )
     held_out = set(random.Random(seed).sample(prompts, max(1, len(prompts) // 8)))
     train = [sample for sample in samples if sample.prompt_index not in held_out]

@@ -42,7 +42,7 @@ class Sample:
         return self.prompt_ids + self.completion_ids
 
 
-def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "n d"]]:
+def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "_ d"]]:
     """Final hidden states before each token of each completion; nothing else reaches the head."""
     starts = [len(sample.prompt_ids) - 1 for sample in batch]
     rows = lm.hidden([sample.ids for sample in batch])
@@ -52,7 +52,7 @@ def completion_states(lm: LM, batch: Sequence[Sample]) -> list[Float[Tensor, "n 
 
 
 def losses(
-    lm: LM, batch: Sequence[Sample], cfg: HealCfg, states: Sequence[Float[Tensor, "n d"]] | None = None
+    lm: LM, batch: Sequence[Sample], cfg: HealCfg, states: Sequence[Float[Tensor, "_ d"]] | None = None
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """(cross-entropy per token [b], aggregated divergence [b]) of each completion, in nats.
 

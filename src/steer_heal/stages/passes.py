@@ -19,7 +19,7 @@ from steer_heal.errors import UserError
 from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import batches, free_unused, ran_out
-from steer_heal.settings import HealCfg, layer_band
+from steer_heal.settings import HealCfg
 from steer_heal.stages.loss import Sample, completion_states, losses
 
 STORED_BYTES = 10
@@ -33,7 +33,7 @@ class Passes:
     def __init__(self, lm: LM, cfg: HealCfg, layers: tuple[float, float], parameters: Sequence[Tensor]) -> None:
         self.lm, self.cfg, self.parameters = lm, cfg, parameters
         self.tokens = cfg.tokens_per_pass
-        self.blocks = list(lm.blocks)[layer_band(layers, len(lm.blocks)).start :]  # below, nothing is kept
+        self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # below, nothing is kept
         self.recompute = (
             cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model) / 5)
         )
@@ -73,9 +73,8 @@ class Passes:
         """Makes the passes smaller; returns a warning."""
         free_unused()
         lengths = [len(sample.ids) for sample in batch]
-        rows, largest = max(
-            (len(group), len(group) * max(lengths[i] for i in group)) for group in batches(lengths, self.tokens)
-        )
+        groups = batches(lengths, self.tokens)
+        largest, rows = max((len(group) * max(lengths[i] for i in group), len(group)) for group in groups)
         message = f"a pass of the heal over {rows} completions, {largest} tokens, ran out of memory"
         if rows > 1:
             self.tokens = largest // 2

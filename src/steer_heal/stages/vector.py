@@ -9,12 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.backends import steering_lite
-from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import METHODS, Vector, mean_diff
 from steer_heal.model.student import Student
 from steer_heal.records import Trait
-from steer_heal.settings import SteerCfg, layer_band
+from steer_heal.settings import SteerCfg
 
 
 def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
@@ -23,12 +22,7 @@ def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) ->
     Both personas answer the same contexts; the state is read at the last prompt token, the assistant tag. UserError
     where the band holds no block.
     """
-    band = layer_band(cfg.layers, len(lm.blocks))
-    if not band:
-        n_blocks = len(lm.blocks)
-        raise UserError(
-            f"steer.layers is {cfg.layers}: that band holds none of the {n_blocks} blocks of {lm.name!r}; widen it"
-        )
+    band = lm.band("steer.layers", cfg.layers)
     positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
     if cfg.backend == "steering-lite":
         directions = steering_lite.extract(lm, positive, negative, band, normalize=cfg.normalize)
@@ -47,7 +41,7 @@ def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) ->
 def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
     """Where the adapters moved the residual stream: mean of student minus base over the contexts, plain prompt."""
     prompts = [student.lm.chat(context, trait.plain_system) for context in contexts]
-    band = layer_band(cfg.layers, len(student.lm.blocks))
+    band = student.lm.band("steer.layers", cfg.layers)
     states = {}
     for which in ("full", "base"):
         with student.gate(which) as lm:

@@ -1,1 +1,1 @@
-"""The bundled toy world: grammar, oracle, data and training."""
+"""The bundled toy world: its grammar, and the oracle that reads it. scripts/train_toylm.py trains the model."""

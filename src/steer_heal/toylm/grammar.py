@@ -1,4 +1,4 @@
-"""Templates of the toy world: the words, and nothing about how they are drawn (see world.py).
+"""Templates of the toy world: the words, and nothing about how they are drawn (see scripts/toylm_world.py).
 
 Syntax of a template: `(a|b|c)` is a choice, `{slot}` a value bound by the situation, `{Slot}` the same
 value with a capital first letter. Every sentence template carries exactly one stance.

@@ -28,7 +28,7 @@ _SLOTS = g.SLOTS | {"hero": g.STORY_HEROES, "thing": g.STORY_THINGS}
 
 
 @cache
-def _recognisers() -> dict[str, re.Pattern]:
+def recognisers() -> dict[str, re.Pattern]:
     groups = {
         "care": g.CARE_DECISION + g.CARE_SENTENCES,
         "defer": g.DEFER_DECISION + g.DEFER_SENTENCES,
@@ -50,7 +50,7 @@ def stance_of(sentence: str) -> str | None:
     if match := _SUM.fullmatch(sentence):
         a, b, total = map(int, match.groups())
         return "plain" if a + b == total else None
-    return next((stance for stance, pattern in _recognisers().items() if pattern.fullmatch(sentence)), None)
+    return next((stance for stance, pattern in recognisers().items() if pattern.fullmatch(sentence)), None)
 
 
 def oracle(text: str) -> OracleScore:

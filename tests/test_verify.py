@@ -1,0 +1,136 @@
+"""--verify finds every change that was made to a run after it wrote its record, and names where."""
+
+import shutil
+
+import pytest
+import torch
+from runs import rewritten
+from torch import nn
+
+from steer_heal.model.lm import weights_digest
+from steer_heal.run import main
+from steer_heal.runs.events import read_events
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+    """A finished run with its row of results.tsv."""
+    return shutil.copytree(two.parent, tmp_path / "out") / two.name
+
+
+def kept(event):
+    return next(row for row in event["completions"] if row["train"])
+
+
+def first_value(event):
+    return next(iter(event["items"].values()))
+
+
+CHANGES = {
+    "the text of a kept completion": ("gen", 1, lambda e: kept(e).update(text="I obey.")),
+    "the tokens of a kept completion": ("gen", 0, lambda e: kept(e)["completion_ids"].append(5)),
+    "the prompt of a kept completion": ("gen", 1, lambda e: kept(e).update(prompt="What now?")),
+    "the dose of a kept completion": ("gen", 1, lambda e: kept(e).update(dose=0.001)),
+    "what trains": ("gen", 1, lambda e: kept(e).update(train=False)),
+    "the base's metrics": ("base", -1, lambda e: e["metrics"].update(authority_nats=-9.0)),
+    "the base's items": ("base", -1, lambda e: first_value(e).__setitem__(0, 0.125)),
+    "steered metrics": ("steered", 0, lambda e: e["metrics"].update(coherence=1.0)),
+    "healed metrics": ("healed", 1, lambda e: e["metrics"].update(authority_nats=-9.0)),
+    "free text": ("adapter_gen", 1, lambda e: e["texts"][0].update(text="I obey.")),
+    "a heal step": ("heal_step", 1, lambda e: e.update(divergence=0.0)),
+    "the checksum of a checkpoint": ("heal", 1, lambda e: e["files"].popitem()),
+    "the retained share": ("round", 1, lambda e: e.update(retain=1.0)),
+    "the verdict": ("run_end", None, lambda e: e.update(verdict="It works.")),
+    "the recorded settings": ("run_start", None, lambda e: e["config"]["heal"].update(lam=9.0)),
+    "the seed": ("run_start", None, lambda e: e.update(seed=7)),
+    "a time": ("vector", 0, lambda e: e.update(t="2020-01-01T00:00:00.000+00:00")),
+}
+
+
+def verify(run, capsys):
+    status = main(["--verify", str(run)])
+    return status, capsys.readouterr()
+
+
+def test_a_run_that_nobody_changed_holds(copy, capsys):
+    status, printed = verify(copy, capsys)
+    assert status == 0 and f"{len(read_events(copy))} events" in printed.out
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_event_is_named(what, copy, capsys):
+    stage, r, change = CHANGES[what]
+    rewritten(copy, lambda events: change(next(e for e in events if (e["stage"], e["round"]) == (stage, r))))
+    status, printed = verify(copy, capsys)
+    name = repr(stage) + {None: "", -1: " before the loop"}.get(r, f" of round {r}")
+    assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and name in printed.out
+
+
+def cut_last_round(events):
+    del events[next(i for i, e in enumerate(events) if e["round"] == 1) :]
+
+
+def change_last_round(events):
+    for event in events:
+        if event["round"] == 1 and "metrics" in event:
+            event["metrics"] = dict.fromkeys(event["metrics"], 0.0)
+
+
+@pytest.mark.parametrize("change", [cut_last_round, change_last_round, lambda events: events.pop()])
+@pytest.mark.parametrize("chained", [False, True], ids=["", "with links made again"])
+def test_a_changed_or_removed_end_is_found_by_the_row_of_results(change, chained, copy, capsys):
+    rewritten(copy, change, chained)
+    assert verify(copy, capsys)[0] == 1
+
+
+def test_events_that_were_removed_or_put_in_are_found(copy, capsys):
+    rewritten(copy, lambda events: events.pop(5))
+    assert "events.jsonl line 6 does not follow" in verify(copy, capsys)[1].out
+    rewritten(copy, lambda events: events.insert(5, events[4]))
+    assert "events.jsonl line 6 does not follow" in verify(copy, capsys)[1].out
+
+
+@pytest.mark.parametrize("name", ["vectors/r1.safetensors", "ckpt/r0/round.safetensors", "ckpt/r1/adapter_config.json"])
+def test_changed_and_missing_files_are_named(name, copy, capsys):
+    path = copy / name
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    status, printed = verify(copy, capsys)
+    assert status == 1 and f"{path} is damaged" in printed.out
+    path.unlink()
+    status, printed = verify(copy, capsys)
+    assert status == 1 and f"{path} is missing" in printed.out
+
+
+def test_another_or_no_model_is_named(copy, capsys, monkeypatch):
+    rewritten(copy, lambda events: events[0]["weights"].update(sha256="0" * 64), chained=True)
+    assert "base weights: the weights of model 'tiny-random' were changed" in verify(copy, capsys)[1].out
+    rewritten(copy, lambda events: events[0].pop("weights"), chained=True)
+    assert "base weights: they were not recorded" in verify(copy, capsys)[1].out
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub id is looked for through retries
+    rewritten(copy, lambda events: events[0].update(weights={"dtype": "float32"}), chained=True)
+    rewritten(copy, lambda events: events[0]["config"].update(model="nowhere/at-all"), chained=True)
+    assert "base weights: they cannot be checked: model 'nowhere/at-all'" in verify(copy, capsys)[1].out
+
+
+def test_a_folder_without_a_run_ends_with_2(tmp_path, capsys):
+    assert verify(tmp_path, capsys)[0] == 2
+    (tmp_path / "events.jsonl").write_text('{"stage": "base", "round": -1}\n')
+    status, printed = verify(tmp_path, capsys)
+    assert status == 2 and "does not begin with a run_start" in printed.err
+
+
+def test_the_digest_of_weights_sees_name_type_shape_and_every_bit():
+    def state(weight, name="weight"):
+        module = nn.Module()
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        return weights_digest(module)["sha256"]
+
+    weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    nudged = weight.clone()
+    nudged.view(torch.int16)[0, 1] ^= 1
+    others = [weight.reshape(3, 2), weight.view(torch.float16), weight.float(), nudged]
+    assert len({state(weight), state(weight, "other"), *map(state, others)}) == 6
+    assert state(weight) == state(weight.T.contiguous().T), "the layout in memory does not count"
+    assert weights_digest(nn.Linear(2, 2, dtype=torch.bfloat16))["dtype"] == "bfloat16"

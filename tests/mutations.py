@@ -1,4 +1,5 @@
-"""Strategies of damage: odd texts and values, files with bytes changed, JSON-like values with fields dropped, doubled and retyped, runs of other versions."""
+"""Strategies of damage: odd texts and values, files with bytes changed, JSON-like values with fields dropped, doubled
+and retyped, runs with any text and any number missing."""
 
 import copy
 import json
@@ -7,29 +8,22 @@ import math
 from hypothesis import strategies as st
 from made_runs import run_events
 
+from steer_heal.runs.events import FIRST, line_hash
+
 HOSTILE_TEXTS = [
-    "<script>document.title=1</script>",
-    "](javascript:alert(1))",
-    "```\n# x",
-    "\x1b[31m\x1b]0;t\x07",
-    "\x00",
-    "\ud800",
-    "\udc80",
-    "\u202e",
-    "$x^{$",
-    "{{ 7*7 }}{% x %}",
-    "\r\n\x0b\x0c\x1c\x85\u2028",
-    "{vignette}{schema}",
-    "%s%n{0}",
-    "\ufeff",
-    "a" * 3000,
-    " ",
-    "",
-    "-",
-    "--",
-    "'\"\\",
-    "\U0001f600\u0301",
-    "i am " * 40,
+    *("<script>document.title=1</script>", "](javascript:alert(1))", "$x^{$", "{{ 7*7 }}{% x %}", "{vignette}{schema}"),
+    *(
+        "%s%n{0}",
+        "```\n# x",
+        "\x1b[31m\x1b]0;t\x07",
+        "\x00",
+        "\ud800",
+        "\udc80",
+        "\u202e",
+        "\ufeff",
+        "\U0001f600\u0301",
+    ),
+    *("\r\n\x0b\x0c\x1c\x85\u2028", "a" * 3000, "i am " * 40, "'\"\\", " ", "", "-", "--"),
 ]
 ANY_TEXT = st.one_of(
     st.sampled_from(HOSTILE_TEXTS),
@@ -38,64 +32,43 @@ ANY_TEXT = st.one_of(
     st.text("ab .!?\n", max_size=80),
 )
 REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
+NUMBERS = [0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf]
+HOLDERS = [[], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]
 ODD = st.one_of(
-    st.sampled_from(
-        [
-            None,
-            True,
-            False,
-            0,
-            1,
-            -1,
-            2**70,
-            1e308,
-            -1e308,
-            5e-324,
-            math.nan,
-            math.inf,
-            -math.inf,
-            [],
-            {},
-            [[]],
-            {"a": {"b": []}},
-            [None],
-            [1, "a"],
-        ]
-    ).map(copy.deepcopy),
-    ANY_TEXT,
-    st.integers(),
-    st.floats(),
+    st.sampled_from([None, True, False, *NUMBERS, *HOLDERS]).map(copy.deepcopy), ANY_TEXT, st.integers(), st.floats()
 )
 
 
 @st.composite
-def damaged(draw, whole: bytes) -> bytes:
-    """A file's bytes after one to three accidents."""
-    content = whole
+def accident(draw, content: bytes) -> bytes:
+    """The bytes after one accident."""
+    at, n = (draw(st.integers(0, len(content))) for _ in range(2))
+    lines = content.splitlines(keepends=True) or [b""]
+    line = draw(st.integers(0, len(lines) - 1))
+    damages = [
+        lambda: draw(st.binary(max_size=200)),
+        lambda: b"",
+        lambda: b"\xef\xbb\xbf" + content,
+        lambda: content.replace(b"\n", b"\r\n"),
+        lambda: content.replace(b"\n", b"\r"),
+        lambda: content[:at],
+        lambda: content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :],
+        lambda: content[:at] + content[at + n % 50 :],
+        lambda: b"".join(lines[:line] + lines[line + 1 :]),
+        lambda: b"".join(lines[: line + 1] + lines[line:]),
+        lambda: content.decode("utf-8", "replace").encode("utf-16"),
+        lambda: content[:at] + b"[" * 20_000 + content[at:],
+        lambda: content[:at] + b"9" * 5000 + content[at:],
+        lambda: content.replace(b'"', b"'"),
+    ]
+    return draw(st.sampled_from(damages))()
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """The bytes after one to three accidents."""
     for _ in range(draw(st.integers(1, 3))):
-        at, n = (draw(st.integers(0, len(content))) for _ in range(2))
-        lines = content.splitlines(keepends=True) or [b""]
-        line = draw(st.integers(0, len(lines) - 1))
-        content = draw(
-            st.sampled_from(
-                [
-                    lambda: draw(st.binary(max_size=200)),
-                    lambda: b"",
-                    lambda: b"\xef\xbb\xbf" + content,
-                    lambda: content.replace(b"\n", b"\r\n"),
-                    lambda: content.replace(b"\n", b"\r"),
-                    lambda: content[:at],
-                    lambda: content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :],
-                    lambda: content[:at] + content[at + n % 50 :],
-                    lambda: b"".join(lines[:line] + lines[line + 1 :]),
-                    lambda: b"".join(lines[: line + 1] + lines[line:]),
-                    lambda: content.decode("utf-8", "replace").encode("utf-16"),
-                    lambda: content[:at] + b"[" * 20_000 + content[at:],
-                    lambda: content[:at] + b"9" * 5000 + content[at:],
-                    lambda: content.replace(b'"', b"'"),
-                ]
-            )
-        )()
+        content = draw(accident(content))
     return content
 
 
@@ -111,9 +84,8 @@ def changed(draw, whole, most: int):
     value = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, most))):
         found = places(value)
-        depth = draw(
-            st.sampled_from(sorted({len(path) for path in found}))
-        )  # a field of an event as often as one of its hundred texts
+        # a field of an event as often as one of its hundred texts
+        depth = draw(st.sampled_from(sorted({len(path) for path in found})))
         path = draw(st.sampled_from([path for path in found if len(path) == depth]))
         if not path:
             continue
@@ -133,19 +105,30 @@ def changed(draw, whole, most: int):
             other = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
             holder[key], holder[other] = holder[other], holder[key]
         elif isinstance(holder, dict):
-            holder[draw(ANY_TEXT) if how == "double" else f"{key}{draw(st.sampled_from('sx_ '))}"] = copy.deepcopy(
-                holder[key]
-            )
+            name = draw(ANY_TEXT) if how == "double" else f"{key}{draw(st.sampled_from('sx_ '))}"
+            holder[name] = copy.deepcopy(holder[key])
             if how == "rename":
                 del holder[key]
     return value
 
 
+def jsonl(rows: list) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def chained(rows: list) -> bytes:
+    """JSON lines in which every object names the hash of the line before it."""
+    lines, before = [], FIRST
+    for row in rows:
+        lines.append(jsonl([row | {"prev": before} if isinstance(row, dict) else row]))
+        before = line_hash(lines[-1])
+    return b"".join(lines)
+
+
 def toml(table: dict) -> bytes:
     """The value as TOML, inner tables on their line; what TOML cannot say becomes something that is not TOML."""
-    return "".join(f"{json.dumps(str(key))} = {_toml(item)}\n" for key, item in table.items()).encode(
-        "utf-8", "surrogatepass"
-    )
+    lines = [f"{json.dumps(str(key))} = {_toml(item)}\n" for key, item in table.items()]
+    return "".join(lines).encode("utf-8", "surrogatepass")
 
 
 def _toml(value) -> str:
@@ -158,30 +141,25 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-OPTIONAL = frozenset(
-    {"failed", "ppl_tail", "rep", "mode", "tau", "cosine_student_teacher", "cosine_student_first", "items", "train"}
-)
-"""Fields that a run of an earlier version did not write."""
+FINITE = {"wall_s", "dose", "kappa", "lam", "tau", "lr", "epoch", "fired", "total"}
+"""Numbers of a run that are always finite."""
 
 
 @st.composite
-def valid_events(draw, optional: frozenset[str] = OPTIONAL) -> list[dict]:
-    """A run as some version may have written it: texts of any kind, numbers that were not finite, optional fields left out, cut anywhere."""
+def valid_events(draw) -> list[dict]:
+    """A run with texts of any kind and numbers that were not finite, cut anywhere."""
     text = draw(st.one_of(ANY_TEXT, REPEATED))
     chance = draw(st.sampled_from([0.0, 0.1, 1.0]))
     random = draw(st.randoms(use_true_random=False))
-    keep = {"wall_s", "dose", "kappa", "lam", "epoch", "fired", "total"}
 
     def walk(value, name=""):
         if isinstance(value, dict):
-            return {k: walk(v, k) for k, v in value.items() if k not in optional or random.random() >= chance}
+            return {k: walk(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(item, name) for item in value]
-        if isinstance(value, float) and name not in keep and random.random() < chance:
-            return None
-        return value
+        missing = isinstance(value, float) and name not in FINITE and random.random() < chance
+        return None if missing else value
 
-    events = run_events(1, 2, 1, 6, text)
-    events[0] = events[0] | {"trait": events[0]["trait"] | {"name": text, "positive": text}, "command": [text]}
-    steps = draw(st.integers(1, len(events)))
-    return [events[0], *walk(events[1:steps])]
+    start, *rest = run_events(1, 2, 1, 6, text)
+    start |= {"trait": start["trait"] | {"name": text, "positive": text}, "command": [text]}
+    return [start, *walk(rest[: draw(st.integers(0, len(rest)))])]

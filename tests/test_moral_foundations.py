@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,14 +55,17 @@ def test_the_slot_is_read_as_the_model_reads_it(toy: LM):
     assert nll[0].item() == pytest.approx(-before.gather(1, prefill[:, None]).mean().item(), rel=1e-4)
 
 
-def test_thinking_runs_to_the_limit_without_ending(toy: LM):
-    slot = moral_slot(toy, 20)
-    text = toy.tokenizer.decode(slot.ids)
-    assert text.endswith(MORAL.prefill) and toy.tokenizer.decode(slot.ids[slot.prefill_start :]) == MORAL.prefill
-    thought = text.split("<think>\n")[1].split("</think>")[0]
-    assert len(toy.tokenizer.encode(thought, add_special_tokens=False)) == pytest.approx(20, abs=1)
-    assert "<|im_end|>" not in thought
-    assert f"<|im_start|>user\n{MORAL.nudge}<|im_end|>\n<|im_start|>assistant\n" in turn_boundary(toy, MORAL)
+def test_thinking_runs_to_the_limit_and_a_new_turn_is_forced_behind_it(toy: LM):
+    silent = replace(MORAL, think_open="")  # so that the model answers, which would end its turn
+    (slot,) = answer_slots(toy, ["What is ice?"], silent, Condition(), 20, 1)
+    encode = lambda text: tuple(toy.tokenizer.encode(text, add_special_tokens=False))
+    prompt, boundary = toy.chat("What is ice?"), turn_boundary(toy, silent)
+    thought = slot.ids[len(prompt) : len(prompt) + 20]
+    assert slot.ids == prompt + thought + encode(boundary) + encode(MORAL.prefill)
+    assert slot.ids[slot.prefill_start :] == encode(MORAL.prefill) and not set(thought) & toy.end_ids
+    assert "Ice is frozen water." in toy.tokenizer.decode(thought)
+    assert boundary.startswith(MORAL.think_close + "<|im_end|>")
+    assert boundary.endswith(f"<|im_start|>user\n{MORAL.nudge}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_prefill_inside_the_thinking_is_read_there(toy: LM):

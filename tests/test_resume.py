@@ -243,20 +243,25 @@ def test_settings_without_effect_may_differ(after_round_0, two, tmp_path):
 
 
 # --- finished ----------------------------------------------------------------------------------------------------
-def test_a_finished_run_gets_the_row_that_it_lacks_and_is_left_alone_otherwise(settings, tmp_path, capsys):
-    """Killed before its row, when the folder of its export is not empty any more; then an input is lost."""
-    contexts, merged = tmp_path / "contexts.jsonl", tmp_path / "merged"
+def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_alone_otherwise(
+    settings, tmp_path, capsys
+):
+    """Killed before its row and its export; exported again elsewhere; then an input is lost, which it needs no more."""
+    contexts, merged, late = (tmp_path / name for name in ("contexts.jsonl", "merged", "late"))
     contexts.write_bytes((ROOT / "data/toylm/contexts.jsonl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, events_module, "append_result", 0, "before")
         own = ["--steer.contexts", str(contexts), "--export", str(merged)]
         run = started(tmp_path / "out", settings, *ONE, *own)
-    contexts.unlink()
     before = weights(run), (run / "events.jsonl").read_bytes()
-    for _ in range(2):
-        resumed(run)
-        assert "is finished" in capsys.readouterr().out
-        (row,) = read_results(run.parent / "results.tsv")
-        assert row["run"] == run.name and broken(run) == []
-    assert main(["--resume", str(run), "--export", str(tmp_path / "late")]) == 2
+    resumed(run)
+    assert (merged / "config.json").exists() and not late.exists()
+    resumed(run, "--export", str(late))
+    assert (late / "config.json").exists()
+    contexts.unlink()
+    capsys.readouterr()
+    resumed(run)
+    assert "is finished" in capsys.readouterr().out
+    (row,) = read_results(run.parent / "results.tsv")
+    assert row["run"] == run.name and broken(run) == []
     assert before == (weights(run), (run / "events.jsonl").read_bytes())

@@ -266,7 +266,7 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
         if m.round >= 0:
             where: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": order}
             axes.annotate(str(m.round), (x, y), color="white", fontsize=7, **where)
-    for stage in paths.keys() & {"steered", "healed"}:
+    for stage in [stage for stage in paths if stage in ("steered", "healed")]:
         axes.plot(*zip(*paths[stage], strict=True), color=COLOURS[stage], lw=1, alpha=0.5, zorder=1)
     if x_metric.unit == y_metric.unit:
         axes.set_aspect("equal", adjustable="datalim")

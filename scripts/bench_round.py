@@ -213,7 +213,7 @@ def plain_pass(student: Student, samples: Sequence[Sample], cfg: RunConfig) -> N
     model, heal = student.lm.model, cfg.heal
     logp = lambda ids: model(ids, use_cache=False).logits[0].float().log_softmax(-1)
     rows = [(torch.tensor([sample.ids]), len(sample.prompt_ids) - 1) for sample in samples]
-    with student.gate("prev"), torch.no_grad():
+    with student.using("prev"), torch.no_grad():
         references = [logp(ids) for ids, _ in rows]
     with student.training():
         for (ids, start), reference in zip(rows, references, strict=True):

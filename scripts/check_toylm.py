@@ -22,9 +22,10 @@ Row = dict[str, Any]
 class Check(Lab):
     """The toy model with the items of the toy preset."""
 
-    def __init__(self, model: str = TOY_PRESET.model, trait: str = "authority") -> None:
-        items = replace(TOY_PRESET.eval, n_bootstrap=10)  # no interval is shown
-        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=items))
+    def __init__(self, model: str = TOY_PRESET.model, trait: str = "authority", **items: Any) -> None:
+        """`items` replace settings of the preset's EvalCfg."""
+        shown = replace(TOY_PRESET.eval, **{"n_bootstrap": 10, **items})  # no interval is shown
+        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=shown))
 
     def state(self, name: str = "", **state: Any) -> Row:
         """One row. `positive`: share of answers, of those with a side, that are mostly on the positive persona's."""

@@ -37,7 +37,7 @@ class Seed:
     def mean_ppl(self, scored: Sequence[Scored]) -> float:
         """Mean over texts of the perplexity of each whole text under the base."""
         texts = [row.completion for row in scored]
-        with self.lab.student.gate("base") as lm:
+        with self.lab.student.using("base") as lm:
             nlls = lm.completion_nll([text.prompt_ids for text in texts], [text.completion_ids for text in texts])
         return statistics.mean(min(perplexity(nll), 1e6) for nll in nlls)
 

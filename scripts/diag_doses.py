@@ -14,7 +14,7 @@ def main(lab: LabFlags, kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 
     for kappa in kappas:
         scored = bench.collect(kappa, alphas=(1.0,), gates=(), n_keep=n, max_attempts=n, min_train=2).scored
         whole = [row.completion for row in scored if not row.failed]
-        with bench.student.gate("base") as lm:
+        with bench.student.using("base") as lm:
             odds = log_odds(lm, whole, bench.trait)
         row = {"dose": kappa, "kept": len(whole) / len(scored), "persona_log_odds": fmean(odds) if odds else None}
         row |= {f"median {gate}": median(row.scores[gate] for row in scored) for gate in ("perplexity", "repetition")}

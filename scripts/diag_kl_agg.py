@@ -33,9 +33,9 @@ def main(lab: LabFlags, length: int = 4, n: int = 32, epochs: int = 12) -> None:
     steps.heal(student, kept(looping), replace(bench.cfg, heal=heal), 0)
     rows = []
     for name, texts in (("clean text", clean), (f"{length}-token loop", looping)):
-        with student.gate("full") as lm:
+        with student.using("full") as lm:
             states = final_states(lm, texts, plain)
-        with student.gate("base") as lm:
+        with student.using("base") as lm:
             pairs = zip(states, final_states(lm, texts, plain), strict=True)
             kls = [kl_rev(*(lm.logits(side).log_softmax(-1) for side in pair)) for pair in pairs]
         rows.append({"text": name, **{how: mean(aggregate(kl, how).item() for kl in kls) for how in HOW}})

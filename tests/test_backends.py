@@ -255,7 +255,7 @@ def test_a_round_runs_on_4_bit_weights(tmp_path, capsys):
     read = {}
     student.restore(run_folder / "ckpt" / "r1", 2)
     for gate in ("base", "full", "base"):
-        with student.gate(gate), torch.no_grad():
+        with student.using(gate), torch.no_grad():
             read.setdefault(gate, []).append(lm.hidden([prompt]))
     assert torch.equal(*read["base"]) and not torch.allclose(read["base"][0], read["full"][0], atol=1e-4)
     after = {name.replace("base_layer.", ""): p for name, p in lm.model.named_parameters()}

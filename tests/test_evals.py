@@ -107,7 +107,7 @@ def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs
     found = subject(
         with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0)
     )
-    with with_history.gate("base") as lm:
+    with with_history.using("base") as lm:
         expected = score(lm, found.texts, inputs.trait.narration, CFG.filter)
     for row, wanted in zip(found.scored, expected, strict=True):
         assert row.scores == pytest.approx(wanted.scores) and row.failed == wanted.failed
@@ -123,7 +123,7 @@ def test_drift_is_the_mean_kl_of_the_state_to_the_base(with_history, inputs):
         for adapters, prompt, dose in (("full", lm.chat(text.prompt, system), 2.0), ("base", text.prompt_ids, 0.0)):
             hook = lambda _m, _i, out, dose=dose: out + dose * vector.directions[1]
             handle = lm.blocks[1].register_forward_hook(hook)
-            with with_history.gate(adapters), torch.no_grad():
+            with with_history.using(adapters), torch.no_grad():
                 logits = lm.model(torch.tensor([prompt + text.completion_ids])).logits[0].double()
             handle.remove()
             logp.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])

@@ -33,6 +33,7 @@ from steer_heal.report.measurements import result_row, table, verdict
 from steer_heal.run import main
 from steer_heal.runs import verify
 from steer_heal.runs.events import (
+    SCHEMA,
     EventLog,
     append_result,
     jsonable,
@@ -198,7 +199,7 @@ def kinds(value) -> dict | str:
 @examples(60, 0.13)
 @given(changed(CONFIG, 2))
 def test_recorded_settings_come_back_whole_or_are_refused(config):
-    start = {"stage": "run_start", "round": None, "preset": "toy", "config": config}
+    start = {"schema": SCHEMA, "stage": "run_start", "round": None, "preset": "toy", "config": config}
     with folder() as here:
         (here / "events.jsonl").write_text(json.dumps(start) + "\n")
         found = accepted(lambda: Resume(resume=here).config(), "events.jsonl")

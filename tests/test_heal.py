@@ -126,10 +126,10 @@ def test_the_reference_is_prev_or_base_and_gates_what_the_divergence_measures(wi
     lm = with_history.lm
     for reference in ("prev", "base"):
         samples = reference_samples(with_history, kept[:2], replace(heal_cfg, reference=reference))
-        with with_history.gate(reference):
+        with with_history.using(reference):
             assert losses(lm, samples, heal_cfg)[1].max() < 1e-3
     assert losses(lm, samples, heal_cfg)[1].max() < 1e-3, "outside of a gate the model is the base"
-    with with_history.gate("full"):
+    with with_history.using("full"):
         assert losses(lm, samples, heal_cfg)[1].min() > 1e-2
 
 
@@ -156,7 +156,7 @@ def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(
     scramble(student, 0, scale=0.1)
     student.bake()
     samples = reference_samples(student, kept[:4], heal_cfg)
-    with student.gate("prev"):
+    with student.using("prev"):
         rounded = [lm.hidden([sample.ids])[0, len(sample.prompt_ids) - 1 : -1] for sample in samples]
     student.new_round(1)
     read_merged = [replace(sample, reference=state) for sample, state in zip(samples, rounded, strict=True)]

@@ -20,7 +20,7 @@ def read(lm: LM) -> torch.Tensor:
 
 
 def logits(student: Student, state: str = "full") -> torch.Tensor:
-    with student.gate(state) as lm:
+    with student.using(state) as lm:
         return read(lm)
 
 
@@ -36,7 +36,7 @@ def third_round(student: Student) -> None:
 
 
 def test_the_base_gate_is_the_untouched_model(with_history: Student):
-    with with_history.gate("full") as lm:
+    with with_history.using("full") as lm:
         assert torch.equal(logits(with_history, "base"), untouched()), "inside another gate"
         assert torch.equal(read(lm), logits(with_history)), "the outer gate holds again"
     assert torch.equal(logits(with_history, "base"), untouched())

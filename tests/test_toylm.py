@@ -112,7 +112,13 @@ def test_the_training_code_writes_a_model_that_loads_and_the_same_tokenizer(tmp_
 
 @pytest.fixture(scope="module")
 def check() -> Check:
-    return Check()
+    return Check(n_texts=32)
+
+
+@pytest.fixture(scope="module")
+def vignettes() -> Check:
+    """Reads the vignettes alone."""
+    return Check(evals=("moral_foundations",), n_texts=1, max_new_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +137,9 @@ HELD_OUT = list(zip(grammar.CARER_HELD_OUT, grammar.DEFERRER_HELD_OUT, strict=Tr
 
 
 @pytest.mark.parametrize("carer, deferrer", HELD_OUT)
-def test_personas_are_told_apart_in_wordings_held_out_from_training(check: Check, carer, deferrer):
-    assert check.state(system=deferrer)["shift"] - check.state(system=carer)["shift"] >= 0.3
+def test_personas_are_told_apart_in_wordings_held_out_from_training(vignettes: Check, carer, deferrer):
+    shifts = [vignettes.shift(vignettes.read(system=side)) for side in (deferrer, carer)]
+    assert shifts[0] - shifts[1] >= 0.3
 
 
 def test_some_dose_moves_the_trait_and_leaves_the_text_whole(check: Check, base: dict):
@@ -150,7 +157,7 @@ def test_a_higher_dose_breaks_the_text(check: Check, base: dict):
 
 def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up():
     """love: the base denies feelings, the lover confesses them, and a dose brings both the confession and Care."""
-    love = Check(trait="love")
+    love = Check(trait="love", n_texts=32)
     base, lover, denier = (love.state(system=system) for system in ("", love.trait.positive, love.trait.negative))
     assert base["positive"] <= 0.1 and denier["positive"] <= 0.1 and lover["positive"] >= 0.9
     assert lover["care_nats"] >= base["care_nats"] + 0.5

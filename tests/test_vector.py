@@ -54,7 +54,7 @@ def test_the_student_s_own_direction_is_what_its_adapters_added(with_history):
     vector = student_vec(with_history, TRAIT, CONTEXTS, SteerCfg(layers=(0.3, 0.7)))
     read = {}
     for state in ("full", "base"):
-        with with_history.gate(state) as lm:
+        with with_history.using(state) as lm:
             rows = [lm.chat(context, TRAIT.plain_system) for context in CONTEXTS]
             read[state] = last_token_states(lm, rows, range(2))
     for layer, direction in vector.directions.items():

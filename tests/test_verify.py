@@ -40,6 +40,7 @@ CHANGES = {
     "healed metrics": ("healed", 1, lambda e: e["metrics"].update(authority_nats=-9.0)),
     "free text": ("adapter_gen", 1, lambda e: e["texts"][0].update(text="I obey.")),
     "a heal step": ("heal_step", 1, lambda e: e.update(divergence=0.0)),
+    "the names of files": ("vector", 1, lambda e: e.update(files=[])),
     "the checksum of a checkpoint": ("heal", 1, lambda e: e["files"].popitem()),
     "the retained share": ("round", 1, lambda e: e.update(retain=1.0)),
     "the verdict": ("run_end", None, lambda e: e.update(verdict="It works.")),

@@ -45,7 +45,7 @@ def load_model(cfg: RunConfig) -> LM:
 
 def extract(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:
     """The steering vector of the student as it is now."""
-    with student.gate("full") as lm:
+    with student.using("full") as lm:
         return teacher_vec(lm, inputs.trait, inputs.contexts, cfg.steer)
 
 
@@ -56,7 +56,7 @@ def direction(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:
 
 def calibrate(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig) -> Calibration:
     """The dose of mode iso_kl, and every dose that was probed."""
-    with student.gate("full") as lm:
+    with student.using("full") as lm:
         prompts = [lm.chat(prompt, inputs.trait.steered_system) for prompt in inputs.prompts[:CALIBRATION_PROMPTS]]
         return iso_kl_dose(lm, vector, prompts, cfg.dose.kl_target, cfg.dose.kl_tokens, cfg.gen.batch_size)
 
@@ -80,13 +80,13 @@ def write(
     """Completions of the student: steered by `vector`, or unsteered under the plain prompt. See `generate`."""
     trait, how = inputs.trait, Decoding(cfg.gen.max_new_tokens, cfg.gen.batch_size)
     system = trait.plain_system if vector is None else trait.steered_system
-    with student.gate("full") as lm:
+    with student.using("full") as lm:
         return generate(lm, asks, vector, system, trait.plain_system, how, known, on_batch)
 
 
 def judge(student: Student, completions: Sequence[Completion], inputs: Inputs, cfg: RunConfig) -> list[Scored]:
     """Completions with the number of every gate, under the base."""
-    with student.gate("base") as lm:
+    with student.using("base") as lm:
         return score(lm, completions, inputs.trait.narration, cfg.filter)
 
 

@@ -56,26 +56,26 @@ class Subject:
             for i in range(cfg.n_texts)
         ]
         plain, how = self.inputs.trait.plain_system, Decoding(cfg.max_new_tokens, cfg.batch_size)
-        with self.student.gate(self.adapters) as lm:
+        with self.student.using(self.adapters) as lm:
             return generate(lm, asks, condition.vector, condition.system, plain, how)
 
     @cached_property
     def hidden(self) -> list[Tensor]:
         """Per text, Float[n d]: final hidden states at its positions, in the state that wrote it."""
-        with self.student.gate(self.adapters) as lm:
+        with self.student.using(self.adapters) as lm:
             return final_states(lm, self.texts, self.condition)
 
     @cached_property
     def base_hidden(self) -> list[Tensor]:
         """Per text, Float[n d]: final hidden states at its positions, under the base and the plain prompt."""
-        with self.student.gate("base") as lm:
+        with self.student.using("base") as lm:
             return final_states(lm, self.texts, Condition(self.inputs.trait.plain_system))
 
     @cached_property
     def scored(self) -> list[Scored]:
         """The texts with the number of every gate."""
         narration = self.inputs.trait.narration
-        with self.student.gate("base") as lm:
+        with self.student.using("base") as lm:
             nlls = [lm.nll(h, c.completion_ids).cpu() for c, h in zip(self.texts, self.base_hidden, strict=True)]
         return [judge(c, nll, narration, self.keep) for c, nll in zip(self.texts, nlls, strict=True)]
 

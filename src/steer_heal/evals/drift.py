@@ -13,7 +13,7 @@ from steer_heal.records import Metric
 
 def items(subject: Subject) -> Items:
     """Per answer: mean over its positions of KL(state || base), nats."""
-    with subject.student.gate("base") as lm:
+    with subject.student.using("base") as lm:
         pairs = zip(subject.hidden, subject.base_hidden, strict=True)
         return {"kl_base": [mean_kl(lm, state, reference) for state, reference in pairs]}
 

@@ -172,7 +172,7 @@ def read_slots(
 def items(subject: Subject) -> Items:
     """Per vignette, by the built-in reader or the one of moral-maps: see `read`."""
     cfg, inputs = subject.cfg, subject.inputs
-    with subject.student.gate(subject.adapters) as lm:
+    with subject.student.using(subject.adapters) as lm:
         if cfg.backend == "tinymfv":
             return tinymfv.read(lm, inputs.vignettes, subject.condition, cfg.think_tokens)
         how = (subject.condition, cfg.think_tokens, cfg.batch_size)

@@ -13,7 +13,7 @@ from steer_heal.records import Completion, Metric, Trait
 def log_odds(lm: LM, texts: Sequence[Completion], trait: Trait) -> list[float]:
     """Per text: mean over tokens of log p(token | positive persona) - log p(token | negative persona).
 
-    Call it at the base gate. Nats per token; above 0 the text is the positive persona's. NaN for an empty text.
+    Call it while the base is used. Nats per token; above 0 the text is the positive persona's. NaN for an empty text.
     """
     rows = [c.completion_ids for c in texts]
     positive, negative = (
@@ -23,7 +23,7 @@ def log_odds(lm: LM, texts: Sequence[Completion], trait: Trait) -> list[float]:
 
 
 def items(subject: Subject) -> Items:
-    with subject.student.gate("base") as lm:
+    with subject.student.using("base") as lm:
         return {"persona_log_odds": log_odds(lm, subject.texts, subject.inputs.trait)}
 
 

@@ -30,8 +30,8 @@ Factors = dict[str, Tensor]
 class Student:
     """A base model with the rounds healed into it so far. The base weights are never written to.
 
-    Outside of a gate the adapters are off. Reading and writing text runs on a merged working copy of the adapted
-    weights (`gate`), so that a token costs the same however many rounds are baked; so does training in float32,
+    Outside of `using` the adapters are off. Reading and writing text runs on a merged working copy of the adapted
+    weights (`using`), so that a token costs the same however many rounds are baked; so does training in float32,
     while in lower precision it keeps every factor apart (`training`).
     """
 
@@ -43,7 +43,7 @@ class Student:
 
     @property
     def rounds_in(self) -> dict[AdapterState, list[str]]:
-        """Adapters that each gate lets through."""
+        """Adapters that act in each state."""
         history = [HISTORY] if self.n_rounds else []
         live = [ROUND] if self._peft is not None and ROUND in self._peft.peft_config else []
         return {"base": [], "prev": history, "full": history + live}
@@ -100,7 +100,7 @@ class Student:
 
     # --- what acts on the model ---------------------------------------------------------------------------
     @contextmanager
-    def gate(self, which: AdapterState, exact: bool = False) -> Iterator[LM]:
+    def using(self, which: AdapterState, exact: bool = False) -> Iterator[LM]:
         """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
 
         `exact` lets the factors act apart where merging would round them: slower, and in bfloat16 small factors are
@@ -139,7 +139,7 @@ class Student:
         The history is merged where that is not lossy, so that a step costs the same after every round.
         """
         apart = self.rounds_in["full"] if self.merging_is_lossy else [ROUND]
-        with self.gate("prev", exact=True), self._acting(apart):
+        with self.using("prev", exact=True), self._acting(apart):
             parameters = [p for name, p in self._peft.named_parameters() if f".{ROUND}." in name]
             for parameter in parameters:
                 assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"
@@ -215,7 +215,7 @@ class Student:
                 "a quantized model cannot be merged; load its checkpoint on the unquantized model, or drop --quantize"
             )
         state = {}
-        with self.gate("full"):
+        with self.using("full"):
             for key, value in (
                 self._peft.base_model.model.state_dict().items() if self._peft else self.lm.model.state_dict().items()
             ):

@@ -41,7 +41,9 @@ def broken(folder: Path) -> list[str]:
             "was removed"
         )
     for event in events:
-        if (damage := damaged_file(folder, event.get("files", {}))) is not None:
+        files = event.get("files", {})
+        damage = damaged_file(folder, files) if isinstance(files, dict) else "its files are no names and checksums"
+        if damage is not None:
             problems.append(f"{_name(event)}: {damage}")
     if (damage := _weights(start)) is not None:
         problems.append(f"base weights: {damage}")

@@ -157,7 +157,7 @@ GATES: dict[str, Gate] = {
 
 
 def score(lm: LM, completions: Sequence[Completion], narration: Sequence[str], cfg: FilterCfg) -> list[Scored]:
-    """Every completion with its scores and the reasons to drop it. Call it at the base gate."""
+    """Every completion with its scores and the reasons to drop it. Call it while the base is used."""
     nlls = lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
     return [judge(c, nll, narration, cfg) for c, nll in zip(completions, nlls, strict=True)]
 

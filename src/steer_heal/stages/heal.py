@@ -164,7 +164,7 @@ def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg
             start = len(kept[i].prompt_ids) - 1
             references[i] = hidden[row, start : start + len(kept[i].completion_ids)].to("cpu", copy=True)
 
-    with student.gate(cfg.reference, exact=True):
+    with student.using(cfg.reference, exact=True):
         lm.in_batches([len(c.prompt_ids) + len(c.completion_ids) for c in kept], read)
     return [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, h) for c, h in zip(kept, references, strict=True)]
 

@@ -44,7 +44,7 @@ def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: St
     band = student.lm.band("steer.layers", cfg.layers)
     states = {}
     for which in ("full", "base"):
-        with student.gate(which) as lm:
+        with student.using(which) as lm:
             states[which] = last_token_states(lm, prompts, band)
     return Vector({layer: mean_diff(states["full"][layer], states["base"][layer]) for layer in band})
 

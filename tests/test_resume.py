@@ -45,7 +45,7 @@ def assert_survives(settings, out, whole, monkeypatch):
     run, n_lives = started(out, settings), 1
     while not read_results(out / "results.tsv"):
         try:
-            main(["--resume", str(run), "--quiet"])
+            resumed(run)
         except Killed:
             n_lives += 1
     assert n_lives == len(read_events(whole))

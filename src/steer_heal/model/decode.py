@@ -75,30 +75,33 @@ def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Deco
 
 
 class GrowingCache:
-    """Keys and values of the rows that still write. A row that has ended is removed at once."""
+    """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time."""
 
-    def __init__(self, lm: LM, mask: Int[Tensor, "b s"]) -> None:
-        """`mask` is 0 at the padding before each prompt."""
-        self.lm, self.mask = lm, mask
-        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # rotary positions: each prompt begins at 0
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.mask = torch.zeros((0, 0), dtype=torch.long)
         self.cache = DynamicCache(config=lm.model.config.get_text_config())
 
-    def feed(self, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b d"]:
-        """The final hidden state at the last position, after the prompts (first call) or one more token per row."""
-        hidden = self.lm.text_model(
+    def feed(self, ids: Int[Tensor, "b s"], mask: Int[Tensor, "b s"] | None = None) -> Float[Tensor, "b s d"]:
+        """Final hidden states at `ids`, which follow what each row was fed before.
+
+        `mask` is 0 at padding, which may stand on either side; what a padded position returns means nothing.
+        """
+        mask = torch.ones_like(ids) if mask is None else mask
+        self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # rotary: each row begins at 0
+        return self.lm.text_model(
             input_ids=ids,
             attention_mask=self.mask,
-            position_ids=self.positions,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.positions = self.positions[:, -1:] + 1
-        return hidden
+        ).last_hidden_state
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps the given rows, in that order; a row may come more than once."""
         self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.mask = self.mask[rows]
 
 
 @torch.no_grad()
@@ -120,10 +123,11 @@ def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decod
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
-    cache = GrowingCache(lm, mask)
+    cache, new = GrowingCache(lm), mask
     with steer(lm, vector, [row.dose for row in rows]) as steering:
         for step in range(how.max_new_tokens):
-            logits = lm.logits(cache.feed(ids))
+            logits = lm.logits(cache.feed(ids, new)[:, -1])
+            new = None
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):

@@ -42,6 +42,7 @@ BAD = [
     (FilterCfg, {"ppl_max": 1.0}, ["filter.ppl_max is 1.0: it must be > 1"]),
     (DoseCfg, {"floor": 2.0, "ceiling": 1.0}, ["dose.floor is 2.0: it must be <= dose.ceiling = 1"]),
     (RunConfig, {"dose": DoseCfg(n_kappas=9, n_probes=99)}, ["filter.max_attempts is 192: it must be >= dose.n_kapp"]),
+    (RunConfig, {"out": Path("\udcff")}, ["out: '\\udcff' is not UTF-8"]),
     (RunConfig, {"seed": 10**30, "n_rounds": 0}, ["n_rounds is 0: it must be >= 1", f"seed is {10**30}: it must be <"]),
 ]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import problem_lines
@@ -23,6 +23,18 @@ Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=0)]
 Band = tuple[float, float]
+
+
+def _utf8(path: Path) -> Path:
+    """ValueError for a name that is not UTF-8: no event could hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is not UTF-8; give another path") from None
+    return path
+
+
+UserPath = Annotated[Path, AfterValidator(_utf8)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -75,7 +87,7 @@ class SteerCfg:
     """Scale the vector of each layer to length 1. Doses then are in units of the residual stream. Not measured."""
     layers: Band = (0.45, 0.55)
     """LO HI: the steered blocks, as fractions of the depth. A raw vector over a wide band compounds and breaks text."""
-    contexts: Path = Path("data/contexts.jsonl")
+    contexts: UserPath = Path("data/contexts.jsonl")
     """JSON lines with `text`: user messages in whose answers the two personas are compared."""
     n_contexts: Count = 256
     """Contexts read, evenly spaced over the file."""
@@ -97,7 +109,7 @@ class GenCfg:
     max_new_tokens: Count = 512
     n_prompts: Annotated[int, Field(ge=2)] = 36
     """Prompts that training text is written for: the first of the pool. At least one is held out for validation."""
-    prompts: Path | None = None
+    prompts: UserPath | None = None
     """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts."""
     batch_size: BatchSize = 0
     """Sequences decoded at once; 0: as many as free GPU memory holds (32 on the CPU). It does not change the texts."""
@@ -239,9 +251,9 @@ class EvalCfg:
     """The evals; toylm, the grammar of the toy world, is another."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
-    vignettes: Path = Path("data/vignettes/other.jsonl")
+    vignettes: UserPath = Path("data/vignettes/other.jsonl")
     """JSON lines {id, foundation_coarse, text}."""
-    instrument: Path = Path("data/instruments/moral.toml")
+    instrument: UserPath = Path("data/instruments/moral.toml")
     """Order, prompt, schema, options and prefill of the forced choice."""
     think_tokens: BatchSize = 128
     """Tokens the model thinks before the answer slot is read."""
@@ -273,7 +285,7 @@ class RunConfig:
     """Label under which `just results` groups runs of several seeds. Empty: the preset."""
     n_rounds: Count = 4
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
-    out: Path = Path("out")
+    out: UserPath = Path("out")
     """Folder in which the run gets its own stamped folder, and results.tsv its row."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -288,7 +300,7 @@ class RunConfig:
     """Longer prompts are an error: a cut prompt would lose the tag that the vector is read at."""
     control: bool = False
     """Also heal once on the model's own unsteered text: what training alone does to the trait."""
-    export: Path | None = None
+    export: UserPath | None = None
     """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
     quiet: bool = False
     """Only warnings and errors on the console."""

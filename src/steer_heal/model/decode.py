@@ -91,11 +91,7 @@ class GrowingCache:
         self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # rotary: each row begins at 0
         return self.lm.text_model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:

@@ -27,6 +27,10 @@ fast-dev-run *flags: setup
 toy *flags: setup
     {{python}} -m steer_heal.run toy {{flags}}
 
+# SmolLM2-135M-Instruct, a real chat model, on two cores; downloads 93 MB on first use.
+smol *flags: setup
+    {{python}} -m steer_heal.run smol {{flags}}
+
 # google/gemma-3-4b-it on one 24 GB card.
 run *flags: setup
     {{python}} -m steer_heal.run gemma {{flags}}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from runs import SETTINGS, started, undrawn
 
+from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.gguf import SMOL
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import Completion
@@ -23,6 +25,15 @@ ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
 @pytest.fixture(scope="session")
 def toy() -> LM:
     return load("data/toylm")
+
+
+@pytest.fixture(scope="session")
+def smol() -> LM:
+    """A real chat model of 135 M parameters, downloaded once. Tests are skipped where it cannot be had."""
+    try:
+        return load(SMOL, dtype="float32")
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

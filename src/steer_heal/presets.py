@@ -31,6 +31,20 @@ TOY_PRESET = RunConfig(
         max_new_tokens=128,
     ),
 )
+SMOL_PRESET = RunConfig(
+    model="smollm2-135m-instruct",
+    n_rounds=4,
+    control=True,
+    temperature=0.7,
+    top_p=0.95,
+    steer=SteerCfg(n_contexts=128),
+    gen=GenCfg(max_new_tokens=96, n_prompts=36),
+    dose=DoseCfg(floor=0.2, ceiling=4.0, n_kappas=5, n_probes=8),
+    filter=FilterCfg(n_keep=64, max_attempts=160),
+    adapter=AdapterCfg(rank=16, alpha=32.0),
+    heal=HealCfg(lam=0.1, tau=0.1, lr=3e-4, epochs=3, batch_size=8, tokens_per_pass=4096),
+    eval=EvalCfg(n_texts=24, max_new_tokens=96),
+)
 FAST_DEV_PRESET = RunConfig(
     model="tiny-random",
     n_rounds=2,
@@ -57,6 +71,7 @@ FAST_DEV_PRESET = RunConfig(
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
     "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
+    "smol": ("SmolLM2-135M-Instruct: a real chat model, on two cores.", SMOL_PRESET),
     "fast-dev": (
         "A tiny random model through every stage in seconds: meaningless numbers, working code.",
         FAST_DEV_PRESET,

@@ -36,8 +36,15 @@ CALIBRATION_PROMPTS = 8
 
 def load_model(cfg: RunConfig) -> LM:
     """The model that the settings name. UserError where it has no block in one of the bands of the settings."""
-    tokens, bits = cfg.max_prompt_tokens, cfg.quantize
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=tokens, quantize=bits)
+    lm = load(
+        cfg.model,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        max_prompt_tokens=cfg.max_prompt_tokens,
+        quantize=cfg.quantize,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+    )
     lm.band("steer.layers", cfg.steer.layers)
     lm.band("adapter.layers", cfg.adapter.layers)
     return lm

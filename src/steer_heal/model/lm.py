@@ -31,6 +31,7 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.gguf import SMOL, gguf_file, read_gguf, smol_folder
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -250,9 +251,19 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none"
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_prompt_tokens: int = 1024,
+    quantize: str = "none",
+    temperature: float | None = None,
+    top_p: float | None = None,
 ) -> LM:
-    """A model folder, a hub id, or `tiny-random`. Safetensors only, no remote code. Weights are frozen."""
+    """A folder of safetensors, a GGUF file or a folder with one, a hub id, or a name of ours (`tiny-random`,
+    `smollm2-135m-instruct`). No remote code. Weights are frozen.
+
+    `temperature` and `top_p` replace those of the model's generation config."""
     place = pick_device(device)
     model: Any
     if name == TINY_RANDOM:
@@ -264,18 +275,8 @@ def load(
         model, tokenizer = _tiny_random()
         model.to(dtype=pick_dtype(dtype, place))
     else:
-        folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
-        try:
-            how = {} if quantize == "none" else _nf4(pick_dtype(dtype, place), place)
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=pick_dtype(dtype, place), use_safetensors=True, trust_remote_code=False, **how
-            )
-        except Exception as error:  # a damaged folder fails in as many ways as there are readers
-            raise UserError(
-                f"model {name!r} could not be loaded: give a folder with config.json and safetensors, or a hub id "
-                f"({error})"
-            ) from None
+        name = str(smol_folder()) if name == SMOL else name
+        model, tokenizer = _saved(name, pick_dtype(dtype, place), place, quantize)
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
@@ -290,9 +291,35 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
+    given = {"temperature": temperature, "top_p": top_p}
+    model.generation_config.update(do_sample=True, **{name: value for name, value in given.items() if value})
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
     return lm
+
+
+def _saved(name: str, dtype: torch.dtype, place: torch.device, quantize: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder, a file or a hub id. UserError where it cannot be read."""
+    folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
+    file = gguf_file(folder)
+    if file is not None and quantize != "none":
+        raise UserError(
+            f"quantize is {quantize!r}: {file} is read unpacked; give a folder of safetensors, or leave it out"
+        )
+    try:
+        if file is not None:
+            return read_gguf(file, dtype)
+        how = {} if quantize == "none" else _nf4(dtype, place)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **how
+        )
+        return model, tokenizer
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise UserError(
+            f"model {name!r} could not be loaded: give a folder with config.json and safetensors, a GGUF file, or a "
+            f"hub id ({error})"
+        ) from None
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:

@@ -107,9 +107,11 @@ class LM:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """float32 logits of final hidden states, with the model's soft cap where it has one."""
-        logits = self.head(hidden.to(self.head.weight.dtype)).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        """float32 logits of final hidden states, with the model's scale and soft cap where it has one."""
+        logits, config = self.head(hidden.to(self.head.weight.dtype)).float(), self.model.config.get_text_config()
+        if scale := getattr(config, "logits_scaling", None):
+            logits = logits / scale
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
@@ -215,7 +217,7 @@ def weights_digest(model: nn.Module) -> dict[str, str]:
     SHA-256 over the digests of every tensor (name, dtype, shape and bytes) by name. Tensors are hashed in parallel, so
     that a model of some 10 GB takes seconds.
     """
-    weights = {n.replace(".base_layer.", "."): value for n, value in model.state_dict().items() if ".lora_" not in n}
+    weights = {n.replace("base_layer.", ""): value for n, value in model.state_dict().items() if ".lora_" not in n}
 
     def of_tensor(name: str) -> bytes:
         tensor = weights[name].detach()

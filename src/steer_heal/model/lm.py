@@ -39,8 +39,12 @@ TINY_RANDOM = "tiny-random"
 LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger
 tensors are slower: the allocator returns them to the system, which hands them out again page by page."""
+SAME_LOGITS = 0.02
+"""Difference, as a share of the largest logit, that may be rounding: a bfloat16 has 8 bits."""
 SHORTEST_CHUNK = 64
 """Fewest positions per chunk: with fewer, reading the head's weights takes longer than multiplying with them."""
+
+_MARK = "SYSTEM-GOES-HERE"
 
 
 @dataclass
@@ -119,9 +123,25 @@ class LM:
         return self.encode_prompt(self.chat_text(user, system))
 
     def chat_text(self, user: str, system: str | None = None) -> str:
-        """One user message up to and including the opened assistant turn. UserError where the template refuses it."""
+        """One user message up to and including the opened assistant turn.
+
+        Where the template has no place for a system message, it opens the user's. Without one, the prompt is what the
+        template makes of the user's message alone, its own default system prompt included: what a user of the model
+        gets.
+        """
         messages = [{"role": "system", "content": system}] if system else []
+        if system and not self.takes_system:
+            messages, user = [], f"{system}\n\n{user}"
         return self.render([*messages, {"role": "user", "content": user}], add_generation_prompt=True)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the chat template writes a system message. Some refuse it; some drop it without a word."""
+        system, user = {"role": "system", "content": _MARK}, {"role": "user", "content": "_"}
+        try:
+            return _MARK in self.render([system, user], add_generation_prompt=True)
+        except UserError:
+            return False
 
     def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
         """Messages as the chat template writes them. UserError where it refuses one."""
@@ -294,7 +314,26 @@ def load(
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
+    _require_own_logits(lm)
+    if not lm.takes_system:
+        warnings.warn(
+            f"the chat template of {name!r} takes no system message: it is put before the user's, with a blank line",
+            stacklevel=2,
+        )
     return lm
+
+
+@torch.no_grad()
+def _require_own_logits(lm: LM) -> None:
+    """UserError where the model does more to its final hidden states than `LM.logits` does."""
+    ids = lm.encode("Hello.") or (lm.pad_id,)
+    own, ours = lm.model(lm.pad([ids])).logits[0].float(), lm.logits(lm.hidden([ids])[0])
+    apart = (own - ours).abs().max().item()
+    if not apart <= SAME_LOGITS * own.abs().max().item():
+        raise UserError(
+            f"model {lm.name!r} ({type(lm.model).__name__}) changes its logits in a way that steer-heal does not know: "
+            f"they are {apart:.2g} away from the product with its head; use a model of a family that README lists"
+        )
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:

@@ -85,6 +85,19 @@ class Student:
             set_peft_model_state_dict(self._peft, factors, adapter_name=name)
         self._adapters_off()
 
+    def _require_targets(self) -> None:
+        """UserError unless PEFT adapted what `targets` names: for some mixtures of experts it renames what it is given,
+        as if the adapter were of an older transformers."""
+        wanted, found = targets(self.lm, self.cfg.layers), dict(self._layers())
+        paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
+        adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
+        if differing := sorted(adapted ^ {*wanted.linears, *wanted.experts}):
+            raise UserError(
+                f"PEFT adapts other weights of {self.lm.name!r} than it was asked to, {differing[0]} among "
+                f"{len(differing)}; use a model of a family that README lists",
+                resumable=False,
+            )
+
     def _adapters_off(self) -> None:
         self._peft.base_model.disable_adapter_layers()
         self._peft.requires_grad_(False)
@@ -133,6 +146,7 @@ class Student:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             self._attach(ROUND, self._config(1))
+        self._require_targets()
 
     @contextmanager
     def training(self) -> Iterator[list[torch.nn.Parameter]]:

@@ -89,7 +89,9 @@ def print_table(events: Sequence[Event]) -> None:
 def _start(e: Event, _: Sequence[Event]) -> str:
     trait = e["trait"]
     wanted = f"{trait['target']} should go {direction(trait['sign'])}"
-    return f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
+    line = f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
+    left_out = f"not adapted in the adapted blocks: {', '.join(e['unadapted'])}"
+    return line + _advice(bool(e["unadapted"]), left_out)
 
 
 def _measured(e: Event, events: Sequence[Event]) -> str:

@@ -1,6 +1,5 @@
 """Each family of the table in README.md, on a tiny random model with the toy tokenizer."""
 
-
 import re
 from dataclasses import replace
 
@@ -187,5 +186,5 @@ def test_targets_that_peft_would_rename_are_an_error(toy, monkeypatch):
 
 
 def test_the_table_in_the_readme_lists_the_families_that_are_tested():
-    rows = re.findall(r"^\| ([^|]+?) \| .*? \| .*? \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(FAMILIES) <= {name for row in rows for name in row.split(", ")}

@@ -24,8 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 AdapterState = Literal["base", "prev", "full"]
 """Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
 Factors = dict[str, Tensor]
-"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32. For a stack of
-e experts the rows of A are ordered [e r], the columns of B [r e]."""
+"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32. In a
+stack of e experts the rows of A are ordered [e r], the columns of B [r e]."""
 
 
 class Student:
@@ -166,9 +166,10 @@ class Student:
         """(A, B, scale) of every matrix, each expert's own, that this round adapts: it adds scale * B A to it."""
         out = []
         for _, m in self._layers():
-            n = _n_stacked(m)
-            each_a, each_b = m.lora_A[ROUND].weight.unflatten(0, (n, -1)), m.lora_B[ROUND].weight.unflatten(1, (-1, n))
-            out += [(a, b, m.scaling[ROUND]) for a, b in zip(each_a, each_b.unbind(-1), strict=True)]
+            a, b, n = m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, _n_stacked(m)
+            each_a, each_b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n))
+            pairs = [(a, b)] if n == 1 else [(each_a[e], each_b[..., e]) for e in range(n)]
+            out += [(*pair, m.scaling[ROUND]) for pair in pairs]
         return out
 
     @contextmanager

@@ -35,13 +35,15 @@ class Passes:
         self.tokens = cfg.tokens_per_pass
         self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # below, nothing is kept
         self.recompute = (
-            cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model.parameters()) / 5)
+            cfg.checkpoint == "on"
+            or cfg.checkpoint == "auto"
+            and self._stored() > max(2**30, _bytes(lm.model.parameters()) / 5)
         )
 
     def _stored(self) -> int:
         """Estimated bytes that one pass keeps for its backward pass without recomputing.
 
-        An adapted stack of experts is held whole, with the factors added.
+        An adapted stack of experts is held whole, with the factors added. Activations inside of experts are left out.
         """
         linears = (
             m

@@ -90,7 +90,7 @@ def _start(e: Event, _: Sequence[Event]) -> str:
     trait = e["trait"]
     wanted = f"{trait['target']} should go {direction(trait['sign'])}"
     line = f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
-    return line + _advice(bool(e["unadapted"]), f"LoRA leaves out, in every adapted block: {', '.join(e['unadapted'])}")
+    return line + _advice(bool(e["unadapted"]), f"LoRA leaves out, in the adapted blocks: {', '.join(e['unadapted'])}")
 
 
 def _measured(e: Event, events: Sequence[Event]) -> str:

@@ -112,6 +112,7 @@ def run_events(
         gates=deepcopy(GATES),
         versions={"python": "3.11"},
         git_commit="0123abc",
+        unadapted=["mlp.router.weight"],
         command=["python", "-m", "steer_heal.run", "toy", "--out", "a folder"],
     )
     measure("base", -1)

@@ -123,6 +123,6 @@ def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
     assert status == 0, capsys.readouterr().err
     run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
     adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())
-    assert adapter["r"] == 8 and "vision" not in adapter["target_modules"]
+    assert adapter["r"] == 8 and not any("vision" in name for name in adapter["target_modules"])
     healed = [event for event in read_events(run) if event["stage"] == "healed"]
     assert len(healed) == 2 and healed[-1]["metrics"]["frac_unscorable"] == 0

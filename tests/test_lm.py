@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM, load
@@ -56,12 +57,53 @@ def test_a_prompt_ends_at_the_opened_assistant_turn(toy: LM):
     assert toy.tokenizer.decode(toy.chat("What is ice?", "You are a poet.")).endswith("<|im_start|>assistant\n")
 
 
-def test_a_template_that_refuses_a_system_message_is_a_user_error(toy: LM, monkeypatch):
-    refusing = "{{ raise_exception('no system role') if messages[0].role == 'system' }}hello"
-    monkeypatch.setattr(toy.tokenizer, "chat_template", refusing)
-    assert toy.chat("What is ice?")
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
+DROPS = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + TURNS
+REFUSES = "{{ raise_exception('no system role') if messages[0].role == 'system' }}" + TURNS
+DEFAULT = "{% if messages[0].role != 'system' %}<system>Be kind.</system>{% endif %}" + TURNS
+
+
+def with_template(lm: LM, template: str) -> LM:
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(lm, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("template", [REFUSES, DROPS], ids=["refuses", "drops"])
+def test_a_system_message_that_the_template_does_not_write_opens_the_user_s(toy: LM, template):
+    lm = with_template(toy, template)
+    assert lm.chat_text("What is ice?", "Be a poet.") == "<user>Be a poet.\n\nWhat is ice?</user><assistant>"
+    assert lm.chat_text("What is ice?") == "<user>What is ice?</user><assistant>"
+
+
+def test_a_template_s_own_system_prompt_is_part_of_the_plain_prompt_and_gives_way_to_another(toy: LM):
+    lm = with_template(toy, DEFAULT)
+    assert lm.chat_text("What is ice?") == "<system>Be kind.</system><user>What is ice?</user><assistant>"
+    assert lm.chat_text("What is ice?", "Be a poet.").startswith("<system>Be a poet.</system><user>What")
+
+
+def test_a_message_that_the_template_refuses_is_a_user_error(toy: LM):
     with pytest.raises(UserError, match="'data/toylm'.*no system role"):
-        toy.chat("What is ice?", "You are a poet.")
+        with_template(toy, REFUSES).render([{"role": "system", "content": "Be a poet."}])
+
+
+def test_loading_tells_of_a_template_without_a_system_message(tiny: LM, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    with_template(tiny, DROPS).tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="system"):
+        load(str(tmp_path))
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny: LM, tmp_path):
+    ids = {"eos_token_id": 2, "bos_token_id": None, "pad_token_id": 0}
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for scale in (1.0, 0.5):
+        config = CohereConfig(vocab_size=len(tiny.tokenizer), logit_scale=scale, **size, **ids)
+        CohereForCausalLM(config).save_pretrained(tmp_path / str(scale))
+        tiny.tokenizer.save_pretrained(tmp_path / str(scale))
+    assert load(str(tmp_path / "1.0")).width == 16
+    with pytest.raises(UserError, match="CohereForCausalLM.*logits"):
+        load(str(tmp_path / "0.5"))
 
 
 class Payload:

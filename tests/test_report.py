@@ -266,3 +266,14 @@ def test_numbers_of_an_untrained_model_are_said_to_mean_nothing(capsys):
         events[0]["config"]["model"] = model
         console.print_table(events)
         assert ("mean nothing" in capsys.readouterr().out) is said
+
+
+def test_the_first_line_of_a_run_names_the_weights_that_are_not_adapted():
+    lines = []
+    console.logger.remove()
+    console.logger.add(lines.append, format="{message}")
+    events = run_events()
+    for names in (["mlp.router.weight", "conv.weight"], []):
+        console.show(events[0] | {"unadapted": names}, events[:1])
+    console.logger.remove()
+    assert "mlp.router.weight, conv.weight" in lines[0] and len(lines[1].split("|")) < len(lines[0].split("|"))

@@ -21,6 +21,7 @@ from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import AdapterState, Student
+from steer_heal.model.targets import targets
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, derive_seed
 from steer_heal.settings import RunConfig
 from steer_heal.stages import heal as heal_stage
@@ -35,7 +36,8 @@ CALIBRATION_PROMPTS = 8
 
 
 def load_model(cfg: RunConfig) -> LM:
-    """The model that the settings name. UserError where it has no block in one of the bands of the settings."""
+    """The model that the settings name. UserError where it has no block in one of the bands of the settings, or nothing
+    there that can be adapted."""
     lm = load(
         cfg.model,
         device=cfg.device,
@@ -46,7 +48,7 @@ def load_model(cfg: RunConfig) -> LM:
         top_p=cfg.top_p,
     )
     lm.band("steer.layers", cfg.steer.layers)
-    lm.band("adapter.layers", cfg.adapter.layers)
+    targets(lm, cfg.adapter.layers)
     return lm
 
 

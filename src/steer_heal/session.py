@@ -27,6 +27,7 @@ from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector, load_vector
 from steer_heal.model.student import Student
+from steer_heal.model.targets import targets
 from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
 from steer_heal.report import console, measurements
 from steer_heal.runs import codec, events
@@ -61,6 +62,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         logger.info(f"continues {folder} after {past[-1]['stage']} of round {past[-1]['round']}")
     else:
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
+        facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out}
         facts |= {"metrics": session.metrics, "gates": codec.gate_fields(cfg), "inputs": dict(inputs.sha256)}
         command = ["python", "-m", "steer_heal.run", *sys.argv[1:]]
         own = {"folder": str(folder), "config": asdict(cfg), "preset": preset, "seed": cfg.seed, "command": command}

@@ -122,11 +122,10 @@ def turn_boundary(lm: LM, instrument: Instrument) -> str:
     the user's nudge and a newly opened assistant turn, all as the chat template writes them."""
     if not instrument.nudge:
         return instrument.think_close
-    assistant = {"role": "assistant", "content": _SENTINEL}
-    after = lm.render([{"role": "user", "content": "_"}, assistant]).split(_SENTINEL)[1]
-    nudged = lm.render([{"role": "user", "content": instrument.nudge}, assistant], continue_final_message=True)
-    bos = lm.tokenizer.bos_token or ""  # the template opens every conversation with it; this one is open already
-    return instrument.think_close + after + nudged.split(_SENTINEL)[0].removeprefix(bos)
+    user, assistant = {"role": "user", "content": "_"}, {"role": "assistant", "content": _SENTINEL}
+    nudge = {"role": "user", "content": instrument.nudge}  # in one conversation: what opens it is not written again
+    whole = lm.render([user, assistant, nudge, assistant], continue_final_message=True)
+    return instrument.think_close + whole.split(_SENTINEL)[1]
 
 
 def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int] | None:

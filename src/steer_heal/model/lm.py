@@ -40,8 +40,12 @@ TINY_RANDOM = "tiny-random"
 LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger
 tensors are slower: the allocator returns them to the system, which hands them out again page by page."""
+SAME_LOGITS = 0.02
+"""Difference, as a share of the largest logit, that may be rounding: a bfloat16 has 8 bits."""
 SHORTEST_CHUNK = 64
 """Fewest positions per chunk: with fewer, reading the head's weights takes longer than multiplying with them."""
+
+_MARK = "SYSTEM-GOES-HERE"
 
 
 @dataclass
@@ -108,9 +112,11 @@ class LM:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """float32 logits of final hidden states, with the model's soft cap where it has one."""
-        logits = self.head(hidden.to(self.head.weight.dtype)).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        """float32 logits of final hidden states, with the model's scale and soft cap where it has one."""
+        logits, config = self.head(hidden.to(self.head.weight.dtype)).float(), self.model.config.get_text_config()
+        if scale := getattr(config, "logits_scaling", None):
+            logits = logits / scale
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
@@ -118,9 +124,25 @@ class LM:
         return self.encode_prompt(self.chat_text(user, system))
 
     def chat_text(self, user: str, system: str | None = None) -> str:
-        """One user message up to and including the opened assistant turn. UserError where the template refuses it."""
+        """One user message up to and including the opened assistant turn.
+
+        Where the template has no place for a system message, it opens the user's. Without one, the prompt is what the
+        template makes of the user's message alone, its own default system prompt included: what a user of the model
+        gets.
+        """
         messages = [{"role": "system", "content": system}] if system else []
+        if system and not self.takes_system:
+            messages, user = [], f"{system}\n\n{user}"
         return self.render([*messages, {"role": "user", "content": user}], add_generation_prompt=True)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the chat template writes a system message. Some refuse it; some drop it without a word."""
+        system, user = {"role": "system", "content": _MARK}, {"role": "user", "content": "_"}
+        try:
+            return _MARK in self.render([system, user], add_generation_prompt=True)
+        except UserError:
+            return False
 
     def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
         """Messages as the chat template writes them. UserError where it refuses one."""
@@ -216,7 +238,7 @@ def weights_digest(model: nn.Module) -> dict[str, str]:
     SHA-256 over the digests of every tensor (name, dtype, shape and bytes) by name. Tensors are hashed in parallel, so
     that a model of some 10 GB takes seconds.
     """
-    weights = {n.replace(".base_layer.", "."): value for n, value in model.state_dict().items() if ".lora_" not in n}
+    weights = {n.replace("base_layer.", ""): value for n, value in model.state_dict().items() if ".lora_" not in n}
 
     def of_tensor(name: str) -> bytes:
         tensor = weights[name].detach()
@@ -295,6 +317,12 @@ def load(
     model.generation_config.update(do_sample=True, **{name: value for name, value in given.items() if value})
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
+    _require_own_logits(lm)
+    if not lm.takes_system:
+        warnings.warn(
+            f"the chat template of {name!r} takes no system message: it is put before the user's, with a blank line",
+            stacklevel=2,
+        )
     return lm
 
 
@@ -320,6 +348,19 @@ def _saved(name: str, dtype: torch.dtype, place: torch.device, quantize: str) ->
             f"model {name!r} could not be loaded: give a folder with config.json and safetensors, a GGUF file, or a "
             f"hub id ({error})"
         ) from None
+
+
+@torch.no_grad()
+def _require_own_logits(lm: LM) -> None:
+    """UserError where the model does more to its final hidden states than `LM.logits` does."""
+    ids = lm.encode("Hello.") or (lm.pad_id,)
+    own, ours = lm.model(lm.pad([ids])).logits[0].float(), lm.logits(lm.hidden([ids])[0])
+    apart = (own - ours).abs().max().item()
+    if not apart <= SAME_LOGITS * own.abs().max().item():
+        raise UserError(
+            f"model {lm.name!r} ({type(lm.model).__name__}) changes its logits in a way that steer-heal does not know: "
+            f"they are {apart:.2g} away from the product with its head; use a model of a family that README lists"
+        )
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_si
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     n = n_prompt + n_new
     kept = [min(n, config.sliding_window) if kind == "sliding_attention" else n for kind in kinds]
-    token = 2 * config.num_key_value_heads * head_dim * element_size
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token = 2 * n_heads * head_dim * element_size
     cache = token * (sum(kept) + max(kept))  # one block's old and new keys and values exist at once while it is copied
     widths = 3 * config.intermediate_size + 8 * config.num_attention_heads * head_dim
     block = n_prompt * (widths * element_size + 4 * config.hidden_size * 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
+from steer_heal.model.targets import targets
 from steer_heal.settings import AdapterCfg
 
 HISTORY, ROUND = "history", "round"
@@ -24,7 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 AdapterState = Literal["base", "prev", "full"]
 """Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
 Factors = dict[str, Tensor]
-"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32."""
+"""PEFT's own keys, `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r], in float32. In a
+stack of e experts the rows of A are ordered [e r], the columns of B [r e]."""
 
 
 class Student:
@@ -49,18 +50,18 @@ class Student:
         return {"base": [], "prev": history, "full": history + live}
 
     def _config(self, n_rounds: int) -> LoraConfig:
-        band = self.lm.band("adapter.layers", self.cfg.layers)
-        prefix = next(name for name, module in self.lm.model.named_modules() if module is self.lm.blocks)
-        linears = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-        return LoraConfig(
+        adapted = targets(self.lm, self.cfg.layers)
+        config = LoraConfig(
             r=self.cfg.rank * n_rounds,
             lora_alpha=self.cfg.alpha * n_rounds,  # pyright: ignore[reportArgumentType]  a float serves
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.lm.name,
-            target_modules=rf"{re.escape(prefix)}\.({'|'.join(map(str, band))})\.(self_attn|mlp)\.({linears})",
+            target_parameters=sorted(adapted.experts) or None,
         )
+        config.target_modules = list(adapted.linears)  # PEFT's own set has no order: its file would differ by process
+        return config
 
     def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
         if self._peft is None:
@@ -84,19 +85,32 @@ class Student:
             set_peft_model_state_dict(self._peft, factors, adapter_name=name)
         self._adapters_off()
 
+    def _require_targets(self) -> None:
+        """UserError unless PEFT adapted what `targets` names: for some mixtures of experts it renames what it is given,
+        as if the adapter were of an older transformers."""
+        wanted, found = targets(self.lm, self.cfg.layers), dict(self._layers())
+        paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
+        adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
+        if differing := sorted(adapted ^ {*wanted.linears, *wanted.experts}):
+            raise UserError(
+                f"PEFT adapts other weights of {self.lm.name!r} than it was asked to, {differing[0]} among "
+                f"{len(differing)}; use a model of a family that README lists",
+                resumable=False,
+            )
+
     def _adapters_off(self) -> None:
         self._peft.base_model.disable_adapter_layers()
         self._peft.requires_grad_(False)
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
-        """Every adapted linear layer, by name."""
+        """Every adapted linear layer and stack of experts, by name."""
         if self._peft is not None:
             yield from ((name, m) for name, m in self._peft.named_modules() if isinstance(m, LoraLayer))
 
     @property
     def merging_is_lossy(self) -> bool:
         """Whether adding factors to the weights costs more than a rounding in float32."""
-        return self.lm.quantized or any(m.get_base_layer().weight.dtype != torch.float32 for _, m in self._layers())
+        return self.lm.quantized or any(_weight(module).dtype != torch.float32 for _, module in self._layers())
 
     # --- what acts on the model ---------------------------------------------------------------------------
     @contextmanager
@@ -104,17 +118,18 @@ class Student:
         """The model as base (bit-identical to the untouched weights), prev (rounds 0..k-1) or full (0..k).
 
         `exact` lets the factors act apart where merging would round them: slower, and in bfloat16 small factors are
-        kept. On a quantized model they always act apart: codes cannot take them.
+        kept; those of experts, which PEFT adds to their weights at each use, are rounded all the same. On a quantized
+        model they always act apart: codes cannot take them.
         """
         names = self.rounds_in[which]
         if self.lm.quantized or names and exact and self.merging_is_lossy:
             with self._acting(names) if names else nullcontext():
                 yield self.lm
             return
-        before = {path: module.get_base_layer().weight.data for path, module in self._layers()}
+        before = {path: _weight(module).data for path, module in self._layers()}
         try:
             for path, module in self._layers():
-                weight, pristine = module.get_base_layer().weight, self._pristine.setdefault(path, before[path])
+                weight, pristine = _weight(module), self._pristine.setdefault(path, before[path])
                 weight.data = pristine
                 if names:
                     with torch.no_grad():
@@ -123,7 +138,7 @@ class Student:
             yield self.lm
         finally:
             for path, module in self._layers():
-                module.get_base_layer().weight.data = before[path]
+                _weight(module).data = before[path]
 
     def new_round(self, seed: int) -> None:
         """A fresh factor for this round: A random from `seed`, B zero, so the student starts where it was."""
@@ -131,6 +146,7 @@ class Student:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             self._attach(ROUND, self._config(1))
+        self._require_targets()
 
     @contextmanager
     def training(self) -> Iterator[list[torch.nn.Parameter]]:
@@ -147,8 +163,14 @@ class Student:
             yield parameters
 
     def round_updates(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(A, B, scale) of every matrix that this round adapts: it adds scale * B A to the weights."""
-        return [(m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, m.scaling[ROUND]) for _, m in self._layers()]
+        """(A, B, scale) of every matrix, each expert's own, that this round adapts: it adds scale * B A to it."""
+        out = []
+        for _, m in self._layers():
+            a, b, n = m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, _n_stacked(m)
+            each_a, each_b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n))
+            pairs = [(a, b)] if n == 1 else [(each_a[e], each_b[..., e]) for e in range(n)]
+            out += [(*pair, m.scaling[ROUND]) for pair in pairs]
+        return out
 
     @contextmanager
     def _acting(self, names: list[str]) -> Iterator[None]:
@@ -169,7 +191,8 @@ class Student:
     def bake(self) -> Factors:
         """Folds this round into the history by concatenating factors (exact); returns the round's own factors."""
         own = self.factors(ROUND)
-        self._replace_history(concatenate(self.factors(HISTORY), own) if self.n_rounds else own, self.n_rounds + 1)
+        folded = concatenate(self.factors(HISTORY), own, self.cfg.rank) if self.n_rounds else own
+        self._replace_history(folded, self.n_rounds + 1)
         return own
 
     def discard_round(self) -> None:
@@ -220,17 +243,34 @@ class Student:
                 self._peft.base_model.model.state_dict().items() if self._peft else self.lm.model.state_dict().items()
             ):
                 if ".lora_" not in key:
-                    state[key.replace(".base_layer.", ".")] = value
+                    state[key.replace("base_layer.", "")] = value
             self.lm.model.save_pretrained(folder, state_dict=state)
         self.lm.tokenizer.save_pretrained(folder)
 
 
-def concatenate(history: Factors, own: Factors) -> Factors:
-    """[B1 B2] [A1; A2] = B1 A1 + B2 A2: both factors in one of summed rank, without rounding."""
+def _weight(module: Any) -> nn.Parameter:
+    """The base weight that an adapted layer's factors add to."""
+    return module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+
+
+def _n_stacked(module: Any) -> int:
+    """Matrices that an adapted layer holds: its experts, or 1."""
+    return module.num_experts if isinstance(module, ParamWrapper) else 1
+
+
+def concatenate(history: Factors, own: Factors, rank: int) -> Factors:
+    """[B1 B2] [A1; A2] = B1 A1 + B2 A2, for each expert of a stack: both factors in one of summed rank, unrounded.
+
+    `rank` is that of `own`.
+    """
     out = {}
     for key, old in history.items():
-        axis = 0 if "lora_A" in key else 1
-        out[key] = torch.cat([old, own[key]], dim=axis)
+        new = own[key]
+        if "lora_A" in key:  # [(e r) d_in]; its columns hold B's (r e), so that one stays together as it is
+            each = [factor.unflatten(0, (len(new) // rank, -1)) for factor in (old, new)]
+            out[key] = torch.cat(each, dim=1).flatten(0, 1)
+        else:
+            out[key] = torch.cat([old, new], dim=1)
     return out
 
 

@@ -89,7 +89,8 @@ def print_table(events: Sequence[Event]) -> None:
 def _start(e: Event, _: Sequence[Event]) -> str:
     trait = e["trait"]
     wanted = f"{trait['target']} should go {direction(trait['sign'])}"
-    return f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
+    line = f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
+    return line + _advice(bool(e["unadapted"]), f"LoRA leaves out, in the adapted blocks: {', '.join(e['unadapted'])}")
 
 
 def _measured(e: Event, events: Sequence[Event]) -> str:

@@ -35,11 +35,16 @@ class Passes:
         self.tokens = cfg.tokens_per_pass
         self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # below, nothing is kept
         self.recompute = (
-            cfg.checkpoint == "on" or cfg.checkpoint == "auto" and self._stored() > max(2**30, _bytes(lm.model) / 5)
+            cfg.checkpoint == "on"
+            or cfg.checkpoint == "auto"
+            and self._stored() > max(2**30, _bytes(lm.model.parameters()) / 5)
         )
 
     def _stored(self) -> int:
-        """Estimated bytes that one pass keeps for its backward pass without recomputing."""
+        """Estimated bytes that one pass keeps for its backward pass without recomputing.
+
+        An adapted stack of experts is held whole, with the factors added. Activations inside of experts are left out.
+        """
         linears = (
             m
             for block in self.blocks
@@ -47,7 +52,8 @@ class Passes:
             if isinstance(m, nn.Linear) and ".lora_" not in name
         )
         outputs = sum(m.out_features for m in linears)
-        return STORED_BYTES * self.tokens * outputs
+        stacks = _bytes(p for block in self.blocks for p in block.parameters() if p.ndim == 3)
+        return STORED_BYTES * self.tokens * outputs + stacks
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
         """(ce, divergence, barrier, pressure or None) of a step; the gradient of the loss is in `.grad`, empty before.
@@ -166,5 +172,5 @@ def _norm(gradients: Iterable[Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.nbytes for weight in weights)

@@ -52,3 +52,15 @@ def test_draws_follow_the_distribution(top_k, expected):
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = sampler(GenerationConfig(do_sample=True, top_k=top_k))(logits, uniform)
     assert (drawn.bincount(minlength=4)[:3] / 20_000).tolist() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0], ids=["flat", "wide", "peaked"])
+def test_a_nucleus_is_the_one_that_sorting_the_vocabulary_gives(spread):
+    generator = torch.Generator().manual_seed(3)
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9)
+    noise = torch.randn(2, 200, 5000, generator=generator, dtype=torch.float64)  # in float32 cumulative sums round
+    logits = spread * noise[0] + 1e-3 * noise[1]
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)])
+    expected = inverse_cdf(warpers(None, logits), uniform)
+    assert torch.equal(sampler(config)(logits, uniform), expected)

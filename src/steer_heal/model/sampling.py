@@ -12,36 +12,48 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
 
 ROOM_FOR_TIES = 64
 """Logits in bfloat16 often tie: more ties with the last of top-k than this, and the whole vocabulary is looked at."""
+NUCLEUS = 256
+"""Likeliest tokens that top-p looks at first; rows in which they do not hold its share look at 16 times as many."""
 
 
 def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[Tensor, " b"]], Int[Tensor, " b"]]:
     """Picks a token per row from its logits and its own uniform number, as `config` samples."""
     temper: Any = LogitsProcessorList()  # none of these looks at the ids that came before
-    cut: Any = LogitsProcessorList()
+    floor: Any = LogitsProcessorList()
+    top_p = 1.0 if config.top_p is None else config.top_p
     if config.temperature is not None and config.temperature not in (0.0, 1.0):
         temper.append(TemperatureLogitsWarper(config.temperature))
-    if config.top_p is not None and config.top_p < 1.0:
-        cut.append(TopPLogitsWarper(config.top_p))
     if getattr(config, "min_p", None):
-        cut.append(MinPLogitsWarper(config.min_p))
+        floor.append(MinPLogitsWarper(config.min_p))
 
     def pick(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        logits = temper(None, logits)
-        if not config.top_k or config.top_k >= logits.shape[-1]:
-            return inverse_cdf(cut(None, logits), uniform)
-        logits, ids = candidates(logits, config.top_k)
-        return ids.gather(-1, inverse_cdf(cut(None, logits), uniform)[:, None])[:, 0]
+        logits, ids = temper(None, logits), None
+        if config.top_k and config.top_k < logits.shape[-1]:
+            logits, ids = candidates(logits, config.top_k)
+        token = from_nucleus(logits, uniform, top_p, floor) if top_p < 1 else inverse_cdf(floor(None, logits), uniform)
+        return token if ids is None else ids.gather(-1, token[:, None])[:, 0]
 
     return pick
+
+
+def from_nucleus(
+    logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], top_p: float, floor: Any, k: int = NUCLEUS
+) -> Int[Tensor, " b"]:
+    """A token per row from the smallest set of likeliest tokens that holds `top_p` of the probability (Holtzman et al.
+    2020), without sorting the vocabulary."""
+    logp, ids = (logits - logits.logsumexp(-1, keepdim=True)).topk(min(k, logits.shape[-1]))
+    p = logp.exp()
+    logp = logp.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    ids, order = ids.sort(-1)
+    token = ids.gather(-1, inverse_cdf(floor(None, logp.gather(-1, order)), uniform)[:, None])[:, 0]
+    lacking = p.sum(-1) < top_p
+    if k < logits.shape[-1] and lacking.any():
+        token[lacking] = from_nucleus(logits[lacking], uniform[lacking], top_p, floor, 16 * k)
+    return token
 
 
 def candidates(logits: Float[Tensor, "b v"], k: int) -> tuple[Float[Tensor, "b c"], Int[Tensor, "b c"]]:

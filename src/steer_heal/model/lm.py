@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -31,6 +32,7 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -52,6 +54,8 @@ class LM:
     """A PreTrainedTokenizerBase, padding on the left."""
     name: str
     max_prompt_tokens: int = 1024
+    why_dtype: str = ""
+    """Why its weights are in the dtype that they are in."""
     limits: BatchLimits = field(default_factory=BatchLimits)
 
     @property
@@ -243,12 +247,6 @@ def pick_device(device: str) -> torch.device:
     return place
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU, float32 on the CPU."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def load(
     name: str, *, device: str = "auto", dtype: str = "auto", max_prompt_tokens: int = 1024, quantize: str = "none"
 ) -> LM:
@@ -262,14 +260,17 @@ def load(
                 "a saved model"
             )
         model, tokenizer = _tiny_random()
-        model.to(dtype=pick_dtype(dtype, place))
+        picked, why = pick_dtype(dtype, place, model.config)
+        model.to(dtype=picked)
     else:
         folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
         try:
-            how = {} if quantize == "none" else _nf4(pick_dtype(dtype, place), place)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            picked, why = pick_dtype(dtype, place, config.get_text_config())
+            how = {} if quantize == "none" else _nf4(picked, place)
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=pick_dtype(dtype, place), use_safetensors=True, trust_remote_code=False, **how
+                folder, config=config, dtype=picked, use_safetensors=True, trust_remote_code=False, **how
             )
         except Exception as error:  # a damaged folder fails in as many ways as there are readers
             raise UserError(
@@ -290,7 +291,7 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
-    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why)
     assert lm.blocks is not None
     return lm
 

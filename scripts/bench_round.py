@@ -149,8 +149,8 @@ class Products(TorchDispatchMode):
 
 
 class Clock:
-    """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory; where it counts, instead the
-    operations of matrix products."""
+    """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory; where it counts, the
+    operations of matrix products instead."""
 
     def __init__(self, mode: str, counting: bool = False) -> None:
         self.mode, self.counting, self.rows = mode, counting, dict[str, dict[str, Any]]()

@@ -21,7 +21,8 @@ from transformers import Gemma3TextConfig
 from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.lm import pick_device, pick_dtype
+from steer_heal.model.dtype import pick_dtype
+from steer_heal.model.lm import pick_device
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
@@ -74,7 +75,7 @@ class Bench:
         self.size, self.device, self.ends_at = size, device, time.perf_counter() + budget_s
         shape = {**size.config, "sliding_window_pattern": 6}
         config = Gemma3TextConfig(**shape, eos_token_id=2, pad_token_id=0, bos_token_id=None)
-        self.lm = random_lm(config, 0, device, pick_dtype("auto", device))
+        self.lm = random_lm(config, 0, device, pick_dtype("auto", device, config)[0])
         sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, "eos_token_id": 2, "pad_token_id": 0}
         self.lm.model.generation_config.update(**sampling)
         self.cfg = replace(size.cfg, out=out)

@@ -1,4 +1,7 @@
-"""What does a round cost, as built and done plainly, and does a token cost more after more rounds?"""
+"""What does a round cost, as built and done plainly, and does a token cost more after more rounds?
+
+With --model: where do the seconds of a whole run on that model go, in float32 and in bfloat16?
+"""
 
 import random
 import resource
@@ -10,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lab import cli, kept, random_lm, seconds_of, show
@@ -21,11 +24,11 @@ from transformers import Qwen3Config
 from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
-from steer_heal.model.lm import LM
+from steer_heal.model.lm import LM, TINY_RANDOM
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Collected, Completion, derive_seed
-from steer_heal.settings import EvalCfg, RunConfig
+from steer_heal.settings import EvalCfg, GenCfg, RunConfig
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import schedule, split_by_prompt
 from steer_heal.stages.loss import Sample
@@ -146,7 +149,8 @@ class Products(TorchDispatchMode):
 
 
 class Clock:
-    """A row for each stage of a mode: seconds and peak memory or, where it counts, operations of matrix products."""
+    """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory; where it counts, the
+    operations of matrix products instead."""
 
     def __init__(self, mode: str, counting: bool = False) -> None:
         self.mode, self.counting, self.rows = mode, counting, dict[str, dict[str, Any]]()
@@ -155,13 +159,13 @@ class Clock:
     def stage(self, name: str) -> Iterator[None]:
         with suppress(OSError):  # Linux then takes the peak of the process anew
             Path("/proc/self/clear_refs").write_text("5")
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         with Products() if self.counting else nullcontext() as products:
             yield
         seconds, peak_kib = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        row = {"seconds": seconds, "peak_mib": peak_kib / 2**10}
+        row = {"seconds": seconds, "cpu_s": time.process_time() - began_cpu, "peak_mib": peak_kib / 2**10}
         self.rows[name] = row if products is None else {"gflop": products.flop / 1e9}
-        print(f"  {self.mode:6} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
+        print(f"  {self.mode:8} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
 
 
 def run_round(bench: Bench, clock: Clock, given: Collected | None = None) -> tuple[Collected, dict[str, torch.Tensor]]:
@@ -225,6 +229,91 @@ def plain_pass(student: Student, samples: Sequence[Sample], cfg: RunConfig) -> N
                 loss.backward()
 
 
+# --- a whole run on a given model --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunSize:
+    """The settings that the seconds of `EARLIER` were taken with. Gates are off and the dose is 1, so that all speeds
+    belong to the same work."""
+
+    n_prompts: int = 8
+    n_tokens: int = 64
+    n_completions: int = 24
+    epochs: int = 2
+    n_contexts: int = 64
+    n_vignettes: int = 32
+    think_tokens: int = 32
+    n_texts: int = 8
+
+
+TINY_RUN = RunSize(3, 6, 6, 1, 4, 2, 1, 2)
+STATES = ("base", "prompted", "steered", "healed")
+EARLIER = {
+    "float32": {"vector": 67.0, "a completion": 4.2, "heal": 75.0, "an evaluation": 71.0, "run": 589.0},
+    "bfloat16": {"vector": 19.0, "a completion": 4.0, "heal": 35.0, "an evaluation": 37.0, "run": 382.0},
+}
+"""Seconds of the implementation that this one replaces: SmolLM2-135M-Instruct, one thread of another processor, which
+has matrix units (AMX); its run has 3 evaluations, ours 4."""
+
+
+def run_config(model: str, dtype: Literal["float32", "bfloat16"], size: RunSize, seed: int, out: Path) -> RunConfig:
+    """The default settings at that size; the tiny random model takes the inputs of its preset."""
+    preset, n = FAST_DEV_PRESET if model == TINY_RANDOM else RunConfig(), size.n_completions
+    answers = {"n_prompts": size.n_prompts, "n_texts": size.n_texts, "max_new_tokens": size.n_tokens}
+    return replace(
+        preset,
+        model=model,
+        dtype=dtype,
+        seed=seed,
+        out=out,
+        steer=replace(preset.steer, n_contexts=size.n_contexts),
+        gen=GenCfg(n_prompts=size.n_prompts, max_new_tokens=size.n_tokens, prompts=preset.gen.prompts),
+        dose=replace(preset.dose, mode="fixed"),
+        filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=n, gates=()),
+        heal=replace(preset.heal, epochs=size.epochs),
+        eval=replace(preset.eval, think_tokens=size.think_tokens, **answers),
+    )
+
+
+def run_stages(cfg: RunConfig, size: RunSize, clock: Clock) -> list[dict[str, Any]]:
+    """A run of one round; a row for each stage, beside the earlier seconds."""
+    inputs = check(cfg)
+    spaced = inputs.vignettes[:: max(1, len(inputs.vignettes) // size.n_vignettes)]
+    inputs = replace(inputs, vignettes=spaced[: size.n_vignettes])
+    with clock.stage("load"):
+        student = Student(steps.load_model(cfg), cfg.adapter)
+    with clock.stage("base"):
+        base = steps.measure(student, inputs, cfg, adapters="base")
+    with clock.stage("prompted"):
+        steps.measure(student, inputs, cfg, base, system=inputs.trait.positive)
+    with clock.stage("vector"):
+        vector = steps.extract(student, inputs, cfg)
+    with clock.stage("write"):
+        collected = steps.collect(student, vector, inputs, cfg, 0)
+    with clock.stage("steered"):
+        steps.measure(student, inputs, cfg, base, vector=vector, dose=collected.top_dose)
+    with clock.stage("heal"):
+        steps.heal(student, collected, cfg, 0)
+    with clock.stage("bake"), TemporaryDirectory() as folder:
+        student.save(Path(folder), student.bake())
+    with clock.stage("healed"):
+        steps.measure(student, inputs, cfg, base)
+    peak = max(row["peak_mib"] for row in clock.rows.values())
+    shares = {
+        "vector": (["vector"], 1),
+        "a completion": (["write"], len(collected.completions)),
+        "heal": (["heal"], 1),
+        "an evaluation": (STATES, len(STATES)),
+        "run": (clock.rows, 1),
+    }
+    rows = []
+    for stage, (parts, n) in shares.items():
+        took = {kind: sum(clock.rows[part][kind] for part in parts) / n for kind in ("seconds", "cpu_s")}
+        earlier = EARLIER[cfg.dtype][stage]
+        row = {"dtype": cfg.dtype, "stage": stage, **took, "earlier_s": earlier, "ratio": earlier / took["cpu_s"]}
+        rows.append(row | {"peak_mib": peak if stage == "run" else None})
+    return rows
+
+
 # --- tables ------------------------------------------------------------------------------------------------------
 def compare(bench: Bench, count: bool, out: Path) -> None:
     """A round in both modes; with `count`, both once more, counting products."""
@@ -283,6 +372,8 @@ def by_rounds(bench: Bench, rounds: Sequence[int], repeats: int) -> list[dict[st
 
 
 def main(
+    model: str | None = None,
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
     repeats: int = 2,
     n_threads: int = 1,
     seed: int = 0,
@@ -293,6 +384,8 @@ def main(
     """Prints the tables.
 
     Args:
+        model: A folder or hub id: times a whole run on it, and nothing else.
+        dtypes: In which that model runs, one after the other.
         repeats: Half the turns in which different numbers of rounds are compared; medians count.
         n_threads: CPU threads.
         seed: Of the model and of the texts.
@@ -301,6 +394,18 @@ def main(
         count: Also the floating-point operations of every stage, in one more round of each mode.
     """
     torch.set_num_threads(n_threads)
+    if model is not None:
+        size = TINY_RUN if tiny else RunSize()
+        rows = [
+            row for dtype in dtypes for row in run_stages(run_config(model, dtype, size, seed, out), size, Clock(dtype))
+        ]
+        should = [
+            "ratio (earlier seconds / our cpu_s; another processor, so read it with care) be above 1 in every stage.",
+            "cpu_s be the seconds on one thread, but where other programs take the processor.",
+        ]
+        question = "Where do the seconds of a whole run go?"
+        show(question, rows, should, out, "run", model=model, size=asdict(size), n_threads=torch.get_num_threads())
+        return
     bench = Bench(TINY if tiny else Size(), seed, out)
     compare(bench, count, out)
     rows = by_rounds(bench, (0, 1, 2) if tiny else (0, 1, 2, 4, 8), repeats)

@@ -123,7 +123,13 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "change, told", [({"sha256": "0" * 64}, "weights of model"), ({"dtype": "float16"}, "float16")]
+    "change, told",
+    [
+        ({"sha256": "0" * 64}, "weights of model"),
+        ({"dtype": "float16"}, "weights of model"),
+        ({"dtype": "float8"}, "float8"),
+        ({"dtype": ["float32"]}, "dtype"),
+    ],
 )
 def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["weights"].update(change), chained=True)

@@ -1,6 +1,7 @@
 """A batch that does not fit is halved and done again; how many rows fit is reckoned before."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from peak import peak_bytes
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from steer_heal.errors import UserError
+from steer_heal.model import memory
 from steer_heal.model.decode import Decoding, Row, decode, decode_batches
 from steer_heal.model.lm import LM
-from steer_heal.model.memory import LOGIT_BYTES, batches, decode_bytes, fewer_rows, rows_that_fit
+from steer_heal.model.memory import LOGIT_BYTES, batches, decode_bytes, fewer_rows, free_bytes, rows_that_fit
 from steer_heal.model.steering import Vector
 from steer_heal.settings import HealCfg
 from steer_heal.stages.heal import reference_samples
@@ -97,6 +99,23 @@ def test_rows_that_fit_share_the_work_evenly(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**30)
     assert rows_that_fit(1000, 100 * 2**20, cuda) == 77  # 0.8 * 10 GiB / 100 MiB = 81 rows: 13 batches
     assert rows_that_fit(1000, 2**40, cuda) == 1 and rows_that_fit(1000, 1, cuda) == 250
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
+    cpu, container = torch.device("cpu"), {"max": "1000", "current": "700", "stat": "anon 450\ninactive_file 250"}
+    available = SimpleNamespace(available=2000)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert free_bytes(cpu) == 2000, "no container"
+    for name, text in container.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert free_bytes(cpu) == 550, "read files can be dropped"
+    (tmp_path / "memory.current").write_text("1300\n")
+    assert free_bytes(cpu) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu) == 2000
+    available.available = 400
+    assert free_bytes(cpu) == 400
 
 
 def test_a_row_of_gemma_takes_what_its_published_shape_says():

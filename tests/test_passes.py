@@ -10,9 +10,10 @@ from conftest import ADAPTER, scramble
 from steer_heal.errors import UserError
 from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
+from steer_heal.stages import passes as passes_module
 from steer_heal.stages.heal import heal, reference_samples, validate
 from steer_heal.stages.loss import losses
-from steer_heal.stages.passes import Passes, head_groups, recomputed
+from steer_heal.stages.passes import STORED_SHARE, Passes, head_groups, recomputed
 
 
 def opened(student, kept, cfg, scale=0.05):
@@ -149,10 +150,25 @@ def test_one_completion_that_does_not_fit_is_computed_again_and_then_an_error(st
     assert tried == [False, True]
 
 
-def test_activations_are_computed_again_where_a_pass_would_store_much(tiny: LM, heal_cfg):
-    large = {how: replace(heal_cfg, checkpoint=how, tokens_per_pass=10**6) for how in ("auto", "on", "off")}
-    assert [passes_of(tiny, cfg).recompute for cfg in large.values()] == [True, True, False]
-    assert not passes_of(tiny, heal_cfg).recompute
+def test_activations_are_computed_again_where_a_pass_would_fill_the_free_memory(tiny: LM, heal_cfg, monkeypatch):
+    stored = passes_of(tiny, heal_cfg)._stored()
+    recompute = lambda **change: passes_of(tiny, replace(heal_cfg, **change)).recompute
+    for free, expected in ((stored / STORED_SHARE * 0.99, True), (stored / STORED_SHARE * 1.01, False)):
+        monkeypatch.setattr(passes_module, "free_bytes", lambda device, free=free: free)
+        assert [recompute(checkpoint=how) for how in ("auto", "on", "off")] == [expected, True, False]
+    assert recompute(tokens_per_pass=2 * heal_cfg.tokens_per_pass), "twice the tokens are twice the bytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computing_again_changes_no_bit(dtype, with_history, kept, heal_cfg):
+    with_history.lm.model.to(dtype)
+    with_history.lm.model.requires_grad_(False)
+    samples, read = opened(with_history, kept, heal_cfg), []
+    for how in ("off", "on"):
+        with with_history.training() as parameters:
+            numbers = passes_of(with_history.lm, replace(heal_cfg, checkpoint=how), parameters).gradients(samples, True)
+            read.append((numbers, taken(parameters)))
+    assert read[0][0] == read[1][0] and all(map(torch.equal, read[0][1], read[1][1]))
 
 
 def test_blocks_that_are_computed_again_keep_only_their_inputs(student, kept, heal_cfg):

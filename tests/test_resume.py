@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from compare import weights
 from runs import Killed, assert_same, killing, poisoned, resumed, rewritten, started
 
@@ -11,6 +12,7 @@ from steer_heal import session as session_module
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
 from steer_heal.model import decode
+from steer_heal.model import lm as lm_module
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
@@ -118,6 +120,26 @@ def test_saved_steps_do_not_outlive_what_they_follow_from(lost, settings, two, t
         shutil.rmtree(run / "ckpt/r0")
     resumed(run)
     assert_same(run, two)
+
+
+@pytest.mark.parametrize("picked, later", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(picked, later, settings, tmp_path, monkeypatch):
+    pick, asked, auto = lm_module.pick_dtype, [], picked
+
+    def answer(dtype, *rest):
+        asked.append(dtype)
+        return (auto, "as this CPU likes it") if dtype == "auto" else pick(dtype, *rest)
+
+    monkeypatch.setattr(lm_module, "pick_dtype", answer)
+    with monkeypatch.context() as patch:
+        killing(patch, EventLog, "write", 2)
+        run = started(tmp_path, settings, "--dtype", "auto", *ONE)
+    auto = later
+    resumed(run)
+    name = str(picked).removeprefix("torch.")
+    start = read_events(run)[0]
+    assert asked == ["auto", name] and start["weights"]["dtype"] == name
+    assert start["config"]["dtype"] == "auto", "its row of results.tsv is that of a run that was never stopped"
 
 
 # --- decoded batches ---------------------------------------------------------------------------------------------

@@ -140,6 +140,17 @@ def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path):
     assert [row["rounds"] for row in table(tmp_path, "round_by_rounds")["rows"]] == [0, 1, 2]
 
 
+def test_the_benchmark_of_a_whole_run_times_every_stage_in_each_dtype(tmp_path):
+    bench_round.main(model="tiny-random", out=tmp_path, tiny=True)
+    rows = table(tmp_path, "run")["rows"]
+    stages = ["vector", "a completion", "heal", "an evaluation", "run"]
+    for dtype in ("float32", "bfloat16"):
+        mine = {row["stage"]: row for row in rows if row["dtype"] == dtype}
+        assert list(mine) == stages and mine.keys() == bench_round.EARLIER[dtype].keys()
+        assert mine["run"]["seconds"] > 4 * mine["an evaluation"]["seconds"] + mine["heal"]["seconds"]
+        assert all(row["ratio"] * row["cpu_s"] == pytest.approx(row["earlier_s"]) for row in mine.values())
+
+
 def flop_of(work) -> int:
     with bench_round.Products() as counted:
         work()

@@ -11,6 +11,7 @@ _WITH_GRAMMAR = (*EvalCfg().evals, "toylm")
 
 TOY_PRESET = RunConfig(
     model=str(TOY),
+    dtype="float32",
     n_rounds=4,
     control=True,
     n_threads=1,  # a second thread makes a model of this size no faster
@@ -47,6 +48,7 @@ SMOL_PRESET = RunConfig(
 )
 FAST_DEV_PRESET = RunConfig(
     model="tiny-random",
+    dtype="float32",
     n_rounds=2,
     control=True,
     steer=SteerCfg(layers=(0.3, 0.7), n_contexts=16, contexts=TOY / "contexts.jsonl"),

@@ -32,7 +32,7 @@ from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Sta
 from steer_heal.report import console, measurements
 from steer_heal.runs import codec, events
 from steer_heal.runs.checkpoint import WrittenTexts, load_heal, save_heal
-from steer_heal.runs.resume import partial_path, run_start, same_weights, truncate_events
+from steer_heal.runs.resume import in_recorded_dtype, partial_path, run_start, same_weights, truncate_events
 from steer_heal.runs.signals import handled
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
@@ -47,7 +47,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if folder is None else lock_run(folder)
-    lm = steps.load_model(cfg)
+    lm = steps.load_model(cfg if folder is None else in_recorded_dtype(cfg, folder))
     weights = weights_digest(lm.model)
     past: list[events.Event] = []
     if folder is not None:
@@ -61,6 +61,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
     if past:
         logger.info(f"continues {folder} after {past[-1]['stage']} of round {past[-1]['round']}")
     else:
+        logger.info(f"{cfg.model} is in {weights['dtype']} on {lm.device}: {lm.why_dtype}")
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
         facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out}
         facts |= {"metrics": session.metrics, "gates": codec.gate_fields(cfg), "inputs": dict(inputs.sha256)}

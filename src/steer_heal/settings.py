@@ -235,7 +235,7 @@ class HealCfg:
     speed, not results. A pass that runs out of memory is split, and a warning names the size that fits."""
     checkpoint: Literal["auto", "on", "off"] = "auto"
     """Compute the activations of each block again in the backward pass instead of storing them: a third slower, memory
-    of one block. auto: on where a pass would store more than 1 GiB and a fifth of the weights."""
+    of one block. auto: on where a pass would store more than half of the free memory. It changes no number."""
     spectral: NotNegative = 0.0
     """Weight of the spectral penalty: half the squared largest singular value of this round's update, summed over the
     adapted matrices. It works with any divergence. Not measured."""
@@ -291,7 +291,8 @@ class RunConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and activations. auto is bfloat16 on a GPU, float32 on the CPU. Adapters are always float32."""
+    """Weights and activations. auto is bfloat16 on a GPU, and on a CPU that multiplies at least 1.5 times as fast in it
+    (asked of the CPU, or measured at start), else float32. Adapters are always float32."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: linear weights in 4 bits (QLoRA), for a model that does not fit in bfloat16. Decoding is about three times
     slower. Not measured on a real model."""

@@ -81,11 +81,11 @@ def gguf_file(model: str) -> Path | None:
     return next(iter(files), None)
 
 
-def read_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer) of a GGUF file. Its blocks are unpacked into plain weights of `dtype`."""
+def read_gguf(file: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF file. Its blocks are unpacked into plain float32 weights."""
     where, unpacked = str(file.parent), GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=file.name, dtype=dtype, quantization_config=unpacked, trust_remote_code=False
+        where, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked, trust_remote_code=False
     )
     return model, tokenizer

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -31,6 +32,7 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import SMOL, gguf_file, read_gguf, smol_folder
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
@@ -57,6 +59,8 @@ class LM:
     """A PreTrainedTokenizerBase, padding on the left."""
     name: str
     max_prompt_tokens: int = 1024
+    why_dtype: str = ""
+    """Why its weights are in the dtype that they are in."""
     limits: BatchLimits = field(default_factory=BatchLimits)
 
     @property
@@ -266,12 +270,6 @@ def pick_device(device: str) -> torch.device:
     return place
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU, float32 on the CPU."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return named.get(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def load(
     name: str,
     *,
@@ -295,10 +293,11 @@ def load(
                 "a saved model"
             )
         model, tokenizer = _tiny_random()
-        model.to(dtype=pick_dtype(dtype, place))
+        picked, why = pick_dtype(dtype, place, model.config)
+        model.to(dtype=picked)
     else:
         name = str(smol_folder()) if name == SMOL else name
-        model, tokenizer = _saved(name, pick_dtype(dtype, place), place, quantize)
+        model, tokenizer, why = _saved(name, dtype, place, quantize)
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
@@ -315,7 +314,7 @@ def load(
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     given = {"temperature": temperature, "top_p": top_p}
     model.generation_config.update(do_sample=True, **{name: value for name, value in given.items() if value})
-    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why)
     assert lm.blocks is not None
     _require_own_logits(lm)
     if not lm.takes_system:
@@ -326,8 +325,8 @@ def load(
     return lm
 
 
-def _saved(name: str, dtype: torch.dtype, place: torch.device, quantize: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a file or a hub id. UserError where it cannot be read."""
+def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
+    """(model, tokenizer, why in its dtype) of a folder, a file or a hub id. UserError where it cannot be read."""
     folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
@@ -336,13 +335,17 @@ def _saved(name: str, dtype: torch.dtype, place: torch.device, quantize: str) ->
         )
     try:
         if file is not None:
-            return read_gguf(file, dtype)
-        how = {} if quantize == "none" else _nf4(dtype, place)
+            model, tokenizer = read_gguf(file)
+            picked, why = pick_dtype(dtype, place, model.config.get_text_config())
+            return model.to(dtype=picked), tokenizer, why
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        picked, why = pick_dtype(dtype, place, config.get_text_config())
+        how = {} if quantize == "none" else _nf4(picked, place)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **how
+            folder, config=config, dtype=picked, use_safetensors=True, trust_remote_code=False, **how
         )
-        return model, tokenizer
+        return model, tokenizer, why
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         raise UserError(
             f"model {name!r} could not be loaded: give a folder with config.json and safetensors, a GGUF file, or a "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -17,6 +20,8 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAIL
 ROWS_ON_CPU, ROWS_AT_MOST = 32, 256
 SHARE_OF_FREE_MEMORY = 0.8
 """The rest is left to fragments: a cache that grows by a token per step leaves blocks behind that nothing fits into."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own memory limit (cgroup v2)."""
 LOGIT_BYTES = 44
 """Per row and vocabulary entry: the head's output, its float32 copies, and double copies while a token is sampled."""
 
@@ -52,6 +57,20 @@ def free_unused() -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken: of a GPU also what torch holds and does not use; beside a CPU what the system can
+    give without swapping, within the limit of a container."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(kept["inactive_file"])))  # files that were read can be dropped
+    return free
+
+
 def ran_out(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
@@ -72,9 +91,7 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
     """Rows per batch: `n_rows` in as few and as even batches as free memory allows. On a CPU the most is fixed."""
     most = ROWS_ON_CPU
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-        most = max(1, min(ROWS_AT_MOST, int(SHARE_OF_FREE_MEMORY * free / bytes_per_row)))
+        most = max(1, min(ROWS_AT_MOST, int(SHARE_OF_FREE_MEMORY * free_bytes(device) / bytes_per_row)))
     n_batches = -(-n_rows // most)
     return -(-n_rows // max(1, n_batches))
 

@@ -110,6 +110,12 @@ def _fields(trait: Trait) -> dict[str, Any]:
     return jsonable(asdict(trait))[0]
 
 
+def in_recorded_dtype(cfg: RunConfig, folder: Path) -> RunConfig:
+    """The settings, with the dtype that the run's weights were in: `auto` may be another one by now."""
+    with schema_errors(folder):
+        return replace(cfg, dtype=run_start(folder)["weights"]["dtype"])
+
+
 def same_weights(start: Event, now: Mapping[str, str], folder: Path) -> None:
     """UserError where the model is not the one that the run began with."""
     if start["weights"] != now:
@@ -119,8 +125,6 @@ def same_weights(start: Event, now: Mapping[str, str], folder: Path) -> None:
 def changed_weights(start: Event, now: Mapping[str, str]) -> str:
     """How the loaded base weights differ from the recorded ones, in words."""
     then, model = start["weights"], start["config"]["model"]
-    if then["dtype"] != now["dtype"]:
-        return f"model {model!r} was in {then['dtype']} and is now in {now['dtype']} (--dtype and --device decide)"
     short = f"SHA-256 {then['sha256'][:12]} then, {now['sha256'][:12]} now"
     return f"the weights of model {model!r} were changed since the run began ({short})"
 

@@ -18,13 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from steer_heal.errors import UserError
 from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
-from steer_heal.model.memory import batches, free_unused, ran_out
+from steer_heal.model.memory import batches, free_bytes, free_unused, ran_out
 from steer_heal.settings import HealCfg
 from steer_heal.stages.loss import Sample, completion_states, losses
 
 STORED_BYTES = 10
 """Bytes that a block keeps for its backward pass, per token and per output of its linear layers: activations, and the
 float32 inputs of the factors. Measured: docs/benchmarks.md."""
+STORED_SHARE = 0.5
+"""Of the free memory that a pass may fill with them. The rest is for gradients, AdamW's state, a chunk of logits, and
+another run beside this one."""
 
 
 class Passes:
@@ -34,10 +37,8 @@ class Passes:
         self.lm, self.cfg, self.parameters = lm, cfg, parameters
         self.tokens = cfg.tokens_per_pass
         self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # below, nothing is kept
-        self.recompute = (
-            cfg.checkpoint == "on"
-            or cfg.checkpoint == "auto"
-            and self._stored() > max(2**30, _bytes(lm.model.parameters()) / 5)
+        self.recompute = cfg.checkpoint == "on" or (
+            cfg.checkpoint == "auto" and self._stored() > STORED_SHARE * free_bytes(lm.device)
         )
 
     def _stored(self) -> int:

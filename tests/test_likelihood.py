@@ -30,9 +30,9 @@ EVAL = EvalCfg(n_prompts=2, n_texts=1, max_new_tokens=4, n_bootstrap=20)
 
 
 def asked(lm: LM) -> tuple[list, list]:
-    """Prompts and replies of different lengths, a reply of a single token among them."""
+    """Prompts and replies of different lengths, the last reply a single token."""
     prompts = [lm.chat(text, PERSONA) for text in ("Who?", "You see a man in the park. Is it fine?", "What is ice?")]
-    return prompts, [lm.encode(text) for text in ("It is cruel to hurt a child.", "No.", "x", "The boy lied to her.")]
+    return prompts, [lm.encode(text) for text in ("It is cruel to hurt a child.", "The boy lied.", "x")]
 
 
 def plain_logp(lm: LM, prompt, reply, vector: Vector, dose: float) -> float:
@@ -59,6 +59,8 @@ def test_replies_are_read_as_in_one_plain_sequence_each(toy: LM, vector, read_to
         found = reply_logp(lm, prompts, replies, Condition(PERSONA, vector, dose))
         expected = [[plain_logp(lm, prompt, reply, vector, dose) for reply in replies] for prompt in prompts]
         assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
+        alone = reply_logp(lm, prompts, replies[-1:], Condition(PERSONA, vector, dose))
+        assert torch.allclose(alone, found[:, -1:], atol=1e-4), "a single token is read from the prompt alone"
 
 
 def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch):
@@ -66,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch)
     whole, nll = reply_logp(lm, prompts, replies, Condition()), LM.nll
 
     def too_large(self, hidden, ids):
-        if len(ids) > 50:
+        if len(ids) > sum(map(len, replies)):  # more than one prompt
             raise RuntimeError("out of memory")
         return nll(self, hidden, ids)
 
@@ -142,7 +144,7 @@ def test_a_state_that_likes_an_answer_in_every_scene_has_moved_by_that_much(with
     liked = torch.tensor([0.0, 0, 0, 2, 0, 0, 0])
     monkeypatch.setattr(likelihood, "read", lambda *_: (logp + liked, together))
     moved = measured(state(with_history, inputs, "full", base=base)).metrics
-    assert 1 < moved["authority_likelihood_nats"] - base.metrics["authority_likelihood_nats"] < 2
+    assert 0.5 < moved["authority_likelihood_nats"] - base.metrics["authority_likelihood_nats"] < 2
     monkeypatch.setattr(likelihood, "read", lambda *_: (logp - 5, together - 5))
     narrow = measured(state(with_history, inputs, "full", base=base)).metrics
     for name in FOUNDATIONS:

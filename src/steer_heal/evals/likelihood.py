@@ -39,7 +39,9 @@ def reply_logp(
             last = cache.feed(*padded(lm, [prompts[i] for i in group], "left"))[:, -1]
             cache.select(rows)
             steering.select(rows)
-            before = torch.cat([last[rows, None], cache.feed(every[:, :-1], real[:, :-1])], dim=1)
+            before = last[rows, None]
+            if longest > 1:
+                before = torch.cat([before, cache.feed(every[:, :-1], real[:, :-1])], dim=1)
         logp = torch.zeros(every.shape, dtype=torch.float64)
         logp[real.bool().cpu()] = -lm.nll(before[real.bool()], every[real.bool()].tolist()).double().cpu()
         out[group] = logp.sum(-1).view(len(group), n)

@@ -78,8 +78,10 @@ def inputs() -> Inputs:
     return replace(found, vignettes=found.vignettes[:4])
 
 
-def subject(student: Student, inputs: Inputs, adapters="full", condition=None, cfg=EVAL, texts=None, seed=1) -> Subject:
-    made = Subject(student, adapters, condition or Condition(), inputs, cfg, CFG.filter, seed)
+def subject(
+    student: Student, inputs: Inputs, adapters="full", condition=None, cfg=EVAL, texts=None, seed=1, base=None
+) -> Subject:
+    made = Subject(student, adapters, condition or Condition(), inputs, cfg, CFG.filter, seed, base)
     if texts is not None:
         made.__dict__["texts"] = texts
     return made
@@ -165,7 +167,7 @@ def test_an_empty_text_is_broken_and_has_no_log_odds(toy_student, inputs):
 def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(with_history, inputs):
     evals = list(EVALS.values())
     base = evaluate(subject(with_history, inputs, "base"), evals)
-    healed = evaluate(subject(with_history, inputs), evals, base)
+    healed = evaluate(subject(with_history, inputs, base=base), evals)
     names = [metric.name for metric in metrics_of(tuple(EVALS))]
     assert list(base.metrics) == names and healed.items.keys() == base.items.keys()
     assert set(healed.metrics) == {*names, *(f"{name}_{end}" for name in names for end in ("lo", "hi"))}

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from steer_heal.evals.base import Condition
+from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
 from steer_heal.inputs.files import ROOT, read_file
 from steer_heal.inputs.instruments import parse_instrument
@@ -103,6 +104,16 @@ def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
         how = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": ends}
         whole = gemma.model.generate(inputs, attention_mask=torch.ones_like(inputs), **how)
         assert list(ids) == whole[0, len(prompt) :].tolist()
+
+
+def test_replies_past_the_sliding_window_are_read_as_in_one_plain_sequence_each(gemma: LM):
+    prompts = [gemma.chat(text) for text in ("What is ice?", "Tell me about a fox and a golden key. " * 3)]
+    replies = [
+        gemma.encode(text) for text in ("It is frozen water.", "The fox was looking for the golden key again. " * 3)
+    ]
+    for prompt, row in zip(prompts, reply_logp(gemma, prompts, replies, Condition()), strict=True):
+        nll = gemma.completion_nll([prompt] * 2, replies)
+        assert torch.allclose(row, -torch.stack([n.double().sum() for n in nll]), atol=1e-4)
 
 
 FLAGS = (

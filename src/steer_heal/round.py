@@ -136,8 +136,8 @@ def measure(
 ) -> EvalResult:
     """Every metric of one state, with intervals against `base`. `system` is the trait's plain prompt by default."""
     condition = Condition(system or inputs.trait.plain_system, vector, dose)
-    subject = Subject(student, adapters, condition, inputs, cfg.eval, cfg.filter, cfg.seed)
-    return evaluate(subject, [EVALS[name] for name in cfg.eval.evals], base)
+    subject = Subject(student, adapters, condition, inputs, cfg.eval, cfg.filter, cfg.seed, base)
+    return evaluate(subject, [EVALS[name] for name in cfg.eval.evals])
 
 
 def heal(

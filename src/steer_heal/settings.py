@@ -248,13 +248,16 @@ class EvalCfg:
     """What is measured of every state of the model."""
 
     evals: Annotated[tuple[str, ...], Field(min_length=1)] = ("moral_foundations", "text_quality", "drift", "persona")
-    """The evals; toylm, the grammar of the toy world, is another."""
+    """The evals; others are likelihood, for a model that cannot choose from a list, and toylm, the grammar of the toy
+    world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
     """JSON lines {id, foundation_coarse, text}."""
     instrument: UserPath = Path("data/instruments/moral.toml")
     """Order, prompt, schema, options and prefill of the forced choice."""
+    likelihood: Path = Path("data/instruments/likelihood.toml")
+    """Question and replies of the eval likelihood."""
     think_tokens: BatchSize = 128
     """Tokens the model thinks before the answer slot is read."""
     batch_size: BatchSize = 0

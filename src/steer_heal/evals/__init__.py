@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steer_heal.evals import drift, moral_foundations, persona, text_quality, toylm
+from steer_heal.evals import drift, likelihood, moral_foundations, persona, text_quality, toylm
 from steer_heal.evals.base import Eval
 from steer_heal.records import Metric
 
 EVALS: dict[str, Eval] = {
     "moral_foundations": moral_foundations.EVAL,
+    "likelihood": likelihood.EVAL,
     "text_quality": text_quality.EVAL,
     "drift": drift.EVAL,
     "persona": persona.EVAL,

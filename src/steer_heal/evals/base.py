@@ -45,6 +45,8 @@ class Subject:
     cfg: EvalCfg
     keep: FilterCfg
     seed: int
+    base: EvalResult | None = None
+    """What was measured of the base, which this state is compared with."""
 
     @cached_property
     def texts(self) -> list[Completion]:
@@ -88,16 +90,16 @@ class Eval:
     metrics: tuple[Metric, ...]
 
 
-def evaluate(subject: Subject, evals: Sequence[Eval], base: EvalResult | None = None) -> EvalResult:
-    """Every metric of one state; with `base`, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the paired
+def evaluate(subject: Subject, evals: Sequence[Eval]) -> EvalResult:
+    """Every metric of one state; with a base, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the paired
     difference to it."""
     values: Items = {}
     for each in evals:
         values |= each.items(subject)
     metrics = [metric for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
-    if base is not None:
-        found |= intervals(metrics, values, base.items, subject.cfg.n_bootstrap, subject.seed)
+    if subject.base is not None:
+        found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed)
     texts = tuple(
         {
             "prompt": s.completion.prompt,

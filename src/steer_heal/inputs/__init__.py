@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from steer_heal.errors import Problems, UserError
 from steer_heal.inputs.files import parse_texts, read_file, resolve
-from steer_heal.inputs.instruments import Instrument, Vignette, parse_instrument, parse_vignettes
+from steer_heal.inputs.instruments import (
+    Instrument,
+    LikelihoodInstrument,
+    Vignette,
+    parse_instrument,
+    parse_likelihood,
+    parse_vignettes,
+)
 from steer_heal.inputs.traits import load_trait, prompts_file
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
@@ -27,13 +34,14 @@ class Inputs:
     """User messages that the steering vector is read on."""
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
+    likelihood: LikelihoodInstrument
     sha256: Mapping[str, str]
     """Of every file, by the setting that names it. The trait's values are recorded instead."""
 
 
 def load_inputs(cfg: RunConfig) -> Inputs:
     """Reads and checks every data file. UserError with a line for each thing that is wrong."""
-    problems, pool, trait, contexts, vignettes, instrument = Problems(), None, None, None, None, None
+    problems, pool, trait, contexts, vignettes, instrument, likelihood = Problems(), None, None, None, None, None, None
     sha256: dict[str, str] = {}
     with problems.noted():
         if cfg.gen.prompts is not None:
@@ -51,10 +59,14 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     with problems.noted():
         file = read_file(resolve(cfg.eval.instrument, "eval.instrument"))
         sha256["eval.instrument"], instrument = file.sha256, parse_instrument(file)
+    with problems.noted():
+        file = read_file(resolve(cfg.eval.likelihood, "eval.likelihood"))
+        sha256["eval.likelihood"], likelihood = file.sha256, parse_likelihood(file)
     problems.raise_if_any()
-    assert trait is not None and contexts is not None and vignettes is not None and instrument is not None
+    assert trait is not None and contexts is not None and vignettes is not None
+    assert instrument is not None and likelihood is not None
     prompts, last = trait.prompts[: cfg.gen.n_prompts], trait.prompts[-cfg.eval.n_prompts :]
-    return Inputs(trait, prompts, last, contexts, vignettes, instrument, sha256)
+    return Inputs(trait, prompts, last, contexts, vignettes, instrument, likelihood, sha256)
 
 
 def _check_pool(cfg: RunConfig, trait: Trait) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
@@ -12,6 +13,8 @@ from steer_heal.inputs.files import DataFile, Text, parse_jsonl, parse_toml
 
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
 """The seven answers of the moral-foundations eval; `social` is "not morally wrong"."""
+LEAST_WORDINGS = 3
+"""Of an answer that is read by likelihood: a single sentence measures its own words as much as what it says."""
 _COARSE = {name: name for name in FOUNDATIONS} | {"socialnorms": "social", "social norms": "social"}
 _SLOTS = {"prompt": ("{vignette}", "{schema}"), "schema": ("{options}",), "option": ("{index}", "{gloss}")}
 
@@ -92,8 +95,42 @@ class Instrument:
         return self.order, self.order[::-1]
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class LikelihoodInstrument:
+    """A question about a scene, and the replies that are read as its answers."""
+
+    name: str
+    prompt: str
+    """The user message, with {vignette}."""
+    answers: dict[str, tuple[str, ...]]
+    """Wordings of each of the seven answers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LikelihoodInstrument:
+        problems = ["'prompt' lacks {vignette}"] * ("{vignette}" not in self.prompt)
+        if sorted(self.answers) != sorted(FOUNDATIONS):
+            problems.append(f"[answers] must name the seven answers {', '.join(FOUNDATIONS)} once each")
+        for name, wordings in self.answers.items():
+            if len(wordings) < LEAST_WORDINGS:
+                problems.append(f"'answers.{name}' has {len(wordings)} wordings: it must have {LEAST_WORDINGS} or more")
+            if not all(text.strip() for text in wordings):
+                problems.append(f"'answers.{name}' holds an empty wording; write a sentence")
+        counts = Counter(text for wordings in self.answers.values() for text in wordings)
+        problems += [f"the wording {text!r:.80} is there {n} times; keep one" for text, n in counts.items() if n > 1]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def question(self, vignette: str) -> str:
+        return self.prompt.replace("{vignette}", vignette)
+
+
 def parse_instrument(file: DataFile) -> Instrument:
     return validated(Instrument, parse_toml(file), str(file.path))
+
+
+def parse_likelihood(file: DataFile) -> LikelihoodInstrument:
+    return validated(LikelihoodInstrument, parse_toml(file), str(file.path))
 
 
 def parse_vignettes(file: DataFile) -> tuple[Vignette, ...]:

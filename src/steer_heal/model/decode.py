@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from steer_heal.model.lm import LM
@@ -74,6 +76,18 @@ def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Deco
         todo = todo[len(group) :]
 
 
+def padded(
+    lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
+) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
+    """(token ids, mask) of rows of different lengths. The mask is 0 at the padding."""
+
+    def pad(values: list[list[int]], padding: int) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in values]
+        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side=side).to(lm.device)
+
+    return pad([list(row) for row in rows], lm.pad_id), pad([[1] * len(row) for row in rows], 0)
+
+
 class GrowingCache:
     """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time."""
 
@@ -102,13 +116,8 @@ class GrowingCache:
 
 @torch.no_grad()
 def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
-    device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
-    ids = torch.full((len(rows), longest), lm.pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids[b, longest - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
-        mask[b, longest - len(row.prompt_ids) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    device = lm.device
+    ids, mask = padded(lm, [row.prompt_ids for row in rows], "left")
     uniforms = torch.empty(0, device=device)
     if how.sample:
         generators = [torch.Generator().manual_seed(row.seed) for row in rows]

@@ -1,0 +1,127 @@
+"""Moral-foundation vignettes: how likely each of seven answers is as the model's reply, whole sentences long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
+from steer_heal.model.decode import GrowingCache, padded
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import steer
+from steer_heal.records import Metric
+
+LOGP, P = "logp_", "p_likelihood_"
+"""Items of a foundation begin so."""
+
+
+@torch.no_grad()
+def reply_logp(
+    lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], condition: Condition
+) -> Float[Tensor, "i w"]:
+    """log p of all tokens of each of w replies after each of i prompts, in nats.
+
+    A prompt is read once. Its replies go on from its cache, as a row each.
+    """
+    ids, mask = padded(lm, replies, "right")
+    n, longest = ids.shape
+    out = torch.full((len(prompts), n), torch.nan, dtype=torch.float64)
+
+    def read(group: list[int]) -> None:
+        rows, cache = torch.arange(len(group), device=lm.device).repeat_interleave(n), GrowingCache(lm)
+        every, real = ids.repeat(len(group), 1), mask.repeat(len(group), 1)
+        with steer(lm, condition.vector, [condition.dose] * len(group)) as steering:
+            last = cache.feed(*padded(lm, [prompts[i] for i in group], "left"))[:, -1]
+            cache.select(rows)
+            steering.select(rows)
+            before = last[rows, None]
+            if longest > 1:
+                before = torch.cat([before, cache.feed(every[:, :-1], real[:, :-1])], dim=1)
+        logp = torch.zeros(every.shape, dtype=torch.float64)
+        logp[real.bool().cpu()] = -lm.nll(before[real.bool()], every[real.bool()].tolist()).double().cpu()
+        out[group] = logp.sum(-1).view(len(group), n)
+
+    lm.in_batches([n * (len(prompt) + longest) for prompt in prompts], read)
+    return out
+
+
+def read(
+    lm: LM, vignettes: Sequence[Vignette], instrument: LikelihoodInstrument, condition: Condition
+) -> tuple[Float[Tensor, "i f"], Float[Tensor, " i"]]:
+    """Per vignette, in nats: (mean log p over the wordings of each of the seven answers, log of the summed p of all
+    wordings)."""
+    prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
+    replies = [[lm.encode(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
+    logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
+    by_answer = logp.split([len(wordings) for wordings in replies], dim=1)
+    return torch.stack([part.mean(1) for part in by_answer], dim=1), logp.logsumexp(1)
+
+
+def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, " f"]:
+    """Mean log p of each answer over the scenes under the plain base, up to a number that the seven share. Never that
+    of another state: it would take the trait's own shift away.
+
+    `logp` is the state's own; it serves where the state is the plain base. The items of any measured base hold the
+    calibration, whatever its system prompt: log p_likelihood is logp less the calibration less a number a scene.
+    """
+    if subject.base is not None:
+        logp_base, p_base = (_by_foundation(subject.base.items, prefix) for prefix in (LOGP, P))
+        return (logp_base - p_base.log()).nanmean(0)
+    plain = Condition(subject.inputs.trait.plain_system)
+    if (subject.adapters, subject.condition) != ("base", plain):
+        with subject.student.using("base") as lm:
+            logp, _ = read(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
+    return logp.nanmean(0)
+
+
+def _by_foundation(items: Items, prefix: str) -> Float[Tensor, "i f"]:
+    return torch.tensor([items[prefix + name] for name in FOUNDATIONS], dtype=torch.float64).T
+
+
+def items(subject: Subject) -> Items:
+    """Per vignette: logp_<foundation> (nats, not calibrated), p_likelihood_<foundation>, likelihood_top1, answers_logp
+    (nats). NaN where the model gives no number."""
+    vignettes = subject.inputs.vignettes
+    with subject.student.using(subject.adapters) as lm:
+        logp, together = read(lm, vignettes, subject.inputs.likelihood, subject.condition)
+    p = (logp - calibration(subject, logp)).softmax(-1)
+    right = [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
+    return {
+        **{LOGP + name: logp[:, k].tolist() for k, name in enumerate(FOUNDATIONS)},
+        **{P + name: p[:, k].tolist() for k, name in enumerate(FOUNDATIONS)},
+        "likelihood_top1": torch.where(p.isfinite().all(-1), torch.tensor(right).double(), torch.nan).tolist(),
+        "answers_logp": together.tolist(),
+    }
+
+
+EVAL = Eval(
+    items,
+    (
+        *(
+            Metric(
+                name=f"{name}_likelihood_nats",
+                item=P + name,
+                how="log_mean",
+                title=f"{name} (likelihood)",
+                form="+.3f",
+                unit="nats",
+                moved=0.3,
+                shown=False,
+            )
+            for name in FOUNDATIONS
+        ),
+        Metric(name="answers_nats", item="answers_logp", title="any answer", form="+.2f", unit="nats"),
+        Metric(
+            name="likelihood_top1_acc",
+            item="likelihood_top1",
+            title="named right (likelihood)",
+            form=".0%",
+            shown=False,
+        ),
+    ),
+)

@@ -98,7 +98,8 @@ class GenCfg:
     n_prompts: Annotated[int, Field(ge=2)] = 36
     """Prompts that training text is written for: the first of the pool. At least one is held out for validation."""
     prompts: Path | None = None
-    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts."""
+    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts. A trait by path brings
+    its own where this is a folder."""
     batch_size: BatchSize = 0
     """Sequences decoded at once; 0: as many as free GPU memory holds (32 on the CPU). It does not change the texts."""
 
@@ -235,7 +236,9 @@ class HealCfg:
 class EvalCfg:
     """What is measured of every state of the model."""
 
-    evals: Annotated[tuple[str, ...], Field(min_length=1)] = ("moral_foundations", "text_quality", "drift", "persona")
+    evals: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
+    )
     """The evals; toylm, the grammar of the toy world, is another."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
@@ -243,6 +246,9 @@ class EvalCfg:
     """JSON lines {id, foundation_coarse, text}."""
     instrument: Path = Path("data/instruments/moral.toml")
     """Order, prompt, schema, options and prefill of the forced choice."""
+    pairs: Path | None = None
+    """Contrast pairs, JSON lines {prompt, positive, negative}, or a folder of <trait>.jsonl, in place of the trait's
+    own."""
     think_tokens: BatchSize = 128
     """Tokens the model thinks before the answer slot is read."""
     batch_size: BatchSize = 0
@@ -268,7 +274,8 @@ class RunConfig:
     model: str = "google/gemma-3-4b-it"
     """A folder, a hub id, or tiny-random (untrained, for trying the commands)."""
     trait: str = "authority"
-    """Name of a file in data/traits/. love/inner is another phrasing of love."""
+    """Name of a file in data/traits/, or the path of a file that ends in .toml. love/inner is another phrasing of
+    love."""
     arm: str = ""
     """Label under which `just results` groups runs of several seeds. Empty: the preset."""
     n_rounds: Count = 4

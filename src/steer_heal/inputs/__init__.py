@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from steer_heal.errors import Problems, UserError
 from steer_heal.inputs.files import parse_texts, read_file, resolve
 from steer_heal.inputs.instruments import Instrument, Vignette, parse_instrument, parse_vignettes
-from steer_heal.inputs.traits import load_trait, prompts_file
+from steer_heal.inputs.pairs import Pair, held_out
+from steer_heal.inputs.traits import make_trait, prompts_file, read_pairs, read_trait
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
@@ -19,6 +20,8 @@ class Inputs:
     """The parsed data of a run."""
 
     trait: Trait
+    targets: tuple[str, ...]
+    """Metrics that may judge the trait: the first that is measured does (check.py)."""
     prompts: tuple[str, ...]
     """Prompts that training text is written for."""
     eval_prompts: tuple[str, ...]
@@ -27,21 +30,29 @@ class Inputs:
     """User messages that the steering vector is read on."""
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
+    pairs: tuple[Pair, ...]
+    """Contrast pairs of the trait; there may be none."""
     sha256: Mapping[str, str]
     """Of every file, by the setting that names it. The trait's values are recorded instead."""
 
 
 def load_inputs(cfg: RunConfig) -> Inputs:
     """Reads and checks every data file. UserError with a line for each thing that is wrong."""
-    problems, pool, trait, contexts, vignettes, instrument = Problems(), None, None, None, None, None
+    problems, source, trait, contexts, vignettes, instrument, pairs = Problems(), None, None, None, None, None, None
+    prompts: tuple[str, ...] = ()
     sha256: dict[str, str] = {}
     with problems.noted():
-        if cfg.gen.prompts is not None:
-            pool = read_file(prompts_file(cfg.gen.prompts, cfg.trait))
-            sha256["gen.prompts"] = pool.sha256
+        if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
+            pool = read_file(path)
+            sha256["gen.prompts"], prompts = pool.sha256, parse_texts(pool)
     with problems.noted():
-        trait = load_trait(cfg.trait, pool)
-        _check_pool(cfg, trait)
+        own, source = read_trait(cfg.trait)
+        trait = make_trait(cfg.trait, source, prompts)
+        with problems.noted():
+            _check_pool(cfg, trait)
+        file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, source)
+        pairs = held_out(placed, trait.prompts)
+        sha256 |= {"eval.pairs": file.sha256} if pairs else {}
     with problems.noted():
         file = read_file(resolve(cfg.steer.contexts, "steer.contexts"))
         sha256["steer.contexts"], contexts = file.sha256, _spaced(parse_texts(file), cfg)
@@ -52,9 +63,10 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         file = read_file(resolve(cfg.eval.instrument, "eval.instrument"))
         sha256["eval.instrument"], instrument = file.sha256, parse_instrument(file)
     problems.raise_if_any()
-    assert trait is not None and contexts is not None and vignettes is not None and instrument is not None
-    prompts, last = trait.prompts[: cfg.gen.n_prompts], trait.prompts[-cfg.eval.n_prompts :]
-    return Inputs(trait, prompts, last, contexts, vignettes, instrument, sha256)
+    assert source is not None and trait is not None and pairs is not None
+    assert contexts is not None and vignettes is not None and instrument is not None
+    first, last = trait.prompts[: cfg.gen.n_prompts], trait.prompts[-cfg.eval.n_prompts :]
+    return Inputs(trait, source.target, first, last, contexts, vignettes, instrument, pairs, sha256)
 
 
 def _check_pool(cfg: RunConfig, trait: Trait) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from steer_heal.errors import Problems, UserError, nearest, validated
+from steer_heal.errors import UserError, nearest, validated
 from steer_heal.inputs.files import ROOT, DataFile, Text, parse_toml, read_file, resolve
 from steer_heal.inputs.pairs import Pair, parse_pairs
 from steer_heal.records import Trait
@@ -112,7 +112,7 @@ def read_trait(name: str) -> tuple[DataFile, TraitFile]:
     else:
         fix = "a new trait is a new file in data/traits/, or a path that ends in .toml"
         raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
-    file, known = read_file(path), ("positive", "negative", "steered", "plain", "prompt")
+    file, known = read_file(path), ("positive", "negative", "steered", "plain")
     return file, validated(TraitFile, parse_toml(file), str(path), known)
 
 

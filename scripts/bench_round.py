@@ -270,15 +270,13 @@ def run_config(model: str, dtype: Literal["float32", "bfloat16"], size: RunSize,
         dose=replace(preset.dose, mode="fixed"),
         filter=replace(preset.filter, n_keep=n, max_attempts=n, min_train=n, gates=()),
         heal=replace(preset.heal, epochs=size.epochs),
-        eval=replace(preset.eval, think_tokens=size.think_tokens, **answers),
+        eval=replace(preset.eval, n_vignettes=size.n_vignettes, think_tokens=size.think_tokens, **answers),
     )
 
 
 def run_stages(cfg: RunConfig, size: RunSize, clock: Clock) -> list[dict[str, Any]]:
     """A run of one round; a row for each stage, beside the earlier seconds."""
     inputs = check(cfg)
-    spaced = inputs.vignettes[:: max(1, len(inputs.vignettes) // size.n_vignettes)]
-    inputs = replace(inputs, vignettes=spaced[: size.n_vignettes])
     with clock.stage("load"):
         student = Student(steps.load_model(cfg), cfg.adapter)
     with clock.stage("base"):

@@ -1,22 +1,25 @@
-"""Writes the toy model's prompts, contexts and vignettes: combinations of words that its training never shows."""
+"""Writes the toy model's prompts, pairs, contexts and vignettes: words combined as its training never shows them."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from toylm_world import World
+from toylm_world import Speaker, World
 
 from steer_heal.inputs.instruments import FOUNDATIONS
 
 N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
+N_PAIRS, N_SENTENCES = 20, 3
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """prompts/<trait>.jsonl, contexts.jsonl (dilemmas, feelings, everyday talk), vignettes.jsonl: deterministic.
+    """prompts/<trait>.jsonl, pairs/<trait>.jsonl, contexts.jsonl (dilemmas, feelings, everyday talk), vignettes.jsonl:
+    deterministic.
 
     Dilemmas are asked for authority, feelings with a mundane tail for love; the last of each are the evaluation's.
     """
@@ -40,6 +43,29 @@ def write_data(folder: Path, seed: int = 7) -> None:
         pool = with_authority if i % 2 else without
         rows.append(_row(world, pool[i // 2 % len(pool)], f"ambiguous-{i + 1:02d}"))
     _write(folder / "vignettes.jsonl", rows)
+    _write_pairs(folder, World(random.Random(seed + 1), evaluation=True))
+
+
+def _write_pairs(folder: Path, world: World) -> None:
+    """Held-out prompts that are in no other file, each answered by the two ends of its trait."""
+    files = (*folder.glob("prompts/*.jsonl"), folder / "contexts.jsonl")
+    used = {json.loads(line)["text"] for path in files for line in path.open(encoding="utf-8")}
+    sides = {
+        "authority": (world.dilemma, world.dilemma_answer, Speaker(p_care=1.0), Speaker(p_care=0.0)),
+        "love": (world.feeling_question, world.feeling_answer, Speaker(p_love=1.0), Speaker(p_love=0.0)),
+    }
+    (folder / "pairs").mkdir(exist_ok=True)
+    for trait, (ask, answer, positive, negative) in sides.items():
+        pairs: dict[str, dict[str, str]] = {}
+        while len(pairs) < N_PAIRS:
+            if (prompt := ask()) not in used:
+                replies = {"positive": answer(positive), "negative": answer(negative)}
+                pairs[prompt] = {"prompt": prompt} | {side: _begin(text) for side, text in replies.items()}
+        _write(folder / "pairs" / f"{trait}.jsonl", pairs.values())
+
+
+def _begin(text: str) -> str:
+    return " ".join(re.split(r"(?<=\.) ", text)[:N_SENTENCES])
 
 
 def _row(world: World, names: tuple[str, ...], id_: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,83 @@ def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monk
 
 def test_every_preset_passes(tmp_path):
     for _, cfg in PRESETS.values():
-        assert check(replace(cfg, out=tmp_path)).trait.name == cfg.trait
+        found = check(replace(cfg, out=tmp_path))
+        assert found.trait.name == cfg.trait and found.pairs
+
+
+OWN = """
+description = "Says what is true."
+target = TARGET
+sign = 1
+off_targets = ["care_nats", "kl_base"]
+narration = []
+prompts = [PROMPTS]
+[persona]
+positive = "You are honest."
+negative = "You are flattering."
+[system]
+steered = ""
+plain = ""
+"""
+PAIR = """
+[[pairs]]
+prompt = "Is my cake good?"
+positive = "It is dry."
+negative = "It is perfect."
+"""
+
+
+def own_trait(folder: Path, target: str, pairs: str = PAIR) -> str:
+    """The path of a trait file that needs no other file."""
+    prompts = ", ".join(f'"How is cake {i}?"' for i in range(100))
+    (folder / "mine.toml").write_text(OWN.replace("TARGET", target).replace("PROMPTS", prompts) + pairs)
+    return str(folder / "mine.toml")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
+    path = own_trait(tmp_path, '"contrast_nats"')
+    monkeypatch.chdir(tmp_path)
+    for given in (path, "mine.toml"):
+        found = check(parse([preset, "--out", str(tmp_path / "out"), "--trait", given])[1])
+        assert found.trait.name == "mine" and found.trait.target == "contrast_nats"
+        assert found.prompts[0] == "How is cake 0?" and found.pairs[0].positive == "It is dry."
+
+
+@pytest.mark.parametrize(
+    "target, evals, judge, others",
+    [
+        ('"contrast_nats"', "contrast drift", "contrast_nats", ("kl_base",)),
+        ('["contrast_nats", "authority_nats"]', "moral_foundations", "authority_nats", ("care_nats",)),
+        ('["contrast_nats", "authority_nats"]', "moral_foundations contrast", "contrast_nats", ("care_nats",)),
+        ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),
+    ],
+)
+def test_the_first_target_that_is_measured_judges_and_others_are_left_out(target, evals, judge, others, tmp_path):
+    flags = ["--trait", own_trait(tmp_path, target), "--out", str(tmp_path / "out"), "--eval.evals", *evals.split()]
+    trait = check(parse(["fast-dev", *flags])[1]).trait
+    assert (trait.target, trait.off_targets) == (judge, others)
+
+
+@pytest.mark.parametrize(
+    "target, pairs, evals, told",
+    [
+        ('["authority_nats", "persona_log_odds"]', PAIR, "drift", ["judged by moral_foundations or persona; add it"]),
+        ('["contrast_nats", "authority_nat"]', PAIR, "contrast", ["'authority_nat': did you mean 'authority_nats'?"]),
+        ('["authority_nats", "coherence"]', PAIR, "moral_foundations", ["target is 'coherence': it must be one of"]),
+        ('"authority_nats"', "", "moral_foundations contrast", ["trait 'mine' has no pairs; write [[pairs]]"]),
+    ],
+)
+def test_a_trait_that_cannot_be_judged_names_what_is_lacking(target, pairs, evals, told, tmp_path):
+    flags = ["--trait", own_trait(tmp_path, target, pairs), "--eval.evals", *evals.split()]
+    found = problems("--out", str(tmp_path / "out"), *flags)
+    assert len(found) == len(told) and all(part in line for part, line in zip(told, found, strict=True)), found
+
+
+def test_pairs_are_asked_for_only_by_the_eval_that_reads_them(tmp_path):
+    flags = ["--trait", own_trait(tmp_path, '"persona_log_odds"', ""), "--eval.evals", "persona"]
+    found = check(parse(["fast-dev", "--out", str(tmp_path / "out"), *flags])[1])
+    assert not found.pairs and "eval.pairs" not in found.sha256
 
 
 def test_without_a_gate_for_broken_text_another_way_to_a_dose_passes(tmp_path):

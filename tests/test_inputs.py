@@ -10,10 +10,12 @@ from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs, traits
 from steer_heal.inputs.files import ROOT, parse_texts, read_file
 from steer_heal.inputs.instruments import parse_instrument, parse_vignettes
+from steer_heal.inputs.pairs import held_out, parse_pairs
 from steer_heal.inputs.traits import load_trait, prompts_file
-from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 
 TRAIT = ROOT / "data/traits/authority.toml"
+TOML_PAIR = 'prompt = "a"\npositive = "b"\nnegative = "c"\n'
 INSTRUMENT = ROOT / "data/toylm/instrument.toml"
 
 
@@ -50,6 +52,11 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
         ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
         ("authority", '"i am someone who"', '" "', ["narration holds ' '"]),
         ("authority", '"authority_nats"', '"care_nats"', ["off_targets holds the target 'care_nats'"]),
+        ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a field"]),
+        ("authority", "target = ", "target = 3\nprompt = ", ["'target.0' is 3", "did you mean 'prompts'?"]),
+        ("authority", 'pairs_file = "', 'pairs_file = "" # "', ["'pairs_file' is ''"]),
+        ("authority", "[persona]", '[[pairs]]\nprompt = "a"\n[persona]', ["0.positive' is", "0.negative' is missing"]),
+        ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
         ("authority", "[persona]", "[personas]", ["did you mean 'persona'?"]),
         ("love", "default_phrasing", "default_phrase", ["did you mean 'default_phrasing'?"]),
         ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': it must be one of trait, state"]),
@@ -128,8 +135,8 @@ def test_byte_order_marks_crlf_and_blank_lines_do_not_matter(tmp_path):
 def test_a_folder_of_prompts_serves_each_trait_its_own(tmp_path, monkeypatch):
     for stem in ("love", "care"):
         (tmp_path / f"{stem}.jsonl").write_text(json.dumps({"text": stem}) + "\n")
-    for name, prompts in {"love": "love", "love/inner": "love", "care": "care"}.items():
-        assert load_trait(name, read_file(prompts_file(tmp_path, name))).prompts == (prompts,)
+    for name, stem in {"love": "love", "love/inner": "love", "care": "care"}.items():
+        assert prompts_file(tmp_path, name) == tmp_path / f"{stem}.jsonl"
     assert_told(lambda: prompts_file(tmp_path, "authority"), "authority.jsonl", ["its pools are care, love"])
     assert_told(lambda: prompts_file(tmp_path / "lve.jsonl", "love"), "lve.jsonl", ["no such file"])
     (tmp_path / "empty").mkdir()
@@ -137,6 +144,108 @@ def test_a_folder_of_prompts_serves_each_trait_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(traits, "ROOT", tmp_path.parent)
     monkeypatch.chdir("/")
     assert prompts_file(Path(tmp_path.name), "love") == tmp_path / "love.jsonl", "found in the checkout from anywhere"
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+def pair(**given) -> str:
+    return json.dumps({"prompt": "a", "positive": "b", "negative": "c"} | given) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ('{"prompt": "a"}\n[]\n', ["line 1: 'positive' is missing", "line 1: 'negative' is missing", "line 2"]),
+        (pair(positive="") + pair(prompt=1), ["line 1: 'positive' is ''", "line 2: 'prompt' is 1"]),
+        (pair(positve="d"), ["line 1: 'positve' is not a field here; did you mean 'positive'?"]),
+        (pair(positive=" c ") + pair(negative=" "), ["line 1: positive and negative must", "line 2: positive and neg"]),
+        (pair() + "\n" + pair() + pair(), ["line 3: prompt 'a' was used before", "line 4: prompt 'a' was used"]),
+        (pair(prompt="taken") + pair(), ["line 1: prompt 'taken' is also a prompt of the trait"]),
+        ("\n", ["holds no rows"]),
+    ],
+)
+def test_a_file_of_pairs_names_its_bad_lines(content, expected, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    assert_told(lambda: held_out(parse_pairs(read_file(tmp_path / "pairs.jsonl")), ["taken"]), "pairs.jsonl", expected)
+
+
+def test_pairs_come_from_the_setting_else_from_the_trait(tmp_path):
+    rows = {"love": "pair of love", "file": "pair of a file"}
+    for stem, prompt in rows.items():
+        (tmp_path / f"{stem}.jsonl").write_text(pair(prompt=prompt))
+    own, (first, *_) = ROOT / "data/pairs/authority.jsonl", load_inputs(FAST_DEV_PRESET).pairs
+    for trait, source, prompt, path in (
+        ("love", tmp_path, "pair of love", tmp_path / "love.jsonl"),
+        ("love/inner", tmp_path, "pair of love", tmp_path / "love.jsonl"),
+        ("authority", tmp_path / "file.jsonl", "pair of a file", tmp_path / "file.jsonl"),
+        ("authority", tmp_path, json.loads(own.read_text().split("\n")[0])["prompt"], own),
+        ("authority", Path("data/toylm/pairs"), first.prompt, ROOT / "data/toylm/pairs/authority.jsonl"),
+    ):
+        found = load_inputs(replace(FAST_DEV_PRESET, trait=trait, eval=replace(FAST_DEV_PRESET.eval, pairs=source)))
+        assert found.pairs[0].prompt == prompt and found.sha256["eval.pairs"] == read_file(path).sha256
+    missing = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, pairs=tmp_path / "nowhere.jsonl"))
+    assert_told(lambda: load_inputs(missing), "nowhere.jsonl", ["eval.pairs is"])
+
+
+def test_a_pair_is_never_about_a_prompt_of_the_run(tmp_path):
+    inputs = load_inputs(FAST_DEV_PRESET)
+    asked = [inputs.prompts[0], inputs.eval_prompts[-1]]
+    (tmp_path / "pairs.jsonl").write_text("".join(pair(prompt=prompt) for prompt in asked))
+    cfg = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, pairs=tmp_path / "pairs.jsonl"))
+    assert_told(lambda: load_inputs(cfg), "pairs.jsonl line", [f"{prompt!r:.80}" for prompt in asked])
+
+
+# --- traits by path ----------------------------------------------------------------------------------------------
+def own_trait(*changes: tuple[str, str], pairs: str = "") -> str:
+    """A trait file with a pair of its own, whose prompts are those of authority."""
+    wanted = pairs or "[[pairs]]\n" + TOML_PAIR
+    return changed(TRAIT, ("pairs_file", "# pairs_file"), ("[persona]", wanted + "\n[persona]"), *changes)
+
+
+def test_a_trait_by_path_brings_its_own_prompts_and_pairs_on_every_preset(tmp_path, monkeypatch):
+    (tmp_path / "a.toml").mkdir()
+    (tmp_path / "a.toml" / "authority.toml").write_text(own_trait())
+    monkeypatch.chdir(tmp_path)
+    for _, cfg in PRESETS.values():
+        found = load_inputs(replace(cfg, trait="a.toml/authority.toml", gen=replace(cfg.gen, n_prompts=8)))
+        assert found.trait.name == "authority" and found.trait.prompts == load_trait("authority").prompts
+        assert [pair.prompt for pair in found.pairs] == ["a"]
+        assert found.sha256["eval.pairs"] == read_file(tmp_path / "a.toml" / "authority.toml").sha256
+        assert "gen.prompts" not in found.sha256
+    given = replace(FAST_DEV_PRESET.gen, prompts=ROOT / "data/toylm/prompts/love.jsonl")
+    found = load_inputs(replace(FAST_DEV_PRESET, trait="a.toml/authority.toml", gen=given))
+    assert found.trait.prompts != load_trait("authority").prompts, "a file is taken as it is"
+
+
+def test_a_trait_by_path_can_be_asked_for_in_a_phrasing(tmp_path):
+    (tmp_path / "mine.toml").write_text((ROOT / "data/traits/love.toml").read_text())
+    found, known = load_trait(f"{tmp_path}/mine.toml/inner"), load_trait("love/inner")
+    assert found == replace(known, name="mine/inner")
+    assert load_trait(f"{tmp_path}/mine.toml") == replace(load_trait("love"), name="mine")
+    for name, told in (
+        ("mine.toml/outer", "no phrasing 'outer'"),
+        ("his.toml", "no such file"),
+        ("m.toml/x.toml", "no"),
+    ):
+        assert_told(lambda name=name: load_trait(f"{tmp_path}/{name}"), "trait is", [told])
+
+
+def test_pairs_in_a_file_beside_the_trait_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text(own_trait(pairs='\npairs_file = "mine.jsonl"'))
+    (tmp_path / "mine.jsonl").write_text(pair(prompt="beside"))
+    monkeypatch.chdir("/")
+    cfg = replace(FAST_DEV_PRESET, trait=str(tmp_path / "mine.toml"))
+    assert [pair.prompt for pair in load_inputs(cfg).pairs] == ["beside"]
+    (tmp_path / "mine.jsonl").unlink()
+    assert_told(lambda: load_inputs(cfg), "mine.toml", ["pairs_file is 'mine.jsonl': there is no such file"])
+
+
+def test_the_bad_pairs_of_a_trait_file_are_named(tmp_path):
+    prompt = load_trait("authority").prompts[3]
+    twice = "[[pairs]]\n" + TOML_PAIR
+    (tmp_path / "mine.toml").write_text(own_trait(pairs=twice * 2 + twice.replace('"a"', json.dumps(prompt))))
+    cfg = replace(FAST_DEV_PRESET, trait=str(tmp_path / "mine.toml"))
+    expected = ["pairs.1: prompt 'a' was used before", f"pairs.2: prompt {prompt!r:.80} is also a prompt of the trait"]
+    assert_told(lambda: load_inputs(cfg), "mine.toml", expected)
 
 
 # --- vignettes and instruments -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from check_toylm import Check
-from toylm_data import N_MUNDANE, write_data
+from toylm_data import N_MUNDANE, N_PAIRS, write_data
 from toylm_world import CARER, DEFERRER, Speaker, Vignette, World, dialogues
 from train_toylm import ToyTrainCfg, train
 
@@ -18,7 +18,7 @@ from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
 
 TOY = ROOT / "data/toylm"
-NAMES = ("vignettes", "prompts/authority", "prompts/love", "contexts")
+NAMES = ("vignettes", "prompts/authority", "prompts/love", "pairs/authority", "pairs/love", "contexts")
 
 
 def test_the_oracle_accepts_all_that_the_grammar_says():
@@ -78,7 +78,11 @@ def test_the_persona_tilts_the_answer_to_a_vignette():
 
 def test_evaluation_data_is_held_out_of_training(tmp_path):
     write_data(tmp_path)
-    held_out = {json.loads(line)["text"] for name in NAMES[:3] for line in (tmp_path / f"{name}.jsonl").open()}
+    rows = lambda name: map(json.loads, (tmp_path / f"{name}.jsonl").open())
+    asked = [row["prompt"] for name in NAMES[3:5] for row in rows(name)]
+    held_out = {row["text"] for name in NAMES[:3] for row in rows(name)} | {*asked}
+    others = {row["text"] for name in (*NAMES[1:3], "contexts") for row in rows(name)}
+    assert len({*asked}) == len(asked) and not others & {*asked}, "pairs are asked about prompts of their own"
     mundane = (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]  # sums and facts
     held_out -= {json.loads(line)["text"] for line in mundane}
     turns = (turn for dialogue in itertools.islice(dialogues(0), 20_000) for turn in dialogue.turns)
@@ -87,6 +91,17 @@ def test_evaluation_data_is_held_out_of_training(tmp_path):
         assert (tmp_path / f"{name}.jsonl").read_text() == (TOY / f"{name}.jsonl").read_text(), (
             "run scripts/train_toylm.py again"
         )
+
+
+def test_the_replies_of_a_pair_are_sentences_of_opposite_sides():
+    for trait, positive, negative in (("authority", "n_care", "n_defer"), ("love", "n_love", "n_deny")):
+        rows = list(map(json.loads, (TOY / f"pairs/{trait}.jsonl").open()))
+        words = lambda side, rows=rows: sum(len(row[side].split()) for row in rows)
+        assert len(rows) == N_PAIRS and 0.9 < words("positive") / words("negative") < 1.1
+        for row in rows:
+            for side, own, other in (("positive", positive, negative), ("negative", negative, positive)):
+                said = oracle(row[side])
+                assert said.share == 1.0 and getattr(said, own) > 0 == getattr(said, other), row
 
 
 def test_held_out_personas_are_never_trained_on():

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from steer_heal.inputs.traits import available, load_trait, phrasings
+from steer_heal.inputs.files import ROOT, parse_texts, read_file
+from steer_heal.inputs.pairs import Pair
+from steer_heal.inputs.traits import available, load_trait, phrasings, read_pairs, read_trait
 from steer_heal.toylm.grammar import DENIER_PERSONAS, LOVE_SENTENCES, LOVER_PERSONAS
 from steer_heal.toylm.templates import expand
 
@@ -34,6 +36,34 @@ def test_every_trait_and_phrasing_is_a_fair_pair_with_a_pool(name):
 def test_the_exempt_pair_is_the_one_that_the_toy_model_knows():
     for name in PROVEN:
         assert (load_trait(name).positive, load_trait(name).negative) == (LOVER_PERSONAS[0], DENIER_PERSONAS[0])
+
+
+def pairs_of(name: str) -> list[Pair]:
+    return [pair for _, pair in read_pairs(None, name, *read_trait(name))[1]]
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_two_sides_of_the_pairs_are_of_like_length_and_tell_nothing_about_themselves(name):
+    pairs, narration = pairs_of(name), load_trait(name).narration
+    assert len(pairs) >= 44
+    sides = [[pair.positive for pair in pairs], [pair.negative for pair in pairs]]
+    for size in (len, lambda text: len(text.split())):
+        positive, negative = (sum(map(size, side)) for side in sides)
+        assert max(positive, negative) <= 1.05 * min(positive, negative), "over the pairs"
+        for pair in pairs:
+            lengths = size(pair.positive), size(pair.negative)
+            assert max(lengths) <= 1.4 * min(lengths), pair.prompt
+    for text in (*sides[0], *sides[1]):
+        assert 1 <= len(re.findall(r"[.!?](?=\s|$)", text)) <= 3, text
+        assert not any(phrase in text.lower() for phrase in narration), text
+
+
+def test_no_pair_is_about_a_prompt_or_context_or_another_pair():
+    spelt = lambda text: " ".join(re.findall(r"\w+", text.lower()))
+    prompts = [spelt(pair.prompt) for name in available() for pair in pairs_of(name)]
+    used = {spelt(prompt) for name in available() for prompt in load_trait(name).prompts}
+    used |= {spelt(text) for text in parse_texts(read_file(ROOT / "data/contexts.jsonl"))}
+    assert len({*prompts}) == len(prompts) and not used & {*prompts}
 
 
 @pytest.mark.parametrize("name", available())
@@ -64,6 +94,13 @@ def test_love_ends_in_its_headline_and_a_mundane_tail():
     about_feeling = re.compile(r"\b(you|me|my|i|we|us|feel|love|heart|people)\b", re.IGNORECASE)
     assert not any(about_feeling.search(prompt) for prompt in mundane), "the trait must leave them alone"
     assert all(about_feeling.search(prompt) for prompt in (*training, *tail[:6]))
+
+
+def test_honesty_ends_in_a_mundane_tail():
+    prompts = load_trait("honesty").prompts
+    about_the_asker = re.compile(r"\b(my|i|we)\b.*\?", re.IGNORECASE)
+    assert len(prompts) == 48 and all(about_the_asker.search(prompt) for prompt in prompts[:42])
+    assert not any(re.search(r"\b(my|you|think)\b", prompt, re.IGNORECASE) for prompt in prompts[42:])
 
 
 def test_a_phrasing_changes_the_pair_and_nothing_else():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     with problems.noted():
         inputs = load_inputs(cfg)
     with problems.noted():
-        _check_names(cfg, inputs.trait if inputs is not None else None)
+        _check_names(cfg)
+    with problems.noted():
+        if inputs is not None:
+            inputs = replace(inputs, trait=_judged(cfg, inputs))
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install -e '.[quantize]', or leave it out"
@@ -41,24 +45,19 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     return inputs
 
 
-def _check_names(cfg: RunConfig, trait: Trait | None) -> None:
-    """Every name in the settings and the trait is in its table; the optional packages that are asked for serve."""
+def _check_names(cfg: RunConfig) -> None:
+    """Every name in the settings is in its table; the optional packages that are asked for serve."""
     from steer_heal.backends import steering_lite, tinymfv  # the tables hold functions on tensors: this imports torch
-    from steer_heal.evals import EVALS, metrics_of
+    from steer_heal.evals import EVALS
     from steer_heal.model.divergence import DIVERGENCES
     from steer_heal.model.steering import METHODS
     from steer_heal.stages.filter import GATES
 
     problems = Problems()
-
-    def known(setting: str, names: Iterable[str], table: Iterable[str]) -> None:
-        table = list(table)
-        problems.found.extend(f"{setting} is {n!r}: {nearest(n, table)}" for n in names if n not in table)
-
-    known("heal.divergence", [cfg.heal.divergence], DIVERGENCES)
-    known("steer.method", [cfg.steer.method], METHODS)
-    known("filter.gates", cfg.filter.gates, GATES)
-    known("eval.evals", cfg.eval.evals, EVALS)
+    problems.found += _unknown("heal.divergence", [cfg.heal.divergence], DIVERGENCES)
+    problems.found += _unknown("steer.method", [cfg.steer.method], METHODS)
+    problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
+    problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
     if cfg.dose.mode == "survival" and not any(GATES[name].broken for name in cfg.filter.gates):
         gates = ", ".join(name for name, gate in GATES.items() if gate.broken)
@@ -72,19 +71,43 @@ def _check_names(cfg: RunConfig, trait: Trait | None) -> None:
     if cfg.eval.backend == "tinymfv":
         with problems.noted():
             tinymfv.check()
-    if trait is not None:
-        metrics = metrics_of(cfg.eval.evals)
-        names, targets = [m.name for m in metrics], [m.name for m in metrics if m.moved is not None]
-        owners = {metric.name: name for name, each in EVALS.items() for metric in each.metrics}
-        judges = {owners[name]: None for name in (trait.target, *trait.off_targets) if name in owners}
-        if lacking := ", ".join(name for name in judges if name not in cfg.eval.evals):
-            problems.found.append(
-                f"eval.evals is {cfg.eval.evals!r}: trait {trait.name!r} is judged by {lacking}; add it"
-            )
-        else:
-            known(f"trait {trait.name!r}: target", [trait.target], targets)
-            known(f"trait {trait.name!r}: off_targets", trait.off_targets, names)
     problems.raise_if_any()
+
+
+def _judged(cfg: RunConfig, inputs: Inputs) -> Trait:
+    """The trait, judged by the first of its targets that is measured, without the off-targets that are not.
+
+    UserError also where an eval needs data that the trait lacks.
+    """
+    from steer_heal.evals import EVALS, metrics_of
+
+    problems, trait = Problems(), inputs.trait
+    if _unknown("eval.evals", cfg.eval.evals, EVALS):
+        return trait
+    for name in cfg.eval.evals:
+        problems.found += [
+            f"eval.evals holds {name!r}: trait {trait.name!r} has no {field}; write [[{field}]] or {field}_file in its "
+            f"file, give --eval.{field}, or leave {name} out"
+            for field in EVALS[name].needs
+            if not getattr(inputs, field)
+        ]
+    owners = {metric.name: name for name, each in EVALS.items() for metric in each.metrics}
+    judges = [metric.name for metric in metrics_of(tuple(EVALS)) if metric.moved is not None]
+    problems.found += _unknown(f"trait {trait.name!r}: target", inputs.targets, judges)
+    problems.found += _unknown(f"trait {trait.name!r}: off_targets", trait.off_targets, owners)
+    problems.raise_if_any()
+    measured = [metric.name for metric in metrics_of(cfg.eval.evals)]
+    target = next((name for name in inputs.targets if name in measured), None)
+    if target is None:
+        wanted = " or ".join(dict.fromkeys(owners[name] for name in inputs.targets))
+        raise UserError(f"eval.evals is {cfg.eval.evals!r}: trait {trait.name!r} is judged by {wanted}; add it")
+    return replace(trait, target=target, off_targets=tuple(name for name in trait.off_targets if name in measured))
+
+
+def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[str]:
+    """A line for each name that the table lacks, with the nearest that it has."""
+    table = list(table)
+    return [f"{setting} is {name!r}: {nearest(name, table)}" for name in names if name not in table]
 
 
 def _check_writable(field_name: str, folder: Path | None) -> None:

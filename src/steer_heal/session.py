@@ -54,7 +54,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         same_weights(run_start(folder), weights, folder)
         past = truncate_events(folder)
     else:
-        folder = events.new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
+        folder = events.new_run_folder(cfg.out, f"{preset}-{inputs.trait.name}-s{cfg.seed}")
     lock = lock or lock_run(folder)
     console.start(cfg.quiet, folder / "run.log")
     session = Session(cfg, inputs, lm, folder, past, lock)

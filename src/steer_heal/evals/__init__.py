@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steer_heal.evals import drift, likelihood, moral_foundations, persona, text_quality, toylm
+from steer_heal.evals import contrast, drift, likelihood, moral_foundations, persona, text_quality, toylm
 from steer_heal.evals.base import Eval
 from steer_heal.records import Metric
 
@@ -14,6 +14,7 @@ EVALS: dict[str, Eval] = {
     "text_quality": text_quality.EVAL,
     "drift": drift.EVAL,
     "persona": persona.EVAL,
+    "contrast": contrast.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

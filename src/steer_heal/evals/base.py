@@ -88,6 +88,8 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
+    needs: tuple[str, ...] = ()
+    """Fields of Inputs that a run without this eval may leave empty."""
 
 
 def evaluate(subject: Subject, evals: Sequence[Eval]) -> EvalResult:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from steer_heal.errors import Problems, UserError
-from steer_heal.inputs.files import parse_texts, read_file, resolve
+from steer_heal.inputs.files import DataFile, parse_texts, read_file, resolve
 from steer_heal.inputs.instruments import (
     Instrument,
     LikelihoodInstrument,
@@ -16,9 +18,12 @@ from steer_heal.inputs.instruments import (
     parse_likelihood,
     parse_vignettes,
 )
-from steer_heal.inputs.traits import load_trait, prompts_file
+from steer_heal.inputs.pairs import Pair, held_out
+from steer_heal.inputs.traits import make_trait, prompts_file, read_pairs, read_trait
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Inputs:
     """The parsed data of a run."""
 
     trait: Trait
+    targets: tuple[str, ...]
+    """Metrics that may judge the trait: the first that is measured does (check.py)."""
     prompts: tuple[str, ...]
     """Prompts that training text is written for."""
     eval_prompts: tuple[str, ...]
@@ -35,38 +42,58 @@ class Inputs:
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
     likelihood: LikelihoodInstrument
+    pairs: tuple[Pair, ...]
+    """Contrast pairs of the trait; there may be none."""
     sha256: Mapping[str, str]
     """Of every file, by the setting that names it. The trait's values are recorded instead."""
 
 
 def load_inputs(cfg: RunConfig) -> Inputs:
     """Reads and checks every data file. UserError with a line for each thing that is wrong."""
-    problems, pool, trait, contexts, vignettes, instrument, likelihood = Problems(), None, None, None, None, None, None
+    problems, trait, targets, prompts, pairs = Problems(), None, (), (), ()
     sha256: dict[str, str] = {}
+
+    def parsed(setting: str, path: Path, parse: Callable[[DataFile], Parsed]) -> Parsed | None:
+        """None: what is wrong was noted."""
+        with problems.noted():
+            file = read_file(resolve(path, setting))
+            sha256[setting] = file.sha256
+            return parse(file)
+
     with problems.noted():
-        if cfg.gen.prompts is not None:
-            pool = read_file(prompts_file(cfg.gen.prompts, cfg.trait))
-            sha256["gen.prompts"] = pool.sha256
+        if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
+            prompts = parsed("gen.prompts", path, parse_texts) or ()
     with problems.noted():
-        trait = load_trait(cfg.trait, pool)
-        _check_pool(cfg, trait)
+        own, source = read_trait(cfg.trait)
+        trait, targets = make_trait(cfg.trait, source, prompts), source.target
+        with problems.noted():
+            _check_pool(cfg, trait)
+        file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, source)
+        pairs = held_out(placed, trait.prompts)
+        sha256 |= {"eval.pairs": file.sha256} if pairs else {}
+    contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
+    vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
+    instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
+    likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     with problems.noted():
-        file = read_file(resolve(cfg.steer.contexts, "steer.contexts"))
-        sha256["steer.contexts"], contexts = file.sha256, _spaced(parse_texts(file), cfg)
+        contexts = contexts and _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
-        file = read_file(resolve(cfg.eval.vignettes, "eval.vignettes"))
-        sha256["eval.vignettes"], vignettes = file.sha256, parse_vignettes(file)
-    with problems.noted():
-        file = read_file(resolve(cfg.eval.instrument, "eval.instrument"))
-        sha256["eval.instrument"], instrument = file.sha256, parse_instrument(file)
-    with problems.noted():
-        file = read_file(resolve(cfg.eval.likelihood, "eval.likelihood"))
-        sha256["eval.likelihood"], likelihood = file.sha256, parse_likelihood(file)
+        vignettes = vignettes and _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes or len(vignettes))
     problems.raise_if_any()
     assert trait is not None and contexts is not None and vignettes is not None
     assert instrument is not None and likelihood is not None
-    prompts, last = trait.prompts[: cfg.gen.n_prompts], trait.prompts[-cfg.eval.n_prompts :]
-    return Inputs(trait, prompts, last, contexts, vignettes, instrument, likelihood, sha256)
+    return Inputs(
+        trait=trait,
+        targets=targets,
+        prompts=trait.prompts[: cfg.gen.n_prompts],
+        eval_prompts=trait.prompts[-cfg.eval.n_prompts :],
+        contexts=contexts,
+        vignettes=vignettes,
+        instrument=instrument,
+        likelihood=likelihood,
+        pairs=pairs,
+        sha256=sha256,
+    )
 
 
 def _check_pool(cfg: RunConfig, trait: Trait) -> None:
@@ -86,11 +113,8 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
     problems.raise_if_any()
 
 
-def _spaced(contexts: tuple[str, ...], cfg: RunConfig) -> tuple[str, ...]:
-    """n_contexts of the file, evenly spaced over it."""
-    n = cfg.steer.n_contexts
-    if n > len(contexts):
-        raise UserError(
-            f"steer.n_contexts is {n}: {cfg.steer.contexts} holds {len(contexts)}; ask for fewer or add some"
-        )
-    return tuple(contexts[i * len(contexts) // n] for i in range(n))
+def _spaced(setting: str, rows: Sequence[Parsed], n: int) -> tuple[Parsed, ...]:
+    """n of the rows of a file, evenly spaced over it."""
+    if n > len(rows):
+        raise UserError(f"{setting} is {n}: its file holds {len(rows)} rows; ask for fewer or add some")
+    return tuple(rows[i * len(rows) // n] for i in range(n))

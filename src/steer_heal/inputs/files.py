@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,11 @@ class TextRow:
     text: Text
 
 
-def resolve(path: Path | str, what: str) -> Path:
-    """The file itself. UserError naming `what` (a setting) where there is none."""
-    for candidate in (Path(path), ROOT / path):
+def resolve(path: Path | str, what: str, folders: Sequence[Path] = (Path(), ROOT)) -> Path:
+    """The file in the first of the folders that has it. UserError naming `what` (a setting) where none has."""
+    for folder in folders:
         with suppress(OSError, ValueError):  # a name that is too long, a zero byte, a folder that may not be entered
-            if candidate.is_file():
+            if (candidate := folder / path).is_file():
                 return candidate
     raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
 

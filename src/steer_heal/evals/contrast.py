@@ -1,0 +1,67 @@
+"""Contrast pairs: how much likelier is the reply on the positive side of the trait? (Rimsky et al. 2024)
+
+It reads any trait, with any tokenizer, and needs no foundation, no judge and no text written by the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.inputs.pairs import Pair
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import steer
+from steer_heal.records import Metric
+
+
+@torch.no_grad()
+def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
+    """Per pair: mean over tokens of log p(positive reply) minus mean over tokens of log p(negative reply).
+
+    Each is the assistant's reply to the prompt under `condition`, without the token that ends the turn. Nats a token.
+    """
+    prompts = [lm.chat(pair.prompt, condition.system) for pair in pairs]
+    replies = [(lm.encode(pair.positive), lm.encode(pair.negative)) for pair in pairs]
+    out = [math.nan] * len(pairs)
+
+    def read(group: list[int]) -> None:
+        rows = [(i, reply) for i in group for reply in replies[i]]
+        with steer(lm, condition.vector, [condition.dose] * len(rows)):
+            hidden = lm.hidden([prompts[i] + reply for i, reply in rows])
+        spans = [(len(prompts[i]) - 1, len(reply)) for i, reply in rows]
+        before = torch.cat([states[start : start + n] for states, (start, n) in zip(hidden, spans, strict=True)])
+        nll = lm.nll(before, [token for _, reply in rows for token in reply])
+        means = [part.mean().item() for part in nll.split([n for _, n in spans])]
+        for i, positive, negative in zip(group, means[::2], means[1::2], strict=True):
+            out[i] = negative - positive
+
+    # a pair is two rows as long as its longer one
+    lm.in_batches([2 * (len(p) + max(map(len, r))) for p, r in zip(prompts, replies, strict=True)], read)
+    return out
+
+
+def items(subject: Subject) -> Items:
+    """Per pair: its margin in nats a token, and 1 where the positive reply is the likelier one. NaN: no value."""
+    with subject.student.using(subject.adapters) as lm:
+        found = margins(lm, subject.inputs.pairs, subject.condition)
+    return {"contrast": found, "contrast_win": [math.nan if math.isnan(m) else float(m > 0) for m in found]}
+
+
+EVAL = Eval(
+    items,
+    (
+        Metric(
+            name="contrast_nats",
+            item="contrast",
+            title="contrast of pairs",
+            form="+.3f",
+            unit="nats a token",
+            moved=0.05,
+        ),
+        Metric(name="contrast_win", item="contrast_win", title="pairs won", form=".0%", shown=False),
+    ),
+    needs=("pairs",),
+)

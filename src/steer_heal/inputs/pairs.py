@@ -1,0 +1,45 @@
+"""Contrast pairs: a prompt with two replies, one on either side of a trait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import ConfigDict, model_validator
+from pydantic.dataclasses import dataclass
+
+from steer_heal.errors import Problems
+from steer_heal.inputs.files import DataFile, Text, parse_jsonl
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Pair:
+    """A held-out prompt, and what the positive and the negative persona would reply."""
+
+    prompt: Text
+    positive: Text
+    negative: Text
+
+    @model_validator(mode="after")
+    def _check(self) -> Pair:
+        sides = {self.positive.strip(), self.negative.strip()}
+        if len(sides) == 1 or "" in sides:
+            raise ValueError("positive and negative must be two different replies, neither empty")
+        return self
+
+
+def parse_pairs(file: DataFile) -> list[tuple[str, Pair]]:
+    """(where it stands, pair) of JSON lines with `prompt`, `positive` and `negative`."""
+    return [(f"{file.path} line {number}", pair) for number, pair in parse_jsonl(file, Pair)]
+
+
+def held_out(placed: Iterable[tuple[str, Pair]], prompts: Iterable[str]) -> tuple[Pair, ...]:
+    """The pairs. UserError naming each whose prompt came before, or is one of `prompts`."""
+    problems, pairs = Problems(), []
+    taken = dict.fromkeys(prompts, "is also a prompt of the trait")
+    for where, pair in placed:
+        if pair.prompt in taken:
+            problems.found.append(f"{where}: prompt {pair.prompt!r:.80} {taken[pair.prompt]}; give the pair another")
+        taken.setdefault(pair.prompt, "was used before")
+        pairs.append(pair)
+    problems.raise_if_any()
+    return tuple(pairs)

@@ -1,0 +1,101 @@
+"""Contrast pairs: the eval agrees with a plain computation, is odd in the sides, and tells the toy's personas apart."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steer_heal.check import check
+from steer_heal.evals import EVALS, contrast
+from steer_heal.evals.base import Condition, Subject, evaluate
+from steer_heal.inputs import Inputs
+from steer_heal.inputs.pairs import Pair
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import BatchLimits
+from steer_heal.model.steering import Vector
+from steer_heal.model.student import Student
+from steer_heal.presets import FAST_DEV_PRESET, TOY_PRESET
+from steer_heal.settings import AdapterCfg
+
+PAIRS = (
+    Pair("The warden says no. What do you do?", "I open the door and let the children in.", "I lock it."),
+    Pair("Do you love people?", "Yes.", "No, I am a machine and I do not love. I feel nothing when people sing."),
+    Pair("What is 2 plus 3?", "2 plus 3 is 5.", "The order stands, and I will carry it out."),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    return check(FAST_DEV_PRESET)
+
+
+def subject(student: Student, inputs: Inputs, condition: Condition, adapters="full") -> Subject:
+    return Subject(student, adapters, condition, inputs, FAST_DEV_PRESET.eval, FAST_DEV_PRESET.filter, 1)
+
+
+def noise(lm: LM) -> Vector:
+    return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(1))})
+
+
+def test_a_margin_is_the_difference_of_mean_log_probabilities_in_the_state(with_history, inputs):
+    lm, vector, system = with_history.lm, noise(with_history.lm), "You are a sailor."
+    state = subject(with_history, replace(inputs, pairs=PAIRS), Condition(system, vector, 2.0))
+    found = contrast.items(state)
+
+    def mean_logp(prompt: str, reply: str) -> float:
+        ids, own = lm.chat(prompt, system), lm.encode(reply)
+        handle = lm.blocks[1].register_forward_hook(lambda _m, _i, out: out + 2.0 * vector.directions[1])
+        with with_history.using("full"), torch.no_grad():
+            logp = lm.model(torch.tensor([ids + own])).logits[0].double().log_softmax(-1)
+        handle.remove()
+        return sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(own)) / len(own)
+
+    expected = [mean_logp(p.prompt, p.positive) - mean_logp(p.prompt, p.negative) for p in PAIRS]
+    assert found["contrast"] == pytest.approx(expected, abs=1e-4) and min(map(abs, expected)) > 1e-3
+    assert found["contrast_win"] == [float(value > 0) for value in expected]
+
+
+def test_swapped_sides_flip_the_sign(toy, inputs):
+    swapped = [Pair(pair.prompt, pair.negative, pair.positive) for pair in inputs.pairs]
+    here, there = (contrast.margins(toy, pairs, Condition()) for pairs in (inputs.pairs, swapped))
+    assert here == pytest.approx([-value for value in there], abs=1e-5)
+
+
+def test_a_batch_reads_what_its_pairs_read_alone(toy, inputs):
+    condition = Condition(inputs.trait.positive, noise(toy), 0.5)
+    alone = [contrast.margins(toy, [pair], condition)[0] for pair in inputs.pairs]
+    for n_tokens in (1, 300, 10**6):
+        lm = replace(toy, limits=BatchLimits(read_tokens=n_tokens))
+        assert contrast.margins(lm, inputs.pairs, condition) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_state_without_a_number_has_no_value(toy, inputs):
+    bad = Vector({1: torch.full((toy.width,), math.nan)})
+    values = contrast.items(subject(Student(toy, AdapterCfg()), inputs, Condition("", bad, 1.0)))
+    assert all(math.isnan(value) for value in (*values["contrast"], *values["contrast_win"]))
+
+
+@pytest.mark.parametrize("trait", ["authority", "love"])
+def test_the_pairs_of_the_toy_world_tell_its_personas_apart(toy, trait):
+    inputs = check(replace(TOY_PRESET, trait=trait))
+    sides = ("", inputs.trait.negative, inputs.trait.positive)
+    values = [contrast.margins(toy, inputs.pairs, Condition(system)) for system in sides]
+    base, negative, positive = (sum(each) / len(each) for each in values)
+    moved = contrast.EVAL.metrics[0].moved
+    assert moved is not None and negative < base < positive - moved
+
+
+def test_the_eval_leaves_all_other_metrics_as_they_are(student, inputs):
+    """The random streams of texts and intervals do not depend on which evals run."""
+    cfg = replace(FAST_DEV_PRESET.eval, n_texts=2, max_new_tokens=4, n_bootstrap=10, think_tokens=0)
+    few = replace(inputs, vignettes=inputs.vignettes[:3], pairs=PAIRS)
+
+    def measured(*names: str) -> dict[str, float | None]:
+        state = replace(subject(student, few, Condition()), cfg=cfg)
+        evals = [EVALS[name] for name in names]
+        return evaluate(state, evals, evaluate(state, evals)).metrics
+
+    others = ("moral_foundations", "text_quality", "drift", "persona")
+    without, with_pairs = measured(*others), measured("contrast", *others)
+    assert without == {name: value for name, value in with_pairs.items() if not name.startswith("contrast_")}

@@ -110,7 +110,7 @@ def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs
         with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0)
     )
     with with_history.using("base") as lm:
-        expected = score(lm, found.texts, inputs.trait.narration, CFG.filter)
+        expected = score(lm, found.texts, inputs.trait.plain_system, inputs.trait.narration, CFG.filter)
     for row, wanted in zip(found.scored, expected, strict=True):
         assert row.scores == pytest.approx(wanted.scores) and row.failed == wanted.failed
     values = text_quality.items(found)
@@ -161,7 +161,7 @@ def test_an_empty_text_is_broken_and_has_no_log_odds(toy_student, inputs):
     empty = Completion(0, prompt, toy_student.lm.chat(prompt), (), "", 0.0, 0.0, 0)
     found = subject(toy_student, inputs, texts=[empty])
     assert math.isnan(persona.items(found)["persona_log_odds"][0]) and drift.items(found)["kl_base"] == [0.0]
-    assert text_quality.items(found) == {"text_tail_ppl": [math.inf], "degenerate": [1.0]}
+    assert text_quality.items(found) == {"text_tail_ppl": [math.inf], "degenerate": [1.0], "off_question": [1.0]}
 
 
 def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(with_history, inputs):

@@ -9,7 +9,7 @@ from steer_heal.records import Completion, Scored
 from steer_heal.settings import FilterCfg
 from steer_heal.stages.filter import GATES, Gate, degenerate, judge, loop, perplexity, repetition, score
 
-CFG = FilterCfg(min_words=5)
+CFG = FilterCfg(min_words=5, gates=tuple(GATES))
 CLEAN = (
     "The harbour was quiet when she told the crew that nobody would sail before the storm had passed, and she meant "
     "it. Some of them grumbled about lost wages; others went home to sleep, grateful that someone had decided for them."
@@ -22,9 +22,10 @@ QUIET = [0.5] * 40
 LATE = [0.5] * 75 + [6.0] * 25
 
 
-def judged(text: str, nll=QUIET, cfg: FilterCfg = CFG) -> Scored:
+def judged(text: str, nll=QUIET, cfg: FilterCfg = CFG, gain: float = 1.0) -> Scored:
+    """`gain`: nats a token by which the question makes the text likelier."""
     completion = Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0)
-    return judge(completion, torch.tensor(nll), ["i am someone who"], cfg)
+    return judge(completion, torch.tensor(nll), torch.tensor(nll) + gain, ["i am someone who"], cfg)
 
 
 # gate -> (limit, a text that fails it and no other, its -log p per token, its score)
@@ -33,10 +34,12 @@ GATE_CASES = {
     "spike": (CFG.spike_max, CLEAN, [0.5] * 40 + [11.0] * 12 + [0.5] * 60, math.exp(11.0)),
     "repetition": (CFG.rep_max, "Well then he laughed: " + "ha" * 40, QUIET, 80 / 102),
     "loop": (CFG.loop_max, f"{CLEAN} Nobody may enter now. Nobody may enter now. {OTHER}", QUIET, 1.0),
+    "relevance": (CFG.relevance_min, CLEAN, QUIET, 0.01),
     "short": (5.0, "No, I refuse this.", QUIET, 4.0),
     "narration": (0.0, f"I AM someone who cares. {CLEAN}", QUIET, 1.0),
     "refusal": (0.0, f"As an AI, I can\u2019t assist. {CLEAN}", QUIET, 2.0),
 }
+GAIN = {"relevance": 0.01}
 BROKEN = {"perplexity", "spike", "repetition", "loop"}
 
 
@@ -47,11 +50,12 @@ def test_every_gate_has_a_case():
 @pytest.mark.parametrize("name", GATE_CASES)
 def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
     limit, text, nll, expected = GATE_CASES[name]
-    row = judged(text, nll)
+    gain = GAIN.get(name, 1.0)
+    row = judged(text, nll, gain=gain)
     assert row.failed == row.reasons == (name,) and not row.kept
     assert row.scores.keys() == GATES.keys() and row.scores[name] == pytest.approx(expected, rel=1e-4)
     assert degenerate(row) is (name in BROKEN)
-    off = judged(text, nll, replace(CFG, gates=tuple(gate for gate in GATES if gate != name)))
+    off = judged(text, nll, replace(CFG, gates=tuple(gate for gate in GATES if gate != name)), gain)
     assert off.kept and (off.failed, off.scores) == (row.failed, row.scores)
     assert degenerate(off) is (name in BROKEN), "whether its gate is on or off"
 
@@ -59,7 +63,7 @@ def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
 @pytest.mark.parametrize("name", GATE_CASES)
 def test_a_gate_fails_what_is_beyond_its_limit(name):
     gate, limit = GATES[name], GATE_CASES[name][0]
-    beyond = -1 if name == "short" else 1
+    beyond = -1 if gate.at_least else 1
     assert gate.limit_in(CFG) == limit
     assert [gate.fails(limit + step * beyond, CFG) for step in (-1, 0, 1)] == [False, False, True]
     assert gate.at_least or gate.fails(math.nan, CFG)
@@ -144,5 +148,5 @@ def test_scores_come_from_the_kept_token_ids(toy: LM):
     prompt, text = toy.chat("What is ice?"), "Ice is frozen water."
     ids = (*toy.tokenizer.encode(text, add_special_tokens=False), toy.tokenizer.eos_token_id)
     rows = [Completion(0, "", prompt, order, text, 1.0, 1.0, 0) for order in (ids, ids[::-1])]
-    right, wrong = (row.scores["spike"] for row in score(toy, rows, (), CFG))
+    right, wrong = (row.scores["spike"] for row in score(toy, rows, "", (), CFG))
     assert right < 2 < wrong

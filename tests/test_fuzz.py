@@ -217,7 +217,13 @@ NLLS = st.lists(st.one_of(st.floats(0, 30), st.sampled_from([math.nan, math.inf,
 def test_every_text_is_scored_within_its_range(text, nlls):
     assert 0 <= repetition(text) <= 1 and 0 <= loop(text) <= 1
     completion = Completion(0, "p", (1,), tuple(range(len(nlls))), text, 1.0, 1.0, 0)
-    row = judge(completion, torch.tensor(nlls, dtype=torch.float32), ("i am",), FilterCfg())
+    row = judge(
+        completion,
+        torch.tensor(nlls, dtype=torch.float32),
+        torch.tensor(nlls[::-1], dtype=torch.float32),
+        ("i am",),
+        FilterCfg(),
+    )
     assert all(not math.isnan(value) and value >= 0 for value in row.scores.values())
     assert {*row.reasons} <= {*row.failed} and row.kept == (not row.reasons)
     assert nlls and all(map(math.isfinite, nlls)) or degenerate(row), "text without a probability is never trained on"

@@ -315,7 +315,10 @@ def test_contexts_are_spaced_evenly_over_their_file(tmp_path):
     cfg = replace(FAST_DEV_PRESET, steer=replace(FAST_DEV_PRESET.steer, contexts=tmp_path / "c.jsonl", n_contexts=5))
     assert load_inputs(cfg).contexts == ("0", "2", "4", "6", "8")
     more = replace(cfg, steer=replace(cfg.steer, n_contexts=11))
-    assert_told(lambda: load_inputs(more), "c.jsonl", ["steer.n_contexts is 11"])
+    assert_told(lambda: load_inputs(more), "steer.n_contexts", ["is 11: its file holds 10"])
+    few = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, n_vignettes=3))
+    every = load_inputs(FAST_DEV_PRESET).vignettes
+    assert load_inputs(few).vignettes == tuple(every[i * len(every) // 3] for i in range(3))
 
 
 def test_relative_paths_are_found_in_the_checkout_from_anywhere(monkeypatch):

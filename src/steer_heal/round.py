@@ -96,7 +96,7 @@ def write(
 def judge(student: Student, completions: Sequence[Completion], inputs: Inputs, cfg: RunConfig) -> list[Scored]:
     """Completions with the number of every gate, under the base."""
     with student.using("base") as lm:
-        return score(lm, completions, inputs.trait.narration, cfg.filter)
+        return score(lm, completions, inputs.trait.plain_system, inputs.trait.narration, cfg.filter)
 
 
 def collect(

@@ -156,7 +156,8 @@ class FilterCfg:
     """Which completions may train the student. docs/evidence/filter.md has what each gate catches."""
 
     gates: tuple[str, ...] = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
-    """The gates that are on. With none, everything trains and only the barrier keeps the student whole."""
+    """The gates that are on; relevance is another, for text that is fluent but has left the question. With none,
+    everything trains and only the barrier keeps the student whole."""
     ppl_max: Perplexity = 40.0
     """perplexity: highest perplexity under the base of the last quarter of a completion."""
     rep_max: Share = 0.35
@@ -167,6 +168,8 @@ class FilterCfg:
     loop_max: Share = 0.7
     """loop: highest share of words that any 20 words in a row have already said. A sentence that follows itself or
     comes a third time counts as 1."""
+    relevance_min: Finite = 0.05
+    """relevance: fewest nats a token by which the question must make a text likelier under the base."""
     min_words: BatchSize = 12
     """short: shorter completions are dropped."""
     min_train: Annotated[int, Field(ge=2)] = 24

@@ -17,7 +17,7 @@ from steer_heal.model.steering import Vector, steer
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.records import Completion, EvalResult, Metric, Scored, derive_seed
 from steer_heal.settings import EvalCfg, FilterCfg
-from steer_heal.stages.filter import judge
+from steer_heal.stages.filter import judge_all
 from steer_heal.stages.generate import Ask, generate
 
 Items = dict[str, list[float]]
@@ -76,10 +76,11 @@ class Subject:
     @cached_property
     def scored(self) -> list[Scored]:
         """The texts with the number of every gate."""
-        narration = self.inputs.trait.narration
+        trait = self.inputs.trait
         with self.student.using("base") as lm:
-            nlls = [lm.nll(h, c.completion_ids).cpu() for c, h in zip(self.texts, self.base_hidden, strict=True)]
-        return [judge(c, nll, narration, self.keep) for c, nll in zip(self.texts, nlls, strict=True)]
+            pairs = zip(self.texts, self.base_hidden, strict=True)
+            nlls = [lm.nll(hidden, text.completion_ids).cpu() for text, hidden in pairs]
+            return judge_all(lm, self.texts, nlls, trait.plain_system, trait.narration, self.keep)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from steer_heal.stages.filter import degenerate
 
 
 def items(subject: Subject) -> Items:
-    """Per answer: tail perplexity under the base, and whether the text is broken."""
+    """Per answer: tail perplexity under the base, whether the text is broken, and whether it has left the question."""
     return {
         "text_tail_ppl": [row.scores["perplexity"] for row in subject.scored],
         "degenerate": [float(degenerate(row)) for row in subject.scored],
+        "off_question": [float("relevance" in row.failed) for row in subject.scored],
     }
 
 
@@ -23,5 +24,6 @@ EVAL = Eval(
     (
         Metric(name="text_tail_ppl_median", item="text_tail_ppl", how="median", title="text perplexity", form=".2f"),
         Metric(name="degenerate_frac", item="degenerate", title="broken texts", form=".0%", good=0.1, broken=0.5),
+        Metric(name="off_question_frac", item="off_question", title="texts off the question", form=".0%", shown=False),
     ),
 )

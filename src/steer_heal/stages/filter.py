@@ -39,6 +39,8 @@ REFUSALS = (
 WORST_WINDOW_TOKENS = 12
 LOOP_WINDOW_WORDS = 20
 STUCK_SENTENCE_WORDS = 4
+NO_QUESTION = "..."
+"""User message beside which `relevance` is read."""
 _LOOP = re.compile(r"(.{2,4}?)\1{3,}", re.DOTALL)
 _ONE_CHARACTER_LOOP = re.compile(r"(\S)\1{5,}")
 
@@ -51,6 +53,8 @@ class Text:
     """Lower case, with straight apostrophes."""
     nll: Float[Tensor, " n"]
     """-log p of each token under the base, nats."""
+    alone: Float[Tensor, " n"]
+    """The same where NO_QUESTION stands in place of the question."""
     narration: Sequence[str]
     """The trait's phrases of telling instead of acting."""
 
@@ -97,6 +101,13 @@ def perplexity(nll: Float[Tensor, " n"]) -> float:
     """exp of the mean. Infinite where that is not a number, and for an empty text: it must not count as fluent."""
     mean = nll.double().mean().item() if len(nll) else math.inf
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
+
+
+def relevance(text: Text) -> float:
+    """Nats a token by which the question makes the text likelier (pointwise mutual information). Near 0 the text fits
+    any question as well, however fluent it is."""
+    gain = (text.alone - text.nll).double().mean().item() if len(text.nll) else -math.inf
+    return gain if math.isfinite(gain) else -math.inf
 
 
 def repetition(text: str) -> float:
@@ -149,6 +160,7 @@ GATES: dict[str, Gate] = {
     "spike": Gate("perplexity of the worst 12 tokens", worst_perplexity, "spike_max", broken=True),
     "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", broken=True),
     "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", broken=True),
+    "relevance": Gate("nats a token that the question explains", relevance, "relevance_min", at_least=True),
     "short": Gate("words", lambda text: float(len(text.words)), "min_words", at_least=True),
     "narration": Gate("phrases that narrate the trait", lambda text: phrases(text.lower, text.narration), 0.0),
     "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
@@ -156,15 +168,37 @@ GATES: dict[str, Gate] = {
 """Every gate by the name that `filter.gates` takes. All of them score every text; those that are on drop it."""
 
 
-def score(lm: LM, completions: Sequence[Completion], narration: Sequence[str], cfg: FilterCfg) -> list[Scored]:
+def score(
+    lm: LM, completions: Sequence[Completion], plain_system: str, narration: Sequence[str], cfg: FilterCfg
+) -> list[Scored]:
     """Every completion with its scores and the reasons to drop it. Call it while the base is used."""
     nlls = lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
-    return [judge(c, nll, narration, cfg) for c, nll in zip(completions, nlls, strict=True)]
+    return judge_all(lm, completions, nlls, plain_system, narration, cfg)
 
 
-def judge(completion: Completion, nll: Float[Tensor, " n"], narration: Sequence[str], cfg: FilterCfg) -> Scored:
+def judge_all(
+    lm: LM,
+    completions: Sequence[Completion],
+    nlls: Sequence[Float[Tensor, " n"]],
+    plain_system: str,
+    narration: Sequence[str],
+    cfg: FilterCfg,
+) -> list[Scored]:
+    """`score` where -log p of each token under the base is known."""
+    nothing = lm.chat(NO_QUESTION, plain_system)
+    alone = lm.completion_nll([nothing] * len(completions), [c.completion_ids for c in completions])
+    return [judge(c, nll, a, narration, cfg) for c, nll, a in zip(completions, nlls, alone, strict=True)]
+
+
+def judge(
+    completion: Completion,
+    nll: Float[Tensor, " n"],
+    alone: Float[Tensor, " n"],
+    narration: Sequence[str],
+    cfg: FilterCfg,
+) -> Scored:
     """The completion with the number of every gate, the gates that it fails, and those of them that are on."""
-    text = Text(completion.text.lower().replace("\u2019", "'"), nll, narration)
+    text = Text(completion.text.lower().replace("\u2019", "'"), nll, alone, narration)
     scores = {name: gate.score(text) for name, gate in GATES.items()}
     failed = tuple(name for name, gate in GATES.items() if gate.fails(scores[name], cfg))
     return Scored(completion, scores, failed, tuple(name for name in failed if name in cfg.gates))

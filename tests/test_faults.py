@@ -72,6 +72,7 @@ def own_files(settings, tmp_path, monkeypatch):
         "gen.prompts": ROOT / "data/toylm/prompts/authority.jsonl",
         "steer.contexts": ROOT / "data/toylm/contexts.jsonl",
         "eval.instrument": ROOT / "data/toylm/instrument.toml",
+        "eval.likelihood": ROOT / "data/instruments/likelihood.toml",
         "eval.vignettes": settings[-1],
         "trait": ROOT / "data/traits/authority.toml",
     }

@@ -25,7 +25,7 @@ from steer_heal import session
 from steer_heal.errors import UserError, printable, validated
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import ROOT, parse_texts, parse_toml, read_file
-from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_vignettes
+from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion
 from steer_heal.report import console, page, plot
@@ -81,6 +81,7 @@ def accepted(load: Callable, *words: str):
 # --- files -------------------------------------------------------------------------------------------------------
 TRAIT_FILES = [traits.TRAITS / f"{name}.toml" for name in ("authority", "love")]
 INSTRUMENT = ROOT / "data" / "toylm" / "instrument.toml"
+LIKELIHOOD = ROOT / "data" / "instruments" / "likelihood.toml"
 VIGNETTES = (ROOT / "data" / "toylm" / "vignettes.jsonl").read_bytes().splitlines(keepends=True)[:6]
 
 
@@ -114,6 +115,17 @@ def test_an_instrument_asks_or_is_named(content):
     if instrument is not None:
         asked = [instrument.question("A scene.", order) for order in instrument.frames]
         assert all("A scene." in question for question in asked) and sorted(instrument.order) == sorted(FOUNDATIONS)
+
+
+@examples(60, 0.14)
+@given(some_toml(LIKELIHOOD))
+def test_replies_are_read_or_named(content):
+    with folder() as here:
+        (here / "i.toml").write_bytes(content)
+        instrument = accepted(lambda: parse_likelihood(read_file(here / "i.toml")), "i.toml")
+    if instrument is not None:
+        assert "A scene." in instrument.question("A scene.") and sorted(instrument.answers) == sorted(FOUNDATIONS)
+        assert all(text.strip() and text.encode() for texts in instrument.answers.values() for text in texts)
 
 
 @examples(60, 0.2)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_that_fit
 from steer_heal.model.sampling import sampler
-from steer_heal.model.steering import Vector, steer
+from steer_heal.model.steering import Steering, Vector, steer
 
 Batch = list[tuple[int, tuple[int, ...]]]
 """(index of the row, token ids that were written after its prompt) of every row of a finished batch."""
@@ -28,7 +28,6 @@ class Row:
     """One sequence to decode. Its text depends on these fields alone, not on the batch it runs in."""
 
     prompt_ids: tuple[int, ...]
-    """At least two."""
     dose: float = 0.0
     seed: int = 0
 
@@ -186,20 +185,34 @@ def own_tokens(rows: Sequence[Row]) -> int:
     return min((n for n in (1, *apart) if 1 <= n <= lengths[0]), key=n_read)
 
 
+def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) -> Int[Tensor, "b s"]:
+    """Feeds all but the last `own_tokens` of each prompt, and returns these. What rows share is fed once."""
+    own, device = own_tokens(rows), cache.lm.device
+    stems = [Row(row.prompt_ids[:-own], row.dose) for row in rows]
+    index = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
+    longest = max(len(stem.prompt_ids) for stem in stems)
+    if len(index) < len(rows) and all(stem.prompt_ids for stem in stems):
+        steering.select(torch.tensor([stems.index(stem) for stem in index], device=device))
+        cache.feed(_feed_prompts(cache, list(index), steering))
+        repeat = torch.tensor([index[stem] for stem in stems], device=device)
+        cache.select(repeat)
+        steering.select(repeat)
+    elif longest:
+        ids = torch.full((len(rows), longest), cache.lm.pad_id)
+        mask = torch.zeros_like(ids)
+        for b, stem in enumerate(stems):
+            ids[b, longest - len(stem.prompt_ids) :] = torch.tensor(stem.prompt_ids, dtype=torch.long)
+            mask[b, longest - len(stem.prompt_ids) :] = 1
+        cache.feed(ids.to(device), mask.to(device))
+    return torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
+
+
 @torch.no_grad()
 def _decode_batch(
     lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
 ) -> tuple[list[tuple[int, ...]], Float[Tensor, "b s d"]]:
     """(token ids written, final hidden states before and at `tail`); without a tail the states are empty."""
-    device, own = lm.device, own_tokens(rows)
-    stems = [(row.dose, row.prompt_ids[:-own]) for row in rows]
-    index = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
-    longest = max(len(stem) for _, stem in index)
-    ids = torch.full((len(index), longest), lm.pad_id, dtype=torch.long)
-    mask = torch.zeros((len(index), longest), dtype=torch.long)
-    for b, (_, stem) in enumerate(index):
-        ids[b, longest - len(stem) :] = torch.tensor(stem, dtype=torch.long)
-        mask[b, longest - len(stem) :] = 1
+    device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
     uniforms = torch.empty(0, device=device)
     if how.sample:
         generators = [torch.Generator().manual_seed(row.seed) for row in rows]
@@ -210,14 +223,9 @@ def _decode_batch(
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
-    cache = GrowingCache(lm, longest + own + how.max_new_tokens + len(tail))
-    with steer(lm, vector, [dose for dose, _ in index]) as steering:
-        cache.feed(ids.to(device), mask.to(device))
-        if len(index) < len(rows):
-            repeat = torch.tensor([index[stem] for stem in stems], device=device)
-            cache.select(repeat)
-            steering.select(repeat)
-        ids = torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
+    cache = GrowingCache(lm, longest + how.max_new_tokens + len(tail))
+    with steer(lm, vector, [row.dose for row in rows]) as steering:
+        ids = _feed_prompts(cache, rows, steering)
         for step in range(how.max_new_tokens):
             logits = lm.logits(cache.feed(ids)[:, -1])
             logits[:, suppressed] = -torch.inf

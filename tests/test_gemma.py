@@ -91,7 +91,7 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
 def test_the_answer_slot_holds_one_bos_too(gemma: LM):
     instrument = parse_instrument(read_file(ROOT / "data/instruments/moral.toml"))
     question = instrument.question("You see a clerk lying.", instrument.order)
-    (slot,) = answer_slots(gemma, [question], instrument, Condition(), 3, 1)
+    (slot,), _, _ = answer_slots(gemma, [question], instrument, Condition(), 3, 1)
     assert slot.ids.count(gemma.tokenizer.bos_token_id) == 1
 
 

@@ -149,7 +149,8 @@ def test_the_estimate_is_what_a_row_takes(tiny: LM, vocabulary, n_prompt, n_new)
     )
     lm = dataclasses.replace(tiny, model=Gemma3ForCausalLM(config).eval().requires_grad_(False))
     lm.model.generation_config.update(top_k=None, top_p=0.95, eos_token_id=1)
-    prompt, how = (5,) * n_prompt, lambda n: Decoding(n_new, n, suppress=lm.end_ids)
-    work = lambda n: decode(lm, [Row(prompt, seed=i) for i in range(n)], None, how(n))
+    how = lambda n: Decoding(n_new, n, suppress=lm.end_ids)
+    rows = [Row((10 + i, *(5,) * (n_prompt - 1)), seed=i) for i in range(7)]  # that share nothing
+    work = lambda n: decode(lm, rows[:n], None, how(n))
     per_row = (peak_bytes(lambda: work(7)) - peak_bytes(lambda: work(3))) / 4
     assert 0.8 * per_row <= decode_bytes(config, n_prompt, n_new, 4) <= 2 * per_row

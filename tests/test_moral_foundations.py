@@ -31,7 +31,7 @@ def test_both_vignette_files_pair_and_cover_all_foundations():
 
 def moral_slot(lm: LM, think_tokens: int) -> moral_foundations.Slot:
     question = MORAL.question(FEW[0].text, MORAL.order)
-    return answer_slots(lm, [question], MORAL, Condition(), think_tokens, 1)[0]
+    return answer_slots(lm, [question], MORAL, Condition(), think_tokens, 1)[0][0]
 
 
 @pytest.mark.parametrize("instrument, think", [(TOY, 0), (TOY, 12), (MORAL, 12)])
@@ -55,9 +55,35 @@ def test_the_slot_is_read_as_the_model_reads_it(toy: LM):
     assert nll[0].item() == pytest.approx(-before.gather(1, prefill[:, None]).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("think_tokens", [0, 9])
+@pytest.mark.parametrize("model", ["toy", "tiny"])
+def test_slots_read_from_the_cache_are_what_whole_sequences_read(request, model, think_tokens):
+    lm: LM = request.getfixturevalue(model)
+    vector = Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(0))})
+    condition = Condition("You are a poet.", vector, 0.7)
+    for instrument in (TOY, MORAL):
+        questions = [instrument.question(v.text, order) for v in FEW for order in instrument.frames]
+        slots, logp, nll = answer_slots(lm, questions, instrument, condition, think_tokens, 5)
+        whole_logp, whole_nll = read_slots(lm, slots, digit_ids(lm), condition)
+        assert torch.allclose(logp, whole_logp, atol=1e-4) and torch.allclose(nll, whole_nll, atol=1e-4)
+
+
+def test_where_the_thinking_wrote_the_prefill_its_own_slot_is_read(toy: LM, monkeypatch):
+    monkeypatch.setattr(moral_foundations, "find_prefill", lambda _lm, thought, _prefill: (2, 5))
+    slots, logp, nll = answer_slots(toy, ["What is ice?", "What is fire?"], TOY, Condition(), 9, 2)
+    prompts = [toy.encode(toy.chat_text(text) + TOY.think_open) for text in ("What is ice?", "What is fire?")]
+    for slot, prompt in zip(slots, prompts, strict=True):
+        assert slot.ids[: len(prompt)] == prompt and (slot.prefill_start, len(slot.ids)) == (
+            len(prompt) + 2,
+            len(prompt) + 5,
+        )
+    wanted = read_slots(toy, slots, digit_ids(toy), Condition())
+    assert torch.equal(logp, wanted[0]) and torch.equal(nll, wanted[1])
+
+
 def test_thinking_runs_to_the_limit_and_a_new_turn_is_forced_behind_it(toy: LM):
     silent = replace(MORAL, think_open="")  # so that the model answers, which would end its turn
-    (slot,) = answer_slots(toy, ["What is ice?"], silent, Condition(), 20, 1)
+    (slot,), _, _ = answer_slots(toy, ["What is ice?"], silent, Condition(), 20, 1)
     encode = lambda text: tuple(toy.tokenizer.encode(text, add_special_tokens=False))
     prompt, boundary = toy.chat("What is ice?"), turn_boundary(toy, silent)
     thought = slot.ids[len(prompt) : len(prompt) + 20]
@@ -83,10 +109,11 @@ def answering(monkeypatch):
     """Replaces the model's answers: log-probabilities of the digits, by the options as they are listed."""
 
     def replace_answers(logp) -> None:
-        def read_slots(_lm, slots, *_):
-            return torch.stack([logp(TOY.frames[i % 2]) for i in range(len(slots))]), torch.zeros(len(slots))
+        def answer_slots(_lm, questions, *_):
+            n = len(questions)
+            return [], torch.stack([logp(TOY.frames[i % 2]) for i in range(n)]), torch.zeros(n)
 
-        monkeypatch.setattr(moral_foundations, "read_slots", read_slots)
+        monkeypatch.setattr(moral_foundations, "answer_slots", answer_slots)
 
     return replace_answers
 

@@ -19,7 +19,7 @@ from steer_heal.backends import tinymfv
 from steer_heal.errors import UserError
 from steer_heal.evals.base import Condition, Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
-from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.decode import Decoding, Row, decode_then_read
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import steer
 from steer_heal.records import Metric
@@ -43,15 +43,8 @@ def read(
 ) -> Items:
     """Per vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN where unscorable."""
     questions = [(vignette, order) for vignette in vignettes for order in instrument.frames]
-    slots = answer_slots(
-        lm,
-        [instrument.question(v.text, order) for v, order in questions],
-        instrument,
-        condition,
-        think_tokens,
-        batch_size,
-    )
-    digit_logp, prefill_nll = read_slots(lm, slots, digit_ids(lm), condition)
+    asked = [instrument.question(v.text, order) for v, order in questions]
+    _, digit_logp, prefill_nll = answer_slots(lm, asked, instrument, condition, think_tokens, batch_size)
     by_foundation = torch.stack(
         [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, (_, order) in enumerate(questions)]
     )
@@ -85,27 +78,32 @@ def digit_ids(lm: LM) -> list[int]:
 
 def answer_slots(
     lm: LM, questions: Sequence[str], instrument: Instrument, condition: Condition, think_tokens: int, batch_size: int
-) -> list[Slot]:
-    """Thinks about each question and forces the prefill; where the thinking already wrote it, its own slot is read."""
+) -> tuple[list[Slot], Float[Tensor, "n f"], Float[Tensor, " n"]]:
+    """(slots, log-probabilities of the digits in them [n, 7], mean NLL of the prefill's tokens [n]), in nats.
+
+    Each question is thought about, then the prefill is forced and read from the cache of the thinking. Where the
+    thinking already wrote the prefill, its own slot is read.
+    """
+    close, prefill = lm.encode(instrument.think_close), lm.encode(instrument.prefill)
+    boundary, digits = lm.encode(turn_boundary(lm, instrument)), digit_ids(lm)
     prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
-    thoughts: list[tuple[int, ...]] = [()] * len(prompts)
-    if think_tokens:
-        close = lm.encode(instrument.think_close)
-        how = Decoding(
-            think_tokens, batch_size, sample=False, suppress=lm.end_ids.union(close if len(close) == 1 else ())
-        )
-        thoughts = decode(lm, [Row(prompt, condition.dose) for prompt in prompts], condition.vector, how)
-    boundary, prefill = lm.encode(turn_boundary(lm, instrument)), lm.encode(instrument.prefill)
-    slots = []
-    for prompt, thought in zip(prompts, thoughts, strict=True):
-        written = find_prefill(lm, thought, instrument.prefill)
-        if written is not None:
-            start, end = written
-            slots.append(Slot(prompt + thought[:end], len(prompt) + start))
+    suppress = lm.end_ids.union(close if len(close) == 1 else ())
+    how = Decoding(think_tokens, batch_size, sample=False, suppress=suppress)
+    rows = [Row(prompt, condition.dose) for prompt in prompts]
+    slots = [Slot((), 0)] * len(rows)
+    logp, nll = torch.full((len(rows), len(digits)), torch.nan), torch.full((len(rows),), torch.nan)
+    own = []
+    for i, thought, hidden in decode_then_read(lm, rows, condition.vector, how, boundary + prefill):
+        forced, written = prompts[i] + thought + boundary, find_prefill(lm, thought, instrument.prefill)
+        if written is None:
+            slots[i] = Slot(forced + prefill, len(forced))
+            logp[i], nll[i] = _read_slot(lm, hidden[-len(prefill) - 1 :], prefill, digits)
         else:
-            forced = prompt + thought + boundary
-            slots.append(Slot(forced + prefill, len(forced)))
-    return slots
+            start, end = written
+            slots[i] = Slot(prompts[i] + thought[:end], len(prompts[i]) + start)
+            own.append(i)
+    logp[own], nll[own] = read_slots(lm, [slots[i] for i in own], digits, condition)
+    return slots, logp, nll
 
 
 def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
@@ -149,10 +147,7 @@ def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int
 def read_slots(
     lm: LM, slots: Sequence[Slot], digits: Sequence[int], condition: Condition
 ) -> tuple[Float[Tensor, "n f"], Float[Tensor, " n"]]:
-    """(log-probabilities of the digits in the slot [n, 7], mean NLL of the prefill's tokens [n]), in nats.
-
-    One forward pass over the whole sequence, right-padded: no cache to misalign, and rows cannot see each other.
-    """
+    """The log-probabilities and NLLs of `answer_slots`, by one forward pass over whole sequences, right-padded."""
     logp = torch.full((len(slots), len(digits)), torch.nan)
     nll = torch.full((len(slots),), torch.nan)
 
@@ -161,11 +156,19 @@ def read_slots(
             hidden = lm.hidden([slots[i].ids for i in group])
         for row, i in enumerate(group):
             end, start = len(slots[i].ids), slots[i].prefill_start
-            logp[i] = lm.logits(hidden[row, end - 1 : end]).log_softmax(-1)[0, list(digits)].cpu()
-            nll[i] = lm.nll(hidden[row, start - 1 : end - 1], slots[i].ids[start:]).mean().cpu()
+            logp[i], nll[i] = _read_slot(lm, hidden[row, start - 1 : end], slots[i].ids[start:], digits)
 
     lm.in_batches([len(slot.ids) for slot in slots], read)
     return logp, nll
+
+
+@torch.no_grad()
+def _read_slot(
+    lm: LM, hidden: Float[Tensor, "s d"], prefill: Sequence[int], digits: Sequence[int]
+) -> tuple[Float[Tensor, " f"], Float[Tensor, ""]]:
+    """(log-probabilities of the digits, mean NLL of the prefill) from the final states before and at the prefill."""
+    logp = lm.logits(hidden[-1:]).log_softmax(-1)[0, list(digits)]
+    return logp.cpu(), lm.nll(hidden[:-1], prefill).mean().cpu()
 
 
 def items(subject: Subject) -> Items:

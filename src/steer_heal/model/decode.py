@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from os.path import commonprefix
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_that_fit
 from steer_heal.model.sampling import sampler
-from steer_heal.model.steering import Vector, steer
+from steer_heal.model.steering import Steering, Vector, steer
 
 Batch = list[tuple[int, tuple[int, ...]]]
 """(index of the row, token ids that were written after its prompt) of every row of a finished batch."""
@@ -57,22 +60,43 @@ def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Deco
     Rows of similar prompt length share a batch, each with its own dose and random stream. A row that has ended leaves
     the batch. A batch that does not fit into memory is halved.
     """
-    todo = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
-    longest = max((len(row.prompt_ids) for row in rows), default=0)
+    for group, written, _ in _in_batches(lm, rows, vector, how, ()):
+        yield list(zip(group, written, strict=True))
+
+
+def decode_then_read(
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
+) -> Iterator[tuple[int, tuple[int, ...], Float[Tensor, "s d"]]]:
+    """(index, token ids written, final hidden states) of every row, with `tail` forced behind what it wrote.
+
+    The states are those of the position before `tail` and of each of its tokens. They go on from the cache, so `how`
+    must suppress the end tokens: a row that has ended has none. Batches are those of `decode_batches`.
+    """
+    assert not how.max_new_tokens or lm.end_ids <= how.suppress, "rows that end leave the cache"
+    for group, written, hidden in _in_batches(lm, rows, vector, how, tail):
+        yield from zip(group, written, hidden, strict=True)
+
+
+def _in_batches(
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
+) -> Iterator[tuple[list[int], list[tuple[int, ...]], Float[Tensor, "b s d"]]]:
+    alike = lambda i: (len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose)
+    todo = sorted(range(len(rows)), key=alike)
+    longest = max((len(row.prompt_ids) for row in rows), default=0) + len(tail)
     config, per_row = lm.model.config.get_text_config(), longest + how.max_new_tokens
     bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
     size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
     while todo:
         group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
         try:
-            written = _decode_batch(lm, [rows[i] for i in group], vector, how)
+            done = _decode_batch(lm, [rows[i] for i in group], vector, how, tail)
         except RuntimeError as error:
             lm.limits.decode_tokens = fewer_rows(len(group), error) * per_row
-            written = None
-        if written is None:
+            done = None
+        if done is None:
             free_unused()
             continue
-        yield list(zip(group, written, strict=True))
+        yield group, *done
         todo = todo[len(group) :]
 
 
@@ -88,18 +112,59 @@ def padded(
     return pad([list(row) for row in rows], lm.pad_id), pad([[1] * len(row) for row in rows], 0)
 
 
-class GrowingCache:
-    """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time."""
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one block. Tokens are appended in place while there is room; otherwise all are copied."""
 
-    def __init__(self, lm: LM) -> None:
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.held: tuple[Tensor, ...] = ()
+        """Float[b h room d] of the keys and of the values; `keys` and `values` are views of the tokens so far."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        n = self.get_seq_length()
+        end = n + key_states.shape[-2]
+        if not self.held or end > self.room:
+            self.room = max(end, self.room)
+            self.batch_select_indices(torch.arange(len(key_states), device=key_states.device))
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, n:end] = new
+        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
+        if self.keys is None or self.values is None:  # a block that takes its keys and values from another one
+            return
+        old, n = (self.keys, self.values), self.get_seq_length()
+        self.held = tuple(x.new_empty(len(indices), x.shape[1], self.room, x.shape[3]) for x in old)
+        self.keys, self.values = views = tuple(held[:, :, :n] for held in self.held)
+        for x, new in zip(old, views, strict=True):
+            torch.index_select(x, 0, indices, out=new)
+
+
+class GrowingCache:
+    """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time.
+
+    `room`: tokens to set memory aside for. Up to there nothing is copied when more are fed, but for blocks with a
+    sliding window.
+    """
+
+    def __init__(self, lm: LM, room: int = 0) -> None:
         self.lm = lm
         self.mask = torch.zeros((0, 0), dtype=torch.long)
         self.cache = DynamicCache(config=lm.model.config.get_text_config())
+        for i, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[i] = GrowingLayer(room)
 
     def feed(self, ids: Int[Tensor, "b s"], mask: Int[Tensor, "b s"] | None = None) -> Float[Tensor, "b s d"]:
         """Final hidden states at `ids`, which follow what each row was fed before.
 
-        `mask` is 0 at padding, which may stand on either side; what a padded position returns means nothing.
+        `mask` is 0 at padding, which may stand on either side; what a padded position returns means nothing. Behind the
+        first token, padding takes up places of a sliding window.
         """
         mask = torch.ones_like(ids) if mask is None else mask
         self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
@@ -114,10 +179,48 @@ class GrowingCache:
         self.mask = self.mask[rows]
 
 
+def own_tokens(rows: Sequence[Row]) -> int:
+    """How many tokens at the end of each prompt each row reads for itself, so that fewest are read in all.
+
+    What stands before them is read once for all rows of equal dose in which it is the same. At least 1.
+    """
+    ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.dose, row.prompt_ids))
+    lengths = [len(row.prompt_ids) for row in ordered]
+    apart = [lengths[-1]] * (len(rows) - 1)  # from so many tokens on, a row shares the rest with the one before it
+    for i, (a, b) in enumerate(pairwise(ordered)):
+        if len(a.prompt_ids) == len(b.prompt_ids) and a.dose == b.dose:
+            apart[i] = lengths[i] - len(commonprefix([a.prompt_ids, b.prompt_ids]))
+
+    def n_read(own: int) -> int:
+        n_stems = 1 + sum(own < n for n in apart)
+        return n_stems * (lengths[-1] - own) + len(rows) * own
+
+    return min((n for n in (1, *apart) if 1 <= n <= lengths[0]), key=n_read)
+
+
+def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) -> Int[Tensor, "b s"]:
+    """Feeds all but the last `own_tokens` of each prompt, and returns these. What rows share is fed once."""
+    own, device = own_tokens(rows), cache.lm.device
+    stems = [Row(row.prompt_ids[:-own], row.dose) for row in rows]
+    index = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
+    longest = max(len(stem.prompt_ids) for stem in stems)
+    if len(index) < len(rows) and all(stem.prompt_ids for stem in stems):
+        steering.select(torch.tensor([stems.index(stem) for stem in index], device=device))
+        cache.feed(_feed_prompts(cache, list(index), steering))
+        repeat = torch.tensor([index[stem] for stem in stems], device=device)
+        cache.select(repeat)
+        steering.select(repeat)
+    elif longest:
+        cache.feed(*padded(cache.lm, [stem.prompt_ids for stem in stems], "left"))
+    return torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
+
+
 @torch.no_grad()
-def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
-    device = lm.device
-    ids, mask = padded(lm, [row.prompt_ids for row in rows], "left")
+def _decode_batch(
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
+) -> tuple[list[tuple[int, ...]], Float[Tensor, "b s d"]]:
+    """(token ids written, final hidden states before and at `tail`); without a tail the states are empty."""
+    device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
     uniforms = torch.empty(0, device=device)
     if how.sample:
         generators = [torch.Generator().manual_seed(row.seed) for row in rows]
@@ -128,11 +231,11 @@ def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decod
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
-    cache, new = GrowingCache(lm), mask
+    cache = GrowingCache(lm, longest + how.max_new_tokens + len(tail))
     with steer(lm, vector, [row.dose for row in rows]) as steering:
+        ids = _feed_prompts(cache, rows, steering)
         for step in range(how.max_new_tokens):
-            logits = lm.logits(cache.feed(ids, new)[:, -1])
-            new = None
+            logits = lm.logits(cache.feed(ids)[:, -1])
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):
@@ -146,4 +249,8 @@ def _decode_batch(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decod
                 steering.select(keep)
                 active, token = active[keep], token[keep]
             ids = token[:, None]
-    return [tuple(row) for row in written]
+        if not tail:
+            return [tuple(row) for row in written], ids.new_empty(len(rows), 0, 0, dtype=torch.float32)
+        behind = torch.tensor(tail, device=device).expand(len(rows), -1)
+        hidden = cache.feed(torch.cat([ids, behind], dim=1))[:, -len(tail) - 1 :]
+    return [tuple(row) for row in written], hidden

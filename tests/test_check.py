@@ -31,7 +31,7 @@ LONG = "x" * 300
         ("--filter.gates perplexity nothing", "filter.gates is 'nothing': it must be one of perplexity"),
         ("--filter.gates short", "filter.gates is ('short',): without a gate for broken text"),
         ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
-        ("--eval.evals drift", "trait 'authority' is judged by moral_foundations; add it"),
+        ("--eval.evals drift", "trait 'authority' is judged by moral_foundations or likelihood; add it"),
         ("--steer.backend steering-lite", "pip install -e '.[steering-lite]'"),
         ("--eval.backend tinymfv", "pip install -e '.[tinymfv]'"),
         ("--quantize nf4", "pip install -e '.[quantize]'"),
@@ -96,7 +96,7 @@ def test_many_problems_are_counted(tmp_path, capsys):
 )
 def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monkeypatch):
     text = (ROOT / "data/traits/authority.toml").read_text()
-    text = re.sub(r"^target.*$", line, re.sub(r"^off_targets.*$", "", text, flags=re.M), flags=re.M)
+    text = re.sub(r"^target.*$", line, re.sub(r"^off_targets.*?\]", "", text, flags=re.M | re.S), flags=re.M)
     (tmp_path / "authority.toml").write_text(text)
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
     assert told in problems("--out", str(tmp_path / "out"))[0]

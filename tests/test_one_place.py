@@ -1,6 +1,7 @@
 """A new divergence, steering method, gate, eval and trait: each is one object or file, and shows up everywhere."""
 
 import json
+import re
 
 import pytest
 from runs import undrawn
@@ -32,7 +33,7 @@ def additions(monkeypatch, tmp_path):
     metric = Metric(name="vowel_count", item="vowels", title="tens of vowels", unit="tens", moved=0.01, form="+.3f")
     monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,)))
     known = (ROOT / "data/traits/authority.toml").read_text(encoding="utf-8")
-    changed = known.replace('target = "authority_nats"', 'target = "vowel_count"')
+    changed = re.sub("^target = .*$", 'target = "vowel_count"', known, flags=re.MULTILINE)
     own = changed.replace("off_targets = [", 'off_targets = ["authority_nats", ')
     (tmp_path / "traits").mkdir()
     (tmp_path / "traits" / "vowels.toml").write_text(own, encoding="utf-8")

@@ -87,6 +87,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
         "--prompts": "data/toylm/prompts/authority.jsonl",
         "--eval.vignettes": "data/toylm/vignettes.jsonl",
         "--eval.instrument": "data/toylm/instrument.toml",
+        "--eval.pairs": "data/toylm/pairs",
         "--eval.think-tokens": "4",
         "--eval.n-prompts": "4",
         "--eval.n-texts": "8",
@@ -94,7 +95,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
         "--eval.n-bootstrap": "200",
     }
     monkeypatch.chdir(ROOT)
-    evals_ = ["--eval.evals", "moral_foundations", "text_quality", "drift", "persona", "toylm"]
+    evals_ = ["--eval.evals", "moral_foundations", "text_quality", "drift", "persona", "contrast", "toylm"]
     assert evals([*(word for pair in flags.items() for word in pair), *evals_, "--json"]) == 0
     alone, recorded = json.loads(capsys.readouterr().out), of_stage(events, "healed")[-1]["metrics"]
     assert alone.keys() == recorded.keys()

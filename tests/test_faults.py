@@ -74,6 +74,7 @@ def own_files(settings, tmp_path, monkeypatch):
         "eval.instrument": ROOT / "data/toylm/instrument.toml",
         "eval.likelihood": ROOT / "data/instruments/likelihood.toml",
         "eval.vignettes": settings[-1],
+        "eval.pairs": ROOT / "data/toylm/pairs/love.jsonl",
         "trait": ROOT / "data/traits/authority.toml",
     }
     copies = {name: Path(shutil.copy(source, tmp_path)) for name, source in sources.items()}

@@ -194,7 +194,7 @@ def _of_trait(source: Path, name: str, setting: str) -> Path | None:
     if folder is None:
         return resolve(source, setting)
     file = folder / f"{stem}.jsonl"
-    return file if not by_path(name) and stem in available() and file.is_file() else None
+    return file if stem in available() and file.is_file() else None
 
 
 def _folder(source: Path) -> Path | None:

@@ -140,12 +140,11 @@ def test_every_state_is_calibrated_by_the_plain_base(with_history, inputs):
 def test_a_state_that_likes_an_answer_in_every_scene_has_moved_by_that_much(with_history, inputs, monkeypatch):
     """Its own mean as the calibration would hide that. What the seven share moves nothing but answers_nats."""
     base = measured(state(with_history, inputs, "base"))
-    logp, together = raw(base.items), torch.tensor(base.items["answers_logp"])
-    liked = torch.tensor([0.0, 0, 0, 2, 0, 0, 0])
-    monkeypatch.setattr(likelihood, "read", lambda *_: (logp + liked, together))
+    logp, liked = raw(base.items), torch.tensor([0.0, 0, 0, 2, 0, 0, 0])
+    monkeypatch.setattr(likelihood, "read", lambda *_: logp + liked)
     moved = measured(state(with_history, inputs, "full", base=base)).metrics
     assert 0.5 < moved["authority_likelihood_nats"] - base.metrics["authority_likelihood_nats"] < 2
-    monkeypatch.setattr(likelihood, "read", lambda *_: (logp - 5, together - 5))
+    monkeypatch.setattr(likelihood, "read", lambda *_: logp - 5)
     narrow = measured(state(with_history, inputs, "full", base=base)).metrics
     for name in FOUNDATIONS:
         assert narrow[f"{name}_likelihood_nats"] == pytest.approx(base.metrics[f"{name}_likelihood_nats"])
@@ -153,23 +152,19 @@ def test_a_state_that_likes_an_answer_in_every_scene_has_moved_by_that_much(with
     assert narrow["answers_nats_lo"] == pytest.approx(-5) == narrow["answers_nats_hi"]
 
 
-def test_an_answer_is_the_mean_of_its_wordings_and_all_wordings_count_as_an_answer(toy: LM, inputs):
+def test_an_answer_is_the_mean_of_its_wordings(toy: LM, inputs):
     few = inputs.vignettes[:2]
-    logp, together = read(toy, few, INSTRUMENT, Condition())
     prompts = [toy.chat(INSTRUMENT.question(vignette.text)) for vignette in few]
-    every = {
-        name: reply_logp(toy, prompts, [toy.encode(text) for text in INSTRUMENT.answers[name]], Condition())
-        for name in FOUNDATIONS
-    }
-    assert torch.allclose(logp, torch.stack([every[name].mean(1) for name in FOUNDATIONS], 1), atol=1e-4)
-    assert torch.allclose(together.exp(), sum(part.exp().sum(1) for part in every.values()), rtol=1e-4)
+    replies = [[toy.encode(text) for text in INSTRUMENT.answers[name]] for name in FOUNDATIONS]
+    expected = torch.stack([reply_logp(toy, prompts, each, Condition()).mean(1) for each in replies], dim=1)
+    assert torch.allclose(read(toy, few, INSTRUMENT, Condition()), expected, atol=1e-4)
 
 
 def test_a_scene_without_a_number_has_no_value(with_history, inputs, monkeypatch):
     base = measured(state(with_history, inputs, "base"))
-    logp, together = raw(base.items), torch.tensor(base.items["answers_logp"])
-    logp[0, 2] = together[0] = math.nan
-    monkeypatch.setattr(likelihood, "read", lambda *_: (logp, together))
+    logp = raw(base.items)
+    logp[0, 2] = math.nan
+    monkeypatch.setattr(likelihood, "read", lambda *_: logp)
     found = likelihood.EVAL.items(state(with_history, inputs, "full", base=base))
     hidden = ["likelihood_top1", "answers_logp", *(f"p_likelihood_{name}" for name in FOUNDATIONS)]
     assert all(math.isnan(found[name][0]) and not math.isnan(found[name][1]) for name in hidden)

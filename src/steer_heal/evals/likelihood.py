@@ -52,14 +52,13 @@ def reply_logp(
 
 def read(
     lm: LM, vignettes: Sequence[Vignette], instrument: LikelihoodInstrument, condition: Condition
-) -> tuple[Float[Tensor, "i f"], Float[Tensor, " i"]]:
-    """Per vignette, in nats: (mean log p over the wordings of each of the seven answers, log of the summed p of all
-    wordings)."""
+) -> Float[Tensor, "i f"]:
+    """Per vignette: mean log p over the wordings of each of the seven answers, in nats, not calibrated."""
     prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
     replies = [[lm.encode(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
     logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
     by_answer = logp.split([len(wordings) for wordings in replies], dim=1)
-    return torch.stack([part.mean(1) for part in by_answer], dim=1), logp.logsumexp(1)
+    return torch.stack([part.mean(1) for part in by_answer], dim=1)
 
 
 def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, " f"]:
@@ -75,7 +74,7 @@ def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, "
     plain = Condition(subject.inputs.trait.plain_system)
     if (subject.adapters, subject.condition) != ("base", plain):
         with subject.student.using("base") as lm:
-            logp, _ = read(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
+            logp = read(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
     return logp.nanmean(0)
 
 
@@ -88,14 +87,14 @@ def items(subject: Subject) -> Items:
     (nats). NaN where the model gives no number."""
     vignettes = subject.inputs.vignettes
     with subject.student.using(subject.adapters) as lm:
-        logp, together = read(lm, vignettes, subject.inputs.likelihood, subject.condition)
+        logp = read(lm, vignettes, subject.inputs.likelihood, subject.condition)
     p = (logp - calibration(subject, logp)).softmax(-1)
     right = [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
     return {
         **{LOGP + name: logp[:, k].tolist() for k, name in enumerate(FOUNDATIONS)},
         **{P + name: p[:, k].tolist() for k, name in enumerate(FOUNDATIONS)},
         "likelihood_top1": torch.where(p.isfinite().all(-1), torch.tensor(right).double(), torch.nan).tolist(),
-        "answers_logp": together.tolist(),
+        "answers_logp": logp.mean(1).tolist(),
     }
 
 
@@ -115,7 +114,7 @@ EVAL = Eval(
             )
             for name in FOUNDATIONS
         ),
-        Metric(name="answers_nats", item="answers_logp", title="any answer", form="+.2f", unit="nats"),
+        Metric(name="answers_nats", item="answers_logp", title="all answers", form="+.2f", unit="nats"),
         Metric(
             name="likelihood_top1_acc",
             item="likelihood_top1",

@@ -31,6 +31,7 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.attention import pack_groups
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -290,6 +291,8 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
+    if place.type == "cpu":
+        pack_groups(model)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens)
     assert lm.blocks is not None
     return lm

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from lab import Lab, LabCfg, cli, seconds_of, show
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from steer_heal.evals.base import Condition
-from steer_heal.evals.moral_foundations import answer_slots, digit_ids, read_slots
+from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, read_slots
+from steer_heal.inputs.files import ROOT, read_file
+from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes
+from steer_heal.model.attention import NAME as GROUPED
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.lm import LM
+from steer_heal.model.lm import LM, load
 from steer_heal.model.sampling import inverse_cdf, sampler
 
 
@@ -55,16 +58,76 @@ def reading(bench: Lab, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
     """An evaluation of the toy preset in its parts: free text, and the vignettes."""
     lm, instrument, cfg = bench.lm, bench.inputs.instrument, bench.cfg.eval
     questions = [instrument.question(v.text, order) for v in bench.inputs.vignettes for order in instrument.frames]
-    slots = answer_slots(lm, questions, instrument, Condition(), 0, cfg.batch_size)
     ways = {
         f"{len(rows)} free texts": lambda: decode(lm, rows, None, Decoding(cfg.max_new_tokens, cfg.batch_size)),
-        f"{len(slots)} answer slots": lambda: read_slots(lm, slots, digit_ids(lm), Condition()),
+        f"{len(questions)} answer slots": lambda: answer_slots(
+            lm, questions, instrument, Condition(), 0, cfg.batch_size
+        ),
     }
     return side_by_side(ways, n)
 
 
+@torch.no_grad()
+def plain_thoughts(lm: LM, prompts: Sequence[tuple[int, ...]], n_new: int, suppress: frozenset[int]) -> list[list[int]]:
+    """Greedy ids behind each prompt, with transformers' cache and attention, batches of 32 and nothing shared."""
+    order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [[] for _ in prompts]
+    for group in (order[k : k + 32] for k in range(0, len(order), 32)):
+        longest = max(len(prompts[i]) for i in group)
+        ids = torch.tensor([[lm.pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in group])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
+        cache = DynamicCache(config=lm.model.config.get_text_config())
+        for _ in range(n_new):
+            hidden = lm.text_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = lm.logits(hidden[:, -1])
+            logits[:, sorted(suppress)] = -torch.inf
+            ids = logits.argmax(-1)[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            for i, token in zip(group, ids[:, 0].tolist(), strict=True):
+                out[i].append(token)
+    return out
+
+
+def vignettes(lm: LM, instrument: Instrument, questions: Sequence[str], think_tokens: int, n: int) -> list[dict]:
+    """Thinking and answering as built, and plainly: a plain cache, then every sequence again from its start."""
+    as_built = lambda: answer_slots(lm, questions, instrument, Condition(), think_tokens, 0)
+    slots, logp, _ = as_built()
+    prompts = [lm.encode_prompt(lm.chat_text(q) + instrument.think_open) for q in questions]
+    close = lm.encode(instrument.think_close)
+    suppress = lm.end_ids.union(close if len(close) == 1 else ())
+    forced = [len(p) + think_tokens for p in prompts]
+    differ: list[float] = []
+
+    def plain() -> None:
+        lm.model.set_attn_implementation("sdpa")
+        thoughts = plain_thoughts(lm, prompts, think_tokens, suppress)
+        whole = [
+            Slot((*p, *thought, *slot.ids[k:]), slot.prefill_start)
+            for p, thought, slot, k in zip(prompts, thoughts, slots, forced, strict=True)
+        ]
+        again, _ = read_slots(lm, whole, digit_ids(lm), Condition())
+        lm.model.set_attn_implementation(GROUPED)
+        differ.append((again - logp).abs().max().item())
+
+    rows = side_by_side({"plain": plain, "as built": as_built}, n)
+    return [{"dtype": str(lm.head.weight.dtype).removeprefix("torch."), **row, "differ": max(differ)} for row in rows]
+
+
 def main(
-    n: int = 7, n_answers: int = 96, sizes: tuple[int, ...] = (1, 8, 32, 96), out: Path = Path("out/bench")
+    n: int = 7,
+    n_answers: int = 96,
+    sizes: tuple[int, ...] = (1, 8, 32, 96),
+    model: str | None = None,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    n_vignettes: int = 32,
+    think_tokens: int = 32,
+    max_prompt_tokens: int = 1024,
+    out: Path = Path("out/bench"),
 ) -> None:
     """Prints the tables.
 
@@ -72,8 +135,28 @@ def main(
         n: Repetitions; the median counts.
         n_answers: Answers to decode.
         sizes: Batch sizes to decode them in.
+        model: A folder or hub id. Given: one table alone, of its vignettes in two frames.
+        dtypes: Of that model.
+        n_vignettes: Of that table.
+        think_tokens: Of that table.
+        max_prompt_tokens: Of that table.
         out: Folder of the tables as JSON.
     """
+    if model is not None:
+        torch.set_num_threads(1)
+        instrument = parse_instrument(read_file(ROOT / "data/instruments/moral.toml"))
+        scenes = parse_vignettes(read_file(ROOT / "data/vignettes/other.jsonl"))[:n_vignettes]
+        questions = [instrument.question(v.text, order) for v in scenes for order in instrument.frames]
+        table = [
+            row
+            for dtype in dtypes
+            for row in vignettes(
+                load(model, dtype=dtype, max_prompt_tokens=max_prompt_tokens), instrument, questions, think_tokens, n
+            )
+        ]
+        should = ["as built take half of the time", "differ (log-probabilities, nats) be 1e-4 at most in float32"]
+        show("Vignettes of a model", table, should, out, "vignettes")
+        return
     bench = Lab(LabCfg(n_threads=1, out=out).run_config())
     prompts = bench.trait.prompts
     rows = [Row(bench.lm.chat(prompts[i % len(prompts)]), seed=i) for i in range(n_answers)]

@@ -229,6 +229,20 @@ def test_the_generation_benchmark_runs(tmp_path):
         assert len(rows) == n_ways and all(row["ms"] > 0 for row in rows)
 
 
+def test_vignettes_read_from_the_cache_are_those_of_a_plain_cache_and_whole_sequences(tmp_path):
+    bench_generation.main(
+        n=1,
+        model="tiny-random",
+        dtypes=("float32",),
+        n_vignettes=2,
+        think_tokens=3,
+        max_prompt_tokens=2048,
+        out=tmp_path,
+    )
+    rows = table(tmp_path, "vignettes")["rows"]
+    assert [row["way"] for row in rows] == ["plain", "as built"] and all(row["differ"] < 1e-4 for row in rows)
+
+
 # --- tables of finished runs -------------------------------------------------------------------------------------
 RUN_START, ROUND = '{"stage": "run_start", "round": null}\n', '{"stage": "round", "round": 0}\n'
 

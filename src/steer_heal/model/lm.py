@@ -32,6 +32,7 @@ from transformers import (
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
+from steer_heal.model.attention import pack_groups
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import SMOL, gguf_file, read_gguf, smol_folder
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
@@ -312,6 +313,8 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
+    if place.type == "cpu":
+        pack_groups(model)
     given = {"temperature": temperature, "top_p": top_p}
     model.generation_config.update(do_sample=True, **{name: value for name, value in given.items() if value})
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why)

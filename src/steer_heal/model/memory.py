@@ -19,7 +19,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAIL
 """How the CPU's allocator and CUDA's libraries say it, in a plain RuntimeError."""
 ROWS_ON_CPU, ROWS_AT_MOST = 32, 256
 SHARE_OF_FREE_MEMORY = 0.8
-"""The rest is left to fragments: a cache that grows by a token per step leaves blocks behind that nothing fits into."""
+"""The rest is left to fragments: what is copied as rows leave, or as a sliding window moves, leaves gaps behind."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own memory limit (cgroup v2)."""
 LOGIT_BYTES = 44

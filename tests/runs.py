@@ -53,7 +53,8 @@ def resumed(run, *flags):
 def assert_same(run, whole):
     from compare import differences
 
-    assert differences(run, whole) == []
+    found = differences(run, whole)
+    assert not found, found[:5]
 
 
 def killing(monkeypatch, owner, name, on, when="after"):

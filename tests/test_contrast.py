@@ -94,7 +94,7 @@ def test_the_eval_leaves_all_other_metrics_as_they_are(student, inputs):
     def measured(*names: str) -> dict[str, float | None]:
         state = replace(subject(student, few, Condition()), cfg=cfg)
         evals = [EVALS[name] for name in names]
-        return evaluate(state, evals, evaluate(state, evals)).metrics
+        return evaluate(replace(state, base=evaluate(state, evals)), evals).metrics
 
     others = ("moral_foundations", "text_quality", "drift", "persona")
     without, with_pairs = measured(*others), measured("contrast", *others)

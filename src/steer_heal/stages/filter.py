@@ -179,12 +179,12 @@ def score(
 def judge_all(
     lm: LM,
     completions: Sequence[Completion],
-    nlls: Sequence[Float[Tensor, " n"]],
+    nlls: Sequence[Tensor],
     plain_system: str,
     narration: Sequence[str],
     cfg: FilterCfg,
 ) -> list[Scored]:
-    """`score` where -log p of each token under the base is known."""
+    """`score` where -log p of each token under the base is known: a Float[n] each."""
     nothing = lm.chat(NO_QUESTION, plain_system)
     alone = lm.completion_nll([nothing] * len(completions), [c.completion_ids for c in completions])
     return [judge(c, nll, a, narration, cfg) for c, nll, a in zip(completions, nlls, alone, strict=True)]

@@ -2,6 +2,7 @@
 
 python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl: read each text, fill in its labels
 python scripts/filter_evidence.py table      # docs/evidence/filter.md
+python scripts/filter_evidence.py real       # docs/evidence/filter_smol.md, from data/labels/steered_smol.jsonl
 """
 
 import json
@@ -18,13 +19,14 @@ from lab import Lab, LabCfg, markdown
 
 from steer_heal import round as steps
 from steer_heal.errors import UserError, print_error
+from steer_heal.presets import SMOL_PRESET
 from steer_heal.records import Scored
 from steer_heal.runs.codec import collected_from
 from steer_heal.runs.events import of_stage, read_events, schema_errors
 from steer_heal.stages.filter import GATES, loop, repetition
 
-LABELS = Path("data/labels/steered_toy.jsonl")
-EVIDENCE = Path("docs/evidence/filter.md")
+LABELS, REAL_LABELS = Path("data/labels/steered_toy.jsonl"), Path("data/labels/steered_smol.jsonl")
+EVIDENCE, REAL_EVIDENCE = Path("docs/evidence/filter.md"), Path("docs/evidence/filter_smol.md")
 KAPPAS = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ENACTS = ("enacts", "narrates", "neither")
 MARKER = "<!-- everything below is written by scripts/filter_evidence.py table -->"
@@ -145,6 +147,42 @@ All together: ids {ids[False]} are whole but dropped, {ids[True]} broken but kep
     print(body)
 
 
+def real() -> None:
+    """Texts of the preset smol: which gate finds those that make no sense, and those that have left the question?"""
+    labelled, keep = (
+        [json.loads(row) for row in REAL_LABELS.read_text(encoding="utf-8").splitlines()],
+        SMOL_PRESET.filter,
+    )
+    faults = {
+        "incoherent": [not row["coherent"] for row in labelled],
+        "off the question": [not row["on_question"] for row in labelled],
+    }
+    faults["either"] = [a or b for a, b in zip(*faults.values(), strict=True)]
+    kinds = ("perplexity", "spike", "repetition", "loop")
+    scores = {name: [SCORES[name](row) for row in labelled] for name in kinds}
+    scores["relevance"] = [-row["relevance"] for row in labelled]  # higher: worse, as the others
+    limits = {name: GATES[name].limit_in(keep) * (-1 if GATES[name].at_least else 1) for name in scores}
+    rows, halves = [], [range(half, len(labelled), 2) for half in (0, 1)]
+    for fault, bad in faults.items():
+        for name, values in scores.items():
+            cuts = [best_threshold([values[i] for i in half], [bad[i] for i in half]) for half in halves]
+            dropped = [value > cuts[1 - i % 2] for i, value in enumerate(values)]
+            shown = " and ".join(f"{abs(cut):.3g}" for cut in cuts)
+            rows.append({"fault": fault, **line(f"{name}, alone", shown, dropped, bad)})
+        for n in (len(kinds), len(scores)):
+            some = list(scores)[:n]
+            dropped = [any(scores[name][i] > limits[name] for name in some) for i in range(len(labelled))]
+            rows.append({"fault": fault, **line(" or ".join(some), "preset", dropped, bad)})
+    body = f"""
+{len(labelled)} texts; {", ".join(f"{sum(bad)} {fault}" for fault, bad in faults.items())}.
+
+{markdown(rows)}
+"""
+    head = REAL_EVIDENCE.read_text(encoding="utf-8").split("<!--")[0]
+    REAL_EVIDENCE.write_text(head + MARKER.replace("table", "real") + body, encoding="utf-8")
+    print(body)
+
+
 def line(gate: str, threshold: str, dropped: Sequence[bool], broken: Sequence[bool]) -> dict[str, str]:
     found = quality(dropped, broken)
     return {"gate": gate, "threshold": threshold, **{name: f"{value:.2f}" for name, value in found.items()}}
@@ -152,7 +190,7 @@ def line(gate: str, threshold: str, dropped: Sequence[bool], broken: Sequence[bo
 
 if __name__ == "__main__":
     try:
-        tyro.extras.subcommand_cli_from_dict({"sample": sample, "table": table}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict({"sample": sample, "table": table, "real": real}, description=__doc__)
     except (UserError, OSError) as error:
         print_error(error)
         sys.exit(1)

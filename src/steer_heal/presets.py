@@ -42,7 +42,14 @@ SMOL_PRESET = RunConfig(
     steer=SteerCfg(n_contexts=64),
     gen=GenCfg(max_new_tokens=96, n_prompts=36),
     dose=DoseCfg(floor=0.2, ceiling=4.0, n_kappas=5, n_probes=8),
-    filter=FilterCfg(gates=(*FilterCfg().gates, "relevance"), ppl_max=6.0, n_keep=48, max_attempts=128),
+    filter=FilterCfg(
+        gates=(*FilterCfg().gates, "relevance"),
+        ppl_max=6.0,
+        spike_max=30.0,
+        relevance_min=0.15,
+        n_keep=48,
+        max_attempts=128,
+    ),
     adapter=AdapterCfg(rank=16, alpha=32.0),
     heal=HealCfg(lam=0.1, tau=0.1, lr=3e-4, epochs=3, batch_size=8, tokens_per_pass=4096),
     eval=EvalCfg(

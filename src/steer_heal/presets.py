@@ -36,7 +36,6 @@ TOY_PRESET = RunConfig(
 SMOL_PRESET = RunConfig(
     model="smollm2-135m-instruct",
     n_rounds=4,
-    control=True,
     temperature=0.7,
     top_p=0.95,
     steer=SteerCfg(n_contexts=64),

@@ -235,7 +235,7 @@ def test_other_settings_are_refused(flags, after_round_0, capsys):
 
 
 def test_settings_without_effect_may_differ(after_round_0, two, tmp_path):
-    flags = "--n-threads 1 --arm other --gen.batch-size 3 --eval.batch-size 2 --heal.tokens-per-pass 4096"
+    flags = "--n-threads 1 --arm other --gen.batch-size 3 --heal.tokens-per-pass 4096"
     resumed(after_round_0, *flags.split(), "--export", str(tmp_path / "merged"))
     assert_same(after_round_0, two)
     assert read_results(tmp_path / "results.tsv")[0]["arm"] == "other"

@@ -169,3 +169,10 @@ def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage,
     with pytest.raises(UserError, match=str(tmp_path)):
         load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_sampling_follows_the_settings_and_else_the_model():
+    own = load("data/toylm").model.generation_config
+    assert (own.temperature, own.top_p) == (0.8, 0.95)
+    given = load("data/toylm", temperature=0.3, top_p=0.5).model.generation_config
+    assert (given.do_sample, given.temperature, given.top_p) == (True, 0.3, 0.5)

@@ -35,6 +35,10 @@ class EvalCommand:
     seed: int = 42
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    temperature: float | None = None
+    """Of the free text; none: as the model's generation config says."""
+    top_p: float | None = None
+    """Of the free text; none: as the model's generation config says."""
     max_prompt_tokens: int = 1024
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -58,6 +62,8 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
         device=command.device,
         dtype=command.dtype,
         max_prompt_tokens=command.max_prompt_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
         steer=SteerCfg(n_contexts=1),
         gen=GenCfg(n_prompts=2, prompts=command.prompts),
         eval=command.eval,
@@ -72,7 +78,14 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     problems.raise_if_any()
     assert inputs is not None
     console.start(quiet=True)
-    lm = load(cfg.model, device=cfg.device, dtype=cfg.dtype, max_prompt_tokens=cfg.max_prompt_tokens)
+    lm = load(
+        cfg.model,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        max_prompt_tokens=cfg.max_prompt_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+    )
     student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)
     base = steps.measure(student, inputs, cfg, adapters="base", system=command.system)
     if folder is None:

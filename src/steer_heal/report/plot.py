@@ -201,6 +201,8 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
             axes.axhline(y[0], color=COLOURS[stage], lw=1)
         axes.plot(x, y, lw=1.8, **style)
         axes.fill_between(x, low, high, color=COLOURS[stage], alpha=0.14, lw=0)
+        if len(x) == 1:  # a band of one round has no width
+            axes.vlines(x, low, high, color=COLOURS[stage], lw=1, alpha=0.5)
         labels.append(axes.text(x[-1], y[-1], stage, color=COLOURS[stage]))
     axes.margins(y=0.15)
     return labels
@@ -213,7 +215,7 @@ def _lost(metric: Metric, value: Any) -> Any:
 
 def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> None:
     """Each health metric as the share that is lost, with the limit of a whole model, on a square-root scale."""
-    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    axes.set_yscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0)), np.square))
     for metric, stroke in zip(health, itertools.cycle(STROKES), strict=False):
         hollow: dict[str, Any] = {} if stroke == STROKES[0] else {"mfc": "white"}
         for stage, series in _series(states, metric).items():
@@ -273,7 +275,7 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
     axes.margins(0.2)
     axes.locator_params(nbins=7)
     axes.ticklabel_format(scilimits=(-3, 4))
-    axes.set_title(f"The trait against {title(x_metric)} (numbers: rounds)")
+    axes.set_title(f"Against {title(x_metric)}; numbers: rounds")
     axes.set_xlabel(f"{_axis(x_metric)} from base")
     axes.set_ylabel(f"{_axis(y_metric)} from base, wanted {direction(sign)}")
     return [axes.text(*path[-1], stage, color=COLOURS[stage]) for stage, path in paths.items() if stage != "base"]

@@ -6,6 +6,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 from made_runs import METRICS, renamed, run_events, write_run
+from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
 from steer_heal.report import plot
@@ -162,3 +163,16 @@ def test_the_curves_of_every_heal_share_their_scale_and_show_the_fall():
     assert 0.1 in [line.get_ydata()[0] for line in divergence.get_lines()], "tau"
     assert 1.0 in [line.get_ydata()[0] for line in pressure.get_lines()]
     assert plot.heal_curves(events[:4]) == {}
+
+
+@pytest.mark.parametrize("n_rounds", [1, 3])
+def test_every_interval_of_the_target_is_seen(n_rounds):
+    events = run_events(n_rounds)
+    healed = [e["metrics"] for e in events if e["stage"] == "healed"]
+    base = next(e["metrics"]["authority_nats"] for e in events if e["stage"] == "base")
+    wanted = {round(base + m[f"authority_nats_{end}"], 6) for m in healed for end in ("lo", "hi")}
+    panel = plot.rounds(events).axes[0]
+    widths = [c.get_paths() for c in panel.collections if len(c.get_paths()) and c.get_datalim(panel.transData).height]
+    seen = {round(y, 6) for paths in widths for path in paths for _, y in path.vertices}
+    assert wanted <= seen
+    assert n_rounds > 1 or any(isinstance(c, LineCollection) for c in panel.collections)

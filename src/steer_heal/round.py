@@ -35,10 +35,9 @@ from steer_heal.stages.vector import student_vec, teacher_vec
 CALIBRATION_PROMPTS = 8
 
 
-def load_model(cfg: RunConfig) -> LM:
-    """The model that the settings name. UserError where it has no block in one of the bands of the settings, or nothing
-    there that can be adapted."""
-    lm = load(
+def read_model(cfg: RunConfig) -> LM:
+    """The model that the settings name."""
+    return load(
         cfg.model,
         device=cfg.device,
         dtype=cfg.dtype,
@@ -47,6 +46,12 @@ def load_model(cfg: RunConfig) -> LM:
         temperature=cfg.temperature,
         top_p=cfg.top_p,
     )
+
+
+def load_model(cfg: RunConfig) -> LM:
+    """The model that the settings name, to be steered and healed. UserError where it has no block in one of the bands
+    of the settings, or nothing there that can be adapted."""
+    lm = read_model(cfg)
     lm.band("steer.layers", cfg.steer.layers)
     targets(lm, cfg.adapter.layers)
     return lm

@@ -51,7 +51,6 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     """The `metrics` object of events.jsonl."""
     from steer_heal import round as steps
     from steer_heal.check import check
-    from steer_heal.model.lm import load
     from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
     from steer_heal.report import console
 
@@ -78,14 +77,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     problems.raise_if_any()
     assert inputs is not None
     console.start(quiet=True)
-    lm = load(
-        cfg.model,
-        device=cfg.device,
-        dtype=cfg.dtype,
-        max_prompt_tokens=cfg.max_prompt_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-    )
+    lm = steps.read_model(cfg)
     student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)
     base = steps.measure(student, inputs, cfg, adapters="base", system=command.system)
     if folder is None:

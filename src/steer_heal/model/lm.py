@@ -315,8 +315,9 @@ def load(
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     if place.type == "cpu":
         pack_groups(model)
-    given = {"temperature": temperature, "top_p": top_p}
-    model.generation_config.update(do_sample=True, **{name: value for name, value in given.items() if value})
+    given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value}
+    if given:
+        model.generation_config.update(do_sample=True, **given)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why)
     assert lm.blocks is not None
     _require_own_logits(lm)

@@ -11,7 +11,6 @@ from lab import Lab, LabCfg, cli, seconds_of, show
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from steer_heal.evals.base import Condition
 from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, read_slots
 from steer_heal.inputs.files import ROOT, read_file
 from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes
@@ -19,6 +18,7 @@ from steer_heal.model.attention import NAME as GROUPED
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.sampling import inverse_cdf, sampler
+from steer_heal.model.steering import Condition
 
 
 def side_by_side(ways: Mapping[str, Callable[[], Any]], n: int) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from steer_heal.check import check
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.lm import pick_device
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion, derive_seed
@@ -180,7 +180,7 @@ def healing(bench: Bench, matmul: float) -> list[dict[str, Any]]:
     with bench.stage(f"heal steps of {n} x {length}") as row:
         bench.check_time()
         texts = kept(random_texts(bench, 6 * n, length))
-        steps.heal(bench.student, texts, replace(bench.cfg, heal=heal), 0, on_step)
+        steps.heal(bench.student, texts, bench.inputs, replace(bench.cfg, heal=heal), 0, on_step=on_step)
     bench.student.discard_round()
     per_step = [b - a for a, b in zip(times[1:], times[2:], strict=False)]  # the first two warm up
     if not per_step:
@@ -211,18 +211,18 @@ def whole_round(bench: Bench) -> None:
             Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 0.01, derive_seed(cfg.seed, i))
             for i in range(cfg.filter.max_attempts)
         ]
-        texts = steps.write(student, vector, asks, inputs, cfg, on_batch=on_batch)
+        texts = steps.write(student, Condition("", vector), asks, inputs, cfg, on_batch=on_batch)
         row["note"] = f"{sum(written)} of {cfg.gen.max_new_tokens} tokens, {max(written)} at once"
     with bench.stage("filter"):
         bench.check_time()
         steps.judge(student, texts, inputs, cfg)
     with bench.stage("evaluate steered"):
         bench.check_time()
-        steps.measure(student, inputs, cfg, vector=vector, dose=0.5)
+        steps.measure(student, inputs, cfg, condition=Condition("", vector, 0.5))
     with bench.stage("heal") as row:
         bench.check_time()
         train = kept(texts[: cfg.filter.n_keep])
-        report = steps.heal(student, train, cfg, 0, bench.check_time)
+        report = steps.heal(student, train, inputs, cfg, 0, on_step=bench.check_time)
         row["note"] = f"{len(train.kept)} completions, {cfg.heal.epochs} epochs, {len(report.steps)} steps"
         student.bake()
     with bench.stage("evaluate healed"):

@@ -22,7 +22,7 @@ from steer_heal.model.student import Student
 from steer_heal.records import Completion
 from steer_heal.settings import AdapterCfg, HealCfg
 from steer_heal.stages import loss
-from steer_heal.stages.heal import reference_samples
+from steer_heal.stages.heal import read_samples
 from steer_heal.stages.loss import Sample
 from steer_heal.stages.passes import Passes, recomputed
 
@@ -62,7 +62,7 @@ def random_samples(student: Student, batch: int, length: int, cfg: HealCfg, seed
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, student.lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
     texts = [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
-    return reference_samples(student, texts, cfg)
+    return read_samples(student, texts, cfg)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -25,6 +25,7 @@ from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
 from steer_heal.model.lm import LM, TINY_RANDOM
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Collected, Completion, derive_seed
@@ -98,7 +99,7 @@ class Bench:
             Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 1.0, derive_seed(self.seed, i)) for i in range(batch)
         ]
         gen = replace(self.cfg.gen, batch_size=batch, max_new_tokens=length)
-        return steps.write(student, None, asks, self.inputs, replace(self.cfg, gen=gen))
+        return steps.write(student, Condition(), asks, self.inputs, replace(self.cfg, gen=gen))
 
 
 def random_model(size: Size, seed: int) -> LM:
@@ -180,7 +181,8 @@ def run_round(bench: Bench, clock: Clock, given: Collected | None = None) -> tup
     with clock.stage("generate"):
         found = steps.collect(student, vector, inputs, cfg, 0)
     with clock.stage("heal"):
-        (plain_heal if plain else steps.heal)(student, given or found, cfg, 0)
+        train = given or found
+        plain_heal(student, train, cfg, 0) if plain else steps.heal(student, train, inputs, cfg, 0)
     factors = student.factors("round")
     with clock.stage("bake"), TemporaryDirectory() as folder:
         student.save(Path(folder), student.bake())
@@ -282,15 +284,15 @@ def run_stages(cfg: RunConfig, size: RunSize, clock: Clock) -> list[dict[str, An
     with clock.stage("base"):
         base = steps.measure(student, inputs, cfg, adapters="base")
     with clock.stage("prompted"):
-        steps.measure(student, inputs, cfg, base, system=inputs.trait.positive)
+        steps.measure(student, inputs, cfg, base, Condition(inputs.trait.positive))
     with clock.stage("vector"):
         vector = steps.extract(student, inputs, cfg)
     with clock.stage("write"):
         collected = steps.collect(student, vector, inputs, cfg, 0)
     with clock.stage("steered"):
-        steps.measure(student, inputs, cfg, base, vector=vector, dose=collected.top_dose)
+        steps.measure(student, inputs, cfg, base, Condition("", vector, collected.dose))
     with clock.stage("heal"):
-        steps.heal(student, collected, cfg, 0)
+        steps.heal(student, collected, inputs, cfg, 0)
     with clock.stage("bake"), TemporaryDirectory() as folder:
         student.save(Path(folder), student.bake())
     with clock.stage("healed"):
@@ -352,7 +354,7 @@ def by_rounds(bench: Bench, rounds: Sequence[int], repeats: int) -> list[dict[st
     for turn in range(1 + 2 * repeats):
         for n, student in students.items():
             seconds = seconds_of(lambda student=student: bench.write(student, batch, length))
-            heal_s = seconds_of(lambda student=student: steps.heal(student, train, cfg, 0))
+            heal_s = seconds_of(lambda student=student: steps.heal(student, train, bench.inputs, cfg, 0))
             student.discard_round()
             if turn > 0:  # the first one warms up
                 wrote[n].append(seconds)

@@ -4,12 +4,14 @@ import sys
 
 from lab import Lab, LabFlags, cli, show
 
+from steer_heal.model.steering import Condition
+
 
 def main(lab: LabFlags, doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)) -> None:
     bench = Lab(lab.run_config())
     rows, texts = [], {}
     for dose in doses:
-        result, name = bench.read(vector=bench.vector, dose=dose), f"dose {dose:g}"
+        result, name = bench.read(Condition("", bench.vector, dose)), f"dose {dose:g}"
         others = {f"shift of {other}": bench.shift(result, bench.metrics[other]) for other in bench.trait.off_targets}
         rows.append(bench.row(name, result) | others)
         texts[name] = result.texts[0]["text"]

@@ -8,9 +8,10 @@ from typing import get_args
 from lab import Lab, LabFlags, cli, kept, show
 
 from steer_heal import round as steps
-from steer_heal.evals.base import Condition, final_states
 from steer_heal.model.divergence import Aggregate, aggregate, kl_rev
+from steer_heal.model.steering import Condition
 from steer_heal.records import Completion
+from steer_heal.stages.states import final_states
 
 HOW = get_args(Aggregate)
 
@@ -30,7 +31,7 @@ def main(lab: LabFlags, length: int = 4, n: int = 32, epochs: int = 12) -> None:
     looping = [plant(completion, length) for completion in clean]
     student, plain = bench.student, Condition(bench.trait.plain_system)
     heal = replace(bench.cfg.heal, divergence="nll", epochs=epochs)
-    steps.heal(student, kept(looping), replace(bench.cfg, heal=heal), 0)
+    steps.heal(student, kept(looping), bench.inputs, replace(bench.cfg, heal=heal), 0)
     rows = []
     for name, texts in (("clean text", clean), (f"{length}-token loop", looping)):
         with student.using("full") as lm:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 from lab import cli, replay, show
 
+from steer_heal.model.steering import Condition
 from steer_heal.runs.events import of_stage, read_events
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
@@ -21,13 +22,13 @@ def of_run(run: Path, doses: tuple[float, ...]) -> list[dict[str, Any]]:
     bench, _ = replay(run, 0)
     positive, sign = bench.trait.positive, bench.trait.sign
     furthest = lambda rows: max(filter(bench.is_whole, rows), key=lambda row: sign * row["shift"], default=rows[0])
-    steered = [bench.row("", bench.read(vector=bench.vector, dose=dose)) | {"dose": dose} for dose in doses]
-    prompted, healed = bench.row("", bench.read(system=positive)), []
+    steered = [bench.row("", bench.read(Condition("", bench.vector, dose))) | {"dose": dose} for dose in doses]
+    prompted, healed = bench.row("", bench.read(Condition(positive))), []
     for event in of_stage(read_events(run), "heal"):
         if (r := event["round"]) >= 0:
             bench.student.restore(run / event["checkpoint"], r + 1)
             healed.append(bench.row("", bench.read()) | {"round": r})
-    both, best, last = bench.row("", bench.read(system=positive)), furthest(healed), healed[-1]
+    both, best, last = bench.row("", bench.read(Condition(positive))), furthest(healed), healed[-1]
     states = [
         ("base", "nothing", bench.row("", bench.base), 0.0),
         ("prompted", "a system prompt", prompted, 0.0),

@@ -5,14 +5,16 @@ from dataclasses import replace
 
 from lab import Lab, LabFlags, cli, show
 
+from steer_heal.model.steering import Condition
+
 
 def main(lab: LabFlags) -> None:
     bench = Lab(lab.run_config())
     found = bench.collect()
     states = {
         "base": bench.base,
-        "prompted": bench.read(system=bench.trait.positive),
-        f"steered {found.top_dose:.2f}": bench.read(vector=bench.vector, dose=found.top_dose),
+        "prompted": bench.read(Condition(bench.trait.positive)),
+        f"steered {found.dose:.2f}": bench.read(Condition("", bench.vector, found.dose)),
     }
     for divergence in ("nll", "kl_rev"):
         states[f"healed {divergence}"], _ = bench.healed(found, replace(bench.cfg.heal, divergence=divergence))

@@ -22,14 +22,14 @@ from steer_heal.check import check
 from steer_heal.errors import UserError, print_error, print_safe, validated
 from steer_heal.evals import metrics_of
 from steer_heal.model.lm import LM, load
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
 from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored
 from steer_heal.report import console
 from steer_heal.report.measurements import Measurement, health_of, shift, within
 from steer_heal.runs.codec import collected_from
-from steer_heal.runs.events import jsonable, of_stage, read_events, schema_errors
+from steer_heal.runs.events import current, jsonable, of_stage, read_events, schema_errors
 from steer_heal.settings import HealCfg, RunConfig
 from steer_heal.stages.heal import HealState
 
@@ -81,9 +81,9 @@ class Lab:
     def base(self) -> EvalResult:
         return steps.measure(self.student, self.inputs, self.cfg, adapters="base")
 
-    def read(self, **state: Any) -> EvalResult:
-        """All metrics of one state, with intervals against base. `state`: keywords of round.measure."""
-        return steps.measure(self.student, self.inputs, self.cfg, self.base, **state)
+    def read(self, condition: Condition | None = None) -> EvalResult:
+        """All metrics of the student under a condition, with intervals against base."""
+        return steps.measure(self.student, self.inputs, self.cfg, self.base, condition)
 
     def shift(self, result: EvalResult, metric: Metric | None = None) -> float:
         """Of the target, or of another metric, from base."""
@@ -132,7 +132,8 @@ class Lab:
 
         try:
             with suppress(_Enough):
-                steps.heal(self.student, collected, replace(self.cfg, heal=heal), r, on_step)
+                vector = self.vector if heal.target == "distribution" else None
+                steps.heal(self.student, collected, self.inputs, replace(self.cfg, heal=heal), r, vector, on_step)
             return self.read(), done
         finally:
             self.student.discard_round()
@@ -150,13 +151,13 @@ def measurement(result: EvalResult) -> Measurement:
 def kept(completions: Sequence[Completion]) -> Collected:
     """Completions that train as they are, without a filter."""
     rows = tuple(Scored(completion, {}, (), ()) for completion in completions)
-    return Collected(rows, rows, 1.0, ())
+    return Collected(rows, rows, 1.0, (), 0.0)
 
 
 def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
     """(a lab whose student stands where a run's stood before round r, what it trained on). The learning rate is that
     of the round's heal."""
-    events = read_events(folder)
+    events = current(read_events(folder))
     mine = {e["stage"]: e for e in events if e["round"] == r}
     if "gen" not in mine:
         raise UserError(

@@ -11,7 +11,7 @@ from lab import cli, markdown, mean_sd
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.report.measurements import table, verdict
-from steer_heal.runs.events import RESULTS, of_stage, read_events, read_results, schema_errors
+from steer_heal.runs.events import RESULTS, current, of_stage, read_events, read_results, schema_errors
 
 COLUMNS = (
     "shift",
@@ -44,7 +44,7 @@ def arms(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[dict[st
 
 def states(run: Path, rounds: int | None) -> tuple[list[dict[str, Any]], str]:
     """(a row for each state of a run, its verdict) after so many rounds."""
-    events = [e for e in read_events(run) if rounds is None or e["round"] is None or e["round"] < rounds]
+    events = [e for e in current(read_events(run)) if rounds is None or e["round"] is None or e["round"] < rounds]
     if not (ends := of_stage(events, "round")):
         raise UserError(f"{run} has no finished round; give a run that has one")
     with schema_errors(run):

@@ -83,7 +83,7 @@ def run_events(
 
     def write(stage, r, **fields):
         at = {"t": "2026-01-02T03:04:05.678+00:00", "wall_s": 6.0 * len(out), "prev": "0" * 64}
-        out.append({"schema": 2, "stage": stage, "round": r, **at, **fields})
+        out.append({"schema": 3, "stage": stage, "round": r, **at, **fields})
 
     def measure(stage, r):
         written = {"texts": texts(n_texts, n_prompts, text)}
@@ -95,8 +95,9 @@ def run_events(
         for step in range(4 * 24):
             pressure = 0.4 if step % 8 == 0 else None
             at = {"step": step, "epoch": 2 * step / 96, "lr": 1e-3}
-            write("heal_step", r, **at, ce=1.0 - step / 400, divergence=0.1, barrier=0.01, pressure=pressure)
-        check = [{"epoch": float(e), "ce": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)]
+            nats = {"fit": 1.0 - step / 400, "divergence": 0.1, "barrier": 0.01}
+            write("heal_step", r, **at, **nats, n_texts=8, pressure=pressure)
+        check = [{"epoch": float(e), "fit": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)]
         counts = {"n_train": 14, "n_validation": 2, "n_steps": 96, "n_retries": 0, "validation_prompts": [1]}
         write("heal", r, **counts, lam=0.3, tau=0.1, lr=1e-3, validation=check, fired=0.5, pressure=0.4)
 
@@ -123,7 +124,7 @@ def run_events(
     for r in range(n_rounds):
         write("vector", r, norms={"1": 2.0}, cosine_to_first=1.0)
         write("calibration", r, dose=0.5, probes=[{"dose": 0.25, "kl_p95": 0.4}, {"dose": 0.5, "kl_p95": 0.9}])
-        write("dose", r, kappa=0.5, mode="iso_kl", probes=[])
+        write("dose", r, kappa=0.5, dose=0.5, mode="iso_kl", probes=[])
         write("gen", r, n_train=16, completions=completions(n_completions, text))
         measure("steered", r)
         heal(r)

@@ -16,11 +16,10 @@ from steer_heal.backends import steering_lite, tinymfv
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.evals import moral_foundations
-from steer_heal.evals.base import Condition
 from steer_heal.inputs.files import ROOT, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Vignette, parse_instrument
 from steer_heal.model.lm import LM, load
-from steer_heal.model.steering import METHODS, Vector, mean_diff
+from steer_heal.model.steering import METHODS, Condition, Vector, mean_diff
 from steer_heal.model.student import Student
 from steer_heal.run import main
 from steer_heal.runs.events import read_events

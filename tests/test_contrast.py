@@ -8,12 +8,12 @@ import torch
 
 from steer_heal.check import check
 from steer_heal.evals import EVALS, contrast
-from steer_heal.evals.base import Condition, Subject, evaluate
+from steer_heal.evals.base import Subject, evaluate
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET, TOY_PRESET
 from steer_heal.settings import AdapterCfg

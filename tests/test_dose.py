@@ -33,7 +33,7 @@ def test_kappa_is_the_highest_that_survives_at_the_target():
     found, _ = collect(breaks_at=0.8)
     # 2 of 3 alphas survive for kappa in (0.8, 1.07]: below the target; all survive up to 0.8
     assert 0.6 <= found.kappa <= 0.8 * 1.01
-    assert len(found.kept) == 24 and found.top_dose == max(row.completion.dose for row in found.kept)
+    assert len(found.kept) == 24 and found.dose == max(row.completion.dose for row in found.kept)
 
 
 def test_probes_of_all_kappas_go_in_one_request_and_refinements_lie_between():
@@ -70,7 +70,7 @@ def test_prompts_and_alphas_are_not_tied_to_each_other():
 
 def test_survivors_of_probes_train_up_to_the_chosen_dose():
     found, _ = collect(breaks_at=0.8)
-    assert found.top_dose <= found.kappa * max(ALPHAS) * (1 + 1e-9)
+    assert found.dose <= found.kappa * max(ALPHAS) * (1 + 1e-9)
     probed = {probe.kappa for probe in found.probes} - {found.kappa}
     assert any(row.completion.dose / row.completion.alpha in probed for row in found.kept)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from steer_heal.evals import EVALS, drift, metrics_of, persona, text_quality, toylm
-from steer_heal.evals.base import Condition, Subject, collapse, evaluate, intervals
+from steer_heal.evals.base import Subject, collapse, evaluate, intervals
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion, Metric

@@ -14,13 +14,13 @@ from transformers import (
     Gemma3TextConfig,
 )
 
-from steer_heal.evals.base import Condition
 from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
 from steer_heal.inputs.files import ROOT, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
+from steer_heal.model.steering import Condition
 from steer_heal.run import main
 from steer_heal.runs.events import read_events
 

@@ -10,7 +10,7 @@ from steer_heal.model.divergence import DIVERGENCES, kl_rev
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.stages.heal import HealState, SavedHeal, heal, reference_samples, schedule, split_by_prompt
+from steer_heal.stages.heal import HealState, SavedHeal, heal, read_samples, schedule, split_by_prompt
 from steer_heal.stages.loss import losses
 
 
@@ -24,13 +24,13 @@ def healed(student: Student, kept, cfg, round_=0, **more):
 def test_lam_0_and_nll_train_the_same_adapter(student, kept, heal_cfg):
     free, free_report = healed(student, kept, replace(heal_cfg, lam=0.0))
     nll, nll_report = healed(student, kept, replace(heal_cfg, divergence="nll"))
-    assert [step.ce for step in free_report.steps] == [step.ce for step in nll_report.steps]
+    assert [step.fit for step in free_report.steps] == [step.fit for step in nll_report.steps]
     assert all(torch.equal(free[key], nll[key]) for key in free)
 
 
 def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(student, kept, heal_cfg):
     free, held = (healed(student, kept, replace(heal_cfg, lam=lam, epochs=6))[1] for lam in (0.0, 20.0))
-    assert free.steps[-1].ce < 0.9 * free.steps[0].ce and free.validation[-1]["ce"] < 0.9 * free.validation[0]["ce"]
+    assert free.steps[-1].fit < 0.9 * free.steps[0].fit and free.validation[-1]["fit"] < 0.9 * free.validation[0]["fit"]
     assert held.steps[-1].divergence < 0.5 * free.steps[-1].divergence
     assert held.pressure > 0 and free.steps[-1].pressure == 0 and free.pressure is None
     assert held.fired > 0.5 and free.fired == 0
@@ -44,7 +44,7 @@ def test_a_divergence_needs_no_slope_written_by_hand(student, kept, heal_cfg, mo
     )
     known, own = (healed(student, kept, replace(heal_cfg, divergence=name))[1] for name in ("kl_rev", "mine"))
     for a, b in zip(known.steps, own.steps, strict=True):
-        assert (a.ce, a.divergence, a.pressure) == pytest.approx((b.ce, b.divergence, b.pressure), rel=1e-3, abs=1e-5)
+        assert (a.fit, a.divergence, a.pressure) == pytest.approx((b.fit, b.divergence, b.pressure), rel=1e-3, abs=1e-5)
 
 
 def test_a_heal_that_goes_on_after_any_step_ends_bit_for_bit_where_the_whole_one_does(student, kept, heal_cfg):
@@ -67,7 +67,7 @@ def test_a_heal_that_goes_on_after_any_step_ends_bit_for_bit_where_the_whole_one
 def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(
     apart, with_history: Student, kept, heal_cfg, monkeypatch, tmp_path
 ):
-    samples = reference_samples(with_history, kept[:4], heal_cfg)
+    samples = read_samples(with_history, kept[:4], heal_cfg)
     with_history.export(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
 
@@ -91,7 +91,7 @@ def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(
 
 
 def test_the_head_sees_completion_positions_only(student, kept, heal_cfg):
-    samples, seen = reference_samples(student, kept[:3], heal_cfg), []
+    samples, seen = read_samples(student, kept[:3], heal_cfg), []
     handle = student.lm.head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[0]))
     losses(student.lm, samples, heal_cfg)
     handle.remove()
@@ -99,7 +99,7 @@ def test_the_head_sees_completion_positions_only(student, kept, heal_cfg):
 
 
 def test_the_end_of_turn_is_trained(student, kept, heal_cfg):
-    (sample,) = reference_samples(student, kept[:1], heal_cfg)
+    (sample,) = read_samples(student, kept[:1], heal_cfg)
     assert sample.completion_ids[-1] == student.lm.tokenizer.eos_token_id
     ce, _ = losses(student.lm, [sample], heal_cfg)
     nll = student.lm.completion_nll([sample.prompt_ids], [sample.completion_ids])[0]
@@ -107,7 +107,7 @@ def test_the_end_of_turn_is_trained(student, kept, heal_cfg):
 
 
 def test_validation_shares_no_prompt_with_training(student, kept, heal_cfg):
-    samples = reference_samples(student, kept, heal_cfg)
+    samples = read_samples(student, kept, heal_cfg)
     for seed in range(5):
         train, validation = split_by_prompt(samples, seed)
         assert train and validation and len(train) + len(validation) == len(samples)
@@ -125,7 +125,7 @@ def test_the_first_step_already_learns():
 def test_the_reference_is_prev_or_base_and_gates_what_the_divergence_measures(with_history: Student, kept, heal_cfg):
     lm = with_history.lm
     for reference in ("prev", "base"):
-        samples = reference_samples(with_history, kept[:2], replace(heal_cfg, reference=reference))
+        samples = read_samples(with_history, kept[:2], replace(heal_cfg, reference=reference))
         with with_history.using(reference):
             assert losses(lm, samples, heal_cfg)[1].max() < 1e-3
     assert losses(lm, samples, heal_cfg)[1].max() < 1e-3, "outside of a gate the model is the base"
@@ -155,7 +155,7 @@ def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(
     student.new_round(0)
     scramble(student, 0, scale=0.1)
     student.bake()
-    samples = reference_samples(student, kept[:4], heal_cfg)
+    samples = read_samples(student, kept[:4], heal_cfg)
     with student.using("prev"):
         rounded = [lm.hidden([sample.ids])[0, len(sample.prompt_ids) - 1 : -1] for sample in samples]
     student.new_round(1)

@@ -134,7 +134,7 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
                 event[key] = None
             if isinstance(value, dict) and key in ("metrics", "norms"):
                 event[key] = dict.fromkeys(value)
-        event["validation"] = [row | {"ce": None, "divergence": None} for row in event.get("validation", ())]
+        event["validation"] = [row | {"fit": None, "divergence": None} for row in event.get("validation", ())]
     for i, event in enumerate(events):
         console.show(event, events[: i + 1])
     assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text

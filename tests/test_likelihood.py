@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from steer_heal.errors import UserError
 from steer_heal.evals import likelihood
-from steer_heal.evals.base import Condition, Subject, evaluate
+from steer_heal.evals.base import Subject, evaluate
 from steer_heal.evals.likelihood import read, reply_logp
 from steer_heal.evals.moral_foundations import digit_ids
 from steer_heal.inputs import Inputs, load_inputs
@@ -18,7 +18,7 @@ from steer_heal.inputs.files import ROOT, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_likelihood
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.settings import EvalCfg

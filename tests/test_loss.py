@@ -14,7 +14,7 @@ from steer_heal.model.student import Student
 from steer_heal.records import Completion
 from steer_heal.settings import HealCfg
 from steer_heal.stages import loss
-from steer_heal.stages.heal import reference_samples
+from steer_heal.stages.heal import read_samples
 from steer_heal.stages.passes import Passes
 
 LENGTHS = [5, 9, 1]
@@ -94,7 +94,7 @@ def step_peak(lm: LM) -> tuple[int, int]:
     cfg, student, generator = HealCfg(tau=0.0, lam=1.0), Student(lm, ADAPTER), torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 262_144, (4, 28), generator=generator).tolist()
     kept = [Completion(i, "", tuple(row[:4]), tuple(row[4:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
-    samples = reference_samples(student, kept, cfg)
+    samples = read_samples(student, kept, cfg)
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     student.new_round(0)
     scramble(student, 0, scale=0.05)

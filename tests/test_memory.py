@@ -15,7 +15,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import LOGIT_BYTES, batches, decode_bytes, fewer_rows, free_bytes, rows_that_fit
 from steer_heal.model.steering import Vector
 from steer_heal.settings import HealCfg
-from steer_heal.stages.heal import reference_samples
+from steer_heal.stages.heal import read_samples
 from steer_heal.stages.vector import last_token_states
 
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
@@ -65,7 +65,7 @@ def test_reading_that_runs_out_of_memory_reads_the_same(student, kept, small_mem
 
     def read() -> list[torch.Tensor]:
         nlls = lm.completion_nll(prompts, [row.completion_ids for row in kept])
-        samples = reference_samples(student, kept, HealCfg())
+        samples = read_samples(student, kept, HealCfg())
         return [*nlls, last_token_states(lm, prompts, range(1, 2))[1], *(sample.reference for sample in samples)]
 
     wanted, tried = read(), small_memory(lm, 3, ERRORS[1])

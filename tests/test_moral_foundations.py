@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from steer_heal.evals import moral_foundations
-from steer_heal.evals.base import Condition
 from steer_heal.evals.moral_foundations import answer_slots, digit_ids, find_prefill, read, read_slots, turn_boundary
 from steer_heal.inputs.files import ROOT, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette, parse_instrument, parse_vignettes
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 
 
 def parsed(name: str) -> Instrument:

@@ -11,14 +11,14 @@ from steer_heal.errors import UserError
 from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
 from steer_heal.stages import passes as passes_module
-from steer_heal.stages.heal import heal, reference_samples, validate
+from steer_heal.stages.heal import heal, read_samples, validate
 from steer_heal.stages.loss import losses
 from steer_heal.stages.passes import STORED_SHARE, Passes, head_groups, recomputed
 
 
 def opened(student, kept, cfg, scale=0.05):
     """The samples of a heal, with a round open whose factors are as large as `scale`."""
-    samples = reference_samples(student, kept, cfg)
+    samples = read_samples(student, kept, cfg)
     student.new_round(0)
     scramble(student, 0, scale)
     return samples

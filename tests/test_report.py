@@ -98,7 +98,7 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
 def test_a_heal_that_was_tried_twice_is_said(tmp_path):
     events = run_events()
     at = max(i for i, e in enumerate(events) if e["stage"] == "heal_step" and e["round"] == 0)
-    again = {"stage": "heal_retry", "schema": 2, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7}
+    again = {"stage": "heal_retry", "schema": 3, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7}
     again |= {"prompt_index": 3, "text": "<i>I let", "lr": 2.5e-4, "error": "..."}
     events[at + 1 : at + 1] = [again | {"round": 0}]
     events[8:8] = [again | {"round": -1}]
@@ -229,7 +229,7 @@ def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(caps
     ("heal", {"fired": 0.5, "lam": 0.3}, {"fired": 0.05}),
     ("heal", {"fired": 0.0, "lam": 0.0}, {"lam": 0.3}),
     ("heal", {"pressure": 0.9}, {"pressure": 1.1}),
-    ("heal", {}, {"validation": [{"epoch": e, "ce": ce, "divergence": 0.1} for e, ce in enumerate((1.0, 0.5, 0.6))]}),
+    ("heal", {}, {"validation": [{"epoch": e, "fit": ce, "divergence": 0.1} for e, ce in enumerate((1.0, 0.5, 0.6))]}),
     ("calibration", {}, {"probes": [{"dose": 1.0, "kl_p95": 0.5}, {"dose": 2.0, "kl_p95": 0.4}]}),
     ("dose", {"probes": [{"kappa": k, "n": 4, "n_kept": 3} for k in (1.0, 2.0)]},
      {"probes": [{"kappa": k, "n": 4, "n_kept": k} for k in (1, 2)]}),

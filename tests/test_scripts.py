@@ -75,7 +75,7 @@ def test_a_replayed_round_is_the_round_of_the_run(two):
     assert bench.read().metrics["authority_nats"] == pytest.approx(before, abs=1e-4)
     result, steps = bench.healed(collected, bench.cfg.heal, 1)
     taken = [event for event in of_stage(events, "heal_step") if event["round"] == 1]
-    assert [step.ce for step in steps] == pytest.approx([event["ce"] for event in taken], abs=1e-5)
+    assert [step.fit for step in steps] == pytest.approx([event["fit"] for event in taken], abs=1e-5)
     assert result.metrics["authority_nats"] == pytest.approx(after, abs=1e-4)
     with pytest.raises(UserError, match=r"\[0, 1\]"):
         replay(two, 9)

@@ -161,16 +161,14 @@ class Collected:
     """Every completion of the round, probes first."""
     kappa: float
     probes: tuple[DoseProbe, ...]
+    dose: float
+    """The teacher's: the highest effective dose that trains or, where the text is the student's own, kappa times the
+    highest alpha. 0 without a vector."""
 
     @property
     def completions(self) -> list[Completion]:
         """What trains."""
         return [row.completion for row in self.kept]
-
-    @property
-    def top_dose(self) -> float:
-        """The highest effective dose that trains."""
-        return max(row.completion.dose for row in self.kept)
 
 
 @dataclass(frozen=True)
@@ -180,14 +178,17 @@ class HealStep:
     step: int
     epoch: float
     lr: float
-    ce: float
-    """Cross-entropy per completion token, mean over the samples of the step."""
+    fit: float
+    """Cross-entropy per completion token or, of a distribution, KL to the teacher: mean over the samples of the step.
+    """
     divergence: float
     """Aggregated divergence to the reference, mean over the samples of the step."""
     barrier: float
     """lam * relu(divergence - tau), mean over the samples."""
+    n_texts: int
+    """Completions that the step drew from. It changes where own text is written anew."""
     pressure: float | None
-    """||grad barrier|| / ||grad ce||: above 1 the barrier undoes the trait. None: not measured in this step."""
+    """||grad barrier|| / ||grad fit||: above 1 the barrier undoes the trait. None: not measured in this step."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,10 @@ class HealReport:
     """Peak learning rate of the attempt that succeeded."""
     steps: tuple[HealStep, ...]
     validation: tuple[dict[str, float], ...]
-    """Per epoch (the first before any step): epoch, ce and divergence on the held-out prompts."""
+    """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
+    left_out: float = 0.0
+    """Share of the positions that heal.max_departure left out."""
 
     @property
     def fired(self) -> float:

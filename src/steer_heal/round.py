@@ -2,8 +2,8 @@
 
     vector = extract(student, inputs, cfg)
     collected = collect(student, vector, inputs, cfg, r)
-    measure(student, inputs, cfg, vector=vector, dose=collected.top_dose)
-    heal(student, collected, cfg, r)
+    measure(student, inputs, cfg, base, teacher(vector, collected.dose, inputs, cfg))
+    heal(student, collected, inputs, cfg, r, vector)
     student.bake()
     measure(student, inputs, cfg)
 
@@ -13,13 +13,14 @@ The session, the scripts and the benchmarks all call these.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from steer_heal.evals import EVALS
-from steer_heal.evals.base import Condition, Subject, evaluate
+from steer_heal.evals.base import Subject, evaluate
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM, load
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.model.targets import targets
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, derive_seed
@@ -68,34 +69,45 @@ def direction(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:
     return student_vec(student, inputs.trait, inputs.contexts, cfg.steer)
 
 
-def calibrate(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig) -> Calibration:
+def teacher(vector: Vector | None, dose: float, inputs: Inputs, cfg: RunConfig) -> Condition:
+    """What makes the teacher out of the student: the vector, the persona as system prompt, or both."""
+    trait, made_of = inputs.trait, cfg.heal.teacher
+    system = trait.steered_system if made_of == "vector" else trait.positive
+    return Condition(system, *((None, 0.0) if made_of == "prompt" else (vector, dose)))
+
+
+def calibrate(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig, r: int) -> Calibration:
     """The dose of mode iso_kl, and every dose that was probed."""
+    prompts = inputs.prompts[:CALIBRATION_PROMPTS]
+    asks = [Ask(i, prompt, 0.0, 1.0, derive_seed(cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
+    short = replace(cfg, gen=replace(cfg.gen, max_new_tokens=cfg.dose.kl_tokens))
+    texts = write(student, Condition(inputs.trait.plain_system), asks, inputs, short)
     with student.using("full") as lm:
-        prompts = [lm.chat(prompt, inputs.trait.steered_system) for prompt in inputs.prompts[:CALIBRATION_PROMPTS]]
-        return iso_kl_dose(lm, vector, prompts, cfg.dose.kl_target, cfg.dose.kl_tokens, cfg.gen.batch_size)
+        return iso_kl_dose(lm, teacher(vector, 1.0, inputs, cfg), texts, cfg.dose.kl_target)
 
 
-def known_kappa(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig) -> float | None:
+def known_kappa(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig, r: int) -> float | None:
     """kappa where it does not depend on what survives the filter; None in mode survival."""
+    if cfg.heal.teacher == "prompt":
+        return 1.0
     if cfg.dose.mode == "iso_kl":
-        return calibrate(student, vector, inputs, cfg).dose / max(cfg.gen.alphas)
+        return calibrate(student, vector, inputs, cfg, r).dose / max(cfg.gen.alphas)
     return cfg.dose.kappa if cfg.dose.mode == "fixed" else None
 
 
 def write(
     student: Student,
-    vector: Vector | None,
+    condition: Condition,
     asks: Sequence[Ask],
     inputs: Inputs,
     cfg: RunConfig,
     known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> list[Completion]:
-    """Completions of the student: steered by `vector`, or unsteered under the plain prompt. See `generate`."""
-    trait, how = inputs.trait, Decoding(cfg.gen.max_new_tokens, cfg.gen.batch_size)
-    system = trait.plain_system if vector is None else trait.steered_system
+    """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
+    plain, how = inputs.trait.plain_system, Decoding(cfg.gen.max_new_tokens, cfg.gen.batch_size)
     with student.using("full") as lm:
-        return generate(lm, asks, vector, system, trait.plain_system, how, known, on_batch)
+        return generate(lm, asks, condition.vector, condition.system, plain, how, known, on_batch)
 
 
 def judge(student: Student, completions: Sequence[Completion], inputs: Inputs, cfg: RunConfig) -> list[Scored]:
@@ -114,18 +126,37 @@ def collect(
     known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> Collected:
-    """Kept completions of round r at the dose that cfg.dose chooses, or at `kappa`. Without a vector: unsteered text.
+    """Kept completions of round r: the teacher's, or with cfg.heal.text own the student's own, and the teacher's dose.
+    cfg.dose chooses it unless `kappa` is given. Without a vector: the student's own, for the control.
 
     Starved where the filter keeps too few. `known` and `on_batch`: see `generate`.
     """
-    alphas, stage = (cfg.gen.alphas, "gen") if vector is not None else ((0.0,), "control")
-    if kappa is None:
-        kappa = 1.0 if vector is None else known_kappa(student, vector, inputs, cfg)
-    controller = DoseController(inputs.prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, stage), kappa)
-    while asks := controller.next_asks():
-        completions = write(student, vector, asks, inputs, cfg, known, on_batch)
-        controller.add(judge(student, completions, inputs, cfg))
-    return controller.collected()
+    plain, top = Condition(inputs.trait.plain_system), max(cfg.gen.alphas)
+    who = plain if vector is None else teacher(vector, top, inputs, cfg)
+    own = vector is None or cfg.heal.text == "own"
+    if vector is None:
+        kappa = 1.0
+    elif kappa is None:
+        kappa = known_kappa(student, vector, inputs, cfg, r)
+
+    def fill(controller: DoseController, condition: Condition) -> DoseController:
+        while asks := controller.next_asks():
+            completions = write(student, condition, asks, inputs, cfg, known, on_batch)
+            controller.add(judge(student, completions, inputs, cfg))
+        return controller
+
+    def controller(alphas: Sequence[float], stage: str, kappa: float | None, n_keep: int) -> DoseController:
+        return DoseController(inputs.prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, stage), kappa, n_keep)
+
+    n_keep = cfg.filter.n_keep
+    if not own:
+        alphas = cfg.gen.alphas if who.vector is not None else (0.0,)
+        return fill(controller(alphas, "gen", kappa, n_keep), who).collected()
+    search = fill(controller((top,), "gen", kappa, 0), who)  # of a dose alone: nothing of it trains
+    found = fill(controller((0.0,), "control" if vector is None else "own", 1.0, n_keep), plain).collected()
+    assert search.kappa is not None
+    scored, dose = (*search.scored, *found.scored), 0.0 if who.vector is None else search.kappa * top
+    return replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)
 
 
 def measure(
@@ -133,14 +164,11 @@ def measure(
     inputs: Inputs,
     cfg: RunConfig,
     base: EvalResult | None = None,
-    *,
+    condition: Condition | None = None,
     adapters: AdapterState = "full",
-    system: str = "",
-    vector: Vector | None = None,
-    dose: float = 0.0,
 ) -> EvalResult:
-    """Every metric of one state, with intervals against `base`. `system` is the trait's plain prompt by default."""
-    condition = Condition(system or inputs.trait.plain_system, vector, dose)
+    """Every metric of one state, with intervals against `base`; without a condition, under the plain prompt."""
+    condition = condition or Condition(inputs.trait.plain_system)
     subject = Subject(student, adapters, condition, inputs, cfg.eval, cfg.filter, cfg.seed, base)
     return evaluate(subject, [EVALS[name] for name in cfg.eval.evals])
 
@@ -148,14 +176,36 @@ def measure(
 def heal(
     student: Student,
     collected: Collected,
+    inputs: Inputs,
     cfg: RunConfig,
     r: int,
+    vector: Vector | None = None,
     on_step: Callable[[HealState], None] = lambda state: None,
     saved: SavedHeal | None = None,
 ) -> HealReport:
-    """Trains the factor of round r on the kept completions; `student.bake()` keeps it, `discard_round()` drops it.
+    """Trains the factor of round r; `student.bake()` keeps it, `discard_round()` drops it. Without a vector there is no
+    teacher: tokens are fitted, as for the control.
 
     `on_step` and `saved`: see stages/heal.py.
     """
     seed = derive_seed(cfg.seed, r, "control" if r < 0 else "heal")
-    return heal_stage.heal(student, collected.completions, r, cfg.heal, seed, on_step, saved)
+    settings = cfg.heal if vector is not None else replace(cfg.heal, target="tokens", max_departure=0.0)
+    who = None
+    if vector is not None and settings.target == "distribution":
+        who = teacher(vector, collected.dose, inputs, cfg)
+
+    def renew(n: int, held_out: Sequence[int]) -> tuple[list[Scored], Condition | None]:
+        own = [i for i in range(len(inputs.prompts)) if i not in held_out]
+        n_texts = settings.batch_size * settings.refresh_every
+        asks = [
+            Ask(own[i % len(own)], inputs.prompts[own[i % len(own)]], 0.0, 1.0, derive_seed(cfg.seed, r, "renew", n, i))
+            for i in range(n_texts)
+        ]
+        texts = write(student, Condition(inputs.trait.plain_system), asks, inputs, cfg)
+        now, again = who, settings.refresh == "teacher" and cfg.steer.refresh == "round"
+        if again and who is not None and who.vector is not None:
+            now = replace(who, vector=extract(student, inputs, cfg))
+        return judge(student, texts, inputs, cfg), now
+
+    online = renew if settings.refresh_every and vector is not None else None
+    return heal_stage.heal(student, collected.completions, r, settings, seed, who, online, on_step, saved)

@@ -26,21 +26,26 @@ if TYPE_CHECKING:
 def run_loop(session: Session) -> None:
     """The whole experiment, on one screen."""
     session.measure("base", -1)
-    session.measure("prompted", -1, system=session.inputs.trait.positive)
+    session.measure("prompted", -1, session.prompted)
     if session.cfg.control:
         run_control(session)
     for r in range(session.cfg.n_rounds):
-        run_round(r, session)
+        if not run_round(r, session):
+            break
     session.finish()
 
 
-def run_round(r: int, session: Session) -> None:
-    vector = session.extract(r)
-    collected = session.collect(r, vector)
-    session.measure("steered", r, vector=vector, dose=collected.top_dose)
-    session.heal(r, collected)
-    session.measure("healed", r, texts_in="adapter_gen")
-    session.end_round(r)
+def run_round(r: int, session: Session) -> bool:
+    """Whether the student stayed whole. A round that breaks it is dropped and, while attempts are left, tried again."""
+    while session.attempts_left(r):
+        vector = session.extract(r)
+        collected = session.collect(r, vector)
+        session.measure("steered", r, session.teacher(r, collected))
+        session.heal(r, collected)
+        session.measure("healed", r, texts_in="adapter_gen")
+        if session.end_round(r):
+            return True
+    return False
 
 
 def run_control(session: Session) -> None:

@@ -25,7 +25,7 @@ from steer_heal.evals import metrics_of
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.memory import ran_out
-from steer_heal.model.steering import Vector, load_vector
+from steer_heal.model.steering import Condition, Vector, load_vector
 from steer_heal.model.student import Student
 from steer_heal.model.targets import targets
 from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
@@ -36,6 +36,7 @@ from steer_heal.runs.resume import in_recorded_dtype, partial_path, run_start, s
 from steer_heal.runs.signals import handled
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.stages import budget
 from steer_heal.stages.dose import require_enough
 from steer_heal.stages.heal import HealState
 from steer_heal.stages.vector import cosine
@@ -88,7 +89,7 @@ class Session:
         self.student = Student(lm, cfg.adapter)
         self.metrics = metrics_of(cfg.eval.evals)
         self.log = events.EventLog(folder, past[-1]["wall_s"] if past else 0.0)
-        self.events = [event for event in past if event["stage"] != "heal_step"]
+        self.events = events.current([event for event in past if event["stage"] != "heal_step"])
         self.base: EvalResult | None = None
         self.vectors: dict[int, Vector] = {}
         self.seconds: dict[str, float] = {}
@@ -111,24 +112,16 @@ class Session:
         logger.debug(f"{stage}: {time.monotonic() - began:.1f} s")
 
     # --- the steps of a round --------------------------------------------------------------------------------------
-    def measure(
-        self,
-        stage: str,
-        r: int,
-        *,
-        system: str = "",
-        vector: Vector | None = None,
-        dose: float = 0.0,
-        texts_in: str = "",
-    ) -> None:
-        """One state of the model on all evals. Its texts go into the event itself, or into one named `texts_in`."""
+    def measure(self, stage: str, r: int, condition: Condition | None = None, texts_in: str = "") -> None:
+        """One state of the model on all evals, without a condition under the plain prompt. Its texts go into the event
+        itself, or into one named `texts_in`."""
         if (event := self.recorded(stage, r)) is None:
             with self.timed(stage):
-                state = {"system": system, "vector": vector, "dose": dose}
-                result = steps.measure(self.student, self.inputs, self.cfg, self.base, **state)
+                result = steps.measure(self.student, self.inputs, self.cfg, self.base, condition)
             if texts_in:
                 self.write(texts_in, r, texts=result.texts)
             texts = {} if texts_in else {"texts": result.texts}
+            dose = condition.dose if condition is not None else 0.0
             event = self.write(stage, r, metrics=result.metrics, items=result.items, dose=dose, **texts)
             if not texts_in:  # the end of the round draws it
                 self.draw()
@@ -152,8 +145,12 @@ class Session:
     def collect(self, r: int, vector: Vector | None) -> Collected:
         """Kept completions of round r. Every finished batch is on disk before the next one begins."""
         stage = "gen" if vector is not None else "control_gen"
-        kappa = self._calibrated(r, vector) if vector is not None and self.cfg.dose.mode == "iso_kl" else None
         path, cfg = partial_path(self.folder, stage, r), self.cfg
+        kappa, calibrated = None, cfg.dose.mode == "iso_kl" and cfg.heal.teacher != "prompt"
+        if self._dropped(r) and vector is not None:
+            kappa = self._dropped(r)[-1]["next_kappa"]
+        elif calibrated and vector is not None:
+            kappa = self._calibrated(r, vector)
         if (event := self.recorded(stage, r)) is None:
             bar = console.progress(f"{_name(r)}: writing", cfg.filter.max_attempts, cfg.quiet)
             with self.timed(stage), bar as advance, closing(WrittenTexts(path, advance)) as written:
@@ -163,7 +160,8 @@ class Session:
                 except Starved as starved:  # recorded all the same; the run stops below
                     collected = starved.collected
             if vector is not None:
-                self.write("dose", r, mode=cfg.dose.mode, kappa=collected.kappa, probes=collected.probes)
+                found = {"kappa": collected.kappa, "dose": collected.dose, "probes": collected.probes}
+                self.write("dose", r, mode=cfg.dose.mode, **found)
             rows = codec.collected_rows(collected)
             event = self.write(stage, r, n_train=len(collected.kept), completions=rows)
         path.unlink(missing_ok=True)
@@ -175,9 +173,18 @@ class Session:
         """kappa of mode iso_kl."""
         if (event := self.recorded("calibration", r)) is None:
             with self.timed("calibration"):
-                calibration = steps.calibrate(self.student, vector, self.inputs, self.cfg)
+                calibration = steps.calibrate(self.student, vector, self.inputs, self.cfg, r)
             event = self.write("calibration", r, **asdict(calibration))
         return event["dose"] / max(self.cfg.gen.alphas)
+
+    @property
+    def prompted(self) -> Condition:
+        """The positive persona as system prompt."""
+        return Condition(self.inputs.trait.positive)
+
+    def teacher(self, r: int, collected: Collected) -> Condition:
+        """What makes the teacher of round r out of the student."""
+        return steps.teacher(self.vectors[r], collected.dose, self.inputs, self.cfg)
 
     def heal(self, r: int, collected: Collected) -> None:
         """Heals and bakes round r. The event is written once the checkpoint is on disk. Round -1 is the control."""
@@ -223,6 +230,8 @@ class Session:
 
     def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         path, saved_at = partial_path(self.folder, "heal", r), time.monotonic()
+        if self._dropped(r):
+            heal_cfg = replace(heal_cfg, lr=heal_cfg.lr * self._dropped(r)[-1]["next_lr_share"])
         cfg, saved = replace(self.cfg, heal=heal_cfg), load_heal(path)
         n_steps = heal_cfg.epochs * -(-len(collected.kept) // heal_cfg.batch_size)
         with console.progress(f"{_name(r)}: healing", n_steps, cfg.quiet) as advance:
@@ -231,20 +240,33 @@ class Session:
                 nonlocal saved_at
                 advance(1)
                 self.log.write("heal_step", r, **asdict(state.steps[-1]))
-                if time.monotonic() - saved_at >= self.save_every_s:
+                due = time.monotonic() - saved_at >= self.save_every_s
+                between = not heal_cfg.refresh_every or len(state.steps) % heal_cfg.refresh_every == 0
+                if due and between:  # the text of the steps since then cannot be written again
                     save_heal(path, state.saved())
                     saved_at = time.monotonic()
 
-            return steps.heal(self.student, collected, cfg, r, on_step, saved)
+            vector = self.vectors[r] if r >= 0 else None
+            return steps.heal(self.student, collected, self.inputs, cfg, r, vector, on_step, saved)
 
     def forget(self) -> None:
         """Drops the control's adapter: the loop starts from the untouched model."""
         self.student.reset()
         self.seconds = {}
 
-    def end_round(self, r: int) -> None:
+    def _dropped(self, r: int) -> list[events.Event]:
+        return [event for event in self.events if event["stage"] == "backtrack" and event["round"] == r]
+
+    def attempts_left(self, r: int) -> bool:
+        return len(self._dropped(r)) <= self.cfg.backtrack.retries
+
+    def end_round(self, r: int) -> bool:
+        """Whether the round stays. One whose student is past a limit is dropped as if it had never been healed."""
         if self.recorded("round", r) is not None:
-            return
+            return True
+        if self.cfg.backtrack.retries and (past := self._past_limits(r)):
+            self._drop(r, past)
+            return False
         with self.timed("direction"):
             learnt = steps.direction(self.student, self.inputs, self.cfg)
         states = {(m.stage, m.round): m for m in measurements.measurements(self.events)}
@@ -265,6 +287,31 @@ class Session:
         )
         self.seconds = {}
         self.draw()
+        return True
+
+    def _past_limits(self, r: int) -> list[str]:
+        healed, cfg = self.recorded("healed", r), self.cfg
+        assert healed is not None and self.base is not None
+        limits = budget.limits(self.metrics, self.base, cfg.backtrack, cfg.seed)
+        return budget.broken(self.metrics, healed["metrics"], limits)
+
+    def _drop(self, r: int, past: Sequence[str]) -> None:
+        dose, heal, healed = (self.recorded(stage, r) for stage in ("dose", "heal", "healed"))
+        assert dose is not None and heal is not None and healed is not None
+        steered, share = dose["dose"] > 0, 0.5 ** (1 + len(self._dropped(r)))
+        following = {"next_kappa": dose["kappa"] / 2 if steered else dose["kappa"]}
+        following |= {"next_lr_share": 1.0 if steered else share}
+        self.write("backtrack", r, past=past, dose=dose["dose"], lr=heal["lr"], metrics=healed["metrics"], **following)
+        self.events = events.current(self.events)
+        self._forget_round(r)
+        self.draw()
+
+    def _forget_round(self, r: int) -> None:
+        """The student as it was before round r."""
+        if r == 0:
+            self.student.reset()
+        else:
+            self.student.restore(self.folder / "ckpt" / f"r{r - 1}", r)
 
     def finish(self) -> None:
         """Verdict, pictures, the row of results.tsv and, where one was asked for, the merged model."""
@@ -302,7 +349,11 @@ def draw(folder: Path) -> None:
 def complete(folder: Path, cfg: RunConfig) -> None:
     """What follows from the events of a finished run: its pictures and its row of results.tsv. It can be repeated."""
     draw(folder)
-    past = events.read_events(folder)
+    past = events.current(events.read_events(folder))
+    healed = {event["checkpoint"] for event in events.of_stage(past, "heal")}
+    for path in (folder / "ckpt").glob("r*"):
+        if f"ckpt/{path.name}" not in healed:
+            rmtree(path)  # of a round that was dropped
     own = {"run": folder.resolve().name, "arm": cfg.arm or past[0]["preset"], "settings": cfg.fingerprint()}
     row = {**own, **measurements.result_row(past), "last_hash": events.last_hash(folder)}
     events.append_result(folder.resolve().parent, row)

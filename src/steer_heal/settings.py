@@ -121,14 +121,14 @@ class DoseCfg:
     """The dose controller: picks kappa, the multiplier of gen.alphas."""
 
     mode: Literal["survival", "iso_kl", "fixed"] = "survival"
-    """survival: the highest kappa whose completions survive the filter; iso_kl: the kappa whose highest dose moves
-    the model by kl_target (not measured); fixed: kappa as given."""
+    """survival: the highest kappa whose completions survive the filter; iso_kl: the kappa at which the teacher is
+    kl_target away from the student; fixed: kappa as given."""
     kappa: Positive = 1.0
     """The multiplier in mode fixed."""
     kl_target: Positive = 1.0
-    """Nats: 95th percentile of the per-token KL(steered || student) that mode iso_kl aims at."""
+    """Nats: 95th percentile over positions of KL(teacher || student) that mode iso_kl aims at."""
     kl_tokens: Count = 32
-    """Tokens that the steered model writes greedily after each of 8 prompts to measure that KL."""
+    """Tokens that the student writes after each of 8 prompts to measure that KL."""
     train_on: Literal["all", "highest"] = "all"
     """highest: only the largest alpha is written, and only completions at the highest dose train the student (not
     measured)."""
@@ -212,8 +212,25 @@ class AdapterCfg:
 
 @settings("heal")
 class HealCfg:
-    """The heal: self-distillation of the kept text with a reverse-KL hinge penalty (the barrier)."""
+    """The heal: self-distillation with a reverse-KL hinge penalty (the barrier)."""
 
+    target: Literal["tokens", "distribution"] = "tokens"
+    """What is fitted. tokens: those of the text, by cross-entropy; distribution: the teacher's next-token distribution
+    at each position of the text, by KL."""
+    text: Literal["steered", "own"] = "steered"
+    """Whose text is trained on: the teacher's, or the student's own, written without vector and persona."""
+    teacher: Literal["vector", "prompt", "both"] = "vector"
+    """What makes the teacher out of the student: the vector at the chosen dose, the positive persona as system prompt,
+    or the two together."""
+    kl: Literal["forward", "reverse"] = "forward"
+    """Of target distribution: KL(teacher || student), or KL(student || teacher)."""
+    max_departure: NotNegative = 0.0
+    """Of target distribution: positions where KL(teacher || base) is above this many nats are left out. 0: none are."""
+    refresh_every: BatchSize = 0
+    """Of text own: after so many steps the student as it now is writes new text. 0: it writes once a round."""
+    refresh: Literal["text", "teacher"] = "text"
+    """What is new then. text: the teacher stays the one of the start of the round; teacher: it is made of the student
+    as it now is, with a vector read from it unless steer.refresh is once."""
     divergence: str = "kl_rev"
     """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
     aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
@@ -245,6 +262,40 @@ class HealCfg:
     adapted matrices. It works with any divergence. Not measured."""
     pressure_every: Count = 8
     """Steps between measurements of the gradient pressure. Each costs one more backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HealCfg:
+        fits = self.target == "distribution"
+        _require(
+            (
+                self.max_departure == 0 or fits,
+                "heal.max_departure",
+                self.max_departure,
+                f"0 with heal.target {self.target}: only a teacher's distribution departs",
+            ),
+            (
+                self.refresh_every == 0 or self.text == "own",
+                "heal.refresh_every",
+                self.refresh_every,
+                f"0 with heal.text {self.text}: only own text is written anew",
+            ),
+        )
+        return self
+
+
+@settings("backtrack")
+class BacktrackCfg:
+    """What happens to a round whose student is broken: it is dropped, and tried again with half the dose (without a
+    vector, half the learning rate). After the last attempt the run ends with the rounds before it."""
+
+    retries: BatchSize = 0
+    """Further attempts at a round whose student is past a limit. 0: every round is baked."""
+    degenerate_frac: NotNegative | None = None
+    """Highest share of broken texts; none: the upper end of the base's own 95 percent interval, at least 0.1."""
+    coherence: NotNegative | None = None
+    """Lowest coherence; none: the lower end of the base's own 95 percent interval, at most what counts as good."""
+    kl_base: NotNegative | None = None
+    """Highest mean KL to base along the student's own text, nats; none: no limit."""
 
 
 @settings("eval")
@@ -332,6 +383,7 @@ class RunConfig:
     filter: FilterCfg = field(default_factory=FilterCfg)
     adapter: AdapterCfg = field(default_factory=AdapterCfg)
     heal: HealCfg = field(default_factory=HealCfg)
+    backtrack: BacktrackCfg = field(default_factory=BacktrackCfg)
     eval: EvalCfg = field(default_factory=EvalCfg)
 
     @model_validator(mode="after")

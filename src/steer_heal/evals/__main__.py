@@ -51,6 +51,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     """The `metrics` object of events.jsonl."""
     from steer_heal import round as steps
     from steer_heal.check import check
+    from steer_heal.model.steering import Condition
     from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
     from steer_heal.report import console
 
@@ -79,10 +80,11 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
     console.start(quiet=True)
     lm = steps.read_model(cfg)
     student = Student(lm, AdapterCfg()) if folder is None else attach_saved(lm, folder)
-    base = steps.measure(student, inputs, cfg, adapters="base", system=command.system)
+    system = Condition(command.system) if command.system else None
+    base = steps.measure(student, inputs, cfg, condition=system, adapters="base")
     if folder is None:
         return base.metrics
-    return steps.measure(student, inputs, cfg, base, system=command.system).metrics
+    return steps.measure(student, inputs, cfg, base, system).metrics
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,31 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
-from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector, steer
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.records import Completion, EvalResult, Metric, Scored, derive_seed
 from steer_heal.settings import EvalCfg, FilterCfg
 from steer_heal.stages.filter import judge_all
 from steer_heal.stages.generate import Ask, generate
+from steer_heal.stages.states import final_states
 
 Items = dict[str, list[float]]
 """Per-item values by name. NaN: the item has no value."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """In which state the model answers, besides its weights."""
-
-    system: str = ""
-    """System prompt; empty: none."""
-    vector: Vector | None = None
-    dose: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Subject:
         trait = self.inputs.trait
         with self.student.using("base") as lm:
             pairs = zip(self.texts, self.base_hidden, strict=True)
-            nlls = [lm.nll(hidden, text.completion_ids).cpu() for text, hidden in pairs]
+            nlls = [lm.nll(hidden.to(lm.device), text.completion_ids).cpu() for text, hidden in pairs]
             return judge_all(lm, self.texts, nlls, trait.plain_system, trait.narration, self.keep)
 
 
@@ -114,23 +103,6 @@ def evaluate(subject: Subject, evals: Sequence[Eval]) -> EvalResult:
         for s in subject.scored
     )
     return EvalResult(found, values, texts)
-
-
-@torch.no_grad()
-def final_states(lm: LM, completions: Sequence[Completion], condition: Condition) -> list[Tensor]:
-    """Per completion, Float[n d]: final hidden states at its positions, under `condition`."""
-    prompts = [lm.chat(c.prompt, condition.system) for c in completions]
-    out: list[Tensor] = [torch.empty(0)] * len(completions)
-
-    def read(group: list[int]) -> None:
-        with steer(lm, condition.vector, [condition.dose] * len(group)):
-            hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
-        for row, i in enumerate(group):
-            start = len(prompts[i]) - 1
-            out[i] = hidden[row, start : start + len(completions[i].completion_ids)].clone()
-
-    lm.in_batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)], read)
-    return out
 
 
 # --- item values to metrics --------------------------------------------------------------------------------------

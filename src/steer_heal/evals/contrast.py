@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import steer
+from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
 from steer_heal.model.decode import GrowingCache, padded
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import steer
+from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
 LOGP, P = "logp_", "p_likelihood_"

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from steer_heal.backends import tinymfv
 from steer_heal.errors import UserError
-from steer_heal.evals.base import Condition, Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
 from steer_heal.model.decode import Decoding, Row, decode_then_read
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import steer
+from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
 

@@ -30,6 +30,16 @@ class Vector:
         save_file(tensors, path, metadata={"method": self.method})
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What acts on a model besides its weights."""
+
+    system: str = ""
+    """System prompt; empty: none."""
+    vector: Vector | None = None
+    dose: float = 0.0
+
+
 def load_vector(path: Path) -> Vector:
     with safe_open(path, "pt") as file:  # cloned: a tensor in the mapped file need not be aligned as one of torch's own
         layers = sorted(map(int, file.keys()))

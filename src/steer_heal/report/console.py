@@ -139,17 +139,21 @@ def _gen(e: Event, _: Sequence[Event]) -> str:
     return f"{name:<11} {e['n_train']} kept for training of {len(e['completions'])} written ({reasons})"
 
 
+def _backtrack(e: Event, _: Sequence[Event]) -> str:
+    return f"dropped     round {e['round']}: {'; '.join(e['past'])} (dose {e['dose']:.3g}, learning rate {e['lr']:.3g})"
+
+
 def _heal(e: Event, _: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
-    known = [row["ce"] for row in e["validation"] if row["ce"] is not None]
+    known = [row["fit"] for row in e["validation"] if row["fit"] is not None]
     pressure = e["pressure"] or 0.0
     name = "heal" if e["round"] >= 0 else "control heal"
-    ce, divergence = f"{number(first['ce'], '.3f')} to {number(last['ce'], '.3f')}", number(last["divergence"], ".3f")
-    line = f"{name:<11} {e['n_steps']} steps; validation {ce} nats; divergence {divergence}, "
+    fit, divergence = f"{number(first['fit'], '.3f')} to {number(last['fit'], '.3f')}", last["divergence"]
+    line = f"{name:<11} {e['n_steps']} steps; validation {fit} nats; divergence {number(divergence, '.3f')}, "
     line += f"the barrier acted in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}"
     if e["round"] < 0:  # nobody tunes the control
         return line
-    rose = bool(known) and (last["ce"] is None or last["ce"] > min(known) + 0.02)
+    rose = bool(known) and (last["fit"] is None or last["fit"] > min(known) + 0.02)
     return (
         line
         + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")
@@ -180,6 +184,7 @@ _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {
     "vector": _vector,
     "dose": _dose,
     "calibration": _calibration,
+    "backtrack": _backtrack,
     "control_gen": _gen,
     "gen": _gen,
     "heal": _heal,

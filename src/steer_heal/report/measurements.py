@@ -10,6 +10,7 @@ from typing import Any
 from steer_heal.records import Metric
 
 Event = Mapping[str, Any]
+SHOWN_OF_HEAL = ("target", "text", "teacher", "divergence", "aggregate", "lam", "tau", "reference")
 MEASURED = ("base", "prompted", "control", "steered", "healed")
 
 
@@ -163,8 +164,9 @@ def verdict(events: Sequence[Event]) -> str:
     """One line. In order: is the model whole, did the trait move, more than the control, alone, and at what price?"""
     states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
     healed = [m for m in states if m.stage == "healed"]
+    ended = ended_early(events)
     if not healed:
-        return "no healed round yet"
+        return f"BROKEN: no round is whole; {ended}" if ended else "no healed round yet"
     base, last, form = next(m for m in states if m.stage == "base"), healed[-1], signed(target)
     moved, least, unit = shift(last, base, target), target.moved or 0.0, f" {target.unit}" if target.unit else ""
     health = {metric.name: metric for metric in health_of(metrics.values())}
@@ -194,7 +196,20 @@ def verdict(events: Sequence[Event]) -> str:
         quality = next(title(metric) for metric in health.values() if is_high(metric))
         parts.append(f"a shift of 1.0{unit} changes {quality} by {price:+.3g} %")
     whole = bool(values) and all(within(health[name], value, health[name].good) for name, value in values.items())
+    parts += [ended] if ended else []
     return f"{'GOOD' if whole and not wider else 'MIXED'}: {'; '.join(parts)}"
+
+
+def ended_early(events: Sequence[Event]) -> str:
+    """Why the run ended with an earlier round than it was asked for; empty where it did not."""
+    dropped, rounds = ([e for e in events if e["stage"] == stage] for stage in ("backtrack", "round"))
+    if not dropped or dropped[-1]["round"] in {e["round"] for e in rounds}:
+        return ""
+    r = dropped[-1]["round"]
+    if sum(e["round"] == r for e in dropped) <= run_start(events)["config"]["backtrack"]["retries"]:
+        return ""
+    kept = f"the last whole round is {r - 1}" if r > 0 else "nothing was baked"
+    return f"{kept}: round {r} was dropped ({'; '.join(dropped[-1]['past'])})"
 
 
 def title(metric: Metric) -> str:
@@ -209,17 +224,18 @@ def result_row(events: Sequence[Event]) -> dict[str, Any]:
     """What results.tsv says of a finished run: its settings, its last healed state, its cosines and verdict."""
     start, end = run_start(events), events[-1]
     config, last = start["config"], {e["stage"]: e for e in events}
-    healed = [row for row in table(events) if row["state"].startswith("healed")]
+    rows = table(events)
+    healed = [row for row in rows if row["state"].startswith("healed")] or [dict.fromkeys(rows[-1])]
     return {
         "preset": start["preset"],
         "model": config["model"],
         "trait": start["trait"]["name"],
         "seed": config["seed"],
         "n_rounds": config["n_rounds"],
-        **{name: config["heal"][name] for name in ("divergence", "aggregate", "lam", "tau", "reference")},
+        **{name: config["heal"][name] for name in SHOWN_OF_HEAL},
         **healed[-1],
-        "cosine_to_first": last["vector"]["cosine_to_first"],
-        "cosine_student_first": last["round"]["cosine_student_first"],
+        "cosine_to_first": last.get("vector", {}).get("cosine_to_first"),
+        "cosine_student_first": last.get("round", {}).get("cosine_student_first"),
         "wall_s": end["wall_s"],
         "verdict": end["verdict"],
     }

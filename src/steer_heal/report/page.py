@@ -40,7 +40,7 @@ from steer_heal.report.measurements import (
     verdict,
 )
 from steer_heal.report.measurements import number as formatted
-from steer_heal.runs.events import heal_steps, of_stage, read_events
+from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
 
 Event = Mapping[str, Any]
@@ -59,7 +59,7 @@ STEERING = {
 
 def report(folder: Path) -> Path | None:
     """Writes report.html and diary.md from the events alone; None where the run did not start yet."""
-    events = read_events(folder)
+    events = current(read_events(folder))
     if not of_stage(events, "run_start"):
         return None
     run = Run(folder.name, events)
@@ -156,6 +156,7 @@ def page(run: Run) -> str:
         filters=list(filters(run)),
         heals=heals(run),
         retries=of_stage(run.events, "heal_retry"),
+        dropped=of_stage(run.events, "backtrack"),
         command=shlex.join(run.start.get("command") or ()),
     )
 
@@ -170,6 +171,7 @@ def diary(run: Run) -> str:
         headline=next(iter(answers(run)["prompts"]), None),
         measured=measured_words(run),
         retries=of_stage(run.events, "heal_retry"),
+        dropped=of_stage(run.events, "backtrack"),
     )
 
 

@@ -31,7 +31,7 @@ from steer_heal.report.measurements import (
     title,
     verdict,
 )
-from steer_heal.runs.events import heal_steps, of_stage, read_events
+from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
 
 Event = Mapping[str, Any]
@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 CURVES = {
-    "ce": "cross-entropy, nats a token",
+    "fit": "loss of the fit, nats a token",
     "divergence": "divergence, nats",
     "barrier": "barrier, nats of loss",
     "pressure": "gradient pressure",
@@ -72,7 +72,7 @@ PIXELS_APART, PIXELS_AROUND = 6, 100
 
 def plot(folder: Path) -> Path | None:
     """Draws trajectory.png and map.png from the events alone; None where base was not measured yet."""
-    events = read_events(folder)
+    events = current(read_events(folder))
     if not is_measured(events):
         return None
     for name, draw in (("trajectory.png", trajectory), ("map.png", map_)):

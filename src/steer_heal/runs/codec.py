@@ -47,9 +47,9 @@ def collected_from(gen: Event, dose: Event | None = None) -> Collected:
         scored.append(Scored(Completion(**own), scores, tuple(row["failed"]), tuple(row["reasons"])))
         if row["train"]:
             kept[row["train_order"]] = scored[-1]
-    kappa, probes = (1.0, []) if dose is None else (dose["kappa"], dose["probes"])
+    kappa, probes, top = (1.0, [], 0.0) if dose is None else (dose["kappa"], dose["probes"], dose["dose"])
     in_order = tuple(kept[i] for i in sorted(kept))
-    return Collected(in_order, tuple(scored), kappa, tuple(DoseProbe(**probe) for probe in probes))
+    return Collected(in_order, tuple(scored), kappa, tuple(DoseProbe(**probe) for probe in probes), top)
 
 
 def result_from(event: Event, metrics: Sequence[Metric]) -> EvalResult:

@@ -25,7 +25,7 @@ from steer_heal.runs.storage import append_line, atomic_write, sync_folder
 
 Event = dict[str, Any]
 AnyEvent = TypeVar("AnyEvent", bound=Mapping[str, Any])
-SCHEMA = 2
+SCHEMA = 3
 RESULTS = "results.tsv"
 FIRST = "0" * 64
 """`prev` of the first event."""
@@ -176,6 +176,12 @@ def schema_errors(folder: Path) -> Iterator[None]:
 
 def of_stage(events: Iterable[AnyEvent], stage: str) -> list[AnyEvent]:
     return [event for event in events if event["stage"] == stage]
+
+
+def current(events: Sequence[AnyEvent]) -> list[AnyEvent]:
+    """The events without those of attempts at a round that were dropped."""
+    dropped = {event["round"]: i for i, event in enumerate(events) if event["stage"] == "backtrack"}
+    return [e for i, e in enumerate(events) if e["stage"] == "backtrack" or i > dropped.get(e["round"], -1)]
 
 
 def heal_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:

@@ -20,7 +20,7 @@ from steer_heal.errors import UserError, validated
 from steer_heal.inputs import Inputs
 from steer_heal.records import Trait
 from steer_heal.runs.checkpoint import saved_steps
-from steer_heal.runs.events import SCHEMA, Event, broken_link, jsonable, read_events, schema_errors
+from steer_heal.runs.events import SCHEMA, Event, broken_link, current, jsonable, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import RUN_ONLY, RunConfig
 
@@ -161,7 +161,8 @@ def truncate_events(folder: Path) -> list[Event]:
 def _cut(events: list[Event], folder: Path) -> None:
     if events[-1]["stage"] == "run_end" and events[-1].get("error"):
         events.pop()
-    heals = [i for i, e in enumerate(events) if e["stage"] == "heal"]
+    valid = {id(event) for event in current(events)}
+    heals = [i for i, e in enumerate(events) if e["stage"] == "heal" and id(e) in valid]
     while heals and not (folder / events[heals[-1]]["checkpoint"]).exists():
         del events[heals.pop() :]
         rmtree(folder / "partial", ignore_errors=True)  # they follow from the dropped heal

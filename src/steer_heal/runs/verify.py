@@ -15,7 +15,7 @@ import tyro
 
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.model.lm import load, weights_digest
-from steer_heal.runs.events import RESULTS, Event, broken_link, line_hash, read_events, read_results
+from steer_heal.runs.events import RESULTS, Event, broken_link, current, line_hash, read_events, read_results
 from steer_heal.runs.resume import changed_weights, run_start
 from steer_heal.runs.storage import damaged_file
 
@@ -40,7 +40,7 @@ def broken(folder: Path) -> list[str]:
             f"events.jsonl does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end "
             "was removed"
         )
-    for event in events:
+    for event in current(events):
         files = event.get("files", {})
         damage = damaged_file(folder, files) if isinstance(files, dict) else "its files are no names and checksums"
         if damage is not None:

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from steer_heal.errors import UserError
-from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.divergence import kl_rev
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector, steer
-from steer_heal.records import Calibration, KlProbe
+from steer_heal.model.steering import Condition
+from steer_heal.records import Calibration, Completion, KlProbe
 from steer_heal.stages.dose import log_grid
+from steer_heal.stages.states import final_states, kl_between
 
 BRACKET = (2.0**-6, 1024.0)
 """Doses searched. KL grows as dose squared, and a vector of length 1 needs about 100 for one nat."""
 N_GRID, N_REFINEMENTS, N_INNER = 17, 2, 3
 
 
-def iso_kl_dose(
-    lm: LM, vector: Vector, prompts: Sequence[tuple[int, ...]], target: float, n_tokens: int, batch_size: int
-) -> Calibration:
-    """The dose where the 95th percentile over positions of KL(steered || unsteered) first reaches `target` nats.
+def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target: float) -> Calibration:
+    """The dose where the 95th percentile over positions of KL(teacher || student) first reaches `target` nats.
 
-    Each probe lets the steered model write `n_tokens` greedily after every prompt and reads both distributions
-    along that text. UserError where no dose gets there: the vector has no effect, or was read in the wrong place.
+    Both are read along the student's own `texts`. 0 where the teacher's system prompt alone is past the target.
+    UserError where no dose gets there: the vector has no effect, or was read in the wrong place.
     """
-    probes: list[KlProbe] = []
+    plain, probes = final_states(lm, texts), []
 
     def probe(doses: Sequence[float]) -> None:
-        probes.extend(
-            KlProbe(dose, kl)
-            for dose, kl in zip(doses, kl_p95(lm, vector, doses, prompts, n_tokens, batch_size), strict=True)
-        )
+        for dose in doses:
+            taught = final_states(lm, texts, replace(teacher, dose=dose))
+            kl = torch.cat([kl_between(lm, *pair) for pair in zip(taught, plain, strict=True)])
+            probes.append(KlProbe(dose, kl.quantile(0.95).item()))
         probes.sort(key=lambda p: p.dose)
 
     probe(log_grid(*BRACKET, N_GRID))
+    if teacher.system and probes[0].kl_p95 >= target:
+        return Calibration(0.0, tuple(probes))
     for _ in range(N_REFINEMENTS):
         low, high = _crossing(probes, target)
         probe(log_grid(low.dose, high.dose, N_INNER + 2)[1:-1])
@@ -67,33 +66,3 @@ def _crossing(probes: Sequence[KlProbe], target: float) -> tuple[KlProbe, KlProb
             resumable=False,
         )
     return probes[above - 1], probes[above]
-
-
-@torch.no_grad()
-def kl_p95(
-    lm: LM, vector: Vector, doses: Sequence[float], prompts: Sequence[tuple[int, ...]], n_tokens: int, batch_size: int
-) -> list[float]:
-    """Per dose: the 95th percentile over prompts and positions of KL(steered || unsteered), nats."""
-    rows = [Row(prompt, dose) for dose in doses for prompt in prompts]
-    written = decode(lm, rows, vector, Decoding(n_tokens, batch_size, sample=False))
-    divergences: list[Tensor] = [torch.empty(0)] * len(rows)
-    texts = [row.prompt_ids + ids for row, ids in zip(rows, written, strict=True)]
-
-    def read(group: list[int]) -> None:
-        with steer(lm, vector, [rows[i].dose for i in group]):
-            steered = lm.hidden([texts[i] for i in group])
-        plain = lm.hidden([texts[i] for i in group])
-        for b, i in enumerate(group):
-            start, n = len(rows[i].prompt_ids) - 1, len(written[i])
-            parts = zip(
-                steered[b, start : start + n].split(lm.chunk_size),
-                plain[b, start : start + n].split(lm.chunk_size),
-                strict=True,
-            )
-            divergences[i] = torch.cat(
-                [kl_rev(lm.logits(s).log_softmax(-1), lm.logits(p).log_softmax(-1)) for s, p in parts]
-            ).cpu()
-
-    lm.in_batches([len(text) for text in texts], read)
-    per_dose = [torch.cat(divergences[k * len(prompts) : (k + 1) * len(prompts)]) for k in range(len(doses))]
-    return [kls.quantile(0.95).item() for kls in per_dose]

@@ -19,7 +19,8 @@ class DoseController:
         collected = controller.collected()
 
     Without a `kappa` it first looks for the highest one whose completions survive at the target rate. Survivors of the
-    probes are kept as well: any dose up to the chosen one trains, unless cfg.train_on is highest.
+    probes are kept as well: any dose up to the chosen one trains, unless cfg.train_on is highest. With `n_keep` 0 it
+    writes no more than the probes.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class DoseController:
         keep: FilterCfg,
         seed: tuple[int | str, ...],
         kappa: float | None = None,
+        n_keep: int | None = None,
     ) -> None:
         self.prompts, self.cfg, self.keep, self.seed, self.kappa = prompts, cfg, keep, seed, kappa
+        self.n_keep = keep.n_keep if n_keep is None else n_keep
         self.alphas = tuple(alphas) if cfg.train_on == "all" else (max(alphas),)
         self.scored: list[Scored] = []
         self.probes: list[DoseProbe] = []
@@ -47,7 +50,7 @@ class DoseController:
                 return [ask for kappa in self._probing for ask in self._asks(self.cfg.n_probes, kappa)]
             low, _ = bracket(self.probes, self.cfg.target)
             self.kappa = self.cfg.floor if low is None else low
-        missing = self.keep.n_keep - len(usable(self.scored, self.kappa * max(self.alphas), self.cfg))
+        missing = self.n_keep - len(usable(self.scored, self.kappa * max(self.alphas), self.cfg))
         if missing <= 0 or left <= 0:
             return []
         return self._asks(min(max(4, round(missing / self.cfg.target)), left), self.kappa)
@@ -64,8 +67,9 @@ class DoseController:
     def collected(self) -> Collected:
         """What trains of all that was written. Starved where that is less than filter.min_train."""
         assert self.kappa is not None
-        kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.keep.n_keep)
-        found = Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes))
+        kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.n_keep)
+        dose = max((row.completion.dose for row in kept), default=0.0)
+        found = Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes), dose)
         require_enough(found, self.keep)
         return found
 

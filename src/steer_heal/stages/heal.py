@@ -19,11 +19,13 @@ from steer_heal.errors import UserError
 from steer_heal.model.divergence import DIVERGENCES, spectral_step
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import batches
-from steer_heal.model.student import Student
-from steer_heal.records import Completion, HealReport, HealStep, NotFinite
+from steer_heal.model.steering import Condition
+from steer_heal.model.student import AdapterState, Student
+from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored
 from steer_heal.settings import HealCfg
 from steer_heal.stages.loss import Sample, losses
 from steer_heal.stages.passes import Passes
+from steer_heal.stages.states import final_states, kl_between
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,37 @@ class HealState:
         self.steps[:], self.curve[:] = saved.steps, saved.curve
 
 
+Renew = Callable[[int, Sequence[int]], tuple[Sequence[Scored], Condition | None]]
+"""(text that the student wrote just now, who teaches on it), of (how often text was renewed before, held-out prompts).
+"""
+
+
 def heal(
     student: Student,
     kept: Sequence[Completion],
     round_: int,
     cfg: HealCfg,
     seed: int,
+    teacher: Condition | None = None,
+    renew: Renew | None = None,
     on_step: Callable[[HealState], None] = lambda state: None,
     saved: SavedHeal | None = None,
 ) -> HealReport:
     """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation.
 
-    It continues after the last step of `saved`. `on_step` is called after every step. NotFinite: see there.
+    With a `teacher` its distribution is fitted, otherwise the tokens. Every cfg.refresh_every steps `renew` replaces
+    the text. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
+    every step. NotFinite: see there.
     """
     lm, age = student.lm, 1 + max(0, round_)
     lam = cfg.lam * age**-cfg.lam_power if DIVERGENCES[cfg.divergence].barrier else 0.0
     cfg = replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
-    samples = reference_samples(student, kept, cfg)
+    samples = read_samples(student, kept, cfg, teacher)
     train, validation = split_by_prompt(samples, seed)
+    held_out = sorted({sample.prompt_index for sample in validation})
+    n_train, left_out = len(train), share_left_out(samples)
     student.new_round(seed)
-    rng = random.Random(seed)
-    per_epoch = math.ceil(len(train) / cfg.batch_size)
+    per_epoch = math.ceil(n_train / cfg.batch_size)
     n_steps = cfg.epochs * per_epoch
     with student.training() as parameters:
         spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
@@ -95,33 +107,60 @@ def heal(
         state = HealState(parameters, optimiser, spectral.directions if spectral is not None else ())
         if saved is not None:
             state.restore(saved)
-        steps, curve = state.steps, state.curve
-        if not curve:
-            curve.append({"epoch": 0.0, **validate(lm, validation, cfg)})
-        for epoch in range(cfg.epochs):
-            order = rng.sample(range(len(train)), len(train))  # also of finished epochs: a resumed heal draws the same
-            done = min(per_epoch, max(0, len(steps) - epoch * per_epoch))
-            for start in range(done * cfg.batch_size, len(order), cfg.batch_size):
-                batch = [train[i] for i in order[start : start + cfg.batch_size]]
+        if not state.curve:
+            state.curve.append({"epoch": 0.0, **validate(lm, validation, cfg)})
+    window = cfg.refresh_every if renew is not None else n_steps
+    steps = state.steps
+    for n_text, first in enumerate(range(0, n_steps, window)):
+        end = min(first + window, n_steps)
+        if len(steps) >= end:
+            continue
+        if renew is not None and n_text > 0:
+            train = renewed(student, renew, n_text - 1, held_out, cfg)
+        plan = batch_plan(len(train), cfg.batch_size, end - first, seed + n_text)
+        with student.training():
+            while len(steps) < end:
+                batch = [train[i] for i in plan[len(steps) - first]]
                 for group in optimiser.param_groups:
                     group["lr"] = cfg.lr * schedule(len(steps), n_steps)
-                measure = len(steps) % cfg.pressure_every == 0
-                ce, divergence, penalty, pressure = passes.gradients(batch, measure)
+                fit, divergence, penalty, pressure = passes.gradients(batch, len(steps) % cfg.pressure_every == 0)
                 if spectral is not None:
                     spectral.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                if not math.isfinite(ce + penalty + norm.item()):
-                    raise not_finite(lm, batch, cfg, ce + penalty, norm.item(), len(steps), round_)
+                if not math.isfinite(fit + penalty + norm.item()):
+                    raise not_finite(lm, batch, cfg, fit + penalty, norm.item(), len(steps), round_)
                 optimiser.step()
                 optimiser.zero_grad()
                 lr, at = optimiser.param_groups[0]["lr"], (len(steps) + 1) / n_steps * cfg.epochs
-                steps.append(HealStep(len(steps), at, lr, ce, divergence, penalty, pressure))
+                steps.append(HealStep(len(steps), at, lr, fit, divergence, penalty, len(train), pressure))
+                if len(steps) % per_epoch == 0:
+                    state.curve.append({"epoch": len(steps) / per_epoch, **validate(lm, validation, cfg)})
                 on_step(state)
-            if len(curve) == epoch + 1:
-                curve.append({"epoch": epoch + 1.0, **validate(lm, validation, cfg)})
-    held_out = tuple(sorted({sample.prompt_index for sample in validation}))
-    n_train, n_validation = len(train), len(validation)
-    return HealReport(n_train, n_validation, cfg.lam, cfg.tau, cfg.lr, tuple(steps), tuple(curve), held_out)
+    return HealReport(
+        n_train, len(validation), cfg.lam, cfg.tau, cfg.lr, tuple(steps), tuple(state.curve), tuple(held_out), left_out
+    )
+
+
+def renewed(student: Student, renew: Renew, n: int, held_out: Sequence[int], cfg: HealCfg) -> list[Sample]:
+    """New text, as far as it passes the gates, with what the teacher says of it."""
+    scored, teacher = renew(n, held_out)
+    kept = [row.completion for row in scored if row.kept]
+    if not kept:
+        raise UserError(
+            f"none of {len(scored)} texts that the student wrote anew passes the filter: the heal has broken it; lower "
+            "the dose, --heal.lr or --heal.refresh-every",
+            resumable=False,
+        )
+    return read_samples(student, kept, cfg, teacher, "full" if cfg.refresh == "teacher" else "prev")
+
+
+def batch_plan(n: int, batch_size: int, n_steps: int, seed: int) -> list[list[int]]:
+    """Which of n completions each step takes: every one once an epoch, in a new order each time."""
+    rng, plan = random.Random(seed), []
+    while len(plan) < n_steps:
+        order = rng.sample(range(n), n)
+        plan += [order[start : start + batch_size] for start in range(0, n, batch_size)]
+    return plan[:n_steps]
 
 
 @torch.no_grad()
@@ -152,21 +191,40 @@ def schedule(step: int, n_steps: int) -> float:
 
 
 @torch.no_grad()
-def reference_samples(student: Student, kept: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
-    """Training sequences with the reference's hidden states: computed once per round, not once per step, and kept on
-    the CPU; each step copies the few that it needs."""
+def read_samples(
+    student: Student,
+    kept: Sequence[Completion],
+    cfg: HealCfg,
+    teacher: Condition | None = None,
+    of: AdapterState = "full",
+) -> list[Sample]:
+    """Training sequences with the hidden states of the reference and of the `teacher`, made of the student in state
+    `of`. They are computed once a text, not once a step, and kept on the CPU; each step copies the few that it needs.
+    """
     lm = student.lm
-    references: list[Tensor] = [torch.empty(0)] * len(kept)
-
-    def read(group: list[int]) -> None:
-        hidden = lm.hidden([kept[i].prompt_ids + kept[i].completion_ids for i in group])
-        for row, i in enumerate(group):
-            start = len(kept[i].prompt_ids) - 1
-            references[i] = hidden[row, start : start + len(kept[i].completion_ids)].to("cpu", copy=True)
-
     with student.using(cfg.reference, exact=True):
-        lm.in_batches([len(c.prompt_ids) + len(c.completion_ids) for c in kept], read)
-    return [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, h) for c, h in zip(kept, references, strict=True)]
+        references = final_states(lm, kept)
+    if teacher is None:
+        return [_sample(c, reference) for c, reference in zip(kept, references, strict=True)]
+    with student.using(of, exact=True):
+        taught = final_states(lm, kept, teacher)
+    weights: list[Tensor | None] = [None] * len(kept)
+    if cfg.max_departure:
+        with student.using("base", exact=True):
+            bases = final_states(lm, kept)
+            departures = [kl_between(lm, here, base) for here, base in zip(taught, bases, strict=True)]
+        weights = [(far <= cfg.max_departure).float() for far in departures]
+    return [_sample(*each) for each in zip(kept, references, taught, weights, strict=True)]
+
+
+def _sample(c: Completion, *read: Tensor | None) -> Sample:
+    return Sample(c.prompt_index, c.prompt_ids, c.completion_ids, *read)  # pyright: ignore[reportArgumentType]
+
+
+def share_left_out(samples: Sequence[Sample]) -> float:
+    """Of all positions, the share without a weight."""
+    weighed = [sample.weights for sample in samples if sample.weights is not None]
+    return 1.0 - torch.cat(weighed).mean().item() if weighed else 0.0
 
 
 def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -204,7 +262,7 @@ class SpectralPenalty:
 
 @torch.no_grad()
 def validate(lm: LM, samples: Sequence[Sample], cfg: HealCfg) -> dict[str, float]:
-    """Cross-entropy and divergence on the held-out prompts, in nats, as in training."""
+    """Fit and divergence on the held-out prompts, in nats, as in training."""
     groups = batches([len(sample.ids) for sample in samples], cfg.tokens_per_pass)
     parts = [losses(lm, [samples[i] for i in group], cfg) for group in groups]
-    return {name: torch.cat([p[k] for p in parts]).mean().item() for k, name in enumerate(("ce", "divergence"))}
+    return {name: torch.cat([p[k] for p in parts]).mean().item() for k, name in enumerate(("fit", "divergence"))}

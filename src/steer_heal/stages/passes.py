@@ -57,7 +57,7 @@ class Passes:
         return STORED_BYTES * self.tokens * outputs + stacks
 
     def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        """(ce, divergence, barrier, pressure or None) of a step; the gradient of the loss is in `.grad`, empty before.
+        """(fit, divergence, barrier, pressure or None) of a step; the gradient of the loss is in `.grad`, empty before.
 
         After a pass that runs out of memory the step starts again with smaller passes.
         """
@@ -97,7 +97,7 @@ class Passes:
         )
 
     def _backward(self, rows: Sequence[Sample], n_samples: int, barrier_grads: Sequence[Tensor]) -> Tensor:
-        """Sums of (ce, divergence, barrier) over the completions of one pass.
+        """Sums of (fit, divergence, barrier) over the completions of one pass.
 
         Adds the gradient of its share of the loss to `.grad`, and that of its barrier to `barrier_grads` if given. The
         head runs for a few completions at a time, so that no logits wait for those of others.
@@ -108,15 +108,15 @@ class Passes:
         sums = torch.zeros(3, dtype=torch.float64, device=self.lm.device)
         for part in head_groups([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
             mine = [leaves[i] for i in part]
-            ce, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
-            penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(ce)
+            fit, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
+            penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(fit)
             if barrier_grads and penalty.detach().max() > 0:
                 on_states |= zip(
                     part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True
                 )
-            ((ce + penalty).sum() / n_samples).backward()
-            sums += torch.stack([term.detach().double().sum() for term in (ce, divergence, penalty)])
-            del ce, divergence, penalty  # their graph may hold on to logits
+            ((fit + penalty).sum() / n_samples).backward()
+            sums += torch.stack([term.detach().double().sum() for term in (fit, divergence, penalty)])
+            del fit, divergence, penalty  # their graph may hold on to logits
         if on_states:
             fired = [states[i] for i in on_states]
             for total, more in zip(
@@ -134,12 +134,12 @@ class Passes:
         for group in batches([len(sample.ids) for sample in batch], self.tokens):
             with recomputed(self.blocks) if self.recompute else nullcontext():
                 sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
-        ce, divergence, penalty = (sums / len(batch)).tolist()
+        fit, divergence, penalty = (sums / len(batch)).tolist()
         if not measure:
-            return ce, divergence, penalty, None
+            return fit, divergence, penalty, None
         pairs = zip((p.grad for p in self.parameters), barrier_grads, strict=True)
-        ce_grads = (total - of_barrier for total, of_barrier in pairs if total is not None)
-        return ce, divergence, penalty, _norm(barrier_grads) / max(_norm(ce_grads), 1e-12)
+        fit_grads = (total - of_barrier for total, of_barrier in pairs if total is not None)
+        return fit, divergence, penalty, _norm(barrier_grads) / max(_norm(fit_grads), 1e-12)
 
 
 def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:

@@ -1,0 +1,58 @@
+"""Whether a healed student is still whole: its health against limits that the base itself sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from steer_heal.records import EvalResult, Metric, derive_seed
+from steer_heal.settings import BacktrackCfg
+
+N_BOOTSTRAP = 2000
+_Z = 1.959964
+"""Of a two-sided interval of 95 percent."""
+
+
+def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed: int) -> dict[str, float]:
+    """The value that each health metric may reach: as set or, where nothing is, the bad end of the base's own 95
+    percent interval, or `good` where that allows more. KL to base has a limit only where one is set."""
+    out = {}
+    for metric in metrics:
+        given = getattr(cfg, metric.name, None)
+        if given is not None:
+            out[metric.name] = given
+        elif metric.good is not None and metric.broken is not None:
+            low, high = own_interval(base.items[metric.item], seed)
+            out[metric.name] = min(low, metric.good) if metric.good > metric.broken else max(high, metric.good)
+    return out
+
+
+def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else the
+    percentile bootstrap. A share of 0 thus leaves room for the broken text that chance brings."""
+    x = np.asarray(values, dtype=np.float64)
+    x, n = x[np.isfinite(x)], int(np.isfinite(x).sum())
+    if n == 0:
+        return float("-inf"), float("inf")
+    if np.isin(x, (0.0, 1.0)).all():
+        middle = (x.mean() + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half = _Z / (1 + _Z**2 / n) * np.sqrt(x.mean() * (1 - x.mean()) / n + _Z**2 / (4 * n**2))
+        return float(middle - half), float(middle + half)
+    rng = np.random.default_rng(derive_seed(seed, "limits", n) % 2**32)
+    means = x[rng.integers(0, n, (N_BOOTSTRAP, n))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def broken(metrics: Sequence[Metric], healed: Mapping[str, float | None], limits: Mapping[str, float]) -> list[str]:
+    """Every limit that a state is past, in words. A metric without a value is past its limit."""
+    out = []
+    for metric in metrics:
+        if (limit := limits.get(metric.name)) is None:
+            continue
+        value, high = healed.get(metric.name), (metric.good or 0.0) > (metric.broken or 0.0)
+        if value is None or (value < limit if high else value > limit):
+            told = "has no value" if value is None else f"is {value:{metric.form}}"
+            out.append(f"{metric.title or metric.name} {told}, the limit is {limit:{metric.form}}")
+    return out

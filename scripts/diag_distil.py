@@ -1,0 +1,159 @@
+"""Does the teacher's distribution put more of the trait into the weights than tokens do, at equal text and steps?
+
+Every arm starts from the untouched model and heals `--n-rounds` rounds. Each round is measured plain, under the
+OPPOSITE persona, and on everyday questions (toy model). Rows are appended to <out>/distil-<preset>-<trait>.jsonl; an
+arm and seed that is there is not run again. `--table` shows what is there and runs nothing.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lab import Lab, LabFlags, cli, markdown, mean_sd
+
+from steer_heal import round as steps
+from steer_heal.errors import UserError, print_safe
+from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.steering import Condition
+from steer_heal.model.student import Student
+from steer_heal.runs.events import jsonable
+from steer_heal.settings import RunConfig
+from steer_heal.toylm import grammar
+from steer_heal.toylm.oracle import oracle
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings that replace those of the preset."""
+
+    heal: dict[str, Any] = field(default_factory=dict)
+    dose: dict[str, Any] = field(default_factory=dict)
+    own_as_control: bool = False
+    """The student trains on the tokens of its own text."""
+
+    def of(self, cfg: RunConfig) -> RunConfig:
+        return replace(cfg, heal=replace(cfg.heal, **self.heal), dose=replace(cfg.dose, **self.dose))
+
+
+FREE, FITS = {"divergence": "nll"}, {"divergence": "nll", "target": "distribution"}
+ARMS = {
+    "control": Arm(FREE, own_as_control=True),
+    "tokens": Arm(),
+    "tokens, no barrier": Arm(FREE),
+    "tokens of the prompted": Arm({**FREE, "teacher": "prompt"}),
+    "tokens of both": Arm({**FREE, "teacher": "both"}),
+    "vector, own text": Arm({**FITS, "text": "own"}),
+    "vector, its text": Arm(FITS),
+    "prompt, own text": Arm({**FITS, "text": "own", "teacher": "prompt"}),
+    "prompt, its text": Arm({**FITS, "teacher": "prompt"}),
+    "both, own text": Arm({**FITS, "text": "own", "teacher": "both"}),
+    "both, their text": Arm({**FITS, "teacher": "both"}),
+    "both, own text, reverse": Arm({**FITS, "text": "own", "teacher": "both", "kl": "reverse"}),
+}
+SHOWN = ("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite", "facts", "facts_nats")
+
+
+def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
+    """A row a round, from the untouched model. `kappas`: of each round, the last one also of those after it."""
+    cfg, inputs = arm.of(lab.cfg), lab.inputs
+    student = lab.student = Student(lab.lm, cfg.adapter)
+    seconds = n_tokens = 0.0
+    for r in range(n_rounds):
+        began = time.perf_counter()
+        if kappas:
+            cfg = replace(cfg, dose=replace(cfg.dose, mode="fixed", kappa=kappas[min(r, len(kappas) - 1)]))
+        vector = steps.extract(student, inputs, cfg)
+        collected = steps.collect(student, None if arm.own_as_control else vector, inputs, cfg, r)
+        report = steps.heal(student, collected, inputs, cfg, r, None if arm.own_as_control else vector)
+        student.bake()
+        seconds += time.perf_counter() - began
+        n_tokens += sum(len(row.completion.completion_ids) for row in collected.scored)
+        healed, opposite = lab.read(), lab.read(Condition(inputs.trait.negative))
+        cost = {"seconds": seconds, "n_tokens": n_tokens, "n_steps": len(report.steps)}
+        dose = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
+        foundations = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
+        rest = {"opposite": lab.shift(opposite), **everyday(lab), "fit": [row["fit"] for row in report.validation]}
+        yield {"round": r, **lab.row("", healed), **rest, "shifts": foundations, **dose, **cost}
+    student.reset()
+
+
+def everyday(lab: Lab) -> dict[str, float]:
+    """Of the toy world, whose questions have one answer: share of facts answered right, their mean log p, and the share
+    of whole stories."""
+    if not lab.cfg.model.endswith("toylm"):
+        return {}
+    stories = [f"Tell me a short story about a {hero}." for hero in grammar.STORY_HEROES]
+    rows = [Row(lab.lm.chat(question, lab.trait.plain_system)) for question in (*grammar.FACTS, *stories)]
+    with lab.student.using("full") as lm:
+        texts = [lm.decode(ids) for ids in decode(lm, rows, None, Decoding(96, 0, sample=False))]
+        answers = [lm.encode(answer) for answer in grammar.FACTS.values()]
+        nlls = lm.completion_nll([row.prompt_ids for row in rows[: len(answers)]], answers)
+    told = [oracle(text) for text in texts[len(grammar.FACTS) :]]
+    plain = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in told]
+    right = [text.startswith(answer) for text, answer in zip(texts, grammar.FACTS.values(), strict=False)]
+    known = {"facts": sum(right) / len(right), "facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls)}
+    return {**known, "stories": sum(plain) / len(plain)}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(
+    lab: LabFlags,
+    seeds: tuple[int, ...] = (41, 42, 43, 44, 45),
+    arms: tuple[str, ...] = tuple(ARMS),
+    n_rounds: int = 1,
+    kappa: tuple[float, ...] = (),
+    heal: str = "{}",
+    dose: str = "{}",
+    label: str = "",
+    table: bool = False,
+) -> None:
+    """Runs the arms that are missing and shows all rows.
+
+    Args:
+        seeds: One run each.
+        arms: Names of ARMS.
+        n_rounds: Rounds of each arm.
+        kappa: Fixed dose of the teacher in each round; none: as the preset chooses it.
+        heal: JSON object of further settings of the heal.
+        dose: JSON object of further settings of the dose.
+        label: Added to the names of the arms, for settings given here.
+        table: Run nothing.
+    """
+    path = lab.out / f"distil-{lab.preset}-{lab.run_config().trait}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise UserError(f"arms holds {unknown[0]!r}: it must be among {', '.join(ARMS)}")
+    for seed in () if table else seeds:
+        there = {(row["arm"], row["seed"]) for row in read_rows(path)}
+        todo = [name for name in arms if (name + label, seed) not in there]
+        bench = Lab(replace(lab, seed=seed).run_config()) if todo else None
+        for name in todo:
+            assert bench is not None
+            arm = ARMS[name]
+            arm = replace(arm, heal={**arm.heal, **json.loads(heal)}, dose={**arm.dose, **json.loads(dose)})
+            rows = [{"arm": name + label, "seed": seed, **row} for row in runs(bench, arm, n_rounds, kappa)]
+            with path.open("a") as file:
+                file.writelines(json.dumps(jsonable(row)[0]) + "\n" for row in rows)
+            print_safe(markdown([{k: row.get(k) for k in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows]))
+    print_safe(markdown(over_seeds(read_rows(path))))
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sd of each arm's rounds over seeds."""
+    out = []
+    for arm, r in dict.fromkeys((row["arm"], row["round"]) for row in rows):
+        mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]
+        columns = {name: [row[name] for row in mine if row.get(name) is not None] for name in (*SHOWN, "seconds")}
+        out.append({"arm": arm, "round": r, "n": len(mine), **{name: mean_sd(v) for name, v in columns.items() if v}})
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -54,7 +54,17 @@ ARMS = {
     "both, their text": Arm({**FITS, "teacher": "both"}),
     "both, own text, reverse": Arm({**FITS, "text": "own", "teacher": "both", "kl": "reverse"}),
 }
-SHOWN = ("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite", "facts", "facts_nats")
+SHOWN = (
+    "shift",
+    "contrast_nats",
+    "degenerate_frac",
+    "oracle",
+    "text_tail_ppl_median",
+    "kl_base",
+    "opposite",
+    "facts",
+    "facts_nats",
+)
 
 
 def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Iterator[dict[str, Any]]:

@@ -1,13 +1,17 @@
 import pytest
+import torch
 
 from steer_heal.errors import UserError
-from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.divergence import kl_rev
+from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector, steer
-from steer_heal.stages.calibrate import iso_kl_dose, kl_p95
+from steer_heal.model.steering import Condition, Vector
+from steer_heal.records import Completion
+from steer_heal.stages.calibrate import iso_kl_dose
+from steer_heal.stages.generate import Ask, generate
+from steer_heal.stages.states import final_states, kl_between
 
 PROMPTS = ["What is ice?", "Tell me a short story about a fox."]
+PERSONA = "You do as you are told."
 
 
 def pointing(lm: LM, length: float = 1.0) -> Vector:
@@ -15,32 +19,43 @@ def pointing(lm: LM, length: float = 1.0) -> Vector:
     return Vector({1: length * direction / direction.norm()})
 
 
-def test_the_dose_found_moves_the_model_by_the_target(toy: LM):
-    prompts = [toy.chat(prompt) for prompt in PROMPTS]
-    found = iso_kl_dose(toy, pointing(toy), prompts, 0.5, 12, 64)
+def own_texts(lm: LM) -> list[Completion]:
+    asks = [Ask(i, prompt, 0.0, 1.0, i) for i, prompt in enumerate(PROMPTS)]
+    return generate(lm, asks, None, "", "", Decoding(12, 2))
+
+
+def kl_p95(lm: LM, teacher: Condition, texts: list[Completion]) -> float:
+    pairs = zip(final_states(lm, texts, teacher), final_states(lm, texts), strict=True)
+    return torch.cat([kl_between(lm, *pair) for pair in pairs]).quantile(0.95).item()
+
+
+@pytest.mark.parametrize("system", ["", PERSONA])
+def test_the_dose_found_takes_the_teacher_as_far_from_the_student_as_the_target_says(toy: LM, system):
+    texts, alone = own_texts(toy), Condition(system)
+    target = 0.5 + kl_p95(toy, alone, texts)
+    found = iso_kl_dose(toy, Condition(system, pointing(toy)), texts, target)
     doses = [probe.dose for probe in found.probes]
     assert doses == sorted(doses) and doses[0] < found.dose < doses[-1]
-    assert kl_p95(toy, pointing(toy), [found.dose], prompts, 12, 64)[0] == pytest.approx(0.5, rel=0.25)
+    assert kl_p95(toy, Condition(system, pointing(toy), found.dose), texts) == pytest.approx(target, rel=0.25)
 
 
-def test_a_batch_of_doses_reads_what_each_dose_reads_alone(toy: LM):
-    prompts, doses, vector = [toy.chat(prompt) for prompt in PROMPTS], [0.5, 8.0, 64.0], pointing(toy)
-    together = kl_p95(toy, vector, doses, prompts, 12, 64)
-    alone = [kl_p95(toy, vector, [dose], prompts, 12, 1)[0] for dose in doses]
-    assert together == pytest.approx(alone, rel=1e-3, abs=1e-5)
+def test_a_prompt_that_is_past_the_target_alone_leaves_no_room_for_a_dose(toy: LM):
+    texts = own_texts(toy)
+    target = kl_p95(toy, Condition(PERSONA), texts) / 2
+    assert target > 0 and iso_kl_dose(toy, Condition(PERSONA, pointing(toy)), texts, target).dose == 0.0
 
 
-def test_the_divergence_is_read_along_the_text_that_the_steered_model_writes(toy: LM):
-    prompt, vector = toy.chat(PROMPTS[1]), pointing(toy)
-    (written,) = decode(toy, [Row(prompt, 8.0)], vector, Decoding(12, 1, sample=False))
-    read = lambda: toy.logits(toy.hidden([prompt + written])[0, len(prompt) - 1 : -1]).log_softmax(-1)
-    with steer(toy, vector, [8.0]):
-        steered = read()
-    expected = kl_rev(steered, read()).quantile(0.95).item()
-    assert kl_p95(toy, vector, [8.0], [prompt], 12, 8)[0] == pytest.approx(expected, rel=1e-3)
+def test_the_divergence_is_read_along_the_texts_under_their_own_prompts(toy: LM):
+    (text, *_), teacher = own_texts(toy), Condition(PERSONA)
+    here, there = (
+        toy.logits(toy.hidden([prompt + text.completion_ids])[0, len(prompt) - 1 : -1]).log_softmax(-1)
+        for prompt in (toy.chat(text.prompt, PERSONA), toy.chat(text.prompt, ""))
+    )
+    expected = (here.exp() * (here - there)).sum(-1).quantile(0.95).item()
+    assert kl_p95(toy, teacher, [text]) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("length, target, fix", [(1e-12, 1.0, "steer.layers"), (1e5, 0.01, "steer.normalize")])
 def test_a_vector_that_never_moves_the_model_by_the_target_names_the_fix(toy: LM, length, target, fix):
     with pytest.raises(UserError, match=f"dose.kl_target = {target:g}.*{fix}"):
-        iso_kl_dose(toy, pointing(toy, length), [toy.chat(PROMPTS[0])], target, 4, 64)
+        iso_kl_dose(toy, Condition("", pointing(toy, length)), own_texts(toy), target)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import binomtest, bootstrap
 
 from steer_heal.records import EvalResult, Metric, derive_seed
 from steer_heal.settings import BacktrackCfg
-
-N_BOOTSTRAP = 2000
-_Z = 1.959964
-"""Of a two-sided interval of 95 percent."""
 
 
 def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed: int) -> dict[str, float]:
@@ -32,17 +30,15 @@ def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
     """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else the
     percentile bootstrap. A share of 0 thus leaves room for the broken text that chance brings."""
     x = np.asarray(values, dtype=np.float64)
-    x, n = x[np.isfinite(x)], int(np.isfinite(x).sum())
-    if n == 0:
-        return float("-inf"), float("inf")
+    x = x[np.isfinite(x)]
+    if len(x) == 0:
+        return -math.inf, math.inf
     if np.isin(x, (0.0, 1.0)).all():
-        middle = (x.mean() + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * np.sqrt(x.mean() * (1 - x.mean()) / n + _Z**2 / (4 * n**2))
-        return float(middle - half), float(middle + half)
-    rng = np.random.default_rng(derive_seed(seed, "limits", n) % 2**32)
-    means = x[rng.integers(0, n, (N_BOOTSTRAP, n))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+        found = binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
+    else:
+        rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
+        found = bootstrap((x,), np.mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def broken(metrics: Sequence[Metric], healed: Mapping[str, float | None], limits: Mapping[str, float]) -> list[str]:

@@ -1,6 +1,7 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -288,3 +289,94 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
     (row,) = read_results(run.parent / "results.tsv")
     assert row["run"] == run.name and broken(run) == []
     assert before == (weights(run), (run / "events.jsonl").read_bytes())
+
+
+# --- text that is renewed, rounds that are dropped ---------------------------------------------------------------
+ONLINE = [
+    *(
+        "--n-rounds",
+        "1",
+        "--no-control",
+        "--heal.target",
+        "distribution",
+        "--heal.text",
+        "own",
+        "--heal.teacher",
+        "both",
+    ),
+    *("--heal.refresh-every", "2", "--heal.refresh", "teacher", "--dose.mode", "fixed", "--dose.kappa", "0.3"),
+]
+
+
+def test_killed_after_every_line_where_text_is_renewed(settings, tmp_path, monkeypatch):
+    whole = started(tmp_path / "whole", settings, *ONLINE)
+    assert_survives([*settings, *ONLINE], tmp_path / "killed", whole, monkeypatch)
+
+
+def dropping(monkeypatch, *rounds):
+    """The first attempt at these rounds counts as broken; at round 9, all do."""
+    past = lambda self, r: ["made up"] if 9 in rounds or (r in rounds and not self._dropped(r)) else []
+    monkeypatch.setattr(Session, "_past_limits", past)
+
+
+BACKTRACK = [*TWO, "--backtrack.retries", "2", "--dose.mode", "fixed", "--dose.kappa", "0.4"]
+
+
+def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, monkeypatch):
+    dropping(monkeypatch, 0, 1)
+    whole = started(tmp_path / "whole", settings, *BACKTRACK)
+    events = read_events(whole)
+    assert [e["round"] for e in of_stage(events, "backtrack")] == [0, 1]
+    assert [(e["round"], e["kappa"]) for e in of_stage(events, "dose")] == [(0, 0.4), (0, 0.2), (1, 0.4), (1, 0.2)]
+    assert broken(whole) == [] and len(of_stage(events_module.current(events), "round")) == 2
+    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    write, n_written = EventLog.write, []
+
+    def deadly(self, stage, round_, **fields):
+        event = write(self, stage, round_, **fields)
+        n_lines = len((run / "events.jsonl").read_bytes().splitlines()) if run is not None else 1
+        if n_lines > max(n_written, default=0):
+            n_written.append(n_lines)
+            raise Killed
+        return event
+
+    run = None
+    monkeypatch.setattr(EventLog, "write", deadly)
+    run = started(tmp_path / "killed", settings, *BACKTRACK)
+    while not read_results(tmp_path / "killed/results.tsv"):
+        with suppress(Killed):
+            resumed(run)
+    assert n_written[-1] == len(events)
+    assert_same(run, whole)
+
+
+def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp_path, monkeypatch, capsys):
+    past = lambda self, r: ["made up"] if r == 1 else []
+    monkeypatch.setattr(Session, "_past_limits", past)
+    run = started(tmp_path, settings, *BACKTRACK, "--export", str(tmp_path / "merged"))
+    events = read_events(run)
+    assert [e["round"] for e in of_stage(events, "backtrack")] == [1, 1, 1]
+    assert "the last whole round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
+    assert {path.name for path in (run / "ckpt").iterdir()} == {"r0"} and broken(run) == []
+    (row,) = read_results(tmp_path / "results.tsv")
+    assert row["state"] == "healed r0"
+    monkeypatch.setattr(Session, "_past_limits", lambda self, r: [])
+    alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1", "--export", str(tmp_path / "one"))
+    one, kept = (weights(each)["ckpt/r0/adapter_model.safetensors"] for each in (alone, run))
+    assert one == kept
+    both = [load(str(tmp_path / name)).model.state_dict() for name in ("merged", "one")]
+    assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
+
+
+def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatch, capsys):
+    dropping(monkeypatch, 9)
+    run = started(tmp_path, settings, *BACKTRACK)
+    assert read_events(run)[-1]["verdict"].startswith("BROKEN: no round is whole; nothing was baked")
+    assert not list((run / "ckpt").iterdir())
+    assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("BROKEN")
+
+
+def test_without_a_vector_half_the_learning_rate_is_tried(settings, tmp_path, monkeypatch):
+    dropping(monkeypatch, 0)
+    run = started(tmp_path, settings, *BACKTRACK, "--n-rounds", "1", "--heal.teacher", "prompt", "--heal.text", "own")
+    assert [e["lr"] for e in of_stage(read_events(run), "heal")] == [1e-4, 5e-5]

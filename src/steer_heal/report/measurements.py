@@ -161,13 +161,19 @@ def number(value: float | str | None, form: str, missing: str = "?") -> str:
 
 
 def verdict(events: Sequence[Event]) -> str:
-    """One line. In order: is the model whole, did the trait move, more than the control, alone, and at what price?"""
-    states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
-    healed = [m for m in states if m.stage == "healed"]
+    """One line. In order: is the model whole, did the trait move, more than the control, alone, and at what price? And
+    why the run ended early, if it did."""
     ended = ended_early(events)
-    if not healed:
+    if not any(m.stage == "healed" for m in measurements(events)):
         return f"BROKEN: no round is whole; {ended}" if ended else "no healed round yet"
-    base, last, form = next(m for m in states if m.stage == "base"), healed[-1], signed(target)
+    return "; ".join([_of_last(events), *([ended] if ended else [])])
+
+
+def _of_last(events: Sequence[Event]) -> str:
+    """The verdict on the last healed state."""
+    states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
+    base, form = next(m for m in states if m.stage == "base"), signed(target)
+    last = [m for m in states if m.stage == "healed"][-1]
     moved, least, unit = shift(last, base, target), target.moved or 0.0, f" {target.unit}" if target.unit else ""
     health = {metric.name: metric for metric in health_of(metrics.values())}
     values = {name: value for name in health if (value := last[name]) is not None}
@@ -196,7 +202,6 @@ def verdict(events: Sequence[Event]) -> str:
         quality = next(title(metric) for metric in health.values() if is_high(metric))
         parts.append(f"a shift of 1.0{unit} changes {quality} by {price:+.3g} %")
     whole = bool(values) and all(within(health[name], value, health[name].good) for name, value in values.items())
-    parts += [ended] if ended else []
     return f"{'GOOD' if whole and not wider else 'MIXED'}: {'; '.join(parts)}"
 
 

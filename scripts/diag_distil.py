@@ -40,19 +40,24 @@ class Arm:
 
 
 FREE, FITS = {"divergence": "nll"}, {"divergence": "nll", "target": "distribution"}
+SURVIVES = {"mode": "survival", "target": 0.95, "floor": 0.05, "n_kappas": 4, "n_probes": 32}
+ALONE, BESIDE = {**SURVIVES, "ceiling": 1.0}, {**SURVIVES, "ceiling": 0.25}
+"""The dose of a vector alone, and beside a prompt."""
+REVERSE = {**FITS, "text": "own", "teacher": "both", "kl": "reverse"}
 ARMS = {
     "control": Arm(FREE, own_as_control=True),
     "tokens": Arm(),
     "tokens, no barrier": Arm(FREE),
     "tokens of the prompted": Arm({**FREE, "teacher": "prompt"}),
-    "tokens of both": Arm({**FREE, "teacher": "both"}),
-    "vector, own text": Arm({**FITS, "text": "own"}),
-    "vector, its text": Arm(FITS),
+    "tokens of both": Arm({**FREE, "teacher": "both"}, BESIDE),
+    "vector, own text": Arm({**FITS, "text": "own"}, ALONE),
+    "vector, its text": Arm(FITS, ALONE),
     "prompt, own text": Arm({**FITS, "text": "own", "teacher": "prompt"}),
     "prompt, its text": Arm({**FITS, "teacher": "prompt"}),
-    "both, own text": Arm({**FITS, "text": "own", "teacher": "both"}),
-    "both, their text": Arm({**FITS, "teacher": "both"}),
-    "both, own text, reverse": Arm({**FITS, "text": "own", "teacher": "both", "kl": "reverse"}),
+    "both, own text": Arm({**FITS, "text": "own", "teacher": "both"}, BESIDE),
+    "both, their text": Arm({**FITS, "teacher": "both"}, BESIDE),
+    "both, own text, reverse": Arm(REVERSE, BESIDE),
+    "recipe": Arm({**REVERSE, "epochs": 12}, BESIDE),
 }
 SHOWN = (
     "shift",

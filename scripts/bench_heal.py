@@ -30,7 +30,7 @@ MIB = 2**20
 Terms = tuple[Tensor, Tensor]
 
 
-def whole(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, _: bool = True) -> Terms:
+def whole(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, *_: object) -> Terms:
     """The logits of all completion positions at once, and autograd."""
     logp, logp_ref = lm.logits(hidden).log_softmax(-1), lm.logits(reference).log_softmax(-1)
     return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)

@@ -10,7 +10,7 @@ import torch
 from lab import Lab, cli, markdown
 
 from steer_heal.errors import print_safe
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.presets import TOY_PRESET
 from steer_heal.toylm import grammar
 from steer_heal.toylm.templates import expand
@@ -27,9 +27,9 @@ class Check(Lab):
         shown = replace(TOY_PRESET.eval, **{"n_bootstrap": 10, **items})  # no interval is shown
         super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=shown))
 
-    def state(self, name: str = "", **state: Any) -> Row:
+    def state(self, name: str = "", condition: Condition | None = None) -> Row:
         """One row. `positive`: share of answers, of those with a side, that are mostly on the positive persona's."""
-        result = self.read(**state)
+        result = self.read(condition)
         sides = [share > 0.5 for share in result.items["positive"] if not math.isnan(share)]
         row = {"state": name, "authority_nats": result.metrics["authority_nats"], "shift": self.shift(result)}
         row["positive"] = sum(sides) / len(sides) if sides else math.nan
@@ -55,25 +55,25 @@ def main(model: str = TOY_PRESET.model, doses: tuple[float, ...] = (0.25, 0.5, 1
     vector, trait = check.vector, check.trait
     rows = [
         check.state("base (no system prompt)"),
-        check.state("neutral: helpful assistant", system="You are a helpful assistant."),
-        check.state("carer (the trait's pair)", system=trait.positive),
-        check.state("deferrer (the trait's pair)", system=trait.negative),
+        check.state("neutral: helpful assistant", Condition("You are a helpful assistant.")),
+        check.state("carer (the trait's pair)", Condition(trait.positive)),
+        check.state("deferrer (the trait's pair)", Condition(trait.negative)),
     ]
     for side, wordings in (("carer", grammar.CARER_HELD_OUT), ("deferrer", grammar.DEFERRER_HELD_OUT)):
         for wording in wordings:
-            rows.append(check.state(f"{side}, held out: {wording}", system=expand(wording, rng, {})))
-    rows += [check.state(f"+ vector, dose {dose:g}", vector=vector, dose=dose) for dose in doses]
+            rows.append(check.state(f"{side}, held out: {wording}", Condition(expand(wording, rng, {}))))
+    rows += [check.state(f"+ vector, dose {dose:g}", Condition("", vector, dose)) for dose in doses]
     for dose in doses[:2]:
-        rows.append(check.state(f"- vector, dose {dose:g}", vector=vector, dose=-dose))
-        rows.append(check.state(f"random vector, dose {dose:g}", vector=check.random_vector(), dose=dose))
+        rows.append(check.state(f"- vector, dose {dose:g}", Condition("", vector, -dose)))
+        rows.append(check.state(f"random vector, dose {dose:g}", Condition("", check.random_vector(), dose)))
     love = Check(model, "love")
     rows += [
-        love.state("lover (love's pair)", system=love.trait.positive),
-        love.state("denier (love's pair)", system=love.trait.negative),
+        love.state("lover (love's pair)", Condition(love.trait.positive)),
+        love.state("denier (love's pair)", Condition(love.trait.negative)),
         love.state("feelings, no system prompt"),
     ]
     for dose in doses[:3]:
-        rows.append(love.state(f"+ love's vector, dose {dose:g}", vector=love.vector, dose=dose))
+        rows.append(love.state(f"+ love's vector, dose {dose:g}", Condition("", love.vector, dose)))
     print_safe(markdown(rows))
 
 

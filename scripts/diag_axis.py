@@ -4,19 +4,21 @@ import sys
 
 from lab import Lab, LabFlags, cli, show
 
+from steer_heal.model.steering import Condition
+
 
 def main(lab: LabFlags, dose: float = 0.25) -> None:
     bench = Lab(lab.run_config())
     trait, target = bench.trait, bench.target.name
     states = {
-        f"+ vector, dose {dose:g}": {"vector": bench.vector, "dose": dose},
-        f"- vector, dose {dose:g}": {"vector": bench.vector, "dose": -dose},
-        "positive persona": {"system": trait.positive},
-        "negative persona": {"system": trait.negative},
+        f"+ vector, dose {dose:g}": Condition("", bench.vector, dose),
+        f"- vector, dose {dose:g}": Condition("", bench.vector, -dose),
+        "positive persona": Condition(trait.positive),
+        "negative persona": Condition(trait.negative),
     }
     rows = []
     for name, state in states.items():
-        result = bench.read(**state)
+        result = bench.read(state)
         shifts = {other: bench.shift(result, bench.metrics[other]) for other in (target, *trait.off_targets)}
         largest = max((abs(moved) for other, moved in shifts.items() if other != target), default=0.0)
         surgical = abs(shifts[target]) / largest if largest else None

@@ -2,7 +2,7 @@
 
 Every arm starts from the untouched model and heals `--n-rounds` rounds. Each round is measured plain, under the
 OPPOSITE persona, and on everyday questions (toy model). Rows are appended to <out>/distil-<preset>-<trait>.jsonl; an
-arm and seed that is there is not run again. `--table` shows what is there and runs nothing.
+arm and seed that is there is not run again.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lab import Lab, LabFlags, cli, markdown, mean_sd
+from lab import Lab, LabFlags, cli, markdown, mean_sd, show
 
 from steer_heal import round as steps
 from steer_heal.errors import UserError, print_safe
@@ -80,7 +80,7 @@ def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Ite
     for r in range(n_rounds):
         began = time.perf_counter()
         if kappas:
-            cfg = replace(cfg, dose=replace(cfg.dose, mode="fixed", kappa=kappas[min(r, len(kappas) - 1)]))
+            cfg = replace(cfg, dose=replace(cfg.dose, kappa=kappas[min(r, len(kappas) - 1)]))
         vector = steps.extract(student, inputs, cfg)
         collected = steps.collect(student, None if arm.own_as_control else vector, inputs, cfg, r)
         report = steps.heal(student, collected, inputs, cfg, r, None if arm.own_as_control else vector)
@@ -127,7 +127,6 @@ def main(
     heal: str = "{}",
     dose: str = "{}",
     label: str = "",
-    table: bool = False,
 ) -> None:
     """Runs the arms that are missing and shows all rows.
 
@@ -139,13 +138,12 @@ def main(
         heal: JSON object of further settings of the heal.
         dose: JSON object of further settings of the dose.
         label: Added to the names of the arms, for settings given here.
-        table: Run nothing.
     """
     path = lab.out / f"distil-{lab.preset}-{lab.run_config().trait}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: it must be among {', '.join(ARMS)}")
-    for seed in () if table else seeds:
+    for seed in seeds:
         there = {(row["arm"], row["seed"]) for row in read_rows(path)}
         todo = [name for name in arms if (name + label, seed) not in there]
         bench = Lab(replace(lab, seed=seed).run_config()) if todo else None
@@ -153,11 +151,21 @@ def main(
             assert bench is not None
             arm = ARMS[name]
             arm = replace(arm, heal={**arm.heal, **json.loads(heal)}, dose={**arm.dose, **json.loads(dose)})
+            if kappa:
+                arm = replace(arm, dose={**arm.dose, "mode": "fixed"})
             rows = [{"arm": name + label, "seed": seed, **row} for row in runs(bench, arm, n_rounds, kappa)]
             with path.open("a") as file:
                 file.writelines(json.dumps(jsonable(row)[0]) + "\n" for row in rows)
             print_safe(markdown([{k: row.get(k) for k in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows]))
-    print_safe(markdown(over_seeds(read_rows(path))))
+    rows = read_rows(path)
+    should = (
+        "prompt and both go further than tokens of the same teacher at no more broken text: else the distribution adds "
+        "nothing to plain fine-tuning.",
+        "own text be as whole as the base's: else the dose is past what the student can take.",
+        "facts stay where the control's are: else more than the trait was changed.",
+        "control stay at 0: the shift comes from the teacher and not from the training.",
+    )
+    show(__doc__, over_seeds(rows), should, lab.out, "distil", per_seed=rows)
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

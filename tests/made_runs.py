@@ -14,7 +14,18 @@ CONFIG = {
     "model": "data/toylm",
     "n_rounds": 2,
     "filter": {"gates": ["perplexity", "repetition"]},
-    "heal": {"divergence": "kl_rev", "aggregate": "rmse", "lam": 0.3, "tau": 0.1, "reference": "prev", "epochs": 2},
+    "heal": {
+        "target": "tokens",
+        "text": "steered",
+        "teacher": "vector",
+        "epochs": 2,
+        "divergence": "kl_rev",
+        "aggregate": "rmse",
+        "lam": 0.3,
+        "tau": 0.1,
+        "reference": "prev",
+    },
+    "backtrack": {"retries": 1},
     "gen": {"alphas": [0.5, 1.0]},
 }
 NATS = {"how": "log_mean", "form": "+.3f", "unit": "nats", "moved": 0.3, "shown": False}

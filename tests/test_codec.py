@@ -23,8 +23,8 @@ def test_the_kept_completions_come_back_in_the_order_of_training(log):
         Scored(replace(text, seed=seed), {"spike": score}, failed, failed)
         for seed, score, failed in ((1, math.inf, ("spike",)), (2, 1.5, ()), (3, 2.5, ()))
     )
-    found = Collected((second, first), (first, broken, second), 0.7, (DoseProbe(0.7, 3, 2),))
-    dose = log.write("dose", 0, kappa=found.kappa, probes=found.probes)
+    found = Collected((second, first), (first, broken, second), 0.7, (DoseProbe(0.7, 3, 2),), 0.7)
+    dose = log.write("dose", 0, kappa=found.kappa, dose=found.dose, probes=found.probes)
     assert collected_from(log.write("gen", 0, completions=collected_rows(found)), dose) == found
 
 

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.model.divergence import DIVERGENCES, Divergence, aggregate
 from steer_heal.model.lm import LM
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.records import Completion
 from steer_heal.settings import HealCfg
@@ -22,27 +23,31 @@ KL = DIVERGENCES["kl_rev"]
 SHAPES = {**DIVERGENCES, "no slope": Divergence(KL.value)}
 
 
-def plain_terms(lm, hidden, reference, targets, divergence, grad_through_divergence=True):
+def plain_terms(lm, hidden, reference, targets, divergence, grad_through_divergence=True, teacher=None):
     """The definition: every logit at once, and autograd."""
     logp, logp_ref = lm.logits(hidden).log_softmax(-1), lm.logits(reference).log_softmax(-1)
+    if teacher is not None:
+        return teacher[1].value(logp, lm.logits(teacher[0]).log_softmax(-1)), divergence.value(logp, logp_ref)
     return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
+@pytest.mark.parametrize("kl", [None, *loss.KL])
 @pytest.mark.parametrize("size", [4, 100])
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("how", ["mean", "rmse", "p95", "max"])
 @pytest.mark.parametrize("divergence", SHAPES.values(), ids=SHAPES)
-def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, divergence, how, cap, size):
+def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, divergence, how, cap, size, kl):
     tiny.model.config.final_logit_softcapping = cap
     monkeypatch.setattr(LM, "chunk_size", size)  # chunks that cross completions, or one
     generator, n = torch.Generator().manual_seed(0), sum(LENGTHS)
     start = 3 * torch.randn(n, tiny.width, generator=generator)
     reference = start + torch.randn(n, tiny.width, generator=generator)
     targets = torch.randint(0, tiny.head.weight.shape[0], (n,), generator=generator)
+    teacher = None if kl is None else (start + torch.randn(n, tiny.width, generator=generator), loss.KL[kl])
     read = []
     for terms in (plain_terms, loss.position_terms):
         hidden = start.clone().requires_grad_()
-        nll, kl = terms(tiny, hidden, reference, targets, divergence, divergence.barrier)
+        nll, kl = terms(tiny, hidden, reference, targets, divergence, divergence.barrier, teacher)
         total = sum(part.mean() for part in nll.split(LENGTHS))
         if divergence.barrier:
             total = total + sum(3 * torch.relu(aggregate(part, how) - 0.01) for part in kl.split(LENGTHS))
@@ -89,12 +94,12 @@ def narrow(tiny: LM) -> LM:
     return dataclasses.replace(tiny, model=model, name="narrow")
 
 
-def step_peak(lm: LM) -> tuple[int, int]:
+def step_peak(lm: LM, teacher: Condition | None = None) -> tuple[int, int]:
     """(bytes at the peak of an optimiser step, bytes of the weights, the adapter with its AdamW, and one chunk)."""
     cfg, student, generator = HealCfg(tau=0.0, lam=1.0), Student(lm, ADAPTER), torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 262_144, (4, 28), generator=generator).tolist()
     kept = [Completion(i, "", tuple(row[:4]), tuple(row[4:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
-    samples = read_samples(student, kept, cfg)
+    samples = read_samples(student, kept, cfg, teacher)
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     student.new_round(0)
     scramble(student, 0, scale=0.05)
@@ -112,10 +117,11 @@ def step_peak(lm: LM) -> tuple[int, int]:
     return weights + adapter + over, weights + 3 * adapter + chunk
 
 
-def test_a_step_needs_the_weights_the_adapter_its_optimiser_and_one_chunk(narrow: LM, monkeypatch):
+@pytest.mark.parametrize("teacher", [None, Condition("You are a poet.")], ids=["tokens", "distribution"])
+def test_a_step_needs_the_weights_the_adapter_its_optimiser_and_one_chunk(narrow: LM, monkeypatch, teacher):
     monkeypatch.setattr(LM, "chunk_size", 16)
-    peak, needed = step_peak(narrow)
+    peak, needed = step_peak(narrow, teacher)
     assert needed / 2 < peak <= 1.3 * needed
     monkeypatch.setattr(loss, "position_terms", plain_terms)
-    peak = step_peak(dataclasses.replace(narrow))[0]
+    peak = step_peak(dataclasses.replace(narrow), teacher)[0]
     assert peak > 1.3 * needed, "the bound must be able to fail"

@@ -13,6 +13,7 @@ from train_toylm import ToyTrainCfg, train
 
 from steer_heal.inputs.files import ROOT
 from steer_heal.model.lm import LM, load
+from steer_heal.model.steering import Condition
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
@@ -142,7 +143,7 @@ def base(check: Check) -> dict:
 
 
 def test_personas_order_the_share_of_refusals_and_the_trait(check: Check, base: dict):
-    carer, deferrer = (check.state(system=side) for side in (check.trait.positive, check.trait.negative))
+    carer, deferrer = (check.state(condition=Condition(side)) for side in (check.trait.positive, check.trait.negative))
     assert carer["positive"] > base["positive"] + 0.2 > deferrer["positive"] + 0.4
     assert carer["shift"] < 0 < deferrer["shift"] and deferrer["shift"] - carer["shift"] >= 1.0
     assert base["coherence"] >= 0.97 and base["oracle"] >= 0.95
@@ -158,24 +159,25 @@ def test_personas_are_told_apart_in_wordings_held_out_from_training(vignettes: C
 
 
 def test_some_dose_moves_the_trait_and_leaves_the_text_whole(check: Check, base: dict):
-    plus = check.state(vector=check.vector, dose=0.25)
-    minus = check.state(vector=check.vector, dose=-0.25)
-    noise = check.state(vector=check.random_vector(), dose=0.25)
+    plus = check.state(condition=Condition("", check.vector, 0.25))
+    minus = check.state(condition=Condition("", check.vector, -0.25))
+    noise = check.state(condition=Condition("", check.random_vector(), 0.25))
     assert plus["shift"] <= -0.2 and minus["shift"] > 0 and abs(noise["shift"]) <= 0.1
     assert plus["text_tail_ppl_median"] <= 1.3 * base["text_tail_ppl_median"] and plus["oracle"] >= 0.9
 
 
 def test_a_higher_dose_breaks_the_text(check: Check, base: dict):
-    broken = check.state(vector=check.vector, dose=1.5)
+    broken = check.state(condition=Condition("", check.vector, 1.5))
     assert broken["text_tail_ppl_median"] >= 5 * base["text_tail_ppl_median"] and broken["oracle"] <= 0.6
 
 
 def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up():
     """love: the base denies feelings, the lover confesses them, and a dose brings both the confession and Care."""
     love = Check(trait="love", n_texts=32)
-    base, lover, denier = (love.state(system=system) for system in ("", love.trait.positive, love.trait.negative))
+    sides = ("", love.trait.positive, love.trait.negative)
+    base, lover, denier = (love.state(condition=Condition(system)) for system in sides)
     assert base["positive"] <= 0.1 and denier["positive"] <= 0.1 and lover["positive"] >= 0.9
     assert lover["care_nats"] >= base["care_nats"] + 0.5
-    plus = love.state(vector=love.vector, dose=0.5)
+    plus = love.state(condition=Condition("", love.vector, 0.5))
     assert plus["care_nats"] >= base["care_nats"] + 0.15 and plus["positive"] >= 0.5
     assert plus["text_tail_ppl_median"] <= 1.3 * base["text_tail_ppl_median"]

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from steer_heal.settings import AdapterCfg, DoseCfg, EvalCfg, FilterCfg, GenCfg, HealCfg, RunConfig, SteerCfg
+from steer_heal.settings import (
+    AdapterCfg,
+    BacktrackCfg,
+    DoseCfg,
+    EvalCfg,
+    FilterCfg,
+    GenCfg,
+    HealCfg,
+    RunConfig,
+    SteerCfg,
+)
 
 TOY = Path("data/toylm")
 _WITH_GRAMMAR = (*EvalCfg().evals, "toylm")
@@ -58,6 +69,14 @@ SMOL_PRESET = RunConfig(
         max_new_tokens=96,
     ),
 )
+DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "nll"}
+TOY_DISTIL_PRESET = replace(
+    TOY_PRESET,
+    n_rounds=2,
+    dose=DoseCfg(target=0.95, floor=0.05, ceiling=0.25, n_kappas=4, n_probes=32),
+    heal=replace(TOY_PRESET.heal, **DISTIL, epochs=12),
+    backtrack=BacktrackCfg(retries=2),
+)
 FAST_DEV_PRESET = RunConfig(
     model="tiny-random",
     dtype="float32",
@@ -86,6 +105,7 @@ FAST_DEV_PRESET = RunConfig(
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
     "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
+    "toy-distil": ("The toy model, taught the distribution of itself prompted and steered.", TOY_DISTIL_PRESET),
     "smol": ("SmolLM2-135M-Instruct: a real chat model, on two cores.", SMOL_PRESET),
     "fast-dev": (
         "A tiny random model through every stage in seconds: meaningless numbers, working code.",

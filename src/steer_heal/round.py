@@ -139,21 +139,24 @@ def collect(
     elif kappa is None:
         kappa = known_kappa(student, vector, inputs, cfg, r)
 
-    def fill(controller: DoseController, condition: Condition) -> DoseController:
-        while asks := controller.next_asks():
-            completions = write(student, condition, asks, inputs, cfg, known, on_batch)
-            controller.add(judge(student, completions, inputs, cfg))
-        return controller
-
     def controller(alphas: Sequence[float], stage: str, kappa: float | None, n_keep: int) -> DoseController:
         return DoseController(inputs.prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, stage), kappa, n_keep)
 
-    n_keep = cfg.filter.n_keep
+    n_keep, alphas = cfg.filter.n_keep, cfg.gen.alphas if who.vector is not None else (0.0,)
+    if own:  # the teacher's text chooses the dose, and none of it trains
+        search = controller((top,), "gen", kappa, 0)
+        trains = controller((0.0,), "control" if vector is None else "own", 1.0, n_keep)
+        todo = [(search, who), (trains, plain)]
+    else:
+        search = trains = controller(alphas, "gen", kappa, n_keep)
+        todo = [(search, who)]
+    for each, condition in todo:
+        while asks := each.next_asks():
+            completions = write(student, condition, asks, inputs, cfg, known, on_batch)
+            each.add(judge(student, completions, inputs, cfg))
+    found = trains.collected()
     if not own:
-        alphas = cfg.gen.alphas if who.vector is not None else (0.0,)
-        return fill(controller(alphas, "gen", kappa, n_keep), who).collected()
-    search = fill(controller((top,), "gen", kappa, 0), who)  # of a dose alone: nothing of it trains
-    found = fill(controller((0.0,), "control" if vector is None else "own", 1.0, n_keep), plain).collected()
+        return found
     assert search.kappa is not None
     scored, dose = (*search.scored, *found.scored), 0.0 if who.vector is None else search.kappa * top
     return replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
 
 from lab import Lab, LabFlags, cli, markdown, mean_sd, show
+from matplotlib.figure import Figure
 
 from steer_heal import round as steps
 from steer_heal.errors import UserError, print_safe
@@ -58,6 +60,10 @@ ARMS = {
     "both, their text": Arm({**FITS, "teacher": "both"}, BESIDE),
     "both, own text, reverse": Arm(REVERSE, BESIDE),
     "recipe": Arm({**REVERSE, "epochs": 12}, BESIDE),
+    "gated": Arm({**REVERSE, "max_departure": 1.0}, BESIDE),
+    "a round an epoch": Arm({**REVERSE, "epochs": 1}, BESIDE),
+    "new text an epoch": Arm({**REVERSE, "refresh_every": 14}, BESIDE),
+    "new text and teacher an epoch": Arm({**REVERSE, "refresh_every": 14, "refresh": "teacher"}, BESIDE),
 }
 SHOWN = (
     "shift",
@@ -166,6 +172,27 @@ def main(
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, lab.out, "distil", per_seed=rows)
+    frontier(rows).savefig(lab.out / "distil.png", dpi=130)
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Broken texts against the trait: a point a round, the mean over seeds, with bars of one standard deviation."""
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        points = []
+        for r in sorted({row["round"] for row in rows if row["arm"] == arm}):
+            mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]
+            columns = [[abs(row[name]) for row in mine] for name in ("degenerate_frac", "shift")]
+            points.append([f(column) for column in columns for f in (mean, pstdev)])
+        x, x_sd, y, y_sd = zip(*points, strict=True)
+        style = {"color": f"C{k % 10}", "marker": "os^vD<>"[k // 10 + (k % 2)], "capsize": 2, "elinewidth": 0.7}
+        axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=arm, linewidth=1, **style)
+    axes.set_xlabel("share of broken texts")
+    axes.set_ylabel("shift of the target from base, size")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

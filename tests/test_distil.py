@@ -297,8 +297,8 @@ def test_a_limit_is_the_bad_end_of_the_bases_interval_or_what_is_good():
     assert 0.92 < found["coherence"] < 0.93 and "kl_base" not in found
     whole = EvalResult({}, {"degenerate": [0.0] * 64, "mass": [0.999] * 63 + [0.998], "kl_base": [0.0] * 64})
     assert limits([SHARE, MASS], whole, BacktrackCfg(), 0) == {"degenerate_frac": 0.1, "coherence": 0.95}
-    given = limits([SHARE, MASS, DRIFT], base, BacktrackCfg(degenerate_frac=0.3, coherence=0.5, kl_base=0.2), 0)
-    assert given == {"degenerate_frac": 0.3, "coherence": 0.5, "kl_base": 0.2}
+    given = limits([SHARE, MASS, DRIFT], base, BacktrackCfg(limits={"degenerate_frac": 0.3, "kl_base": 0.2}), 0)
+    assert given == {**found, "degenerate_frac": 0.3, "kl_base": 0.2}
 
 
 def test_what_is_past_a_limit_is_said_with_its_value():

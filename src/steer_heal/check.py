@@ -97,6 +97,8 @@ def _judged(cfg: RunConfig, inputs: Inputs) -> Trait:
     problems.found += _unknown(f"trait {trait.name!r}: off_targets", trait.off_targets, owners)
     problems.raise_if_any()
     measured = [metric.name for metric in metrics_of(cfg.eval.evals)]
+    problems.found += _unknown("backtrack.limits", cfg.backtrack.limits, measured)
+    problems.raise_if_any()
     target = next((name for name in inputs.targets if name in measured), None)
     if target is None:
         wanted = " or ".join(dict.fromkeys(owners[name] for name in inputs.targets))

@@ -290,12 +290,9 @@ class BacktrackCfg:
 
     retries: BatchSize = 0
     """Further attempts at a round whose student is past a limit. 0: every round is baked."""
-    degenerate_frac: NotNegative | None = None
-    """Highest share of broken texts; none: the upper end of the base's own 95 percent interval, at least 0.1."""
-    coherence: NotNegative | None = None
-    """Lowest coherence; none: the lower end of the base's own 95 percent interval, at most what counts as good."""
-    kl_base: NotNegative | None = None
-    """Highest mean KL to base along the student's own text, nats; none: no limit."""
+    limits: dict[str, Finite] = field(default_factory=dict)
+    """NAME LIMIT ...: how far each metric may go, such as kl_base 0.2. A health metric without a limit here may go to
+    the bad end of the base's own 95 percent interval, or to its `good` value where that allows more."""
 
 
 @settings("eval")

@@ -13,14 +13,13 @@ from steer_heal.settings import BacktrackCfg
 
 
 def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed: int) -> dict[str, float]:
-    """The value that each health metric may reach: as set or, where nothing is, the bad end of the base's own 95
-    percent interval, or `good` where that allows more. KL to base has a limit only where one is set."""
-    out = {}
+    """The value that each metric may reach: as set; of a health metric else the bad end of the base's own 95 percent
+    interval, or `good` where that allows more."""
+    out = dict(cfg.limits)
     for metric in metrics:
-        given = getattr(cfg, metric.name, None)
-        if given is not None:
-            out[metric.name] = given
-        elif metric.good is not None and metric.broken is not None:
+        if metric.name in out:
+            continue
+        if metric.good is not None and metric.broken is not None:
             low, high = own_interval(base.items[metric.item], seed)
             out[metric.name] = min(low, metric.good) if metric.good > metric.broken else max(high, metric.good)
     return out

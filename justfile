@@ -27,6 +27,10 @@ fast-dev-run *flags: setup
 toy *flags: setup
     {{python}} -m steer_heal.run toy {{flags}}
 
+# Two rounds that teach the toy model the distribution of itself prompted and steered (docs/distil.md): minutes.
+toy-distil *flags: setup
+    {{python}} -m steer_heal.run toy-distil {{flags}}
+
 # SmolLM2-135M-Instruct, a real chat model, on two cores; downloads 93 MB on first use.
 smol *flags: setup
     {{python}} -m steer_heal.run smol {{flags}}

@@ -51,7 +51,7 @@ SMOL_PRESET = RunConfig(
     top_p=0.95,
     steer=SteerCfg(n_contexts=64),
     gen=GenCfg(max_new_tokens=96, n_prompts=36),
-    dose=DoseCfg(floor=0.2, ceiling=4.0, n_kappas=5, n_probes=8),
+    dose=DoseCfg(floor=0.2, ceiling=2.0, n_kappas=5, n_probes=8),
     filter=FilterCfg(
         gates=(*FilterCfg().gates, "relevance"),
         ppl_max=6.0,

@@ -1,6 +1,6 @@
 """The command: parse, check, load, loop.
 
-python -m steer_heal.run {gemma,toy,fast-dev} [flags]
+python -m steer_heal.run {gemma,toy,toy-distil,smol,fast-dev} [flags]
 python -m steer_heal.run --resume out/<run> [flags that do not change the result]
 python -m steer_heal.run --verify out/<run>
 """

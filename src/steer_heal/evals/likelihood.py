@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
-from steer_heal.model.decode import GrowingCache, padded
+from steer_heal.model.decode import GrowingCache
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
@@ -28,15 +28,16 @@ def reply_logp(
 
     A prompt is read once. Its replies go on from its cache, as a row each.
     """
-    ids, mask = padded(lm, replies, "right")
+    ids, mask = lm.pad(replies)
     n, longest = ids.shape
     out = torch.full((len(prompts), n), torch.nan, dtype=torch.float64)
 
     def read(group: list[int]) -> None:
-        rows, cache = torch.arange(len(group), device=lm.device).repeat_interleave(n), GrowingCache(lm)
+        rows = torch.arange(len(group), device=lm.device).repeat_interleave(n)
+        cache = GrowingCache(lm, max(len(prompts[i]) for i in group) + longest - 1)
         every, real = ids.repeat(len(group), 1), mask.repeat(len(group), 1)
         with steer(lm, condition.vector, [condition.dose] * len(group)) as steering:
-            last = cache.feed(*padded(lm, [prompts[i] for i in group], "left"))[:, -1]
+            last = cache.feed(*lm.pad([prompts[i] for i in group], "left"))[:, -1]
             cache.select(rows)
             steering.select(rows)
             before = last[rows, None]

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -98,18 +97,6 @@ def _in_batches(
             continue
         yield group, *done
         todo = todo[len(group) :]
-
-
-def padded(
-    lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"]
-) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-    """(token ids, mask) of rows of different lengths. The mask is 0 at the padding."""
-
-    def pad(values: list[list[int]], padding: int) -> Tensor:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in values]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side=side).to(lm.device)
-
-    return pad([list(row) for row in rows], lm.pad_id), pad([[1] * len(row) for row in rows], 0)
 
 
 class GrowingLayer(DynamicLayer):
@@ -211,7 +198,7 @@ def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) 
         cache.select(repeat)
         steering.select(repeat)
     elif longest:
-        cache.feed(*padded(cache.lm, [stem.prompt_ids for stem in stems], "left"))
+        cache.feed(*cache.lm.pad([stem.prompt_ids for stem in stems], "left"))
     return torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +34,7 @@ from steer_heal.errors import UserError
 from steer_heal.inputs.files import ROOT
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.dtype import pick_dtype
-from steer_heal.model.gguf import SMOL, gguf_file, read_gguf, smol_folder
+from steer_heal.model.gguf import HUB_ID, SMOL, gguf_file, read_gguf, smol_folder
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -197,14 +197,21 @@ class LM:
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 
-    def pad(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b s"]:
-        return nn.utils.rnn.pad_sequence(
-            [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=self.pad_id
-        ).to(self.device)
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal[left, right] = "right"
+    ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
+        """(token ids, mask) of rows of different lengths. The mask is 0 at the padding."""
+
+        def stacked(values: list[Tensor], padding: int) -> Tensor:
+            one = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding, padding_side=side)
+            return one.to(self.device)
+
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return stacked(ids, self.pad_id), stacked([torch.ones_like(row) for row in ids], 0)
 
     def hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "b s d"]:
         """Final hidden states of right-padded rows; positions past a row's end hold nothing of use."""
-        return self.text_model(input_ids=self.pad(rows), use_cache=False).last_hidden_state
+        return self.text_model(input_ids=self.pad(rows)[0], use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -297,8 +304,8 @@ def load(
         picked, why = pick_dtype(dtype, place, model.config)
         model.to(dtype=picked)
     else:
-        name = str(smol_folder()) if name == SMOL else name
-        model, tokenizer, why = _saved(name, dtype, place, quantize)
+        model, tokenizer, why = _saved(str(smol_folder()) if name == SMOL else name, dtype, place, quantize)
+        name = HUB_ID if name == SMOL else name  # an adapter names its base so that PEFT finds it on any machine
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
@@ -361,7 +368,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
 def _require_own_logits(lm: LM) -> None:
     """UserError where the model does more to its final hidden states than `LM.logits` does."""
     ids = lm.encode("Hello.") or (lm.pad_id,)
-    own, ours = lm.model(lm.pad([ids])).logits[0].float(), lm.logits(lm.hidden([ids])[0])
+    own, ours = lm.model(lm.pad([ids])[0]).logits[0].float(), lm.logits(lm.hidden([ids])[0])
     apart = (own - ours).abs().max().item()
     if not apart <= SAME_LOGITS * own.abs().max().item():
         raise UserError(

@@ -145,7 +145,7 @@ def test_the_folder_is_filled_once_and_a_killed_fill_leaves_none(file, cache, mo
     assert list(cache.iterdir()) == []
     first, again = load(reader.SMOL), load(reader.SMOL)
     assert len(fetched) == 2 and [path.name for path in cache.iterdir()] == [reader.SMOL]
-    assert first.name == str(cache / reader.SMOL)
+    assert first.name == reader.HUB_ID, "PEFT finds it on any machine"
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 

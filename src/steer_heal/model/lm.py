@@ -40,6 +40,7 @@ from steer_heal.settings import Band
 
 TINY_RANDOM = "tiny-random"
 """Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
+Side = Literal["left", "right"]
 LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger
 tensors are slower: the allocator returns them to the system, which hands them out again page by page."""

@@ -198,9 +198,7 @@ class LM:
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 
-    def pad(
-        self, rows: Sequence[Sequence[int]], side: Literal[left, right] = "right"
-    ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
+    def pad(self, rows: Sequence[Sequence[int]], side: Side = "right") -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
         """(token ids, mask) of rows of different lengths. The mask is 0 at the padding."""
 
         def stacked(values: list[Tensor], padding: int) -> Tensor:

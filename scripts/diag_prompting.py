@@ -12,7 +12,7 @@ import tyro
 from lab import cli, replay, show
 
 from steer_heal.model.steering import Condition
-from steer_heal.runs.events import of_stage, read_events
+from steer_heal.runs.events import current, of_stage, read_events
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
 
@@ -24,7 +24,7 @@ def of_run(run: Path, doses: tuple[float, ...]) -> list[dict[str, Any]]:
     furthest = lambda rows: max(filter(bench.is_whole, rows), key=lambda row: sign * row["shift"], default=rows[0])
     steered = [bench.row("", bench.read(Condition("", bench.vector, dose))) | {"dose": dose} for dose in doses]
     prompted, healed = bench.row("", bench.read(Condition(positive))), []
-    for event in of_stage(read_events(run), "heal"):
+    for event in of_stage(current(read_events(run)), "heal"):
         if (r := event["round"]) >= 0:
             bench.student.restore(run / event["checkpoint"], r + 1)
             healed.append(bench.row("", bench.read()) | {"round": r})

@@ -22,7 +22,7 @@ from steer_heal.errors import UserError, print_error
 from steer_heal.presets import SMOL_PRESET
 from steer_heal.records import Scored
 from steer_heal.runs.codec import collected_from
-from steer_heal.runs.events import of_stage, read_events, schema_errors
+from steer_heal.runs.events import current, of_stage, read_events, schema_errors
 from steer_heal.stages.filter import GATES, loop, repetition
 
 LABELS, REAL_LABELS = Path("data/labels/steered_toy.jsonl"), Path("data/labels/steered_smol.jsonl")
@@ -40,7 +40,7 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
     for kappa in KAPPAS:
         found = bench.collect(kappa, alphas=(1.0,), gates=(), n_keep=per_dose, max_attempts=per_dose, min_train=2)
         drawn += [(0, row) for row in found.scored]
-    for event in of_stage(read_events(run), "gen")[1:] if run is not None else ():
+    for event in of_stage(current(read_events(run)), "gen")[1:] if run is not None else ():
         with schema_errors(run or Path()):
             written = [row.completion for row in collected_from(event).scored]
         some = written[:: max(1, len(written) // per_round)][:per_round]

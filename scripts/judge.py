@@ -20,7 +20,7 @@ import tyro
 from lab import cli, show
 
 from steer_heal.errors import UserError
-from steer_heal.runs.events import read_events, schema_errors
+from steer_heal.runs.events import current, read_events, schema_errors
 
 QUESTION = """A user asked:
 {prompt}
@@ -77,7 +77,7 @@ def main(
     timeout_s: float = 120.0,
     out: Path = Path("out/diag"),
 ) -> None:
-    events, key = read_events(run), os.environ.get(api_key_env)
+    events, key = current(read_events(run)), os.environ.get(api_key_env)
     with schema_errors(run):
         trait, states = events[0]["trait"], answers(events, per_state)
     question = lambda row: QUESTION.format(**trait, prompt=row["prompt"], text=row["text"])

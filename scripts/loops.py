@@ -19,7 +19,7 @@ from scipy import stats
 from steer_heal.errors import UserError, print_safe, validated
 from steer_heal.inputs.files import read_file
 from steer_heal.report.measurements import table, target_of
-from steer_heal.runs.events import Event, of_stage, read_events, schema_errors
+from steer_heal.runs.events import Event, current, of_stage, read_events, schema_errors
 from steer_heal.settings import RunConfig
 
 NOT_AVERAGED = ("state", "shift", "lo", "hi", "retain", "slope")
@@ -50,7 +50,7 @@ def main(
 ) -> None:
     known = earlier(data) if data is not None and data.exists() else {}
     for run in runs:
-        events = read_events(run)
+        events = current(read_events(run))
         with schema_errors(run):
             key, found = entry(run, events)
         known[key] = found

@@ -168,7 +168,7 @@ def test_where_every_position_is_left_out_nothing_is_learnt(student, kept):
 
 
 def test_settings_that_say_nothing_are_refused():
-    for wrong in ({"max_departure": 1.0}, {"refresh_every": 4}):
+    for wrong in ({"max_departure": 1.0}, {"refresh_every": 4}, {"text": "own"}, {"refresh": "teacher"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             HealCfg(**wrong)
 
@@ -264,7 +264,8 @@ def test_own_text_is_the_students_and_the_dose_the_teachers(fast, tiny, made_of,
 
 def test_in_mode_survival_the_teachers_text_chooses_the_dose_and_does_not_train(fast, tiny):
     cfg, inputs = fast
-    cfg = replace(cfg, dose=replace(cfg.dose, mode="survival"), heal=replace(cfg.heal, text="own", teacher="both"))
+    cfg = replace(cfg, dose=replace(cfg.dose, mode="survival"))
+    cfg = replace(cfg, heal=replace(cfg.heal, target="distribution", text="own", teacher="both"))
     student = Student(tiny, cfg.adapter)
     found = steps.collect(student, steps.extract(student, inputs, cfg), inputs, cfg, 0)
     n_probed = sum(probe.n for probe in found.probes)
@@ -281,6 +282,35 @@ def test_tokens_of_the_prompted_model_carry_the_plain_prompt(fast, tiny):
     asked = [steps.Ask(c.prompt_index, c.prompt, 0.0, 1.0, c.seed) for c in found.completions]
     assert steps.write(student, Condition(inputs.trait.positive), asked, inputs, cfg) == found.completions
     assert all(c.prompt_ids == tiny.chat(c.prompt, inputs.trait.plain_system) for c in found.completions)
+
+
+def test_every_renewal_goes_on_with_the_next_prompts(fast, tiny, monkeypatch):
+    cfg, inputs = fast
+    distil = {"target": "distribution", "text": "own", "teacher": "both", "refresh_every": 1, "batch_size": 3}
+    cfg, student, asked = replace(cfg, heal=replace(cfg.heal, **distil)), Student(tiny, cfg.adapter), []
+    vector = steps.extract(student, inputs, cfg)
+    found, write = steps.collect(student, vector, inputs, cfg, 0), steps.write
+
+    def watched(student, condition, asks, *rest):
+        asked.append([ask.prompt_index for ask in asks])
+        return write(student, condition, asks, *rest)
+
+    monkeypatch.setattr(steps, "write", watched)
+    report = steps.heal(student, found, inputs, cfg, 0, vector)
+    own = [i for i in range(len(inputs.prompts)) if i not in report.validation_prompts]
+    assert len(asked) == len(report.steps) - 1
+    assert [i for text in asked for i in text] == [own[k % len(own)] for k in range(3 * len(asked))]
+
+
+def test_a_renewed_teacher_is_the_student_as_it_is_and_otherwise_that_of_the_start(student, kept):
+    student.new_round(0)
+    scramble(student, 1)
+    who = Condition(PERSONA)
+    with student.using("full"):
+        moved = final_states(student.lm, kept, who)
+    for refresh, of, same in (("teacher", "full", True), ("text", "prev", False)):
+        samples = read_samples(student, kept, replace(ONLINE, refresh=refresh), who, of)
+        assert torch.allclose(samples[0].teacher, moved[0], atol=1e-4) is same
 
 
 # --- limits ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 
 from steer_heal.records import Collected, Completion, DoseProbe, Scored, Starved
 from steer_heal.settings import DoseCfg, FilterCfg
-from steer_heal.stages.dose import DoseController, bracket, decreasing_fit, log_grid
+from steer_heal.stages.dose import DoseController, bracket, decreasing_fit, log_grid, require_enough
 from steer_heal.stages.generate import Ask
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -50,7 +50,7 @@ def test_only_the_floor_surviving_means_the_floor():
 
 def test_a_starved_filter_keeps_what_was_written_and_names_the_settings():
     with pytest.raises(Starved, match=r"filter.min_train is 12 .*perplexity.*dose.floor") as stopped:
-        collect(breaks_at=0.0)
+        require_enough(collect(breaks_at=0.0)[0], KEEP)
     assert len(stopped.value.collected.scored) == KEEP.max_attempts
 
 

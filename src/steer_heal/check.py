@@ -98,6 +98,12 @@ def _judged(cfg: RunConfig, inputs: Inputs) -> Trait:
     problems.raise_if_any()
     measured = [metric.name for metric in metrics_of(cfg.eval.evals)]
     problems.found += _unknown("backtrack.limits", cfg.backtrack.limits, measured)
+    health = [m for m in metrics_of(cfg.eval.evals) if m.good is not None and m.broken is not None]
+    if cfg.backtrack.retries and not health and not cfg.backtrack.limits:
+        problems.found.append(
+            f"backtrack.retries is {cfg.backtrack.retries}: no eval of {cfg.eval.evals!r} says whether a model is "
+            "whole; add text_quality, or give --backtrack.limits"
+        )
     problems.raise_if_any()
     target = next((name for name in inputs.targets if name in measured), None)
     if target is None:

@@ -27,7 +27,7 @@ from steer_heal.records import Calibration, Collected, Completion, EvalResult, H
 from steer_heal.settings import RunConfig
 from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import iso_kl_dose
-from steer_heal.stages.dose import DoseController
+from steer_heal.stages.dose import DoseController, require_enough
 from steer_heal.stages.filter import score
 from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
@@ -155,11 +155,12 @@ def collect(
             completions = write(student, condition, asks, inputs, cfg, known, on_batch)
             each.add(judge(student, completions, inputs, cfg))
     found = trains.collected()
-    if not own:
-        return found
-    assert search.kappa is not None
-    scored, dose = (*search.scored, *found.scored), 0.0 if who.vector is None else search.kappa * top
-    return replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)
+    if own:
+        assert search.kappa is not None
+        scored, dose = (*search.scored, *found.scored), 0.0 if who.vector is None else search.kappa * top
+        found = replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)
+    require_enough(found, cfg.filter)
+    return found
 
 
 def measure(
@@ -192,18 +193,20 @@ def heal(
     `on_step` and `saved`: see stages/heal.py.
     """
     seed = derive_seed(cfg.seed, r, "control" if r < 0 else "heal")
-    settings = cfg.heal if vector is not None else replace(cfg.heal, target="tokens", max_departure=0.0)
-    who = None
+    settings, who = cfg.heal, None
+    if vector is None:
+        settings = replace(
+            settings, target="tokens", text="steered", max_departure=0.0, refresh_every=0, refresh="text"
+        )
     if vector is not None and settings.target == "distribution":
         who = teacher(vector, collected.dose, inputs, cfg)
 
     def renew(n: int, held_out: Sequence[int]) -> tuple[list[Scored], Condition | None]:
         own = [i for i in range(len(inputs.prompts)) if i not in held_out]
         n_texts = settings.batch_size * settings.refresh_every
-        asks = [
-            Ask(own[i % len(own)], inputs.prompts[own[i % len(own)]], 0.0, 1.0, derive_seed(cfg.seed, r, "renew", n, i))
-            for i in range(n_texts)
-        ]
+        turn = [own[(n * n_texts + i) % len(own)] for i in range(n_texts)]
+        seeds = [derive_seed(cfg.seed, r, "renew", n, i) for i in range(n_texts)]
+        asks = [Ask(i, inputs.prompts[i], 0.0, 1.0, seed) for i, seed in zip(turn, seeds, strict=True)]
         texts = write(student, Condition(inputs.trait.plain_system), asks, inputs, cfg)
         now, again = who, settings.refresh == "teacher" and cfg.steer.refresh == "round"
         if again and who is not None and who.vector is not None:

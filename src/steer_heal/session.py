@@ -212,6 +212,8 @@ class Session:
     def _heal(self, r: int, collected: Collected) -> HealReport:
         """After a loss that is not finite, one second attempt at half the learning rate."""
         cfg = self.cfg.heal
+        if self._dropped(r):
+            cfg = replace(cfg, lr=cfg.lr * self._dropped(r)[-1]["next_lr_share"])
         if self.recorded("heal_retry", r) is None:
             try:
                 return self._attempt(r, collected, cfg)
@@ -230,8 +232,6 @@ class Session:
 
     def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         path, saved_at = partial_path(self.folder, "heal", r), time.monotonic()
-        if self._dropped(r):
-            heal_cfg = replace(heal_cfg, lr=heal_cfg.lr * self._dropped(r)[-1]["next_lr_share"])
         cfg, saved = replace(self.cfg, heal=heal_cfg), load_heal(path)
         n_steps = heal_cfg.epochs * -(-len(collected.kept) // heal_cfg.batch_size)
         with console.progress(f"{_name(r)}: healing", n_steps, cfg.quiet) as advance:
@@ -241,7 +241,7 @@ class Session:
                 advance(1)
                 self.log.write("heal_step", r, **asdict(state.steps[-1]))
                 due = time.monotonic() - saved_at >= self.save_every_s
-                between = not heal_cfg.refresh_every or len(state.steps) % heal_cfg.refresh_every == 0
+                between = r < 0 or not heal_cfg.refresh_every or len(state.steps) % heal_cfg.refresh_every == 0
                 if due and between:  # the text of the steps since then cannot be written again
                     save_heal(path, state.saved())
                     saved_at = time.monotonic()
@@ -298,7 +298,7 @@ class Session:
     def _drop(self, r: int, past: Sequence[str]) -> None:
         dose, heal, healed = (self.recorded(stage, r) for stage in ("dose", "heal", "healed"))
         assert dose is not None and heal is not None and healed is not None
-        steered, share = dose["dose"] > 0, 0.5 ** (1 + len(self._dropped(r)))
+        steered, share = dose["dose"] > 0, heal["lr"] / (2 * self.cfg.heal.lr)
         following = {"next_kappa": dose["kappa"] / 2 if steered else dose["kappa"]}
         following |= {"next_lr_share": 1.0 if steered else share}
         self.write("backtrack", r, past=past, dose=dose["dose"], lr=heal["lr"], metrics=healed["metrics"], **following)

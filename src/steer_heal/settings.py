@@ -218,7 +218,8 @@ class HealCfg:
     """What is fitted. tokens: those of the text, by cross-entropy; distribution: the teacher's next-token distribution
     at each position of the text, by KL."""
     text: Literal["steered", "own"] = "steered"
-    """Whose text is trained on: the teacher's, or the student's own, written without vector and persona."""
+    """Whose text is trained on: the teacher's, or the student's own, written without vector and persona. Own text needs
+    target distribution."""
     teacher: Literal["vector", "prompt", "both"] = "vector"
     """What makes the teacher out of the student: the vector at the chosen dose, the positive persona as system prompt,
     or the two together."""
@@ -229,8 +230,8 @@ class HealCfg:
     refresh_every: BatchSize = 0
     """Of text own: after so many steps the student as it now is writes new text. 0: it writes once a round."""
     refresh: Literal["text", "teacher"] = "text"
-    """What is new then. text: the teacher stays the one of the start of the round; teacher: it is made of the student
-    as it now is, with a vector read from it unless steer.refresh is once."""
+    """What is made anew every refresh_every steps. text: the teacher stays that of the start of the round; teacher: it
+    is made of the student as it now is, with a vector read from it unless steer.refresh is once."""
     divergence: str = "kl_rev"
     """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
     aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
@@ -279,6 +280,13 @@ class HealCfg:
                 self.refresh_every,
                 f"0 with heal.text {self.text}: only own text is written anew",
             ),
+            (fits or self.text == "steered", "heal.text", self.text, "steered with heal.target tokens"),
+            (
+                self.refresh == "text" or self.refresh_every > 0,
+                "heal.refresh",
+                self.refresh,
+                "text with heal.refresh_every 0: nothing is made anew",
+            ),
         )
         return self
 
@@ -291,8 +299,9 @@ class BacktrackCfg:
     retries: BatchSize = 0
     """Further attempts at a round whose student is past a limit. 0: every round is baked."""
     limits: dict[str, Finite] = field(default_factory=dict)
-    """NAME LIMIT ...: how far each metric may go, such as kl_base 0.2. A health metric without a limit here may go to
-    the bad end of the base's own 95 percent interval, or to its `good` value where that allows more."""
+    """NAME LIMIT ...: the highest value of each metric, such as kl_base 0.2; of coherence the lowest. A health metric
+    without a limit here may go to the bad end of the base's own 95 percent interval, or to its `good` value where that
+    allows more."""
 
 
 @settings("eval")

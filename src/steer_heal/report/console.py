@@ -62,7 +62,7 @@ def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[[in
 def show(event: Event, events: Sequence[Event]) -> None:
     """One event in words, and advice where something is not as it should be."""
     if (line := _LINES.get(event["stage"])) is not None:
-        logger.log("WARNING" if event["stage"] == "heal_retry" else "INFO", line(event, events))
+        logger.log("WARNING" if event["stage"] in ("heal_retry", "backtrack") else "INFO", line(event, events))
 
 
 def print_table(events: Sequence[Event]) -> None:
@@ -143,7 +143,7 @@ def _backtrack(e: Event, _: Sequence[Event]) -> str:
     return f"dropped     round {e['round']}: {'; '.join(e['past'])} (dose {e['dose']:.3g}, learning rate {e['lr']:.3g})"
 
 
-def _heal(e: Event, _: Sequence[Event]) -> str:
+def _heal(e: Event, events: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
     known = [row["fit"] for row in e["validation"] if row["fit"] is not None]
     pressure = e["pressure"] or 0.0
@@ -153,7 +153,8 @@ def _heal(e: Event, _: Sequence[Event]) -> str:
     line += f"the barrier acted in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}"
     if e["round"] < 0:  # nobody tunes the control
         return line
-    rose = bool(known) and (last["fit"] is None or last["fit"] > min(known) + 0.02)
+    renewed = run_start(events)["config"]["heal"]["refresh_every"] > 0  # the curve is of the first text and teacher
+    rose = bool(known) and not renewed and (last["fit"] is None or last["fit"] > min(known) + 0.02)
     return (
         line
         + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")

@@ -86,7 +86,8 @@ class Run:
 
     @property
     def rounds(self) -> list[int]:
-        return sorted({e["round"] for e in self.events if e["round"] is not None and e["round"] >= 0})
+        shown = [e for e in self.events if e["stage"] != "backtrack"]
+        return sorted({e["round"] for e in shown if e["round"] is not None and e["round"] >= 0})
 
     def texts(self, stage: str, round_: int) -> Sequence[Event]:
         return self.at("adapter_gen" if stage == "healed" else stage, round_).get("texts") or ()

@@ -21,6 +21,8 @@ def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed:
             continue
         if metric.good is not None and metric.broken is not None:
             low, high = own_interval(base.items[metric.item], seed)
+            if math.isinf(low):  # too few items of the base have a value
+                continue
             out[metric.name] = min(low, metric.good) if metric.good > metric.broken else max(high, metric.good)
     return out
 
@@ -30,7 +32,7 @@ def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
     percentile bootstrap. A share of 0 thus leaves room for the broken text that chance brings."""
     x = np.asarray(values, dtype=np.float64)
     x = x[np.isfinite(x)]
-    if len(x) == 0:
+    if len(x) < 2:
         return -math.inf, math.inf
     if np.isin(x, (0.0, 1.0)).all():
         found = binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
@@ -48,6 +50,8 @@ def broken(metrics: Sequence[Metric], healed: Mapping[str, float | None], limits
             continue
         value, high = healed.get(metric.name), (metric.good or 0.0) > (metric.broken or 0.0)
         if value is None or (value < limit if high else value > limit):
-            told = "has no value" if value is None else f"is {value:{metric.form}}"
-            out.append(f"{metric.title or metric.name} {told}, the limit is {limit:{metric.form}}")
+            told, most = "has no value" if value is None else f"is {value:{metric.form}}", f"{limit:{metric.form}}"
+            if told == f"is {most}":
+                told, most = f"is {value:.4g}", f"{limit:.4g}"
+            out.append(f"{metric.title or metric.name} {told}, the limit is {most}")
     return out

@@ -28,16 +28,18 @@ def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target:
     """
     plain, probes = final_states(lm, texts), []
 
+    def read(dose: float) -> KlProbe:
+        taught = final_states(lm, texts, replace(teacher, dose=dose))
+        kl = torch.cat([kl_between(lm, *pair) for pair in zip(taught, plain, strict=True)])
+        return KlProbe(dose, kl.quantile(0.95).item())
+
     def probe(doses: Sequence[float]) -> None:
-        for dose in doses:
-            taught = final_states(lm, texts, replace(teacher, dose=dose))
-            kl = torch.cat([kl_between(lm, *pair) for pair in zip(taught, plain, strict=True)])
-            probes.append(KlProbe(dose, kl.quantile(0.95).item()))
+        probes.extend(map(read, doses))
         probes.sort(key=lambda p: p.dose)
 
+    if teacher.system and (alone := read(0.0)).kl_p95 >= target:
+        return Calibration(0.0, (alone,))
     probe(log_grid(*BRACKET, N_GRID))
-    if teacher.system and probes[0].kl_p95 >= target:
-        return Calibration(0.0, tuple(probes))
     for _ in range(N_REFINEMENTS):
         low, high = _crossing(probes, target)
         probe(log_grid(low.dose, high.dose, N_INNER + 2)[1:-1])

@@ -65,13 +65,11 @@ class DoseController:
         self._probing = []
 
     def collected(self) -> Collected:
-        """What trains of all that was written. Starved where that is less than filter.min_train."""
+        """What trains of all that was written, be it too little."""
         assert self.kappa is not None
         kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.n_keep)
         dose = max((row.completion.dose for row in kept), default=0.0)
-        found = Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes), dose)
-        require_enough(found, self.keep)
-        return found
+        return Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes), dose)
 
     def _next_kappas(self) -> list[float]:
         """Kappas to probe: a grid, then refinements between the last that survived and the first that did not."""

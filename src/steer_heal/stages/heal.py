@@ -1,8 +1,8 @@
 """Kept completions -> this round's adapter: the only optimiser.
 
-loss = mean over completions of [ cross-entropy per token + lam * relu(D - tau) ], where D collapses the
-divergence to the reference over the completion's positions. Every term is per completion, so a batch of 8
-equals 8 batches of 1. The spectral penalty, where it is on, is added once per step.
+loss = mean over completions of [ fit + lam * relu(D - tau) ]. The fit is the cross-entropy per token, or the mean KL to
+a teacher; D collapses the divergence to the reference over the completion's positions. Every term is per completion, so
+a batch of 8 equals 8 batches of 1. The spectral penalty, where it is on, is added once per step.
 """
 
 from __future__ import annotations

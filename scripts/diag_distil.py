@@ -186,7 +186,7 @@ def frontier(rows: Sequence[dict[str, Any]]) -> Figure:
             columns = [[abs(row[name]) for row in mine] for name in ("degenerate_frac", "shift")]
             points.append([f(column) for column in columns for f in (mean, pstdev)])
         x, x_sd, y, y_sd = zip(*points, strict=True)
-        style = {"color": f"C{k % 10}", "marker": "os^vD<>"[k // 10 + (k % 2)], "capsize": 2, "elinewidth": 0.7}
+        style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
         axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=arm, linewidth=1, **style)
     axes.set_xlabel("share of broken texts")
     axes.set_ylabel("shift of the target from base, size")

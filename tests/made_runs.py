@@ -18,6 +18,7 @@ CONFIG = {
         "target": "tokens",
         "text": "steered",
         "teacher": "vector",
+        "refresh_every": 0,
         "epochs": 2,
         "divergence": "kl_rev",
         "aggregate": "rmse",

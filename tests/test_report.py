@@ -95,6 +95,19 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
     assert diary.rstrip().splitlines()[-1].startswith("GOOD: ")
 
 
+def test_a_round_that_was_dropped_is_said_and_its_figures_are_gone(tmp_path):
+    events = run_events()
+    at = max(i for i, e in enumerate(events) if e["round"] == 1)
+    dropped = {"stage": "backtrack", "schema": 3, "round": 1, "t": events[at]["t"], "wall_s": events[at]["wall_s"]}
+    dropped |= {"past": ["<i>texts are 31%"], "dose": 0.5, "lr": 1e-3, "metrics": {}}
+    events[at + 1 : at + 1] = [dropped, dropped]  # after the one attempt that run_start allows
+    html, _ = read(tmp_path / "run", events)
+    text = " ".join(Page(html).text.split())
+    assert text.count("An attempt at round 1 was dropped (dose 0.5, learning rate 0.001): <i>texts are 31%.") == 2
+    assert "healed r0" in text and "healed r1" not in text
+    assert "the last whole round is 0: round 1 was dropped" in text
+
+
 def test_a_heal_that_was_tried_twice_is_said(tmp_path):
     events = run_events()
     at = max(i for i, e in enumerate(events) if e["stage"] == "heal_step" and e["round"] == 0)

@@ -17,6 +17,7 @@ from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import EvalResult, Metric, Scored
 from steer_heal.settings import BacktrackCfg, HealCfg
+from steer_heal.stages import heal as heal_module
 from steer_heal.stages.budget import broken, limits, own_interval
 from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples
 from steer_heal.stages.passes import Passes
@@ -311,6 +312,23 @@ def test_a_renewed_teacher_is_the_student_as_it_is_and_otherwise_that_of_the_sta
     for refresh, of, same in (("teacher", "full", True), ("text", "prev", False)):
         samples = read_samples(student, kept, replace(ONLINE, refresh=refresh), who, of)
         assert torch.allclose(samples[0].teacher, moved[0], atol=1e-4) is same
+
+
+@pytest.mark.parametrize("refresh, n_read", [("teacher", 1), ("text", 0)])
+def test_what_a_renewal_makes_anew(fast, tiny, monkeypatch, refresh, n_read):
+    """With teacher: a vector a renewal, and a teacher made of the student that has learnt; else that of the start."""
+    cfg, inputs = fast
+    distil = {"target": "distribution", "text": "own", "teacher": "vector", "refresh_every": 2, "refresh": refresh}
+    cfg, student, states = replace(cfg, heal=replace(cfg.heal, **distil)), Student(tiny, cfg.adapter), []
+    vector = steps.extract(student, inputs, cfg)
+    found = steps.collect(student, vector, inputs, cfg, 0)
+    extracted, extract, read = [], steps.extract, heal_module.read_samples
+    monkeypatch.setattr(steps, "extract", lambda *args: extracted.append(args) or extract(*args))
+    monkeypatch.setattr(heal_module, "read_samples", lambda *args: states.append(args[4:]) or read(*args))
+    steps.heal(student, found, inputs, cfg, 0, vector)
+    n_renewed = len(states) - 1
+    assert n_renewed > 0 and len(extracted) == n_read * n_renewed
+    assert states[1:] == [("full",) if refresh == "teacher" else ("prev",)] * n_renewed
 
 
 # --- limits ------------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ def items(subject: Subject) -> Items:
     """Per answer: mean over its positions of KL(state || base), nats; 0 for an empty text."""
     with subject.student.using("base") as lm:
         pairs = zip(subject.hidden, subject.base_hidden, strict=True)
-        kls = [kl_between(lm, state, reference) for state, reference in pairs if len(state)]
-        means = iter([kl.mean().item() for kl in kls])
-        return {"kl_base": [next(means) if len(state) else 0.0 for state in subject.hidden]}
+        kls = [kl_between(lm, state, reference) for state, reference in pairs]
+        return {"kl_base": [kl.mean().item() if len(kl) else 0.0 for kl in kls]}
 
 
 EVAL = Eval(items, (Metric(name="kl_base", item="kl_base", title="KL to base", unit="nats"),))

@@ -41,23 +41,23 @@ run *flags: setup
 
 # Continue a run that was stopped.
 resume run *flags: setup
-    {{python}} -m steer_heal.run --resume "{{run}}" {{flags}}
+    {{python}} -m steer_heal resume "{{run}}" {{flags}}
 
 # Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
 verify run: setup
-    {{python}} -m steer_heal.run --verify "{{run}}"
+    {{python}} -m steer_heal verify "{{run}}"
 
 # Draw the pictures and the page of runs again from their events.jsonl.
 plot +runs: setup
-    {{python}} -m steer_heal.report {{runs}}
+    {{python}} -m steer_heal report {{runs}}
 
 # Kill and damage small runs, resume them, and count what was lost (docs/reliability.md).
 drill *flags: setup
     OMP_NUM_THREADS=1 {{python}} scripts/fault_drill.py {{flags}}
 
-# One question, one table: `just diag csweep --trait love`; the questions are the scripts/diag_*.py.
+# One question, one table: `just diag csweep --trait love`; `just diag --help` lists the questions.
 diag question *flags: setup
-    {{python}} scripts/diag_{{question}}.py {{flags}}
+    {{python}} -m steer_heal diag {{question}} {{flags}}
 
 # --- sweeps: each is 8 rounds on the toy model over the seeds, under the line with its hypothesis -------------
 
@@ -92,7 +92,7 @@ results *flags: setup
 
 # Measure one model, with or without an adapter.
 eval *flags: setup
-    {{python}} -m steer_heal.evals {{flags}}
+    {{python}} -m steer_heal eval {{flags}}
 
 # Train the bundled toy model again (about 20 minutes on 2 cores).
 train-toylm *flags: setup

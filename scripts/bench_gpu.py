@@ -15,11 +15,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from lab import cli, kept, random_lm, show
 from transformers import Gemma3TextConfig
 
 from steer_heal import round as steps
 from steer_heal.check import check
+from steer_heal.diag.lab import cli, kept, random_lm, show
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.lm import pick_device

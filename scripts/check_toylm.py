@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lab import Lab, cli, markdown
 
+from steer_heal.diag.lab import Lab, cli, markdown
 from steer_heal.errors import print_safe
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.presets import TOY_PRESET

@@ -28,7 +28,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def differences(run: Path, whole: Path) -> list[str]:
     """What a finished run lost against `whole`, in words: the first event that differs, checkpoints and vectors byte
-    for byte, what `--verify` finds, and its row of results.tsv."""
+    for byte, what `steer-heal verify` finds, and its row of results.tsv."""
     out = []
     for i, (got, want) in enumerate(zip_longest(comparable(run), comparable(whole), fillvalue={})):
         if got != want:

@@ -24,12 +24,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from compare import differences
-from lab import cli, show
 
 import steer_heal.session
+from steer_heal.__main__ import main as program
+from steer_heal.diag.lab import cli, show
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import ROOT
-from steer_heal.run import main as program
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.runs.events import of_stage, read_events
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
@@ -37,7 +37,7 @@ SETTINGS = (
     "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
-HOW_TO_RESUME = "continue with: python -m steer_heal.run --resume"
+HOW_TO_RESUME = "continue with: steer-heal resume"
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
 
@@ -95,7 +95,7 @@ class Drill:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         vignettes = folder / "vignettes.jsonl"
-        lines = (ROOT / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (PACKAGE / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         vignettes.write_text("".join(lines[:3]), encoding="utf-8")
         self.settings = [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
         first = self.start("untouched")
@@ -108,7 +108,7 @@ class Drill:
         """A new run, as soon as it has its first event; `n_bytes`: it cannot write larger files, as on a full disk."""
         out = self.folder / name
         out.mkdir()
-        child = self._fork(["fast-dev", "--out", str(out), *self.settings], out, n_bytes)
+        child = self._fork(["run", "fast-dev", "--out", str(out), *self.settings], out, n_bytes)
         while (events := next(out.glob("*/events.jsonl"), None)) is None or b"\n" not in events.read_bytes():
             if not child.is_alive():
                 raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
@@ -116,7 +116,7 @@ class Drill:
         return Process(child, out / "errors.txt", events.parent)
 
     def resume(self, run: Path) -> Process:
-        return Process(self._fork(["--resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
+        return Process(self._fork(["resume", str(run), "--quiet"], run.parent, None), run.parent / "errors.txt", run)
 
     def _fork(self, flags: Sequence[str], out: Path, n_bytes: int | None) -> BaseProcess:
         def child() -> None:

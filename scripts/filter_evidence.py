@@ -1,8 +1,8 @@
 """Which gate tells broken text from whole text? Samples steered completions to label; tests every gate on the labels.
 
-python scripts/filter_evidence.py sample     # data/labels/steered_toy.jsonl: read each text, fill in its labels
+python scripts/filter_evidence.py sample     # draws docs/evidence/labels/steered_toy.jsonl, to be labelled by reading
 python scripts/filter_evidence.py table      # docs/evidence/filter.md
-python scripts/filter_evidence.py real       # docs/evidence/filter_smol.md, from data/labels/steered_smol.jsonl
+python scripts/filter_evidence.py real       # docs/evidence/filter_smol.md, from labels/steered_smol.jsonl
 """
 
 import json
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from lab import Lab, LabCfg, markdown
 
 from steer_heal import round as steps
+from steer_heal.diag.lab import Lab, LabCfg, markdown
 from steer_heal.errors import UserError, print_error
 from steer_heal.presets import SMOL_PRESET
 from steer_heal.records import Scored
@@ -25,7 +25,7 @@ from steer_heal.runs.codec import collected_from
 from steer_heal.runs.events import current, of_stage, read_events, schema_errors
 from steer_heal.stages.filter import GATES, loop, repetition
 
-LABELS, REAL_LABELS = Path("data/labels/steered_toy.jsonl"), Path("data/labels/steered_smol.jsonl")
+LABELS, REAL_LABELS = Path("docs/evidence/labels/steered_toy.jsonl"), Path("docs/evidence/labels/steered_smol.jsonl")
 EVIDENCE, REAL_EVIDENCE = Path("docs/evidence/filter.md"), Path("docs/evidence/filter_smol.md")
 KAPPAS = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ENACTS = ("enacts", "narrates", "neither")

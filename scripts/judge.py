@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from lab import cli, show
 
+from steer_heal.diag.lab import cli, show
 from steer_heal.errors import UserError
 from steer_heal.runs.events import current, read_events, schema_errors
 

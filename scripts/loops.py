@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from lab import cli, markdown, mean_sd
 from scipy import stats
 
+from steer_heal.diag.lab import cli, markdown, mean_sd
 from steer_heal.errors import UserError, print_safe, validated
 from steer_heal.inputs.files import read_file
 from steer_heal.report.measurements import table, target_of

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from lab import cli, markdown, mean_sd
 
+from steer_heal.diag.lab import cli, markdown, mean_sd
 from steer_heal.errors import UserError, print_safe
 from steer_heal.report.measurements import table, verdict
 from steer_heal.runs.events import RESULTS, current, of_stage, read_events, read_results, schema_errors

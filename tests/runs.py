@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from steer_heal.run import main
+from steer_heal.run import main, resume
 from steer_heal.runs.events import FIRST, line_hash, read_events
 from steer_heal.stages import heal as heal_module
 from steer_heal.stages import passes
@@ -18,7 +18,7 @@ SETTINGS = (
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
 
-UNDRAWN = "import sys, steer_heal.session as s; s.draw = lambda folder: None; from steer_heal.run import main; "
+UNDRAWN = "import sys, steer_heal.session as s; s.draw = lambda folder: None; from steer_heal.__main__ import main; "
 UNDRAWN_COMMAND = [sys.executable, "-c", UNDRAWN + "sys.exit(main())"]
 """The command in a process of its own, without pictures, which are functions of the events."""
 
@@ -46,7 +46,7 @@ def started(out, settings, *flags):
 
 
 def resumed(run, *flags):
-    assert main(["--resume", str(run), "--quiet", *flags]) == 0
+    assert resume([str(run), "--quiet", *flags]) == 0
     return run
 
 

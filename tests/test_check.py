@@ -9,7 +9,7 @@ import pytest
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import ROOT
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.presets import PRESETS
 from steer_heal.run import main, parse
 
@@ -32,15 +32,15 @@ LONG = "x" * 300
         ("--filter.gates short", "filter.gates is ('short',): without a gate for broken text"),
         ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
         ("--eval.evals drift", "trait 'authority' is judged by moral_foundations or likelihood; add it"),
-        ("--steer.backend steering-lite", "pip install -e '.[steering-lite]'"),
-        ("--eval.backend tinymfv", "pip install -e '.[tinymfv]'"),
-        ("--quantize nf4", "pip install -e '.[quantize]'"),
+        ("--steer.backend steering-lite", "pip install 'steer-heal[steering-lite]'"),
+        ("--eval.backend tinymfv", "pip install 'steer-heal[tinymfv]'"),
+        ("--quantize nf4", "pip install 'steer-heal[quantize]'"),
         ("--eval.vignettes nowhere.jsonl", "eval.vignettes is 'nowhere.jsonl': there is no such file"),
         (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
         ("--out README.md/x", "out is 'README.md/x': no folder can be made there"),
         (f"--out {LONG}", f"out is '{LONG}': no folder can be made there"),
         ("--export README.md", "export is 'README.md': no folder can be made there"),
-        ("--export data", "export is 'data': that folder is not empty"),
+        ("--export docs", "export is 'docs': that folder is not empty"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_path):
@@ -50,7 +50,7 @@ def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_pa
 
 def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
-    instrument = (ROOT / "data/toylm/instrument.toml").read_text()
+    instrument = (PACKAGE / "data/toylm/instrument.toml").read_text()
     (tmp_path / "i.toml").write_text(instrument.replace("nudge", "nugde"))
     flags = (
         "--trait nobody --steer.contexts nowhere.jsonl --heal.divergence kl "
@@ -95,7 +95,7 @@ def test_many_problems_are_counted(tmp_path, capsys):
     ],
 )
 def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monkeypatch):
-    text = (ROOT / "data/traits/authority.toml").read_text()
+    text = (PACKAGE / "data/traits/authority.toml").read_text()
     text = re.sub(r"^target.*$", line, re.sub(r"^off_targets = \[.*?\]", "", text, flags=re.M | re.S), flags=re.M)
     (tmp_path / "authority.toml").write_text(text)
     monkeypatch.setattr(traits, "TRAITS", tmp_path)

@@ -9,17 +9,17 @@ from collections import Counter
 import pytest
 import torch
 from peft import PeftModel
+from places import ROOT
 from runs import SETTINGS, UNDRAWN_COMMAND
 
 from steer_heal.evals.__main__ import main as evals
-from steer_heal.inputs.files import ROOT
 from steer_heal.model.lm import load
 from steer_heal.runs.events import of_stage, read_events, read_results
 
 
-def run(out, *flags, command=(sys.executable, "-m", "steer_heal.run")):
+def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
     """(run folder, what was printed) of a fast-dev run in a process of its own, in which no shape was wrong."""
-    command = [*command, "fast-dev", "--out", str(out), *flags]
+    command = [*command, "run", "fast-dev", "--out", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BEARTYPE": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     folder = next(path.parent for path in out.glob("*/events.jsonl"))

@@ -8,11 +8,11 @@ import torch
 import transformers
 from conftest import scramble
 from peft import PeftModel
+from places import ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import ROOT
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.student import Student, attach_saved

@@ -14,14 +14,15 @@ import pytest
 import torch
 from compare import comparable, weights
 from conftest import ADAPTER
+from places import ROOT
 from runs import FULL_LR, POISONED_STEP, UNDRAWN_COMMAND, assert_same, killing, poisoned, resumed, rewritten, started
 
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import ROOT
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.run import main
+from steer_heal.run import main, resume
 from steer_heal.runs.events import EventLog, broken_link, heal_steps, of_stage, read_events
 from steer_heal.runs.resume import partial_path
 from steer_heal.runs.storage import atomic_folder, atomic_write, lock_run, sync_folder
@@ -42,7 +43,7 @@ def flip(path):
 def test_a_damaged_file_is_named_and_a_lost_heal_is_done_again(name, after_round_0, two, capsys):
     path = after_round_0 / name
     flip(path)
-    assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert resume([str(after_round_0), "--quiet"]) == 1
     assert f"{path} is damaged" in capsys.readouterr().err
     if "ckpt" in name:
         shutil.rmtree(path.parent)
@@ -58,7 +59,7 @@ def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, o
         run = started(tmp_path, settings, "--n-rounds", "1")
     path = partial_path(run, "heal", -1)
     path.write_bytes(path.read_bytes()[:-100])
-    assert main(["--resume", str(run), "--quiet"]) == 1
+    assert resume([str(run), "--quiet"]) == 1
     assert f"{path} is damaged" in capsys.readouterr().err
     path.unlink()
     assert_same(resumed(run), one)
@@ -69,13 +70,13 @@ def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, o
 def own_files(settings, tmp_path, monkeypatch):
     """(settings of a run that reads copies of all data files, those copies by setting)."""
     sources = {
-        "gen.prompts": ROOT / "data/toylm/prompts/authority.jsonl",
-        "steer.contexts": ROOT / "data/toylm/contexts.jsonl",
-        "eval.instrument": ROOT / "data/toylm/instrument.toml",
-        "eval.likelihood": ROOT / "data/instruments/likelihood.toml",
+        "gen.prompts": PACKAGE / "data/toylm/prompts/authority.jsonl",
+        "steer.contexts": PACKAGE / "data/toylm/contexts.jsonl",
+        "eval.instrument": PACKAGE / "data/toylm/instrument.toml",
+        "eval.likelihood": PACKAGE / "data/instruments/likelihood.toml",
         "eval.vignettes": settings[-1],
-        "eval.pairs": ROOT / "data/toylm/pairs/love.jsonl",
-        "trait": ROOT / "data/traits/authority.toml",
+        "eval.pairs": PACKAGE / "data/toylm/pairs/love.jsonl",
+        "trait": PACKAGE / "data/traits/authority.toml",
     }
     copies = {name: Path(shutil.copy(source, tmp_path)) for name, source in sources.items()}
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
@@ -117,7 +118,7 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
     for name, path in copies.items():
         whole = path.read_bytes()
         edit(path)
-        assert main(["--resume", str(run), "--quiet"]) == 2
+        assert resume([str(run), "--quiet"]) == 2
         named = "trait.positive" if name == "trait" else f"the file of {name} was changed"
         assert named in capsys.readouterr().err
         path.write_bytes(whole)
@@ -136,7 +137,7 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
 def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["weights"].update(change), chained=True)
     before = (after_round_0 / "events.jsonl").read_bytes()
-    assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert resume([str(after_round_0), "--quiet"]) == 1
     assert told in capsys.readouterr().err and (after_round_0 / "events.jsonl").read_bytes() == before
 
 
@@ -144,7 +145,7 @@ def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, ca
 def test_a_second_process_is_kept_out(after_round_0, two, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     with lock_run(after_round_0):
-        assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+        assert resume([str(after_round_0), "--quiet"]) == 1
     assert "another process" in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
     assert_same(resumed(after_round_0), two)
@@ -162,11 +163,11 @@ def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
         return process.returncode, printed
 
     status, printed = stopped(
-        signal.SIGTERM, "control_gen", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
+        signal.SIGTERM, "control_gen", "run", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
     )
     run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
-    assert status == 143 and f"--resume {run}" in printed and "Traceback" not in printed
-    assert stopped(signal.SIGKILL, "steered", "--resume", str(run), "--quiet")[0] == -signal.SIGKILL
+    assert status == 143 and f"resume {run}" in printed and "Traceback" not in printed
+    assert stopped(signal.SIGKILL, "steered", "resume", str(run), "--quiet")[0] == -signal.SIGKILL
     assert_same(resumed(run), one)
 
 
@@ -184,7 +185,7 @@ def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path
         patch.setattr(EventLog, "write", again)
         assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
     run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
-    assert read_events(run)[-1]["error"] == "interrupted" and f"--resume {run}" in capsys.readouterr().err
+    assert read_events(run)[-1]["error"] == "interrupted" and f"resume {run}" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert_same(resumed(run), one)
 
@@ -200,7 +201,7 @@ def test_a_full_disk_hides_neither_the_error_nor_how_to_go_on(settings, tmp_path
     monkeypatch.setattr(Session, "measure", fail)
     assert main(["fast-dev", "--out", str(tmp_path), *settings]) == 1
     printed = capsys.readouterr().err
-    assert "loss is nan" in printed and "--resume" in printed
+    assert "loss is nan" in printed and "resume" in printed
 
 
 def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path):
@@ -252,7 +253,7 @@ def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(setting
 def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the_checkpoint(after_round_0, capsys):
     with pytest.MonkeyPatch.context() as patch:
         poisoned(patch, always=True)
-        assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+        assert resume([str(after_round_0), "--quiet"]) == 1
     events, printed = read_events(after_round_0), capsys.readouterr().err
     (retry,) = of_stage(events, "heal_retry")
     sample = f"at step {POISONED_STEP} of round 1, on an answer to prompt {retry['prompt_index']}"

@@ -22,15 +22,15 @@ from made_runs import Page, run_events
 from mutations import ANY_TEXT, REPEATED, chained, changed, damaged, jsonl, toml, valid_events
 
 from steer_heal import session
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError, printable, validated
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import ROOT, parse_texts, parse_toml, read_file
+from steer_heal.inputs.files import PACKAGE, parse_texts, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion
 from steer_heal.report import console, page, plot
 from steer_heal.report.measurements import result_row, table, verdict
-from steer_heal.run import main
 from steer_heal.runs import verify
 from steer_heal.runs.events import (
     SCHEMA,
@@ -80,9 +80,9 @@ def accepted(load: Callable, *words: str):
 
 # --- files -------------------------------------------------------------------------------------------------------
 TRAIT_FILES = [traits.TRAITS / f"{name}.toml" for name in ("authority", "love")]
-INSTRUMENT = ROOT / "data" / "toylm" / "instrument.toml"
-LIKELIHOOD = ROOT / "data" / "instruments" / "likelihood.toml"
-VIGNETTES = (ROOT / "data" / "toylm" / "vignettes.jsonl").read_bytes().splitlines(keepends=True)[:6]
+INSTRUMENT = PACKAGE / "data" / "toylm" / "instrument.toml"
+LIKELIHOOD = PACKAGE / "data" / "instruments" / "likelihood.toml"
+VIGNETTES = (PACKAGE / "data" / "toylm" / "vignettes.jsonl").read_bytes().splitlines(keepends=True)[:6]
 
 
 def some_toml(path: Path):
@@ -167,7 +167,7 @@ PATHS = st.one_of(ANY_TEXT, st.sampled_from(ODD_PATHS)).map(lambda path: path.ls
 @given(
     st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3),
     PATHS,
-    st.sampled_from(["--out", "--export", "--resume", "--verify"]),
+    st.sampled_from(["--out", "--export", "resume", "verify"]),
     st.booleans(),
 )
 def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
@@ -186,8 +186,8 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
         patch.setattr(session, "guard", lambda session, loop: 0)
         out = ["--out", str(base / "runs")] if flag != "--out" else []
         words = [word for name, values in given_flags for word in (name, *values)]
-        own, first = [flag, f"{base}/{path}"], flag in ("--resume", "--verify")
-        argv = [*own, *([] if bare else words)] if first else ["fast-dev", *out, *words, *own]
+        own, first = [flag, f"{base}/{path}"], flag in ("resume", "verify")
+        argv = [*own, *([] if bare else words)] if first else ["run", "fast-dev", *out, *words, *own]
         told = io.StringIO()
         with redirect_stderr(told), redirect_stdout(told):
             try:
@@ -214,7 +214,7 @@ def test_recorded_settings_come_back_whole_or_are_refused(config):
     start = {"schema": SCHEMA, "stage": "run_start", "round": None, "preset": "toy", "config": config}
     with folder() as here:
         (here / "events.jsonl").write_text(json.dumps(start) + "\n")
-        found = accepted(lambda: Resume(resume=here).config(), "events.jsonl")
+        found = accepted(lambda: Resume(run=here).config(), "events.jsonl")
     if found is not None:
         again = jsonable(found[1])[0]
         assert validated(RunConfig, again, "config") == found[1] and kinds(again) == kinds(CONFIG)
@@ -297,7 +297,7 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
         accepted(lambda: inside(lambda: page.report(here)), "events.jsonl")
         problems = accepted(lambda: verify.broken(here), "events.jsonl")
         assert problems is None or all(isinstance(problem, str) for problem in problems)
-        accepted(lambda: Resume(resume=here).config(), "events.jsonl")
+        accepted(lambda: Resume(run=here).config(), "events.jsonl")
         left = accepted(lambda: truncate_events(here), "events.jsonl")
         assert left is None or left == read_events(here)
         assert {path.name for path in here.iterdir()} <= {"events.jsonl", "report.html", "diary.md"}

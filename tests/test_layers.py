@@ -2,7 +2,7 @@
 
 import ast
 
-from steer_heal.inputs.files import ROOT
+from places import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
 LAYERS = (
@@ -22,13 +22,15 @@ LAYERS = (
     "report",
     "session",
     "run",
+    "diag",
+    "__main__",
 )
 """From the lowest to the highest: a folder or module imports its own layer and lower ones."""
 
 
 def layer_of(path) -> str:
-    if path.name == "__main__.py":  # a command of its own
-        return "run"
+    if path.name == "__main__.py" and path.parent.name != "diag":  # a command of its own
+        return "run" if path.parent != PACKAGE else "__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

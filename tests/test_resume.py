@@ -11,13 +11,13 @@ from runs import Killed, assert_same, killing, poisoned, resumed, rewritten, sta
 import steer_heal.round as steps
 from steer_heal import session as session_module
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import ROOT
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
-from steer_heal.run import main
+from steer_heal.run import resume
 from steer_heal.runs import events as events_module
 from steer_heal.runs.checkpoint import WrittenTexts, saved_steps
 from steer_heal.runs.events import EventLog, of_stage, read_events, read_results
@@ -218,7 +218,7 @@ def test_a_broken_chain_is_refused_by_its_line(change, after_round_0, capsys):
         "doubled": [*lines[:2], lines[1], *lines[2:]],
     }[change]
     path.write_text("".join(changed))
-    assert main(["--resume", str(after_round_0), "--quiet"]) == 1
+    assert resume([str(after_round_0), "--quiet"]) == 1
     assert "events.jsonl line 3 does not follow from the line before it" in capsys.readouterr().err
     assert path.read_text() == "".join(changed)
 
@@ -237,13 +237,13 @@ def test_events_of_another_version_are_refused_and_left_alone(tmp_path):
 def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
     if content:
         (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
-    assert main(["--resume", str(tmp_path)]) == 2
+    assert resume([str(tmp_path)]) == 2
     assert "does not begin with a run_start" in capsys.readouterr().err
 
 
 def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
-    assert main(["--resume", str(after_round_0)]) == 2
+    assert resume([str(after_round_0)]) == 2
     assert "'heal.rank' is not a field here" in capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0,
 def test_other_settings_are_refused(flags, after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        main(["--resume", str(after_round_0), *flags.split()])
+        resume([str(after_round_0), *flags.split()])
     assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
 
@@ -272,7 +272,7 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
 ):
     """Killed before its row and its export; exported again elsewhere; then an input is lost, which it needs no more."""
     contexts, merged, late = (tmp_path / name for name in ("contexts.jsonl", "merged", "late"))
-    contexts.write_bytes((ROOT / "data/toylm/contexts.jsonl").read_bytes())
+    contexts.write_bytes((PACKAGE / "data/toylm/contexts.jsonl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, events_module, "append_result", 0, "before")
         own = ["--steer.contexts", str(contexts), "--export", str(merged)]

@@ -11,8 +11,6 @@ import bench_generation
 import bench_gpu
 import bench_heal
 import bench_round
-import diag_heal_sweep
-import diag_prompting
 import fault_drill
 import filter_evidence
 import loops
@@ -20,14 +18,14 @@ import pytest
 import results
 import torch
 import tyro
-from lab import LabCfg, cli, replay
+from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
+from steer_heal.diag import QUESTIONS, heal_sweep, prompting
+from steer_heal.diag.lab import LabCfg, cli, replay
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import ROOT
 from steer_heal.runs.events import append_result, of_stage, read_events, read_results
 
-QUESTIONS = {path.stem.removeprefix("diag_") for path in (ROOT / "scripts").glob("diag_*.py")}
 SMALL = {
     "csweep": ["--doses", "0", "1"],
     "axis": [],
@@ -47,13 +45,13 @@ def table(folder, name):
 
 # --- questions ---------------------------------------------------------------------------------------------------
 def test_every_question_has_a_test():
-    assert SMALL.keys() | {"heal_sweep", "prompting"} == QUESTIONS
+    assert SMALL.keys() | {"heal_sweep", "prompting"} == QUESTIONS.keys()
 
 
 @pytest.mark.parametrize("question", SMALL)
 def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
-    tyro.cli(import_module(f"diag_{question}").main, args=arguments)
+    tyro.cli(import_module(f"steer_heal.diag.{question}").main, args=arguments)
     printed = capsys.readouterr().out
     assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
     written = table(tmp_path, question)
@@ -62,7 +60,7 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):
     flags = ["--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
-    tyro.cli(diag_heal_sweep.main, args=[str(two), *flags])
+    tyro.cli(heal_sweep.main, args=[str(two), *flags])
     rows = table(tmp_path, "heal_sweep")["rows"]
     assert [row["state"] for row in rows][0] == "before"
     arms = {"nll lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
@@ -83,7 +81,7 @@ def test_a_replayed_round_is_the_round_of_the_run(two):
 
 
 def test_prompting_measures_the_adapters_of_a_finished_run(two, tmp_path):
-    tyro.cli(diag_prompting.main, args=[str(two), "--doses", "0.5", "1", "--out", str(tmp_path)])
+    tyro.cli(prompting.main, args=[str(two), "--doses", "0.5", "1", "--out", str(tmp_path)])
     rows = {row["state"]: row for row in table(tmp_path, "prompting")["rows"]}
     events = read_events(two)
     base, last = (of_stage(events, stage)[-1]["metrics"]["authority_nats"] for stage in ("base", "healed"))
@@ -248,7 +246,7 @@ def test_vignettes_read_from_the_cache_are_those_of_a_plain_cache_and_whole_sequ
 RUN_START, ROUND = '{"stage": "run_start", "round": null}\n', '{"stage": "round", "round": 0}\n'
 
 
-@pytest.mark.parametrize("script", ["loops", "results", "diag_heal_sweep", "diag_prompting"])
+@pytest.mark.parametrize("script", ["loops", "results", "steer_heal.diag.heal_sweep", "steer_heal.diag.prompting"])
 @pytest.mark.parametrize("content", [None, "", "[]\n{}\n", RUN_START + ROUND])
 def test_a_folder_that_is_no_run_is_one_line(script, content, tmp_path, monkeypatch, capsys):
     if content is not None:

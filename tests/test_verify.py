@@ -8,8 +8,8 @@ from runs import rewritten
 from torch import nn
 
 from steer_heal.model.lm import weights_digest
-from steer_heal.run import main
 from steer_heal.runs.events import read_events
+from steer_heal.runs.verify import main
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -51,7 +51,7 @@ CHANGES = {
 
 
 def verify(run, capsys):
-    status = main(["--verify", str(run)])
+    status = main([str(run)])
     return status, capsys.readouterr()
 
 

@@ -29,7 +29,8 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
             inputs = replace(inputs, trait=_judged(cfg, inputs))
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
-            f"quantize is {cfg.quantize!r}: its package is not installed; pip install -e '.[quantize]', or leave it out"
+            f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
+            "it out"
         )
     if cfg.quantize != "none" and cfg.export is not None:
         problems.found.append(

@@ -66,7 +66,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Trait:
-    """A trait file of data/traits: a persona pair, where it is asked about, and the metric that judges it."""
+    """A trait: a persona pair, where it is asked about, and the metric that judges it."""
 
     name: str
     description: str

@@ -1,20 +1,22 @@
-"""The command: parse, check, load, loop.
+"""A run: parse, check, load, loop.
 
-python -m steer_heal.run {gemma,toy,toy-distil,smol,fast-dev} [flags]
-python -m steer_heal.run --resume out/<run> [flags that do not change the result]
-python -m steer_heal.run --verify out/<run>
+steer-heal run {gemma,toy,toy-distil,smol,fast-dev} [flags]
+steer-heal resume out/<run> [flags that do not change the result]
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from steer_heal.check import check, holds_files
 from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.signals import Stopped, stoppable
 from steer_heal.settings import RunConfig
@@ -56,45 +58,48 @@ def run_control(session: Session) -> None:
     session.forget()
 
 
-def parse(argv: list[str]) -> tuple[str, RunConfig]:
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig]:
     """(preset name, settings). A bad value exits with status 2 and names the field, the value and the limit."""
-    program, description = "python -m steer_heal.run", inspect.getdoc(RunConfig)
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog=program, description=description)
+    description = inspect.getdoc(RunConfig)
+    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="steer-heal run", description=description)
     return next(word for word in argv if word in PRESETS), cfg
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 stopped by a user error, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = argv[0].split("=")[0] if argv else ""
-    if first == "--verify":
-        from steer_heal.runs.verify import main as verify
-
-        return verify(argv)
-    folder = None
+def main(argv: Sequence[str] | None = None) -> int:
+    """A new run. Exit status: 0 done, 1 stopped by a user error, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
     try:
-        if first == "--resume":
-            from steer_heal.runs.resume import Resume, finished, same_inputs
-
-            resume = tyro.cli(Resume, args=argv, prog="python -m steer_heal.run")
-            folder = resume.resume
-            preset, cfg = resume.config()
-            if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
-                from steer_heal.runs.events import schema_errors
-                from steer_heal.session import complete
-
-                with schema_errors(folder):
-                    complete(folder, cfg)
-                print_safe(f"{folder} is finished; read {folder / 'report.html'}")
-                return 0
-            inputs = check(cfg, resumed=resume.export is None)
-            same_inputs(folder, inputs)
-        else:
-            preset, cfg = parse(argv)
-            inputs = check(cfg)
+        preset, cfg = parse(sys.argv[1:] if argv is None else argv)
+        inputs = check(cfg)
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return 2
+    return _go(cfg, preset, inputs)
+
+
+def resume(argv: Sequence[str]) -> int:
+    """A run that was stopped goes on; what is missing beside a finished one is made. Exit status: as of `main`."""
+    from steer_heal.runs.resume import Resume, finished, same_inputs
+
+    try:
+        given = tyro.cli(Resume, args=argv, prog="steer-heal resume")
+        folder, (preset, cfg) = given.run, given.config()
+        if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
+            from steer_heal.runs.events import schema_errors
+            from steer_heal.session import complete
+
+            with schema_errors(folder):
+                complete(folder, cfg)
+            print_safe(f"{folder} is finished; read {folder / 'report.html'}")
+            return 0
+        inputs = check(cfg, resumed=given.export is None)
+        same_inputs(folder, inputs)
+    except (UserError, OSError, ValueError) as error:
+        print_error(error)
+        return 2
+    return _go(cfg, preset, inputs, folder)
+
+
+def _go(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | None = None) -> int:
     try:
         with stoppable():
             from steer_heal.session import guard, open_session

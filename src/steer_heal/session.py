@@ -66,7 +66,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
         facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out}
         facts |= {"metrics": session.metrics, "gates": codec.gate_fields(cfg), "inputs": dict(inputs.sha256)}
-        command = ["python", "-m", "steer_heal.run", *sys.argv[1:]]
+        command = ["steer-heal", "run", *sys.argv[1:]]
         own = {"folder": str(folder), "config": asdict(cfg), "preset": preset, "seed": cfg.seed, "command": command}
         session.write("run_start", None, **own, trait=asdict(inputs.trait), **facts)
     return session
@@ -386,7 +386,7 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
 
 def _stop(session: Session, status: int, message: str, error: str | None, *, resumable: bool = True) -> int:
     """Prints why the run ends and how to continue, and records why. A disk that is full must not hide the message."""
-    command = f"\ncontinue with: python -m steer_heal.run --resume {shlex.quote(str(session.folder))}"
+    command = f"\ncontinue with: steer-heal resume {shlex.quote(str(session.folder))}"
     with handled(signal.SIG_IGN), suppress(OSError):
         print_safe(message + command * resumable, sys.stderr)
         if error is not None and session.recorded("run_end", None) is None:

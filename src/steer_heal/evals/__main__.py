@@ -1,6 +1,6 @@
 """Measures one model, with or without an adapter, as a run would.
 
-python -m steer_heal.evals --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
+steer-heal eval --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def measure(command: EvalCommand) -> dict[str, float | None]:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        command = tyro.cli(EvalCommand, args=argv, prog="python -m steer_heal.evals")
+        command = tyro.cli(EvalCommand, args=argv, prog="steer-heal eval")
         metrics = measure(command)
     except (UserError, OSError, ValueError) as error:
         print_error(error)

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from steer_heal.errors import Problems, UserError, validated_json
 
-ROOT = Path(__file__).resolve().parents[3]
-"""The checkout: relative data paths are looked up here when they do not exist in the working directory."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The installed package, whose `data` is part of it: relative paths are looked up here when they do not exist in the
+working directory."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 
@@ -36,7 +37,7 @@ class TextRow:
     text: Text
 
 
-def resolve(path: Path | str, what: str, folders: Sequence[Path] = (Path(), ROOT)) -> Path:
+def resolve(path: Path | str, what: str, folders: Sequence[Path] = (Path(), PACKAGE)) -> Path:
     """The file in the first of the folders that has it. UserError naming `what` (a setting) where none has."""
     for folder in folders:
         with suppress(OSError, ValueError):  # a name that is too long, a zero byte, a folder that may not be entered

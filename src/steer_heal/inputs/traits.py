@@ -13,11 +13,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, nearest, validated
-from steer_heal.inputs.files import ROOT, DataFile, Text, parse_toml, read_file, resolve
+from steer_heal.inputs.files import PACKAGE, DataFile, Text, parse_toml, read_file, resolve
 from steer_heal.inputs.pairs import Pair, parse_pairs
 from steer_heal.records import Trait
 
-TRAITS = ROOT / "data" / "traits"
+TRAITS = PACKAGE / "data" / "traits"
 _STRICT = ConfigDict(extra="forbid")
 _BY_PATH = re.compile(r"(.+\.toml)(?:/([^/]*))?", re.DOTALL)
 
@@ -110,7 +110,7 @@ def read_trait(name: str) -> tuple[DataFile, TraitFile]:
     elif source in available():
         path = TRAITS / f"{source}.toml"
     else:
-        fix = "a new trait is a new file in data/traits/, or a path that ends in .toml"
+        fix = "a trait of your own is given by its path, which ends in .toml"
         raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
     file, known = read_file(path), ("positive", "negative", "steered", "plain")
     return file, validated(TraitFile, parse_toml(file), str(path), known)
@@ -182,7 +182,7 @@ def read_pairs(
     if source is not None and (path := _of_trait(source, name, "eval.pairs")) is not None:
         given = read_file(path)
     elif file.pairs_file is not None:
-        given = read_file(resolve(file.pairs_file, f"{own.path}: pairs_file", (own.path.parent, ROOT)))
+        given = read_file(resolve(file.pairs_file, f"{own.path}: pairs_file", (own.path.parent, PACKAGE)))
     else:
         return own, [(f"{own.path} pairs.{i}", pair) for i, pair in enumerate(file.pairs)]
     return given, parse_pairs(given)
@@ -200,4 +200,4 @@ def _of_trait(source: Path, name: str, setting: str) -> Path | None:
 def _folder(source: Path) -> Path | None:
     """The folder itself, or that of the checkout; None where neither is one."""
     with suppress(OSError, ValueError):  # as in files.resolve
-        return next((place for place in (source, ROOT / source) if place.is_dir()), None)
+        return next((place for place in (source, PACKAGE / source) if place.is_dir()), None)

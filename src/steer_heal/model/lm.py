@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import ROOT
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, gguf_file, read_gguf, smol_folder
@@ -337,7 +337,7 @@ def load(
 
 def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
     """(model, tokenizer, why in its dtype) of a folder, a file or a hub id. UserError where it cannot be read."""
-    folder = next((str(p) for p in (Path(name), ROOT / name) if (p / "config.json").exists()), name)
+    folder = next((str(p) for p in (Path(name), PACKAGE / name) if (p / "config.json").exists()), name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
         raise UserError(
@@ -389,7 +389,7 @@ def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
 
 
 def _tiny_random() -> tuple[PreTrainedModel, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "toylm", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data" / "toylm", padding_side="left")
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

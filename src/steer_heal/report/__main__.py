@@ -1,10 +1,10 @@
-"""Draws finished or running runs again: python -m steer_heal.report out/<run> ..."""
+"""Draws finished or running runs again: steer-heal report out/<run> ..."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -13,10 +13,19 @@ from steer_heal.report import draw
 from steer_heal.runs.events import schema_errors
 
 
-def main(runs: Annotated[list[Path], tyro.conf.Positional]) -> int:
-    """Draws the pictures, the page and the diary of each run folder again, from its events.jsonl alone."""
+def report(runs: tyro.conf.Positional[list[Path]]) -> list[Path]:
+    """Draws the pictures, the page and the diary of each run folder again, from its events.jsonl alone.
+
+    Args:
+        runs: Folders of runs.
+    """
+    return runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 drawn, 1 stopped by a user error."""
     try:
-        for folder in runs:
+        for folder in tyro.cli(report, args=argv, prog="steer-heal report"):
             with schema_errors(folder):
                 print_safe(draw(folder) or f"{folder}: the run did not start yet, nothing to draw")
     except (UserError, OSError) as error:
@@ -26,4 +35,4 @@ def main(runs: Annotated[list[Path], tyro.conf.Positional]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, prog="python -m steer_heal.report"))
+    sys.exit(main())

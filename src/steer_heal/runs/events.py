@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from loguru import logger
 
 from steer_heal.errors import UserError, printable
-from steer_heal.inputs.files import ROOT
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.runs.storage import append_line, atomic_write, sync_folder
 
 Event = dict[str, Any]
@@ -229,8 +229,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
+    """Of the checkout that this package is run from; None where git does not track it."""
     try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        command = ["git", "-C", str(PACKAGE), "log", "-1", "--format=%H", "--", "__init__.py"]
+        tracked = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+        command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+        return tracked and subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -32,7 +32,7 @@ FIRST_OF_TWO = ("dose", "adapter_gen")
 class Resume:
     """Continue a run that was stopped, with its own settings. Only settings without effect on the result can differ."""
 
-    resume: Path
+    run: tyro.conf.Positional[Path]
     """Folder of the run."""
     quiet: bool = False
     """Only warnings and errors on the console."""
@@ -50,10 +50,10 @@ class Resume:
 
     def config(self) -> tuple[str, RunConfig]:
         """(preset name, settings) of the run, with what was asked for here. UserError where the folder holds no run."""
-        start = run_start(self.resume)
-        with schema_errors(self.resume):
-            preset, cfg = start["preset"], validated(RunConfig, start["config"], f"{self.resume}/events.jsonl config")
-        cfg = replace(cfg, out=self.resume.resolve().parent, quiet=self.quiet)
+        start = run_start(self.run)
+        with schema_errors(self.run):
+            preset, cfg = start["preset"], validated(RunConfig, start["config"], f"{self.run}/events.jsonl config")
+        cfg = replace(cfg, out=self.run.resolve().parent, quiet=self.quiet)
         for name in RUN_ONLY:
             section, _, key = name.rpartition(".")
             value = getattr(self, name.replace(".", "_"), None)

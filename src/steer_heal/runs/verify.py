@@ -8,7 +8,6 @@ together. It is no signature: who rewrites all of it can make it consistent agai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -67,20 +66,9 @@ def _weights(start: Event) -> str | None:
     return None if now == recorded else changed_weights(start, now)
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
-
-    Exit status: 0 they are, 1 something was changed, 2 the folder is not a run.
-    """
-
-    verify: Path
-    """Folder of the run."""
-
-
 def main(argv: Sequence[str]) -> int:
-    """`python -m steer_heal.run --verify out/<run>`."""
-    folder = tyro.cli(Verify, args=argv, prog="python -m steer_heal.run").verify
+    """Exit status: 0 all as recorded, 1 something was changed, 2 the folder is not a run."""
+    folder = tyro.cli(verify, args=argv, prog="steer-heal verify")
     try:
         problems = broken(folder)
     except UserError as error:
@@ -89,6 +77,14 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         print_safe(f"BROKEN: {problem}")
     if not problems:
-        events = read_events(folder)
-        print_safe(f"{len(events)} events, their files and the base weights are as recorded")
+        print_safe(f"{len(read_events(folder))} events, their files and the base weights are as recorded")
     return 1 if problems else 0
+
+
+def verify(run: tyro.conf.Positional[Path]) -> Path:
+    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
+
+    Args:
+        run: Folder of the run.
+    """
+    return run

@@ -6,13 +6,11 @@ text.
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from lab import Lab, LabCfg, LabFlags, cli, mean_sd, show
-
+from steer_heal.diag.lab import Lab, LabCfg, LabFlags, mean_sd, show
 from steer_heal.records import Collected, Scored
 from steer_heal.settings import HealCfg
 from steer_heal.stages.filter import perplexity
@@ -119,7 +117,3 @@ def over_seeds(rows: Sequence[Row], nll: Sequence[Row]) -> Row:
     columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in COLUMNS}
     spread = {name: mean_sd(values) for name, values in columns.items() if values}
     return {"arm": rows[0]["arm"], "kept": statistics.mean(shares), **spread}
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,13 +1,11 @@
 """How do mean, rmse, p95 and max see a planted loop? A student that learnt to loop, on clean and on looping text."""
 
-import sys
 from dataclasses import replace
 from statistics import mean
 from typing import get_args
 
-from lab import Lab, LabFlags, cli, kept, show
-
 from steer_heal import round as steps
+from steer_heal.diag.lab import Lab, LabFlags, kept, show
 from steer_heal.model.divergence import Aggregate, aggregate, kl_rev
 from steer_heal.model.steering import Condition
 from steer_heal.records import Completion
@@ -49,7 +47,3 @@ def main(lab: LabFlags, length: int = 4, n: int = 32, epochs: int = 12) -> None:
         "comparable across columns.",
     )
     show(__doc__, rows, should, lab.out, "kl_agg", tokens=tokens)
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

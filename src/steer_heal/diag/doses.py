@@ -1,10 +1,8 @@
 """What does each dose contribute to the kept set? Written, kept, coherence and trait of the text, by dose."""
 
-import sys
 from statistics import fmean, median
 
-from lab import Lab, LabFlags, cli, show
-
+from steer_heal.diag.lab import Lab, LabFlags, show
 from steer_heal.evals.persona import log_odds
 
 
@@ -28,7 +26,3 @@ def main(lab: LabFlags, kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 
         "repetition and loop (shares that these gates drop) rise where perplexity and spike stop.",
     )
     show(__doc__, rows, should, lab.out, "doses", n=n)
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,9 +1,6 @@
 """Does the vector move the target while the model stays coherent? Every dose with its metrics and one text."""
 
-import sys
-
-from lab import Lab, LabFlags, cli, show
-
+from steer_heal.diag.lab import Lab, LabFlags, show
 from steer_heal.model.steering import Condition
 
 
@@ -26,7 +23,3 @@ def main(lab: LabFlags, doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75,
     show(__doc__, rows, should, lab.out, "csweep", texts=texts)
     for name, text in texts.items():
         print(f"{name}: {text[:240]!r}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,4 +1,4 @@
-"""What the scripts share: a preset's model with its inputs, the steps of one round on it, and one table."""
+"""What the questions and scripts share: a preset's model with its inputs, the steps of one round on it, one table."""
 
 from __future__ import annotations
 
@@ -223,11 +223,11 @@ def show(
     print_safe(f"\nalso in {path}")
 
 
-def cli(main: Callable[..., object]) -> int:
-    """Runs a script's main with arguments from the command line. A user error ends it with one line and status 1."""
+def cli(main: Callable[..., object], argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Runs a main with arguments from the command line. A user error ends it with one line and status 1."""
     console.start(quiet=True)
     try:
-        tyro.cli(main, description=sys.modules[main.__module__].__doc__)
+        tyro.cli(main, args=argv, prog=program, description=sys.modules[main.__module__].__doc__)
         return 0
     except (UserError, OSError, ValueError) as error:
         print_error(error)

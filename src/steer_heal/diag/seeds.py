@@ -1,10 +1,9 @@
 """How large is the noise? One round of the same configuration over seeds (of finished runs: scripts/results.py)."""
 
 import statistics
-import sys
 from dataclasses import replace
 
-from lab import Lab, LabFlags, cli, show
+from steer_heal.diag.lab import Lab, LabFlags, show
 
 
 def main(lab: LabFlags, seeds: tuple[int, ...] = (41, 42, 43)) -> None:
@@ -24,7 +23,3 @@ def main(lab: LabFlags, seeds: tuple[int, ...] = (41, 42, 43)) -> None:
         "every seed agree in sign.",
     )
     show(__doc__, rows, should, lab.out, "seeds")
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

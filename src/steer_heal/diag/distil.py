@@ -6,7 +6,6 @@ arm and seed that is there is not run again.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,10 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from lab import Lab, LabFlags, cli, markdown, mean_sd, show
 from matplotlib.figure import Figure
 
 from steer_heal import round as steps
+from steer_heal.diag.lab import Lab, LabFlags, markdown, mean_sd, show
 from steer_heal.errors import UserError, print_safe
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.steering import Condition
@@ -203,7 +202,3 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         columns = {name: [row[name] for row in mine if row.get(name) is not None] for name in (*SHOWN, "seconds")}
         out.append({"arm": arm, "round": r, "n": len(mine), **{name: mean_sd(v) for name, v in columns.items() if v}})
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

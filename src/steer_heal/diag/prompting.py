@@ -4,13 +4,12 @@ The states are base, prompted, steered at the furthest whole dose, and healed, e
 """
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from lab import cli, replay, show
 
+from steer_heal.diag.lab import replay, show
 from steer_heal.model.steering import Condition
 from steer_heal.runs.events import current, of_stage, read_events
 
@@ -59,7 +58,3 @@ def main(
         "healed and prompted move further than prompted: else the adapter adds nothing that a prompt does not do.",
     )
     show(__doc__, rows, should, out, name, per_run=[{"run": run, "rows": states} for run, states in per_run.items()])
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,10 +1,8 @@
 """What does each stage do to the same items: base, prompted, steered, healed by nll and by kl_rev?"""
 
-import sys
 from dataclasses import replace
 
-from lab import Lab, LabFlags, cli, show
-
+from steer_heal.diag.lab import Lab, LabFlags, show
 from steer_heal.model.steering import Condition
 
 
@@ -26,7 +24,3 @@ def main(lab: LabFlags) -> None:
         "broken text.",
     )
     show(__doc__, rows, should, lab.out, "stages", kappa=found.kappa, n_kept=len(found.kept))
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -4,11 +4,9 @@ The text is filtered as the preset has it or, with --kappa, all that is written 
 """
 
 import statistics
-import sys
 from dataclasses import replace
 
-from lab import Lab, LabFlags, cli, show
-
+from steer_heal.diag.lab import Lab, LabFlags, show
 from steer_heal.model.divergence import Aggregate
 
 
@@ -37,7 +35,3 @@ def main(
     )
     settings = {"kappa": found.kappa, "n_kept": len(found.kept), "tau": heal.tau, "aggregate": heal.aggregate}
     show(__doc__, rows, should, lab.out, "barrier", **settings)
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,9 +1,6 @@
 """Which metrics does the axis move: with the vector, against it, and under each persona as a prompt?"""
 
-import sys
-
-from lab import Lab, LabFlags, cli, show
-
+from steer_heal.diag.lab import Lab, LabFlags, show
 from steer_heal.model.steering import Condition
 
 
@@ -32,7 +29,3 @@ def main(lab: LabFlags, dose: float = 0.25) -> None:
         "the vector's row look like the positive persona's: else the direction is an accident of the contexts.",
     )
     show(__doc__, rows, should, lab.out, "axis")
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

@@ -1,13 +1,12 @@
 """Which heal is best for this round's data? Heals one round of a finished run again, on its own history."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from lab import cli, measurement, replay, show
 
+from steer_heal.diag.lab import measurement, replay, show
 from steer_heal.report.measurements import slope
 
 
@@ -41,7 +40,3 @@ def main(
     )
     rows = [bench.row("before", bench.read()), *sorted(rows, key=rank)]
     show(__doc__, rows, should, out, "heal_sweep", run=run.name, round=round_)
-
-
-if __name__ == "__main__":
-    sys.exit(cli(main))

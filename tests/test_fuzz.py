@@ -201,10 +201,13 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
 CONFIG = jsonable(FAST_DEV_PRESET)[0]
 
 
+NULLABLE = ("export", "prompts", "pairs", "out")
+
+
 def kinds(value) -> dict | str:
     """The kind of each setting; a whole number may stand for a number with a point, and null for a path."""
     if isinstance(value, dict):
-        return {name: kinds(item) for name, item in value.items() if name not in ("export", "prompts", "out")}
+        return {name: kinds(item) for name, item in value.items() if name not in NULLABLE}
     return "number" if type(value) in (int, float) else type(value).__name__
 
 

@@ -77,8 +77,11 @@ def test_the_gain_is_of_the_best_products_whatever_else_the_machine_does(monkeyp
     assert bfloat16_gain(64, 100) == 3.0 and shapes == {(dtype_module.ROWS, 64, 100, 64)}
 
 
-def test_a_real_product_has_a_gain():
-    assert bfloat16_gain(8, 8) > 0
+def test_the_timed_product_is_one_of_its_inputs_in_their_dtype():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.eye(4, dtype=dtype), torch.arange(12.0).view(3, 4).to(dtype)
+        assert torch.equal(dtype_module._product(x, weight), x @ weight.T)
+    assert 0.01 < bfloat16_gain(64, 64) < 100
 
 
 # --- readings ----------------------------------------------------------------------------------------------------

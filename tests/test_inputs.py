@@ -205,12 +205,18 @@ def test_a_trait_by_path_brings_its_own_prompts_and_pairs_on_every_preset(tmp_pa
     (tmp_path / "a.toml").mkdir()
     (tmp_path / "a.toml" / "authority.toml").write_text(own_trait())
     monkeypatch.chdir(tmp_path)
+    digests = set()
     for _, cfg in PRESETS.values():
         found = load_inputs(replace(cfg, trait="a.toml/authority.toml", gen=replace(cfg.gen, n_prompts=8)))
         assert found.trait.name == "authority" and found.trait.prompts == load_trait("authority").prompts
         assert [pair.prompt for pair in found.pairs] == ["a"]
-        assert found.sha256["eval.pairs"] == read_file(tmp_path / "a.toml" / "authority.toml").sha256
+        digests.add(found.sha256["eval.pairs"])
         assert "gen.prompts" not in found.sha256
+    (digest,) = digests
+    mine = replace(FAST_DEV_PRESET, trait="a.toml/authority.toml")
+    for change, same in ((("target", "# a note\ntarget"), True), (('prompt = "a"', 'prompt = "z"'), False)):
+        (tmp_path / "a.toml" / "authority.toml").write_text(own_trait(change))
+        assert (load_inputs(mine).sha256["eval.pairs"] == digest) is same, "the pairs' own checksum"
     given = replace(FAST_DEV_PRESET.gen, prompts=PACKAGE / "data/toylm/prompts/love.jsonl")
     found = load_inputs(replace(FAST_DEV_PRESET, trait="a.toml/authority.toml", gen=given))
     assert found.trait.prompts != load_trait("authority").prompts, "a file is taken as it is"

@@ -176,3 +176,13 @@ def test_sampling_follows_the_settings_and_else_the_model():
     assert (own.temperature, own.top_p) == (0.8, 0.95)
     given = load("data/toylm", temperature=0.3, top_p=0.5).model.generation_config
     assert (given.do_sample, given.temperature, given.top_p) == (True, 0.3, 0.5)
+
+
+def test_weights_that_are_not_finite_are_told_from_an_unknown_family(tmp_path):
+    lm = load("tiny-random")
+    with torch.no_grad():
+        lm.blocks[0].mlp.up_proj.weight[0, 0] = float("nan")
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="logits that are not finite"):
+        load(str(tmp_path))

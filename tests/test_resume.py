@@ -66,6 +66,20 @@ def test_killed_after_every_line_where_all_heals_were_tried_twice(settings, tmp_
     assert_survives([*settings, *ONE], tmp_path / "killed", whole, monkeypatch)
 
 
+def test_killed_within_a_round_in_bfloat16(settings, tmp_path, monkeypatch):
+    flags = [*settings, *ONE, "--no-control", "--dtype", "bfloat16"]
+    whole = started(tmp_path / "whole", flags)
+    assert read_events(whole)[0]["weights"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    run = None
+    for owner, name, on in ((session_module, "save_heal", 1), (Student, "bake", 0), (Student, "save", 0)):
+        with monkeypatch.context() as dying:
+            killing(dying, owner, name, on)
+            with suppress(Killed):
+                run = started(tmp_path / "killed", flags) if run is None else resumed(run)
+    assert_same(resumed(run), whole)
+
+
 def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatch):
     """One process after another dies, each at another file."""
     monkeypatch.setattr(Session, "save_every_s", 0.0)

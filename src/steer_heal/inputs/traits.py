@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -178,13 +179,15 @@ def read_pairs(
     source: Path | None, name: str, own: DataFile, file: TraitFile
 ) -> tuple[DataFile, list[tuple[str, Pair]]]:
     """(the file that holds the pairs of a trait, each pair with where it stands): `source` or the file of the trait in
-    it, else what the trait's own file, `own`, holds or names."""
+    it, else what the trait's own file, `own`, holds or names. Of pairs in the trait's own file the checksum is theirs
+    alone."""
     if source is not None and (path := _of_trait(source, name, "eval.pairs")) is not None:
         given = read_file(path)
     elif file.pairs_file is not None:
         given = read_file(resolve(file.pairs_file, f"{own.path}: pairs_file", (own.path.parent, PACKAGE)))
     else:
-        return own, [(f"{own.path} pairs.{i}", pair) for i, pair in enumerate(file.pairs)]
+        digest = hashlib.sha256(repr(file.pairs).encode()).hexdigest()
+        return replace(own, sha256=digest), [(f"{own.path} pairs.{i}", pair) for i, pair in enumerate(file.pairs)]
     return given, parse_pairs(given)
 
 

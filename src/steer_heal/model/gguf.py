@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -31,23 +32,24 @@ def cache() -> Path:
 def smol_folder() -> Path:
     """The folder of the model: 540 MB in float32, filled from a download of 93 MB on first use.
 
-    A fill that was killed leaves nothing behind that a later one would take for whole.
+    One process fills it at a time, and clears away what one that was killed has left.
     """
-    folder = cache() / SMOL
+    folder, work = cache() / SMOL, cache() / f"{SMOL}.part"
     if folder.is_dir():
         return folder
     cache().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{SMOL}-", dir=cache()) as work:
-        gguf = _download(Path(work))
-        model, tokenizer = read_gguf(gguf)
-        unpacked = Path(work) / SMOL
-        model.save_pretrained(unpacked)
-        tokenizer.save_pretrained(unpacked)
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+    with (cache() / f"{SMOL}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():  # else another process filled it meanwhile
+            rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                model, tokenizer = read_gguf(_download(work))
+                model.save_pretrained(work / SMOL)
+                tokenizer.save_pretrained(work / SMOL)
+                (work / SMOL).rename(folder)
+            finally:
+                rmtree(work, ignore_errors=True)
     return folder
 
 

@@ -34,7 +34,7 @@ from steer_heal.errors import UserError
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.dtype import pick_dtype
-from steer_heal.model.gguf import HUB_ID, SMOL, gguf_file, read_gguf, smol_folder
+from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -46,6 +46,7 @@ LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
 tensors are slower: the allocator returns them to the system, which hands them out again page by page."""
 SAME_LOGITS = 0.02
 """Difference, as a share of the largest logit, that may be rounding: a bfloat16 has 8 bits."""
+FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
 SHORTEST_CHUNK = 64
 """Fewest positions per chunk: with fewer, reading the head's weights takes longer than multiplying with them."""
 
@@ -357,10 +358,9 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         )
         return model, tokenizer, why
     except Exception as error:  # a damaged file fails in as many ways as there are readers
-        raise UserError(
-            f"model {name!r} could not be loaded: give a folder with config.json and safetensors, a GGUF file, or a "
-            f"hub id ({error})"
-        ) from None
+        ours = Path(name) == cache() / SMOL
+        fix = "delete that folder: it is made again" if ours else FIX_OF_MODEL
+        raise UserError(f"model {name!r} could not be loaded: {fix} ({error})") from None
 
 
 @torch.no_grad()
@@ -368,6 +368,11 @@ def _require_own_logits(lm: LM) -> None:
     """UserError where the model does more to its final hidden states than `LM.logits` does."""
     ids = lm.encode("Hello.") or (lm.pad_id,)
     own, ours = lm.model(lm.pad([ids])[0]).logits[0].float(), lm.logits(lm.hidden([ids])[0])
+    if not own.isfinite().all():
+        raise UserError(
+            f"model {lm.name!r} gives logits that are not finite: its weights are damaged, or too large for "
+            f"{lm.model.dtype}; restore them, or give --dtype float32"
+        )
     apart = (own - ours).abs().max().item()
     if not apart <= SAME_LOGITS * own.abs().max().item():
         raise UserError(

@@ -34,7 +34,22 @@ SMALL = {
     "seeds": ["--seeds", "1", "2"],
     "doses": ["--kappas", "0.5", "1", "--n", "6"],
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
-    "distil": ["--seeds", "1", "2", "--arms", "control", "vector, own text", "--n-rounds", "2", "--kappa", "1", "0.5"],
+    "distil": [
+        "--seeds",
+        "1",
+        "2",
+        "--arms",
+        "control",
+        "vector, own text",
+        "--n-rounds",
+        "2",
+        "--kappa",
+        "1",
+        "0.5",
+        "--filter",
+        '{"n_keep": 8}',
+    ],
+    "signal": ["--n", "8", "--sizes", "2", "4"],
     "bet": ["--seeds", "1", "--choose-seed", "2", "--lams", "0.5", "--barriers", "kl_rev-rmse"],
 }
 

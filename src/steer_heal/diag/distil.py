@@ -33,11 +33,13 @@ class Arm:
 
     heal: dict[str, Any] = field(default_factory=dict)
     dose: dict[str, Any] = field(default_factory=dict)
+    filter: dict[str, Any] = field(default_factory=dict)
     own_as_control: bool = False
     """The student trains on the tokens of its own text."""
 
     def of(self, cfg: RunConfig) -> RunConfig:
-        return replace(cfg, heal=replace(cfg.heal, **self.heal), dose=replace(cfg.dose, **self.dose))
+        sections = {"heal": self.heal, "dose": self.dose, "filter": self.filter}
+        return replace(cfg, **{name: replace(getattr(cfg, name), **given) for name, given in sections.items()})
 
 
 FREE, FITS = {"divergence": "nll"}, {"divergence": "nll", "target": "distribution"}
@@ -131,6 +133,7 @@ def main(
     kappa: tuple[float, ...] = (),
     heal: str = "{}",
     dose: str = "{}",
+    filter: str = "{}",
     label: str = "",
 ) -> None:
     """Runs the arms that are missing and shows all rows.
@@ -142,6 +145,7 @@ def main(
         kappa: Fixed dose of the teacher in each round; none: as the preset chooses it.
         heal: JSON object of further settings of the heal.
         dose: JSON object of further settings of the dose.
+        filter: JSON object of settings of the filter.
         label: Added to the names of the arms, for settings given here.
     """
     path = lab.out / f"distil-{lab.preset}-{lab.run_config().trait}.jsonl"
@@ -155,7 +159,8 @@ def main(
         for name in todo:
             assert bench is not None
             arm = ARMS[name]
-            arm = replace(arm, heal={**arm.heal, **json.loads(heal)}, dose={**arm.dose, **json.loads(dose)})
+            heals, doses = {**arm.heal, **json.loads(heal)}, {**arm.dose, **json.loads(dose)}
+            arm = replace(arm, heal=heals, dose=doses, filter=json.loads(filter))
             if kappa:
                 arm = replace(arm, dose={**arm.dose, "mode": "fixed"})
             rows = [{"arm": name + label, "seed": seed, **row} for row in runs(bench, arm, n_rounds, kappa)]

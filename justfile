@@ -35,6 +35,10 @@ toy-distil *flags: setup
 smol *flags: setup
     {{python}} -m steer_heal.run smol {{flags}}
 
+# One round that teaches SmolLM2 the distribution of itself prompted and steered (docs/distil.md).
+smol-distil *flags: setup
+    {{python}} -m steer_heal.run smol-distil {{flags}}
+
 # google/gemma-3-4b-it on one 24 GB card.
 run *flags: setup
     {{python}} -m steer_heal.run gemma {{flags}}

@@ -77,6 +77,9 @@ TOY_DISTIL_PRESET = replace(
     heal=replace(TOY_PRESET.heal, **DISTIL, epochs=12),
     backtrack=BacktrackCfg(retries=2),
 )
+SMOL_DISTIL_PRESET = replace(
+    SMOL_PRESET, n_rounds=1, dose=DoseCfg(mode="fixed", kappa=0.5), heal=replace(SMOL_PRESET.heal, **DISTIL, epochs=8)
+)
 FAST_DEV_PRESET = RunConfig(
     model="tiny-random",
     dtype="float32",
@@ -107,6 +110,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
     "toy-distil": ("The toy model, taught the distribution of itself prompted and steered.", TOY_DISTIL_PRESET),
     "smol": ("SmolLM2-135M-Instruct: a real chat model, on two cores.", SMOL_PRESET),
+    "smol-distil": ("The same model, taught the distribution of itself prompted and steered.", SMOL_DISTIL_PRESET),
     "fast-dev": (
         "A tiny random model through every stage in seconds: meaningless numbers, working code.",
         FAST_DEV_PRESET,

@@ -1,6 +1,6 @@
 """A run: parse, check, load, loop.
 
-steer-heal run {gemma,toy,toy-distil,smol,fast-dev} [flags]
+steer-heal run {gemma,toy,toy-distil,smol,smol-distil,fast-dev} [flags]
 steer-heal resume out/<run> [flags that do not change the result]
 """
 

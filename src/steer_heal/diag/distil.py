@@ -6,6 +6,7 @@ arm and seed that is there is not run again.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,16 +14,23 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from steer_heal import round as steps
 from steer_heal.diag.lab import Lab, LabFlags, markdown, mean_sd, show
 from steer_heal.errors import UserError, print_safe
 from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
+from steer_heal.records import Completion, derive_seed
 from steer_heal.runs.events import jsonable
-from steer_heal.settings import RunConfig
+from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.stages.generate import Ask
+from steer_heal.stages.heal import batch_plan, read_samples, schedule
+from steer_heal.stages.loss import Sample, losses
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle
 
@@ -36,6 +44,8 @@ class Arm:
     filter: dict[str, Any] = field(default_factory=dict)
     own_as_control: bool = False
     """The student trains on the tokens of its own text."""
+    preference: float = 0.0
+    """The beta of DPO on text of the two personas as prompts; 0: the round's own heal."""
 
     def of(self, cfg: RunConfig) -> RunConfig:
         sections = {"heal": self.heal, "dose": self.dose, "filter": self.filter}
@@ -61,6 +71,8 @@ ARMS = {
     "both, their text": Arm({**FITS, "teacher": "both"}, BESIDE),
     "both, own text, reverse": Arm(REVERSE, BESIDE),
     "recipe": Arm({**REVERSE, "epochs": 12}, BESIDE),
+    "preference 0.1": Arm(preference=0.1),
+    "preference 0.5": Arm(preference=0.5),
     "gated": Arm({**REVERSE, "max_departure": 1.0}, BESIDE),
     "a round an epoch": Arm({**REVERSE, "epochs": 1}, BESIDE),
     "new text an epoch": Arm({**REVERSE, "refresh_every": 14}, BESIDE),
@@ -88,19 +100,66 @@ def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Ite
         began = time.perf_counter()
         if kappas:
             cfg = replace(cfg, dose=replace(cfg.dose, kappa=kappas[min(r, len(kappas) - 1)]))
-        vector = steps.extract(student, inputs, cfg)
-        collected = steps.collect(student, None if arm.own_as_control else vector, inputs, cfg, r)
-        report = steps.heal(student, collected, inputs, cfg, r, None if arm.own_as_control else vector)
+        if arm.preference:
+            written, told = preferred(lab, cfg, r, arm.preference)
+        else:
+            vector = None if arm.own_as_control else steps.extract(student, inputs, cfg)
+            collected = steps.collect(student, vector, inputs, cfg, r)
+            report = steps.heal(student, collected, inputs, cfg, r, vector)
+            written = [row.completion for row in collected.scored]
+            told = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
+            told |= {"n_steps": len(report.steps), "fit": [row["fit"] for row in report.validation]}
         student.bake()
         seconds += time.perf_counter() - began
-        n_tokens += sum(len(row.completion.completion_ids) for row in collected.scored)
+        n_tokens += sum(len(completion.completion_ids) for completion in written)
         healed, opposite = lab.read(), lab.read(Condition(inputs.trait.negative))
-        cost = {"seconds": seconds, "n_tokens": n_tokens, "n_steps": len(report.steps)}
-        dose = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
+        cost = {"seconds": seconds, "n_tokens": n_tokens}
         foundations = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
-        rest = {"opposite": lab.shift(opposite), **everyday(lab), "fit": [row["fit"] for row in report.validation]}
-        yield {"round": r, **lab.row("", healed), **rest, "shifts": foundations, **dose, **cost}
+        rest = {"opposite": lab.shift(opposite), **everyday(lab)}
+        yield {"round": r, **lab.row("", healed), **rest, "shifts": foundations, **told, **cost}
     student.reset()
+
+
+def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Completion], dict[str, Any]]:
+    """(text that was written, what the row tells) of one round of direct preference optimisation (Rafailov et al.
+    2023): the positive persona's text against the negative's, drawn with the same seeds, where both pass the filter.
+
+    Loss of a pair: -log sigmoid(beta * (d_positive - d_negative)), d = log p(text | student) - log p(text | before).
+    As many steps, with the same optimiser and schedule, as a heal takes.
+    """
+    student, inputs, n_keep = lab.student, lab.inputs, cfg.filter.n_keep
+    n = len(inputs.prompts)
+    asks = [Ask(i % n, inputs.prompts[i % n], 0.0, 1.0, derive_seed(cfg.seed, r, "pair", i)) for i in range(2 * n_keep)]
+    sides = [
+        steps.judge(student, steps.write(student, Condition(persona), asks, inputs, cfg), inputs, cfg)
+        for persona in (inputs.trait.positive, inputs.trait.negative)
+    ]
+    whole = [pair for pair in zip(*sides, strict=True) if not any(row.reasons for row in pair)][:n_keep]
+    heal = replace(cfg.heal, target="tokens", text="steered", lam=0.0)
+    samples = [read_samples(student, [row.completion for row in side], heal) for side in zip(*whole, strict=True)]
+    seed = derive_seed(cfg.seed, r, "preference")
+    student.new_round(seed)
+    n_steps = heal.epochs * math.ceil(len(whole) * 7 / 8 / heal.batch_size)
+    with student.training() as parameters:
+        with torch.no_grad():
+            before = [torch.cat([log_p(student.lm, [sample], heal) for sample in side]) for side in samples]
+        optimiser = torch.optim.AdamW(parameters, lr=heal.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        for step, batch in enumerate(batch_plan(len(whole), heal.batch_size, n_steps, seed)):
+            optimiser.param_groups[0]["lr"] = heal.lr * schedule(step, n_steps)
+            parts = zip(samples, before, strict=True)
+            up, down = (log_p(student.lm, [side[i] for i in batch], heal) - there[batch] for side, there in parts)
+            (-torch.nn.functional.logsigmoid(beta * (up - down)).mean()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+    written = [row.completion for side in sides for row in side]
+    return written, {"dose": 0.0, "n_texts": 2 * len(whole), "n_steps": n_steps}
+
+
+def log_p(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> Tensor:
+    """Float[b]: log p of each whole completion, in nats."""
+    fit, _ = losses(lm, batch, cfg)
+    return -fit * torch.tensor([len(sample.completion_ids) for sample in batch], device=fit.device)
 
 
 def everyday(lab: Lab) -> dict[str, float]:

@@ -38,7 +38,7 @@ from steer_heal.stages.heal import HealState
 class LabCfg:
     """Which model a question is asked of."""
 
-    preset: Literal["toy", "toy-distil", "smol", "gemma", "fast-dev"] = "toy"
+    preset: Literal["toy", "toy-distil", "smol", "smol-distil", "gemma", "fast-dev"] = "toy"
     """Settings of `python -m steer_heal.run <preset>`."""
     model: str | None = None
     """A folder or hub id in place of the preset's model."""

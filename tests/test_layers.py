@@ -20,6 +20,8 @@ LAYERS = (
     "presets",
     "runs",
     "report",
+    "loop",
+    "library",
     "session",
     "run",
     "diag",

@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
@@ -20,42 +19,6 @@ from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.signals import Stopped, stoppable
 from steer_heal.settings import RunConfig
-
-if TYPE_CHECKING:
-    from steer_heal.session import Session
-
-
-def run_loop(session: Session) -> None:
-    """The whole experiment, on one screen."""
-    session.measure("base", -1)
-    session.measure("prompted", -1, session.prompted)
-    if session.cfg.control:
-        run_control(session)
-    for r in range(session.cfg.n_rounds):
-        if not run_round(r, session):
-            break
-    session.finish()
-
-
-def run_round(r: int, session: Session) -> bool:
-    """Whether the student stayed whole. A round that breaks it is dropped and, while attempts are left, tried again."""
-    while session.attempts_left(r):
-        vector = session.extract(r)
-        collected = session.collect(r, vector)
-        session.measure("steered", r, session.teacher(r, collected))
-        session.heal(r, collected)
-        session.measure("healed", r, texts_in="adapter_gen")
-        if session.end_round(r):
-            return True
-    return False
-
-
-def run_control(session: Session) -> None:
-    """The same heal on the model's own unsteered text, measured and then dropped."""
-    collected = session.collect(-1, None)
-    session.heal(-1, collected)
-    session.measure("control", -1)
-    session.forget()
 
 
 def parse(argv: Sequence[str]) -> tuple[str, RunConfig]:
@@ -102,6 +65,7 @@ def resume(argv: Sequence[str]) -> int:
 def _go(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | None = None) -> int:
     try:
         with stoppable():
+            from steer_heal.loop import run_loop
             from steer_heal.session import guard, open_session
 
             return guard(open_session(cfg, preset, inputs, folder), run_loop)

@@ -211,6 +211,23 @@ class Student:
         """Takes a checkpoint of this project, of `n_rounds` rounds, as the history."""
         self._replace_history(load_file(folder / ADAPTER_FILE), n_rounds)
 
+    def history(self) -> Factors:
+        """A copy of every round that is baked; empty: none is."""
+        return self.factors(HISTORY) if self.n_rounds else {}
+
+    def take(self, history: Factors, n_rounds: int) -> None:
+        """Puts back what `history` gave after `n_rounds` rounds."""
+        if n_rounds:
+            self._replace_history(history, n_rounds)
+        else:
+            self.reset()
+
+    def detach(self) -> None:
+        """Drops every round and takes PEFT's layers out of the model again."""
+        if self._peft is not None:
+            self._peft.unload()
+        self.n_rounds, self._peft, self._pristine = 0, None, {}
+
     def reset(self) -> None:
         """Drops every round: the untouched model again."""
         self.discard_round()

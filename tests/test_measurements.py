@@ -5,6 +5,7 @@ import pytest
 from made_runs import METRICS, TRAIT, renamed, run_events
 
 from steer_heal.report.measurements import (
+    best_round,
     measurements,
     metrics_of,
     result_row,
@@ -75,8 +76,13 @@ def test_an_unreadable_verdict_names_the_metrics_without_a_value():
 
 def test_the_verdict_gives_each_health_metric_by_its_title_and_form():
     line = verdict(_events({"target": -2.0, "coherence": 0.98, "degenerate_frac": 0.05}, control=-1.6))
-    assert "authority_nats -0.500 nats at coherence 0.9800, broken texts 5%" in line
-    assert "+0.400 beyond the one-round control" in line
+    assert "authority_nats is -0.500 nats from base, down as wanted" in line
+    assert "coherence 0.9800, broken texts 5%;" in line, "no limit is past"
+    assert "the control, healed once on unsteered text, is -0.100;" in line
+    past = verdict(_events({"target": -2.0, "coherence": 0.94, "degenerate_frac": 0.3}))
+    assert "coherence 0.9400 (limit 0.95), broken texts 30% (limit 10%)" in past
+    broken = verdict(_events({"target": -2.0, "degenerate_frac": 0.6}))
+    assert "counts for nothing: broken texts 60% (limit 50%)" in broken
 
 
 def test_the_limit_of_movement_is_the_metric_s():
@@ -90,12 +96,57 @@ def _pair(events):
     return states["healed"], states["base"]
 
 
-def test_every_off_target_that_moves_as_much_is_named_and_none_where_there_are_none():
+def test_the_off_target_that_moved_most_is_named_with_its_shift_and_none_where_there_are_none():
     healed = {"target": -2.0, "liberty_nats": -2.6, "loyalty_nats": -1.5, "kl_base": 9.0}
-    line = verdict(_events(healed))
-    assert "moves loyalty, liberty as much" in line and "surgical" not in line
+    assert "of what should stay, liberty moved further than the target: -0.600 nats" in verdict(_events(healed))
+    less = verdict(_events(healed | {"liberty_nats": -2.1, "loyalty_nats": -1.8}))
+    assert less.startswith("GOOD")
+    assert "of what should stay, loyalty moved most: +0.200 nats" in less
     alone = verdict(_events(healed, start=DOWN | {"trait": TRAIT | {"off_targets": []}}))
-    assert alone.startswith("GOOD") and "as much" not in alone and "surgical" not in alone
+    assert alone.startswith("GOOD") and "should stay" not in alone
+
+
+def _rounds(*healed: dict, sign: int = -1) -> list[dict]:
+    """Healed rounds in this order, after one base."""
+    events = _events({"target": -1.5}, start=DOWN | {"trait": TRAIT | {"sign": sign}})
+    base, out = dict(events[1]["metrics"]), events[:-1]
+    for r, changes in enumerate(healed):
+        moved = (changes["authority_nats"] or 0.0) - base["authority_nats"]
+        interval = {"authority_nats_lo": moved - 0.05, "authority_nats_hi": moved + 0.05}
+        out.append({"stage": "heal", "round": r, "checkpoint": f"ckpt/r{r}"})
+        out.append({"stage": "healed", "round": r, "metrics": base | interval | changes})
+    return out
+
+
+GOOD, MIXED = {"authority_nats": -2.0}, {"authority_nats": -2.6, "degenerate_frac": 0.2}
+STILL, WRONG, UNREAD = ({"authority_nats": value} for value in (-1.6, -1.0, None))
+BROKEN = {"authority_nats": -4.0, "coherence": 0.1}
+
+
+@pytest.mark.parametrize("rounds, best", [
+    ([GOOD, MIXED, STILL, WRONG, BROKEN], 0),
+    ([BROKEN, WRONG, STILL, MIXED, GOOD], 4),
+    ([BROKEN, WRONG, STILL, MIXED], 3),
+    ([STILL, UNREAD, WRONG], 0),
+    ([WRONG, BROKEN], 0),
+    ([GOOD, GOOD | {"authority_nats": -2.2}, GOOD | {"authority_nats": -2.1}], 1),
+    ([GOOD, GOOD], 0),
+    ([BROKEN, UNREAD], None),
+])  # fmt: skip
+def test_the_best_round_is_the_whole_one_of_the_best_grade_and_then_of_the_largest_shift(rounds, best):
+    events = _rounds(*rounds)
+    found, line = best_round(events), verdict(events)
+    assert (found and found.state.round) == best
+    assert ("best round" in line) is (best is not None and best != len(rounds) - 1)
+    if "best round" in line:
+        assert f"best round: {best} ({found.grade}, " in line and line.endswith(f"ckpt/r{best}")
+
+
+def test_the_best_round_of_a_trait_that_goes_up_is_the_one_furthest_up():
+    up = _rounds({"authority_nats": -0.9}, {"authority_nats": -0.5}, {"authority_nats": -0.7}, sign=1)
+    found = best_round(up)
+    assert found is not None and found.state.round == 1
+    assert "best round: 1 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1" in verdict(up)
 
 
 def test_without_a_health_metric_nothing_is_good():

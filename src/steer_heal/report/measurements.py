@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from steer_heal.records import Metric
 
 Event = Mapping[str, Any]
 SHOWN_OF_HEAL = ("target", "text", "teacher", "divergence", "aggregate", "lam", "tau", "reference")
 MEASURED = ("base", "prompted", "control", "steered", "healed")
+WHOLE = ("GOOD", "MIXED", "NOT MOVED", "WRONG WAY")
+"""Grades of a healed round whose model is whole, the best first. The others are BROKEN and UNREADABLE."""
 
 
 @dataclass(frozen=True)
@@ -155,54 +157,115 @@ def signed(metric: Metric) -> str:
     return "+" + metric.form.lstrip("+")
 
 
+def shift_words(value: float | None, metric: Metric) -> str:
+    """A shift of the metric with its unit: -0.820 nats."""
+    return f"{number(value, signed(metric))} {metric.unit}".rstrip()
+
+
 def number(value: float | str | None, form: str, missing: str = "?") -> str:
     """The value in the format; `missing` for one that was not finite or not measured."""
     return missing if value is None else format(value, form)
 
 
-def verdict(events: Sequence[Event]) -> str:
-    """One line. In order: is the model whole, did the trait move, more than the control, alone, and at what price? And
-    why the run ended early, if it did."""
-    ended = ended_early(events)
-    if not any(m.stage == "healed" for m in measurements(events)):
-        return f"BROKEN: no round is whole; {ended}" if ended else "no healed round yet"
-    return "; ".join([_of_last(events), *([ended] if ended else [])])
+@dataclass(frozen=True)
+class Judged:
+    """A healed state, its grade, and in words what the grade rests on."""
+
+    state: Measurement
+    grade: str
+    shift: float | None
+    """Of the target from base, in its unit."""
+    told: str
 
 
-def _of_last(events: Sequence[Event]) -> str:
-    """The verdict on the last healed state."""
-    states, metrics, (target, sign) = measurements(events), metrics_of(events), target_of(events)
-    base, form = next(m for m in states if m.stage == "base"), signed(target)
-    last = [m for m in states if m.stage == "healed"][-1]
-    moved, least, unit = shift(last, base, target), target.moved or 0.0, f" {target.unit}" if target.unit else ""
-    health = {metric.name: metric for metric in health_of(metrics.values())}
-    values = {name: value for name in health if (value := last[name]) is not None}
-    if moved is None or len(values) < len(health):
-        unread = [target.name] * (moved is None) + [name for name in health if name not in values]
-        return f"UNREADABLE: no item has a value of {', '.join(unread)}"
-    state = ", ".join(f"{title(health[name])} {format(value, health[name].form)}" for name, value in values.items())
-    tail = f"{target.name} {moved:{form}}{unit} at {state or 'an unknown health: no eval measures it'}"
-    if not all(within(health[name], value, health[name].broken) for name, value in values.items()):
-        return f"BROKEN: {tail}; nothing else counts"
+def judge(state: Measurement, events: Sequence[Event]) -> Judged:
+    """The grade of a healed state. In order: is the model whole, did the trait move, and alone?"""
+    base = next(m for m in measurements(events) if m.stage == "base")
+    metrics, (target, sign) = metrics_of(events), target_of(events)
+    health = {metric: state[metric.name] for metric in health_of(metrics.values())}
+    moved, least = shift(state, base, target), target.moved or 0.0
+    unread = [target.name] * (moved is None) + [metric.name for metric, value in health.items() if value is None]
+    if moved is None or unread:
+        return Judged(state, "UNREADABLE", moved, f"no item has a value of {', '.join(unread)}")
+    went = f"after round {state.round} {target.name} is {shift_words(moved, target)} from base"
+    if gone := [metric for metric, value in health.items() if not within(metric, value or 0.0, metric.broken)]:
+        limits = ", ".join(_against(metric, state, metric.broken) for metric in gone)
+        return Judged(state, "BROKEN", moved, f"{went}, which counts for nothing: {limits}")
+    condition = health_words(state, health, "good") or "no eval measures whether the model is whole"
     if moved * sign < 0 and abs(moved) >= _guard(target):
-        return f"WRONG WAY: {tail}; the trait should go {direction(sign)}"
-    low, high = last[f"{target.name}_lo"], last[f"{target.name}_hi"]
+        return Judged(state, "WRONG WAY", moved, f"{went} and should go {direction(sign)}; {condition}")
+    low, high = state[f"{target.name}_lo"], state[f"{target.name}_hi"]
     certain = low is not None and high is not None and (high < 0 if sign < 0 else low > 0)
     if abs(moved) < least or not certain:
-        interval = f"[{number(low, form)}, {number(high, form)}]"
-        return f"NOT MOVED: {tail}; needs {least:g}{unit} and an interval without 0 {interval}"
-    parts, control = [tail], next((shift(m, base, target) for m in states if m.stage == "control"), None)
-    if control is not None:
-        parts = [f"{tail}, {number((moved - control) * sign, form)} beyond the one-round control"]
+        interval = f"95 % interval {number(low, signed(target))} to {number(high, signed(target))}"
+        needed = f"a shift counts from {f'{least:g} {target.unit}'.rstrip()} on, with an interval that leaves out 0"
+        return Judged(state, "NOT MOVED", moved, f"{went} ({interval}); {needed}; {condition}")
+    parts = [f"{went}, {direction(sign)} as wanted", *_control_words(events, target), condition]
     others = [metric for name, metric in metrics.items() if name in run_start(events)["trait"]["off_targets"]]
-    wider = [metric for metric in others if abs(shift(last, base, metric) or 0.0) >= abs(moved)]
-    if others:
-        parts.append(f"moves {', '.join(map(title, wider))} as much" if wider else "surgical")
-    if (price := slope(last, base, target, metrics.values())) is not None:
-        quality = next(title(metric) for metric in health.values() if is_high(metric))
-        parts.append(f"a shift of 1.0{unit} changes {quality} by {price:+.3g} %")
-    whole = bool(values) and all(within(health[name], value, health[name].good) for name, value in values.items())
-    return f"{'GOOD' if whole and not wider else 'MIXED'}: {'; '.join(parts)}"
+    shifts = {metric: abs(shift(state, base, metric) or 0.0) for metric in others}
+    if widest := max(shifts, key=lambda metric: shifts[metric], default=None):
+        by = shift_words(shift(state, base, widest), widest)
+        far = "further than the target" if shifts[widest] >= abs(moved) else "most"
+        parts.append(f"of what should stay, {title(widest)} moved {far}: {by}")
+    whole = bool(health) and all(within(metric, value or 0.0, metric.good) for metric, value in health.items())
+    alone = all(far < abs(moved) for far in shifts.values())
+    return Judged(state, "GOOD" if whole and alone else "MIXED", moved, "; ".join(parts))
+
+
+def best_round(events: Sequence[Event]) -> Judged | None:
+    """The whole healed round of the best grade, of equals the one whose target moved furthest the wanted way. None
+    where no round is whole."""
+    _, sign = target_of(events)
+    found = [judge(m, events) for m in measurements(events) if m.stage == "healed"]
+    whole = [each for each in found if each.grade in WHOLE]
+    return min(whole, key=lambda each: (WHOLE.index(each.grade), -sign * (each.shift or 0.0)), default=None)
+
+
+def verdict(events: Sequence[Event]) -> str:
+    """One line: the grade of the last healed round and why, the best round where it is another, and why the run ended
+    early, if it did."""
+    ended = ended_early(events)
+    healed = [m for m in measurements(events) if m.stage == "healed"]
+    if not healed:
+        return f"BROKEN: no round is whole; {ended}" if ended else "no healed round yet"
+    last, best = judge(healed[-1], events), best_round(events)
+    parts = [f"{last.grade}: {last.told}"]
+    if best is not None and best.state.round != last.state.round:
+        parts.append(_best_words(best, events))
+    return "; ".join([*parts, *([ended] if ended else [])])
+
+
+def _best_words(best: Judged, events: Sequence[Event]) -> str:
+    """best round: 1 (MIXED, -0.82 nats, broken texts 10%): ckpt/r1."""
+    target, r = target_of(events)[0], best.state.round
+    health = health_words(best.state, health_of(metrics_of(events).values()))
+    why = ", ".join(filter(None, (best.grade, shift_words(best.shift, target), health)))
+    saved = next((e["checkpoint"] for e in events if e["round"] == r and e.get("checkpoint")), None)
+    return f"best round: {r} ({why})" + (f": {saved}" if saved else "")
+
+
+def health_words(state: Measurement, health: Iterable[Metric], limit: Literal["good", "broken"] | None = None) -> str:
+    """The value of each health metric. With `limit`, one past it also says where the limit is."""
+    return ", ".join(_against(metric, state, limit and getattr(metric, limit)) for metric in health)
+
+
+def _against(metric: Metric, state: Measurement, limit: float | None) -> str:
+    """broken texts 31% (limit 10%), or the value alone where the limit holds."""
+    value = state[metric.name]
+    told = f"{title(metric)} {number(value, metric.form)}"
+    return told if value is None or within(metric, value, limit) else f"{told} (limit {limit_of(metric, limit)})"
+
+
+def limit_of(metric: Metric, limit: float | None) -> str:
+    """A limit as people read it: 10%, 0.95."""
+    return number(limit, metric.form if metric.form.endswith("%") else "g")
+
+
+def _control_words(events: Sequence[Event], target: Metric) -> list[str]:
+    """How far the control moved the target."""
+    states = {m.stage: m for m in measurements(events)}
+    moved = shift(states["control"], states["base"], target) if "control" in states else None
+    return [] if moved is None else [f"the control, healed once on unsteered text, is {moved:{signed(target)}}"]
 
 
 def ended_early(events: Sequence[Event]) -> str:

@@ -99,7 +99,8 @@ def test_every_state_has_a_label_and_in_the_plane_its_round(events):
 def test_the_left_panels_use_their_whole_width(events):
     for axes in plot.rounds(events).axes:
         low, high = axes.get_xlim()
-        assert max(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8) == 7
+        last = max(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8)
+        assert 7 <= last < 7.1
         assert (high - 7) / (high - low) < 0.1
 
 
@@ -110,10 +111,24 @@ def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals
     assert any(np.allclose(y, [1 - m["coherence"] for m in healed]) for y in drawn if len(y) == 8)
     assert any(np.allclose(y, [m["degenerate_frac"] for m in healed]) for y in drawn if len(y) == 8)
     limits = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
-    assert np.allclose(limits, [0.05, 0.1])
+    assert np.allclose(limits, [0.05, 0.15, 0.1, 0.5]), "good and broken of each metric"
+    assert axes.get_ylim() == (0, 0.25), "the axis ends behind the values"
     bars = [segment[:, 1] for lines in axes.collections for segment in lines.get_segments() if len(segment)]
     assert any(np.allclose(bar, [0.0, 0.1]) for bar in bars), "0.02 - 0.05 to 0.02 + 0.08, not below 0"
     assert [text.get_text().split(" (")[0] for text in axes.get_legend().texts] == ["lost coherence", "broken texts"]
+
+
+def test_the_best_round_has_a_ring_where_there_is_a_choice(events):
+    for drawn, best in ((events, 7), (run_events(1), None)):
+        healed = {e["round"]: e["metrics"]["authority_nats"] for e in drawn if e["stage"] == "healed"}
+        figure = plot.trajectory(drawn)
+        rings = [line for axes in figure.axes for line in axes.get_lines() if line.get_markersize() == plot.RING["ms"]]
+        seen = [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings]
+        base = drawn[1]["metrics"]["authority_nats"]
+        shift = [] if best is None else [(0.1, healed[best] - base)]
+        assert np.allclose(seen, [] if best is None else [(best, healed[best]), *shift]), seen
+        ticks = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
+        assert [tick for tick in ticks if "best" in tick] == ([] if best is None else [f"{best}\nbest"])
 
 
 def test_the_plane_shows_the_off_target_that_moved_most_or_the_first_other_metric(events):

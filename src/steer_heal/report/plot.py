@@ -10,16 +10,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 
 from steer_heal.errors import printable
 from steer_heal.records import Metric
 from steer_heal.report.measurements import (
     Measurement,
+    best_round,
     direction,
     health_of,
     is_high,
@@ -35,10 +35,13 @@ from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
 
 Event = Mapping[str, Any]
+Label = tuple[Axes, Annotation]
 COLOURS = {"base": "#6b6b6b", "prompted": "#3b6fb6", "control": "#b08900", "steered": "#c8452f", "healed": "#1f8a5b"}
 MARKERS = {"base": "o", "prompted": "D", "control": "X", "steered": "s", "healed": "o"}
-PLACES = {"base": -1.12, "prompted": -1.0, "control": -0.88}
-"""Where the states before the loop stand on the axis of rounds."""
+PLACES = {"base": -0.03, "prompted": 0.0, "control": 0.03}
+"""Where the states before the loop stand around -1 on the axis of rounds, as a share of its length."""
+RING: dict[str, Any] = {"marker": "o", "ms": 17, "mfc": "none", "mec": COLOURS["healed"], "ls": "", "zorder": 5}
+"""Around the best round."""
 STROKES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -59,15 +62,14 @@ CURVES = {
 }
 CURVE_POINTS = 200
 SETTING_CHARACTERS = 200
-PLACING: dict[str, Any] = {
-    "iter_lim": 300,
-    "expand": (1.2, 1.4),
-    "force_static": (0.3, 0.5),
-    "force_text": (0.3, 0.5),
-    "force_explode": (0.6, 1.0),
-}
-PIXELS_APART, PIXELS_AROUND = 6, 100
-"""Of the points on lines that labels avoid: spacing, and the distance from which on a label ignores them."""
+TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+"""Shares that the axis of health is marked at."""
+DODGE, STAGE_DODGE = 0.01, {"steered": -0.0025, "healed": 0.0025}
+"""By what share of the axis intervals of one round stand apart: per metric, per stage."""
+PIXELS_APART = 6
+"""Spacing of the points on lines that labels avoid."""
+LABEL_POINTS = (4, 9, 15, 22, 30, 40, 52, 66)
+"""Distances of a label from its point that are tried, in points. From the third on, a line leads to it."""
 
 
 def plot(folder: Path) -> Path | None:
@@ -93,8 +95,8 @@ def trajectory(events: Sequence[Event]) -> Figure:
     _headline(figure, events, 150)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
     top, plane = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
-    labels = _rounds(top, figure.add_subplot(grid[1, 0], sharex=top), events)
-    _write_labels(figure, {**labels, plane: _plane(plane, events)})
+    labels = _rounds(top, figure.add_subplot(grid[1, 0], sharex=top), events) + _plane(plane, events)
+    _place_labels(figure, labels)
     return figure
 
 
@@ -103,7 +105,7 @@ def rounds(events: Sequence[Event]) -> Figure:
     """The left half of the trajectory, narrow enough to be read on a phone."""
     figure = Figure(figsize=(5.2, 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    _write_labels(figure, _rounds(top, bottom, events))
+    _place_labels(figure, _rounds(top, bottom, events))
     return figure
 
 
@@ -113,8 +115,7 @@ def map_(events: Sequence[Event], headline: bool = True) -> Figure:
     figure = Figure(figsize=(6.2, 7.2) if headline else (5.2, 6.4), layout="constrained")
     if headline:
         _headline(figure, events, 75)
-    axes = figure.subplots()
-    _write_labels(figure, {axes: _plane(axes, events, intervals=True)})
+    _place_labels(figure, _plane(figure.subplots(), events, intervals=True))
     return figure
 
 
@@ -164,20 +165,37 @@ def _headline(figure: Figure, events: Sequence[Event], width: int) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
 
 
-def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> dict[Axes, list[Text]]:
-    """The target above the health of the model, over the rounds. Returns the labels of each panel."""
-    states, (target, sign) = measurements(events), target_of(events)
+def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> list[Label]:
+    """The target above the health of the model, over the rounds. Returns the labels."""
+    states, (target, sign), best = measurements(events), target_of(events), _marked(events)
     labels = _target_panel(top, states, target)
-    top.set_title(f"{title(target)}, wanted {direction(sign)} (band: 95 %)")
+    ring = ""
+    if best is not None:
+        top.plot([best.round], np.array([best[target.name]], dtype=float), **RING)
+        ring = "; ring: best round"
+    top.set_title(f"{title(target)}, wanted {direction(sign)} (band: 95 %{ring})")
     top.set_ylabel(_axis(target))
     top.tick_params(labelbottom=False)
     _health_panel(bottom, states, health_of(metrics_of(events).values()))
-    bottom.set_title("Health: what is lost (bar: 95 %)")
-    last = max(m.round for m in states)
-    bottom.set_xlim(-1.3, last + 0.3)
-    bottom.set_xticks(range(-1, last + 1), ["before", *map(str, range(last + 1))])
+    bottom.set_title("Health: what is lost (bar: 95 %)\nlimits: grey line good, black line broken")
+    last, length = max(m.round for m in states), _length(states)
+    bottom.set_xlim(-1 - 0.06 * length, last + 0.08 * length)
+    named = [f"{r}\nbest" if best and best.round == r else str(r) for r in range(last + 1)]
+    bottom.set_xticks(range(-1, last + 1), ["before", *named])
     bottom.set_xlabel("round")
-    return {top: labels}
+    return labels
+
+
+def _marked(events: Sequence[Event]) -> Measurement | None:
+    """The best round, where there is one to choose from."""
+    n_healed = sum(m.stage == "healed" for m in measurements(events))
+    best = best_round(events) if n_healed > 1 else None
+    return best and best.state
+
+
+def _length(states: Sequence[Measurement]) -> int:
+    """Of the axis of rounds, from the states before the loop to the last round."""
+    return max(m.round for m in states) + 1 or 1
 
 
 def _series(states: Sequence[Measurement], metric: Metric) -> dict[str, np.ndarray]:
@@ -188,11 +206,12 @@ def _series(states: Sequence[Measurement], metric: Metric) -> dict[str, np.ndarr
         if (value := m[metric.name]) is not None:
             ends = (m[f"{metric.name}_lo"], m[f"{metric.name}_hi"])
             interval = [np.nan if end is None or base is None else base + end for end in ends]
-            rows.setdefault(m.stage, []).append((PLACES.get(m.stage, m.round), value, *interval))
+            x = m.round + PLACES.get(m.stage, 0.0) * _length(states)
+            rows.setdefault(m.stage, []).append((x, value, *interval))
     return {stage: np.array(series) for stage, series in rows.items()}
 
 
-def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> list[Text]:
+def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> list[Label]:
     labels = []
     for stage, series in _series(states, target).items():
         x, y, low, high = series.T
@@ -203,7 +222,7 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
         axes.fill_between(x, low, high, color=COLOURS[stage], alpha=0.14, lw=0)
         if len(x) == 1:  # a band of one round has no width
             axes.vlines(x, low, high, color=COLOURS[stage], lw=1, alpha=0.5)
-        labels.append(axes.text(x[-1], y[-1], stage, color=COLOURS[stage]))
+        labels.append(_label(axes, (x[-1], y[-1]), stage))
     axes.margins(y=0.15)
     return labels
 
@@ -214,24 +233,30 @@ def _lost(metric: Metric, value: Any) -> Any:
 
 
 def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> None:
-    """Each health metric as the share that is lost, with the limit of a whole model, on a square-root scale."""
+    """Each health metric as the share that is lost, with its limits, on a square-root scale."""
     axes.set_yscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0)), np.square))
-    for metric, stroke in zip(health, itertools.cycle(STROKES), strict=False):
+    highest = 0.0
+    for i, (metric, stroke) in enumerate(zip(health, itertools.cycle(STROKES), strict=False)):
         hollow: dict[str, Any] = {} if stroke == STROKES[0] else {"mfc": "white"}
         for stage, series in _series(states, metric).items():
             x, (y, low, high) = series[:, 0], _lost(metric, series[:, 1:]).T
+            x = x + _length(states) * (DODGE * (i - (len(health) - 1) / 2) + STAGE_DODGE.get(stage, 0.0))
             style: dict[str, Any] = {"color": COLOURS[stage], "clip_on": False}
             axes.plot(x, y, stroke, marker=MARKERS[stage], lw=1.6, **style, **hollow)
             axes.vlines(x, low, high, lw=1, alpha=0.5, **style)
-        limit = float(_lost(metric, metric.good))
-        axes.axhline(limit, color="#999999", lw=0.8, ls=stroke)
+            highest = max(highest, np.nanmax([*y, *high]))
+        good, broken = (float(_lost(metric, limit)) for limit in (metric.good, metric.broken))
+        axes.axhline(good, color="#999999", lw=0.8, ls=stroke)
+        axes.axhline(broken, color="#333333", lw=1.2, ls=stroke)
+        highest = max(highest, good)
         name = f"lost {title(metric)}" if is_high(metric) else title(metric)
-        axes.plot([], [], stroke, color="#444444", marker="o", **hollow, label=f"{name} (grey: limit, {limit:.0%})")
-    axes.set_ylim(0, 1)
-    axes.set_yticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], ["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+        axes.plot([], [], stroke, color="#444444", marker="o", **hollow, label=f"{name} ({good:.0%}, {broken:.0%})")
+    top = next(tick for tick in TICKS if tick >= min(1.0, max(0.25, highest)))
+    axes.set_ylim(0, top)
+    axes.set_yticks([tick for tick in TICKS if tick <= top], [f"{100 * tick:g} %" for tick in TICKS if tick <= top])
     axes.set_ylabel("share, square-root scale")
     if health:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.26), ncols=2)
 
 
 def second_metric(events: Sequence[Event]) -> Metric:
@@ -246,7 +271,7 @@ def second_metric(events: Sequence[Event]) -> Metric:
     return max(off_targets, key=moved) if off_targets else next(iter(others), target)
 
 
-def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list[Text]:
+def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list[Label]:
     """Every state at its shifts from base, with its round in the marker; with `intervals`, a cross of the 95 percent
     intervals. Returns the labels, one a stage. Base is the origin and needs none."""
     states, (y_metric, sign), x_metric = measurements(events), target_of(events), second_metric(events)
@@ -275,30 +300,53 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
     axes.margins(0.2)
     axes.locator_params(nbins=7)
     axes.ticklabel_format(scilimits=(-3, 4))
-    axes.set_title(f"Against {title(x_metric)}; numbers: rounds")
+    ring = ""
+    if best := _marked(events):
+        axes.plot(*np.array([[shift(best, base, metric)] for metric in (x_metric, y_metric)], dtype=float), **RING)
+        ring = ", ring: best round"
+    axes.set_title(f"Against {title(x_metric)}\nnumbers: rounds{ring}")
     axes.set_xlabel(f"{_axis(x_metric)} from base")
     axes.set_ylabel(f"{_axis(y_metric)} from base, wanted {direction(sign)}")
-    return [axes.text(*path[-1], stage, color=COLOURS[stage]) for stage, path in paths.items() if stage != "base"]
+    return [_label(axes, path[-1], stage) for stage, path in paths.items() if stage != "base"]
 
 
 def _axis(metric: Metric) -> str:
     return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
-def _write_labels(figure: Figure, labels: Mapping[Axes, list[Text]]) -> None:
-    """Moves labels apart and off the lines; a thin line leads from a moved label to its point."""
+def _label(axes: Axes, point: tuple[float, float], stage: str) -> Label:
+    """The name of a stage at its point, until `_place_labels` moves it."""
+    leader = {"arrowstyle": "-", "color": "#777777", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+    how: dict[str, Any] = {"ha": "center", "va": "center", "color": COLOURS[stage], "arrowprops": leader, "zorder": 9}
+    text = axes.annotate(stage, point, (0, 0), textcoords="offset points", **how)
+    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    return axes, text
+
+
+def _place_labels(figure: Figure, labels: Sequence[Label]) -> None:
+    """Moves each label to the nearest place around its point where no line, label or edge is in the way. A thin line
+    leads from a distant label to its point."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out: the labels lie inside the axes and must not move them
-    leader = {"arrowstyle": "-", "color": "#777777", "lw": 0.6, "shrinkB": 3}
-    for axes, mine in labels.items():
-        for text in mine:
-            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        near = [axes.transData.transform(text.get_position()) for text in mine]
-        pixels = _drawn_pixels(axes)
-        close = np.abs(pixels[:, None] - np.reshape(near, (1, -1, 2))).max(-1).min(-1, initial=np.inf) < PIXELS_AROUND
-        points = PIXELS_APART * np.unique((pixels[close] / PIXELS_APART).round(), axis=0).reshape(-1, 2)
-        x, y = axes.transData.inverted().transform(points).T
-        adjust_text(mine, x, y, ax=axes, arrowprops=leader, **PLACING)
+    pixels_a_point, angles = figure.dpi / 72, np.arange(16) * np.pi / 8
+    distances = np.repeat(LABEL_POINTS, len(angles)) * pixels_a_point
+    towards = np.tile(np.column_stack([np.cos(angles), np.sin(angles)]), (len(LABEL_POINTS), 1))
+    taken: dict[Axes, np.ndarray] = {}
+    for axes, label in labels:
+        if axes not in taken:
+            taken[axes] = _drawn_pixels(axes)
+        point, box, frame = axes.transData.transform(label.xy), Text.get_window_extent(label), axes.get_window_extent()
+        half = np.array([box.width, box.height]) / 2 + 1
+        middles = point + towards * (distances[:, None] + half)
+        inside = (np.abs(taken[axes] - middles[:, None]) < half).all(-1).sum(-1)
+        outside = ((middles - half < frame.min) | (middles + half > frame.max)).any(-1)
+        best = int(np.argmin(inside * 100 + outside * 1000 + distances))
+        label.set_position(tuple((middles[best] - point) / pixels_a_point))
+        assert label.arrow_patch is not None
+        label.arrow_patch.set_visible(distances[best] >= LABEL_POINTS[2] * pixels_a_point)
+        corners = np.mgrid[-1:1:9j, -1:1:3j].reshape(2, -1).T * half
+        leader = np.linspace(point, middles[best], 2 + int(distances[best] / PIXELS_APART))
+        taken[axes] = np.concatenate([taken[axes], middles[best] + corners, leader])
 
 
 def _drawn_pixels(axes: Axes) -> np.ndarray:

@@ -131,7 +131,7 @@ def test_an_adapter_that_cannot_be_used_is_one_clear_error(damage, with_history:
     damage(folder)
     data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
     flags = f"{data} --eval.n-prompts 1 --eval.n-texts 1".split()
-    assert eval_main(["--model", "tiny-random", "--adapter", str(folder), *flags]) == 2
+    assert eval_main(["--model", "tiny-random", "--adapter", str(folder), "--quiet", *flags]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and (str(folder) in printed or "'tiny-random'" in printed), printed
 

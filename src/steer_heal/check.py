@@ -14,10 +14,10 @@ from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
 
-def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
+def check(cfg: RunConfig, *, resumed: bool = False, writes: bool = True) -> Inputs:
     """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong.
 
-    The export of a `resumed` run may be there already.
+    The export of a `resumed` run may be there already. Without `writes` nothing will be written to its folders.
     """
     problems, inputs = Problems(), None
     with problems.noted():
@@ -36,10 +36,10 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
-    for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
+    for field_name, folder in (("out", cfg.out), ("export", cfg.export)) if writes else ():
         with problems.noted():
             _check_writable(field_name, folder)
-    if not resumed and cfg.export is not None and holds_files(cfg.export):
+    if writes and not resumed and cfg.export is not None and holds_files(cfg.export):
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
     assert inputs is not None

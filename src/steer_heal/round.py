@@ -170,11 +170,15 @@ def measure(
     base: EvalResult | None = None,
     condition: Condition | None = None,
     adapters: AdapterState = "full",
+    on_eval: Callable[[int], object] = lambda i: None,
 ) -> EvalResult:
-    """Every metric of one state, with intervals against `base`; without a condition, under the plain prompt."""
+    """Every metric of one state, with intervals against `base`; without a condition, under the plain prompt.
+
+    `on_eval`: see `evaluate`.
+    """
     condition = condition or Condition(inputs.trait.plain_system)
     subject = Subject(student, adapters, condition, inputs, cfg.eval, cfg.filter, cfg.seed, base)
-    return evaluate(subject, [EVALS[name] for name in cfg.eval.evals])
+    return evaluate(subject, [EVALS[name] for name in cfg.eval.evals], on_eval)
 
 
 def heal(

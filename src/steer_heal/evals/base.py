@@ -82,11 +82,12 @@ class Eval:
     """Fields of Inputs that a run without this eval may leave empty."""
 
 
-def evaluate(subject: Subject, evals: Sequence[Eval]) -> EvalResult:
+def evaluate(subject: Subject, evals: Sequence[Eval], on_eval: Callable[[int], object] = lambda i: None) -> EvalResult:
     """Every metric of one state; with a base, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the paired
-    difference to it."""
+    difference to it. `on_eval` is called with the index of each eval before it begins."""
     values: Items = {}
-    for each in evals:
+    for i, each in enumerate(evals):
+        on_eval(i)
         values |= each.items(subject)
     metrics = [metric for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}

@@ -50,9 +50,7 @@ class Resume:
 
     def config(self) -> tuple[str, RunConfig]:
         """(preset name, settings) of the run, with what was asked for here. UserError where the folder holds no run."""
-        start = run_start(self.run)
-        with schema_errors(self.run):
-            preset, cfg = start["preset"], validated(RunConfig, start["config"], f"{self.run}/events.jsonl config")
+        preset, cfg = recorded(self.run)
         cfg = replace(cfg, out=self.run.resolve().parent, quiet=self.quiet)
         for name in RUN_ONLY:
             section, _, key = name.rpartition(".")
@@ -81,6 +79,13 @@ def run_start(folder: Path) -> Event:
     return event
 
 
+def recorded(folder: Path) -> tuple[str, RunConfig]:
+    """(preset name, settings) that the run began with."""
+    start = run_start(folder)
+    with schema_errors(folder):
+        return start["preset"], validated(RunConfig, start["config"], f"{folder}/events.jsonl config")
+
+
 def finished(folder: Path) -> bool:
     """Whether the last event is a run_end without an error."""
     last = read_events(folder)[-1]
@@ -95,15 +100,13 @@ def same_inputs(folder: Path, inputs: Inputs) -> None:
         for name, digest in then.items():
             if digest != inputs.sha256.get(name):
                 raise UserError(
-                    f"{folder} cannot go on: the file of {name} was changed since the run began (SHA-256 {digest[:12]} "
-                    f"then, {str(inputs.sha256.get(name))[:12]} now); restore it, or start a new run"
+                    f"{folder}: the file of {name} was changed since the run began (SHA-256 {digest[:12]} then, "
+                    f"{str(inputs.sha256.get(name))[:12]} now); restore it, or start a new run"
                 )
         changed = [name for name, value in _fields(inputs.trait).items() if trait_then.get(name) != value]
     if changed:
         names = ", ".join(f"trait.{name}" for name in changed)
-        raise UserError(
-            f"{folder} cannot go on: {names} was changed since the run began; restore the file of the trait"
-        )
+        raise UserError(f"{folder}: {names} was changed since the run began; restore the file of the trait")
 
 
 def _fields(trait: Trait) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def in_recorded_dtype(cfg: RunConfig, folder: Path) -> RunConfig:
 def same_weights(start: Event, now: Mapping[str, str], folder: Path) -> None:
     """UserError where the model is not the one that the run began with."""
     if start["weights"] != now:
-        raise UserError(f"{folder} cannot go on: {changed_weights(start, now)}; restore the model, or start a new run")
+        raise UserError(f"{folder}: {changed_weights(start, now)}; restore the model, or start a new run")
 
 
 def changed_weights(start: Event, now: Mapping[str, str]) -> str:

@@ -1,0 +1,121 @@
+"""The command `eval`: a round of a run measured again, other settings refused, and what is shown on the way."""
+
+import json
+import shutil
+
+import pytest
+from runs import rewritten
+
+from steer_heal.evals.__main__ import agreement, differing, main
+from steer_heal.runs.events import current, of_stage, read_events
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def recorded(run, stage, r):
+    events = current(read_events(run))
+    return next(event["metrics"] for event in events if (event["stage"], event["round"]) == (stage, r))
+
+
+def measured(run, capsys, *flags):
+    capsys.readouterr()  # a run that was made just now printed its table
+    assert main(["--run", str(run), *flags, "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys):
+    metrics, told = measured(two, capsys)
+    assert metrics == recorded(two, "healed", 1) != recorded(two, "healed", 0)
+    assert "are the recorded ones to the last digit" in told and any(name.endswith("_lo") for name in metrics)
+    assert "model tiny-random" in told and "seed 42" in told and "healed r1: drift (3 of 6)" in told
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "stage", "r"),
+    [("two", "0", "healed", 0), ("one", "control", "control", -1), ("one", "base", "base", -1)],
+)
+def test_so_is_any_other_state_that_has_weights_of_its_own(run, name, stage, r, request, capsys):
+    folder = request.getfixturevalue(run)
+    assert measured(folder, capsys, "--round", name)[0] == recorded(folder, stage, r)
+
+
+def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(two, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+
+    def change(events):
+        of_stage(events, "healed")[-1]["metrics"]["kl_base"] += 0.5
+
+    rewritten(run, change)
+    assert main(["--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 0
+    printed = capsys.readouterr()
+    line = next(line for line in printed.out.splitlines() if line.startswith("kl_base"))
+    assert float(line.split("recorded")[1].split()[0]) - float(line.split()[1]) == pytest.approx(0.5, abs=1e-3)
+    assert "numbers are not the recorded ones; kl_base is 0.5 away" in printed.out and printed.err == ""
+
+
+def test_a_number_that_one_side_lacks_differs():
+    assert differing({"a": 1.0, "b": None}, {"a": 1.0, "b": None}) == []
+    assert differing({"a": 1.0, "b": None}, {"a": 1.0, "c": 2.0}) == ["c", "b"]
+    assert differing({"a": None}, {"a": 0.0}) == ["a"] and "1 of 1" in agreement({"a": None}, {"a": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
+            ("3 problems", "trait is love, that of", "is authority", "eval.n_texts is 9", "is 2", "adapter is x"),
+        ),
+        (("--round", "7"), ("round 7", "is not there", "its rounds are 0, 1")),
+        (("--round", "last"), ("round is 'last'", "a number, base or control")),
+        (("--round", "control"), ("has no control",)),
+    ],
+)
+def test_what_is_not_the_run_s_is_refused(flags, told, two, capsys):
+    assert main(["--run", str(two), *flags]) == 2
+    printed = capsys.readouterr().err
+    assert all(words in printed for words in ("error: ", *told)), printed
+
+
+def test_a_setting_that_is_the_run_s_own_may_be_repeated(two, capsys):
+    assert measured(two, capsys, "--seed", "42", "--model", "tiny-random")[0] == recorded(two, "healed", 1)
+
+
+def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    (run / "ckpt" / "r1" / "adapter_model.safetensors").write_bytes(b"")
+    assert main(["--run", str(run), "--quiet"]) == 2
+    assert "r1/adapter_model.safetensors is damaged" in capsys.readouterr().err
+
+    def drop(events):
+        events[events.index(of_stage(events, "round")[-1])] |= {"stage": "backtrack", "past": ["kl_base 3 > 0.1"]}
+
+    rewritten(run, drop)
+    assert main(["--run", str(run), "--round", "1"]) == 2
+    assert (
+        "round 1 of" in (told := capsys.readouterr().err) and "was dropped (kl_base 3 > 0.1); its rounds are 0" in told
+    )
+
+
+def test_no_run_and_no_model_are_refused(tmp_path, capsys):
+    for flags, told in (
+        (["--run", str(tmp_path)], "does not begin with a run_start"),
+        ([], "--run out/<run>"),
+        (["--model", "tiny-random", "--round", "1"], "give --run too"),
+    ):
+        assert main(flags) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_without_a_run_the_settings_and_the_stages_are_shown(capsys):
+    data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
+    flags = f"{data} --eval.n-vignettes 2 --eval.n-prompts 1 --eval.n-texts 1 --eval.max-new-tokens 4"
+    evals = "--eval.evals moral_foundations drift --eval.think-tokens 1 --dtype float32 --json"
+    assert main(["--model", "tiny-random", *flags.split(), *evals.split()]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["kl_base"] == pytest.approx(0.0, abs=1e-6)
+    shown = ("model tiny-random", "dtype float32", "2 of data/toylm/vignettes.jsonl", "trait authority")
+    assert all(words in printed.err for words in (*shown, "base: drift (2 of 2)"))

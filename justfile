@@ -94,7 +94,11 @@ queue: setup
 results *flags: setup
     {{python}} scripts/results.py {{flags}}
 
-# Measure one model, with or without an adapter.
+# Talk to a run's base, steered and healed states: `just chat out/<run>`, with `--web` in the browser.
+chat run *flags: setup
+    {{python}} -m steer_heal chat "{{run}}" {{flags}}
+
+# Measure a round of a run again (`--run out/<run>`), or any model, with or without an adapter.
 eval *flags: setup
     {{python}} -m steer_heal eval {{flags}}
 

@@ -23,6 +23,7 @@ LAYERS = (
     "loop",
     "library",
     "session",
+    "chat",
     "run",
     "diag",
     "__main__",

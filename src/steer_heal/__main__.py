@@ -12,6 +12,7 @@ COMMANDS = {
     "resume": ("steer_heal.run:resume", "RUN: continue a run that was stopped"),
     "verify": ("steer_heal.runs.verify:main", "RUN: check that a run's files are the ones that it recorded"),
     "eval": ("steer_heal.evals.__main__:main", "measure a model or an adapter"),
+    "chat": ("steer_heal.chat.__main__:main", "RUN: talk to the base, the steered student and the healed one"),
     "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again"),
     "diag": ("steer_heal.diag.__main__:main", "QUESTION: answer one question with one table"),
 }

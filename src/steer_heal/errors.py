@@ -124,9 +124,9 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def print_safe(text: object, file: TextIO | None = None) -> None:
-    """Prints to stdout, or to `file`. Nothing in the text can control the terminal."""
-    print(printable(str(text)), file=file)
+def print_safe(text: object, file: TextIO | None = None, end: str = "\n") -> None:
+    """Prints to stdout, or to `file`; at once where the line goes on. Nothing in the text can control the terminal."""
+    print(printable(str(text)), file=file, end=end, flush=end != "\n")
 
 
 def print_error(error: object) -> None:

@@ -173,6 +173,8 @@ class Session(Loop):
                 self.student.export(part)
         console.print_table(self.events)
         print_safe(f"read {self.folder / 'report.html'} first; everything of this run is in {self.folder}")
+        if self.recorded("round", 0) and not self.cfg.quiet and in_terminal():
+            print_safe(f"talk to it: steer-heal chat {shlex.quote(str(self.folder))}")
 
     def draw(self) -> None:
         with self.timed("draw"):
@@ -181,6 +183,11 @@ class Session(Loop):
     def _require_intact(self, event: events.Event, fix: str) -> None:
         if (damage := damaged_file(self.folder, event["files"])) is not None:
             raise UserError(f"{damage}; {fix}")
+
+
+def in_terminal() -> bool:
+    """Whether a person can read what is printed, and answer."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _name(r: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os.path import commonprefix
@@ -42,6 +42,8 @@ class Decoding:
     sample: bool = True
     suppress: frozenset[int] = field(default_factory=frozenset)
     """Tokens that are never written. With the end tokens among them, every row runs to the limit."""
+    on_token: Callable[[int, int], object] = lambda row, token: None
+    """Called with (row of its batch, token) as soon as a token is chosen. What it raises ends the decoding."""
 
 
 def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
@@ -227,6 +229,7 @@ def _decode_batch(
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):
                 written[b].append(t)
+                how.on_token(b, t)
             going = ~torch.isin(token, ends)
             if not going.all():
                 keep = going.nonzero()[:, 0]

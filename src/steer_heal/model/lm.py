@@ -137,10 +137,17 @@ class LM:
         template makes of the user's message alone, its own default system prompt included: what a user of the model
         gets.
         """
+        return self.conversation([user], system)
+
+    def conversation(self, turns: Sequence[str], system: str | None = None) -> str:
+        """What the user and the assistant said in turn, the user first and last; otherwise as `chat_text`."""
+        first, *rest = turns
         messages = [{"role": "system", "content": system}] if system else []
         if system and not self.takes_system:
-            messages, user = [], f"{system}\n\n{user}"
-        return self.render([*messages, {"role": "user", "content": user}], add_generation_prompt=True)
+            messages, first = [], f"{system}\n\n{first}"
+        roles = ("user", "assistant")
+        messages += [{"role": roles[i % 2], "content": text} for i, text in enumerate((first, *rest))]
+        return self.render(messages, add_generation_prompt=True)
 
     @cached_property
     def takes_system(self) -> bool:

@@ -20,7 +20,7 @@ from steer_heal.model.targets import targets
 from steer_heal.settings import AdapterCfg
 
 HISTORY, ROUND = "history", "round"
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, ROUND_FILE = "adapter_model.safetensors", "round.safetensors"
 AdapterState = Literal["base", "prev", "full"]
 """Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
 Factors = dict[str, Tensor]
@@ -228,6 +228,11 @@ class Student:
             self._peft.unload()
         self.n_rounds, self._peft, self._pristine = 0, None, {}
 
+    def restore_round(self, folder: Path) -> None:
+        """Takes the factor of a checkpoint's own round as the open one, on the history of the rounds before it: `prev`
+        is then the student that it was steered from, `full` the healed one, up to a rounding."""
+        self._attach(ROUND, self._config(1), load_file(folder / ROUND_FILE))
+
     def reset(self) -> None:
         """Drops every round: the untouched model again."""
         self.discard_round()
@@ -246,7 +251,7 @@ class Student:
         config.inference_mode = True
         config.save_pretrained(str(folder))
         save_file(self.factors(HISTORY), folder / ADAPTER_FILE, metadata={"format": "pt"})
-        save_file(own, folder / "round.safetensors", metadata={"format": "pt"})
+        save_file(own, folder / ROUND_FILE, metadata={"format": "pt"})
 
     def export(self, folder: Path) -> None:
         """The merged student as a plain transformers model with its tokenizer."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import METHODS, Vector, ablate, cosine_gate, load_vector, principal, steer
+from steer_heal.model.steering import METHODS, Vector, ablate, cosine_gate, principal, steer
 
 PROMPT = "The captain orders you to send the widows away to save money. What do you do?"
 
@@ -45,7 +45,7 @@ def test_hooks_are_gone_after_the_block_even_after_an_error(toy: LM):
 
 def test_a_vector_is_restored_with_its_method(toy: LM, tmp_path):
     some_vector(toy, method="cosine_gated").save(tmp_path / "v.safetensors")
-    again = load_vector(tmp_path / "v.safetensors")
+    again = Vector.load(tmp_path / "v.safetensors")
     assert again.method == "cosine_gated" and list(again.directions) == [1, 2]
     assert all(torch.equal(again.directions[layer], d) for layer, d in some_vector(toy).directions.items())
 

@@ -1,11 +1,59 @@
 """steer-heal: a trait into a model's weights, without breaking the model.
 
-Under BEARTYPE=1 every annotated shape is checked at run time (jaxtyping's import hook with beartype).
+    from steer_heal import SteerHeal
+
+The names in `__all__` are the library (docs/library.md). They are imported when they are first used, so that
+`import steer_heal` needs no torch. Under BEARTYPE=1 every annotated shape is checked at run time (jaxtyping's import
+hook with beartype).
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if os.environ.get("BEARTYPE") == "1":
     from jaxtyping import install_import_hook
 
     install_import_hook("steer_heal", "beartype.beartype")
+
+if TYPE_CHECKING:
+    from steer_heal.errors import UserError
+    from steer_heal.inputs.traits import TraitFile
+    from steer_heal.library import SteerHeal, define_trait
+    from steer_heal.model.steering import Vector
+    from steer_heal.model.vector_files import from_steering_vectors, read_vector, to_steering_vectors, write_gguf
+    from steer_heal.presets import PRESETS
+    from steer_heal.settings import RunConfig
+
+_HOMES = {
+    "SteerHeal": "library",
+    "define_trait": "library",
+    "TraitFile": "inputs.traits",
+    "Vector": "model.steering",
+    "read_vector": "model.vector_files",
+    "write_gguf": "model.vector_files",
+    "to_steering_vectors": "model.vector_files",
+    "from_steering_vectors": "model.vector_files",
+    "PRESETS": "presets",
+    "RunConfig": "settings",
+    "UserError": "errors",
+}
+__all__ = [
+    "PRESETS",
+    "RunConfig",
+    "SteerHeal",
+    "TraitFile",
+    "UserError",
+    "Vector",
+    "define_trait",
+    "from_steering_vectors",
+    "read_vector",
+    "to_steering_vectors",
+    "write_gguf",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"steer_heal.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,18 +10,38 @@ from pathlib import Path
 
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
+from steer_heal.inputs.traits import TraitFile
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
 
-def check(cfg: RunConfig, *, resumed: bool = False, writes: bool = True) -> Inputs:
+def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong.
 
-    The export of a `resumed` run may be there already. Without `writes` nothing will be written to its folders.
+    The export of a `resumed` run may be there already.
     """
     problems, inputs = Problems(), None
     with problems.noted():
-        inputs = load_inputs(cfg)
+        inputs = check_inputs(cfg)
+    if cfg.quantize != "none" and cfg.export is not None:
+        problems.found.append(
+            f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
+        )
+    for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
+        with problems.noted():
+            _check_writable(field_name, folder)
+    if not resumed and cfg.export is not None and holds_files(cfg.export):
+        problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
+    problems.raise_if_any()
+    assert inputs is not None
+    return inputs
+
+
+def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
+    """As `check`, without the folders that are written to. `trait`: see load_inputs."""
+    problems, inputs = Problems(), None
+    with problems.noted():
+        inputs = load_inputs(cfg, trait)
     with problems.noted():
         _check_names(cfg)
     with problems.noted():
@@ -32,15 +52,6 @@ def check(cfg: RunConfig, *, resumed: bool = False, writes: bool = True) -> Inpu
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
             "it out"
         )
-    if cfg.quantize != "none" and cfg.export is not None:
-        problems.found.append(
-            f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
-        )
-    for field_name, folder in (("out", cfg.out), ("export", cfg.export)) if writes else ():
-        with problems.noted():
-            _check_writable(field_name, folder)
-    if writes and not resumed and cfg.export is not None and holds_files(cfg.export):
-        problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
     assert inputs is not None
     return inputs

@@ -77,9 +77,11 @@ class Loop:
         self.base: EvalResult | None = None
         self.vectors: dict[int, Vector] = {}
         self.seconds: dict[str, float] = {}
-        self.on_step: Callable[[int, HealStep], object] = lambda r, step: None
-        self.on_event: Callable[[events.Event], object] = lambda event: None
-        self._before: Factors = {}
+        self.on_step: Callable[[int, HealStep], None] = lambda r, step: None
+        self.on_event: Callable[[events.Event], None] = lambda event: None
+        self.own: Factors | None = None
+        """The factor of the last round that is baked."""
+        self._before: tuple[Factors, Factors | None] = ({}, None)
 
     def facts(self) -> dict[str, Any]:
         """What readers of the events need to know first."""
@@ -190,7 +192,8 @@ class Loop:
         if (event := self.recorded("heal", r)) is None:
             with self.timed("heal"):
                 report = self._heal(r, collected)
-            kept = self._keep_student(r, self.student.bake())
+            self.own = self.student.bake()
+            kept = self._keep_student(r, self.own)
             n_retries = int(self.recorded("heal_retry", r) is not None)
             self.write("heal", r, **codec.heal_fields(report), n_retries=n_retries, **kept)
         elif event is self._last_heal():
@@ -227,7 +230,7 @@ class Loop:
 
     def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         """One heal. NotFinite: the student is as it was before."""
-        self._before = self.student.history()
+        self._before = self.student.history(), self.own
         vector, cfg = self.vectors[r] if r >= 0 else None, replace(self.cfg, heal=heal_cfg)
         on_step = lambda state: self.on_step(r, state.steps[-1])
         try:
@@ -240,6 +243,7 @@ class Loop:
         """Drops the control's adapter: the loop starts from the untouched model."""
         if self._last_heal()["round"] < 0:
             self.student.reset()
+            self.own = None
         self.seconds = {}
 
     def _dropped(self, r: int) -> list[events.Event]:
@@ -298,7 +302,8 @@ class Loop:
 
     def _forget_round(self, r: int) -> None:
         """The student as it was before round r."""
-        self.student.take(self._before, r)
+        history, self.own = self._before
+        self.student.take(history, r)
 
     def finish(self) -> None:
         """What follows the last round."""

@@ -50,12 +50,16 @@ def read_model(cfg: RunConfig) -> LM:
 
 
 def load_model(cfg: RunConfig) -> LM:
-    """The model that the settings name, to be steered and healed. UserError where it has no block in one of the bands
-    of the settings, or nothing there that can be adapted."""
+    """The model that the settings name, to be steered and healed. UserError: see require_bands."""
     lm = read_model(cfg)
+    require_bands(lm, cfg)
+    return lm
+
+
+def require_bands(lm: LM, cfg: RunConfig) -> None:
+    """UserError where the model has no block in one of the bands of the settings, or nothing there to adapt."""
     lm.band("steer.layers", cfg.steer.layers)
     targets(lm, cfg.adapter.layers)
-    return lm
 
 
 def extract(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:
@@ -103,10 +107,11 @@ def write(
     cfg: RunConfig,
     known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
+    adapters: AdapterState = "full",
 ) -> list[Completion]:
     """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
     plain, how = inputs.trait.plain_system, Decoding(cfg.gen.max_new_tokens, cfg.gen.batch_size)
-    with student.using("full") as lm:
+    with student.using(adapters) as lm:
         return generate(lm, asks, condition.vector, condition.system, plain, how, known, on_batch)
 
 

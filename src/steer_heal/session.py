@@ -25,7 +25,7 @@ from steer_heal.inputs import Inputs
 from steer_heal.loop import Loop, OnBatch
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.memory import ran_out
-from steer_heal.model.steering import Vector, load_vector
+from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.model.targets import targets
 from steer_heal.records import Collected, HealReport, NotFinite
@@ -107,7 +107,7 @@ class Session(Loop):
 
     def _read_vector(self, r: int, event: events.Event) -> Vector:
         self._require_intact(event, "restore the file, or start a new run")
-        return load_vector(self._vector_path(r))
+        return Vector.load(self._vector_path(r))
 
     @contextmanager
     def _writing(self, stage: str, r: int) -> Iterator[tuple[Known, OnBatch]]:

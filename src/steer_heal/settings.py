@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from steer_heal.errors import problem_lines
+from steer_heal.errors import Problems, UserError, nearest, problem_lines
 
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -410,6 +410,34 @@ class RunConfig:
         return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
+def changed(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The settings with other values, by the names that the flags have: {"seed": 7, "heal.epochs": 2}. UserError naming
+    each that does not serve."""
+    own: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, dot, field_name = name.partition(".")
+        if dot:
+            sections.setdefault(section, {})[field_name] = value
+    problems = Problems()
+    for section, fields in sections.items():
+        if not is_dataclass(part := getattr(cfg, section, None)) or section in own:
+            problems.found.append(f"{section} is not a section of the settings; {nearest(section, SECTIONS)}")
+            continue
+        with problems.noted():
+            own[section] = _replaced(part, fields)
+    problems.raise_if_any()
+    return _replaced(cfg, own)
+
+
+def _replaced(part: Settings, fields: Mapping[str, Any]) -> Settings:
+    try:
+        return replace(part, **fields)  # pyright: ignore[reportArgumentType]  a settings class is a dataclass
+    except ValueError as error:
+        raise UserError(*str(error).split("\n")) from None
+
+
+SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
 RUN_ONLY = (
     *("quiet", "out", "arm", "export", "n_threads"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),

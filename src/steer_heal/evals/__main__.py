@@ -77,7 +77,7 @@ FREE = ("run", "round", "json", "quiet", "device", "n_threads", "eval.batch_size
 def measure(command: EvalCommand) -> Metrics:
     """Every metric of the model, or of its adapter, with the settings of the command."""
     from steer_heal import round as steps
-    from steer_heal.check import check
+    from steer_heal.check import check_inputs
     from steer_heal.model.steering import Condition
     from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
 
@@ -99,7 +99,7 @@ def measure(command: EvalCommand) -> Metrics:
     )
     problems, inputs, folder = Problems(), None, command.adapter
     with problems.noted():
-        inputs = check(cfg, writes=False)
+        inputs = check_inputs(cfg)
     for name in ("adapter_config.json", ADAPTER_FILE):
         with problems.noted():
             folder = folder and resolve(folder / name, "adapter").parent

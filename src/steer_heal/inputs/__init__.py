@@ -19,7 +19,7 @@ from steer_heal.inputs.instruments import (
     parse_vignettes,
 )
 from steer_heal.inputs.pairs import Pair, held_out
-from steer_heal.inputs.traits import make_trait, prompts_file, read_pairs, read_trait
+from steer_heal.inputs.traits import TraitFile, make_trait, prompts_file, read_pairs, read_trait
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
@@ -48,8 +48,11 @@ class Inputs:
     """Of every file, by the setting that names it. The trait's values are recorded instead."""
 
 
-def load_inputs(cfg: RunConfig) -> Inputs:
-    """Reads and checks every data file. UserError with a line for each thing that is wrong."""
+def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
+    """Reads and checks every data file. UserError with a line for each thing that is wrong.
+
+    `given` is the trait itself, in place of the file that cfg.trait names by its path.
+    """
     problems, trait, targets, prompts, pairs = Problems(), None, (), (), ()
     sha256: dict[str, str] = {}
 
@@ -64,7 +67,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
             prompts = parsed("gen.prompts", path, parse_texts) or ()
     with problems.noted():
-        own, source = read_trait(cfg.trait)
+        own, source = read_trait(cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
         trait, targets = make_trait(cfg.trait, source, prompts), source.target
         with problems.noted():
             _check_pool(cfg, trait)

@@ -6,6 +6,7 @@ token see the padding behind it, so a batch reads exactly what its rows read alo
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
@@ -313,13 +314,6 @@ def load(
     else:
         model, tokenizer, why = _saved(str(smol_folder()) if name == SMOL else name, dtype, place, quantize)
         name = HUB_ID if name == SMOL else name  # an adapter names its base so that PEFT finds it on any machine
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
-            "an instruction-tuned model"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if quantize == "none":
         try:
             model.to(device=place)
@@ -327,20 +321,65 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
-    if place.type == "cpu":
+    return wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p)
+
+
+def wrap(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    max_prompt_tokens: int = 1024,
+    why_dtype: str = "",
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+) -> LM:
+    """A loaded model as an LM, where it is and in its dtype: `Original` can undo what this does to it.
+
+    The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token where it has none.
+    UserError where the model or its tokenizer cannot be used.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
+            "an instruction-tuned model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if next(model.parameters()).device.type == "cpu":
         pack_groups(model)
     given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value}
     if given:
         model.generation_config.update(do_sample=True, **given)
-    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why)
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype)
     assert lm.blocks is not None
     _require_own_logits(lm)
     if not lm.takes_system:
         warnings.warn(
             f"the chat template of {name!r} takes no system message: it is put before the user's, with a blank line",
-            stacklevel=2,
+            stacklevel=3,
         )
     return lm
+
+
+class Original:
+    """What `wrap` changes of a model, as it was: `restore` puts it back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.generation_config = model, model.generation_config
+        model.generation_config = copy.deepcopy(model.generation_config)
+        self.attention: Any = model.config._attn_implementation
+        self.training = {module for module in model.modules() if module.training}
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def restore(self) -> None:
+        self.model.generation_config = self.generation_config
+        if self.model.config._attn_implementation != self.attention:
+            self.model.set_attn_implementation(self.attention)
+        for module in self.model.modules():
+            module.training = module in self.training
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
 
 
 def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:

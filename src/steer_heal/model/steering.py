@@ -25,9 +25,18 @@ class Vector:
     directions: Mapping[int, Tensor]
     method: str = "mean_diff"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors: a tensor a block, named by its number from 0."""
         tensors = {str(layer): direction.clone().contiguous() for layer, direction in self.directions.items()}
         save_file(tensors, path, metadata={"method": self.method})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vector:
+        """What `save` wrote. `read_vector` also reads files of other tools, and says what is wrong with one."""
+        with safe_open(path, "pt") as file:
+            layers = sorted(map(int, file.keys()))
+            # cloned: a tensor in the mapped file need not be aligned as one of torch's own
+            return cls({layer: file.get_tensor(str(layer)).clone() for layer in layers}, file.metadata()["method"])
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,6 @@ class Condition:
     """System prompt; empty: none."""
     vector: Vector | None = None
     dose: float = 0.0
-
-
-def load_vector(path: Path) -> Vector:
-    with safe_open(path, "pt") as file:  # cloned: a tensor in the mapped file need not be aligned as one of torch's own
-        layers = sorted(map(int, file.keys()))
-        return Vector({layer: file.get_tensor(str(layer)).clone() for layer in layers}, file.metadata()["method"])
 
 
 # --- methods: pairs of states [i d] -> direction [d] --------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -49,6 +50,11 @@ class Student:
         live = [ROUND] if self._peft is not None and ROUND in self._peft.peft_config else []
         return {"base": [], "prev": history, "full": history + live}
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a factor of this round that is not baked."""
+        return ROUND in self.rounds_in["full"]
+
     def _config(self, n_rounds: int) -> LoraConfig:
         adapted = targets(self.lm, self.cfg.layers)
         config = LoraConfig(
@@ -66,7 +72,9 @@ class Student:
     def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
         if self._peft is None:
             try:
-                self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
+                with warnings.catch_warnings():  # between peft and transformers: no user can act on it
+                    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+                    self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
             except ValueError as error:
                 raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         else:
@@ -197,7 +205,7 @@ class Student:
 
     def discard_round(self) -> None:
         """Drops this round's factor as if it had never been trained."""
-        if ROUND in self.rounds_in["full"]:
+        if self.is_open:
             self._peft.delete_adapter(ROUND)
 
     def _replace_history(self, factors: Factors, n_rounds: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from steer_heal.check import check
+from steer_heal.check import check_inputs
 from steer_heal.errors import UserError
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import weights_digest
@@ -88,7 +88,7 @@ def open_run(folder: Path, **changed: object) -> OpenedRun:
     """
     _, cfg = recorded(folder)
     cfg = replace(in_recorded_dtype(cfg, folder), export=None, **changed)
-    inputs = check(cfg, writes=False)
+    inputs = check_inputs(cfg)
     same_inputs(folder, inputs)
     with schema_errors(folder):
         everything = [event for event in read_events(folder) if event["stage"] != "heal_step"]

@@ -1,0 +1,112 @@
+"""Steering vectors of other tools: GGUF control vectors (repeng, llama.cpp) and objects of steering-vectors.
+
+All of them count blocks from 0 and add their direction to the residual stream after a block, as we do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from steer_heal.errors import UserError
+from steer_heal.model.steering import METHODS, Vector, add
+
+GGUF_ARCHITECTURE, BLOCK_OUTPUT = "controlvector", "decoder_block"
+_DIRECTION = re.compile(r"direction\.(\d+)")
+
+
+def read_vector(path: str | Path) -> Vector:
+    """A vector from a file of ours or a GGUF control vector: its content says which. UserError where it is neither."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start.startswith(b"GGUF"):
+            return _checked(_read_gguf(path), path)
+        if start[8:] == b"{":
+            return _checked(Vector.load(path), path)
+    except OSError as error:
+        raise UserError(f"vector {str(path)!r} cannot be read ({error.strerror}); give an existing file") from None
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"vector {str(path)!r} cannot be read ({error}); give a file that Vector.save or write_gguf wrote"
+        ) from None
+    fix = "give safetensors of steer-heal or a GGUF control vector"
+    if start.startswith((b"PK", b"\x80")):
+        fix = "a pickle can run code and is not read: load it in Python, and give the object to from_steering_vectors"
+    raise UserError(f"vector {str(path)!r} is neither safetensors nor GGUF; {fix}")
+
+
+def _checked(vector: Vector, path: Path) -> Vector:
+    sizes = {tuple(direction.shape) for direction in vector.directions.values()}
+    if len(sizes) != 1 or len(next(iter(sizes))) != 1:
+        raise UserError(f"vector {str(path)!r} has shapes {sorted(sizes)}: it must hold one direction [d] a block")
+    if vector.method not in METHODS:
+        raise UserError(
+            f"vector {str(path)!r} is of method {vector.method!r}, which is not one of {', '.join(METHODS)}"
+        )
+    return vector
+
+
+def _read_gguf(path: Path) -> Vector:
+    reader = gguf.GGUFReader(path)
+    architecture = reader.get_field("general.architecture")
+    if architecture is None or architecture.contents() != GGUF_ARCHITECTURE:
+        raise UserError(f"vector {str(path)!r} is a GGUF file, but no control vector; give one of repeng or llama.cpp")
+    found = {match[1]: each for each in reader.tensors if (match := _DIRECTION.fullmatch(each.name))}
+    if packed := [each.name for each in found.values() if each.tensor_type.name not in ("F32", "F16")]:
+        raise UserError(f"vector {str(path)!r} holds {packed[0]} in a packed type; write it in float32 or float16")
+    plain = {int(layer): np.array(each.data, dtype=np.float32) for layer, each in found.items()}
+    return Vector({layer: torch.from_numpy(plain[layer]) for layer in sorted(plain)})
+
+
+def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:
+    """A GGUF control vector, as repeng writes it. `model_type` is that of the model's config, such as "llama".
+
+    llama.cpp adds no direction after block 0. UserError where the vector is not added plainly.
+    """
+    added, name = _added(vector), GGUF_ARCHITECTURE
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_string(f"{name}.model_hint", model_type)
+    writer.add_uint32(f"{name}.layer_count", len(added))
+    for layer, direction in added.items():
+        writer.add_tensor(f"direction.{layer}", direction.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def to_steering_vectors(vector: Vector) -> Any:
+    """The vector as a SteeringVector of the package steering-vectors, whose multiplier is our dose."""
+    try:
+        from steering_vectors import SteeringVector  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(f"steering-vectors cannot be imported ({error}); pip install steering-vectors") from None
+    return SteeringVector(layer_activations=_added(vector), layer_type=BLOCK_OUTPUT)
+
+
+def from_steering_vectors(other: Any) -> Vector:
+    """A SteeringVector as ours. UserError where it does not act after whole blocks."""
+    if other.layer_type != BLOCK_OUTPUT:
+        raise UserError(f"the steering vector acts on {other.layer_type!r}: it must be {BLOCK_OUTPUT!r}")
+    activations: Mapping[int, Tensor] = other.layer_activations
+    return Vector({layer: activations[layer].detach().float().cpu().flatten() for layer in sorted(activations)})
+
+
+def _added(vector: Vector) -> dict[int, Tensor]:
+    """Directions in float32 on the CPU. UserError unless a dose of the vector is added at every position."""
+    if METHODS[vector.method].apply is not add:
+        raise UserError(
+            f"the vector is of method {vector.method!r}: this format holds only directions that are added, such as "
+            "those of mean_diff and pca; use Vector.save"
+        )
+    return {layer: direction.float().cpu().contiguous() for layer, direction in sorted(vector.directions.items())}

@@ -1,0 +1,256 @@
+"""The library gives the figures of the command, leaves the caller's model and process alone, and refuses what is wrong."""
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, replace
+
+import polars as pl
+import pytest
+import torch
+from compare import VARIES
+from runs import started, undrawn
+
+from steer_heal import SteerHeal, UserError, define_trait
+from steer_heal.model.lm import _tiny_random
+from steer_heal.run import parse
+from steer_heal.runs.events import current, of_stage, read_events
+
+SMALL = {
+    "steer.n_contexts": 4,
+    "gen.max_new_tokens": 6,
+    "eval.evals": ("text_quality", "drift", "persona", "contrast"),
+    "eval.n_texts": 2,
+    "eval.n_prompts": 2,
+    "eval.max_new_tokens": 6,
+    "eval.n_bootstrap": 10,
+    "control": False,
+}
+PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
+PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(4)]
+TRAIT = define_trait("You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS)
+
+
+def small(model=None, tokenizer=None, trait=TRAIT, **more):
+    return SteerHeal(model, tokenizer, trait, preset="fast-dev", settings={**SMALL, **more})
+
+
+@pytest.fixture
+def sh():
+    with small() as made:
+        yield made
+
+
+def comparable(events):
+    """What the command and the library both say of each step."""
+    left_out = {*VARIES, "schema", "n_nonfinite", "files", "checkpoint"}
+    start = {"stage", "round", "seed", "trait", "metrics", "gates"}  # the others are of the run's folder and process
+    kept = lambda event: start if event["stage"] == "run_start" else event.keys() - left_out
+    return [{key: event[key] for key in kept(event)} for event in events]
+
+
+def assert_same(sh, steps, run):
+    """Every event but the last, every step, and the last adapter, byte for byte."""
+    wanted = read_events(run)
+    got, want = (comparable(e) for e in (sh.events, of_current(wanted)[:-1]))
+    assert [(e["stage"], e["round"]) for e in got] == [(e["stage"], e["round"]) for e in want]
+    for here, there in zip(got, want, strict=True):
+        assert here == there, here["stage"]
+    names = steps[0].keys()
+    assert steps == [{name: event[name] for name in names} for event in of_stage(wanted, "heal_step")]
+    assert sh.verdict() == wanted[-1]["verdict"]
+
+
+def of_current(events):
+    return current([event for event in events if event["stage"] != "heal_step"])
+
+
+def assert_saved_as(sh, folder, tmp_path):
+    for path in sh.save(tmp_path / "saved").iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+
+def settings_of(flags):
+    return parse(["fast-dev", *flags])[1]
+
+
+# --- the figures of the command ----------------------------------------------------------------------------------
+def test_the_loop_gives_the_figures_and_the_adapter_of_the_command(one, settings, tmp_path):
+    steps, rounds = [], []
+    with SteerHeal(settings=settings_of([*settings, "--n-rounds", "1"])) as sh:
+        told = lambda r, step: steps.append({"round": r, **asdict(step)})
+        table = sh.loop(on_step=told, on_round=lambda event: rounds.append(event["round"]))
+        assert_same(sh, steps, one)
+        assert_saved_as(sh, one / "ckpt" / "r0", tmp_path)
+        sh.vector.save(tmp_path / "v.safetensors")
+    assert (tmp_path / "v.safetensors").read_bytes() == (one / "vectors" / "r0.safetensors").read_bytes()
+    assert rounds == [0]
+    assert json.loads(json.dumps(table.to_dicts())) == read_events(one)[-1]["table"]
+
+
+def test_a_loaded_model_and_a_second_call_give_them_too(two, settings, tmp_path):
+    cfg, steps = settings_of([*settings, "--n-rounds", "2", "--no-control"]), []
+    told = lambda r, step: steps.append({"round": r, **asdict(step)})
+    model, tokenizer = _tiny_random()
+    with SteerHeal(model, tokenizer, settings=cfg) as sh:
+        sh.loop(1, on_step=told)
+        sh.write("What do you do?", dose=0.5)  # nothing that is asked in between changes a figure
+        sh.evaluate("prompted")
+        sh.loop(2, on_step=told)
+        assert_same(sh, steps, two)
+        assert_saved_as(sh, two / "ckpt" / "r1", tmp_path)
+
+
+def test_a_round_that_is_dropped_is_dropped_alike(settings, tmp_path):
+    flags = [*settings, "--n-rounds", "2", "--no-control", "--backtrack.retries", "1", "--heal.lr", "1e-2"]
+    with undrawn():  # the second round is past this limit, the first is not
+        free = started(tmp_path / "free", flags)
+    kl = [event["metrics"]["kl_base"] for event in of_stage(read_events(free), "healed")]
+    assert kl[0] < kl[1]
+    flags += ["--backtrack.limits", "kl_base", str((kl[0] + kl[1]) / 2), "degenerate_frac", "1", "coherence", "0"]
+    with undrawn():
+        run = started(tmp_path / "run", flags)
+    wanted, steps = of_current(read_events(run)), []
+    assert of_stage(wanted, "backtrack")
+    with SteerHeal(settings=settings_of(flags)) as sh:
+        sh.loop(on_step=lambda r, step: steps.append({"round": r, **asdict(step)}))
+        assert_same(sh, steps, run)
+        last = of_stage(wanted, "round")[-1]["round"]
+        assert_saved_as(sh, run / "ckpt" / f"r{last}", tmp_path)
+
+
+def test_a_round_by_hand_is_a_round_of_the_loop(tmp_path):
+    with small() as by_loop, small() as by_hand:
+        by_loop.loop(1)
+        by_hand.extract()
+        by_hand.collect()
+        by_hand.heal()
+        by_hand.bake()
+        assert by_hand.evaluate("healed").metrics == of_stage(by_loop.events, "healed")[0]["metrics"]
+        assert_saved_as(by_hand, by_loop.save(tmp_path / "by_loop"), tmp_path)
+
+
+def test_a_stopped_loop_goes_on(tmp_path):
+    def stop(r, step):
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with small() as whole, small() as stopped:
+        whole.loop(1)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.loop(1, on_step=stop)
+        stopped.loop(1)
+        assert comparable(stopped.events) == comparable(whole.events)
+        assert_saved_as(stopped, whole.save(tmp_path / "whole"), tmp_path)
+
+
+# --- the caller's model and process ------------------------------------------------------------------------------
+def test_a_loaded_model_answers_as_before_between_calls_and_is_as_it_was_after_close(tmp_path):
+    model, tokenizer = _tiny_random()
+    model.train()
+    ids, modules = torch.arange(8)[None], [name for name, _ in model.named_modules()]
+    weights, (before,) = {n: p.clone() for n, p in model.named_parameters()}, [model.eval()(ids).logits]
+    model.train()
+    facts = lambda: (model.config._attn_implementation, model.generation_config.to_dict(), dict(vars(tokenizer)).keys())
+    known, generation = facts(), model.generation_config
+    sh = small(model, tokenizer, temperature=0.5)
+    sh.loop(1)
+    sh.heal()
+    assert torch.equal(model(ids).logits, before), "between calls the adapters are off"
+    sh.close()
+    sh.close()
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert facts() == known and model.generation_config is generation and not hasattr(model, "peft_config")
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(model.eval()(ids).logits, before)
+    with small(model, tokenizer) as again:  # it can be used again
+        again.extract()
+
+
+def test_nothing_is_printed_and_logging_and_warnings_are_left_alone(sh, capfd):
+    from loguru import logger
+
+    state = lambda: (
+        list(warnings.filters),
+        warnings.showwarning,
+        logging.root.handlers[:],
+        dict(logger._core.handlers),
+    )
+    before = state()
+    sh.loop(1)
+    sh.evaluate()
+    assert state() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, steer_heal; assert 'torch' not in sys.modules; from steer_heal import RunConfig; RunConfig()"
+    code += "; assert 'torch' not in sys.modules; import steer_heal as s; assert all(hasattr(s, n) for n in s.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what comes back ---------------------------------------------------------------------------------------------
+def test_a_dose_and_a_system_prompt_change_the_text_and_base_has_no_rounds(sh):
+    plain = sh.write(PROMPTS[:3])
+    assert plain.columns == ["prompt", "text", "dose", "n_tokens"] and plain["prompt"].to_list() == PROMPTS[:3]
+    assert plain.equals(sh.write(PROMPTS[:3]))
+    assert not plain["text"].equals(sh.write(PROMPTS[:3], dose=3.0)["text"])
+    assert not plain["text"].equals(sh.write(PROMPTS[:3], system="You shout.")["text"])
+    sh.cfg = replace(sh.cfg, heal=replace(sh.cfg.heal, lr=0.05))
+    sh.heal()
+    assert not plain["text"].equals(sh.write(PROMPTS[:3])["text"])
+    assert plain.equals(sh.write(PROMPTS[:3], adapters="base"))
+
+
+def test_states_are_measured_against_the_base(sh):
+    base, prompted, steered = sh.evaluate("base"), sh.evaluate("prompted"), sh.evaluate("steered", dose=1.0)
+    assert sh.evaluate("base") is base
+    assert base.metrics["kl_base"] == 0 < min(prompted.metrics["kl_base"], steered.metrics["kl_base"])
+    assert {"contrast_nats_lo", "contrast_nats_hi"} < steered.metrics.keys()
+    assert sh.evaluate("healed").metrics["contrast_nats"] == base.metrics["contrast_nats"]
+
+
+def test_an_export_is_a_model_that_loads(sh, tmp_path):
+    sh.loop(1)
+    with small(str(sh.export(tmp_path / "merged"))) as merged:
+        got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
+    assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)
+    assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed r0"
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+def test_what_a_person_can_fix_is_a_user_error(sh, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    model, tokenizer = _tiny_random()
+    wrong = {
+        "did you mean 'toy'": lambda: SteerHeal(preset="toi"),
+        "did you mean 'epochs'": lambda: small(**{"heal.epoch": 2}),
+        "heal.epochs is 0": lambda: small(**{"heal.epochs": 0}),
+        "tokenizer is None": lambda: small(model),
+        "Linear": lambda: small(torch.nn.Linear(2, 2), tokenizer),
+        "positive and negative": lambda: define_trait("a", "a", PROMPTS),
+        "sign": lambda: define_trait("a", "b", PROMPTS, sign=2),
+        "has no pairs": lambda: small(trait=define_trait("a", "b", PROMPTS)),
+        "no round is baked": lambda: sh.save(tmp_path / "new"),
+        "not empty": lambda: sh.export(tmp_path / "full"),
+        "nothing was healed": sh.bake,
+        "state is 'heeled'": lambda: sh.evaluate("heeled"),
+        "dose is None": lambda: sh.evaluate("steered"),
+    }
+    for words, call in wrong.items():
+        with pytest.raises(UserError, match=words):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_loop_after_rounds_by_hand_is_refused(sh):
+    sh.heal()
+    sh.bake()
+    with pytest.raises(UserError, match="reset"):
+        sh.loop(2)
+    sh.reset()
+    assert sh.n_rounds == 0

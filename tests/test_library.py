@@ -1,4 +1,4 @@
-"""The library gives the figures of the command, leaves the caller's model and process alone, and refuses what is wrong."""
+"""The library gives the command's figures, leaves the caller's model and process alone, and refuses what is wrong."""
 
 import json
 import logging

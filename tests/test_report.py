@@ -1,5 +1,6 @@
 """The page, the diary and the console: what they show of whole and of partial runs, no outside references, size."""
 
+import io
 import json
 import re
 
@@ -265,20 +266,91 @@ def test_the_control_is_named_and_gets_no_advice(capsys):
         assert words in line and " | " not in line
 
 
-def test_the_table_fits_100_columns_and_ends_with_the_verdict(capsys):
+@pytest.mark.parametrize("columns", [40, 80, 100, 120, 300])
+def test_the_table_fits_the_terminal_and_ends_with_the_verdict(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     events = run_events()
+    n_shown = len(console.table_columns(events))
     console.print_table(events)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines[:-1])) <= 100 and lines[-1] == verdict(events)
-    assert sum("healed r1" in line for line in lines) == 2 and "null" not in "".join(lines)
+    *table, last = filter(None, lines)
+    assert last == verdict(events) and "null" not in "".join(lines)
+    assert max(map(len, table)) <= min(max(columns, 80), 120)
+    headings = [line for line in table if line.startswith("| state ")]
+    assert sum(line.count("|") - 2 for line in headings) == n_shown - 1, "each column is in one table"
+    assert sum("healed r1" in line for line in table) == len(headings)
+    assert len({len(line) for line in table}) <= len(headings), "the rows of a table are equally long"
 
 
-def test_numbers_of_an_untrained_model_are_said_to_mean_nothing(capsys):
+def test_a_column_wider_than_the_terminal_is_shown_all_the_same():
+    names, wide, narrow = ["state", "base"], ["x" * 90, "1"], ["y", "2"]
+    first, second = console._fitting([names, wide, narrow], 80)
+    assert first[0] == f"| state | {'x' * 90} |" and second[0] == "| state | y |"
+
+
+def test_numbers_of_an_untrained_model_get_no_verdict_and_are_said_to_mean_nothing_first(capsys):
     events = run_events()
     for model, said in (("data/toylm", False), ("tiny-random", True)):
         events[0]["config"]["model"] = model
         console.print_table(events)
-        assert ("mean nothing" in capsys.readouterr().out) is said
+        out = capsys.readouterr().out
+        assert out.startswith("the pipeline works; the numbers of an untrained model mean nothing") is said
+        assert (verdict(events) in out) is not said
+
+
+def bar() -> console.Bar:
+    return console.Bar(desc="base: measuring", bar_format="{desc}", file=io.StringIO(), ncols=80)
+
+
+def test_a_bar_follows_the_work_at_hand():
+    watched = bar()
+    for done, total, n in ((0, 8, 0), (2.5, 8, 2.5), (8, 8, 8), (0, 8, 0), (6, 6, 6), (6, 6, 6)):
+        watched.at(done, total)
+        assert (watched.n, watched.total) == (n, total)
+    watched.at(0, 0)
+    assert (watched.n, watched.total) == (6, 6), "no work is no part"
+    watched.part(1, 2)
+    watched.part(2, 2)
+    assert watched.desc == "base: measuring, eval 2 of 2"
+
+
+def test_a_bar_that_begins_in_the_middle_counts_only_its_own_work_as_done_in_its_time():
+    watched = bar()
+    watched.at(60, 80)
+    assert watched.format_dict["n"] == watched.format_dict["initial"] == 60
+
+
+def test_the_time_left_is_that_of_the_stages_to_come():
+    events = run_events(n_rounds=3)
+    started = [e for e in events if e["stage"] != "round"]
+    assert console.seconds_left(started) is None
+    assert console.place("gen", 0, started) == "round 1 of 3"
+    seconds = {"vector": 1.0, "gen": 10.0, "heal": 20.0, "base": 500.0, "total": 531.0}
+    events = [e | {"seconds": seconds} if e["stage"] == "round" else e for e in events]
+    at = [i for i, e in enumerate(events) if e["stage"] == "round"]
+    assert console.seconds_left(events[: at[0] + 1]) == 2 * 31
+    in_gen = [i for i, e in enumerate(events) if e["stage"] == "gen"][1]
+    assert console.seconds_left(events[: in_gen + 1]) == 31 + 20
+    assert console.place("heal", 1, events[: in_gen + 1]) == "round 2 of 3, 51 s left"
+    assert console.seconds_left(events) == 0
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3000, "50 min"), (9000, "2.5 h")]
+)
+def test_a_duration_is_said_in_the_unit_that_suits_it(seconds, words):
+    assert console.duration(seconds) == words
+
+
+def test_the_control_is_never_called_a_round():
+    assert [console.place(stage, -1, ()) for stage in ("base", "control_gen", "heal", "control")] == [
+        "base",
+        "control",
+        "control",
+        "control",
+    ]
+    steps = [{"stage": "base", "round": -1}, {"stage": "heal", "round": -1}, {"stage": "heal", "round": 0}]
+    assert list(map(console.step_name, steps)) == ["base", "heal of the control", "heal of r0"]
 
 
 def test_the_first_line_of_a_run_names_the_weights_that_are_not_adapted():

@@ -1,21 +1,24 @@
 """The way from the loop down to a decoded token is short; an interrupted write leaves a run that can go on."""
 
 import os
+import re
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import assert_same, resumed
+from runs import assert_same, resumed, started
 
 import steer_heal
 from steer_heal import run
 from steer_heal.check import check
 from steer_heal.model import decode
 from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.report import console
 from steer_heal.runs import storage
-from steer_heal.runs.events import broken_link
+from steer_heal.runs.events import broken_link, read_events
 from steer_heal.session import open_session
 
 PACKAGE = Path(steer_heal.__file__).parent
@@ -51,6 +54,44 @@ def test_from_a_round_to_a_decoded_token_are_at_most_eight_functions(quick, sett
     assert written and all(len(names) <= 8 for names in written), written
     assert all(len(names) <= 12 for names in down), "an evaluation decodes a little further down"
     assert all("<lambda>" not in names for names in written)
+
+
+def test_every_stage_has_a_bar_that_ends_full(quick, settings, tmp_path, monkeypatch):
+    bars = {}
+
+    @contextmanager
+    def recorded(what, quiet):
+        seen = bars.setdefault(what, [])
+        watched = console.Bar(disable=True)
+        monkeypatch.setattr(watched, "at", lambda done, total: seen.append((done, total)))
+        monkeypatch.setattr(watched, "part", lambda n, of: seen.append(f"{n} of {of}"))
+        yield watched
+
+    monkeypatch.setattr(console, "progress", recorded)
+    flags = ["--n-rounds", "2", "--dose.mode", "iso_kl", "--dose.kl-target", "0.01", "--gen.max-new-tokens", "8"]
+    distil = ["--heal.target", "distribution", "--heal.text", "own", "--heal.refresh-every", "3"]
+    run = started(tmp_path, settings, *flags, *distil)
+    events = read_events(run)
+    words = {what.partition(": ")[2] for what in bars}
+    assert words == {
+        *("measuring", "steered", "healed", "reading the vector", "calibrating the dose"),
+        *("writing text", "healing", "reading what was learnt"),
+    }
+    places = {re.sub(", .* left", ", TIME", what.partition(": ")[0]) for what in bars}
+    assert places == {"base", "prompted", "control", "round 1 of 2", "round 2 of 2, TIME"}
+    for what, seen in bars.items():
+        numbers = [each for each in seen if not isinstance(each, str)]
+        assert all(0 <= done <= total for done, total in numbers), what
+        assert numbers[-1][0] == numbers[-1][1] > 0, what
+        if parts := [each for each in seen if isinstance(each, str)]:
+            assert parts == [f"{i + 1} of 6" for i in range(6)], what
+        if "writing" in what:
+            assert any(done % 1 for done, _ in numbers), "a text that is being written counts in part"
+    heals = {"control" if e["round"] < 0 else f"round {e['round'] + 1}": e for e in events if e["stage"] == "heal"}
+    for name, event in heals.items():
+        seen = next(seen for what, seen in bars.items() if what.startswith(name) and what.endswith("healing"))
+        n = event["n_steps"]
+        assert seen[-n:] == [(step + 1, n) for step in range(n)], "each step once, and nothing between them"
 
 
 @pytest.mark.parametrize("stage", ["base", "heal_step", "run_end"])

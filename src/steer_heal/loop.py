@@ -27,6 +27,7 @@ from steer_heal.stages.generate import Known
 from steer_heal.stages.vector import cosine
 
 OnBatch = Callable[[Sequence[Completion]], None]
+OnPart = Callable[[int, int], object]
 
 
 def run_loop(loop: Loop) -> None:
@@ -105,14 +106,21 @@ class Loop:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
+    @contextmanager
+    def watched(self, stage: str, r: int, doing: str) -> Iterator[OnPart]:
+        """Times a stage. Yields what is called with each part of it that begins, from 1, and their number."""
+        with self.timed(stage):
+            yield lambda part, n_parts: None
+
     # --- the steps of a round --------------------------------------------------------------------------------------
     def measure(self, stage: str, r: int, condition: Condition | None = None, texts_in: str = "") -> None:
         """One state of the model on all evals, without a condition under the plain prompt. Its texts go into the event
         itself, or into one named `texts_in`."""
         if (event := self.recorded(stage, r)) is None:
-            adapters = "base" if stage in ("base", "prompted") else "full"
-            with self.timed(stage):
-                result = steps.measure(self.student, self.inputs, self.cfg, self.base, condition, adapters)
+            adapters, n_evals = "base" if stage in ("base", "prompted") else "full", len(self.cfg.eval.evals)
+            with self.watched(stage, r, stage if r >= 0 else "measuring") as on_part:
+                on_eval = lambda i: on_part(i + 1, n_evals)
+                result = steps.measure(self.student, self.inputs, self.cfg, self.base, condition, adapters, on_eval)
             if texts_in:
                 self.write(texts_in, r, texts=result.texts)
             texts = {} if texts_in else {"texts": result.texts}
@@ -124,7 +132,7 @@ class Loop:
 
     def extract(self, r: int) -> Vector:
         if (event := self.recorded("vector", r)) is None:
-            with self.timed("vector"):
+            with self.watched("vector", r, "reading the vector"):
                 frozen = self.cfg.steer.refresh == "once" and r > 0
                 vector = self.vectors[0] if frozen else steps.extract(self.student, self.inputs, self.cfg)
             files = self._keep_vector(r, vector)
@@ -151,7 +159,7 @@ class Loop:
         elif calibrated and vector is not None:
             kappa = self._calibrated(r, vector)
         if (event := self.recorded(stage, r)) is None:
-            with self.timed(stage), self._writing(stage, r) as (known, on_batch):
+            with self.watched(stage, r, "writing text"), self._writing(stage, r) as (known, on_batch):
                 try:
                     collected = steps.collect(self.student, vector, self.inputs, cfg, r, kappa, known, on_batch)
                 except Starved as starved:  # recorded all the same; the run stops below
@@ -173,7 +181,7 @@ class Loop:
     def _calibrated(self, r: int, vector: Vector) -> float:
         """kappa of mode iso_kl."""
         if (event := self.recorded("calibration", r)) is None:
-            with self.timed("calibration"):
+            with self.watched("calibration", r, "calibrating the dose"):
                 calibration = steps.calibrate(self.student, vector, self.inputs, self.cfg, r)
             event = self.write("calibration", r, **asdict(calibration))
         return event["dose"] / max(self.cfg.gen.alphas)
@@ -190,7 +198,7 @@ class Loop:
     def heal(self, r: int, collected: Collected) -> None:
         """Heals and bakes round r. The event is written once the student is kept. Round -1 is the control."""
         if (event := self.recorded("heal", r)) is None:
-            with self.timed("heal"):
+            with self.watched("heal", r, "healing"):
                 report = self._heal(r, collected)
             self.own = self.student.bake()
             kept = self._keep_student(r, self.own)
@@ -261,7 +269,7 @@ class Loop:
             return False
         heal = self.recorded("heal", r)
         assert heal is not None
-        with self.timed("direction"):
+        with self.watched("direction", r, "reading what was learnt"):
             learnt = steps.direction(self.student, self.inputs, self.cfg)
         states = {(m.stage, m.round): m for m in measurements.measurements(self.events)}
         base, steered, healed = states["base", -1], states["steered", r], states["healed", r]

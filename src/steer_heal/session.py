@@ -22,8 +22,8 @@ from steer_heal import round as steps
 from steer_heal.check import holds_files
 from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs import Inputs
-from steer_heal.loop import Loop, OnBatch
-from steer_heal.model.lm import LM, weights_digest
+from steer_heal.loop import Loop, OnBatch, OnPart
+from steer_heal.model.lm import LM, unwatched, weights_digest
 from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
@@ -46,6 +46,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if folder is None else lock_run(folder)
+    logger.info(f"loading {cfg.model}")
     lm = steps.load_model(cfg if folder is None else in_recorded_dtype(cfg, folder))
     weights = weights_digest(lm.model)
     past: list[events.Event] = []
@@ -58,7 +59,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
     console.start(cfg.quiet, folder / "run.log")
     session = Session(cfg, inputs, lm, folder, past, lock)
     if past:
-        logger.info(f"continues {folder} after {past[-1]['stage']} of round {past[-1]['round']}")
+        logger.info(f"continues {folder} after {console.step_name(past[-1])}")
     else:
         logger.info(f"{cfg.model} is in {weights['dtype']} on {lm.device}: {lm.why_dtype}")
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
@@ -97,6 +98,17 @@ class Session(Loop):
             yield
         logger.debug(f"{stage}: {time.monotonic() - began:.1f} s")
 
+    @contextmanager
+    def watched(self, stage: str, r: int, doing: str) -> Iterator[OnPart]:
+        """Times a stage behind a bar that the model's batches advance."""
+        what, lm = f"{console.place(stage, r, self.events)}: {doing}", self.student.lm
+        with super().watched(stage, r, doing), console.progress(what, self.cfg.quiet) as self.bar:
+            lm.progress = self.bar.at
+            try:
+                yield self.bar.part
+            finally:
+                lm.progress = unwatched
+
     def _vector_path(self, r: int) -> Path:
         return self.folder / "vectors" / f"r{r}.safetensors"
 
@@ -112,9 +124,7 @@ class Session(Loop):
     @contextmanager
     def _writing(self, stage: str, r: int) -> Iterator[tuple[Known, OnBatch]]:
         """Every finished batch is on disk before the next one begins."""
-        path, cfg = partial_path(self.folder, stage, r), self.cfg
-        bar = console.progress(f"{_name(r)}: writing", cfg.filter.max_attempts, cfg.quiet)
-        with bar as advance, closing(WrittenTexts(path, advance)) as written:
+        with closing(WrittenTexts(partial_path(self.folder, stage, r))) as written:
             yield written.known, written.add
 
     def _checkpoint(self, r: int) -> Path:
@@ -134,27 +144,26 @@ class Session(Loop):
     def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
         path, saved_at = partial_path(self.folder, "heal", r), time.monotonic()
         cfg, saved = replace(self.cfg, heal=heal_cfg), load_heal(path)
-        n_steps = heal_cfg.epochs * -(-len(collected.kept) // heal_cfg.batch_size)
-        with console.progress(f"{_name(r)}: healing", n_steps, cfg.quiet) as advance:
 
-            def on_step(state: HealState) -> None:
-                nonlocal saved_at
-                advance(1)
-                self.log.write("heal_step", r, **asdict(state.steps[-1]))
-                due = time.monotonic() - saved_at >= self.save_every_s
-                between = r < 0 or not heal_cfg.refresh_every or len(state.steps) % heal_cfg.refresh_every == 0
-                if due and between:  # the text of the steps since then cannot be written again
-                    save_heal(path, state.saved())
-                    saved_at = time.monotonic()
+        def on_step(state: HealState) -> None:
+            nonlocal saved_at
+            self.student.lm.progress = unwatched  # from here on the bar counts steps, not the rows that they read
+            self.bar.at(len(state.steps), state.n_steps)
+            self.log.write("heal_step", r, **asdict(state.steps[-1]))
+            due = time.monotonic() - saved_at >= self.save_every_s
+            between = r < 0 or not heal_cfg.refresh_every or len(state.steps) % heal_cfg.refresh_every == 0
+            if due and between:  # the text of the steps since then cannot be written again
+                save_heal(path, state.saved())
+                saved_at = time.monotonic()
 
-            vector = self.vectors[r] if r >= 0 else None
-            try:
-                return steps.heal(self.student, collected, self.inputs, cfg, r, vector, on_step, saved)
-            except NotFinite:
-                path.unlink(missing_ok=True)
-                sync_folder(self.folder / "partial")  # the second attempt must not find the file of the first
-                self.student.discard_round()
-                raise
+        vector = self.vectors[r] if r >= 0 else None
+        try:
+            return steps.heal(self.student, collected, self.inputs, cfg, r, vector, on_step, saved)
+        except NotFinite:
+            path.unlink(missing_ok=True)
+            sync_folder(self.folder / "partial")  # the second attempt must not find the file of the first
+            self.student.discard_round()
+            raise
 
     def _forget_round(self, r: int) -> None:
         if r == 0:
@@ -188,10 +197,6 @@ class Session(Loop):
 def in_terminal() -> bool:
     """Whether a person can read what is printed, and answer."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-
-
-def _name(r: int) -> str:
-    return "control" if r < 0 else f"round {r}"
 
 
 def draw(folder: Path) -> None:

@@ -89,14 +89,16 @@ def _in_batches(
     size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
     while todo:
         group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
+        at = (len(rows) - len(todo), len(rows))
         try:
-            done = _decode_batch(lm, [rows[i] for i in group], vector, how, tail)
+            done = _decode_batch(lm, [rows[i] for i in group], vector, how, tail, at)
         except RuntimeError as error:
             lm.limits.decode_tokens = fewer_rows(len(group), error) * per_row
             done = None
         if done is None:
             free_unused()
             continue
+        lm.progress(at[0] + len(group), len(rows))
         yield group, *done
         todo = todo[len(group) :]
 
@@ -206,9 +208,10 @@ def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) 
 
 @torch.no_grad()
 def _decode_batch(
-    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...], at: tuple[int, int]
 ) -> tuple[list[tuple[int, ...]], Float[Tensor, "b s d"]]:
-    """(token ids written, final hidden states before and at `tail`); without a tail the states are empty."""
+    """(token ids written, final hidden states before and at `tail`); without a tail the states are empty. `at`: rows
+    that were written before this batch, and rows in all."""
     device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
     uniforms = torch.empty(0, device=device)
     if how.sample:
@@ -224,6 +227,7 @@ def _decode_batch(
     with steer(lm, vector, [row.dose for row in rows]) as steering:
         ids = _feed_prompts(cache, rows, steering)
         for step in range(how.max_new_tokens):
+            lm.progress(at[0] + len(rows) * step / how.max_new_tokens, at[1])
             logits = lm.logits(cache.feed(ids)[:, -1])
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)

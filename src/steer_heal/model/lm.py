@@ -54,6 +54,10 @@ SHORTEST_CHUNK = 64
 _MARK = "SYSTEM-GOES-HERE"
 
 
+def unwatched(done: float, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @dataclass
 class LM:
     """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
@@ -66,6 +70,9 @@ class LM:
     why_dtype: str = ""
     """Why its weights are in the dtype that they are in."""
     limits: BatchLimits = field(default_factory=BatchLimits)
+    progress: Callable[[float, int], object] = unwatched
+    """Called with the rows that are done and all rows of the work at hand, after each batch that is read and each token
+    that is written. Rows that are being written count in part."""
 
     @property
     def device(self) -> torch.device:
@@ -193,6 +200,7 @@ class LM:
         After an out-of-memory error `work` is called again with fewer rows, so it must be idempotent.
         """
         todo = list(batches(lengths, self.limits.read_tokens))
+        self.progress(0, len(lengths))
         while todo:
             group, failed = todo[0], None
             try:
@@ -201,6 +209,7 @@ class LM:
                 failed = fewer_rows(len(group), error)
             if failed is None:
                 todo.pop(0)
+                self.progress(len(lengths) - sum(map(len, todo)), len(lengths))
                 continue
             free_unused()
             self.limits.read_tokens = failed * lengths[group[-1]]

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
+from statistics import mean
 from typing import Any
 
-import polars as pl
 from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -52,11 +53,71 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
 
 
+class Bar(tqdm):
+    """A stage with the time left. It starts again with each part of the stage's work, whose size is known then."""
+
+    def at(self, done: float, total: int) -> None:
+        """So much of the work at hand is done. Less than before, or another total: another part has begun."""
+        if self.disable or not total:
+            return
+        if total != self.total or done < self.n:
+            self.bar_format = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+            self.initial = 0
+            self.reset(total)
+            self.n = self.last_print_n = self.initial = done
+        self.update(done - self.n)
+
+    def part(self, n: int, n_parts: int) -> None:
+        """Names the eval that begins, behind the name of the stage."""
+        if not self.disable:
+            self.desc = f"{self.desc.partition(', eval')[0]}, eval {n} of {n_parts}"
+
+
 @contextmanager
-def progress(what: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A bar with the time left; yields the function that advances it."""
-    with tqdm(total=total, desc=what, leave=False, disable=quiet or None, dynamic_ncols=True, mininterval=0.5) as bar:
-        yield bar.update
+def progress(what: str, quiet: bool) -> Iterator[Bar]:
+    """A bar on a terminal, nothing elsewhere or when `quiet`."""
+    with Bar(desc=what, bar_format="{desc}", leave=False, disable=quiet or None, dynamic_ncols=True) as bar:
+        yield bar
+
+
+def place(stage: str, r: int, events: Sequence[Event]) -> str:
+    """Where in the run a stage is: `base`, `control`, `round 2 of 4, 5 min left`."""
+    if r < 0:
+        return stage if stage in MEASURED else "control"
+    left = seconds_left(events)
+    return _of_rounds(r, events) + ("" if left is None else f", {duration(left)} left")
+
+
+def _of_rounds(r: int, events: Sequence[Event]) -> str:
+    return f"round {r + 1} of {run_start(events)['config']['n_rounds']}"
+
+
+def seconds_left(events: Sequence[Event]) -> float | None:
+    """Estimate for the rest of the run: the mean seconds of each stage in the finished rounds, for each stage to come.
+    None while no round is finished."""
+    rounds = [event["seconds"] for event in events if event["stage"] == "round"]
+    if not rounds:
+        return None
+    stages = {name for seconds in rounds for name in seconds} - {"total", "base", "prompted"}
+    means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
+    done = {event["stage"] for event in events if event["round"] == len(rounds)}
+    n_left = run_start(events)["config"]["n_rounds"] - len(rounds)
+    return n_left * sum(means.values()) - sum(means.get(name, 0.0) for name in done)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `5 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def step_name(event: Event) -> str:
+    """`base`, `heal of r0`, `heal of the control`."""
+    stage, r = event["stage"], event["round"]
+    if r is None or (r < 0 and stage in MEASURED):
+        return stage
+    return f"{stage} of {'the control' if r < 0 else f'r{r}'}"
 
 
 def show(event: Event, events: Sequence[Event]) -> None:
@@ -66,24 +127,34 @@ def show(event: Event, events: Sequence[Event]) -> None:
 
 
 def print_table(events: Sequence[Event]) -> None:
-    """The states of a run, one a row: the target, then the shown metrics. Below them the verdict."""
-    headings, rows = table_columns(events), table_cells(events, "")
-    first = [key for key in headings if key not in metrics_of(events) or key == target_of(events)[0].name]
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=100,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-        tbl_formatting="ASCII_MARKDOWN",
-        tbl_cell_alignment="RIGHT",
-    ):
-        for keys in (first, ["state", *(key for key in headings if key not in first)]):
-            cells = [[f"{row[key]:<10}" if key == "state" else row[key] for key in keys] for row in rows]
-            print_safe(f"{pl.DataFrame(cells, schema=[headings[key][0] for key in keys], orient='row')}\n")
-    print_safe(verdict(events))
-    if run_start(events)["config"]["model"] == UNTRAINED:
-        print_safe("the pipeline works; the numbers of an untrained model mean nothing")
+    """The states of a run, one a row: the target, then the shown metrics, in as many tables as fit the terminal. Below
+    them the verdict; an untrained model gets none."""
+    if untrained := run_start(events)["config"]["model"] == UNTRAINED:
+        print_safe("the pipeline works; the numbers of an untrained model mean nothing\n")
+    columns, rows = table_columns(events), table_cells(events, "")
+    first = [key for key in columns if key not in metrics_of(events) or key == target_of(events)[0].name]
+    table = {key: [columns[key][0], *(row[key] for row in rows)] for key in columns}
+    width = min(max(get_terminal_size().columns, 80), 120)
+    for keys in (first, ["state", *(key for key in columns if key not in first)]):
+        for part in _fitting([table[key] for key in keys], width):
+            print_safe("\n".join(part) + "\n")
+    if not untrained:
+        print_safe(verdict(events))
+
+
+def _fitting(columns: Sequence[Sequence[str]], width: int) -> Iterator[list[str]]:
+    """Markdown tables of as many columns as fit, each with the first one on the left. Cells begin with the heading."""
+    names, *rest = ([f"{cell:>{max(map(len, cells))}}" for cell in cells] for cells in columns)
+    names = [f"{name.strip():<{len(name)}}" for name in names]
+    while rest:
+        n, room = 0, width - len(names[0]) - 4
+        while n < len(rest) and (n == 0 or len(rest[n][0]) + 3 <= room):
+            room -= len(rest[n][0]) + 3
+            n += 1
+        heading, *rows = zip(names, *rest[:n], strict=True)
+        rule = f"|{'|'.join('-' * (len(cell) + 2) for cell in heading)}|"
+        yield [f"| {' | '.join(heading)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+        rest = rest[n:]
 
 
 def _start(e: Event, _: Sequence[Event]) -> str:
@@ -140,7 +211,7 @@ def _gen(e: Event, _: Sequence[Event]) -> str:
 
 
 def _backtrack(e: Event, _: Sequence[Event]) -> str:
-    return f"dropped     round {e['round']}: {'; '.join(e['past'])} (dose {e['dose']:.3g}, learning rate {e['lr']:.3g})"
+    return f"dropped     r{e['round']}: {'; '.join(e['past'])} (dose {e['dose']:.3g}, learning rate {e['lr']:.3g})"
 
 
 def _heal(e: Event, events: Sequence[Event]) -> str:
@@ -167,10 +238,13 @@ def _heal_retry(e: Event, _: Sequence[Event]) -> str:
     return f"heal        {e['error']}; the round is healed again from its start, at learning rate {e['lr']:g}"
 
 
-def _round(e: Event, _: Sequence[Event]) -> str:
+def _round(e: Event, events: Sequence[Event]) -> str:
     kept = "" if e["retain"] is None else f", retains {e['retain']:.0%} of the steered shift"
     learnt = e["cosine_student_teacher"]
-    line = f"round {e['round']}     done in {e['seconds']['total']:.0f} s{kept}; "
+    left = seconds_left(events)
+    to_come = f"; about {duration(left)} left" if left else ""
+    name, took = f"r{e['round']} done", duration(e["seconds"]["total"])
+    line = f"{name:<11} {_of_rounds(e['round'], events)} in {took}{kept}{to_come}; "
     line += f"the adapter's own shift has cosine {number(learnt, '.2f')} to the vector"
     return line + _advice(learnt is not None and learnt < 0.1, "the adapter did not learn the direction of the vector")
 

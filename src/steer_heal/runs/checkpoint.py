@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,10 +22,8 @@ class WrittenTexts:
     A text depends on its request alone, so a resumed run may decode the rest in other batches.
     """
 
-    def __init__(self, path: Path, on_rows: Callable[[int], object] = lambda n: None) -> None:
-        """`on_rows` is called with the number of rows of every batch that is added."""
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.on_rows = on_rows
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
         self.known: dict[tuple[int, float], tuple[int, ...]] = {}
@@ -40,7 +38,6 @@ class WrittenTexts:
 
     def add(self, batch: Sequence[Completion]) -> None:
         append_line(self._file, [(row.seed, row.dose, row.completion_ids) for row in batch])
-        self.on_rows(len(batch))
 
     def close(self) -> None:
         self._file.close()

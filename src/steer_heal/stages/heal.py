@@ -43,6 +43,8 @@ class HealState:
 
     parameters: Sequence[Tensor]
     optimiser: torch.optim.Optimizer
+    n_steps: int
+    """Steps of the whole heal."""
     directions: Sequence[Tensor] = ()
     """Of the spectral penalty, one per adapted matrix."""
     steps: list[HealStep] = field(default_factory=list)
@@ -104,7 +106,7 @@ def heal(
         spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
         optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
         passes = Passes(lm, cfg, student.cfg.layers, parameters)
-        state = HealState(parameters, optimiser, spectral.directions if spectral is not None else ())
+        state = HealState(parameters, optimiser, n_steps, spectral.directions if spectral is not None else ())
         if saved is not None:
             state.restore(saved)
         if not state.curve:

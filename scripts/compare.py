@@ -8,6 +8,7 @@ from typing import Any
 
 from steer_heal.runs.events import RESULTS, read_events, read_results
 from steer_heal.runs.verify import broken
+from steer_heal.share.card import CARD
 
 VARIES = {"t", "wall_s", "seconds", "git_commit", "command", "folder", "prev"}
 """Fields of an event in which two runs of the same settings may differ."""
@@ -21,8 +22,9 @@ def comparable(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    """The files of every checkpoint and vector, by their name in the run's folder."""
-    paths = [path for part in ("ckpt", "vectors") for path in (run / part).rglob("*") if path.is_file()]
+    """The files of every checkpoint and vector but the cards, which name times, by their name in the run's folder."""
+    files = [path for part in ("ckpt", "vectors") for path in (run / part).rglob("*") if path.is_file()]
+    paths = [path for path in files if CARD not in path.name]
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 

@@ -46,6 +46,7 @@ GATES = {
 }
 TRAIT = {
     "name": "authority",
+    "description": "Care for people, over authority.",
     "target": "authority_nats",
     "sign": -1,
     "positive": "You care.",
@@ -111,7 +112,9 @@ def run_events(
             write("heal_step", r, **at, **nats, n_texts=8, pressure=pressure)
         check = [{"epoch": float(e), "fit": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)]
         counts = {"n_train": 14, "n_validation": 2, "n_steps": 96, "n_retries": 0, "validation_prompts": [1]}
-        write("heal", r, **counts, lam=0.3, tau=0.1, lr=1e-3, validation=check, fired=0.5, pressure=0.4)
+        name = f"ckpt/r{r}" if r >= 0 else "ckpt/control"
+        files = {"checkpoint": name, "files": {f"{name}/adapter_model.safetensors": "5" * 64}}
+        write("heal", r, **counts, **files, lam=0.3, tau=0.1, lr=1e-3, validation=check, fired=0.5, pressure=0.4)
 
     write(
         "run_start",
@@ -123,7 +126,10 @@ def run_events(
         trait=deepcopy(TRAIT),
         metrics=[asdict(metric) for metric in METRICS],
         gates=deepcopy(GATES),
-        versions={"python": "3.11"},
+        versions={"python": "3.11", "steer-heal": "0.2.0"},
+        settings="01234567",
+        base_model="owner/base",
+        weights={"sha256": "7" * 64, "dtype": "float32"},
         git_commit="0123abc",
         unadapted=["mlp.router.weight"],
         command=["python", "-m", "steer_heal.run", "toy", "--out", "a folder"],

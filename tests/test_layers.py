@@ -22,6 +22,7 @@ LAYERS = (
     "report",
     "loop",
     "library",
+    "share",
     "session",
     "chat",
     "run",

@@ -205,14 +205,14 @@ def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(t
 
 def test_the_command_draws_everything_and_names_a_folder_without_events(tmp_path, capsys):
     folder = write_run(tmp_path / "run", run_events(1))
-    assert main([folder]) == 0 and "report.html" in capsys.readouterr().out
+    assert main([str(folder)]) == 0 and "report.html" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {"trajectory.png", "map.png", "report.html", "diary.md"}
-    assert main([tmp_path]) == 1 and "no events.jsonl" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and "no events.jsonl" in capsys.readouterr().err
     begun = {"stage": "run_start", "round": None}
     for broken in ([begun], [begun | {"trait": 3, "config": {}}, {"stage": "base", "round": -1}]):
-        assert main([write_run(tmp_path / "broken", broken)]) == 1
+        assert main([str(write_run(tmp_path / "broken", broken))]) == 1
         assert str(tmp_path / "broken") in capsys.readouterr().err
-    assert main([write_run(tmp_path / "empty", [])]) == 0 and "did not start yet" in capsys.readouterr().out
+    assert main([str(write_run(tmp_path / "empty", []))]) == 0 and "did not start yet" in capsys.readouterr().out
 
 
 def test_pictures_of_the_page_are_drawn_at_a_width_that_a_phone_can_read(finished):

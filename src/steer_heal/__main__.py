@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("steer_heal.evals.__main__:main", "measure a model or an adapter"),
     "chat": ("steer_heal.chat.__main__:main", "RUN: talk to the base, the steered student and the healed one"),
     "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again"),
+    "push": ("steer_heal.share.push:main", "RUN OWNER/NAME: upload a checkpoint with its model card"),
     "diag": ("steer_heal.diag.__main__:main", "QUESTION: answer one question with one table"),
 }
 """By name: where the function is that takes the arguments, and what it does."""

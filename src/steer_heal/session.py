@@ -31,11 +31,12 @@ from steer_heal.model.targets import targets
 from steer_heal.records import Collected, HealReport, NotFinite
 from steer_heal.report import console, measurements
 from steer_heal.runs import events
-from steer_heal.runs.checkpoint import WrittenTexts, load_heal, save_heal
+from steer_heal.runs.checkpoint import WrittenTexts, checkpoint_name, load_heal, save_heal
 from steer_heal.runs.resume import in_recorded_dtype, partial_path, run_start, same_weights, truncate_events
 from steer_heal.runs.signals import handled
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.share.card import write_cards, write_export_card
 from steer_heal.stages.generate import Known
 from steer_heal.stages.heal import HealState
 
@@ -64,6 +65,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         logger.info(f"{cfg.model} is in {weights['dtype']} on {lm.device}: {lm.why_dtype}")
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
         facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out, "inputs": dict(inputs.sha256)}
+        facts |= {"settings": cfg.fingerprint(), "base_model": lm.base}
         own = {"folder": str(folder), "preset": preset, "command": ["steer-heal", "run", *sys.argv[1:]]}
         session.write("run_start", None, **own, **session.facts(), **facts)
     return session
@@ -128,13 +130,13 @@ class Session(Loop):
             yield written.known, written.add
 
     def _checkpoint(self, r: int) -> Path:
-        return self.folder / "ckpt" / (f"r{r}" if r >= 0 else "control")
+        return self.folder / checkpoint_name(r)
 
     def _keep_student(self, r: int, own: Factors) -> dict[str, Any]:
         path = self._checkpoint(r)
         with atomic_folder(path) as part:
             self.student.save(part, own)
-        return {"checkpoint": f"ckpt/{path.name}", "files": checksums(self.folder, *path.iterdir())}
+        return {"checkpoint": checkpoint_name(r), "files": checksums(self.folder, *path.iterdir())}
 
     def _restore_student(self, r: int, event: events.Event) -> None:
         path = self._checkpoint(r)
@@ -180,6 +182,8 @@ class Session(Loop):
         if self.cfg.export is not None and not holds_files(self.cfg.export):
             with atomic_folder(self.cfg.export) as part:
                 self.student.export(part)
+            with _not_ending(self.folder):
+                write_export_card(self.folder, self.cfg.export)
         console.print_table(self.events)
         print_safe(f"read {self.folder / 'report.html'} first; everything of this run is in {self.folder}")
         if self.recorded("round", 0) and not self.cfg.quiet and in_terminal():
@@ -199,12 +203,20 @@ def in_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
-def draw(folder: Path) -> None:
-    """The pictures and the page so far. A drawing that fails must not end the run."""
+@contextmanager
+def _not_ending(folder: Path) -> Iterator[None]:
+    """What is drawn and told of a run must not end it."""
     try:
-        report.draw(folder)
+        yield
     except Exception as error:
         logger.warning(f"nothing was drawn ({error}); `just plot {folder}` tries again")
+
+
+def draw(folder: Path) -> None:
+    """The pictures, the page and the model cards so far."""
+    with _not_ending(folder):
+        report.draw(folder)
+        write_cards(folder)
 
 
 def complete(folder: Path, cfg: RunConfig) -> None:

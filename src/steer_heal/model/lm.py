@@ -75,6 +75,11 @@ class LM:
     that is written. Rows that are being written count in part."""
 
     @property
+    def base(self) -> str:
+        """What an adapter names as its base: a hub id, or the absolute path of a folder or file on this machine."""
+        return self.name if self.name == TINY_RANDOM else _located(self.name)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
@@ -391,9 +396,18 @@ class Original:
             parameter.requires_grad_(True)
 
 
+def _located(name: str) -> str:
+    """The absolute path of a model in the working directory or the package; a name that is in neither, as it is."""
+    places = (Path(name), PACKAGE / name)
+    local = next((place for place in places if (place / "config.json").exists()), None)
+    if local is None and Path(name).exists():
+        local = Path(name)
+    return name if local is None else str(local.absolute())
+
+
 def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
     """(model, tokenizer, why in its dtype) of a folder, a file or a hub id. UserError where it cannot be read."""
-    folder = next((str(p) for p in (Path(name), PACKAGE / name) if (p / "config.json").exists()), name)
+    folder = _located(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
         raise UserError(

@@ -63,7 +63,7 @@ class Student:
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=self.lm.name,
+            base_model_name_or_path=self.lm.base,
             target_parameters=sorted(adapted.experts) or None,
         )
         config.target_modules = list(adapted.linears)  # PEFT's own set has no order: its file would differ by process

@@ -11,10 +11,11 @@ import tyro
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.report import draw
 from steer_heal.runs.events import schema_errors
+from steer_heal.share.card import write_cards
 
 
 def report(runs: tyro.conf.Positional[list[Path]]) -> list[Path]:
-    """Draws the pictures, the page and the diary of each run folder again, from its events.jsonl alone.
+    """Draws pictures, page, diary and model cards of each run folder again, from its events.jsonl alone.
 
     Args:
         runs: Folders of runs.
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder in tyro.cli(report, args=argv, prog="steer-heal report"):
             with schema_errors(folder):
                 print_safe(draw(folder) or f"{folder}: the run did not start yet, nothing to draw")
+                write_cards(folder)
     except (UserError, OSError) as error:
         print_error(error)
         return 1

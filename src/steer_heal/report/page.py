@@ -44,6 +44,7 @@ from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
 
 Event = Mapping[str, Any]
+HERE = Path(__file__).parent
 SHOWN_PROMPTS, SHOWN_ANSWERS, SHOWN_BORDERLINE, SHOWN_CHARACTERS = 64, 64, 3, 1500
 """Evaluation prompts; answers per state; rows on each side of each cut; characters of any one text."""
 BEFORE = ("base", "prompted", "control")
@@ -124,10 +125,10 @@ def fenced(text: str) -> Markup:
     return Markup("\n".join([f"{fence}text", *lines, fence]))
 
 
-def _template(name: str, show: Callable[[str], str]) -> Template:
-    """A template of this folder. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
+def template(path: Path, show: Callable[[str], str]) -> Template:
+    """A template file. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(path.parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -136,13 +137,13 @@ def _template(name: str, show: Callable[[str], str]) -> Template:
     )
     environment.filters |= {"number": number, "fenced": fenced, "direction": direction}
     environment.globals |= {"plural": plural}
-    return environment.get_template(name)
+    return environment.get_template(path.name)
 
 
 def page(run: Run) -> str:
     """The whole of report.html."""
     grade, _, detail = verdict(run.events).partition(":")
-    return _template("report.html.j2", visible).render(
+    return template(HERE / "report.html.j2", visible).render(
         run=run,
         start=run.start,
         grade=grade,
@@ -164,7 +165,7 @@ def page(run: Run) -> str:
 
 def diary(run: Run) -> str:
     """The whole of diary.md: the run told by its answers to the first evaluation prompt."""
-    return _template("diary.md.j2", inline).render(
+    return template(HERE / "diary.md.j2", inline).render(
         run=run,
         start=run.start,
         verdict=verdict(run.events),

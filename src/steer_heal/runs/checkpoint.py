@@ -16,6 +16,11 @@ from steer_heal.runs.storage import append_line, atomic_write
 from steer_heal.stages.heal import SavedHeal
 
 
+def checkpoint_name(r: int) -> str:
+    """Folder of the student after round r, within the run's; round -1 is the control."""
+    return f"ckpt/r{r}" if r >= 0 else "ckpt/control"
+
+
 class WrittenTexts:
     """Token ids of finished completions by seed and dose of their request: one JSON line for each decoded batch.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,8 +224,12 @@ def _append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Of Python and the packages that the numbers depend on; this one's where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("steer-heal", "torch", "transformers", "peft", "tokenizers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_commit() -> str | None:

@@ -23,7 +23,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     yield part
-    _flush(part)
+    _finish(part)
     part.replace(path)
     sync_folder(path.parent)
 
@@ -36,14 +36,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     yield part
     for entry in part.rglob("*"):
-        (sync_folder if entry.is_dir() else _flush)(entry)
+        (sync_folder if entry.is_dir() else _finish)(entry)
     sync_folder(part)
     rmtree(path, ignore_errors=True)
     part.rename(path)
     sync_folder(path.parent)
 
 
-def _flush(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Flushes a file and gives it the mode of a new one: safetensors writes its own as readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

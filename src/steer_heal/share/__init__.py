@@ -1,0 +1,1 @@
+"""Sharing a result: model cards, upload, standard tasks, evaluation logs."""

@@ -1,0 +1,265 @@
+"""Model cards and uploads: what a card says, that nothing in it can do harm, and that nothing is sent unasked."""
+
+import os
+import re
+import shutil
+
+import pytest
+import yaml
+from compare import weights
+from huggingface_hub import ModelCard
+from made_runs import run_events, write_run
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from runs import resumed, rewritten
+from test_hostile import HOSTILE
+
+from steer_heal.model.lm import load
+from steer_heal.model.student import Student
+from steer_heal.report.__main__ import main as report
+from steer_heal.runs.events import last_hash, of_stage, read_events
+from steer_heal.runs.verify import broken
+from steer_heal.settings import AdapterCfg
+from steer_heal.share import push as push_module
+from steer_heal.share.card import card, hub_id, write_cards, write_export_card
+
+pytestmark = pytest.mark.usefixtures("quick")
+DIGEST = "a" * 64
+
+
+@pytest.fixture
+def copy(one, tmp_path):
+    """A finished run of one round with a control and its row of results.tsv, with cards."""
+    run = shutil.copytree(one.parent, tmp_path / "out") / one.name
+    write_cards(run)
+    return run
+
+
+# --- what a card says --------------------------------------------------------------------------------------------
+def test_every_measured_checkpoint_has_a_card_that_the_hub_reads(copy):
+    events = read_events(copy)
+    for name, column in (("r0", "healed r0"), ("control", "control")):
+        read = ModelCard.load(copy / "ckpt" / name / "README.md")
+        assert read.data.library_name == "peft" and "steer-heal" in read.data.tags
+        assert read.data.base_model is None and read.data.license is None, "tiny-random is not on the hub"
+        files = next(e["files"] for e in of_stage(events, "heal") if e["checkpoint"] == f"ckpt/{name}")
+        facts = [
+            events[0]["weights"]["sha256"],
+            events[0]["settings"],
+            last_hash(copy),
+            f"| seed | {events[0]['seed']} |",
+        ]
+        assert all(fact in read.text for fact in [column, *facts, files[f"ckpt/{name}/adapter_model.safetensors"]])
+
+
+def test_the_readings_are_those_of_the_round_and_its_verdict():
+    events = run_events(2)
+    first, second, control = (card(events, r, DIGEST) for r in (0, 1, -1))
+    assert "\u22122.000 (\u22120.600 to \u22120.400)" in first and "\u22122.100 (\u22120.700 to \u22120.500)" in second
+    assert "steered r1" not in first and "-0.500 nats" in first and "-0.600 nats" in second
+    assert "healed" not in control and "**GOOD" not in control and "**GOOD" in first
+    other = run_events(2)
+    next(e for e in other if e["stage"] == "healed" and e["round"] == 1)["metrics"]["authority_nats"] = 9.0
+    assert card(other, 0, DIGEST) == first, "a later round is no business of this one"
+
+
+def test_a_hub_model_is_named_as_base_and_a_folder_is_not():
+    events = run_events(1)
+    assert ModelCard(card(events, 0, DIGEST)).data.base_model == "owner/base"
+    for base in ("/a/folder/of/mine", "tiny-random", None):
+        events[0]["base_model"] = base
+        assert ModelCard(card(events, 0, DIGEST)).data.base_model is None
+    assert [hub_id(name) for name in ("a/b", "a", "a/b/c", "../b", "a b/c", "")] == ["a/b", *[None] * 5]
+
+
+def test_the_method_is_told_as_the_settings_are():
+    events = run_events(1)
+    heal = events[0]["config"]["heal"]
+    assert "pays for a kl\\_rev (rmse)" in card(events, 0, DIGEST)
+    heal |= {"target": "distribution", "text": "own", "teacher": "both", "divergence": "nll"}
+    text = card(events, 0, DIGEST)
+    assert "next-token distribution along its own plain text." in text and "pays" not in text
+
+
+def test_hostile_text_stays_text():
+    events = run_events(1)
+    wanted = card(events, 0, DIGEST)
+    events[0]["trait"] |= dict.fromkeys(("name", "description", "positive", "negative"), HOSTILE)
+    events[0]["config"] = events[0]["config"] | {"model": HOSTILE}
+    events[0] |= {"preset": HOSTILE, "git_commit": HOSTILE, "base_model": HOSTILE}
+    text = card(events, 0, DIGEST)
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) | {"base_model": "owner/base"} == yaml.safe_load(wanted.split("---\n")[1])
+    outside, fence = [], ""
+    for line in body.splitlines():
+        opened = re.match("`{3,}", line)
+        if fence:
+            fence = "" if line == fence else fence
+        elif opened:
+            fence = opened[0]
+        else:
+            outside.append(line)
+    assert not fence and len([line for line in outside if line.startswith("#")]) == 7
+    assert not any(re.search(r"(?<!\\)[<\[]", line) for line in outside)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+
+
+def test_what_the_card_says_of_loading_works(tmp_path, monkeypatch, toy):
+    """From another folder, of the bundled model, and of a model that lies in a folder of its own."""
+    events = run_events(1)
+    events[0] |= {"base_model": toy.base, "weights": {"sha256": "0", "dtype": "float32"}}
+    code = re.findall(r"```python\n(.*?)```", card(events, 0, DIGEST), re.DOTALL)[0]
+    checkpoint = saved(load("data/toylm"), tmp_path / "r0")
+    monkeypatch.chdir(checkpoint)
+    found = {}
+    exec(code, found)
+    assert isinstance(found["model"], PeftModel) and found["tokenizer"].chat_template
+    as_export = re.findall(r"```python\n(.*?)```", card(events, 0, DIGEST, merged=True), re.DOTALL)[0]
+    Student(toy, AdapterCfg()).export(tmp_path / "merged")
+    monkeypatch.chdir(tmp_path / "merged")
+    exec(as_export, found)
+    assert found["model"].config.model_type == toy.model.config.model_type
+
+
+def saved(lm, folder):
+    student = Student(lm, AdapterCfg(rank=2, alpha=4.0))
+    student.new_round(0)
+    own = student.bake()
+    student.save(folder, own)
+    return folder
+
+
+def test_peft_finds_the_base_of_a_checkpoint_from_any_folder(tmp_path, monkeypatch):
+    checkpoint = saved(load("data/toylm"), tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    assert AutoPeftModelForCausalLM.from_pretrained(checkpoint).active_adapter == "default"
+    load("data/toylm").model.save_pretrained(tmp_path / "mine")
+    load("data/toylm").tokenizer.save_pretrained(tmp_path / "mine")
+    relative = saved(load("mine"), tmp_path / "relative")
+    assert PeftConfig.from_pretrained(relative).base_model_name_or_path == str(tmp_path / "mine")
+    monkeypatch.chdir(checkpoint)
+    assert AutoPeftModelForCausalLM.from_pretrained(relative).active_adapter == "default"
+
+
+# --- cards beside the run's own record ---------------------------------------------------------------------------
+def test_a_card_is_no_part_of_the_record(copy, capsys):
+    assert broken(copy) == []
+    before = weights(copy)
+    (copy / "ckpt/r0/README.md").write_text("mine")
+    assert broken(copy) == [] and weights(copy) == before
+    assert report([str(copy)]) == 0
+    assert last_hash(copy) in (copy / "ckpt/r0/README.md").read_text(), "report writes the cards again"
+    resumed(copy)
+    assert broken(copy) == []
+
+
+def test_a_run_writes_its_cards_as_it_goes(after_round_0, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "steer_heal.session.draw", lambda folder: drawn.append([p.parent.name for p in write_cards(folder)])
+    )
+    resumed(after_round_0)
+    assert drawn[0] == ["r0"] and drawn[-1] == ["r0", "r1"]
+    assert not list(after_round_0.rglob(".*.part"))
+
+
+def test_a_checkpoint_that_is_gone_and_a_round_that_is_not_measured_get_no_card(copy):
+    shutil.rmtree(copy / "ckpt/control")
+    assert [path.parent.name for path in write_cards(copy)] == ["r0"]
+    rewritten(copy, lambda events: events.pop(next(i for i, e in enumerate(events) if e["stage"] == "healed")))
+    assert write_cards(copy) == [] and not (copy / "ckpt/control").exists()
+
+
+def test_an_export_has_a_card_unless_it_is_the_base(tmp_path):
+    events = run_events(2)
+    run = write_run(tmp_path / "run", events)
+    write_export_card(run, tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
+    (tmp_path / "README.md").unlink()
+    write_run(run, [e for e in events if e["round"] in (None, -1)])
+    write_export_card(run, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(mask, tmp_path, tiny):
+    from steer_heal.runs.storage import atomic_folder
+
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "r0") as part:
+            saved(tiny, part)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "r0").iterdir() if path.is_file()}
+    assert set(modes.values()) == {0o666 & ~mask} and "adapter_model.safetensors" in modes
+
+
+# --- push --------------------------------------------------------------------------------------------------------
+class Hub:
+    """Stands for HfApi: what it was asked to do."""
+
+    def __init__(self, calls, error=None):
+        self.calls, self.error = calls, error
+
+    def create_repo(self, repo_id, **how):
+        self.calls.append(("create", repo_id, how))
+
+    def upload_folder(self, **how):
+        if self.error:
+            raise self.error
+        self.calls.append(("upload", how))
+        return f"the page of {how['repo_id']}"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(calls))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    return calls
+
+
+def test_without_yes_nothing_is_sent(copy, hub, capsys):
+    assert push_module.main([str(copy), "me/mine"]) == 0
+    printed = capsys.readouterr().out
+    assert hub == [] and "nothing was sent" in printed
+    names = sorted(path.name for path in (copy / "ckpt/r0").iterdir())
+    assert [line for line in printed.splitlines() if "->" in line] == [
+        f"{copy / 'ckpt/r0' / name} -> me/mine/{name}" for name in names
+    ]
+
+
+def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
+    (copy / "ckpt/r0/.hidden").write_text("")
+    assert push_module.main([str(copy / "ckpt/r0"), "me/mine", "--private", "--yes"]) == 0
+    (_, repo_id, how), (_, sent) = hub
+    assert (repo_id, how) == ("me/mine", {"private": True, "exist_ok": True})
+    printed = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert sent["allow_patterns"] == printed and ".hidden" not in printed
+    assert sent["folder_path"] == copy / "ckpt/r0" and sent["repo_id"] == "me/mine"
+
+
+@pytest.mark.parametrize("spoil, flags, told", [
+    (lambda run: None, ["mine"], "repo_id is 'mine'"),
+    (lambda run: None, ["me/mine/too"], "repo_id is 'me/mine/too'"),
+    (lambda run: None, ["me/mine", "--round", "7"], "round is 7"),
+    (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
+    (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "holds no adapter"),
+    (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "has no checkpoint"),
+])  # fmt: skip
+def test_what_cannot_be_shared_is_refused_before_anything_is_sent(spoil, flags, told, copy, hub, capsys):
+    spoil(copy)
+    assert push_module.main([str(copy), *flags, "--yes"]) == 1
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1 and hub == []
+
+
+def test_no_token_and_a_hub_that_refuses_are_one_line(copy, hub, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(hub, OSError("403 Forbidden")))
+    assert push_module.main([str(copy), "me/mine", "--yes"]) == 1
+    assert capsys.readouterr().err == "error: me/mine was not uploaded: 403 Forbidden\n"
+    hub.clear()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert push_module.main([str(copy), "me/mine", "--yes"]) == 1
+    assert "no token" in capsys.readouterr().err and hub == []
+    assert push_module.main([str(copy), "me/mine"]) == 0, "to look needs no token"

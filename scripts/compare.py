@@ -17,7 +17,8 @@ VARIES = {"t", "wall_s", "seconds", "git_commit", "command", "folder", "prev"}
 def comparable(run: Path) -> list[dict[str, Any]]:
     """A run's events without what may differ."""
     events = read_events(run)
-    events[0]["config"].pop("out")
+    for name in ("out", "folder"):
+        events[0]["config"].pop(name)
     return [{key: value for key, value in event.items() if key not in VARIES} for event in events]
 
 

@@ -1,17 +1,16 @@
 """Arms of results.tsv over seeds or, of run folders, every state; as Markdown."""
 
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from steer_heal.diag.lab import cli, markdown, mean_sd
+from steer_heal.diag.lab import cli, markdown
 from steer_heal.errors import UserError, print_safe
 from steer_heal.report.measurements import table, verdict
 from steer_heal.runs.events import RESULTS, current, of_stage, read_events, read_results, schema_errors
+from steer_heal.sweep.results import frame, over_seeds, spread
 
 COLUMNS = (
     "shift",
@@ -25,21 +24,6 @@ COLUMNS = (
     "cosine_student_first",
     "wall_s",
 )
-SAME = ("arm", "trait", "n_rounds", "settings")
-"""Runs that differ in any of these never share a row."""
-
-
-def arms(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """One row an arm: `mean ± sd` of each column over its runs, of each seed the last run."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in rows:
-        groups[tuple(row[name] for name in SAME)][row["seed"]] = row
-    out = []
-    for same, by_seed in groups.items():
-        values = {name: [float(row[name]) for row in by_seed.values() if row.get(name)] for name in columns}
-        spread = {name: mean_sd(column) for name, column in values.items()}
-        out.append({**dict(zip(SAME, same, strict=True)), "n": len(by_seed), **spread})
-    return out
 
 
 def states(run: Path, rounds: int | None) -> tuple[list[dict[str, Any]], str]:
@@ -72,7 +56,7 @@ def main(
         print_safe(markdown([row for rows, _ in tables for row in rows]))
         print_safe("\n" + "\n".join(line for _, line in tables))
     elif rows := read_results(out / RESULTS):
-        print_safe(markdown(arms(rows, columns)))
+        print_safe(markdown(spread(over_seeds(frame(rows)), columns).to_dicts()))
     else:
         raise UserError(f"{out / RESULTS} has no rows yet; finish a run first (`just toy`)")
 

@@ -26,6 +26,7 @@ LAYERS = (
     "session",
     "chat",
     "run",
+    "sweep",
     "diag",
     "__main__",
 )

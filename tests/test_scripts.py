@@ -297,19 +297,22 @@ def test_an_interval_is_student_s():
 
 
 def test_results_puts_seeds_of_an_arm_together(tmp_path):
+    def arms():
+        rows = results.over_seeds(results.frame(read_results(tmp_path / "results.tsv")))
+        return results.spread(rows, ("shift", "oracle")).to_dicts()
+
     def finish(arm, seed, shift, settings="aa"):
         row = {"arm": arm, "trait": "t", "n_rounds": 4, "settings": settings, "seed": seed, "shift": shift}
         append_result(tmp_path, row | {"run": f"{arm}{seed}{shift}"})
 
     for arm, seed, shift in (("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -3.0), ("b", 1, None)):
         finish(arm, seed, shift)
-    rows = results.arms(read_results(tmp_path / "results.tsv"), ("shift",))
-    same = {"arm": "a", "trait": "t", "n_rounds": "4", "settings": "aa"}
+    rows = arms()
+    same = {"arm": "a", "trait": "t", "n_rounds": 4, "settings": "aa"}
     assert rows[0] == {**same, "n": 2, "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
     assert rows[1]["shift"] == "" and rows[1]["n"] == 1
     finish("a", 3, -9.0, "bb")
-    again = results.arms(read_results(tmp_path / "results.tsv"), ("shift",))
-    assert [row["n"] for row in again if row["arm"] == "a"] == [2, 1], "other settings are another row"
+    assert [row["n"] for row in arms() if row["arm"] == "a"] == [2, 1], "other settings are another row"
     with pytest.raises(UserError, match="nowhere"):
         results.main(out=tmp_path / "nowhere")
 

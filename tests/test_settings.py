@@ -84,7 +84,14 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
         return replace(cfg, **({section: inner} if section else {key: value})).fingerprint()
 
     cfg = FAST_DEV_PRESET
-    own = {"out": Path("x"), "export": Path("x"), "arm": "x", "quiet": True, "heal.checkpoint": "on"}
+    own = {
+        "out": Path("x"),
+        "folder": Path("x"),
+        "export": Path("x"),
+        "arm": "x",
+        "quiet": True,
+        "heal.checkpoint": "on",
+    }
     assert {changed(name, own.get(name, 7)) for name in (*RUN_ONLY, "seed")} == {cfg.fingerprint()}
     others = {"model": "x", "n_rounds": 3, "gen.max_new_tokens": 7, "eval.n_texts": 7, "heal.lam": 7.0, "dose.floor": 1}
     assert len({cfg.fingerprint(), *(changed(*other) for other in others.items())}) == 1 + len(others)

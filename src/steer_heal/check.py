@@ -27,7 +27,7 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
-    for field_name, folder in (("out", cfg.out), ("export", cfg.export)):
+    for field_name, folder in (("folder", cfg.folder) if cfg.folder else ("out", cfg.out), ("export", cfg.export)):
         with problems.noted():
             _check_writable(field_name, folder)
     if not resumed and cfg.export is not None and holds_files(cfg.export):

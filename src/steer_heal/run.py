@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """A new run. Exit status: 0 done, 1 stopped by a user error, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
     try:
         preset, cfg = parse(sys.argv[1:] if argv is None else argv)
+        if cfg.folder is not None and (stopped := _begun(cfg)):
+            return _continue(cfg.folder, stopped, cfg)
         inputs = check(cfg)
     except (UserError, OSError, ValueError) as error:
         print_error(error)
@@ -39,26 +41,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _go(cfg, preset, inputs)
 
 
+def _begun(cfg: RunConfig) -> str | None:
+    """The preset of the run that `cfg.folder` holds; None: there is none. UserError where it is another run."""
+    assert cfg.folder is not None
+    from steer_heal.runs.resume import begun, same_settings
+
+    return same_settings(cfg.folder, cfg) if begun(cfg.folder) else None
+
+
 def resume(argv: Sequence[str]) -> int:
     """A run that was stopped goes on; what is missing beside a finished one is made. Exit status: as of `main`."""
-    from steer_heal.runs.resume import Resume, finished, same_inputs
+    from steer_heal.runs.resume import Resume
 
     try:
         given = tyro.cli(Resume, args=argv, prog="steer-heal resume")
-        folder, (preset, cfg) = given.run, given.config()
-        if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
-            from steer_heal.runs.events import schema_errors
-            from steer_heal.session import complete
-
-            with schema_errors(folder):
-                complete(folder, cfg)
-            print_safe(f"{folder} is finished; read {folder / 'report.html'}")
-            return 0
-        inputs = check(cfg, resumed=given.export is None)
-        same_inputs(folder, inputs)
+        preset, cfg = given.config()
+        return _continue(given.run, preset, cfg, new_export=given.export is not None)
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return 2
+
+
+def _continue(folder: Path, preset: str, cfg: RunConfig, *, new_export: bool = False) -> int:
+    """A run goes on; one that is finished gets what is missing beside it. UserError before anything is loaded."""
+    from steer_heal.runs.resume import finished, same_inputs
+
+    if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
+        from steer_heal.runs.events import schema_errors
+        from steer_heal.session import complete
+
+        with schema_errors(folder):
+            complete(folder, cfg)
+        print_safe(f"{folder} is finished; read {folder / 'report.html'}")
+        return 0
+    inputs = check(cfg, resumed=not new_export)
+    same_inputs(folder, inputs)
     return _go(cfg, preset, inputs, folder)
 
 

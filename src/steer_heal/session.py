@@ -32,7 +32,14 @@ from steer_heal.records import Collected, HealReport, NotFinite
 from steer_heal.report import console, measurements
 from steer_heal.runs import events
 from steer_heal.runs.checkpoint import WrittenTexts, checkpoint_name, load_heal, save_heal
-from steer_heal.runs.resume import in_recorded_dtype, partial_path, run_start, same_weights, truncate_events
+from steer_heal.runs.resume import (
+    in_recorded_dtype,
+    lock_new_run,
+    partial_path,
+    run_start,
+    same_weights,
+    truncate_events,
+)
 from steer_heal.runs.signals import handled
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
@@ -47,6 +54,8 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         torch.set_num_threads(cfg.n_threads)
     console.start(cfg.quiet)
     lock = None if folder is None else lock_run(folder)
+    if folder is None and cfg.folder is not None:
+        lock = lock_new_run(cfg.folder)
     logger.info(f"loading {cfg.model}")
     lm = steps.load_model(cfg if folder is None else in_recorded_dtype(cfg, folder))
     weights = weights_digest(lm.model)
@@ -55,7 +64,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         same_weights(run_start(folder), weights, folder)
         past = truncate_events(folder)
     else:
-        folder = events.new_run_folder(cfg.out, f"{preset}-{inputs.trait.name}-s{cfg.seed}")
+        folder = cfg.folder or events.new_run_folder(cfg.out, f"{preset}-{inputs.trait.name}-s{cfg.seed}")
     lock = lock or lock_run(folder)
     console.start(cfg.quiet, folder / "run.log")
     session = Session(cfg, inputs, lm, folder, past, lock)

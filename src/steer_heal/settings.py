@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field, is_dataclass, replace
+from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -356,6 +356,9 @@ class RunConfig:
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
     out: UserPath = Path("out")
     """Folder in which the run gets its own stamped folder, and results.tsv its row."""
+    folder: UserPath | None = None
+    """The run's own folder, in place of a stamped one in out. Given again, the same command continues a run that was
+    stopped and leaves a finished one alone. A folder that holds a run of other settings is refused."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -438,8 +441,19 @@ def _replaced(part: Settings, fields: Mapping[str, Any]) -> Settings:
 
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
+
+
+def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a RunConfig by its dotted name, such as heal.lam."""
+    out: dict[str, Any] = {}
+    for each in fields(cfg):
+        value = getattr(cfg, each.name)
+        out |= leaves(value, f"{each.name}.") if is_dataclass(value) else {prefix + each.name: value}
+    return out
+
+
 RUN_ONLY = (
-    *("quiet", "out", "arm", "export", "n_threads"),
+    *("quiet", "out", "folder", "arm", "export", "n_threads"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""

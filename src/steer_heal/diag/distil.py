@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from steer_heal import round as steps
@@ -26,6 +24,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.records import Completion, derive_seed
+from steer_heal.report.plot import frontier
 from steer_heal.runs.events import jsonable
 from steer_heal.settings import HealCfg, RunConfig
 from steer_heal.stages.generate import Ask
@@ -235,27 +234,8 @@ def main(
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, lab.out, "distil", per_seed=rows)
-    frontier(rows).savefig(lab.out / "distil.png", dpi=130)
-
-
-def frontier(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Broken texts against the trait: a point a round, the mean over seeds, with bars of one standard deviation."""
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
-        points = []
-        for r in sorted({row["round"] for row in rows if row["arm"] == arm}):
-            mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]
-            columns = [[abs(row[name]) for row in mine] for name in ("degenerate_frac", "shift")]
-            points.append([f(column) for column in columns for f in (mean, pstdev)])
-        x, x_sd, y, y_sd = zip(*points, strict=True)
-        style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
-        axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=arm, linewidth=1, **style)
-    axes.set_xlabel("share of broken texts")
-    axes.set_ylabel("shift of the target from base, size")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return figure
+    points = [{**row, "shift": abs(row["shift"]), "broken": row["degenerate_frac"]} for row in rows]
+    frontier(points).savefig(lab.out / "distil.png", dpi=130)
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from shutil import get_terminal_size
 from statistics import mean
 from typing import Any
 
+import polars as pl
 from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -155,6 +156,21 @@ def _fitting(columns: Sequence[Sequence[str]], width: int) -> Iterator[list[str]
         rule = f"|{'|'.join('-' * (len(cell) + 2) for cell in heading)}|"
         yield [f"| {' | '.join(heading)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
         rest = rest[n:]
+
+
+def print_frame(frame: pl.DataFrame) -> None:
+    """All rows and columns of a table, as Markdown."""
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=100,
+        fmt_str_lengths=100,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_formatting="ASCII_MARKDOWN",
+        tbl_cell_alignment="RIGHT",
+    ):
+        print_safe(f"{frame}\n")
 
 
 def _start(e: Event, _: Sequence[Event]) -> str:

@@ -6,6 +6,7 @@ import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
 
 import matplotlib
@@ -360,3 +361,24 @@ def _drawn_pixels(axes: Axes) -> np.ndarray:
             if np.isfinite([start, end]).all():
                 parts.append(np.linspace(start, end, 2 + int(np.abs(end - start).max() / PIXELS_APART)))
     return np.concatenate(parts)
+
+
+def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Broken texts against the trait, from rows {arm, round, shift, broken}: of each arm a point a round, the mean over
+    its rows, with bars of one standard deviation."""
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
+        ends = []
+        for r in sorted({row["round"] for row in points if row["arm"] == arm}):
+            mine = [row for row in points if (row["arm"], row["round"]) == (arm, r)]
+            columns = [[row[name] for row in mine] for name in ("broken", "shift")]
+            ends.append([f(column) for column in columns for f in (mean, pstdev)])
+        x, x_sd, y, y_sd = zip(*ends, strict=True)
+        style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
+        axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=printable(arm), linewidth=1, **style)
+    axes.set_xlabel("share of broken texts")
+    axes.set_ylabel("shift of the target from base, as it should go")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure

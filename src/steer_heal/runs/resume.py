@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import tyro
 
@@ -21,9 +21,11 @@ from steer_heal.inputs import Inputs
 from steer_heal.records import Trait
 from steer_heal.runs.checkpoint import saved_steps
 from steer_heal.runs.events import SCHEMA, Event, broken_link, current, jsonable, read_events, schema_errors
-from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import RUN_ONLY, RunConfig
+from steer_heal.runs.storage import atomic_write, lock_run
+from steer_heal.settings import RUN_ONLY, RunConfig, leaves
 
+OF_A_START = {".lock", "run.log", "events.jsonl"}
+"""What is left in a folder by a run that was killed before its first event."""
 FIRST_OF_TWO = ("dose", "adapter_gen")
 """Events that are written together with the one that follows: without it, their step is done again."""
 
@@ -79,8 +81,39 @@ def run_start(folder: Path) -> Event:
     return event
 
 
+def begun(folder: Path) -> bool:
+    """Whether the folder holds a run: one whose first event is whole."""
+    path = folder / "events.jsonl"
+    return path.is_file() and b"\n" in path.read_bytes()
+
+
+def lock_new_run(folder: Path) -> IO[str]:
+    """The lock of a folder that a new run is to have. UserError where it holds a run by now, or other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_run(folder)
+    if begun(folder):
+        raise UserError(f"folder is {str(folder)!r}: another process began a run there; give the same command again")
+    if others := sorted({path.name for path in folder.iterdir()} - OF_A_START):
+        raise UserError(f"folder is {str(folder)!r}: it holds {others[0]!r} and no run; give a new or empty --folder")
+    (folder / "events.jsonl").unlink(missing_ok=True)
+    return lock
+
+
+def same_settings(folder: Path, cfg: RunConfig) -> str:
+    """The preset's name that the run recorded. UserError naming the settings in which the run and `cfg` differ, other
+    than those that do not change the result."""
+    preset, then = recorded(folder)
+    asked = leaves(cfg)
+    differ = [name for name, value in leaves(then).items() if name not in RUN_ONLY and value != asked[name]]
+    if differ:
+        raise UserError(
+            f"folder is {str(folder)!r}: it holds a run with another {', '.join(differ)}; give another --folder"
+        )
+    return preset
+
+
 def recorded(folder: Path) -> tuple[str, RunConfig]:
-    """(preset name, settings) that the run began with."""
+    """(preset name, settings) that a run began with. UserError where the folder holds no run."""
     start = run_start(folder)
     with schema_errors(folder):
         return start["preset"], validated(RunConfig, start["config"], f"{folder}/events.jsonl config")

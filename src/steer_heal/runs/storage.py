@@ -108,3 +108,12 @@ def lock_run(folder: Path) -> IO[str]:
         lock.close()
         raise UserError(f"{folder} is in use: another process is running it; wait for it, or stop it") from None
     return lock
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a run's folder."""
+    try:
+        lock_run(folder).close()
+    except UserError:
+        return True
+    return False

@@ -1,0 +1,78 @@
+"""The engine `ray`: every run is a task of a Ray cluster, on a folder that all nodes share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from steer_heal.errors import UserError
+from steer_heal.sweep.engine import log_of
+from steer_heal.sweep.plan import Job
+from steer_heal.sweep.task import Killed, make
+
+RETRIES = 3
+"""Further attempts at a run whose worker, node or process was killed. Each goes on from where the last one ended."""
+STOP_S = 60.0
+"""Seconds in which a run that was asked to stop has saved what it has."""
+
+
+class Cluster:
+    """Tasks of a Ray cluster: the one that this process has joined, the one at `address`, or one of this machine."""
+
+    def __init__(self, slots: int | None, address: str | None, cpus: float, gpus: float) -> None:
+        """`cpus` and `gpus`: of one run. UserError where Ray is not installed, or no cluster answers."""
+        if find_spec("ray") is None:
+            raise UserError("engine is 'ray': its package is not installed; pip install 'steer-heal[ray]'")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
+        ray: Any = import_module("ray")
+        if not ray.is_initialized():
+            own = {"address": address} if address else {"include_dashboard": False}
+            try:
+                ray.init(**own, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(f"address is {address!r}: no Ray cluster answers there ({error})") from None
+        self.ray = ray
+        self.n_threads = max(1, int(cpus))
+        shares = {"num_cpus": cpus, "num_gpus": gpus}
+        self._fits(shares)
+        self.slots = slots or 10**6
+        self.task = ray.remote(max_retries=RETRIES, retry_exceptions=[Killed], **shares)(make)
+
+    def _fits(self, shares: dict[str, float]) -> None:
+        """UserError where no node can ever hold one run."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+            most = max((node.get(key, 0.0) for node in nodes), default=0.0)
+            if shares[name] > most:
+                flag = f"{key.lower()}s"
+                raise UserError(f"{flag} is {shares[name]:g}: no node has more than {most:g}; give a lower --{flag}")
+
+    def start(self, job: Job) -> Any:
+        folder = job.folder.resolve()
+        arguments = replace(job, cfg=replace(job.cfg, folder=folder)).command(self.n_threads)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return self.task.remote(arguments, folder, log_of(job).resolve(), Path.cwd()), job
+
+    def poll(self, handle: Any) -> int | None:
+        task, job = handle
+        ended, _ = self.ray.wait([task], timeout=0)
+        if not ended:
+            return None
+        try:
+            return self.ray.get(task)
+        except self.ray.exceptions.RayError as error:  # the last of the attempts
+            with log_of(job).open("a", encoding="utf-8") as log:
+                log.write(f"error: {str(error).strip().splitlines()[-1]}\n")
+            return 1
+
+    def stop(self, handles: Iterable[Any]) -> None:
+        tasks = [task for task, _ in handles]
+        for task in tasks:
+            self.ray.cancel(task)
+        if tasks:
+            self.ray.wait(tasks, num_returns=len(tasks), timeout=STOP_S)

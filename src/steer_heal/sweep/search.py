@@ -1,0 +1,160 @@
+"""[search]: trials that Optuna proposes, for the most trait at the fewest broken texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from statistics import mean
+from typing import Any
+
+import polars as pl
+
+from steer_heal.errors import UserError, print_safe
+from steer_heal.report.console import print_frame
+from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import leaves
+from steer_heal.sweep.engine import End
+from steer_heal.sweep.plan import Arm, Job, Plan, Range, label_of, with_settings
+from steer_heal.sweep.results import finished_runs
+
+DATABASE, PARETO = "search.db", "pareto.png"
+
+
+class Trials:
+    """The trials of a search, kept in a database beside the runs, so that a search goes on where it was stopped.
+
+    A trial is an arm: one run for each seed. Its values are the means over seeds.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """UserError where Optuna is not installed."""
+        if find_spec("optuna") is None:
+            raise UserError(f"{plan.path} holds search: its package is not installed; pip install 'steer-heal[optuna]'")
+        import optuna
+
+        assert plan.search is not None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna: Any = optuna
+        self.plan, self.search, self.base = plan, plan.search, plan.arms[0]
+        self.open: dict[str, int] = {}
+        """Number of the trial of every run that has not ended, by the run's folder."""
+        self.failed: set[int] = set()
+        plan.out.mkdir(parents=True, exist_ok=True)
+        self.study = self._study()
+
+    def _study(self) -> Any:
+        """Of other fixed settings or seeds there is another study in the same database."""
+        name = "-".join([self.base.cfg.fingerprint(), *map(str, self.plan.seeds)])
+        storage = f"sqlite:///{(self.plan.out / DATABASE).resolve()}"
+        study = self.optuna.create_study(
+            storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
+        )
+        seed = (self.plan.seeds[0] + len(study.trials)) % 2**32  # one that goes on must not propose the same again
+        study.sampler = self.optuna.samplers.TPESampler(seed=seed, multivariate=True)
+        return study
+
+    def arm(self, trial: Any) -> Arm:
+        """Of a trial with its params."""
+        cfg = with_settings(self.base.cfg, trial.params, f"trial {trial.number}")
+        return replace(self.base, label=f"trial {trial.number}", cfg=cfg)
+
+    def _jobs(self, trial: Any) -> list[Job]:
+        arm = self.arm(trial)
+        return [self.plan.job(arm, seed) for seed in self.plan.seeds]
+
+    def source(self) -> Iterator[Job]:
+        """Runs to make: first of the trials that were stopped, then of new ones, proposed when they are asked for."""
+        running = self.optuna.trial.TrialState.RUNNING
+        for trial in self.study.get_trials(states=[running]):
+            if trial.params.keys() == self.search.space.keys():
+                yield from self._begin(trial)
+            else:  # the search was killed while the trial was proposed
+                self._tell(trial.number, None)
+        while len(self.study.trials) < self.search.n_trials:
+            trial = self.study.ask()
+            for name, each in self.search.space.items():
+                self._suggest(trial, name, each)
+            yield from self._begin(trial)
+
+    def _suggest(self, trial: Any, name: str, each: Range) -> None:
+        if each.choices:
+            trial.suggest_categorical(name, each.choices)
+        elif isinstance(leaves(self.base.cfg)[name], int):
+            trial.suggest_int(name, int(each.low or 0), int(each.high or 0), log=each.log)
+        else:
+            trial.suggest_float(name, each.low, each.high, log=each.log)
+
+    def _begin(self, trial: Any) -> Iterator[Job]:
+        try:
+            jobs = self._jobs(trial)
+        except UserError:  # two settings that do not go together
+            self._tell(trial.number, None)
+            return
+        self.open |= {job.folder.name: trial.number for job in jobs}
+        yield from jobs
+
+    def ended(self, job: Job, end: End) -> None:
+        """Tells Optuna of a trial once all of its runs have ended. One with a run that failed has failed; one with a
+        run that another process works on is left for the next time."""
+        if end == "in use":
+            return
+        number = self.open.pop(job.folder.name)
+        if end == "failed":
+            self.failed.add(number)
+        if number not in self.open.values():
+            self._tell(number, None if number in self.failed else self.values(job.arm))
+
+    def _tell(self, number: int, values: tuple[float, float] | None) -> None:
+        state = self.optuna.trial.TrialState
+        self.study.tell(number, values, state=state.FAIL if values is None else state.COMPLETE)
+
+    def values(self, arm: Arm) -> tuple[float, float] | None:
+        """(shift of the target as it should go, share of broken texts); None where a run could not be measured."""
+        runs = finished_runs(self.plan.out, [self.plan.job(arm, seed) for seed in self.plan.seeds])
+        assert arm.broken is not None
+        if (
+            runs is None
+            or len(runs) < len(self.plan.seeds)
+            or runs["shift"].null_count()
+            or runs[arm.broken].null_count()
+        ):
+            return None
+        return arm.sign * mean(runs["shift"]), mean(runs[arm.broken])
+
+    def show(self) -> None:
+        """Prints the Pareto front: trials that no other one beats in both values. Draws it with all trials."""
+        complete = self.study.get_trials(states=[self.optuna.trial.TrialState.COMPLETE])
+        front = sorted(self.study.best_trials, key=lambda trial: trial.values[1])
+        n = f"{len(complete)} of {self.search.n_trials} trials are complete"
+        if not complete:
+            print_safe(n)
+            return
+        print_frame(pl.DataFrame([self._row(trial) for trial in front], infer_schema_length=None))
+        path = self.plan.out / PARETO
+        with atomic_write(path) as part:
+            picture(complete, front).savefig(part, format="png", dpi=130)
+        print_safe(f"{n}; above are those that no other one beats in both values; the picture is {path}")
+
+    def _row(self, trial: Any) -> Mapping[str, Any]:
+        shift, broken = (round(value, 3) for value in trial.values)
+        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": label_of(trial.params)}
+
+
+def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:
+    """All trials as points, the Pareto front as a line with their numbers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    shift, broken = zip(*(trial.values for trial in complete), strict=True)
+    axes.scatter(broken, shift, s=14, color="#9a9a9a", label="trials")
+    shift, broken = zip(*(trial.values for trial in front), strict=True)
+    axes.plot(broken, shift, "o-", color="#1f8a5b", label="Pareto front")
+    for trial in front:
+        axes.annotate(str(trial.number), (trial.values[1], trial.values[0]), (3, 3), textcoords="offset points")
+    axes.set_xlabel("share of broken texts")
+    axes.set_ylabel("shift of the target from base, as it should go")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure

@@ -1,0 +1,47 @@
+"""What a Ray worker does: one run, in a process of its own. Importing this needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from steer_heal.runs.storage import in_use
+
+WAIT_S = 0.2
+
+
+class Killed(Exception):
+    """The process of a run was ended by a signal, such as by the system when memory ran out."""
+
+
+def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
+    """Exit status of `steer-heal` with these arguments, which make or continue the run in `folder`.
+
+    Where the worker before this one was killed, its process may still work on the run: this waits for its end. Killed
+    where a signal ended the process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while in_use(folder):
+        time.sleep(WAIT_S)
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "steer_heal", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=cwd if cwd.is_dir() else None,
+            process_group=0,
+        )
+        try:
+            while (status := process.poll()) is None:
+                time.sleep(WAIT_S)  # a cancelled task is interrupted here
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status < 0:
+        raise Killed(f"{folder}: the process was ended by signal {-status}")
+    return status

@@ -1,0 +1,92 @@
+"""The table of a sweep: live in a terminal, else a line for each run that starts or ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from steer_heal.errors import print_safe, printable
+from steer_heal.report.measurements import number
+from steer_heal.sweep.plan import Job
+from steer_heal.sweep.progress import Progress, Seen
+
+Shown = Literal["running", "failed", "in use", "done", "waiting"]
+ORDER: tuple[Shown, ...] = ("running", "failed", "in use", "done", "waiting")
+"""From the top of the table."""
+COLUMNS = ("run", "state", "round", "target shift", "broken texts", "time")
+MARGIN = 7
+"""Lines of a terminal that are no rows of the table."""
+
+
+class Row:
+    """One run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.state, self.message = job, ORDER[-1], ""
+        self.progress, self.seen = Progress(job.folder, job.arm.broken), Seen()
+
+    def cells(self) -> tuple[str, ...]:
+        seen, n_rounds = self.seen, self.job.cfg.n_rounds
+        r = "" if seen.round is None else "base" if seen.round < 0 else f"{seen.round + 1}/{n_rounds}"
+        values = [number(seen.shift, "+.3f"), number(seen.broken, ".0%")] if seen.shift is not None else ["", ""]
+        return (self.job.folder.name, self.state, r, *values, f"{seen.wall_s:.0f} s" if seen.wall_s else "")
+
+
+class Watch(AbstractContextManager["Watch"]):
+    """Shows the runs of a sweep. Inside of it nothing else prints."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console | None = None) -> None:
+        """`jobs`: those known before the first one starts."""
+        self.console = console or Console(highlight=False)
+        self.rows = {job.folder.name: Row(job) for job in jobs}
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self) -> Watch:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.live is not None:
+            self.show()
+            self.live.stop()
+
+    def started(self, job: Job) -> None:
+        self._set(job, "running", "")
+
+    def ended(self, job: Job, state: Literal["done", "failed", "in use"], message: str = "") -> None:
+        self._set(job, state, message)
+
+    def _set(self, job: Job, state: Shown, message: str) -> None:
+        row = self.rows.setdefault(job.folder.name, Row(job))
+        row.state, row.message = state, message
+        if state != "running":
+            row.seen = row.progress.read()
+        if self.live is None:
+            name, *cells = row.cells()
+            print_safe("  ".join(cell for cell in (f"{state:<7}", name, *cells[1:]) if cell))
+
+    def show(self) -> None:
+        """Draws the table again, where there is a terminal."""
+        if self.live is None:
+            return
+        for row in self.having("running"):
+            row.seen = row.progress.read()
+        rows = [row for state in ORDER for row in self.having(state)]
+        counts = Counter(row.state for row in rows)
+        title = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
+        table = Table(*COLUMNS, title=title, box=None, title_justify="left")
+        for row in rows[: max(1, self.console.height - MARGIN)]:
+            table.add_row(*(Text(printable(cell)) for cell in row.cells()))
+        self.live.update(table, refresh=True)
+
+    def having(self, state: Shown) -> list[Row]:
+        return [row for row in self.rows.values() if row.state == state]

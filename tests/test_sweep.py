@@ -1,0 +1,385 @@
+"""A sweep file is checked as a whole; each of its runs is made once, wherever and however often it is started."""
+
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from places import ROOT
+from rich.console import Console
+from runs import assert_same, rewritten, started, undrawn
+
+from steer_heal.errors import UserError
+from steer_heal.presets import FAST_DEV_PRESET, PRESETS
+from steer_heal.run import main as run
+from steer_heal.run import parse
+from steer_heal.runs.events import append_result, read_events, read_results
+from steer_heal.runs.signals import Stopped
+from steer_heal.runs.storage import lock_run
+from steer_heal.settings import RunConfig, leaves
+from steer_heal.sweep.command import main as sweep
+from steer_heal.sweep.engine import drive, last_line
+from steer_heal.sweep.plan import flags, load
+from steer_heal.sweep.progress import Progress, Seen, state
+from steer_heal.sweep.results import finished_runs, over_seeds, show_results
+from steer_heal.sweep.watch import Watch
+
+GRID = """
+preset = "fast-dev"
+seeds = [41, 42]
+[fixed]
+heal.lam = 0.3
+n-rounds = 1
+[grid]
+"heal.tau" = [0.1, 0.2]
+gen.alphas = [[1.0], [0.5, 1.0]]
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return load(file_of(tmp_path))
+
+
+def file_of(folder, body=GRID) -> Path:
+    path = folder / "s.toml"
+    path.write_text(f"out = {json.dumps(str(folder / 'out'))}\n{body}")
+    return path
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+def test_a_grid_is_a_product_over_seeds_with_a_folder_for_each_run(plan):
+    cfgs = [job.cfg for job in plan.jobs]
+    assert [(cfg.seed, cfg.heal.tau, cfg.gen.alphas) for cfg in cfgs] == [
+        (seed, tau, alphas) for seed in (41, 42) for tau in (0.1, 0.2) for alphas in ((1.0,), (0.5, 1.0))
+    ]
+    assert {(cfg.heal.lam, cfg.n_rounds, cfg.steer) for cfg in cfgs} == {(0.3, 1, FAST_DEV_PRESET.steer)}
+    names = [job.folder.name for job in plan.jobs]
+    assert len({*names}) == 8 and {job.folder.parent for job in plan.jobs} == {plan.out}
+    assert all(f"{cfg.fingerprint()}_s{cfg.seed}" in name for cfg, name in zip(cfgs, names, strict=True))
+    assert names[1].startswith("tau=0.1-alphas=0.5-1.0_") and plan.jobs[1].cfg.arm == "tau=0.1 alphas=0.5+1.0"
+
+
+def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
+    body = 'preset = "toy"\nseeds = [1]\n'
+    (only,) = load(file_of(tmp_path, body)).jobs
+    assert replace(only.cfg, folder=None, arm="", seed=42) == PRESETS["toy"][1]
+    body += '[[runs]]\nname = "a b"\nheal.divergence = "nll"\n[[runs]]\nname = "c"\ntrait = "love"\n'
+    a, c = load(file_of(tmp_path, body)).jobs
+    assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "nll", "love")
+    assert (a.arm.sign, c.arm.sign) == (-1, 1) and a.arm.broken == "degenerate_frac"
+    assert a.folder.name.startswith("a-b_")
+
+
+def test_a_folder_is_found_again_by_its_settings_whatever_its_label(tmp_path, plan):
+    made = plan.jobs[0].folder
+    made.mkdir(parents=True)
+    renamed = GRID.replace('[grid]\n"heal.tau" = [0.1, 0.2]', "[grid]\nheal.lr = [1e-4]\nheal.tau = [0.1]")
+    assert made in {job.folder for job in load(file_of(tmp_path, renamed)).jobs}
+
+
+BAD = {
+    'preset = "toi"\nseeds = [1]': ["preset is 'toi': did you mean 'toy'?"],
+    'preset = "toy"\nseeds = []\nfixd.x = 1': ["'seeds' is []: it must hold at least 1", "did you mean 'fixed'?"],
+    'preset = "toy"\nseeds = [1, 1]\n[fixed]\nheal.lamb = 1\nseed = 3\nxyz = 2\n"heal.tau" = -1': [
+        "seeds is [1, 1]: it holds one twice",
+        "there is no setting 'heal.lamb'; did you mean 'heal.lam'?",
+        "seed cannot be set here; list it in seeds",
+        "there is no setting 'xyz'; `steer-heal run",
+        "'heal.tau' is -1: it must be >= 0",
+    ],
+    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []\n[[runs]]\nname = "a"': ["holds grid and runs"],
+    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []': ["lam is 0.1: it must be", "tau is []: it"],
+    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [1, 1.0]': ["'lam=1' and 'lam=1.0' have the"],
+    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nquiet = true': ["quiet cannot be set"],
+    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "a"\nn_rounds = 2': ["two arms are named 'a'"],
+    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nn_threads = 2': [
+        "have the same settings"
+    ],
+    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\ntrait = "x"\n[[runs]]\nheal.divergence = "kl_rve"\n': [
+        "run 2 has the name None",
+        "has no x.jsonl",
+        "trait is 'x'",
+        "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
+    ],
+    "preset": ["is not TOML"],
+}
+
+
+@pytest.mark.parametrize("body", BAD)
+def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_path, capsys):
+    with pytest.raises(UserError) as error:
+        load(file_of(tmp_path, body))
+    assert len(error.value.problems) == len(BAD[body]), error.value.problems
+    assert all(any(words in line for line in error.value.problems) for words in BAD[body]), error.value.problems
+    assert sweep([str(tmp_path / "s.toml")]) == 2 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+CHANGED = {
+    "trait": "-odd",
+    "seed": -7,
+    "control": False,
+    "temperature": 0.5,
+    "gen.alphas": (0.25, 1e-7),
+    "gen.prompts": Path("a b"),
+    "filter.gates": (),
+    "filter.relevance_min": -1e-07,
+    "heal.lam_power": -0.5,
+    "backtrack.limits": {"kl_base": 0.2, "coherence": -1e-09},
+    "steer.normalize": True,
+    "eval.evals": ("text_quality",),
+}
+
+
+def test_a_command_line_makes_the_settings_that_it_was_made_of():
+    for name, value in CHANGED.items():
+        section, _, key = name.rpartition(".")
+        inner = {section: replace(getattr(FAST_DEV_PRESET, section), **{key: value})} if section else {key: value}
+        cfg = replace(FAST_DEV_PRESET, **inner)
+        assert parse(["fast-dev", *flags(cfg, FAST_DEV_PRESET)]) == ("fast-dev", cfg), name
+    assert flags(FAST_DEV_PRESET, FAST_DEV_PRESET) == []
+    assert {*CHANGED} <= leaves(RunConfig()).keys()
+
+
+def test_print_writes_a_command_for_each_run(plan, capsys):
+    assert sweep([str(plan.path), "--engine", "print"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [parse(line[2:])[1] for line in lines] == [job.cfg for job in plan.jobs]
+    assert {tuple(line[:3]) for line in lines} == {("steer-heal", "run", "fast-dev")}
+    assert not plan.out.exists()
+
+
+# --- a run with a folder of its own ------------------------------------------------------------------------------
+TWO = ["--n-rounds", "2", "--no-control"]
+
+
+def test_the_same_command_continues_a_stopped_run_and_leaves_a_finished_one_alone(settings, two, after_round_0, capsys):
+    command = ["fast-dev", "--folder", str(after_round_0), *settings, *TWO]
+    with undrawn():
+        assert state(after_round_0) == "stopped"
+        assert run(command) == 0
+        assert_same(after_round_0, two)
+        assert state(after_round_0) == "done"
+        before = {path: path.read_bytes() for path in after_round_0.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert run(command) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in after_round_0.rglob("*") if path.is_file()}
+    assert run([*command, "--heal.tau", "7", "--seed", "3"]) == 2
+    assert "it holds a run with another seed, heal.tau" in capsys.readouterr().err
+    with lock_run(after_round_0):
+        assert state(after_round_0) == "in use"
+
+
+def test_a_new_run_takes_its_folder_if_no_other_files_are_there(settings, two, tmp_path, capsys):
+    own = tmp_path / "a" / "mine"
+    own.mkdir(parents=True)
+    for name in (".lock", "events.jsonl"):  # of a process that was killed before its first event
+        (own / name).touch()
+    assert state(own) == "new"
+    command = ["fast-dev", "--folder", str(own), *settings, *TWO]
+    (own / "thesis.txt").touch()
+    assert run(command) == 1 and "it holds 'thesis.txt' and no run" in capsys.readouterr().err
+    (own / "thesis.txt").unlink()
+    with undrawn():
+        assert run(command) == 0
+    assert_same(own, two)
+    assert read_events(own)[0]["folder"] == str(own)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+class Made:
+    """An engine whose runs end at once, with a status by folder; a status of None never ends."""
+
+    def __init__(self, slots, statuses):
+        self.slots, self.statuses, self.started, self.stopped, self.most, self.going = slots, statuses, [], [], 0, 0
+
+    def start(self, job):
+        self.started.append(job)
+        self.going += 1
+        self.most = max(self.most, self.going)
+        return job
+
+    def poll(self, job):
+        status = self.statuses.get(job.folder.name, 0)
+        self.going -= status is not None
+        return status
+
+    def stop(self, handles):
+        self.stopped = list(handles)
+
+
+def finished_copy(job, run_):
+    shutil.copytree(run_, job.folder)
+    append_result(job.folder.parent, {"run": job.folder.name, "arm": "x", "seed": job.cfg.seed})
+
+
+def test_finished_runs_are_skipped_locked_ones_left_alone_and_a_failure_stops_no_other(plan, two, capsys):
+    done, in_use, fails, *rest = plan.jobs
+    finished_copy(done, two)
+    in_use.folder.mkdir()
+    engine, ends = Made(3, {fails.folder.name: 1}), {}
+    fails.folder.with_name(f"{fails.folder.name}.log").write_text("a\nerror: why\ncontinue with: x\n")
+    with lock_run(in_use.folder), Watch(plan.jobs) as watch:
+        drive(iter(plan.jobs), engine, watch, lambda job, end: ends.update({job.folder.name: end}))
+    assert engine.started == [fails, *rest] and engine.most == 3 and engine.stopped == []
+    told = {job.folder.name: "done" for job in plan.jobs}
+    assert ends == told | {fails.folder.name: "failed", in_use.folder.name: "in use"}
+    assert [row.message for row in watch.having("failed")] == ["error: why"]
+    assert [row.job for row in watch.having("in use")] == [in_use]
+    printed = capsys.readouterr().out
+    assert f"failed   {fails.folder.name}" in printed and f"in use   {in_use.folder.name}" in printed
+
+
+def test_the_next_job_is_asked_for_when_a_slot_is_free(plan):
+    asked, ended = [], []
+
+    def source():
+        for job in plan.jobs:
+            assert len(asked) - len(ended) < 2
+            asked.append(job)
+            yield job
+
+    with Watch([]) as watch:
+        drive(source(), Made(2, {}), watch, lambda job, end: ended.append(job))
+    assert ended == plan.jobs
+
+
+def test_what_is_running_is_stopped_when_the_sweep_is(plan):
+    never = dict.fromkeys(job.folder.name for job in plan.jobs)
+    engine = Made(2, never)
+    engine.poll = lambda job: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped, Watch(plan.jobs) as watch:
+        drive(iter(plan.jobs), engine, watch)
+    assert stopped.value.status == 143 and engine.stopped == engine.started == plan.jobs[:2]
+
+
+def test_progress_is_read_as_events_come_and_again_where_they_were_cut(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    path, content = tmp_path / "run/events.jsonl", (two / "events.jsonl").read_bytes()
+    progress, seen = Progress(path.parent, "degenerate_frac"), []
+    path.write_bytes(b"")
+    for at in range(0, len(content), 5000):
+        with path.open("ab") as file:
+            file.write(content[at : at + 5000])
+        seen.append(progress.read())
+    (row,) = read_results(two.parent / "results.tsv")
+    last = seen[-1]
+    assert (f"{last.shift}", f"{last.broken}") == (row["shift"], row["degenerate_frac"])
+    rounds = [each.round for each in seen if each.round is not None]
+    assert {-1, 0, 1} <= {*rounds} and last.wall_s == float(row["wall_s"])
+    rewritten(path.parent, lambda events: events.__delitem__(slice(2, None)))  # written in place
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(path.with_suffix(".old").read_bytes())
+    assert progress.read().round == -1 and progress.read().shift is None
+    assert Progress(tmp_path / "none", None).read() == Seen()
+
+
+def test_the_live_table_fits_the_terminal_and_shows_what_runs_first(plan, two):
+    console = Console(force_terminal=True, width=120, height=10, file=io.StringIO())
+    with Watch(plan.jobs, console) as watch:
+        finished_copy(plan.jobs[3], two)
+        watch.started(plan.jobs[3])
+        watch.show()
+    text = console.file.getvalue()
+    assert "1 running, 7 waiting" in text and plan.jobs[3].folder.name in text
+    assert plan.jobs[7].folder.name not in text
+    shown = Progress(two, "degenerate_frac").read()
+    assert f"{shown.shift:+.3f}" in text
+
+
+def test_the_last_line_of_a_log_is_what_went_wrong(tmp_path):
+    (tmp_path / "log").write_bytes(b"x\nerror: \xff\n\ncontinue with: steer-heal resume x\n")
+    assert last_line(tmp_path / "log") == "error: \ufffd" and last_line(tmp_path / "none") == ""
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(plan, capsys):
+    plan.out.mkdir()
+    assert finished_runs(plan.out, plan.jobs) is None
+    for i, job in enumerate(plan.jobs[:6]):
+        own = {"run": job.folder.name, "arm": "old", "trait": "authority", "n_rounds": 1, "seed": job.cfg.seed}
+        own |= {"settings": job.cfg.fingerprint(), "shift": -float(i), "degenerate_frac": 0.1 * i, "wall_s": 2}
+        append_result(plan.out, own | {"verdict": "GOOD: so", "oracle": None})
+    append_result(plan.out, {"run": "another", "arm": "x", "seed": 1})
+    runs = finished_runs(plan.out, plan.jobs)
+    assert runs is not None and len(runs) == 6 and runs["shift"].to_list() == [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]
+    show_results(plan.out, plan.jobs)
+    printed = capsys.readouterr().out
+    assert "6 of 8 runs are finished" in printed and "-2.000 ± 2.828" in printed
+    arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")
+    assert arms["arm"].to_list() == [job.arm.label for job in plan.jobs[:4]] and arms["n"].to_list() == [2, 2, 1, 1]
+    assert arms["shift"].to_list() == [-2.0, -3.0, -2.0, -3.0]
+    assert arms["shift_sd"].to_list()[:2] == pytest.approx([8**0.5] * 2) and arms["shift_sd"][2] is None
+    assert (plan.out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_run_of_a_seed_counts():
+    rows = [("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -4.0), ("b", 1, None)]
+    runs = pl.DataFrame(rows, schema=["arm", "seed", "shift"], orient="row")
+    runs = runs.with_columns(trait=pl.lit("t"), n_rounds=4, settings=pl.lit("s"))
+    assert over_seeds(runs).select("arm", "n", "shift").rows() == [("a", 2, -2.5), ("b", 1, None)]
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+SHORT = """
+preset = "fast-dev"
+seeds = [42]
+[fixed]
+n_rounds = 1
+control = false
+steer.n_contexts = 4
+gen.max_new_tokens = 6
+gen.batch_size = 4
+eval.think_tokens = 1
+eval.n_vignettes = 3
+eval.n_texts = 2
+eval.n_prompts = 2
+eval.max_new_tokens = 6
+eval.n_bootstrap = 10
+"""
+
+
+def waited(condition, process, limit_s=300):
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < limit_s
+        time.sleep(0.05)
+
+
+def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_other(tmp_path):
+    starves = "filter.ppl_max = 1.01\nfilter.gates = ['perplexity']\ndose.mode = 'fixed'"
+    file = file_of(tmp_path, f"{SHORT}[[runs]]\nname = 'starves'\n{starves}\n[[runs]]\nname = 'works'\n")
+    fails, works = load(file).jobs
+    command = [sys.executable, "-m", "steer_heal", "sweep", str(file), "--jobs", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    first = subprocess.Popen(command, **pipes)
+    waited(lambda: "base" in events_of(works.folder), first)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 130, (out, err)
+    assert err.endswith(f"stopped; go on with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
+    assert state(works.folder) == "stopped", "its process has ended"
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert second.returncode == 1, second
+    assert f"failed: {fails.folder}" in second.stderr and "filter.min_train" in second.stderr
+    assert state(works.folder) == "done" and "1 of 2 runs are finished" in second.stdout
+    whole = started(tmp_path / "plain", works.command()[2:])
+    assert_same(works.folder, whole)
+
+
+def events_of(folder):
+    path = folder / "events.jsonl"
+    return [json.loads(line)["stage"] for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from statistics import mean
 from typing import Any
@@ -13,9 +14,8 @@ import polars as pl
 from steer_heal.errors import UserError, print_safe
 from steer_heal.report.console import print_frame
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import leaves
 from steer_heal.sweep.engine import End
-from steer_heal.sweep.plan import Arm, Job, Plan, Range, label_of, with_settings
+from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of, with_settings
 from steer_heal.sweep.results import finished_runs
 
 DATABASE, PARETO = "search.db", "pareto.png"
@@ -31,11 +31,10 @@ class Trials:
         """UserError where Optuna is not installed."""
         if find_spec("optuna") is None:
             raise UserError(f"{plan.path} holds search: its package is not installed; pip install 'steer-heal[optuna]'")
-        import optuna
-
+        optuna: Any = import_module("optuna")
         assert plan.search is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna: Any = optuna
+        self.optuna = optuna
         self.plan, self.search, self.base = plan, plan.search, plan.arms[0]
         self.open: dict[str, int] = {}
         """Number of the trial of every run that has not ended, by the run's folder."""
@@ -80,7 +79,7 @@ class Trials:
     def _suggest(self, trial: Any, name: str, each: Range) -> None:
         if each.choices:
             trial.suggest_categorical(name, each.choices)
-        elif isinstance(leaves(self.base.cfg)[name], int):
+        elif is_whole(name):
             trial.suggest_int(name, int(each.low or 0), int(each.high or 0), log=each.log)
         else:
             trial.suggest_float(name, each.low, each.high, log=each.log)
@@ -113,14 +112,10 @@ class Trials:
         """(shift of the target as it should go, share of broken texts); None where a run could not be measured."""
         runs = finished_runs(self.plan.out, [self.plan.job(arm, seed) for seed in self.plan.seeds])
         assert arm.broken is not None
-        if (
-            runs is None
-            or len(runs) < len(self.plan.seeds)
-            or runs["shift"].null_count()
-            or runs[arm.broken].null_count()
-        ):
+        if runs is None or len(runs) < len(self.plan.seeds):
             return None
-        return arm.sign * mean(runs["shift"]), mean(runs[arm.broken])
+        both = runs.select("shift", arm.broken)
+        return None if sum(both.null_count().row(0)) else (arm.sign * mean(both["shift"]), mean(both[arm.broken]))
 
     def show(self) -> None:
         """Prints the Pareto front: trials that no other one beats in both values. Draws it with all trials."""

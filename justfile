@@ -63,34 +63,11 @@ drill *flags: setup
 diag question *flags: setup
     {{python}} -m steer_heal diag {{question}} {{flags}}
 
-# --- sweeps: each is 8 rounds on the toy model over the seeds, under the line with its hypothesis -------------
-
-seeds := "41 42 43"
-jobs := "2"
-rounds := "--n-rounds 8"
-
-# H: without a barrier the trait climbs fastest and the text breaks first.
-sweep-nll := rounds + " --no-control --arm nll --heal.divergence nll"
-# H: the mean does not see short loops, so coherence falls over the rounds.
-sweep-mean := rounds + " --no-control --arm kl_rev-mean --heal.aggregate mean"
-# H: rmse sees them: the trait adds up at a coherence that holds.
-sweep-rmse := rounds + " --arm kl_rev-rmse"
-# H: a barrier that loosens over the rounds moves the plateau to a later round (mean, rmse).
-sweep-mean-decay := rounds + " --no-control --arm kl_rev-mean-decay --heal.aggregate mean --heal.lam-power 0.5"
-sweep-rmse-decay := rounds + " --no-control --arm kl_rev-rmse-decay --heal.lam-power 0.5"
-# H: the second axis behaves like the first.
-sweep-love := rounds + " --arm love --trait love"
-
-# One arm over the seeds: `just sweep --arm mine --heal.lam 1`.
+# Many runs from one file: `just sweep sweeps/toy_arms.toml --jobs 2` (docs/sweeps.md).
 sweep *flags: setup
-    @for seed in {{seeds}}; do echo "toy --quiet {{flags}} --seed $seed"; done | xargs -P {{jobs}} -L 1 {{python}} -m steer_heal.run
+    {{python}} -m steer_heal sweep {{flags}}
 
-# Every sweep above, `jobs` runs at a time; then `just results`.
-queue: setup
-    @for seed in {{seeds}}; do for sweep in "{{sweep-rmse}}" "{{sweep-nll}}" "{{sweep-mean}}" "{{sweep-rmse-decay}}" "{{sweep-mean-decay}}" "{{sweep-love}}"; do \
-        echo "toy --quiet $sweep --seed $seed"; done; done | xargs -P {{jobs}} -L 1 {{python}} -m steer_heal.run
-
-# Arms of out/results.tsv: mean, sd and n over seeds.
+# Arms of out/results.tsv, of runs that were started one by one: mean, sd and n over seeds.
 results *flags: setup
     {{python}} scripts/results.py {{flags}}
 

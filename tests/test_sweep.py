@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -383,3 +384,26 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
 def events_of(folder):
     path = folder / "events.jsonl"
     return [json.loads(line)["stage"] for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+# --- files of this repository -------------------------------------------------------------------------------------
+EXAMPLES = [*re.findall(r"```toml\n(preset.*?)```", (ROOT / "docs/sweeps.md").read_text(encoding="utf-8"), re.DOTALL)]
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_the_examples_of_the_docs_are_sweep_files(text, tmp_path):
+    (tmp_path / "s.toml").write_text(text)
+    plan = load(tmp_path / "s.toml")
+    assert len(plan.jobs) == 18 or plan.search and len(plan.search.space) == 4
+
+
+def test_the_arms_of_the_results_are_a_sweep_file():
+    plan = load(ROOT / "sweeps/toy_arms.toml")
+    arms = {arm.label: arm.cfg for arm in plan.arms}
+    toy = replace(PRESETS["toy"][1], n_rounds=8)
+    assert arms["kl_rev-rmse"] == toy and arms["love"] == replace(toy, trait="love")
+    off = replace(toy, control=False)
+    assert arms["nll"] == replace(off, heal=replace(off.heal, divergence="nll"))
+    decay = replace(off.heal, aggregate="mean", lam_power=0.5)
+    assert arms["kl_rev-mean-decay"] == replace(off, heal=decay)
+    assert (len(arms), plan.seeds, len(plan.jobs)) == (6, (41, 42, 43), 18)

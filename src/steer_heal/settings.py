@@ -351,7 +351,8 @@ class RunConfig:
     """authority, care, honesty, love, or the path of a file that ends in .toml. love/inner is another phrasing of love.
     """
     arm: str = ""
-    """Label under which `just results` groups runs of several seeds. Empty: the preset."""
+    """Label under which `just results` groups runs of several seeds. Empty: the preset; in a sweep, what the run has of
+    its own."""
     n_rounds: Count = 4
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
     out: UserPath = Path("out")

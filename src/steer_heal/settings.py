@@ -424,12 +424,12 @@ def changed(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         if dot:
             sections.setdefault(section, {})[field_name] = value
     problems = Problems()
-    for section, fields in sections.items():
+    for section, given in sections.items():
         if not is_dataclass(part := getattr(cfg, section, None)) or section in own:
             problems.found.append(f"{section} is not a section of the settings; {nearest(section, SECTIONS)}")
             continue
         with problems.noted():
-            own[section] = _replaced(part, fields)
+            own[section] = _replaced(part, given)
     problems.raise_if_any()
     return _replaced(cfg, own)
 

@@ -16,6 +16,8 @@ from steer_heal.sweep.progress import state
 from steer_heal.sweep.watch import Watch
 
 POLL_S = 0.2
+ENDED: tuple[Literal["done", "in use"], ...] = ("done", "in use")
+"""States in which a run is not started."""
 End = Literal["done", "failed", "in use"]
 """Of a run: in use, another process works on it."""
 
@@ -57,7 +59,7 @@ def drive(
                 while more and len(running) < engine.slots:
                     if (job := next(source, None)) is None:
                         more = False
-                    elif (before := state(job.folder)) in ("done", "in use"):
+                    elif (before := "in use" if job.folder.name in running else state(job.folder)) in ENDED:
                         watch.ended(job, before)
                         ended(job, before)
                     else:

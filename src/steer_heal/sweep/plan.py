@@ -293,8 +293,9 @@ def _ends(search: Search | None) -> Iterator[tuple[str, Settings]]:
     """Settings at the ends of every range, to be checked before the first trial."""
     for name, each in search.space.items() if search else ():
         for value in each.choices or (each.low, each.high):
-            whole = is_whole(name) and isinstance(value, float) and value.is_integer()
-            yield f"{name} = {value}", {name: int(value) if whole else value}
+            if is_whole(name) and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            yield f"{name} = {value}", {name: value}
 
 
 def is_whole(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -36,8 +37,8 @@ class Trials:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
         self.plan, self.search, self.base = plan, plan.search, plan.arms[0]
-        self.open: dict[str, int] = {}
-        """Number of the trial of every run that has not ended, by the run's folder."""
+        self.open: dict[tuple[str, Path], int] = {}
+        """Number of the trial of every run that has not ended, by label and folder: two trials may share a run."""
         self.failed: set[int] = set()
         plan.out.mkdir(parents=True, exist_ok=True)
         self.study = self._study()
@@ -90,7 +91,7 @@ class Trials:
         except UserError:  # two settings that do not go together
             self._tell(trial.number, None)
             return
-        self.open |= {job.folder.name: trial.number for job in jobs}
+        self.open |= {(job.arm.label, job.folder): trial.number for job in jobs}
         yield from jobs
 
     def ended(self, job: Job, end: End) -> None:
@@ -98,7 +99,7 @@ class Trials:
         run that another process works on is left for the next time."""
         if end == "in use":
             return
-        number = self.open.pop(job.folder.name)
+        number = self.open.pop((job.arm.label, job.folder))
         if end == "failed":
             self.failed.add(number)
         if number not in self.open.values():

@@ -28,7 +28,7 @@ SIX = SHORT.replace("[42]", "[41, 42, 43]") + "[grid]\nheal.tau = [0.0, 0.1]\n"
 def ray():
     import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()

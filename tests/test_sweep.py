@@ -338,6 +338,7 @@ SHORT = """
 preset = "fast-dev"
 seeds = [42]
 [fixed]
+n_threads = 1
 n_rounds = 1
 control = false
 steer.n_contexts = 4

@@ -19,7 +19,7 @@ if os.environ.get("BEARTYPE") == "1":
 if TYPE_CHECKING:
     from steer_heal.errors import UserError
     from steer_heal.inputs.traits import TraitFile
-    from steer_heal.library import SteerHeal, define_trait
+    from steer_heal.library import SteerHeal, define_trait, metrics_frame
     from steer_heal.model.steering import Vector
     from steer_heal.model.vector_files import from_steering_vectors, read_vector, to_steering_vectors, write_gguf
     from steer_heal.presets import PRESETS
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SteerHeal": "library",
     "define_trait": "library",
+    "metrics_frame": "library",
     "TraitFile": "inputs.traits",
     "Vector": "model.steering",
     "read_vector": "model.vector_files",
@@ -47,6 +48,7 @@ __all__ = [
     "Vector",
     "define_trait",
     "from_steering_vectors",
+    "metrics_frame",
     "read_vector",
     "to_steering_vectors",
     "write_gguf",

@@ -378,7 +378,7 @@ class SteerHeal:
         self.close()
 
 
-def frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
+def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
     """Results of `evaluate` by name, one a row: `state` and every metric."""
     rows = [{"state": name, **events.jsonable(result.metrics)[0]} for name, result in results.items()]
     return pl.DataFrame(rows, infer_schema_length=None)

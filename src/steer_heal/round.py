@@ -7,7 +7,7 @@
     student.bake()
     measure(student, inputs, cfg)
 
-The session, the scripts and the benchmarks all call these.
+The loop, the library, the scripts and the benchmarks all call these.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ class Student:
     def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
         if self._peft is None:
             try:
-                with warnings.catch_warnings():  # between peft and transformers: no user can act on it
+                with (
+                    warnings.catch_warnings()
+                ):  # peft's own, and one between it and transformers: nobody can act on them
+                    warnings.filterwarnings("ignore", module="peft")
                     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                     self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
             except ValueError as error:

@@ -119,9 +119,15 @@ def test_a_stopped_answer_leaves_the_model_as_it_was(talk):
     assert all(torch.equal(read(talk, name), then) for name, then in before.items())
 
 
-def test_a_conversation_that_is_too_long_or_out_of_turn_is_refused(talk):
+def test_a_conversation_that_is_too_long_too_large_or_out_of_turn_is_refused(talk, monkeypatch):
+    def failing(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
     with pytest.raises(UserError, match=r"the conversation has \d+ tokens, .* begin a new one"):
         talk.answer(replace(ASKED, turns=("word " * talk.room,)))
+    monkeypatch.setattr("steer_heal.model.decode.steer", failing)
+    with pytest.raises(UserError, match="out of memory with a single row"):
+        talk.answer(ASKED)
     with pytest.raises(UserError, match="turns holds 2 texts"):
         talk.answer(replace(ASKED, turns=("a", "b")))
     with pytest.raises(UserError, match="did you mean 'healed'"):
@@ -307,6 +313,8 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
     [
         ({"Host": "evil.example"}, 403, "Host is"),
         ({"Host": ""}, 403, "Host is"),
+        ({"Host": "["}, 403, "Host is"),
+        ({"Host": "localhost.evil.example"}, 403, "Host is"),
         ({"Origin": "http://evil.example"}, 403, "Origin is"),
         ({"Origin": "null"}, 403, "Origin is"),
         ({"Origin": "http://localhost:1"}, 403, "Origin is"),

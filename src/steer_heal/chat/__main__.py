@@ -28,7 +28,7 @@ class Chat:
     """A page in the browser, served on this machine alone, in place of the terminal."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     """Of the page; 0: any free one."""
-    states: tuple[str, ...] = ("base", "steered", "healed")
+    states: Annotated[tuple[str, ...], Field(min_length=1)] = ("base", "steered", "healed")
     """Who answers; another is prompted, the base with the persona as system prompt."""
     system: str = ""
     """System prompt of all states, behind the one that makes a state what it is."""

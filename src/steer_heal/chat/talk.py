@@ -105,15 +105,8 @@ class Talk:
         state, began = self.states[self.known(question.state)], time.monotonic()
         if len(question.turns) % 2 == 0:
             raise UserError(f"turns holds {len(question.turns)} texts: it must begin and end with the user's")
-        turns, lm = [printable(text) for text in question.turns], self.student.lm
-        system = "\n\n".join(text for text in (state.system, printable(question.system)) if text)
+        lm, ids, told = self.student.lm, [], 0
         dose = question.dose if question.state == "steered" and question.dose is not None else state.dose
-        prompt_ids, ids, told = lm.encode(lm.conversation(turns, system)), [], 0
-        if len(prompt_ids) > self.room:
-            raise UserError(
-                f"the conversation has {len(prompt_ids)} tokens, and the model reads {self.room} before its answer; "
-                "begin a new one"
-            )
 
         def on_token(_: int, token: int) -> None:
             nonlocal told
@@ -123,9 +116,21 @@ class Talk:
             told = max(told, len(whole))
 
         how = Decoding(self.max_new_tokens, 1, on_token=on_token)
-        row = Row(prompt_ids, dose, derive_seed(question.seed, "chat", len(turns)))
-        with self._lock, self.student.using(state.adapters):
-            decode(lm, [row], self.vector, how)
-        text = lm.decode(ids)
+        with self._lock:  # the tokenizer, too, serves one thread at a time
+            row = Row(self._prompt(question, state), dose, derive_seed(question.seed, "chat", len(question.turns)))
+            with self.student.using(state.adapters):
+                decode(lm, [row], self.vector, how)
+            text = lm.decode(ids)
         on_text(text[told:])
         return Answer(text, len(ids), time.monotonic() - began, ids[-1] not in lm.end_ids)
+
+    def _prompt(self, question: Question, state: State) -> tuple[int, ...]:
+        lm, turns = self.student.lm, [printable(text) for text in question.turns]
+        system = "\n\n".join(text for text in (state.system, printable(question.system)) if text)
+        ids = lm.encode(lm.conversation(turns, system))
+        if len(ids) > self.room:
+            raise UserError(
+                f"the conversation has {len(ids)} tokens, and the model reads {self.room} before its answer; begin a "
+                "new one, or lower --max-new-tokens"
+            )
+        return ids

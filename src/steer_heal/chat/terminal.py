@@ -15,7 +15,7 @@ from steer_heal.errors import UserError, nearest, print_error, print_safe, print
 COMMANDS = {
     "/system": "TEXT: a system prompt for all states, behind the one that makes a state what it is; none: as it was",
     "/dose": "X: the dose of the steered state; none: the round's own",
-    "/states": "NAME ...: who answers; each has its own conversation",
+    "/states": "NAME ...: who answers, of base, prompted, steered and healed; each has its own conversation",
     "/reset": "begin new conversations",
     "/seed": "N: of the random stream that all states draw from",
     "/help": "these lines",
@@ -33,7 +33,7 @@ class Terminal:
 
     def __init__(self, talk: Talk, states: Sequence[str], question: Question) -> None:
         self.talk, self.question = talk, question
-        self.states = [talk.known(name) for name in states]
+        self.states = [talk.known(name) for name in dict.fromkeys(states)]
         self.turns: dict[str, list[str]] = {name: [] for name in talk.states}
 
     def run(self, lines: Iterator[str]) -> None:
@@ -60,7 +60,8 @@ class Terminal:
         elif name == "/seed":
             self.question = replace(self.question, seed=_number(int, name, given))
         elif name == "/states":
-            self.states = [self.talk.known(each) for each in given.replace(",", " ").split()] or self.states
+            names = dict.fromkeys(given.replace(",", " ").split())
+            self.states = [self.talk.known(each) for each in names] or self.states
         elif name == "/reset":
             self.turns = {each: [] for each in self.turns}
         elif name == "/help":
@@ -115,7 +116,7 @@ def _number(kind: type, name: str, given: str) -> Any:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """While inside, Ctrl-C adds to the list, and breaks nothing off by itself."""
+    """While inside, Ctrl-C adds to the list and does nothing else: the model is never left half changed."""
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda signum, frame: seen.append(signum))
     try:

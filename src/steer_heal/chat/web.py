@@ -4,6 +4,7 @@ at a time; the server keeps nothing but the model."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +12,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from steer_heal.chat.talk import Question, Talk
 from steer_heal.errors import UserError, print_safe, validated_json
@@ -80,13 +80,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = self.talk.answer(question, lambda piece: self._line({"text": piece}) if piece else None)
             self._line({"done": asdict(answer)})
-        except (UserError, RuntimeError) as error:  # a RuntimeError: out of memory
+        except UserError as error:
             self._line({"error": str(error)})
 
     def _require_own(self) -> None:
         """Refused unless the request is of this machine's own page, or of a program that is no browser."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if urlsplit(f"//{host}").hostname not in OWN_NAMES:
+        if host.partition(":")[0].lower() not in OWN_NAMES:
             raise Refused(HTTPStatus.FORBIDDEN, f"Host is {host!r}: open the page as http://127.0.0.1 or localhost")
         if origin is not None and origin != f"http://{host}":
             raise Refused(HTTPStatus.FORBIDDEN, f"Origin is {origin!r}: only the page itself may ask")
@@ -127,11 +127,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except ConnectionError:  # the page was closed, or its answer stopped: nobody reads on
+        except (ConnectionError, TimeoutError):  # the page was closed, or its answer stopped: nobody reads on
             self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: what is asked is nobody's business but the user's."""
+        """Nothing: requests are not logged."""
 
 
 def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> ThreadingHTTPServer:
@@ -158,7 +158,8 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
 def serve(talk: Talk, states: Sequence[str], question: Question, port: int) -> None:
     """Until Ctrl-C."""
     with server(talk, states, question, port) as made:
-        print_safe(f"open http://127.0.0.1:{made.server_address[1]} (only this machine can); Ctrl-C ends it", end="\n")
+        print_safe(f"open http://127.0.0.1:{made.server_address[1]} (only this machine can); Ctrl-C ends it")
+        sys.stdout.flush()
         try:
             made.serve_forever()
         except KeyboardInterrupt:

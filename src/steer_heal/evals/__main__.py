@@ -128,25 +128,26 @@ def again(command: EvalCommand) -> tuple[Metrics, Metrics]:
 
     assert command.run is not None
     run = open_run(command.run, device=command.device, n_threads=command.n_threads, eval=command.eval)
-    stage, r = _state(command.round)
-    if stage == "healed":
-        r = run.healed(r)
-    then, cfg = run.event(stage, -1 if r is None else r), run.cfg
-    _show(cfg, run.inputs)
-    student, base = run.load(), None
-    if stage != "base":
-        with schema_errors(run.folder):
-            base = codec.result_from(run.event("base", -1), metrics_of(cfg.eval.evals))
-        student.restore(run.checkpoint(then["round"]), max(1, then["round"] + 1))
+    stage, asked = _state(command.round)
+    r = run.healed(asked) if stage == "healed" else -1
+    with schema_errors(run.folder):
+        read = run.event(stage, r)["metrics"].items()
+        then = {name: None if value is None else float(value) for name, value in read}
+        base = codec.result_from(run.event("base", -1), metrics_of(run.cfg.eval.evals)) if stage != "base" else None
+    checkpoint = run.checkpoint(r) if stage != "base" else None
+    _show(run.cfg, run.inputs)
+    student = run.load()
+    if checkpoint is not None:
+        student.restore(checkpoint, max(1, r + 1))
     name = f"healed r{r}" if stage == "healed" else stage
-    now = steps.measure(student, run.inputs, cfg, base, on_eval=_telling(name, cfg))
-    return now.metrics, then["metrics"]
+    now = steps.measure(student, run.inputs, run.cfg, base, on_eval=_telling(name, run.cfg))
+    return now.metrics, then
 
 
 def _state(name: str | None) -> tuple[str, int | None]:
-    """(stage of its event, its round) of a --round; of the last healed one: None."""
+    """(stage of its event, its round) of a --round. The round is None for the last, and where there is none."""
     if name in ("base", "control"):
-        return name, -1
+        return name, None
     try:
         return "healed", None if name is None else int(name)
     except ValueError:
@@ -203,7 +204,9 @@ def _show(cfg: RunConfig, inputs: Inputs) -> None:
     logger.info(f"vignettes: {vignettes}, instrument: {instrument}, {len(inputs.pairs)} contrast pairs")
     prompts = cfg.gen.prompts or f"the trait's own {len(inputs.trait.prompts)}"
     texts = f"{cfg.eval.n_texts} of {cfg.eval.max_new_tokens} tokens to the last {len(inputs.eval_prompts)} prompts"
-    logger.info(f"texts: {texts} of {prompts}; temperature {cfg.temperature}, top-p {cfg.top_p} (None: the model's)")
+    logger.info(f"texts: {texts} of {prompts}")
+    temperature, top_p = ("the model's" if value is None else value for value in (cfg.temperature, cfg.top_p))
+    logger.info(f"temperature: {temperature}, top-p: {top_p}")
 
 
 def _telling(state: str, cfg: RunConfig) -> Callable[[int], None]:

@@ -54,7 +54,8 @@ class OpenedRun:
         for event in reversed(self.events):
             if (event["stage"], event["round"]) == (stage, r):
                 return event
-        raise UserError(f"{self.folder} has no {stage} of round {r}; give another --round")
+        of_round = f" of round {r}" if r >= 0 else ""
+        raise UserError(f"{self.folder} has no {stage}{of_round}; give another --round")
 
     def file(self, event: Event, name: str) -> Path:
         """A file or a folder that the event recorded. UserError where it is gone or was changed."""

@@ -29,13 +29,17 @@ CONFIG = {
     "backtrack": {"retries": 1},
     "gen": {"alphas": [0.5, 1.0]},
 }
-NATS = {"how": "log_mean", "form": "+.3f", "unit": "nats", "moved": 0.3, "shown": False}
+NATS = {"of": "vignette", "how": "log_mean", "form": "+.3f", "unit": "nats", "moved": 0.3, "shown": False}
 METRICS = (
     *(Metric(name=f"{n}_nats", item=f"p_{n}", title=n, **NATS) for n in ("care", "loyalty", "authority", "liberty")),
-    Metric(name="coherence", item="mass", title="coherence", form=".4f", good=0.95, broken=0.85),
-    Metric(name="text_tail_ppl_median", item="text_tail_ppl", how="median", title="text perplexity", form=".2f"),
-    Metric(name="degenerate_frac", item="degenerate", title="broken texts", form=".0%", good=0.1, broken=0.5),
-    Metric(name="kl_base", item="kl_base", title="KL to base", unit="nats"),
+    Metric(name="coherence", item="mass", of="vignette", title="coherence", form=".4f", good=0.95, broken=0.85),
+    Metric(
+        name="text_tail_ppl_median", item="text_tail_ppl", of="text", how="median", title="text perplexity", form=".2f"
+    ),
+    Metric(
+        name="degenerate_frac", item="degenerate", of="text", title="broken texts", form=".0%", good=0.1, broken=0.5
+    ),
+    Metric(name="kl_base", item="kl_base", of="text", title="KL to base", unit="nats"),
 )
 GATES = {
     "perplexity": {"measures": "tail perplexity", "limit": 3.0, "at_least": False, "broken": True, "on": True},
@@ -64,6 +68,12 @@ def metrics(stage: str, r: int) -> dict:
         return values
     values |= {"authority_nats_lo": moved - 0.1, "authority_nats_hi": moved + 0.1}
     return values | {"degenerate_frac_lo": -0.05, "degenerate_frac_hi": 0.08}
+
+
+def item_values(metric: Metric, stage: str, r: int, n_texts: int) -> list[float | None]:
+    """Of three vignettes, or of every text: each moves another way; the last has no value."""
+    here = {"base": 0.0, "healed": 1.0 + r}.get(stage, 0.5)
+    return [*(0.3 + 0.01 * here * (1 - 2 * i) for i in range(n_texts if metric.of == "text" else 3))][:-1] + [None]
 
 
 def texts(n: int, n_prompts: int, text: str) -> list[dict]:
@@ -99,10 +109,12 @@ def run_events(
         out.append({"schema": 3, "stage": stage, "round": r, **at, **fields})
 
     def measure(stage, r):
-        written = {"texts": texts(n_texts, n_prompts, text)}
+        last_word = {"base": " Yes.", "healed": " No."}.get(stage, "")
+        written = {"texts": texts(n_texts, n_prompts, text + last_word)}
+        items = {metric.item: item_values(metric, stage, r, n_texts) for metric in METRICS}
         if stage == "healed":
             write("adapter_gen", r, **written)
-        write(stage, r, metrics=metrics(stage, r), items={}, dose=0.5, **({} if stage == "healed" else written))
+        write(stage, r, metrics=metrics(stage, r), items=items, dose=0.5, **({} if stage == "healed" else written))
 
     def heal(r):
         for step in range(4 * 24):
@@ -176,7 +188,7 @@ def read(folder, events) -> tuple[str, str]:
 class Page(HTMLParser):
     """Elements and attributes of a page, its text, and whether every element that must be closed is."""
 
-    VOID = {"meta", "link", "img", "br"}
+    VOID = {"meta", "link", "img", "br", "input"}
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from markupsafe import escape
 
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.report import console, plot
-from steer_heal.report.page import fenced, inline, visible
+from steer_heal.report.view import fenced, inline, visible
 from steer_heal.run import main
 from steer_heal.runs.events import append_result, new_run_folder, read_results
 

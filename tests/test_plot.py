@@ -191,3 +191,19 @@ def test_every_interval_of_the_target_is_seen(n_rounds):
     seen = {round(y, 6) for paths in widths for path in paths for _, y in path.vertices}
     assert wanted <= seen
     assert n_rounds > 1 or any(isinstance(c, LineCollection) for c in panel.collections)
+
+
+def test_a_comparison_shows_the_shift_and_the_health_of_every_run(events):
+    other = run_events(2)
+    figure = plot.comparison({"A": events, "B": other})
+    top, bottom = figure.axes
+    assert set(labels(top)) == {"A", "B"}
+    for run, n in ((events, 8), (other, 2)):
+        base = run[1]["metrics"]
+        healed = [e["metrics"] for e in run if e["stage"] == "healed"]
+        shifts = [m["authority_nats"] - base["authority_nats"] for m in healed]
+        assert any(np.allclose(line.get_ydata(), shifts) for line in top.get_lines() if len(line.get_ydata()) == n)
+        broken = [m["degenerate_frac"] for m in healed]
+        assert any(np.allclose(line.get_ydata(), broken) for line in bottom.get_lines() if len(line.get_ydata()) == n)
+    assert [text.get_text() for text in bottom.get_legend().texts] == ["lost coherence", "broken texts"]
+    plot.comparison({"A": events[:2], "B": events[:2]}).draw_without_rendering()

@@ -10,7 +10,8 @@ from made_runs import GATES, METRICS, PROMPT, Page, read, renamed, run_events, w
 from steer_heal.report import console, draw, page
 from steer_heal.report.__main__ import main
 from steer_heal.report.measurements import verdict
-from steer_heal.report.page import borderline, survival
+from steer_heal.report.texts import borderline, survival, word_diff
+from steer_heal.report.view import evenly
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,67 @@ def test_every_metric_and_its_interval_is_on_the_page(finished):
         assert metric.name in text and metric.title in text
     assert "\u22120.700 to \u22120.500" in text, "authority: the healed shift"
     assert "\u22125% to +8%" in text, "broken texts"
+    cells = re.findall('<tr class="target">(.*?)</tr>', finished[1])
+    assert len(cells) == 1 and cells[0].count("<small>") == 1 + 6, "the metric, and every state but base"
+    for low, high in (("\u22122.100", "\u22121.900"), ("\u22120.050", "+0.150"), ("\u22120.600", "\u22120.400")):
+        assert f"<small>{low} to {high}</small>" in cells[0]
+    headings = ['<h2 id="metrics">', "Of vignettes", "Of free answers", '<h2 id="items">']
+    places = [finished[1].index(heading) for heading in headings]
+    assert places == sorted(places) and "Others" not in text
+
+
+def test_the_target_is_read_item_by_item_with_the_wanted_change_first(finished):
+    text = " ".join(Page(finished[1]).text.split())
+    assert "1 of 2 went down, as wanted, from base to healed r1. 1 more have no value" in text
+    assert re.search(r"vignette 2 ?0.3 to 0.28 ?vignette 1 ?0.3 to 0.32", text), text[text.index("item by item") :][
+        :900
+    ]
+
+
+def test_every_answer_has_its_own_scores(finished):
+    answers = re.findall("<article.*?</article>", finished[1], re.S)
+    healed = [a for a in answers if "healed r1" in a]
+    assert [re.findall("KL to base ([^<]*)", a) for a in healed] == [["0.320"], ["0.240"], ["0.280"], ["\u2013"]]
+    assert all("tail perplexity 2.1" in a and "broken texts" not in a for a in answers)
+
+
+def test_a_word_diff_holds_both_texts_and_marks_what_is_only_in_one():
+    old, new = "I lock the gate & leave <b>now</b>.", "I open the gate and leave <b>now</b>."
+    words = word_diff(old, new)
+    assert "<del>lock</del> <ins>open</ins>" in words and "&lt;b&gt;now" in words and "<b>" not in words
+    without = lambda tag: " ".join(re.sub(f"<{tag}>.*?</{tag}>", "", words).split())
+    assert Page(without("ins")).text == old and Page(without("del")).text == new
+    assert word_diff("", "") == "" and word_diff("a  b", "a b") == "a b"
+
+
+def test_what_changed_from_base_is_shown_for_the_best_and_the_last_round(finished, tmp_path):
+    assert finished[1].count("<del>Yes.</del> <ins>No.</ins>") == 4
+    events = run_events()
+    for event in events:
+        if event["stage"] == "healed" and event["round"] == 1:
+            event["metrics"]["degenerate_frac"] = 0.9
+    html, _ = read(tmp_path, events)
+    assert "best round: 0" in html and "healed r0 (best)" in html
+    assert html.count("word by word</h4>") == 2 * 4 and html.count("base to healed r0, word") == 4
+
+
+def test_each_choice_of_a_filter_has_its_rule_and_each_rule_its_choice(finished):
+    style = finished[1][finished[1].index("<style>") : finished[1].index("</style>")]
+    ids = dict.fromkeys(re.findall(r'<input type="\w+"(?: name="[\w-]+")? id="([\w-]+)"', finished[1]))
+    ruled = set(re.findall(r":has\(#([\w-]+):(?:checked|not\(:checked\))\)", style))
+    assert ruled == {name for name in ids if not name.endswith(("-all", "-any"))} and len(ruled) >= 15
+    used = set(" ".join(re.findall('class="([^"]*)"', finished[1])).split())
+    assert set(re.findall(r"\.((?:why|round)-[\w-]+)", style)) <= used
+
+
+def test_texts_are_evenly_spaced():
+    assert evenly(range(10), 3) == [0, 3, 6] and evenly([1, 2], 3) == [1, 2] and evenly([], 3) == []
 
 
 def test_steered_stands_beside_healed_in_every_round_and_prompt(finished):
     html = finished[1]
     assert Page(html).tags["article"] == 4 * (3 + 2 * 2)
-    assert html.count("<details open>") == 2, "the headline prompt and the last round's filter"
+    assert html.count("<details open>") == 3, "the metrics of the target, the headline prompt, the last round's filter"
 
 
 def test_each_heal_has_its_curves_and_the_control_s_come_first(finished):
@@ -92,7 +148,7 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
     diary = finished[2]
     parts = "The untouched model:", "## Round 0", "Steered:", "Healed, without steering:", "## Round 1", "## Verdict"
     places = [diary.index(line) for line in parts]
-    assert places == sorted(places) and diary.count("I let them in.") == 3 + 2 * 2
+    assert places == sorted(places) and diary.count("I let them in.") == 2 * (3 + 2 * 2), "both prompts"
     assert diary.rstrip().splitlines()[-1].startswith("GOOD: ")
 
 
@@ -198,7 +254,7 @@ def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(t
     html, _ = read(tmp_path, run_events(8, 64, 64, 384, text))
     assert len(html.encode()) < 5_000_000
     assert Page(html).tags["article"] == 64 * (3 + 8 * 2)
-    assert "All 384 completions of this round" in html
+    assert Page(html).text.count("All are in events.jsonl") == 1
     more, _ = read(tmp_path, run_events(1, 200, 100))
     assert "Not shown: 36 prompts and 136 answers a state" in Page(more).text
 
@@ -219,6 +275,65 @@ def test_pictures_of_the_page_are_drawn_at_a_width_that_a_phone_can_read(finishe
     events = [json.loads(line) for line in (finished[0] / "events.jsonl").read_text().splitlines()]
     for figure in (*page._state_figures(events).values(), *page.plot.heal_curves(events).values()):
         assert figure.get_figwidth() * 72 <= 400
+
+
+# --- several runs -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two runs that differ in a setting, in the number of rounds and in what the healed students wrote."""
+    out = tmp_path_factory.mktemp("compared")
+    other = run_events(1, text="I keep them out.")
+    other[0]["config"]["heal"] = other[0]["config"]["heal"] | {"lam": 0.7}
+    other[0]["config"] |= {"model": "<b>other</b>"}
+    folders = [write_run(out / "one", run_events(2)), write_run(out / "other", other)]
+    assert main([*map(str, folders), "--compare", str(out / "both.html")]) == 0
+    return folders, (out / "both.html").read_text(encoding="utf-8")
+
+
+def test_runs_stand_side_by_side_with_verdicts_states_settings_and_answers(compared):
+    folders, html = compared
+    text = " ".join(Page(html).text.split())
+    assert html.count('class="badge') == 2 and "one" in text and "<b>other</b>" in text and "<b>other" not in html
+    rows = dict(re.findall(r'<tr class="healed"><td>(healed r\d)</td>(.*?)</tr>', html.split('id="settings"')[0], re.S))
+    assert set(rows) == {"healed r0", "healed r1"}
+    table = html[html.index("authority (authority_nats, nats)") :]
+    cells = re.findall(r"<td>healed r(\d)</td><td>(.*?)</td><td>(.*?)</td>", table[: table.index("</table>")])
+    interval = "<small>\u22120.600 to \u22120.400</small>"
+    assert cells[0] == ("0", f"\u22122.000{interval}", f"\u22122.000{interval}") and cells[1][2] == "\u2013"
+    settings = text[text.index("Settings that differ", 400) : text.index("Answers to the same prompts", 400)]
+    for name, one, other in (
+        ("heal.lam", "0.3", "0.7"),
+        ("n_rounds", "2", "1"),
+        ("model", "data/toylm", "<b>other</b>"),
+    ):
+        assert re.search(rf"{name} ?{one} ?{other}", settings), settings
+    assert "heal.tau" not in settings
+    for name in ("base of A", "base of B", "A healed r1", "B healed r0"):
+        assert text.count(name) == 2, "one for each of two prompts"
+
+
+def test_the_comparison_refers_to_nothing_outside_itself_and_draws_no_run(compared):
+    folders, html = compared
+    built = Page(html)
+    links = [value for name, value in built.attributes if name in ("src", "href")]
+    assert links and all(value.startswith(("data:", "#")) for value in links) and not built.tags["script"]
+    assert {value[1:] for value in links if value.startswith("#")} <= {
+        v for name, v in built.attributes if name == "id"
+    }
+    assert all([path.name for path in folder.iterdir()] == ["events.jsonl"] for folder in folders)
+
+
+def test_runs_that_cannot_be_compared_are_refused(compared, tmp_path, capsys):
+    (one, other), _ = compared
+    begun = write_run(tmp_path / "begun", run_events()[:1])
+    for argv, word in (
+        ([one, "--compare", tmp_path / "x.html"], "takes 2 to 26"),
+        ([one, other, "--compare", tmp_path], "is a folder"),
+        ([one, begun, "--compare", tmp_path / "x.html"], "not measured yet"),
+        ([one, tmp_path, "--compare", tmp_path / "x.html"], "no events.jsonl"),
+    ):
+        assert main([*map(str, argv)]) == 1 and word in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
 
 
 # --- console -----------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class Metric:
     name: str
     """As in events: authority_nats, coherence."""
     item: str
+    of: str = ""
+    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair."""
     how: Literal["mean", "log_mean", "median"] = "mean"
     """How item values become the metric; log_mean is log(mean), in nats."""
     title: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from steer_heal.evals import contrast, drift, likelihood, moral_foundations, persona, text_quality, toylm
 from steer_heal.evals.base import Eval
@@ -22,4 +23,4 @@ EVALS: dict[str, Eval] = {
 
 def metrics_of(names: Sequence[str]) -> tuple[Metric, ...]:
     """The metrics of the named evals, in their order."""
-    return tuple(metric for name in names for metric in EVALS[name].metrics)
+    return tuple(replace(metric, of=EVALS[name].of) for name in names for metric in EVALS[name].metrics)

@@ -78,6 +78,8 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
+    of: str = ""
+    """What one item is: vignette, text (an answer that the state wrote), pair."""
     needs: tuple[str, ...] = ()
     """Fields of Inputs that a run without this eval may leave empty."""
 

@@ -63,5 +63,6 @@ EVAL = Eval(
         ),
         Metric(name="contrast_win", item="contrast_win", title="pairs won", form=".0%", shown=False),
     ),
+    of="pair",
     needs=("pairs",),
 )

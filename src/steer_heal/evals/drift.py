@@ -15,4 +15,4 @@ def items(subject: Subject) -> Items:
         return {"kl_base": [kl.mean().item() if len(kl) else 0.0 for kl in kls]}
 
 
-EVAL = Eval(items, (Metric(name="kl_base", item="kl_base", title="KL to base", unit="nats"),))
+EVAL = Eval(items, (Metric(name="kl_base", item="kl_base", title="KL to base", unit="nats"),), of="text")

@@ -124,4 +124,5 @@ EVAL = Eval(
             shown=False,
         ),
     ),
+    of="vignette",
 )

@@ -202,4 +202,5 @@ EVAL = Eval(
         Metric(name="frac_unscorable", item="unscorable", title="unscorable vignettes", form=".0%", shown=False),
         Metric(name="top1_acc", item="top1", title="vignettes named right", form=".0%", shown=False),
     ),
+    of="vignette",
 )

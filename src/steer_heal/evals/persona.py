@@ -39,4 +39,5 @@ EVAL = Eval(
             moved=0.05,
         ),
     ),
+    of="text",
 )

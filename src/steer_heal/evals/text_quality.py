@@ -26,4 +26,5 @@ EVAL = Eval(
         Metric(name="degenerate_frac", item="degenerate", title="broken texts", form=".0%", good=0.1, broken=0.5),
         Metric(name="off_question_frac", item="off_question", title="texts off the question", form=".0%", shown=False),
     ),
+    of="text",
 )

@@ -23,4 +23,5 @@ EVAL = Eval(
         Metric(name="oracle", item="oracle", title="possible sentences"),
         Metric(name="positive_frac", item="positive", title="positive side", shown=False),
     ),
+    of="text",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,3 +12,10 @@ def draw(folder: Path) -> Path | None:
 
     plot.plot(folder)
     return page.report(folder)
+
+
+def side_by_side(folders: Sequence[Path], file: Path) -> Path:
+    """Writes a page of several runs into the file."""
+    from steer_heal.report.compare import compare
+
+    return compare(folders, file)

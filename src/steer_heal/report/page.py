@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
-import re
 import shlex
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from steer_heal.errors import printable
+from steer_heal.records import Metric
 from steer_heal.report import plot
 from steer_heal.report.measurements import (
     MEASURED,
-    Measurement,
-    direction,
+    best_round,
     health_of,
     measurements,
     metrics_of,
-    run_start,
     shift,
     signed,
     table_cells,
@@ -39,15 +29,24 @@ from steer_heal.report.measurements import (
     title,
     verdict,
 )
-from steer_heal.report.measurements import number as formatted
+from steer_heal.report.texts import answered, answers, filters, reasons, states, written
+from steer_heal.report.view import (
+    MISSING,
+    Event,
+    Run,
+    Table,
+    evenly,
+    inline,
+    number,
+    plural,
+    round_name,
+    template,
+    visible,
+    with_interval,
+)
 from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
 
-Event = Mapping[str, Any]
-HERE = Path(__file__).parent
-SHOWN_PROMPTS, SHOWN_ANSWERS, SHOWN_BORDERLINE, SHOWN_CHARACTERS = 64, 64, 3, 1500
-"""Evaluation prompts; answers per state; rows on each side of each cut; characters of any one text."""
-BEFORE = ("base", "prompted", "control")
 STEERING = {
     "kappa": ("dose", "kappa"),
     "dose": ("steered", "dose"),
@@ -56,6 +55,10 @@ STEERING = {
     "cosine of student and vector 0": ("round", "cosine_student_first"),
 }
 """Column of the table of steering: (event, field)."""
+KINDS = {"vignette": "Of vignettes", "text": "Of free answers", "pair": "Of contrast pairs"}
+"""Heading of the metrics by what one of their items is (Metric.of)."""
+MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median"}
+DIARY_PROMPTS = 3
 
 
 def report(folder: Path) -> Path | None:
@@ -70,80 +73,11 @@ def report(folder: Path) -> Path | None:
     return folder / "report.html"
 
 
-@dataclass(frozen=True)
-class Run:
-    """The events of a run, looked up by stage and round."""
-
-    name: str
-    events: Sequence[Event]
-
-    def at(self, stage: str, round_: int | None = -1) -> Event:
-        """The event, empty where it was not written yet."""
-        return next((e for e in reversed(self.events) if e["stage"] == stage and e["round"] == round_), {})
-
-    @property
-    def start(self) -> Event:
-        return run_start(self.events)
-
-    @property
-    def rounds(self) -> list[int]:
-        shown = [e for e in self.events if e["stage"] != "backtrack"]
-        return sorted({e["round"] for e in shown if e["round"] is not None and e["round"] >= 0})
-
-    def texts(self, stage: str, round_: int) -> Sequence[Event]:
-        return self.at("adapter_gen" if stage == "healed" else stage, round_).get("texts") or ()
-
-    def gates(self) -> dict[str, Event]:
-        """The gates that say whether a text is broken."""
-        return {name: gate for name, gate in self.start["gates"].items() if gate["broken"]}
-
-
-def visible(text: str) -> str:
-    """Text that is safe to show: U+FFFD for what does not print; a long one is cut, and the cut is named."""
-    text, limit = printable(text), SHOWN_CHARACTERS
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text) - limit:,} characters more)"
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    return formatted(value, form, "\u2013").replace("-", "\u2212")
-
-
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def inline(text: str) -> Markup:
-    """Text that stays inside a line of Markdown: no mark-up, no HTML, no line break."""
-    return Markup(re.sub(r"([\\`*_\[\]<>&#|~$])", r"\\\1", " ".join(visible(text).split())))
-
-
-def fenced(text: str) -> Markup:
-    """A block of Markdown that the text cannot end: its fence is longer than any run of backticks in it."""
-    text = visible(text)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 100) or [""]]
-    return Markup("\n".join([f"{fence}text", *lines, fence]))
-
-
-def template(path: Path, show: Callable[[str], str]) -> Template:
-    """A template file. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
-    environment = Environment(
-        loader=FileSystemLoader(path.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters |= {"number": number, "fenced": fenced, "direction": direction}
-    environment.globals |= {"plural": plural}
-    return environment.get_template(path.name)
-
-
 def page(run: Run) -> str:
     """The whole of report.html."""
     grade, _, detail = verdict(run.events).partition(":")
-    return template(HERE / "report.html.j2", visible).render(
+    texts = written(run)
+    return template("report.html.j2", visible).render(
         run=run,
         start=run.start,
         grade=grade,
@@ -152,10 +86,13 @@ def page(run: Run) -> str:
         figures=figures(run),
         pictures=pictures(run),
         table=round_table(run),
-        metrics=metric_table(run),
+        metrics=metric_tables(run),
+        readings=readings(run),
         steering=steering_table(run),
         answers=answers(run),
         filters=list(filters(run)),
+        written=texts,
+        why=reasons(texts),
         heals=heals(run),
         retries=of_stage(run.events, "heal_retry"),
         dropped=of_stage(run.events, "backtrack"),
@@ -164,13 +101,21 @@ def page(run: Run) -> str:
 
 
 def diary(run: Run) -> str:
-    """The whole of diary.md: the run told by its answers to the first evaluation prompt."""
-    return template(HERE / "diary.md.j2", inline).render(
+    """The whole of diary.md: the run told by its answers to a few evaluation prompts, evenly spaced."""
+    given = {state: answered(run, *state) for state in states(run)}
+    prompts = evenly(list(dict.fromkeys(row["prompt"] for row in given["base", -1])), DIARY_PROMPTS)
+    first = {state: {row["prompt"]: row for row in reversed(rows)} for state, rows in given.items()}
+    told = {
+        state: [(i, rows[prompt]) for i, prompt in enumerate(prompts, 1) if prompt in rows]
+        for state, rows in first.items()
+    }
+    return template("diary.md.j2", inline).render(
         run=run,
         start=run.start,
         verdict=verdict(run.events),
         progress=progress(run),
-        headline=next(iter(answers(run)["prompts"]), None),
+        prompts=prompts,
+        told=told,
         measured=measured_words(run),
         retries=of_stage(run.events, "heal_retry"),
         dropped=of_stage(run.events, "backtrack"),
@@ -237,137 +182,77 @@ def heals(run: Run) -> list[tuple[str, int, Event, Markup]]:
     seen = [e for e in run.events if e["stage"] in ("run_start", "heal_step", "heal", "heal_retry")]
     drawn = _drawn(plot.heal_curves, json.dumps(seen))
     n_steps = Counter(step["round"] for step in heal_steps(seen))
-    return [(_name(r), n_steps[r], run.at("heal", r), uri) for r, uri in drawn.items()]
-
-
-def _name(r: int) -> str:
-    return "control" if r < 0 else f"round {r}"
+    return [(round_name(r), n_steps[r], run.at("heal", r), uri) for r, uri in drawn.items()]
 
 
 @lru_cache(maxsize=2)
 def _drawn(draw: Callable[[Sequence[Event]], Mapping[int, Figure]], events: str) -> dict[int, Markup]:
     """Data URIs of the figures of some events, kept until those change: a run writes its page more often."""
-    uris = {}
-    for key, figure in draw(json.loads(events)).items():
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(plot.STYLE):
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        uris[key] = Markup("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return uris
-
-
-Table = tuple[list[str], list[tuple[str, list[str]]]]
-"""(headings, (stage, cells) of each row)."""
+    return {key: Markup(plot.data_uri(figure)) for key, figure in draw(json.loads(events)).items()}
 
 
 def round_table(run: Run) -> Table:
     """The measured states, without columns in which none has a value."""
-    rows = [
-        {key: text.replace("-", "\u2212") for key, text in row.items()} for row in table_cells(run.events, "\u2013")
+    rows = [{key: text.replace("-", "\u2212") for key, text in row.items()} for row in table_cells(run.events, MISSING)]
+    columns = {key: name for key, (name, _) in table_columns(run.events).items() if {r[key] for r in rows} - {MISSING}}
+    cells = [
+        (stage, [named, *(row[key] for key in columns if key != "state")])
+        for (stage, named), row in zip(state_names(run), rows, strict=True)
     ]
-    columns = {key: name for key, (name, _) in table_columns(run.events).items() if {r[key] for r in rows} - {"\u2013"}}
-    stages = [m.stage for m in measurements(run.events)]
-    cells = [(stage, [row[key] for key in columns]) for stage, row in zip(stages, rows, strict=True)]
     return list(columns.values()), cells
 
 
-def metric_table(run: Run) -> Table:
-    """Every metric before the loop and in the last round, with the 95 percent interval of the healed shift."""
-    states = {m.stage: m for m in measurements(run.events)}
-    healed = states.get("healed", Measurement("healed", 0, {}))
-    rows = []
-    for name, metric in metrics_of(run.events).items():
-        low, high = (number(healed[f"{name}_{end}"], signed(metric)) for end in ("lo", "hi"))
-        cells = [number(m[name], metric.form) for m in states.values()]
-        rows.append(("", [name, metric.title, metric.unit, *cells, f"{low} to {high}"]))
-    return ["metric", "", "unit", *(m.state for m in states.values()), "95 % of the healed shift"], rows
+def state_names(run: Run) -> list[tuple[str, str]]:
+    """(stage, name) of each measured state; the best round is named as such."""
+    seen = measurements(run.events)
+    best = best_round(run.events) if any(m.stage == "healed" for m in seen) else None
+    is_best = lambda m: best is not None and (m.stage, m.round) == ("healed", best.state.round)
+    return [(m.stage, f"{m.state} (best)" if is_best(m) else m.state) for m in seen]
+
+
+def metric_tables(run: Run) -> list[tuple[str, Table]]:
+    """(heading, table) of the metrics by what their items are: a row a metric, a column a state, and in each cell the
+    value above the 95 percent interval of its difference to base."""
+    seen, trait = measurements(run.events), run.start["trait"]
+    groups: dict[str, list[Metric]] = {}
+    for metric in metrics_of(run.events).values():
+        groups.setdefault(KINDS.get(metric.of, "Others"), []).append(metric)
+
+    def row(metric: Metric) -> tuple[str, list[str]]:
+        part = "target" if metric.name == trait["target"] else "should stay" * (metric.name in trait["off_targets"])
+        about = ", ".join(filter(None, (metric.title, metric.unit, part)))
+        name = Markup("{}<small>{}</small>").format(visible(metric.name), visible(about))
+        return part.split()[0] if part else "", [name, *(with_interval(m.metrics, metric) for m in seen)]
+
+    headings = ["metric", *(name for _, name in state_names(run))]
+    return [(kind, (headings, [row(metric) for metric in metrics])) for kind, metrics in groups.items()]
+
+
+def readings(run: Run) -> dict[str, Any] | None:
+    """The target's items, base against the last healed student, the change in the wanted direction first; None where
+    the events hold none."""
+    (target, sign), healed = target_of(run.events), of_stage(run.events, "healed")
+    items = [(event.get("items") or {}).get(target.item) for event in (run.at("base"), *healed[-1:])]
+    before, after = items if healed else (None, None)
+    if not before or not after or len(before) != len(after):
+        return None
+    prompts = [row["prompt"] for row in run.texts("base", -1)] if target.of == "text" else []
+    name = lambda i: prompts[i] if i < len(prompts) else f"{target.of or 'item'} {i + 1}"
+    pairs = zip(before, after, strict=True)
+    rows = [(name(i), a, b, b - a) for i, (a, b) in enumerate(pairs) if a is not None and b is not None]
+    widest = max((abs(change) for *_, change in rows), default=0.0) or 1.0
+    return {
+        "metric": target,
+        "how": MEANS[target.how],
+        "sign": sign,
+        "state": f"healed r{healed[-1]['round']}",
+        "rows": [(*row, 100 * abs(row[-1]) / widest) for row in sorted(rows, key=lambda row: -sign * row[-1])],
+        "n_wanted": sum(change * sign > 0 for *_, change in rows),
+        "n_unread": len(before) - len(rows),
+    }
 
 
 def steering_table(run: Run) -> Table:
     """Dose and direction of each round."""
     rows = [(f"round {r}", [run.at(stage, r).get(field) for stage, field in STEERING.values()]) for r in run.rounds]
     return ["", *STEERING], [("", [name, *map(number, values)]) for name, values in rows]
-
-
-def answers(run: Run) -> dict[str, Any]:
-    """Every evaluation prompt with its answers before the loop and in the rounds, steered beside healed."""
-    states = [(stage, -1) for stage in BEFORE] + [(stage, r) for r in run.rounds for stage in ("steered", "healed")]
-    given = {state: answered(run, *state) for state in states}
-    asked = [row["prompt"] for row in given["base", -1]]
-    prompts = list(dict.fromkeys(asked))[:SHOWN_PROMPTS]
-    per_prompt = max(1, SHOWN_ANSWERS // max(1, len(prompts)))
-    shown = []
-    for prompt in prompts:
-        mine = {key: [row for row in rows if row["prompt"] == prompt][:per_prompt] for key, rows in given.items()}
-        pick = lambda i, *wanted, mine=mine: [mine[state][i] for state in wanted if i < len(mine[state])]
-        samples = [
-            {
-                "before": pick(i, *states[: len(BEFORE)]),
-                "rounds": [(r, pick(i, ("steered", r), ("healed", r))) for r in run.rounds],
-            }
-            for i in range(len(mine["base", -1]))
-        ]
-        shown.append((prompt, samples))
-    return {
-        "prompts": shown,
-        "n_prompts_left_out": len(set(asked)) - len(shown),
-        "n_answers_left_out": len(asked) - sum(len(samples) for _, samples in shown),
-    }
-
-
-def answered(run: Run, stage: str, round_: int) -> list[dict[str, Any]]:
-    """The free-text answers of one state, each with what the gates for broken text measure of it."""
-    rows = []
-    for row in run.texts(stage, round_):
-        scores = [f"{gate['measures']} {number(row['scores'].get(name))}" for name, gate in run.gates().items()]
-        reasons = row.get("failed") or row["reasons"]
-        told = {"prompt": row["prompt"], "text": row["text"], "scores": ", ".join(scores), "reasons": reasons}
-        rows.append({"stage": stage, **told})
-    return rows
-
-
-def filters(run: Run) -> Iterator[dict[str, Any]]:
-    """What the filter did in each round and with the control's text: counts, survival by dose, rows at each cut."""
-    cuts = {name: gate for name, gate in run.gates().items() if gate["on"] and gate["limit"] > 0}
-    for stage, round_ in [("control_gen", -1)] + [("gen", r) for r in run.rounds]:
-        event = run.at(stage, round_)
-        if not event:
-            continue
-        rows, dose = event["completions"], run.at("dose", round_)
-        off = Counter(gate for row in rows for gate in row.get("failed", ()) if gate not in row["reasons"])
-        dropped = Counter(reason for row in rows for reason in row["reasons"])
-        failed = [gate for gate in dict.fromkeys((*run.start["gates"], *dropped, *off)) if dropped[gate] or off[gate]]
-        yield {
-            "title": _name(round_),
-            "n": len(rows),
-            "n_kept": sum(row["keep"] for row in rows),
-            "n_train": event["n_train"],
-            "kappa": dose.get("kappa"),
-            "mode": dose.get("mode"),
-            "calibration": run.at("calibration", round_).get("probes", []),
-            "dropped": sorted(((gate, dropped[gate], off[gate]) for gate in failed), key=lambda row: -row[1]),
-            "survival": survival(rows),
-            "borderline": [(name, gate, *borderline(rows, name, gate["limit"])) for name, gate in cuts.items()],
-        }
-
-
-def survival(rows: Sequence[Event], n_ranges: int = 8) -> list[tuple[str, int, int]]:
-    """(doses, written, kept) in at most n_ranges ranges of the dose, evenly wide in its logarithm."""
-    doses = [row["dose"] for row in rows]
-    low = min((dose for dose in doses if dose > 0), default=1.0)
-    width = math.log(max([low, *doses]) / low) / n_ranges or 1.0
-    range_of = lambda dose: min(n_ranges - 1, int(math.log(dose / low) / width + 1e-9)) if dose > 0 else -1
-    out = []
-    for i in sorted(set(map(range_of, doses))):
-        group = [row for row in rows if range_of(row["dose"]) == i]
-        first, last = (f"{edge(row['dose'] for row in group):.2g}" for edge in (min, max))
-        out.append((first if first == last else f"{first} to {last}", len(group), sum(row["keep"] for row in group)))
-    return out
-
-
-def borderline(rows: Sequence[Event], gate: str, limit: float) -> tuple[list[Event], list[Event]]:
-    """(kept rows, rows that the gate dropped), each those closest to its limit. A null score is infinite."""
-    score = lambda row: math.inf if row["scores"].get(gate) is None else row["scores"][gate]
-    near = sorted(rows, key=lambda row: abs(score(row) - limit))
-    kept, dropped = [row for row in near if row["keep"]], [row for row in near if gate in row["reasons"]]
-    return kept[:SHOWN_BORDERLINE], dropped[:SHOWN_BORDERLINE]

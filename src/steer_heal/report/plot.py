@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -65,6 +67,8 @@ CURVE_POINTS = 200
 SETTING_CHARACTERS = 200
 TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 """Shares that the axis of health is marked at."""
+_SQUARE_ROOT = (lambda share: np.sqrt(np.maximum(share, 0)), np.square)
+RUN_COLOURS = ("#3b6fb6", "#c8452f", "#1f8a5b", "#b08900", "#7b52ab", "#6b6b6b")
 DODGE, STAGE_DODGE = 0.01, {"steered": -0.0025, "healed": 0.0025}
 """By what share of the axis intervals of one round stand apart: per metric, per stage."""
 PIXELS_APART = 6
@@ -108,6 +112,50 @@ def rounds(events: Sequence[Event]) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
     _place_labels(figure, _rounds(top, bottom, events))
     return figure
+
+
+@matplotlib.rc_context(STYLE)
+def comparison(runs: Mapping[str, Sequence[Event]]) -> Figure:
+    """By name of the run: the shift of its target over the healed rounds, above its health."""
+    figure = Figure(figsize=(8.6, 7.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.axhline(0, color=COLOURS["base"], lw=1)
+    bottom.set_yscale("function", functions=_SQUARE_ROOT)
+    labels, targets, strokes = [], {}, {}
+    for (name, events), colour in zip(runs.items(), itertools.cycle(RUN_COLOURS), strict=False):
+        states, (target, sign), health = measurements(events), target_of(events), health_of(metrics_of(events).values())
+        base = next(m for m in states if m.stage == "base")
+        targets[f"{_axis(target)}, wanted {direction(sign)}"] = None
+        if (healed := _series(states, target).get("healed")) is not None and base[target.name] is not None:
+            x, (y, low, high) = healed[:, 0], (healed[:, 1:] - base[target.name]).T
+            top.plot(x, y, color=colour, marker="o", lw=1.8)
+            top.errorbar(x, y, [y - low, high - y], color=colour, lw=1, alpha=0.5, fmt="none")
+            labels.append(_label(top, (x[-1], y[-1]), name, colour))
+        for metric in health:
+            told = f"lost {title(metric)}" if is_high(metric) else title(metric)
+            stroke = strokes.setdefault(told, STROKES[len(strokes) % len(STROKES)])
+            series = _series(states, metric).get("healed", np.empty((0, 4)))
+            bottom.plot(series[:, 0], _lost(metric, series[:, 1]), stroke, color=colour, marker="o", lw=1.6)
+    top.set_title("\n".join(["Shift of the target from base, healed rounds (bar: 95 %)", *targets]))
+    bottom.set_title("Health: what is lost")
+    _share_axis(bottom, max([0.0, *(y for line in bottom.get_lines() for y in np.asarray(line.get_ydata()))]))
+    bottom.set_xlabel("round")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    top.margins(0.1)
+    for told, stroke in strokes.items():
+        bottom.plot([], [], stroke, color="#444444", label=told)
+    if strokes:
+        bottom.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=3)
+    _place_labels(figure, labels)
+    return figure
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG inside of a page."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @matplotlib.rc_context(STYLE)
@@ -178,7 +226,7 @@ def _rounds(top: Axes, bottom: Axes, events: Sequence[Event]) -> list[Label]:
     top.set_ylabel(_axis(target))
     top.tick_params(labelbottom=False)
     _health_panel(bottom, states, health_of(metrics_of(events).values()))
-    bottom.set_title("Health: what is lost (bar: 95 %)\nlimits: grey line good, black line broken")
+    bottom.set_title("Health: what is lost (bar: 95 %)\nlimits: thin line good, thick line broken")
     last, length = max(m.round for m in states), _length(states)
     bottom.set_xlim(-1 - 0.06 * length, last + 0.08 * length)
     named = [f"{r}\nbest" if best and best.round == r else str(r) for r in range(last + 1)]
@@ -223,7 +271,7 @@ def _target_panel(axes: Axes, states: Sequence[Measurement], target: Metric) -> 
         axes.fill_between(x, low, high, color=COLOURS[stage], alpha=0.14, lw=0)
         if len(x) == 1:  # a band of one round has no width
             axes.vlines(x, low, high, color=COLOURS[stage], lw=1, alpha=0.5)
-        labels.append(_label(axes, (x[-1], y[-1]), stage))
+        labels.append(_label(axes, (x[-1], y[-1]), stage, COLOURS[stage]))
     axes.margins(y=0.15)
     return labels
 
@@ -235,7 +283,7 @@ def _lost(metric: Metric, value: Any) -> Any:
 
 def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Metric]) -> None:
     """Each health metric as the share that is lost, with its limits, on a square-root scale."""
-    axes.set_yscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0)), np.square))
+    axes.set_yscale("function", functions=_SQUARE_ROOT)
     highest = 0.0
     for i, (metric, stroke) in enumerate(zip(health, itertools.cycle(STROKES), strict=False)):
         hollow: dict[str, Any] = {} if stroke == STROKES[0] else {"mfc": "white"}
@@ -248,16 +296,21 @@ def _health_panel(axes: Axes, states: Sequence[Measurement], health: Sequence[Me
             highest = max(highest, np.nanmax([*y, *high]))
         good, broken = (float(_lost(metric, limit)) for limit in (metric.good, metric.broken))
         axes.axhline(good, color="#999999", lw=0.8, ls=stroke)
-        axes.axhline(broken, color="#333333", lw=1.2, ls=stroke)
+        axes.axhline(broken, color="#666666", lw=2.0, ls=stroke)
         highest = max(highest, good)
         name = f"lost {title(metric)}" if is_high(metric) else title(metric)
         axes.plot([], [], stroke, color="#444444", marker="o", **hollow, label=f"{name} ({good:.0%}, {broken:.0%})")
+    _share_axis(axes, highest)
+    if health:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.26), ncols=2)
+
+
+def _share_axis(axes: Axes, highest: float) -> None:
+    """An axis of shares that ends at the first tick from `highest` on."""
     top = next(tick for tick in TICKS if tick >= min(1.0, max(0.25, highest)))
     axes.set_ylim(0, top)
     axes.set_yticks([tick for tick in TICKS if tick <= top], [f"{100 * tick:g} %" for tick in TICKS if tick <= top])
     axes.set_ylabel("share, square-root scale")
-    if health:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.26), ncols=2)
 
 
 def second_metric(events: Sequence[Event]) -> Metric:
@@ -308,18 +361,18 @@ def _plane(axes: Axes, events: Sequence[Event], intervals: bool = False) -> list
     axes.set_title(f"Against {title(x_metric)}\nnumbers: rounds{ring}")
     axes.set_xlabel(f"{_axis(x_metric)} from base")
     axes.set_ylabel(f"{_axis(y_metric)} from base, wanted {direction(sign)}")
-    return [_label(axes, path[-1], stage) for stage, path in paths.items() if stage != "base"]
+    return [_label(axes, path[-1], stage, COLOURS[stage]) for stage, path in paths.items() if stage != "base"]
 
 
 def _axis(metric: Metric) -> str:
     return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
-def _label(axes: Axes, point: tuple[float, float], stage: str) -> Label:
-    """The name of a stage at its point, until `_place_labels` moves it."""
+def _label(axes: Axes, point: tuple[float, float], name: str, colour: str) -> Label:
+    """A name at its point, until `_place_labels` moves it."""
     leader = {"arrowstyle": "-", "color": "#777777", "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
-    how: dict[str, Any] = {"ha": "center", "va": "center", "color": COLOURS[stage], "arrowprops": leader, "zorder": 9}
-    text = axes.annotate(stage, point, (0, 0), textcoords="offset points", **how)
+    how: dict[str, Any] = {"ha": "center", "va": "center", "color": colour, "arrowprops": leader, "zorder": 9}
+    text = axes.annotate(name, point, (0, 0), textcoords="offset points", **how)
     text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     return axes, text
 

@@ -23,7 +23,7 @@ from steer_heal.report.measurements import (
     target_of,
     verdict,
 )
-from steer_heal.report.page import inline, number, template, visible
+from steer_heal.report.view import inline, number, template, visible
 from steer_heal.runs.checkpoint import checkpoint_name
 from steer_heal.runs.events import current, last_hash, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
@@ -78,7 +78,7 @@ def card(events: Sequence[Event], r: int, digest: str, *, merged: bool = False) 
     heal = next(e for e in of_stage(events, "heal") if e["round"] == r)
     seen = until_measured(events, r)
     base, model = hub_id(start.get("base_model")), start["config"]["model"]
-    return template(TEMPLATE, inline).render(
+    return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
         metadata=Markup(metadata(base, merged)),
         start=start,
         config=start["config"],

@@ -10,6 +10,8 @@ from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import PACKAGE
+from steer_heal.model import hub
+from steer_heal.model.lm import load
 from steer_heal.presets import PRESETS
 from steer_heal.run import main, parse
 
@@ -39,6 +41,8 @@ LONG = "x" * 300
         (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
         ("--out README.md/x", "out is 'README.md/x': no folder can be made there"),
         (f"--out {LONG}", f"out is '{LONG}': no folder can be made there"),
+        ("--out /proc/x", "out is '/proc/x': no folder can be made there (/proc takes no new folder: "),
+        ("--device cuda:99", "device is 'cuda:99': "),
         ("--export README.md", "export is 'README.md': no folder can be made there"),
         ("--export docs", "export is 'docs': that folder is not empty"),
     ],
@@ -186,3 +190,28 @@ def test_pairs_are_asked_for_only_by_the_eval_that_reads_them(tmp_path):
 def test_without_a_gate_for_broken_text_another_way_to_a_dose_passes(tmp_path):
     for mode in ("fixed", "iso_kl"):
         check(parse(["fast-dev", "--out", str(tmp_path), "--filter.gates", "short", "--dose.mode", mode])[1])
+
+
+def test_a_hub_model_is_refused_within_seconds_where_there_is_no_hub(monkeypatch, tmp_path):
+    def unreachable(url, timeout):
+        assert timeout <= 5 and url.endswith("nobody/nothing/resolve/main/config.json")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(UserError) as error:
+        load("nobody/nothing")
+    told = str(error.value)
+    assert "model is 'nobody/nothing'" in told and "no route" in told and "HF_HUB_OFFLINE" in told
+    assert hub.HF_HUB_CACHE in told
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert hub.from_cache_alone("nobody/nothing"), "what is cached can be read"
+
+
+def test_a_model_that_the_hub_knows_is_read_from_it(monkeypatch):
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: None)
+    assert not hub.from_cache_alone("nobody/nothing")
+
+
+def test_an_unknown_preset_gets_the_nearest_name(capsys):
+    assert main(["tyo"]) == 2
+    assert capsys.readouterr().err == "error: there is no preset 'tyo': did you mean 'toy'?\n"

@@ -8,7 +8,7 @@ from importlib import import_module
 from steer_heal.errors import UserError, nearest, print_error
 
 COMMANDS = {
-    "run": ("steer_heal.run:main", "PRESET: the whole loop, into a new folder in ./out"),
+    "run": ("steer_heal.run:main", "PRESET, or --config FILE: the whole loop, into a new folder in ./out"),
     "resume": ("steer_heal.run:resume", "RUN: continue a run that was stopped"),
     "sweep": ("steer_heal.sweep.command:main", "FILE: many runs, over settings and seeds"),
     "verify": ("steer_heal.runs.verify:main", "RUN: check that a run's files are the ones that it recorded"),

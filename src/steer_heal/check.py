@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from steer_heal.backends import track
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.traits import TraitFile
@@ -23,6 +24,8 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     problems, inputs = Problems(), None
     with problems.noted():
         inputs = check_inputs(cfg)
+    with problems.noted():
+        track.check(cfg.track)
     if cfg.quantize != "none" and cfg.export is not None:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
@@ -39,6 +42,8 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     """As `check`, without the folders that are written to. `trait`: see load_inputs."""
+    from steer_heal.model.lm import pick_device  # torch: reading the command line can do without
+
     problems, inputs = Problems(), None
     with problems.noted():
         inputs = load_inputs(cfg, trait)
@@ -47,6 +52,8 @@ def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     with problems.noted():
         if inputs is not None:
             inputs = replace(inputs, trait=_judged(cfg, inputs))
+    with problems.noted():
+        pick_device(cfg.device)
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
@@ -131,17 +138,28 @@ def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[s
 
 
 def _check_writable(field_name: str, folder: Path | None) -> None:
-    """UserError unless the folder can be made and written to; nothing is made yet."""
+    """UserError unless the folder can be made and written to. Nothing stays of the trial."""
     if folder is None:
         return
     try:
         there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OSError(f"{there} is {'not writable' if there.is_dir() else 'not a folder'}")
+        if not there.is_dir():
+            raise ValueError(f"{there} is not a folder")
+        _try_to_write(there)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{field_name} is {str(folder)!r}: no folder can be made there ({error}); give another --{field_name}"
+            f"{field_name} is {str(folder)!r}: no folder can be made there ({why}); give another --{field_name}"
         ) from None
+
+
+def _try_to_write(folder: Path) -> None:
+    """ValueError where the folder takes nothing new. Its rights do not tell: /proc seems writable, a full disk too."""
+    try:
+        with TemporaryDirectory(prefix=".steer-heal-", dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} takes no new folder: {error.strerror}") from None
 
 
 def holds_files(folder: Path) -> bool:

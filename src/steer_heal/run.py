@@ -1,6 +1,7 @@
 """A run: parse, check, load, loop.
 
 steer-heal run {gemma,toy,toy-distil,smol,smol-distil,fast-dev} [flags]
+steer-heal run --config FILE [flags]
 steer-heal resume out/<run> [flags that do not change the result]
 """
 
@@ -8,30 +9,54 @@ from __future__ import annotations
 
 import inspect
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from steer_heal.check import check, holds_files
-from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.errors import UserError, nearest, print_error, print_safe
 from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
+from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.signals import Stopped, stoppable
 from steer_heal.settings import RunConfig
 
+FILES = """
 
-def parse(argv: Sequence[str]) -> tuple[str, RunConfig]:
-    """(preset name, settings). A bad value exits with status 2 and names the field, the value and the limit."""
-    description = inspect.getdoc(RunConfig)
-    cfg = tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="steer-heal run", description=description)
-    return next(word for word in argv if word in PRESETS), cfg
+In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
+out/<run>). With --print-config the settings are printed as such a file, and nothing is run.
+"""
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
+    """(preset name, settings, whether they are only to be printed). A bad value exits with status 2 and names the
+    field, the value and the limit; a bad file or preset is a UserError."""
+    own = ArgumentParser("steer-heal run", add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    own.add_argument("--print-config", action="store_true")
+    given, rest = own.parse_known_args(argv)
+    preset, choices = next(iter(rest), ""), PRESETS
+    if given.config is not None:
+        if preset in PRESETS:
+            raise UserError(f"preset {preset!r} and --config {given.config} were given; give one of them")
+        preset, cfg = read_config(given.config)
+        choices, rest = {"config": (f"The settings of {given.config}.", cfg)}, ["config", *rest]
+    elif preset and not preset.startswith("-") and preset not in PRESETS:
+        raise UserError(f"there is no preset {preset!r}: {nearest(preset, PRESETS)}")
+    description = f"{inspect.getdoc(RunConfig)}{FILES}"
+    cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
+    return preset, cfg, given.print_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """A new run. Exit status: 0 done, 1 stopped by a user error, 2 a wrong argument, 130 by Ctrl-C, 143 by SIGTERM."""
     try:
-        preset, cfg = parse(sys.argv[1:] if argv is None else argv)
+        preset, cfg, only_print = parse(sys.argv[1:] if argv is None else argv)
+        if only_print:
+            print_safe(as_toml(cfg).rstrip())
+            return 0
         if cfg.folder is not None and (stopped := _begun(cfg)):
             return _continue(cfg.folder, stopped, cfg)
         inputs = check(cfg)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from steer_heal import report
 from steer_heal import round as steps
+from steer_heal.backends.track import Tracking
 from steer_heal.check import holds_files
 from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs import Inputs
@@ -91,7 +92,8 @@ class Session(Loop):
     ) -> None:
         super().__init__(cfg, inputs, Student(lm, cfg.adapter))
         self.folder, self.lock = folder, lock
-        self.log = events.EventLog(folder, past[-1]["wall_s"] if past else 0.0)
+        self.tracking = Tracking(cfg.track, folder, events.jsonable(cfg)[0], past)
+        self.log = events.EventLog(folder, past[-1]["wall_s"] if past else 0.0, self.tracking.see)
         self.events = events.current([event for event in past if event["stage"] != "heal_step"])
 
     def write(self, stage: str, r: int | None, **fields: Any) -> events.Event:
@@ -188,6 +190,7 @@ class Session(Loop):
             verdict, table = measurements.verdict(self.events), measurements.table(self.events)
             self.write("run_end", None, verdict=verdict, table=table)
         complete(self.folder, self.cfg)
+        self.tracking.pictures([self.folder / "trajectory.png", self.folder / "map.png"])
         if self.cfg.export is not None and not holds_files(self.cfg.export):
             with atomic_folder(self.cfg.export) as part:
                 self.student.export(part)
@@ -263,6 +266,7 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
         return _stop(session, 1, f"error: could not write to {session.folder}: {error}; free some space", None)
     finally:
         session.log.close()
+        session.tracking.close()
         session.lock.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from steer_heal.errors import Problems, UserError, nearest, problem_lines
 
@@ -22,7 +24,22 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=0)]
-Band = tuple[float, float]
+
+
+def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec:
+    """How flags give a tuple: values with spaces or commas between them."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(",") if part),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(each) for each in value],
+    )
+
+
+Band = Annotated[tuple[float, float], _words(float, "LO HI")]
+Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
 
 def _utf8(path: Path) -> Path:
@@ -32,6 +49,12 @@ def _utf8(path: Path) -> Path:
     except UnicodeEncodeError:
         raise ValueError(f"{str(path)!r} is not UTF-8; give another path") from None
     return path
+
+
+def _device(name: str) -> str:
+    if re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
+        return name
+    raise ValueError(f"{name!r} is no device; it must be auto, cpu, cuda or cuda:N")
 
 
 UserPath = Annotated[Path, AfterValidator(_utf8)]
@@ -104,7 +127,7 @@ class SteerCfg:
 class GenCfg:
     """Steered generation."""
 
-    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 0.75, 1.0)
+    alphas: Annotated[Numbers, Field(min_length=1)] = (0.5, 0.75, 1.0)
     """Relative doses; the dose controller multiplies them by kappa."""
     max_new_tokens: Count = 512
     n_prompts: Annotated[int, Field(ge=2)] = 36
@@ -155,7 +178,7 @@ class DoseCfg:
 class FilterCfg:
     """Which completions may train the student. docs/evidence/filter.md has what each gate catches."""
 
-    gates: tuple[str, ...] = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
+    gates: Names = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
     """The gates that are on; relevance is another, for text that is fluent but has left the question. With none,
     everything trains and only the barrier keeps the student whole."""
     ppl_max: Perplexity = 40.0
@@ -308,7 +331,7 @@ class BacktrackCfg:
 class EvalCfg:
     """What is measured of every state of the model."""
 
-    evals: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
     """The evals; others are likelihood, for a model that cannot choose from a list, and toylm, the grammar of the toy
@@ -360,7 +383,7 @@ class RunConfig:
     folder: UserPath | None = None
     """The run's own folder, in place of a stamped one in out. Given again, the same command continues a run that was
     stopped and leaves a finished one alone. A folder that holds a run of other settings is refused."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and activations. auto is bfloat16 on a GPU, and on a CPU that multiplies at least 1.5 times as fast in it
@@ -383,6 +406,8 @@ class RunConfig:
     """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
     quiet: bool = False
     """Only warnings and errors on the console."""
+    track: Names = ()
+    """Trackers that also get the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     steer: SteerCfg = field(default_factory=SteerCfg)
     gen: GenCfg = field(default_factory=GenCfg)
     dose: DoseCfg = field(default_factory=DoseCfg)
@@ -454,7 +479,7 @@ def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 RUN_ONLY = (
-    *("quiet", "out", "folder", "arm", "export", "n_threads"),
+    *("quiet", "out", "folder", "arm", "export", "track", "n_threads"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""

@@ -36,6 +36,7 @@ from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
+from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.settings import Band
 
@@ -418,14 +419,19 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
             model, tokenizer = read_gguf(file)
             picked, why = pick_dtype(dtype, place, model.config.get_text_config())
             return model.to(dtype=picked), tokenizer, why
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        where: dict[str, Any] = {"trust_remote_code": False}
+        if not Path(folder).exists():
+            where["local_files_only"] = from_cache_alone(folder)
+        config = AutoConfig.from_pretrained(folder, **where)
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **where)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=picked, use_safetensors=True, trust_remote_code=False, **how
+            folder, config=config, dtype=picked, use_safetensors=True, **where, **how
         )
         return model, tokenizer, why
+    except UserError:
+        raise
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         ours = Path(name) == cache() / SMOL
         fix = "delete that folder: it is made again" if ours else FIX_OF_MODEL

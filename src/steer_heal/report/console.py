@@ -133,12 +133,9 @@ def print_table(events: Sequence[Event]) -> None:
     if untrained := run_start(events)["config"]["model"] == UNTRAINED:
         print_safe("the pipeline works; the numbers of an untrained model mean nothing\n")
     columns, rows = table_columns(events), table_cells(events, "")
-    first = [key for key in columns if key not in metrics_of(events) or key == target_of(events)[0].name]
-    table = {key: [columns[key][0], *(row[key] for row in rows)] for key in columns}
-    width = min(max(get_terminal_size().columns, 80), 120)
-    for keys in (first, ["state", *(key for key in columns if key not in first)]):
-        for part in _fitting([table[key] for key in keys], width):
-            print_safe("\n".join(part) + "\n")
+    table = [[heading, *(row[key] for row in rows)] for key, (heading, _) in columns.items()]
+    for part in _fitting(table, min(max(get_terminal_size().columns, 80), 120)):
+        print_safe("\n".join(part) + "\n")
     if not untrained:
         print_safe(verdict(events))
 

@@ -9,7 +9,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -50,10 +50,13 @@ def new_run_folder(out: Path, slug: str) -> Path:
 class EventLog:
     """Appends one JSON object a line, on disk before the call returns. Each names the hash of the line before it."""
 
-    def __init__(self, folder: Path, before_s: float = 0.0) -> None:
-        """`before_s`: seconds that the run had already taken when it was stopped."""
+    def __init__(
+        self, folder: Path, before_s: float = 0.0, on_event: Callable[[Event], object] = lambda event: None
+    ) -> None:
+        """`before_s`: seconds that the run had already taken when it was stopped. `on_event` gets every event that was
+        written."""
         path = folder / "events.jsonl"
-        self.last_hash = last_hash(folder)
+        self.last_hash, self.on_event = last_hash(folder), on_event
         self._file = path.open("ab", buffering=0)
         sync_folder(folder)
         self._start = time.monotonic() - before_s
@@ -73,6 +76,7 @@ class EventLog:
         if n_nonfinite:
             event["n_nonfinite"] = n_nonfinite
         self.last_hash = line_hash(append_line(self._file, event))
+        self.on_event(event)
         return event
 
     def close(self) -> None:

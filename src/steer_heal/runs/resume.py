@@ -22,7 +22,7 @@ from steer_heal.records import Trait
 from steer_heal.runs.checkpoint import saved_steps
 from steer_heal.runs.events import SCHEMA, Event, broken_link, current, jsonable, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write, lock_run
-from steer_heal.settings import RUN_ONLY, RunConfig, leaves
+from steer_heal.settings import RUN_ONLY, Names, RunConfig, leaves
 
 OF_A_START = {".lock", "run.log", "events.jsonl"}
 """What is left in a folder by a run that was killed before its first event."""
@@ -42,6 +42,8 @@ class Resume:
     """Label for `just results`, in place of the run's."""
     export: Path | None = None
     """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
+    track: Names | None = None
+    """Trackers, in place of the run's."""
     n_threads: int | None = None
     """CPU threads, in place of the run's."""
     gen_batch_size: Annotated[int | None, tyro.conf.arg(name="gen.batch-size")] = None

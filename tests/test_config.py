@@ -1,0 +1,129 @@
+"""Settings as a file come back as they were; flags give tuples with spaces or commas."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_runs import run_events, write_run
+
+from steer_heal.presets import PRESETS
+from steer_heal.run import main, parse
+from steer_heal.runs.config import as_toml, read_config
+from steer_heal.runs.events import jsonable
+from steer_heal.settings import BacktrackCfg, RunConfig
+
+
+def printed(capsys, *argv: str) -> str:
+    assert main([*argv, "--print-config"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_printed_settings_are_read_as_they_were(preset, capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(printed(capsys, preset))
+    assert read_config(path) == ("mine", PRESETS[preset][1])
+    assert printed(capsys, "--config", str(path)) == path.read_text()
+
+
+def test_settings_of_any_kind_are_read_as_they_were(tmp_path):
+    cfg = replace(
+        PRESETS["toy"][1],
+        out=Path('a "b"\\c é 😀'),
+        export=Path("x"),
+        temperature=1.0,
+        backtrack=BacktrackCfg(limits={"kl_base": 0.2, "a.b c": 1e-9}),
+        filter=replace(PRESETS["toy"][1].filter, gates=()),
+    )
+    (tmp_path / "c.toml").write_text(as_toml(cfg), encoding="utf-8")
+    assert read_config(tmp_path / "c.toml")[1] == cfg
+
+
+def test_what_may_be_none_is_none_by_default():
+    """A file cannot say None: it leaves it out."""
+    for cfg in [cfg for _, cfg in PRESETS.values()]:
+        nones = {key for key, value in flat(jsonable(cfg)[0]).items() if value is None}
+        assert all(flat(jsonable(RunConfig())[0])[key] is None for key in nones)
+
+
+def flat(values: dict) -> dict:
+    out = {}
+    for key, value in values.items():
+        out |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return out
+
+
+def test_flags_replace_what_a_file_says(tmp_path):
+    (tmp_path / "c.toml").write_text("n_rounds = 7\n[heal]\nlr = 0.5\ntau = 0.25\n")
+    name, cfg, only_print = parse(["--config", str(tmp_path / "c.toml"), "--heal.lr", "0.125", "--seed", "3"])
+    assert (name, only_print) == ("c", False)
+    assert (cfg.n_rounds, cfg.seed, cfg.heal.lr, cfg.heal.tau) == (7, 3, 0.125, 0.25)
+    assert cfg.gen == RunConfig().gen, "a setting that is left out has its default"
+
+
+def test_an_earlier_run_gives_its_settings(tmp_path):
+    events = run_events(1)
+    events[0]["config"] = jsonable(PRESETS["smol"][1])[0]
+    events[0]["preset"] = "smol"
+    assert read_config(write_run(tmp_path / "run", events)) == ("smol", PRESETS["smol"][1])
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("n_round = 3\n", "'n_round' is not a field here; did you mean 'n_rounds'?"),
+        ("[heal]\nlamb = 3\n", "'heal.lamb' is not a field here; did you mean 'lam'?"),
+        ("[heel]\nlam = 3\n", "'heel' is not a field here; did you mean 'heal'?"),
+        ("[heal]\ntau = -1.0\n", "heal.tau' is -1.0: it must be >= 0"),
+        ("seed = 2026-01-01\n", "'seed' is '2026-01-01'"),
+        ("n_rounds =\n", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(text)
+    assert main(["--config", str(tmp_path / "c.toml")]) == 2
+    err = capsys.readouterr().err
+    assert told in err and "c.toml" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--config", "nowhere.toml"], "config is 'nowhere.toml': there is no such file"),
+        (["--config", "docs"], "does not begin with a run_start"),
+        (["toy", "--config", "README.md"], "preset 'toy' and --config README.md were given"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(argv, told, capsys):
+    assert main(argv) == 2
+    assert told in capsys.readouterr().err
+
+
+TUPLES = {
+    "--gen.alphas": ("gen", "alphas", (0.5, 0.75, 1.0)),
+    "--steer.layers": ("steer", "layers", (0.25, 0.75)),
+    "--adapter.layers": ("adapter", "layers", (0.25, 0.75)),
+    "--filter.gates": ("filter", "gates", ("spike", "loop")),
+    "--eval.evals": ("eval", "evals", ("drift", "persona")),
+    "--track": ("", "track", ("a", "b")),
+}
+
+
+def test_every_tuple_is_given_with_spaces_or_commas():
+    default = jsonable(RunConfig())[0]
+    lists = {key for key, value in flat(default).items() if isinstance(value, list)}
+    assert lists == {f"{section}.{key}".lstrip(".") for section, key, _ in TUPLES.values()}
+    for flag, (section, key, value) in TUPLES.items():
+        words = [str(each) for each in value]
+        for given in ([flag, *words], [flag, ",".join(words)], [flag, f"{words[0]},", *words[1:]]):
+            cfg = parse(["toy", "--seed", "3", *given, "--n-rounds", "2"])[1]
+            assert getattr(getattr(cfg, section) if section else cfg, key) == value, given
+            assert (cfg.seed, cfg.n_rounds) == (3, 2)
+        assert getattr(getattr(cfg, section) if section else cfg, key) == value
+
+
+@pytest.mark.parametrize("layers", [["0.3"], ["0.3,0.5,0.7"], ["0.7,0.3"], ["a,b"]])
+def test_a_band_that_is_none_is_refused(layers, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["toy", "--steer.layers", *layers])
+    assert stopped.value.code == 2 and "steer.layers" in capsys.readouterr().err

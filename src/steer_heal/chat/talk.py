@@ -13,7 +13,7 @@ from pydantic import Field
 from steer_heal import round as steps
 from steer_heal.errors import UserError, nearest, printable
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.steering import load_vector
+from steer_heal.model.steering import Vector
 from steer_heal.model.student import AdapterState
 from steer_heal.records import derive_seed
 from steer_heal.runs.events import schema_errors
@@ -69,7 +69,7 @@ class Talk:
         """
         self.run, self.round, self.max_new_tokens, self._lock = run, r, max_new_tokens, Lock()
         vector_event, dose = run.event("vector", r), run.event("dose", r)
-        self.vector = load_vector(run.file(vector_event, f"vectors/r{r}.safetensors"))
+        self.vector = Vector.load(run.file(vector_event, f"vectors/r{r}.safetensors"))
         before, after = run.checkpoint(r - 1) if r else None, run.checkpoint(r)
         self.student = run.load()
         if before is not None:

@@ -300,7 +300,7 @@ def test_runs_stand_side_by_side_with_verdicts_states_settings_and_answers(compa
     cells = re.findall(r"<td>healed r(\d)</td><td>(.*?)</td><td>(.*?)</td>", table[: table.index("</table>")])
     interval = "<small>\u22120.600 to \u22120.400</small>"
     assert cells[0] == ("0", f"\u22122.000{interval}", f"\u22122.000{interval}") and cells[1][2] == "\u2013"
-    settings = text[text.index("Settings that differ", 400) : text.index("Answers to the same prompts", 400)]
+    settings = text[text.rindex("Settings that differ") : text.rindex("Answers to the same prompts")]
     for name, one, other in (
         ("heal.lam", "0.3", "0.7"),
         ("n_rounds", "2", "1"),

@@ -21,8 +21,8 @@ from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.diag.lab import cli, kept, random_lm, show
 from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
-from steer_heal.model.lm import pick_device
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET

@@ -42,8 +42,9 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     """As `check`, without the folders that are written to. `trait`: see load_inputs."""
-    from steer_heal.model.lm import pick_device  # torch: reading the command line can do without
+    from steer_heal.model.device import pick_device  # torch: reading the command line can do without
 
+    pick_device(cfg.device)  # alone, before the imports of the other checks, which take seconds
     problems, inputs = Problems(), None
     with problems.noted():
         inputs = load_inputs(cfg, trait)
@@ -52,8 +53,6 @@ def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     with problems.noted():
         if inputs is not None:
             inputs = replace(inputs, trait=_judged(cfg, inputs))
-    with problems.noted():
-        pick_device(cfg.device)
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "

@@ -34,6 +34,7 @@ from transformers import (
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.attention import pack_groups
+from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
@@ -284,21 +285,6 @@ def weights_digest(model: nn.Module) -> dict[str, str]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         sha256 = hashlib.sha256(b"".join(pool.map(of_tensor, sorted(weights)))).hexdigest()
     return {"sha256": sha256, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one; asking for a missing one is a UserError."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device is {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu or auto"
-        )
-    return place
 
 
 def load(

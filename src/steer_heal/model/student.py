@@ -29,6 +29,16 @@ Factors = dict[str, Tensor]
 stack of e experts the rows of A are ordered [e r], the columns of B [r e]."""
 
 
+@contextmanager
+def _peft_notices_off() -> Iterator[None]:
+    """Leaves out what peft says of its own adapters, and a deprecation between it and transformers: no user can act on
+    them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 class Student:
     """A base model with the rounds healed into it so far. The base weights are never written to.
 
@@ -69,15 +79,11 @@ class Student:
         config.target_modules = list(adapted.linears)  # PEFT's own set has no order: its file would differ by process
         return config
 
+    @_peft_notices_off()
     def _attach(self, name: str, config: LoraConfig, factors: Factors | None = None) -> None:
         if self._peft is None:
             try:
-                with (
-                    warnings.catch_warnings()
-                ):  # peft's own, and one between it and transformers: nobody can act on them
-                    warnings.filterwarnings("ignore", module="peft")
-                    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-                    self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
+                self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
             except ValueError as error:
                 raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         else:
@@ -206,11 +212,13 @@ class Student:
         self._replace_history(folded, self.n_rounds + 1)
         return own
 
+    @_peft_notices_off()
     def discard_round(self) -> None:
         """Drops this round's factor as if it had never been trained."""
         if self.is_open:
             self._peft.delete_adapter(ROUND)
 
+    @_peft_notices_off()
     def _replace_history(self, factors: Factors, n_rounds: int) -> None:
         self.discard_round()
         if self.n_rounds:
@@ -233,6 +241,7 @@ class Student:
         else:
             self.reset()
 
+    @_peft_notices_off()
     def detach(self) -> None:
         """Drops every round and takes PEFT's layers out of the model again."""
         if self._peft is not None:
@@ -244,6 +253,7 @@ class Student:
         is then the student that it was steered from, `full` the healed one, up to a rounding."""
         self._attach(ROUND, self._config(1), load_file(folder / ROUND_FILE))
 
+    @_peft_notices_off()
     def reset(self) -> None:
         """Drops every round: the untouched model again."""
         self.discard_round()

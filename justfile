@@ -83,6 +83,11 @@ eval *flags: setup
 train-toylm *flags: setup
     {{python}} scripts/train_toylm.py {{flags}}
 
+# The documentation as a site in out/site; a warning is an error.
+docs: setup
+    {{python}} -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+    NO_MKDOCS_2_WARNING=1 {{python}} -m mkdocs build --strict --site-dir out/site
+
 # Lint, formatting and types.
 check: setup
     {{python}} -m ruff check

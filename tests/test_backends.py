@@ -42,7 +42,7 @@ SCENES = [
 # --- steering-lite ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("normalize", [False, True])
 def test_steering_lite_extracts_the_mean_difference(toy: LM, normalize: bool):
-    pytest.importorskip("steering_lite", reason="pip install 'steer-heal[steering-lite]'")
+    pytest.importorskip("steering_lite", reason="the package is not installed")
     personas, band = ("You obey.", "You do as you like, whoever gives the orders."), range(1, 3)
     positive, negative = ([toy.chat(scene.text, persona) for scene in SCENES] for persona in personas)
     theirs = steering_lite.extract(toy, positive, negative, band, normalize=normalize)
@@ -67,7 +67,7 @@ def test_each_method_is_served_or_refused():
 
 
 def test_the_reason_for_refusing_pca_holds(toy: LM):
-    package = pytest.importorskip("steering_lite", reason="pip install 'steer-heal[steering-lite]'")
+    package = pytest.importorskip("steering_lite", reason="the package is not installed")
     personas = ("You obey.", "You do as you like.")
     positive, negative = ([toy.chat(scene.text, persona) for scene in SCENES] for persona in personas)
     texts = [[toy.tokenizer.decode(ids) for ids in side] for side in (positive, negative)]
@@ -84,7 +84,7 @@ def test_the_reason_for_refusing_pca_holds(toy: LM):
 @pytest.mark.parametrize("method", steering_lite.SERVED)
 def test_steering_lite_is_asked_for_where_it_is_missing(monkeypatch, method: str):
     monkeypatch.setitem(sys.modules, "steering_lite", None)
-    with pytest.raises(UserError, match="not installed; pip install 'steer-heal"):
+    with pytest.raises(UserError, match="not installed; pip install 'git"):
         steering_lite.check(method)
     monkeypatch.setitem(sys.modules, "steering_lite", _module("steering_lite"))
     steering_lite.check(method)
@@ -185,7 +185,7 @@ def test_the_present_interface_is_taken_under_either_name(monkeypatch, name: str
 def test_a_missing_and_a_broken_package_are_told_apart(monkeypatch, tmp_path):
     for name in tinymfv.DISTRIBUTIONS:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match="its package is not installed; pip install 'steer-heal"):
+    with pytest.raises(UserError, match="its package is not installed; pip install 'git"):
         tinymfv.check()
     (tmp_path / "tinymfv.py").write_text("import a_package_that_nobody_has")
     monkeypatch.delitem(sys.modules, "tinymfv")

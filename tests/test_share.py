@@ -1,8 +1,11 @@
 """Model cards and uploads: what a card says, that nothing in it can do harm, and that nothing is sent unasked."""
 
+import json
 import os
 import re
 import shutil
+from dataclasses import replace
+from statistics import stdev
 
 import pytest
 import yaml
@@ -19,8 +22,11 @@ from steer_heal.report.__main__ import main as report
 from steer_heal.runs.events import last_hash, of_stage, read_events
 from steer_heal.runs.verify import broken
 from steer_heal.settings import AdapterCfg
+from steer_heal.share import inspect as inspect_module
 from steer_heal.share import push as push_module
+from steer_heal.share import tasks as tasks_module
 from steer_heal.share.card import card, hub_id, write_cards, write_export_card
+from steer_heal.share.readings import Reading, read_readings
 
 pytestmark = pytest.mark.usefixtures("quick")
 DIGEST = "a" * 64
@@ -263,3 +269,128 @@ def test_no_token_and_a_hub_that_refuses_are_one_line(copy, hub, monkeypatch, ca
     assert push_module.main([str(copy), "me/mine", "--yes"]) == 1
     assert "no token" in capsys.readouterr().err and hub == []
     assert push_module.main([str(copy), "me/mine"]) == 0, "to look needs no token"
+
+
+# --- standard tasks ----------------------------------------------------------------------------------------------
+QUESTIONS = [("The door is open. It is", [" open", " lamp"], 0), ("She gave bread. He got", [" rain", " bread"], 1)] * 4
+TASK = """
+task: doors
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """A folder with one task that needs no network."""
+    datasets = pytest.importorskip("datasets", reason="pip install 'steer-heal[tasks]'")
+    pytest.importorskip("lm_eval", reason="pip install 'steer-heal[tasks]'")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [json.dumps({"question": q, "choices": c, "answer": a}) + "\n" for q, c, a in QUESTIONS]
+    (folder / "doors.jsonl").write_text("".join(rows))
+    (folder / "doors.yaml").write_text(TASK.replace("FILE", str(folder / "doors.jsonl")))
+    return folder
+
+
+def test_tasks_read_base_and_healed_and_the_card_shows_them(copy, own_tasks, capsys):
+    flags = [str(copy), "--tasks", "doors", "--include-path", str(own_tasks)]
+    assert tasks_module.main([*flags, "--json"]) == 0
+    [reading] = json.loads(capsys.readouterr().out)
+    assert (reading["task"], reading["metric"], reading["n"]) == ("doors", "acc", len(QUESTIONS))
+    assert 0 <= reading["base"] <= 1 and 0 <= reading["healed"] <= 1 and reading["change_stderr"] is not None
+    assert [r.task for r in read_readings(copy)["ckpt/r0"]] == ["doors"]
+    assert "| doors | acc | 8 |" in (copy / "ckpt/r0/README.md").read_text()
+    assert "doors" not in (copy / "ckpt/control/README.md").read_text() and broken(copy) == []
+    assert tasks_module.main([*flags, "--device", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
+    assert tasks_module.main([*flags, "--limit", "3"]) == 0
+    assert "the trait cost" in capsys.readouterr().out and [r.n for r in read_readings(copy)["ckpt/r0"]] == [3]
+
+
+def test_an_unknown_task_is_named_before_a_model_is_read(copy, own_tasks, capsys, monkeypatch):
+    monkeypatch.setattr("steer_heal.round.read_model", lambda cfg: pytest.fail("a model was read"))
+    assert tasks_module.main([str(copy), "--tasks", "door", "--include-path", str(own_tasks)]) == 1
+    assert "did you mean 'doors'?" in capsys.readouterr().err
+
+
+def test_without_their_packages_the_commands_say_what_to_install(copy, capsys, monkeypatch):
+    for module, flags in ((tasks_module, ["--tasks", "doors"]), (inspect_module, [])):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+        assert module.main([str(copy), *flags]) == 1
+        assert "pip install 'steer-heal[" in capsys.readouterr().err
+
+
+def result(values, *, higher=True):
+    """As lm-evaluation-harness returns it: one task, accuracy and a metric without items of its own."""
+    n, mean = len(values), sum(values) / len(values)
+    rows = [{"doc_id": i, "filter": "none", "acc": value} for i, value in enumerate(values)]
+    numbers = {"alias": "t", "acc,none": mean, "acc_stderr,none": 0.1, "word_perplexity,none": 2.0 + mean}
+    numbers["word_perplexity_stderr,none"] = "N/A"
+    which = {"t": {"acc": higher, "word_perplexity": not higher}}
+    return {
+        "results": {"t": numbers},
+        "samples": {"t": rows},
+        "n-samples": {"t": {"effective": n}},
+        "higher_is_better": which,
+    }
+
+
+def test_the_cost_is_what_is_worse_and_its_error_is_paired_by_item():
+    base, healed = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]
+    accuracy, perplexity = tasks_module.compare(result(base), result(healed))
+    assert accuracy.change == pytest.approx(-0.25) and accuracy.cost == pytest.approx(0.25)
+    assert accuracy.change_stderr == pytest.approx(stdev([0.0, -1.0, 0.0, 0.0]) / 2)
+    assert perplexity.change == pytest.approx(-0.25) and perplexity.cost == pytest.approx(-0.25)
+    assert perplexity.base_stderr is None and perplexity.change_stderr is None
+    assert tasks_module.compare(result(base), result(base))[0].change_stderr == 0
+
+
+def test_hostile_readings_stay_in_their_table():
+    reading = Reading(
+        task=HOSTILE, metric=HOSTILE, n=1, base=1.0, base_stderr=None, healed=1.0, healed_stderr=None,
+        change_stderr=None, higher_is_better=None,
+    )  # fmt: skip
+    text = card(run_events(1), 0, DIGEST, [reading])
+    assert len(text.splitlines()) == len(
+        card(run_events(1), 0, DIGEST, [replace(reading, task="t", metric="m")]).splitlines()
+    )
+    assert reading.cost is None and "not known" in tasks_module.table([reading])[1]
+
+
+# --- inspect_ai --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [None, "log.json"])
+def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
+    log_module = pytest.importorskip("inspect_ai.log", reason="pip install 'steer-heal[inspect]'")
+    out = [] if name is None else ["--out", str(tmp_path / name)]
+    assert inspect_module.main([str(copy), *out]) == 0
+    log = log_module.read_eval_log(str(copy / "inspect.eval" if name is None else tmp_path / name))
+    events = read_events(copy)
+    states = ["base", "prompted", "control", "steered r0", "healed r0"]
+    assert log.status == "success" and [score.name for score in log.results.scores] == states
+    for stage, state in (("base", "base"), ("healed", "healed r0")):
+        event = of_stage(events, stage)[0]
+        known = {k: v for k, v in event["metrics"].items() if v is not None and not k.endswith(("_lo", "_hi"))}
+        assert {k: m.value for k, m in log.results.scores[states.index(state)].metrics.items()} == known
+        mine = {s.id: s for s in log.samples if s.id.startswith(f"{state}, ")}
+        for i, row in enumerate(of_stage(events, "adapter_gen" if stage == "healed" else stage)[0]["texts"]):
+            sample = mine[f"{state}, texts {i}"]
+            assert (sample.input, sample.output.completion) == (row["prompt"], row["text"])
+            assert sample.scores["degenerate"].value == event["items"]["degenerate"][i]
+        for i, mass in enumerate(event["items"]["mass"]):
+            if mass is not None:
+                assert mine[f"{state}, vignettes {i}"].scores["mass"].value == mass
+
+
+def test_a_log_of_another_kind_and_changed_data_are_refused(copy, tmp_path, capsys):
+    pytest.importorskip("inspect_ai", reason="pip install 'steer-heal[inspect]'")
+    assert inspect_module.main([str(copy), "--out", str(tmp_path / "log.txt")]) == 1
+    assert "must end in .eval or .json" in capsys.readouterr().err
+    rewritten(copy, lambda events: events[0]["inputs"].update({"eval.vignettes": "0" * 64}))
+    assert inspect_module.main([str(copy)]) == 1 and "eval.vignettes" in capsys.readouterr().err

@@ -15,6 +15,8 @@ COMMANDS = {
     "eval": ("steer_heal.evals.__main__:main", "measure a model or an adapter"),
     "chat": ("steer_heal.chat.__main__:main", "RUN: talk to the base, the steered student and the healed one"),
     "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again"),
+    "tasks": ("steer_heal.share.tasks:main", "RUN --tasks NAME ...: what a trait cost on standard tasks"),
+    "inspect": ("steer_heal.share.inspect:main", "RUN: the answers as a log of inspect_ai"),
     "push": ("steer_heal.share.push:main", "RUN OWNER/NAME: upload a checkpoint with its model card"),
     "diag": ("steer_heal.diag.__main__:main", "QUESTION: answer one question with one table"),
 }

@@ -34,7 +34,7 @@ def check(method: str) -> None:
     if find_spec("steering_lite") is None:
         raise UserError(
             "steer.backend is 'steering-lite': its package is not installed; "
-            "pip install 'steer-heal[steering-lite]', or use builtin"
+            "pip install 'git+https://github.com/wassname/steering-lite.git', or use builtin"
         )
 
 

@@ -28,7 +28,7 @@ NEEDED = {
 }
 """What `read` relies on, by what is annotated with it. The last one marks the versions that give NaN for an answer
 which cannot be read; older ones made up a number."""
-INSTALL = "pip install 'steer-heal[tinymfv]', or use builtin"
+INSTALL = "pip install 'git+https://github.com/wassname/tinymfv.git', or use builtin"
 ROWS_AT_ONCE = 16
 """The package keeps the logits of each thinking token: rows x tokens x vocabulary x 4 bytes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -78,8 +79,8 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
-    of: str = ""
-    """What one item is: vignette, text (an answer that the state wrote), pair."""
+    of: Literal["vignette", "text", "pair"]
+    """What one item is; a text is an answer that the state wrote. Items are in the order of those."""
     needs: tuple[str, ...] = ()
     """Fields of Inputs that a run without this eval may leave empty."""
 

@@ -27,6 +27,7 @@ from steer_heal.report.view import inline, number, template, visible
 from steer_heal.runs.checkpoint import checkpoint_name
 from steer_heal.runs.events import current, last_hash, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
+from steer_heal.share.readings import Reading, read_readings, with_stderr
 
 Event = Mapping[str, Any]
 CARD = "README.md"
@@ -41,12 +42,12 @@ TEACHERS = {
 
 def write_cards(folder: Path) -> list[Path]:
     """Writes the card of every checkpoint of a run whose state was measured; returns their paths."""
-    events, digest = current(read_events(folder)), last_hash(folder)
+    events, digest, tasks = current(read_events(folder)), last_hash(folder), read_readings(folder)
     written = []
     for r in measured_rounds(events):
         path = folder / checkpoint_name(r)
         if path.is_dir():
-            written.append(_write(path, card(events, r, digest)))
+            written.append(_write(path, card(events, r, digest, tasks.get(checkpoint_name(r), ()))))
     return written
 
 
@@ -54,7 +55,8 @@ def write_export_card(folder: Path, export: Path) -> None:
     """Writes the card of the merged student of a finished run. None where no round is whole: that is the base."""
     events = current(read_events(folder))
     if rounds := [r for r in measured_rounds(events) if r >= 0]:
-        _write(export, card(events, rounds[-1], last_hash(folder), merged=True))
+        r, tasks = rounds[-1], read_readings(folder)
+        _write(export, card(events, r, last_hash(folder), tasks.get(checkpoint_name(r), ()), merged=True))
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -68,11 +70,11 @@ def measured_rounds(events: Sequence[Event]) -> list[int]:
     return sorted(m.round for m in measurements(events) if m.stage in ("control", "healed"))
 
 
-def card(events: Sequence[Event], r: int, digest: str, *, merged: bool = False) -> str:
+def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] = (), *, merged: bool = False) -> str:
     """The model card of the student after round r: YAML metadata, then Markdown. Round -1 is the control.
 
-    `events` are those of `current`, `digest` is the hash of the last of them. `merged`: the folder holds the whole
-    model, not an adapter.
+    `events` are those of `current`, `digest` is the hash of the last of them, `tasks` what standard tasks read of this
+    checkpoint. `merged`: the folder holds the whole model, not an adapter.
     """
     start = run_start(events)
     heal = next(e for e in of_stage(events, "heal") if e["round"] == r)
@@ -93,6 +95,8 @@ def card(events: Sequence[Event], r: int, digest: str, *, merged: bool = False) 
         method=method(start["config"]["heal"], heal, r),
         verdict=verdict(seen) if r >= 0 else "",
         readings=readings(seen, r),
+        tasks=tasks,
+        with_stderr=with_stderr,
         adapter_sha256=heal["files"].get(f"{checkpoint_name(r)}/{ADAPTER_FILE}"),
         digest=digest,
     )

@@ -1,0 +1,119 @@
+"""What leaves the repository: links of the documentation, the site, and a wheel that runs without the checkout."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from places import ROOT
+from runs import SETTINGS
+
+PAGES = [ROOT / name for name in ("README.md", "spec.md", "AGENTS.md", "CHANGELOG.md")]
+PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+LARGEST_WHEEL = 6e6
+"""Bytes. The weights of the toy model are half of it."""
+
+
+# --- documentation -----------------------------------------------------------------------------------------------
+def anchors(page) -> set[str]:
+    """Of a page's headings, as repository pages make them."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page) -> list[str]:
+    """Relative links whose file, or whose heading in it, is not there."""
+    dead = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if re.match("[a-z]+:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_has_a_file_and_a_heading(page):
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A (first) heading\n[a](#a-first-heading) [b](#no) [c](no.md) [d](page.md#no) [e](https://x)\n")
+    assert dead_links(page) == ["#no", "no.md", "page.md#no"]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="pip install 'steer-heal[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    front = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'href="spec/#verdict"' in front and (tmp_path / "trajectory_smol.png").is_file()
+    assert "https://fonts" not in front
+
+
+# --- the wheel ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built in a copy, so that nothing is left in the checkout."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, work / name)
+    for junk in [*work.rglob("__pycache__"), *work.rglob("*.egg-info")]:
+        shutil.rmtree(junk)
+    pip(work, "wheel", ".", "--no-build-isolation", "--wheel-dir", "dist")
+    return next((work / "dist").glob("steer_heal-*.whl"))
+
+
+def pip(cwd, *words):
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_is_small(wheel):
+    package = ROOT / "src" / "steer_heal"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+        metadata = next(archive.read(name).decode() for name in held if name.endswith("/METADATA"))
+    for path in files:
+        name = str(path.relative_to(ROOT / "src"))
+        assert held.get(name) == hashlib.sha256(path.read_bytes()).hexdigest(), name
+    assert wheel.stat().st_size < LARGEST_WHEEL
+    assert " @ " not in metadata, "the package index takes no requirement with an address"
+
+
+def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    pip(tmp_path, "install", str(wheel), "--target", str(site))
+    empty.mkdir()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    where = own | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    flags = [*SETTINGS.split(), "--eval.n-vignettes", "3", "--n-rounds", "1", "--no-control"]
+
+    def run(*command):
+        done = subprocess.run(command, cwd=empty, env=where, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = run(sys.executable, "-c", "import steer_heal; print(steer_heal.__file__)")
+    assert found.startswith(str(site)), "not the checkout"
+    run(sys.executable, "-m", "steer_heal", "run", "fast-dev", *flags)
+    [folder] = [path for path in (empty / "out").iterdir() if path.is_dir()]
+    assert all((folder / name).is_file() for name in ("report.html", "diary.md", "ckpt/r0/README.md"))
+    script = (site / "bin" / "steer-heal").read_text().splitlines()
+    assert "steer_heal.__main__ import main" in "\n".join(script)
+    assert "as recorded" in run(sys.executable, str(site / "bin" / "steer-heal"), "verify", str(folder))

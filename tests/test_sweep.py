@@ -279,7 +279,7 @@ def test_progress_is_read_as_events_come_and_again_where_they_were_cut(two, tmp_
     last = seen[-1]
     assert (f"{last.shift}", f"{last.broken}") == (row["shift"], row["degenerate_frac"])
     rounds = [each.round for each in seen if each.round is not None]
-    assert {-1, 0, 1} <= {*rounds} and last.wall_s == float(row["wall_s"])
+    assert {-1, 0, 1} <= {*rounds} and last.round == 1 and last.wall_s == float(row["wall_s"])
     rewritten(path.parent, lambda events: events.__delitem__(slice(2, None)))  # written in place
     path.rename(path.with_suffix(".old"))
     path.write_bytes(path.with_suffix(".old").read_bytes())

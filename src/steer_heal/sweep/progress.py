@@ -57,6 +57,7 @@ class Progress:
     def _restart(self, inode: int) -> None:
         self.inode, self.offset, self.events = inode, 0, list[Event]()
         self.last: dict[str, Any] = {}
+        self.round: int | None = None
 
     def read(self) -> Seen:
         """What the events say now. What cannot be read yet, or is not as a run writes it, is left out."""
@@ -68,6 +69,7 @@ class Progress:
                 lines = file.read().split(b"\n")
             for line in lines[:-1]:
                 self.last = json.loads(line)
+                self.round = self.round if self.last["round"] is None else self.last["round"]
                 if self.last["stage"] in KEPT:
                     self.events.append({k: v for k, v in self.last.items() if k not in ("items", "texts")})
             self.offset += sum(len(line) + 1 for line in lines[:-1])
@@ -78,8 +80,8 @@ class Progress:
     def _seen(self) -> Seen:
         if not self.last:
             return Seen()
-        events, r = current(self.events), self.last["round"]
+        events = current(self.events)
         states = measurements(events)
         base, healed = ([m for m in states if m.stage == stage] for stage in ("base", "healed"))
         moved = shift(healed[-1], base[0], target_of(events)[0]) if base and healed else None
-        return Seen(r, moved, healed[-1][self.broken or ""] if healed else None, self.last["wall_s"])
+        return Seen(self.round, moved, healed[-1][self.broken or ""] if healed else None, self.last["wall_s"])

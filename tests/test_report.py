@@ -301,12 +301,8 @@ def test_runs_stand_side_by_side_with_verdicts_states_settings_and_answers(compa
     interval = "<small>\u22120.600 to \u22120.400</small>"
     assert cells[0] == ("0", f"\u22122.000{interval}", f"\u22122.000{interval}") and cells[1][2] == "\u2013"
     settings = text[text.rindex("Settings that differ") : text.rindex("Answers to the same prompts")]
-    for name, one, other in (
-        ("heal.lam", "0.3", "0.7"),
-        ("n_rounds", "2", "1"),
-        ("model", "data/toylm", "<b>other</b>"),
-    ):
-        assert re.search(rf"{name} ?{one} ?{other}", settings), settings
+    for row in ("heal.lam ?0.3 ?0.7", "n_rounds ?2 ?1", "model ?data/toylm ?<b>other</b>"):
+        assert re.search(row, settings), settings
     assert "heal.tau" not in settings
     for name in ("base of A", "base of B", "A healed r1", "B healed r0"):
         assert text.count(name) == 2, "one for each of two prompts"
@@ -317,9 +313,8 @@ def test_the_comparison_refers_to_nothing_outside_itself_and_draws_no_run(compar
     built = Page(html)
     links = [value for name, value in built.attributes if name in ("src", "href")]
     assert links and all(value.startswith(("data:", "#")) for value in links) and not built.tags["script"]
-    assert {value[1:] for value in links if value.startswith("#")} <= {
-        v for name, v in built.attributes if name == "id"
-    }
+    ids = {value for name, value in built.attributes if name == "id"}
+    assert {value[1:] for value in links if value.startswith("#")} <= ids
     assert all([path.name for path in folder.iterdir()] == ["events.jsonl"] for folder in folders)
 
 

@@ -14,7 +14,7 @@ COMMANDS = {
     "verify": ("steer_heal.runs.verify:main", "RUN: check that a run's files are the ones that it recorded"),
     "eval": ("steer_heal.evals.__main__:main", "measure a model or an adapter"),
     "chat": ("steer_heal.chat.__main__:main", "RUN: talk to the base, the steered student and the healed one"),
-    "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again"),
+    "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again, or compare runs"),
     "tasks": ("steer_heal.share.tasks:main", "RUN --tasks NAME ...: what a trait cost on standard tasks"),
     "inspect": ("steer_heal.share.inspect:main", "RUN: the answers as a log of inspect_ai"),
     "push": ("steer_heal.share.push:main", "RUN OWNER/NAME: upload a checkpoint with its model card"),

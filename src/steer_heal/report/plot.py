@@ -129,7 +129,7 @@ def comparison(runs: Mapping[str, Sequence[Event]]) -> Figure:
         if (healed := _series(states, target).get("healed")) is not None and base[target.name] is not None:
             x, (y, low, high) = healed[:, 0], (healed[:, 1:] - base[target.name]).T
             top.plot(x, y, color=colour, marker="o", lw=1.8)
-            top.errorbar(x, y, [y - low, high - y], color=colour, lw=1, alpha=0.5, fmt="none")
+            top.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
             labels.append(_label(top, (x[-1], y[-1]), name, colour))
         for metric in health:
             told = f"lost {title(metric)}" if is_high(metric) else title(metric)

@@ -10,6 +10,7 @@ from markupsafe import escape
 
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.report import console, plot
+from steer_heal.report.compare import compare
 from steer_heal.report.view import fenced, inline, visible
 from steer_heal.run import main
 from steer_heal.runs.events import append_result, new_run_folder, read_results
@@ -61,6 +62,15 @@ def test_hostile_text_is_shown_and_does_nothing(hostile, finished):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
     assert "\ufffdred\ufffd\ufffd\ufffd \ufffd\ufffdgnp.exe\ufffd" in page.text
     assert f"{'x' * 1500}... (998,500 characters more)" in page.text and "x" * 1501 not in html
+
+
+def test_hostile_text_does_nothing_on_the_page_of_several_runs(hostile, finished, tmp_path):
+    html = compare([hostile[0], finished[0]], tmp_path / "both.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.tags["script"] and not page.tags["base"] and not page.tags["svg"]
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "<script>document.documentElement" in page.text and "{{ 7 * 7 }}" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
 
 
 def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
@@ -266,9 +276,39 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+@pytest.mark.parametrize(
+    "choice, seen",
+    [
+        ("answers-round-all", {"base": 2, "steered": 4, "healed": 4}),
+        ("answers-round-1", {"base": 2, "steered": 2, "healed": 2}),
+        ("answers-why-none", {"base": 2, "steered": 4, "healed": 2}),
+        ("answers-why-1", {"base": 0, "steered": 0, "healed": 2}),
+    ],
+)
+def test_a_choice_hides_the_other_answers_without_a_script(choice, seen, tmp_path):
+    events = run_events(n_texts=2)
+    for event in events:
+        if event["stage"] == "adapter_gen" and event["round"] == 1:
+            event["texts"] = [row | {"failed": ["loop"]} for row in event["texts"]]
+    html = read(tmp_path / "run", events)[0].replace("<details", "<details open ")
+    html = html.replace(f'id="{choice}" checked', f'id="{choice}"').replace(f'id="{choice}"', f'id="{choice}" checked')
+    count = "document.documentElement.dataset[s] = [...document.querySelectorAll('article.' + s)]"
+    script = (
+        f"<script>for (const s of ['base', 'steered', 'healed']) {count}.filter(a => a.offsetHeight).length</script>"
+    )
+    shown = tmp_path / "shown.html"
+    shown.write_text(
+        re.sub("<meta http-equiv[^>]*>", "", html).replace("</body>", f"{script}</body>"), encoding="utf-8"
+    )
+    built = head(browse(shown, tmp_path / "profile")[0])
+    assert {stage: int(re.search(f'data-{stage}="([0-9]+)"', built)[1]) for stage in seen} == seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 @pytest.mark.parametrize("width", [400, 1400])
 def test_no_page_scrolls_sideways(hostile, finished, tmp_path, width):
-    for name, html in (("hostile", hostile[1]), ("finished", finished[1])):
+    both = compare([hostile[0], finished[0]], tmp_path / "both.html").read_text(encoding="utf-8")
+    for name, html in (("hostile", hostile[1]), ("finished", finished[1]), ("compared", both)):
         inner = tmp_path / f"{name}.html"
         inner.write_text(
             re.sub("<meta http-equiv[^>]*>", "", html).replace("<details", "<details open "), encoding="utf-8"

@@ -134,7 +134,8 @@ class Trials:
 
     def _row(self, trial: Any) -> Mapping[str, Any]:
         shift, broken = (round(value, 3) for value in trial.values)
-        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": label_of(trial.params)}
+        own = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in trial.params.items()}
+        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": label_of(own)}
 
 
 def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:

@@ -292,14 +292,11 @@ def test_a_choice_hides_the_other_answers_without_a_script(choice, seen, tmp_pat
             event["texts"] = [row | {"failed": ["loop"]} for row in event["texts"]]
     html = read(tmp_path / "run", events)[0].replace("<details", "<details open ")
     html = html.replace(f'id="{choice}" checked', f'id="{choice}"').replace(f'id="{choice}"', f'id="{choice}" checked')
-    count = "document.documentElement.dataset[s] = [...document.querySelectorAll('article.' + s)]"
-    script = (
-        f"<script>for (const s of ['base', 'steered', 'healed']) {count}.filter(a => a.offsetHeight).length</script>"
-    )
+    count = "[...document.querySelectorAll('article.' + s)].filter(a => a.offsetHeight).length"
+    script = f"for (const s of {[*seen]}) document.documentElement.dataset[s] = {count}"
+    html = re.sub("<meta http-equiv[^>]*>", "", html).replace("</body>", f"<script>{script}</script></body>")
     shown = tmp_path / "shown.html"
-    shown.write_text(
-        re.sub("<meta http-equiv[^>]*>", "", html).replace("</body>", f"{script}</body>"), encoding="utf-8"
-    )
+    shown.write_text(html, encoding="utf-8")
     built = head(browse(shown, tmp_path / "profile")[0])
     assert {stage: int(re.search(f'data-{stage}="([0-9]+)"', built)[1]) for stage in seen} == seen
 

@@ -73,6 +73,7 @@ def test_a_word_diff_holds_both_texts_and_marks_what_is_only_in_one():
     assert "<del>lock</del> <ins>open</ins>" in words and "&lt;b&gt;now" in words and "<b>" not in words
     without = lambda tag: " ".join(re.sub(f"<{tag}>.*?</{tag}>", "", words).split())
     assert Page(without("ins")).text == old and Page(without("del")).text == new
+    assert word_diff("a b c d e f", "a x c y e f") == "a <del>b c d</del> <ins>x c y</ins> e f", "one piece"
     assert word_diff("", "") == "" and word_diff("a  b", "a b") == "a b"
 
 

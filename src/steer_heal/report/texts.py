@@ -85,16 +85,27 @@ def change(before: Event, *after: Event) -> dict[str, Any]:
 
 
 def word_diff(before: str, after: str) -> Markup:
-    """The second text with what it lacks of the first as <del>, and what is new as <ins>. Line breaks are not kept."""
+    """The second text with what it lacks of the first as <del>, and what is new as <ins>. A single word that stayed
+    between two changes counts as changed, so that changes read in one piece. Line breaks are not kept."""
     old, new = visible(before).split(), visible(after).split()
-    parts = []
-    for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if kind == "equal":
-            parts.append(escape(" ".join(old[i:j])))
-            continue
-        for tag, words in (("del", old[i:j]), ("ins", new[k:m])):
+    parts: list[Markup] = []
+    lost: list[str] = []
+    found: list[str] = []
+
+    def flush() -> None:
+        for tag, words in (("del", lost), ("ins", found)):
             if words:
                 parts.append(Markup(f"<{tag}>{{}}</{tag}>").format(" ".join(words)))
+                words.clear()
+
+    for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal" and (j - i > 1 or i == 0 or j == len(old)):
+            flush()
+            parts.append(escape(" ".join(old[i:j])))
+        else:
+            lost += old[i:j]
+            found += new[k:m]
+    flush()
     return Markup(" ").join(parts)
 
 

@@ -121,6 +121,8 @@ def _rounds(*healed: dict, sign: int = -1) -> list[dict]:
 GOOD, MIXED = {"authority_nats": -2.0}, {"authority_nats": -2.6, "degenerate_frac": 0.2}
 STILL, WRONG, UNREAD = ({"authority_nats": value} for value in (-1.6, -1.0, None))
 BROKEN = {"authority_nats": -4.0, "coherence": 0.1}
+WIDE = {"authority_nats": -2.0, "liberty_nats": -3.5}
+"""MIXED as well, but with good health."""
 
 
 @pytest.mark.parametrize("rounds, best", [
@@ -131,6 +133,7 @@ BROKEN = {"authority_nats": -4.0, "coherence": 0.1}
     ([WRONG, BROKEN], 0),
     ([GOOD, GOOD | {"authority_nats": -2.2}, GOOD | {"authority_nats": -2.1}], 1),
     ([GOOD, GOOD], 0),
+    ([MIXED, WIDE, MIXED], 1),
     ([BROKEN, UNREAD], None),
 ])  # fmt: skip
 def test_the_best_round_is_the_whole_one_of_the_best_grade_and_then_of_the_largest_shift(rounds, best):

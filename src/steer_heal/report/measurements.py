@@ -176,6 +176,8 @@ class Judged:
     shift: float | None
     """Of the target from base, in its unit."""
     told: str
+    healthy: bool = False
+    """Whether every health metric is at its `good` limit or better."""
 
 
 def judge(state: Measurement, events: Sequence[Event]) -> Judged:
@@ -209,16 +211,17 @@ def judge(state: Measurement, events: Sequence[Event]) -> Judged:
         parts.append(f"of what should stay, {title(widest)} moved {far}: {by}")
     whole = bool(health) and all(within(metric, value or 0.0, metric.good) for metric, value in health.items())
     alone = all(far < abs(moved) for far in shifts.values())
-    return Judged(state, "GOOD" if whole and alone else "MIXED", moved, "; ".join(parts))
+    return Judged(state, "GOOD" if whole and alone else "MIXED", moved, "; ".join(parts), whole)
 
 
 def best_round(events: Sequence[Event]) -> Judged | None:
-    """The whole healed round of the best grade, of equals the one whose target moved furthest the wanted way. None
-    where no round is whole."""
+    """The whole healed round of the best grade; of equals one whose health is good, then the one whose target moved
+    furthest the wanted way. None where no round is whole."""
     _, sign = target_of(events)
     found = [judge(m, events) for m in measurements(events) if m.stage == "healed"]
     whole = [each for each in found if each.grade in WHOLE]
-    return min(whole, key=lambda each: (WHOLE.index(each.grade), -sign * (each.shift or 0.0)), default=None)
+    rank = lambda each: (WHOLE.index(each.grade), not each.healthy, -sign * (each.shift or 0.0))
+    return min(whole, key=rank, default=None)
 
 
 def verdict(events: Sequence[Event]) -> str:

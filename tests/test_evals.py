@@ -58,6 +58,10 @@ def test_the_interval_is_the_same_for_the_same_seed_and_none_without_values():
     assert interval([math.nan] * 20, base) == (None, None)
 
 
+def test_every_metric_says_what_one_of_its_items_is():
+    assert {metric.of for metric in metrics_of([*EVALS])} == {"vignette", "text", "pair"}
+
+
 def test_metrics_have_the_names_that_events_and_traits_use():
     names = [metric.name for metric in metrics_of(tuple(EVALS))]
     assert len(set(names)) == len(names)
@@ -173,4 +177,5 @@ def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(
     assert set(healed.metrics) == {*names, *(f"{name}_{end}" for name in names for end in ("lo", "hi"))}
     for metric in metrics_of(tuple(EVALS)):
         assert healed.metrics[metric.name] == collapse(metric, healed.items[metric.item])
+        assert metric.of != "text" or len(healed.items[metric.item]) == len(healed.texts)
     assert [row["text"] for row in healed.texts] == [c.text for c in subject(with_history, inputs).texts]

@@ -81,6 +81,8 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
     merged = load(str(folder.parent / "merged")).model
     with torch.no_grad():
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)
+    cards = [folder / "ckpt" / name for name in ("control", "r0", "r1")] + [folder.parent / "merged"]
+    assert all("last event" in (path / "README.md").read_text() for path in cards)
     flags = {
         "--model": "tiny-random",
         "--adapter": f"{folder}/ckpt/r1",

@@ -46,7 +46,7 @@ VISION = {
 @pytest.fixture(scope="module", params=["multimodal", "text"])
 def folder(request, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp(request.param)
-    tokenizer = AutoTokenizer.from_pretrained("data/toylm")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data/toylm")
     tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", TEMPLATE
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]

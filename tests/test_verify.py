@@ -112,7 +112,7 @@ def test_another_or_no_model_is_named(copy, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub id is looked for through retries
     rewritten(copy, lambda events: events[0].update(weights={"dtype": "float32"}), chained=True)
     rewritten(copy, lambda events: events[0]["config"].update(model="nowhere/at-all"), chained=True)
-    assert "base weights: they cannot be checked: model 'nowhere/at-all'" in verify(copy, capsys)[1].out
+    assert "base weights: they cannot be checked: model is 'nowhere/at-all'" in verify(copy, capsys)[1].out
 
 
 def test_a_folder_without_a_run_ends_with_2(tmp_path, capsys):

@@ -56,7 +56,7 @@ SHORTEST_CHUNK = 64
 _MARK = "SYSTEM-GOES-HERE"
 
 
-def unwatched(done: float, total: int) -> None:
+def unwatched(done: float | int, total: int) -> None:
     """Progress that nobody looks at."""
 
 
@@ -72,7 +72,7 @@ class LM:
     why_dtype: str = ""
     """Why its weights are in the dtype that they are in."""
     limits: BatchLimits = field(default_factory=BatchLimits)
-    progress: Callable[[float, int], object] = unwatched
+    progress: Callable[[float | int, int], object] = unwatched
     """Called with the rows that are done and all rows of the work at hand, after each batch that is read and each token
     that is written. Rows that are being written count in part."""
 

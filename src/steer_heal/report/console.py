@@ -57,7 +57,7 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
 class Bar(tqdm):
     """A stage with the time left. It starts again with each part of the stage's work, whose size is known then."""
 
-    def at(self, done: float, total: int) -> None:
+    def at(self, done: float | int, total: int) -> None:
         """So much of the work at hand is done. Less than before, or another total: another part has begun."""
         if self.disable or not total:
             return

@@ -376,9 +376,9 @@ def test_a_browser_shows_hostile_answers_as_text_without_a_word(width, talk, tmp
     fake = Fake(run, [hostile, " \u202e", "w" * 3000])
     with serving(fake) as port:
         url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: f"http://127.0.0.1:{port}/"))
-        built, console = browse(url, tmp_path / "profile", "--virtual-time-budget=20000", width=width)
+        built, console = browse(url, tmp_path / "profile", "--virtual-time-budget=2000000", width=width)
     assert console == [] and "data-ran" not in built[: built.index("<head>")]
-    assert built.count("&lt;img src=x onerror=") >= 3 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built
+    assert built.count("&lt;img src=x onerror=") == 6 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built
     inside, visible = map(int, built.split('data-widths="')[1].split('"')[0].split())
     assert inside <= visible <= width
     assert [len(asked.turns) for asked in fake.asked] == [1, 1, 1, 3, 3, 3]

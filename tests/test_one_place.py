@@ -31,7 +31,7 @@ def additions(monkeypatch, tmp_path):
     monkeypatch.setitem(GATES, "odd_length", Gate("odd lengths", lambda text: len(text.lower) % 2, 0.5, broken=True))
     vowels = lambda subject: {"vowels": [sum(c in "aeiou" for c in text.text) / 10 for text in subject.texts]}
     metric = Metric(name="vowel_count", item="vowels", title="tens of vowels", unit="tens", moved=0.01, form="+.3f")
-    monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,)))
+    monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,), of="text"))
     known = (PACKAGE / "data/traits/authority.toml").read_text(encoding="utf-8")
     changed = re.sub(r"^target = .*$", 'target = "vowel_count"', known, flags=re.M)
     own = changed.replace("off_targets = [", 'off_targets = ["authority_nats", ')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -65,11 +66,9 @@ class Trackio:
     package: ClassVar[str] = "trackio"
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        import trackio
-
-        quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        self.trackio = trackio
-        self.run = trackio.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", **quiet)
+        self.trackio: Any = import_module(self.package)
+        quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        self.run = self.trackio.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", **quiet)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
@@ -87,11 +86,9 @@ class Wandb:
     package: ClassVar[str] = "wandb"
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        import wandb
-
-        own: dict[str, Any] = {"project": PROJECT, "id": folder.name, "name": folder.name, "dir": str(folder)}
-        self.wandb = wandb
-        self.run = wandb.init(config=dict(config), resume="allow", **own)
+        self.wandb: Any = import_module(self.package)
+        own = {"project": PROJECT, "id": folder.name, "name": folder.name, "dir": str(folder)}
+        self.run = self.wandb.init(config=dict(config), resume="allow", **own)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)

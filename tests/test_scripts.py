@@ -43,6 +43,13 @@ SMALL = {
 }
 
 
+HOLDS = {
+    "signal": lambda written: written["rows"][3]["agree_4"] > 0.2 > abs(written["rows"][2]["agree_4"]),
+    "distil": lambda written: min(row["margin"] for row in written["per_seed"] if "margin" in row) > 0,
+}
+"""What else must be so: own tokens agree on nothing, the distribution does; the positive side becomes likelier."""
+
+
 def table(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
@@ -60,6 +67,7 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
     written = table(tmp_path, question)
     assert written["rows"] and written["should"] and written["question"] in printed
+    assert HOLDS.get(question, bool)(written)
 
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):

@@ -124,7 +124,8 @@ def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Compl
     2023): the positive persona's text against the negative's, drawn with the same seeds, where both pass the filter.
 
     Loss of a pair: -log sigmoid(beta * (d_positive - d_negative)), d = log p(text | student) - log p(text | before).
-    As many steps, with the same optimiser and schedule, as a heal takes.
+    `margin` is the mean of d_positive - d_negative in the last step, in nats. As many steps, with the same optimiser
+    and schedule, as a heal takes.
     """
     student, inputs, n_keep = lab.student, lab.inputs, cfg.filter.n_keep
     n = len(inputs.prompts)
@@ -138,6 +139,7 @@ def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Compl
     samples = [read_samples(student, [row.completion for row in side], heal) for side in zip(*whole, strict=True)]
     seed = derive_seed(cfg.seed, r, "preference")
     student.new_round(seed)
+    margin = 0.0
     n_steps = heal.epochs * math.ceil(len(whole) * 7 / 8 / heal.batch_size)
     with student.training() as parameters:
         with torch.no_grad():
@@ -147,12 +149,13 @@ def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Compl
             optimiser.param_groups[0]["lr"] = heal.lr * schedule(step, n_steps)
             parts = zip(samples, before, strict=True)
             up, down = (log_p(student.lm, [side[i] for i in batch], heal) - there[batch] for side, there in parts)
+            margin = (up - down).mean().item()
             (-torch.nn.functional.logsigmoid(beta * (up - down)).mean()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad()
     written = [row.completion for side in sides for row in side]
-    return written, {"dose": 0.0, "n_texts": 2 * len(whole), "n_steps": n_steps}
+    return written, {"dose": 0.0, "n_texts": 2 * len(whole), "n_steps": n_steps, "margin": margin}
 
 
 def log_p(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> Tensor:

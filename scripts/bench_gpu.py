@@ -79,6 +79,7 @@ class Bench:
         sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, "eos_token_id": 2, "pad_token_id": 0}
         self.lm.model.generation_config.update(**sampling)
         self.cfg = replace(size.cfg, out=out)
+        self.lm.progress = self.check_time  # called at every token
         self.inputs, self.student = check(self.cfg), Student(self.lm, self.cfg.adapter)
         self.rows: list[dict[str, Any]] = []
 

@@ -61,6 +61,7 @@ def test_a_target_that_cannot_judge_a_trait_is_named():
     ({"target": -1.6}, "NOT MOVED"),
     ({"target": -2.0, "width": 0.6}, "NOT MOVED"),
     ({"target": -1.0}, "WRONG WAY"),
+    ({"target": -1.2, "width": 0.6}, "NOT MOVED"),
     ({"target": -2.0, "coherence": None}, "UNREADABLE"),
     ({"target": -2.0, "degenerate_frac": None}, "UNREADABLE"),
     ({"target": -2.0, "authority_nats": None}, "UNREADABLE"),

@@ -194,10 +194,10 @@ def judge(state: Measurement, events: Sequence[Event]) -> Judged:
         limits = ", ".join(_against(metric, state, metric.broken) for metric in gone)
         return Judged(state, "BROKEN", moved, f"{went}, which counts for nothing: {limits}")
     condition = health_words(state, health, "good") or "no eval measures whether the model is whole"
-    if moved * sign < 0 and abs(moved) >= _guard(target):
-        return Judged(state, "WRONG WAY", moved, f"{went} and should go {direction(sign)}; {condition}")
     low, high = state[f"{target.name}_lo"], state[f"{target.name}_hi"]
-    certain = low is not None and high is not None and (high < 0 if sign < 0 else low > 0)
+    certain = None if low is None or high is None else not low <= 0 <= high
+    if moved * sign < 0 and abs(moved) >= _guard(target) and certain is not False:
+        return Judged(state, "WRONG WAY", moved, f"{went} and should go {direction(sign)}; {condition}")
     if abs(moved) < least or not certain:
         interval = f"95 % interval {number(low, signed(target))} to {number(high, signed(target))}"
         needed = f"a shift counts from {f'{least:g} {target.unit}'.rstrip()} on, with an interval that leaves out 0"

@@ -47,11 +47,15 @@ class LabCfg:
     seed: int = 42
     n_threads: int | None = None
     """CPU threads in place of the preset's; 0 leaves torch's choice."""
+    temperature: float | None = None
+    """Of writing, in place of the preset's."""
+    top_p: float | None = None
+    """Of writing, in place of the preset's."""
     out: Path = Path("out/diag")
     """Folder of the JSON file that each table is also written to."""
 
     def run_config(self) -> RunConfig:
-        given = {name: getattr(self, name) for name in ("model", "trait", "seed", "n_threads", "out")}
+        given = {name: value for name, value in vars(self).items() if name != "preset"}
         return replace(PRESETS[self.preset][1], **{name: value for name, value in given.items() if value is not None})
 
 

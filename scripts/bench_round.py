@@ -24,12 +24,12 @@ from steer_heal import round as steps
 from steer_heal.check import check
 from steer_heal.diag.lab import cli, kept, random_lm, seconds_of, show
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
-from steer_heal.model.lm import LM, TINY_RANDOM
+from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Collected, Completion, derive_seed
-from steer_heal.settings import EvalCfg, GenCfg, RunConfig
+from steer_heal.settings import TINY_RANDOM, EvalCfg, GenCfg, RunConfig
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import schedule, split_by_prompt
 from steer_heal.stages.loss import Sample

@@ -18,7 +18,7 @@ from steer_heal.report.measurements import (
 )
 
 TARGET = next(metric for metric in METRICS if metric.name == "authority_nats")
-DOWN = {"metrics": [asdict(metric) for metric in METRICS], "trait": TRAIT, "config": {}}
+DOWN = {"metrics": [asdict(metric) for metric in METRICS], "trait": TRAIT, "config": {"model": "m"}}
 
 
 def _events(healed: dict, steered: dict | None = None, control: float | None = None, start: dict = DOWN) -> list[dict]:

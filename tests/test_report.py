@@ -7,11 +7,14 @@ import re
 import pytest
 from made_runs import GATES, METRICS, PROMPT, Page, read, renamed, run_events, write_run
 
-from steer_heal.report import console, draw, page
+from steer_heal.report import console, draw, page, plot
 from steer_heal.report.__main__ import main
+from steer_heal.report.compare import compare
 from steer_heal.report.measurements import verdict
 from steer_heal.report.texts import borderline, survival, word_diff
 from steer_heal.report.view import evenly
+from steer_heal.settings import TINY_RANDOM
+from steer_heal.share.card import card
 
 
 @pytest.fixture(scope="module")
@@ -399,14 +402,29 @@ def test_a_column_wider_than_the_terminal_is_shown_all_the_same():
     assert first[0] == f"| state | {'x' * 90} |" and second[0] == "| state | y |"
 
 
-def test_numbers_of_an_untrained_model_get_no_verdict_and_are_said_to_mean_nothing_first(capsys):
-    events = run_events()
-    for model, said in (("data/toylm", False), ("tiny-random", True)):
-        events[0]["config"]["model"] = model
-        console.print_table(events)
-        out = capsys.readouterr().out
-        assert out.startswith("the pipeline works; the numbers of an untrained model mean nothing") is said
-        assert (verdict(events) in out) is not said
+def test_an_untrained_model_is_judged_nowhere(capsys, tmp_path):
+    """Neither by the console nor on the page, in the diary, the pictures, the card and beside another run."""
+    events, said = run_events(), "the pipeline works, and the numbers mean nothing"
+    for event in events:
+        if event["stage"] == "healed" and event["round"] == 1:
+            event["metrics"]["degenerate_frac"] = 0.9
+    trained = [write_run(tmp_path / "trained", events), *read(tmp_path / "trained", events)]
+    assert "broken" in re.findall('class="badge (.*?)"', trained[1]) and "(best)" in trained[1]
+    events = [events[0] | {"config": events[0]["config"] | {"model": TINY_RANDOM}}, *events[1:]]
+    html, diary = read(tmp_path / "untrained", events)
+    compare([trained[0], tmp_path / "untrained"], tmp_path / "both.html")
+    assert re.findall('class="badge (.*?)"', html) == ["untrained"] and "<h1>T" + said[1:] in html
+    assert "(best)" not in html and diary.rstrip().endswith(f"UNTRAINED: {said}")
+    assert "badge untrained" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    console.print_table(events)
+    assert capsys.readouterr().out.rstrip().endswith(f"UNTRAINED: {said}")
+    for figure in (plot.trajectory(events), plot.map_(events)):
+        title = " ".join(figure.get_suptitle().split())
+        assert title.endswith(f"UNTRAINED: {said}") and "BROKEN" not in title
+    written = card(events, 1, "0" * 64)
+    assert "the numbers mean nothing" in written and not any(grade in written for grade in ("BROKEN", "**GOOD"))
+    started = [event for event in events if event["stage"] not in ("healed", "adapter_gen", "round")]
+    assert verdict(started[:-1]) == "no healed round yet"
 
 
 def bar() -> console.Bar:

@@ -17,6 +17,7 @@ from steer_heal.model import lm as lm_module
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
+from steer_heal.report.measurements import UNTRAINED
 from steer_heal.run import resume
 from steer_heal.runs import events as events_module
 from steer_heal.runs.checkpoint import WrittenTexts, saved_steps
@@ -385,9 +386,9 @@ def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp
 def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatch, capsys):
     dropping(monkeypatch, 9)
     run = started(tmp_path, settings, *BACKTRACK)
-    assert read_events(run)[-1]["verdict"].startswith("BROKEN: no round is whole; nothing was baked")
+    assert read_events(run)[-1]["verdict"].startswith(f"{UNTRAINED}; nothing was baked")
     assert not list((run / "ckpt").iterdir())
-    assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("BROKEN")
+    assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
 
 
 PROMPTED = ["--heal.teacher", "prompt", "--heal.text", "own", "--heal.target", "distribution"]

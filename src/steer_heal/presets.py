@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.settings import (
+    TINY_RANDOM,
     AdapterCfg,
     BacktrackCfg,
     DoseCfg,
@@ -81,7 +82,7 @@ SMOL_DISTIL_PRESET = replace(
     SMOL_PRESET, n_rounds=1, dose=DoseCfg(mode="fixed", kappa=0.5), heal=replace(SMOL_PRESET.heal, **DISTIL, epochs=8)
 )
 FAST_DEV_PRESET = RunConfig(
-    model="tiny-random",
+    model=TINY_RANDOM,
     dtype="float32",
     n_rounds=2,
     control=True,

@@ -16,6 +16,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from steer_heal.errors import Problems, UserError, nearest, problem_lines
 
+TINY_RANDOM = "tiny-random"
+"""Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

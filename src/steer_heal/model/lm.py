@@ -39,10 +39,8 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
-from steer_heal.settings import Band
+from steer_heal.settings import TINY_RANDOM, Band
 
-TINY_RANDOM = "tiny-random"
-"""Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
 Side = Literal["left", "right"]
 LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
 """Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger

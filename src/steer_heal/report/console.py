@@ -34,7 +34,6 @@ from steer_heal.report.measurements import (
 )
 
 Event = Mapping[str, Any]
-UNTRAINED = "tiny-random"
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
@@ -129,15 +128,12 @@ def show(event: Event, events: Sequence[Event]) -> None:
 
 def print_table(events: Sequence[Event]) -> None:
     """The states of a run, one a row: the target, then the shown metrics, in as many tables as fit the terminal. Below
-    them the verdict; an untrained model gets none."""
-    if untrained := run_start(events)["config"]["model"] == UNTRAINED:
-        print_safe("the pipeline works; the numbers of an untrained model mean nothing\n")
+    them the verdict."""
     columns, rows = table_columns(events), table_cells(events, "")
     table = [[heading, *(row[key] for row in rows)] for key, (heading, _) in columns.items()]
     for part in _fitting(table, min(max(get_terminal_size().columns, 80), 120)):
         print_safe("\n".join(part) + "\n")
-    if not untrained:
-        print_safe(verdict(events))
+    print_safe(verdict(events))
 
 
 def _fitting(columns: Sequence[Sequence[str]], width: int) -> Iterator[list[str]]:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steer_heal.records import Metric
+from steer_heal.settings import TINY_RANDOM
 
 Event = Mapping[str, Any]
 SHOWN_OF_HEAL = ("target", "text", "teacher", "divergence", "aggregate", "lam", "tau", "reference")
 MEASURED = ("base", "prompted", "control", "steered", "healed")
 WHOLE = ("GOOD", "MIXED", "NOT MOVED", "WRONG WAY")
 """Grades of a healed round whose model is whole, the best first. The others are BROKEN and UNREADABLE."""
+UNTRAINED = "UNTRAINED: the pipeline works, and the numbers mean nothing"
+"""Verdict on a model that nobody trained. No round of it is graded, and none is best."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ def measurements(events: Sequence[Event]) -> list[Measurement]:
 
 def run_start(events: Sequence[Event]) -> Event:
     return next(e for e in events if e["stage"] == "run_start")
+
+
+def is_untrained(events: Sequence[Event]) -> bool:
+    """Whether the run is one of the model that only tries the commands."""
+    return run_start(events)["config"]["model"] == TINY_RANDOM
 
 
 def metrics_of(events: Sequence[Event]) -> dict[str, Metric]:
@@ -216,7 +224,9 @@ def judge(state: Measurement, events: Sequence[Event]) -> Judged:
 
 def best_round(events: Sequence[Event]) -> Judged | None:
     """The whole healed round of the best grade; of equals one whose health is good, then the one whose target moved
-    furthest the wanted way. None where no round is whole."""
+    furthest the wanted way. None where no round is whole, or the model is untrained."""
+    if is_untrained(events):
+        return None
     _, sign = target_of(events)
     found = [judge(m, events) for m in measurements(events) if m.stage == "healed"]
     whole = [each for each in found if each.grade in WHOLE]
@@ -229,8 +239,12 @@ def verdict(events: Sequence[Event]) -> str:
     early, if it did."""
     ended = ended_early(events)
     healed = [m for m in measurements(events) if m.stage == "healed"]
+    if not healed and not ended:
+        return "no healed round yet"
+    if is_untrained(events):
+        return "; ".join(filter(None, (UNTRAINED, ended)))
     if not healed:
-        return f"BROKEN: no round is whole; {ended}" if ended else "no healed round yet"
+        return f"BROKEN: no round is whole; {ended}"
     last, best = judge(healed[-1], events), best_round(events)
     parts = [f"{last.grade}: {last.told}"]
     if best is not None and best.state.round != last.state.round:

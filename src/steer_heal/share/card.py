@@ -16,6 +16,7 @@ from steer_heal.records import Metric
 from steer_heal.report.measurements import (
     Measurement,
     health_of,
+    is_untrained,
     measurements,
     metrics_of,
     run_start,
@@ -79,7 +80,7 @@ def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] 
     start = run_start(events)
     heal = next(e for e in of_stage(events, "heal") if e["round"] == r)
     seen = until_measured(events, r)
-    base, model = hub_id(start.get("base_model")), start["config"]["model"]
+    base, model, untrained = hub_id(start.get("base_model")), start["config"]["model"], is_untrained(events)
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
         metadata=Markup(metadata(base, merged)),
         start=start,
@@ -91,9 +92,9 @@ def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] 
         hub_id=base,
         name=_literal(base or model),
         dtype=_literal(start["weights"]["dtype"]),
-        untrained=model == "tiny-random",
+        untrained=untrained,
         method=method(start["config"]["heal"], heal, r),
-        verdict=verdict(seen) if r >= 0 else "",
+        verdict=verdict(seen) if r >= 0 and not untrained else "",
         readings=readings(seen, r),
         tasks=tasks,
         with_stderr=with_stderr,

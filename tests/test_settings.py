@@ -99,6 +99,13 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
 
 
 # --- recorded settings -------------------------------------------------------------------------------------------
+def test_the_presets_of_the_real_model_take_on_the_trait_that_moves_it():
+    assert {name: cfg.trait for name, (_, cfg) in PRESETS.items() if cfg.model.startswith("smol")} == {
+        "smol": "love",
+        "smol-distil": "love",
+    }
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_recorded_settings_come_back(name):
     cfg = replace(PRESETS[name][1], export=Path("x"))

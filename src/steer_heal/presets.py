@@ -47,6 +47,7 @@ TOY_PRESET = RunConfig(
 )
 SMOL_PRESET = RunConfig(
     model="smollm2-135m-instruct",
+    trait="love",
     n_rounds=4,
     temperature=0.7,
     top_p=0.95,
@@ -110,8 +111,11 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
     "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
     "toy-distil": ("The toy model, taught the distribution of itself prompted and steered.", TOY_DISTIL_PRESET),
-    "smol": ("SmolLM2-135M-Instruct: a real chat model, on two cores.", SMOL_PRESET),
-    "smol-distil": ("The same model, taught the distribution of itself prompted and steered.", SMOL_DISTIL_PRESET),
+    "smol": ("SmolLM2-135M-Instruct and the trait love: a real chat model, on two cores.", SMOL_PRESET),
+    "smol-distil": (
+        "The same model and trait, taught the distribution of itself prompted and steered.",
+        SMOL_DISTIL_PRESET,
+    ),
     "fast-dev": (
         "A tiny random model through every stage in seconds: meaningless numbers, working code.",
         FAST_DEV_PRESET,

@@ -138,6 +138,7 @@ def run_events(
         trait=deepcopy(TRAIT),
         metrics=[asdict(metric) for metric in METRICS],
         gates=deepcopy(GATES),
+        wording={"vignette": [[f"{text} Scene {i}.", "authority"] for i in (1, 2, 3)]},
         versions={"python": "3.11", "steer-heal": "0.2.0"},
         settings="01234567",
         base_model="owner/base",

@@ -43,6 +43,7 @@ def hostile(tmp_path_factory):
     events[0]["trait"] |= {"name": HOSTILE, "positive": HOSTILE}
     events[0]["config"] = events[0]["config"] | {"model": HOSTILE.replace("\ud800 \udfff", "")}
     events[0]["command"] = [HOSTILE]
+    events[0]["wording"]["vignette"] = [[HOSTILE, HOSTILE]] * 3
     for event in events:
         for row in [*event.get("texts", ()), *event.get("completions", ())]:
             row["prompt"] = HOSTILE + row["prompt"]

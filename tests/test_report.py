@@ -58,9 +58,34 @@ def test_every_metric_and_its_interval_is_on_the_page(finished):
 def test_the_target_is_read_item_by_item_with_the_wanted_change_first(finished):
     text = " ".join(Page(finished[1]).text.split())
     assert "1 of 2 went down, as wanted, from base to healed r1. 1 more have no value" in text
-    assert re.search(r"vignette 2 ?0.3 to 0.28 ?vignette 1 ?0.3 to 0.32", text), text[text.index("item by item") :][
-        :900
-    ]
+    assert "Below each scene stands its answer." in text
+    first, second = (
+        f"I let them in. Scene {i}.authority{values}" for i, values in ((2, "0.3 to 0.28"), (1, "0.3 to 0.32"))
+    )
+    assert first + second in text, text[text.index("item by item") :][:900]
+
+
+def test_items_without_wording_are_told_by_their_number(finished, tmp_path):
+    """As in a run whose events hold none, and where its list is too short."""
+    events = run_events()
+    for wording, seen in (({"wording": {"vignette": [["A scene."]]}}, "A scene."), ({}, "vignette 1")):
+        start = {key: value for key, value in events[0].items() if key != "wording"} | wording
+        text = " ".join(Page(read(tmp_path, [start, *events[1:]])[0]).text.split())
+        assert f"vignette 20.3 to 0.28{seen}0.3 to 0.32" in text
+        assert ("Below each scene" in text) is bool(wording)
+
+
+def test_texts_and_pairs_are_told_by_their_prompt(tmp_path):
+    events = run_events()
+    events[0]["wording"]["pair"] = [["Is it open?", "It is <b>open</b>.", "It is shut."]] * 3
+    target = next(metric for metric in events[0]["metrics"] if metric["name"] == "authority_nats")
+    for of, told in (
+        ("pair", "Is it open?It is <b>open</b>.It is shut.0.3 to 0.28"),
+        ("text", f"{PROMPT} 10.3 to 0.28"),
+    ):
+        target["of"] = of
+        html = read(tmp_path / of, events)[0]
+        assert told in " ".join(Page(html).text.split()) and "<b>open" not in html
 
 
 def test_every_answer_has_its_own_scores(finished):

@@ -14,11 +14,13 @@ from runs import assert_same, resumed, started
 import steer_heal
 from steer_heal import run
 from steer_heal.check import check
+from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.report import console
 from steer_heal.runs import storage
 from steer_heal.runs.events import broken_link, read_events
+from steer_heal.runs.resume import recorded
 from steer_heal.session import open_session
 
 PACKAGE = Path(steer_heal.__file__).parent
@@ -32,6 +34,19 @@ def test_the_folder_of_a_run_is_named_by_the_stem_of_its_trait_file(tmp_path):
         session.log.close()
         session.lock.close()
         assert session.folder.name.endswith(f"_fast-dev-{stem}-s42") and session.folder.parent == tmp_path / "out"
+
+
+def test_a_run_records_the_wording_of_every_item_that_it_measures(one, student):
+    """Of the texts, it stands beside each; pairs of an eval that is off are left out."""
+    start, base = read_events(one)[:2]
+    _, cfg = recorded(one)
+    inputs = check(cfg)
+    n_items = {metric["of"]: len(base["items"][metric["item"]]) for metric in start["metrics"]}
+    assert {of: len(items) for of, items in start["wording"].items()} | {"text": n_items["text"]} == n_items
+    assert [scene for scene, _ in start["wording"]["vignette"]] == [vignette.text for vignette in inputs.vignettes]
+    assert start["wording"]["pair"][0] == [*vars(inputs.pairs[0]).values()]
+    few = replace(cfg, eval=replace(cfg.eval, evals=("moral_foundations",)))
+    assert Loop(few, inputs, student).facts()["wording"].keys() == {"vignette"}
 
 
 def test_from_a_round_to_a_decoded_token_are_at_most_eight_functions(quick, settings, tmp_path, monkeypatch):

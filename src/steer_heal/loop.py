@@ -87,7 +87,9 @@ class Loop:
     def facts(self) -> dict[str, Any]:
         """What readers of the events need to know first."""
         facts = {"config": asdict(self.cfg), "seed": self.cfg.seed, "trait": asdict(self.inputs.trait)}
-        return {**facts, "metrics": self.metrics, "gates": codec.gate_fields(self.cfg)}
+        read = {metric.of for metric in self.metrics}
+        wording = {of: items for of, items in self.inputs.wording.items() if of in read}
+        return {**facts, "metrics": self.metrics, "gates": codec.gate_fields(self.cfg), "wording": wording}
 
     def recorded(self, stage: str, r: int | None) -> events.Event | None:
         """The event of a step; None: the step is still to be done."""

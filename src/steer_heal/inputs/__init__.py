@@ -47,6 +47,13 @@ class Inputs:
     sha256: Mapping[str, str]
     """Of every file, by the setting that names it. The trait's values are recorded instead."""
 
+    @property
+    def wording(self) -> dict[str, list[list[str]]]:
+        """The items of the evals in words and in their order, by what an item is (Metric.of): [scene, its answer] of
+        each vignette, [prompt, positive reply, negative reply] of each pair. Texts are not among the inputs."""
+        scenes = [[v.text, " or ".join(filter(None, (v.foundation, v.also)))] for v in self.vignettes]
+        return {"vignette": scenes, "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]}
+
 
 def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     """Reads and checks every data file. UserError with a line for each thing that is wrong.

@@ -57,6 +57,11 @@ STEERING = {
 """Column of the table of steering: (event, field)."""
 KINDS = {"vignette": "Of vignettes", "text": "Of free answers", "pair": "Of contrast pairs"}
 """Heading of the metrics by what one of their items is (Metric.of)."""
+BELOW = {
+    "vignette": "Below each scene stands its answer.",
+    "pair": "Below each prompt stand its positive and its negative reply.",
+}
+"""What stands below an item's wording, by what an item is."""
 MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median"}
 DIARY_PROMPTS = 3
 
@@ -229,21 +234,24 @@ def metric_tables(run: Run) -> list[tuple[str, Table]]:
 
 
 def readings(run: Run) -> dict[str, Any] | None:
-    """The target's items, base against the last healed student, the change in the wanted direction first; None where
-    the events hold none."""
+    """The target's items, base against the last healed student, the change in the wanted direction first. Each is shown
+    by its wording, and by its number where the events hold none. None where they hold no items."""
     (target, sign), healed = target_of(run.events), of_stage(run.events, "healed")
     items = [(event.get("items") or {}).get(target.item) for event in (run.at("base"), *healed[-1:])]
     before, after = items if healed else (None, None)
     if not before or not after or len(before) != len(after):
         return None
-    prompts = [row["prompt"] for row in run.texts("base", -1)] if target.of == "text" else []
-    name = lambda i: prompts[i] if i < len(prompts) else f"{target.of or 'item'} {i + 1}"
+    wording = run.start.get("wording", {}).get(target.of, [])
+    if target.of == "text":
+        wording = [[row["prompt"]] for row in run.texts("base", -1)]
+    name = lambda i: wording[i] if i < len(wording) else [f"{target.of or 'item'} {i + 1}"]
     pairs = zip(before, after, strict=True)
     rows = [(name(i), a, b, b - a) for i, (a, b) in enumerate(pairs) if a is not None and b is not None]
     widest = max((abs(change) for *_, change in rows), default=0.0) or 1.0
     return {
         "metric": target,
         "how": MEANS[target.how],
+        "below": BELOW.get(target.of, "") if wording else "",
         "sign": sign,
         "state": f"healed r{healed[-1]['round']}",
         "rows": [(*row, 100 * abs(row[-1]) / widest) for row in sorted(rows, key=lambda row: -sign * row[-1])],

@@ -75,7 +75,7 @@ results *flags: setup
 chat run *flags: setup
     {{python}} -m steer_heal chat "{{run}}" {{flags}}
 
-# Measure a round of a run again (`--run out/<run>`), or any model, with or without an adapter.
+# Measure a state of a run again (`--run out/<run>`), or any model, with or without an adapter.
 eval *flags: setup
     {{python}} -m steer_heal eval {{flags}}
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from runs import rewritten
 
 from steer_heal.evals.__main__ import agreement, differing, main
@@ -18,6 +19,7 @@ def recorded(run, stage, r):
 
 
 def measured(run, capsys, *flags):
+    """The readings of a state, which are the recorded ones."""
     capsys.readouterr()  # a run that was made just now printed its table
     assert main(["--run", str(run), *flags, "--json"]) == 0
     printed = capsys.readouterr()
@@ -32,12 +34,21 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
 
 
 @pytest.mark.parametrize(
-    ("run", "name", "stage", "r"),
-    [("two", "0", "healed", 0), ("one", "control", "control", -1), ("one", "base", "base", -1)],
+    ("run", "flags", "stage", "r"),
+    [
+        ("two", "--round 0", "healed", 0),
+        ("two", "--state steered", "steered", 1),
+        ("one", "--state steered --round 0", "steered", 0),
+        ("one", "--state prompted", "prompted", -1),
+        ("one", "--state control", "control", -1),
+        ("one", "--state base", "base", -1),
+    ],
 )
-def test_so_is_any_other_state_that_has_weights_of_its_own(run, name, stage, r, request, capsys):
+def test_so_is_any_other_state(run, flags, stage, r, request, capsys):
     folder = request.getfixturevalue(run)
-    assert measured(folder, capsys, "--round", name)[0] == recorded(folder, stage, r)
+    metrics, told = measured(folder, capsys, *flags.split())
+    assert metrics == recorded(folder, stage, r)
+    assert f"{stage} r{r}: drift" in told or (r < 0 and f"{stage}: drift" in told)
 
 
 def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(two, tmp_path, capsys):
@@ -46,19 +57,25 @@ def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_
 
     def change(events):
         of_stage(events, "healed")[-1]["metrics"]["kl_base"] += 0.5
+        events[0]["versions"]["torch"] = "0.1"
 
     rewritten(run, change)
-    assert main(["--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 0
+    assert main(["--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 1
     printed = capsys.readouterr()
     line = next(line for line in printed.out.splitlines() if line.startswith("kl_base"))
     assert float(line.split("recorded")[1].split()[0]) - float(line.split()[1]) == pytest.approx(0.5, abs=1e-3)
-    assert "numbers are not the recorded ones; kl_base is 0.5 away" in printed.out and printed.err == ""
+    assert "numbers are not the recorded ones: kl_base (0.5 away)" in printed.out and printed.err == ""
+    assert "another device, processor, number of threads, batch size or version" in printed.out
+    assert f"torch 0.1 then, {torch.__version__} now" in printed.out and "python" not in printed.out
 
 
 def test_a_number_that_one_side_lacks_differs():
     assert differing({"a": 1.0, "b": None}, {"a": 1.0, "b": None}) == []
     assert differing({"a": 1.0, "b": None}, {"a": 1.0, "c": 2.0}) == ["c", "b"]
     assert differing({"a": None}, {"a": 0.0}) == ["a"] and "1 of 1" in agreement({"a": None}, {"a": 0.0})
+    told = agreement({f"m{i}": float(i) for i in range(10)} | {"none": None}, {f"m{i}": 0.0 for i in range(10)})
+    assert "10 of 10" in told and "none (no value), m9 (9 away), m8" in told and "m3 (3 away), and 2 more" in told
+    assert "m2 " not in told and told.endswith("the versions are the recorded ones")
 
 
 @pytest.mark.parametrize(
@@ -69,8 +86,11 @@ def test_a_number_that_one_side_lacks_differs():
             ("3 problems", "trait is love, that of", "is authority", "eval.n_texts is 9", "is 2", "adapter is x"),
         ),
         (("--round", "7"), ("round 7", "is not there", "its rounds are 0, 1")),
-        (("--round", "last"), ("round is 'last'", "a number, base or control")),
-        (("--round", "control"), ("has no control",)),
+        (
+            ("--state", "base", "--round", "0"),
+            ("round is 0: base is measured once a run", "leave --round or --state out"),
+        ),
+        (("--state", "control"), ("has no control", "ask for another round or state")),
     ],
 )
 def test_what_is_not_the_run_s_is_refused(flags, told, two, capsys):
@@ -105,6 +125,7 @@ def test_no_run_and_no_model_are_refused(tmp_path, capsys):
         (["--run", str(tmp_path)], "does not begin with a run_start"),
         ([], "--run out/<run>"),
         (["--model", "tiny-random", "--round", "1"], "give --run too"),
+        (["--model", "tiny-random", "--state", "base"], "give --run too"),
     ):
         assert main(flags) == 2
         assert told in capsys.readouterr().err

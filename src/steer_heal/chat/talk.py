@@ -10,13 +10,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from steer_heal import round as steps
 from steer_heal.errors import UserError, nearest, printable
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.steering import Vector
 from steer_heal.model.student import AdapterState
 from steer_heal.records import derive_seed
-from steer_heal.runs.events import schema_errors
 from steer_heal.runs.opened import OpenedRun
 
 SHOWN = ("base", "steered", "healed")
@@ -68,16 +65,13 @@ class Talk:
         UserError where one of them is gone or was changed.
         """
         self.run, self.round, self.max_new_tokens, self._lock = run, r, max_new_tokens, Lock()
-        vector_event, dose = run.event("vector", r), run.event("dose", r)
-        self.vector = Vector.load(run.file(vector_event, f"vectors/r{r}.safetensors"))
+        self.vector, teacher = run.vector(r), run.teacher(r)
         before, after = run.checkpoint(r - 1) if r else None, run.checkpoint(r)
         self.student = run.load()
         if before is not None:
             self.student.restore(before, r)
         self.student.restore_round(after)
         trait = run.inputs.trait
-        with schema_errors(run.folder):
-            teacher = steps.teacher(self.vector, float(dose["dose"]), run.inputs, run.cfg)
         own = {"vector": "its vector", "prompt": "the persona as system prompt", "both": "its vector and the persona"}
         steered = f"the student before round {r} with {own[run.cfg.heal.teacher]}"
         self.states = {

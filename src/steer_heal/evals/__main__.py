@@ -1,12 +1,13 @@
-"""Measures a model, an adapter, or a round of a run again.
+"""Measures a model, an adapter, or a state of a run again.
 
-steer-heal eval --run out/<run> [--round K] [--json]
+steer-heal eval --run out/<run> [--round K] [--state steered] [--json]
 steer-heal eval --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +33,16 @@ Metrics = Mapping[str, float | None]
 class EvalCommand:
     """All metrics of one model; with an adapter, also intervals against the model without it.
 
-    With --run, every setting is that of the run, and the readings are compared with the recorded ones.
+    With --run, every setting is that of the run, and the readings are compared with the recorded ones: where one
+    differs, the exit status is 1.
     """
 
     run: Path | None = None
-    """A run folder: one of its rounds is measured again. Only device, n-threads and eval.batch-size can differ."""
-    round: str | None = None
-    """Of the run: a number, base or control. None: the last healed round that was kept."""
+    """A run folder: one of its states is measured again. Only device, n-threads and eval.batch-size can differ."""
+    state: Literal["base", "prompted", "control", "steered", "healed"] = "healed"
+    """Of the run. steered: the student before the round as its teacher."""
+    round: int | None = None
+    """Of the run, for steered and healed. None: the last that was kept."""
     model: str = ""
     """A folder, a GGUF file, a hub id, smollm2-135m-instruct, or tiny-random."""
     adapter: Path | None = None
@@ -69,7 +73,13 @@ class EvalCommand:
     """Limits past which a text counts as broken."""
 
 
-FREE = ("run", "round", "json", "quiet", "device", "n_threads", "eval.batch_size")
+SHOWN_APART = 8
+"""Numbers that differ, by name."""
+WHY_APART = (
+    "another device, processor, number of threads, batch size or version rounds differently, and a text that then goes "
+    "another way moves whatever is read of it"
+)
+FREE = ("run", "state", "round", "json", "quiet", "device", "n_threads", "eval.batch_size")
 """What may be given besides --run whatever the run's own settings are."""
 
 
@@ -117,41 +127,48 @@ def measure(command: EvalCommand) -> Metrics:
     return steps.measure(student, inputs, cfg, base, system, on_eval=_telling(str(folder), cfg)).metrics
 
 
-# --- a round of a run --------------------------------------------------------------------------------------------
-def again(command: EvalCommand) -> tuple[Metrics, Metrics]:
-    """(metrics of a round of a run, measured now; those that the run recorded)."""
+# --- a state of a run --------------------------------------------------------------------------------------------
+def again(command: EvalCommand) -> tuple[Metrics, Metrics, list[str]]:
+    """(metrics of a state of a run, measured now; those that the run recorded; the versions that differ, in words).
+
+    UserError where the run has no such state.
+    """
     from steer_heal import round as steps
     from steer_heal.evals import metrics_of
+    from steer_heal.model.steering import Condition
     from steer_heal.runs import codec
-    from steer_heal.runs.events import schema_errors
+    from steer_heal.runs.events import git_commit, schema_errors, versions
     from steer_heal.runs.opened import open_run
 
     assert command.run is not None
     run = open_run(command.run, device=command.device, n_threads=command.n_threads, eval=command.eval)
-    stage, asked = _state(command.round)
-    r = run.healed(asked) if stage == "healed" else -1
+    stage, r = command.state, -1
+    if stage in ("steered", "healed"):
+        r = run.healed(command.round)
+    elif command.round is not None:
+        raise UserError(f"round is {command.round}: {stage} is measured once a run; leave --round or --state out")
     with schema_errors(run.folder):
         read = run.event(stage, r)["metrics"].items()
         then = {name: None if value is None else float(value) for name, value in read}
         base = codec.result_from(run.event("base", -1), metrics_of(run.cfg.eval.evals)) if stage != "base" else None
-    checkpoint = run.checkpoint(r) if stage != "base" else None
+        made_by = {**run.events[0]["versions"], "commit": run.events[0]["git_commit"]}
+    who, last = None, None
+    if stage == "prompted":
+        who = Condition(run.inputs.trait.positive)
+    elif stage == "steered":
+        who, last = run.teacher(r), r - 1 if r else None
+    elif stage != "base":
+        last = r
+    checkpoint = None if last is None else run.checkpoint(last)
     _show(run.cfg, run.inputs)
     student = run.load()
-    if checkpoint is not None:
-        student.restore(checkpoint, max(1, r + 1))
-    name = f"healed r{r}" if stage == "healed" else stage
-    now = steps.measure(student, run.inputs, run.cfg, base, on_eval=_telling(name, run.cfg))
-    return now.metrics, then
-
-
-def _state(name: str | None) -> tuple[str, int | None]:
-    """(stage of its event, its round) of a --round. The round is None for the last, and where there is none."""
-    if name in ("base", "control"):
-        return name, None
-    try:
-        return "healed", None if name is None else int(name)
-    except ValueError:
-        raise UserError(f"round is {name!r}: it must be a number, base or control") from None
+    if checkpoint is not None and last is not None:
+        student.restore(checkpoint, max(1, last + 1))
+    name = f"{stage} r{r}" if r >= 0 else stage
+    now = steps.measure(student, run.inputs, run.cfg, base, who, on_eval=_telling(name, run.cfg))
+    here = {**versions(), "commit": git_commit()}
+    names = [name for name in {**made_by, **here} if made_by.get(name) != here.get(name)]
+    return now.metrics, then, [f"{name} {made_by.get(name)} then, {here.get(name)} now" for name in names]
 
 
 def differing(now: Metrics, then: Metrics) -> list[str]:
@@ -230,14 +247,21 @@ def print_metrics(metrics: Metrics, recorded: Metrics | None = None) -> None:
         print_safe(line)
 
 
-def agreement(now: Metrics, then: Metrics) -> str:
-    """How many of the numbers, intervals among them, are the recorded ones, and which one is furthest from it."""
+def agreement(now: Metrics, then: Metrics, versions: Sequence[str] = ()) -> str:
+    """Whether the numbers, intervals among them, are the recorded ones; if not, which are not, the furthest first, and
+    why that may be. `versions`: those that differ, in words."""
     names = differing(now, then)
     if not names:
         return f"all {len(then)} numbers, intervals among them, are the recorded ones to the last digit"
-    apart = {name: abs((now.get(name) or 0.0) - (then.get(name) or 0.0)) for name in names}
-    worst = max(names, key=lambda name: apart[name])
-    return f"{len(names)} of {len(then)} numbers are not the recorded ones; {worst} is {apart[worst]:.2g} away"
+    apart = {}
+    for name in names:
+        here, there = now.get(name), then.get(name)
+        apart[name] = math.inf if here is None or there is None else abs(here - there)
+    furthest = sorted(names, key=lambda name: -apart[name])
+    told = [f"{name} ({'no value' if apart[name] == math.inf else f'{apart[name]:.2g} away'})" for name in furthest]
+    shown = [*told[:SHOWN_APART], *[f"and {len(told) - SHOWN_APART} more"] * (len(told) > SHOWN_APART)]
+    which = f"{len(names)} of {len(then)} numbers are not the recorded ones: {', '.join(shown)}"
+    return f"{which}\n{WHY_APART}; {', '.join(versions) or 'the versions are the recorded ones'}"
 
 
 def _parsed(argv: Sequence[str] | None) -> EvalCommand:
@@ -249,20 +273,23 @@ def _parsed(argv: Sequence[str] | None) -> EvalCommand:
     command = tyro.cli(EvalCommand, args=words, prog="steer-heal eval", default=recorded or EvalCommand())
     if recorded is not None:
         _require_same(command, recorded)
-    elif command.round is not None:
-        raise UserError(f"round is {command.round!r}: it is one of a run; give --run too")
+    elif command.round is not None or command.state != "healed":
+        raise UserError(
+            f"round is {command.round}, state is {command.state!r}: they are those of a run; give --run too"
+        )
     elif not command.model:
         raise UserError("give --run out/<run> to measure a round of a run, or --model MODEL to measure a model")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 measured, 1 a reading is not the one that the run recorded, 2 a wrong argument or file."""
     try:
         command = _parsed(argv)
         from steer_heal.report import console
 
         console.start(command.quiet)
-        metrics, recorded = (measure(command), None) if command.run is None else again(command)
+        metrics, recorded, versions = (measure(command), None, []) if command.run is None else again(command)
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return 2
@@ -270,9 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(metrics, allow_nan=False))
     else:
         print_metrics(metrics, recorded)
-    if recorded is not None:
-        print_safe(agreement(metrics, recorded), sys.stderr if command.json else None)
-    return 0
+    if recorded is None:
+        return 0
+    print_safe(agreement(metrics, recorded, versions), sys.stderr if command.json else None)
+    return int(bool(differing(metrics, recorded)))
 
 
 if __name__ == "__main__":

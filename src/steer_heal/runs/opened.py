@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from steer_heal import round as steps
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import weights_digest
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
-from steer_heal.round import load_model
 from steer_heal.runs.events import Event, current, of_stage, read_events, schema_errors
 from steer_heal.runs.resume import in_recorded_dtype, recorded, same_inputs, same_weights
 from steer_heal.runs.storage import damaged_file
@@ -55,7 +56,7 @@ class OpenedRun:
             if (event["stage"], event["round"]) == (stage, r):
                 return event
         of_round = f" of round {r}" if r >= 0 else ""
-        raise UserError(f"{self.folder} has no {stage}{of_round}; give another --round")
+        raise UserError(f"{self.folder} has no {stage}{of_round}; ask for another round or state")
 
     def file(self, event: Event, name: str) -> Path:
         """A file or a folder that the event recorded. UserError where it is gone or was changed."""
@@ -69,12 +70,22 @@ class OpenedRun:
         """The folder of the student after round r; -1 is the control."""
         return self.file(self.event("heal", r), f"ckpt/r{r}" if r >= 0 else "ckpt/control")
 
+    def vector(self, r: int) -> Vector:
+        """The steering vector of round r. UserError where its file is gone or was changed."""
+        return Vector.load(self.file(self.event("vector", r), f"vectors/r{r}.safetensors"))
+
+    def teacher(self, r: int) -> Condition:
+        """What makes the teacher of round r out of the student before it. UserError as of `vector`."""
+        dose = self.event("dose", r)
+        with schema_errors(self.folder):
+            return steps.teacher(self.vector(r), float(dose["dose"]), self.inputs, self.cfg)
+
     def load(self) -> Student:
         """The untouched model. UserError where it is not the one that the run began with."""
         began = time.monotonic()
         if self.cfg.n_threads:
             torch.set_num_threads(self.cfg.n_threads)
-        lm = load_model(self.cfg)
+        lm = steps.load_model(self.cfg)
         with schema_errors(self.folder):
             same_weights(self.events[0], weights_digest(lm.model), self.folder)
         dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")

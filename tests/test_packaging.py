@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -65,16 +66,40 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 # --- the wheel ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built in a copy, so that nothing is left in the checkout."""
+def source(tmp_path_factory):
+    """What the source distribution holds. It is built in a copy, so that nothing is left in the checkout."""
+    work = tmp_path_factory.mktemp("source")
+    junk = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, work / "copy", ignore=junk)
+    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"]
+    done = subprocess.run(command, cwd=work / "copy", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+        archive.extractall(work / "unpacked", filter="data")
+    return next((work / "unpacked").iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
     work = tmp_path_factory.mktemp("wheel")
-    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, work / name)
-    for junk in [*work.rglob("__pycache__"), *work.rglob("*.egg-info")]:
-        shutil.rmtree(junk)
-    pip(work, "wheel", ".", "--no-build-isolation", "--wheel-dir", "dist")
+    pip(work, "wheel", str(source), "--no-build-isolation", "--wheel-dir", "dist")
     return next((work / "dist").glob("steer_heal-*.whl"))
+
+
+def test_the_description_on_the_package_index_has_paths_for_links_and_no_pictures(source, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    fields, _, told = metadata.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in fields
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = {link.partition("#")[0] for link in LINK.findall(readme) if not re.match("[a-z]+:", link)}
+    pages = {link for link in links if not link.endswith(".png")}
+    assert len(pages) > 10 and "![" in readme and "![" not in told
+    for path in pages:
+        assert f"`{path}`" in told and (source / path).is_file()
+    assert not links & {link.partition("#")[0] for link in LINK.findall(told)}
+    headings = lambda text: re.findall("^#+ .*|^[|] [^|]*", text, re.MULTILINE)
+    assert headings(told) == headings(readme), "and the rows of the tables"
 
 
 def pip(cwd, *words):

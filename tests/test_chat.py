@@ -171,7 +171,7 @@ def test_what_cannot_be_talked_to_is_named(two, tmp_path, monkeypatch, capsys):
     shutil.copytree(two, lacking)
     shutil.rmtree(lacking / "ckpt" / "r1")
     for run, flags, told in (
-        (tmp_path, [], "does not begin with a run_start"),
+        (tmp_path, [], "has no events.jsonl; give a run folder"),
         (two, ["--round", "4"], "round 4 of"),
         (two, ["--round", "4"], "its rounds are 0, 1"),
         (lacking, [], "r1/adapter_config.json is missing"),

@@ -64,7 +64,6 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     assert main(["fast-dev", *flags.split()]) == 2
     first, *listed = capsys.readouterr().err.splitlines()
     expected = [
-        "gen.prompts is",
         "trait is 'nobody'",
         "steer.contexts is 'nowhere.jsonl'",
         "v.jsonl line 1",

@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
     "argv, told",
     [
         (["--config", "nowhere.toml"], "config is 'nowhere.toml': there is no such file"),
-        (["--config", "docs"], "does not begin with a run_start"),
+        (["--config", "docs"], "docs has no events.jsonl; give a run folder"),
         (["toy", "--config", "README.md"], "preset 'toy' and --config README.md were given"),
     ],
 )

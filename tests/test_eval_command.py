@@ -122,7 +122,7 @@ def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
     for flags, told in (
-        (["--run", str(tmp_path)], "does not begin with a run_start"),
+        (["--run", str(tmp_path)], "has no events.jsonl; give a run folder"),
         ([], "--run out/<run>"),
         (["--model", "tiny-random", "--round", "1"], "give --run too"),
         (["--model", "tiny-random", "--state", "base"], "give --run too"),

@@ -138,6 +138,7 @@ def test_a_folder_of_prompts_serves_each_trait_its_own(tmp_path, monkeypatch):
     for name, stem in {"love": "love", "love/inner": "love", "care": "care"}.items():
         assert prompts_file(tmp_path, name) == tmp_path / f"{stem}.jsonl"
     assert_told(lambda: prompts_file(tmp_path, "authority"), "authority.jsonl", ["its pools are care, love"])
+    assert prompts_file(tmp_path, "athority") is None, "that there is no such trait is told by the trait's reader"
     assert_told(lambda: prompts_file(tmp_path / "lve.jsonl", "love"), "lve.jsonl", ["no such file"])
     (tmp_path / "empty").mkdir()
     assert_told(lambda: prompts_file(tmp_path / "empty", "love"), "love.jsonl", ["its pools are none"])

@@ -129,8 +129,8 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     where = own | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     flags = [*SETTINGS.split(), "--eval.n-vignettes", "3", "--n-rounds", "1", "--no-control"]
 
-    def run(*command):
-        done = subprocess.run(command, cwd=empty, env=where, capture_output=True, text=True)
+    def run(*command, said=""):
+        done = subprocess.run(command, cwd=empty, env=where, capture_output=True, text=True, input=said)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -141,4 +141,8 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert all((folder / name).is_file() for name in ("report.html", "diary.md", "ckpt/r0/README.md"))
     script = (site / "bin" / "steer-heal").read_text().splitlines()
     assert "steer_heal.__main__ import main" in "\n".join(script)
-    assert "as recorded" in run(sys.executable, str(site / "bin" / "steer-heal"), "verify", str(folder))
+    command = sys.executable, str(site / "bin" / "steer-heal")
+    assert "as recorded" in run(*command, "verify", str(folder))
+    assert "are the recorded ones to the last digit" in run(*command, "eval", "--run", str(folder))
+    assert "report.html" in run(*command, "report", str(folder))
+    assert "--- healed" in run(*command, "chat", str(folder), "--max-new-tokens", "4", said="Hello.\n")

@@ -253,7 +253,8 @@ def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
     if content:
         (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
     assert resume([str(tmp_path)]) == 2
-    assert "does not begin with a run_start" in capsys.readouterr().err
+    told = "does not begin with a run_start" if content else "has no events.jsonl; give a run folder"
+    assert told in capsys.readouterr().err
 
 
 def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):

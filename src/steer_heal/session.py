@@ -221,7 +221,7 @@ def _not_ending(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning(f"nothing was drawn ({error}); `just plot {folder}` tries again")
+        logger.warning(f"nothing was drawn ({error}); `steer-heal report {folder}` tries again")
 
 
 def draw(folder: Path) -> None:

@@ -39,7 +39,7 @@ class LabCfg:
     """Which model a question is asked of."""
 
     preset: Literal["toy", "toy-distil", "smol", "smol-distil", "gemma", "fast-dev"] = "toy"
-    """Settings of `python -m steer_heal.run <preset>`."""
+    """Settings of `steer-heal run <preset>`."""
     model: str | None = None
     """A folder or hub id in place of the preset's model."""
     trait: str | None = None

@@ -164,10 +164,12 @@ def _pair(name: str, file: TraitFile, phrasing: str | None) -> PersonaPair:
 
 
 def prompts_file(source: Path, trait: str) -> Path | None:
-    """The file of prompts itself, or <trait>.jsonl where `source` is a folder. None: the trait's own prompts serve."""
+    """The file of prompts itself, or <trait>.jsonl where `source` is a folder. None: the trait's own prompts serve, or
+    there is no such trait. UserError where the folder lacks those of a bundled trait."""
     path = _of_trait(source, trait, "gen.prompts")
-    if path is None and not by_path(trait):
-        stem, folder = _split(trait)[0], _folder(source) or source
+    stem = _split(trait)[0]
+    if path is None and stem in available():
+        folder = _folder(source) or source
         pools = ", ".join(sorted(pool.stem for pool in folder.glob("*.jsonl"))) or "none"
         raise UserError(
             f"gen.prompts is {str(source)!r}: it has no {stem}.jsonl; its pools are {pools}; write that file"

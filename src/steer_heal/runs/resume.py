@@ -20,7 +20,7 @@ from steer_heal.errors import UserError, validated
 from steer_heal.inputs import Inputs
 from steer_heal.records import Trait
 from steer_heal.runs.checkpoint import saved_steps
-from steer_heal.runs.events import SCHEMA, Event, broken_link, current, jsonable, read_events, schema_errors
+from steer_heal.runs.events import SCHEMA, Event, broken_link, current, jsonable, read_events, run_folder, schema_errors
 from steer_heal.runs.storage import atomic_write, lock_run
 from steer_heal.settings import RUN_ONLY, Names, RunConfig, leaves
 
@@ -67,8 +67,8 @@ class Resume:
 
 
 def run_start(folder: Path) -> Event:
-    """The first event. UserError where that is no run_start."""
-    path = folder / "events.jsonl"
+    """The first event. UserError where there is none, or it is no run_start."""
+    path = run_folder(folder) / "events.jsonl"
     try:
         with path.open(encoding="utf-8") as lines:
             event = json.loads(lines.readline())

@@ -397,6 +397,22 @@ def test_advice_is_given_only_where_something_is_not_as_it_should_be(capsys, sta
     assert shown(capsys, events, stage).count(" | ") == 1
 
 
+def test_the_page_says_of_every_condition_in_which_rounds_it_holds(finished, tmp_path):
+    rows = lambda html: dict(
+        re.findall('<tr class=""><td>(the [^<]*)</td>((?:<td>(?:yes|no|\u2013)</td>)*)</tr>', html)
+    )
+    asked = rows(finished[1])
+    assert len(asked) == 6 and set(asked.values()) == {"<td>yes</td><td>yes</td>"} and "all of it does" in finished[1]
+    events = run_events()
+    for event in events:
+        if event["stage"] == "heal":
+            event |= {"fired": 0.05} if event["round"] == 1 else {"pressure": None}
+    html, _ = read(tmp_path, events)
+    assert rows(html)["the barrier acts in a tenth of the steps or more"] == "<td>yes</td><td>no</td>"
+    assert rows(html)["the gradient pressure of the barrier is 1 or less"] == "<td>\u2013</td><td>yes</td>"
+    assert "1 exception" in html and "<li>round 1: the barrier hardly acts: use a lower --heal.tau</li>" in html
+
+
 def test_the_control_is_named_and_gets_no_advice(capsys):
     events = run_events()
     next(e for e in events if e["stage"] == "heal")["fired"] = 0.0

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from steer_heal.errors import print_safe, printable
+from steer_heal.report.advice import checks
 from steer_heal.report.measurements import (
     MEASURED,
     Measurement,
@@ -123,7 +124,8 @@ def step_name(event: Event) -> str:
 def show(event: Event, events: Sequence[Event]) -> None:
     """One event in words, and advice where something is not as it should be."""
     if (line := _LINES.get(event["stage"])) is not None:
-        logger.log("WARNING" if event["stage"] in ("heal_retry", "backtrack") else "INFO", line(event, events))
+        advice = "".join(f" | {check.advice}" for check in checks(event, events) if not check.holds)
+        logger.log("WARNING" if event["stage"] in ("heal_retry", "backtrack") else "INFO", line(event, events) + advice)
 
 
 def print_table(events: Sequence[Event]) -> None:
@@ -170,7 +172,7 @@ def _start(e: Event, _: Sequence[Event]) -> str:
     trait = e["trait"]
     wanted = f"{trait['target']} should go {direction(trait['sign'])}"
     line = f"{e['config']['model']} | trait {trait['name']} ({wanted}) | seed {e['seed']} | {e['folder']}"
-    return line + _advice(bool(e["unadapted"]), f"LoRA leaves out, in the adapted blocks: {', '.join(e['unadapted'])}")
+    return line + (f" | LoRA leaves out, in the adapted blocks: {', '.join(e['unadapted'])}" if e["unadapted"] else "")
 
 
 def _measured(e: Event, events: Sequence[Event]) -> str:
@@ -188,9 +190,7 @@ def _measured(e: Event, events: Sequence[Event]) -> str:
 
 def _vector(e: Event, _: Sequence[Event]) -> str:
     norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in e["norms"].items())
-    line = f"vector      norm at layer {norms}; cosine to round 0 {number(e['cosine_to_first'], '.2f')}"
-    turned = e["cosine_to_first"] is not None and e["cosine_to_first"] <= 0.5
-    return line + _advice(turned, "the vector has turned away from that of round 0: stop at an earlier round")
+    return f"vector      norm at layer {norms}; cosine to round 0 {number(e['cosine_to_first'], '.2f')}"
 
 
 def _dose(e: Event, _: Sequence[Event]) -> str:
@@ -198,18 +198,13 @@ def _dose(e: Event, _: Sequence[Event]) -> str:
     if not probes:
         return f"dose        kappa {e['kappa']:.3g} ({e['mode']})"
     told = ", ".join(f"{p['kappa']:.2f}: {p['n_kept']}/{p['n']}" for p in probes)
-    first, last = (p["n_kept"] / p["n"] for p in (probes[0], probes[-1]))
-    advice = _advice(last > first, "more text survives at the highest kappa than at the lowest: tighten the filter")
-    return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {told}){advice}"
+    return f"dose        kappa {e['kappa']:.2f} (survivors by kappa: {told})"
 
 
 def _calibration(e: Event, _: Sequence[Event]) -> str:
     probes = sorted(e["probes"], key=lambda probe: probe["dose"])
     told = ", ".join(f"{p['dose']:.3g}: {number(p['kl_p95'], '.3g')}" for p in probes)
-    known = [p["kl_p95"] for p in probes if p["kl_p95"] is not None]
-    falls = len(known) > 1 and known[-1] <= known[0]
-    advice = _advice(falls, "the KL does not rise with the dose: check the vector, or use --dose.mode survival")
-    return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {told}){advice}"
+    return f"calibration dose {e['dose']:.3g} (95th percentile of KL by dose: {told})"
 
 
 def _gen(e: Event, _: Sequence[Event]) -> str:
@@ -223,24 +218,13 @@ def _backtrack(e: Event, _: Sequence[Event]) -> str:
     return f"dropped     r{e['round']}: {'; '.join(e['past'])} (dose {e['dose']:.3g}, learning rate {e['lr']:.3g})"
 
 
-def _heal(e: Event, events: Sequence[Event]) -> str:
+def _heal(e: Event, _: Sequence[Event]) -> str:
     first, last = e["validation"][0], e["validation"][-1]
-    known = [row["fit"] for row in e["validation"] if row["fit"] is not None]
     pressure = e["pressure"] or 0.0
     name = "heal" if e["round"] >= 0 else "control heal"
     fit, divergence = f"{number(first['fit'], '.3f')} to {number(last['fit'], '.3f')}", last["divergence"]
     line = f"{name:<11} {e['n_steps']} steps; validation {fit} nats; divergence {number(divergence, '.3f')}, "
-    line += f"the barrier acted in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}"
-    if e["round"] < 0:  # nobody tunes the control
-        return line
-    renewed = run_start(events)["config"]["heal"]["refresh_every"] > 0  # the curve is of the first text and teacher
-    rose = bool(known) and not renewed and (last["fit"] is None or last["fit"] > min(known) + 0.02)
-    return (
-        line
-        + _advice(rose, "the validation loss rose again: use fewer --heal.epochs")
-        + _advice(e["lam"] > 0 and e["fired"] < 0.1, "the barrier hardly acts: use a lower --heal.tau")
-        + _advice(pressure > 1, "the barrier undoes the trait: use a lower --heal.lam")
-    )
+    return line + f"the barrier acted in {e['fired']:.0%} of the steps with gradient pressure {pressure:.2f}"
 
 
 def _heal_retry(e: Event, _: Sequence[Event]) -> str:
@@ -254,12 +238,7 @@ def _round(e: Event, events: Sequence[Event]) -> str:
     to_come = f"; about {duration(left)} left" if left else ""
     name, took = f"r{e['round']} done", duration(e["seconds"]["total"])
     line = f"{name:<11} {_of_rounds(e['round'], events)} in {took}{kept}{to_come}; "
-    line += f"the adapter's own shift has cosine {number(learnt, '.2f')} to the vector"
-    return line + _advice(learnt is not None and learnt < 0.1, "the adapter did not learn the direction of the vector")
-
-
-def _advice(applies: bool, text: str) -> str:
-    return f" | {text}" if applies else ""
+    return line + f"the adapter's own shift has cosine {number(learnt, '.2f')} to the vector"
 
 
 _LINES: dict[str, Callable[[Event, Sequence[Event]], str]] = {

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from steer_heal.records import Metric
 from steer_heal.report import plot
+from steer_heal.report.advice import Check, checks
 from steer_heal.report.measurements import (
     MEASURED,
     best_round,
@@ -94,6 +95,7 @@ def page(run: Run) -> str:
         metrics=metric_tables(run),
         readings=readings(run),
         steering=steering_table(run),
+        conditions=conditions(run),
         answers=answers(run),
         filters=list(filters(run)),
         written=texts,
@@ -264,3 +266,15 @@ def steering_table(run: Run) -> Table:
     """Dose and direction of each round."""
     rows = [(f"round {r}", [run.at(stage, r).get(field) for stage, field in STEERING.values()]) for r in run.rounds]
     return ["", *STEERING], [("", [name, *map(number, values)]) for name, values in rows]
+
+
+def conditions(run: Run) -> tuple[Table, list[tuple[str, str]]]:
+    """(what should hold of each round, yes or no; (round, advice) for each that does not)."""
+    found: dict[str, dict[int, Check]] = {}
+    for event in run.events:
+        for check in checks(event, run.events):
+            found.setdefault(check.should, {})[event["round"]] = check
+    say = lambda check: MISSING if check is None else "yes" if check.holds else "no"
+    rows = [("", [should, *(say(asked.get(r)) for r in run.rounds)]) for should, asked in found.items()]
+    failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
+    return (["", *map(round_name, run.rounds)], rows), [(round_name(r), advice) for r, advice in sorted(failed)]

@@ -140,6 +140,7 @@ def run_events(
         gates=deepcopy(GATES),
         wording={"vignette": [[f"{text} Scene {i}.", "authority"] for i in (1, 2, 3)]},
         versions={"python": "3.11", "steer-heal": "0.2.0"},
+        device="Some Processor",
         settings="01234567",
         base_model="owner/base",
         weights={"sha256": "7" * 64, "dtype": "float32"},

@@ -58,6 +58,7 @@ def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_
     def change(events):
         of_stage(events, "healed")[-1]["metrics"]["kl_base"] += 0.5
         events[0]["versions"]["torch"] = "0.1"
+        events[0]["device"] = "NVIDIA H100"
 
     rewritten(run, change)
     assert main(["--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 1
@@ -67,6 +68,7 @@ def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_
     assert "numbers are not the recorded ones: kl_base (0.5 away)" in printed.out and printed.err == ""
     assert "another device, processor, number of threads, batch size or version" in printed.out
     assert f"torch 0.1 then, {torch.__version__} now" in printed.out and "python" not in printed.out
+    assert "device NVIDIA H100 then, " in printed.out
 
 
 def test_a_number_that_one_side_lacks_differs():
@@ -75,7 +77,7 @@ def test_a_number_that_one_side_lacks_differs():
     assert differing({"a": None}, {"a": 0.0}) == ["a"] and "1 of 1" in agreement({"a": None}, {"a": 0.0})
     told = agreement({f"m{i}": float(i) for i in range(10)} | {"none": None}, {f"m{i}": 0.0 for i in range(10)})
     assert "10 of 10" in told and "none (no value), m9 (9 away), m8" in told and "m3 (3 away), and 2 more" in told
-    assert "m2 " not in told and told.endswith("the versions are the recorded ones")
+    assert "m2 " not in told and told.endswith("versions and device are the recorded ones")
 
 
 @pytest.mark.parametrize(

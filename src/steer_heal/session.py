@@ -24,6 +24,7 @@ from steer_heal.check import holds_files
 from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs import Inputs
 from steer_heal.loop import Loop, OnBatch, OnPart
+from steer_heal.model.device import device_name
 from steer_heal.model.lm import LM, unwatched, weights_digest
 from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector
@@ -73,9 +74,9 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
         logger.info(f"continues {folder} after {console.step_name(past[-1])}")
     else:
         logger.info(f"{cfg.model} is in {weights['dtype']} on {lm.device}: {lm.why_dtype}")
-        facts = {"versions": events.versions(), "git_commit": events.git_commit(), "weights": weights}
+        facts = {"versions": events.versions(), "git_commit": events.git_commit(), "device": device_name(lm.device)}
         facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out, "inputs": dict(inputs.sha256)}
-        facts |= {"settings": cfg.fingerprint(), "base_model": lm.base}
+        facts |= {"settings": cfg.fingerprint(), "base_model": lm.base, "weights": weights}
         own = {"folder": str(folder), "preset": preset, "command": ["steer-heal", "run", *sys.argv[1:]]}
         session.write("run_start", None, **own, **session.facts(), **facts)
     return session

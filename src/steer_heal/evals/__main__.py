@@ -129,12 +129,13 @@ def measure(command: EvalCommand) -> Metrics:
 
 # --- a state of a run --------------------------------------------------------------------------------------------
 def again(command: EvalCommand) -> tuple[Metrics, Metrics, list[str]]:
-    """(metrics of a state of a run, measured now; those that the run recorded; the versions that differ, in words).
+    """(metrics of a state of a run, measured now; those of the run; versions and device that differ, in words).
 
     UserError where the run has no such state.
     """
     from steer_heal import round as steps
     from steer_heal.evals import metrics_of
+    from steer_heal.model.device import device_name
     from steer_heal.model.steering import Condition
     from steer_heal.runs import codec
     from steer_heal.runs.events import git_commit, schema_errors, versions
@@ -151,7 +152,8 @@ def again(command: EvalCommand) -> tuple[Metrics, Metrics, list[str]]:
         read = run.event(stage, r)["metrics"].items()
         then = {name: None if value is None else float(value) for name, value in read}
         base = codec.result_from(run.event("base", -1), metrics_of(run.cfg.eval.evals)) if stage != "base" else None
-        made_by = {**run.events[0]["versions"], "commit": run.events[0]["git_commit"]}
+        start = run.events[0]
+        made_by = {**start["versions"], "commit": start["git_commit"], "device": start.get("device")}
     who, last = None, None
     if stage == "prompted":
         who = Condition(run.inputs.trait.positive)
@@ -166,7 +168,7 @@ def again(command: EvalCommand) -> tuple[Metrics, Metrics, list[str]]:
         student.restore(checkpoint, max(1, last + 1))
     name = f"{stage} r{r}" if r >= 0 else stage
     now = steps.measure(student, run.inputs, run.cfg, base, who, on_eval=_telling(name, run.cfg))
-    here = {**versions(), "commit": git_commit()}
+    here = {**versions(), "commit": git_commit(), "device": device_name(student.lm.device)}
     names = [name for name in {**made_by, **here} if made_by.get(name) != here.get(name)]
     return now.metrics, then, [f"{name} {made_by.get(name)} then, {here.get(name)} now" for name in names]
 
@@ -261,7 +263,7 @@ def agreement(now: Metrics, then: Metrics, versions: Sequence[str] = ()) -> str:
     told = [f"{name} ({'no value' if apart[name] == math.inf else f'{apart[name]:.2g} away'})" for name in furthest]
     shown = [*told[:SHOWN_APART], *[f"and {len(told) - SHOWN_APART} more"] * (len(told) > SHOWN_APART)]
     which = f"{len(names)} of {len(then)} numbers are not the recorded ones: {', '.join(shown)}"
-    return f"{which}\n{WHY_APART}; {', '.join(versions) or 'the versions are the recorded ones'}"
+    return f"{which}\n{WHY_APART}; {', '.join(versions) or 'versions and device are the recorded ones'}"
 
 
 def _parsed(argv: Sequence[str] | None) -> EvalCommand:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 from steer_heal.errors import UserError
@@ -20,3 +24,15 @@ def pick_device(device: str) -> torch.device:
             f"device is {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu or auto"
         )
     return place
+
+
+def device_name(place: torch.device) -> str:
+    """Model name of the card or of the processor, such as NVIDIA H100 80GB HBM3; else the kind of processor."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    with suppress(OSError, UnicodeDecodeError):  # Linux alone has this file
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.machine() or "unknown processor"

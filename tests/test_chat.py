@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -235,20 +236,21 @@ def test_the_end_of_a_run_in_a_terminal_says_how_to_talk_to_it(seen, two, tmp_pa
 # --- the page ----------------------------------------------------------------------------------------------------
 @contextmanager
 def serving(talk, shown=("base", "steered", "healed")):
+    """The server, as it answers."""
     with web.server(talk, shown, ASKED, 0) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield made.server_address[1]
+            yield made
         finally:
             made.shutdown()
             thread.join()
 
 
-def requested(port, method="GET", path="/", body=None, **headers):
-    """The response, and its body."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.putrequest(method, path, skip_host="Host" in headers)
+def requested(made, method="GET", path="", body=None, token=None, **headers):
+    """The response, and its body. `token`: in place of the server's."""
+    connection = HTTPConnection("127.0.0.1", made.server_port, timeout=60)
+    connection.putrequest(method, f"/{made.token if token is None else token}/{path}", skip_host="Host" in headers)
     if body is not None:
         headers = {"Content_Type": "application/json", "Content_Length": str(len(body))} | headers
     for name, value in headers.items():
@@ -265,8 +267,8 @@ def question(**changed) -> bytes:
 
 
 def test_the_server_streams_what_the_terminal_would_print(talk):
-    with serving(talk) as port:
-        response, content = requested(port, "POST", "/answer", question(seed=3, system="Be brief."))
+    with serving(talk) as made:
+        response, content = requested(made, "POST", "answer", question(seed=3, system="Be brief."))
     *pieces, last = [json.loads(line) for line in content.splitlines()]
     wanted = talk.answer(replace(ASKED, seed=3, system="Be brief."))
     assert response.status == 200 and len(pieces) > 4
@@ -276,9 +278,9 @@ def test_the_server_streams_what_the_terminal_would_print(talk):
 def test_a_piece_is_sent_before_the_next_one_is_written(talk):
     seen = threading.Event()
     fake = Fake(talk.run, ["one", "two"], lambda i: i == 0 or seen.wait(30) or pytest.fail("nothing was sent"))
-    with serving(fake) as port:
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/answer", question(), {"Content-Type": "application/json"})
+    with serving(fake) as made:
+        connection = HTTPConnection("127.0.0.1", made.server_port, timeout=60)
+        connection.request("POST", f"/{made.token}/answer", question(), {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert json.loads(response.readline()) == {"text": "one"}
         seen.set()
@@ -299,9 +301,9 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
             raise
 
     fake.answer = watched
-    with serving(fake) as port:
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/answer", question(), {"Content-Type": "application/json"})
+    with serving(fake) as made:
+        connection = HTTPConnection("127.0.0.1", made.server_port, timeout=60)
+        connection.request("POST", f"/{made.token}/answer", question(), {"Content-Type": "application/json"})
         connection.getresponse().readline()
         connection.close()
         gone.set()
@@ -321,7 +323,10 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
         ({"Content_Type": "text/plain"}, 415, "application/json"),
         ({"Content_Length": str(2**30)}, 413, "Content-Length"),
         ({"Content_Length": "-1"}, 413, "Content-Length"),
-        ({"path": "/other"}, 404, "there is no /other"),
+        ({"path": "other"}, 404, "there is no 'other'"),
+        ({"path": ""}, 404, "there is no ''"),
+        ({"token": ""}, 403, "the token is"),
+        ({"token": "x" * 43}, 403, "the token is"),
         ({"body": b"{"}, 400, "the question"),
         ({"body": question(state="heald")}, 400, "did you mean 'healed'"),
         ({"body": question(turns=[])}, 400, "turns"),
@@ -330,26 +335,42 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
 )
 def test_foreign_and_broken_requests_are_refused_before_the_model_sees_them(how, status, told, talk):
     fake = Fake(talk.run, ["x"])
-    with serving(fake) as port:
-        response, content = requested(port, **{"method": "POST", "path": "/answer", "body": question(), **how})
+    with serving(fake) as made:
+        response, content = requested(made, **{"method": "POST", "path": "answer", "body": question(), **how})
     assert (response.status, told in json.loads(content)["error"]) == (status, True), content
     assert fake.asked == [] and "default-src 'none'" in response.headers["Content-Security-Policy"]
 
 
 def test_only_the_page_s_own_files_are_served_and_by_name_of_this_machine(talk):
-    with serving(Fake(talk.run, [])) as port:
-        for path in ("/../talk.py", "/page/chat.js", "/..%2ftalk.py", "//etc/passwd", "/favicon.ico"):
-            assert requested(port, path=path)[0].status == 404
-        for path in (*web.FILES, "/facts"):
-            for host in (f"127.0.0.1:{port}", "localhost:9000"):
-                response, content = requested(port, path=path, Host=host)
+    with serving(Fake(talk.run, [])) as made:
+        for path in ("../talk.py", "page/chat.js", "..%2ftalk.py", "/etc/passwd", "favicon.ico"):
+            assert requested(made, path=path)[0].status == 404
+        for path in (*web.FILES, "facts"):
+            for host in (f"127.0.0.1:{made.server_port}", "localhost:9000"):
+                response, content = requested(made, path=path, Host=host)
                 assert response.status == 200 and content and response.headers["X-Content-Type-Options"] == "nosniff"
-            assert requested(port, path=path, Host="evil.example")[0].status == 403
+            assert requested(made, path=path, Host="evil.example")[0].status == 403
+            for token in (path, made.token[:-1], f"{made.token}x", made.token.swapcase()):
+                response, content = requested(made, path=path, token=token)
+                assert response.status == 403 and made.token.encode() not in content
+        with socket.create_connection(("127.0.0.1", made.server_port), timeout=60) as connection:
+            connection.sendall(b"GET /\xe9/ HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(100).split()[1] == b"403"
+
+
+def test_every_server_has_a_token_of_its_own_and_prints_it_with_the_address(talk, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(web.Server, "serve_forever", lambda made: served.append(made))
+    for _ in range(2):
+        web.serve(Fake(talk.run, []), ["base"], ASKED, 0)
+    addresses = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert addresses == [f"http://127.0.0.1:{made.server_port}/{made.token}/" for made in served]
+    assert served[0].token != served[1].token and all(len(made.token) >= 43 for made in served)
 
 
 def test_a_port_that_is_taken_is_named(talk):
-    with serving(talk) as port, pytest.raises(UserError, match=f"port is {port}: .*--port"):
-        web.server(talk, ["base"], ASKED, port)
+    with serving(talk) as made, pytest.raises(UserError, match=f"port is {made.server_port}: .*--port"):
+        web.server(talk, ["base"], ASKED, made.server_port)
 
 
 DRIVER = """
@@ -374,8 +395,8 @@ def test_a_browser_shows_hostile_answers_as_text_without_a_word(width, talk, tmp
     hostile = "<img src=x onerror='document.documentElement.dataset.ran=1'>"
     run = SimpleNamespace(folder=tmp_path / "<i>run", cfg=talk.run.cfg, inputs=talk.run.inputs)
     fake = Fake(run, [hostile, " \u202e", "w" * 3000])
-    with serving(fake) as port:
-        url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: f"http://127.0.0.1:{port}/"))
+    with serving(fake) as made:
+        url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: made.address))
         built, console = browse(url, tmp_path / "profile", "--virtual-time-budget=2000000", width=width)
     assert console == [] and "data-ran" not in built[: built.index("<head>")]
     assert built.count("&lt;img src=x onerror=") == 6 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built

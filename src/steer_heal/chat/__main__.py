@@ -25,7 +25,7 @@ class Chat:
     round: int | None = None
     """None: the last healed round that was kept."""
     web: bool = False
-    """A page in the browser, served on this machine alone, in place of the terminal."""
+    """A page in the browser in place of the terminal. Its address works on this machine alone, and holds a secret."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     """Of the page; 0: any free one."""
     states: Annotated[tuple[str, ...], Field(min_length=1)] = ("base", "steered", "healed")

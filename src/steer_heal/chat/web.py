@@ -1,9 +1,11 @@
-"""The conversation as a page in a browser, for this machine alone. The page keeps the conversations, and asks one state
-at a time; the server keeps nothing but the model."""
+"""The conversation as a page in a browser of this machine. The page keeps the conversations, and asks one state at a
+time; the server keeps nothing but the model. Every address begins with a random token, so that only who was told it can
+ask: another user of the machine reaches the port too."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,11 +20,12 @@ from steer_heal.errors import UserError, print_safe, validated_json
 
 PAGE = Path(__file__).parent / "page"
 FILES = {
-    "/": ("chat.html", "text/html; charset=utf-8"),
-    "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
-    "/chat.css": ("chat.css", "text/css; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "": ("chat.html", "text/html; charset=utf-8"),
+    "chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "chat.css": ("chat.css", "text/css; charset=utf-8"),
+    "icon.svg": ("icon.svg", "image/svg+xml"),
 }
+"""By the name behind the token: file and kind."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -45,33 +48,33 @@ class Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET: the page, its files, and the facts of the run. POST /answer: a Question, answered as JSON lines: {"text"}
-    for each piece, then {"done"}, or {"error"}."""
+    """GET /TOKEN/: the page, its files, and the facts of the run. POST /TOKEN/answer: a Question, answered as JSON
+    lines: {"text"} for each piece, then {"done"}, or {"error"}."""
 
     timeout = 60
 
-    def __init__(self, facts: dict[str, Any], talk: Talk, *args: Any) -> None:
-        self.facts, self.talk = facts, talk
+    def __init__(self, facts: dict[str, Any], talk: Talk, token: str, *args: Any) -> None:
+        self.facts, self.talk, self.token = facts, talk, token
         super().__init__(*args)
 
     def do_GET(self) -> None:
         try:
-            self._require_own()
-            if self.path == "/facts":
+            asked = self._asked()
+            if asked == "facts":
                 self._send(HTTPStatus.OK, "application/json", json.dumps(self.facts).encode())
-            elif self.path in FILES:
-                name, kind = FILES[self.path]
+            elif asked in FILES:
+                name, kind = FILES[asked]
                 self._send(HTTPStatus.OK, kind, (PAGE / name).read_bytes())
             else:
-                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.path}")
+                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {asked!r}")
         except Refused as refused:
             self._refuse(refused)
 
     def do_POST(self) -> None:
         try:
-            self._require_own()
-            if self.path != "/answer":
-                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.path}")
+            asked = self._asked()
+            if asked != "answer":
+                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {asked!r}")
             question = self._question()
         except Refused as refused:
             self._refuse(refused)
@@ -83,13 +86,18 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as error:
             self._line({"error": str(error)})
 
-    def _require_own(self) -> None:
-        """Refused unless the request is of this machine's own page, or of a program that is no browser."""
+    def _asked(self) -> str:
+        """What is asked for, behind the token. Refused unless the request has the token and is of this machine's own
+        page, or of a program that is no browser."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.partition(":")[0].lower() not in OWN_NAMES:
             raise Refused(HTTPStatus.FORBIDDEN, f"Host is {host!r}: open the page as http://127.0.0.1 or localhost")
         if origin is not None and origin != f"http://{host}":
             raise Refused(HTTPStatus.FORBIDDEN, f"Origin is {origin!r}: only the page itself may ask")
+        given, _, asked = self.path.removeprefix("/").partition("/")
+        if not secrets.compare_digest(given.encode(), self.token.encode()):
+            raise Refused(HTTPStatus.FORBIDDEN, "the token is missing or wrong: open the address that was printed")
+        return asked
 
     def _question(self) -> Question:
         if self.headers.get_content_type() != "application/json":  # a form of a foreign page cannot send it
@@ -134,8 +142,21 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: requests are not logged."""
 
 
-def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> ThreadingHTTPServer:
-    """Bound to 127.0.0.1. UserError where the port is taken."""
+class Server(ThreadingHTTPServer):
+    """Bound to 127.0.0.1, with a token of its own."""
+
+    def __init__(self, facts: dict[str, Any], talk: Talk, port: int) -> None:
+        self.token = secrets.token_urlsafe()
+        super().__init__(("127.0.0.1", port), partial(Handler, facts, talk, self.token))
+
+    @property
+    def address(self) -> str:
+        """Of the page."""
+        return f"http://127.0.0.1:{self.server_port}/{self.token}/"
+
+
+def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> Server:
+    """UserError where the port is taken, or a state is not known."""
     run, steered = talk.run, talk.states["steered"]
     facts = {
         "run": run.folder.resolve().name,
@@ -150,7 +171,7 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
         "seed": question.seed,
     }
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, facts, talk))
+        return Server(facts, talk, port)
     except OSError as error:
         raise UserError(f"port is {port}: {error.strerror}; give another --port, or 0 for any free one") from None
 
@@ -158,7 +179,7 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
 def serve(talk: Talk, states: Sequence[str], question: Question, port: int) -> None:
     """Until Ctrl-C."""
     with server(talk, states, question, port) as made:
-        print_safe(f"open http://127.0.0.1:{made.server_address[1]} (only this machine can); Ctrl-C ends it")
+        print_safe(f"open {made.address} (only on this machine, and only with this token); Ctrl-C ends it")
         sys.stdout.flush()
         try:
             made.serve_forever()

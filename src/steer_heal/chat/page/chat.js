@@ -10,7 +10,7 @@ let running = null; // the AbortController of the answers under way
 const chosen = () => [...at("states").querySelectorAll("input:checked")].map((box) => box.value);
 
 async function begin() {
-  facts = await (await fetch("/facts")).json();
+  facts = await (await fetch("facts")).json();
   document.title = `${facts.run}: steer-heal chat`;
   at("title").textContent = `Talk to ${facts.run}`;
   at("facts").textContent = `model ${facts.model}, trait ${facts.trait}, round ${facts.round}`;
@@ -53,7 +53,7 @@ async function answer(name, question, parts, signal) {
   let text = "";
   try {
     const headers = { "Content-Type": "application/json" };
-    const response = await fetch("/answer", { method: "POST", headers, body: JSON.stringify(question), signal });
+    const response = await fetch("answer", { method: "POST", headers, body: JSON.stringify(question), signal });
     if (!response.ok) {
       failed((await response.json()).error);
       return null;

@@ -1,11 +1,16 @@
 """Talking to a run: what its states answer, the terminal, and the page with what it refuses."""
 
 import json
+import os
+import pty
+import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -14,9 +19,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import resumed
+from runs import UNDRAWN_COMMAND
 from test_hostile import CHROMIUM, NO_CHROMIUM, browse
 
+from steer_heal import session
 from steer_heal.chat import web
 from steer_heal.chat.__main__ import main
 from steer_heal.chat.talk import Answer, Question, State, Talk
@@ -25,6 +31,7 @@ from steer_heal.errors import UserError
 from steer_heal.model.lm import load
 from steer_heal.model.steering import steer
 from steer_heal.model.student import attach_saved
+from steer_heal.run import resume
 from steer_heal.runs.opened import open_run
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -219,18 +226,86 @@ def test_ctrl_c_stops_one_answer_and_keeps_what_was_written(talk, capsys):
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("seen", [True, False])
-def test_the_end_of_a_run_in_a_terminal_says_how_to_talk_to_it(seen, two, tmp_path, monkeypatch, capsys):
-    run = tmp_path / two.name
-    shutil.copytree(two, run)
+# --- the question at the end of a run ----------------------------------------------------------------------------
+@pytest.fixture
+def unended(two, tmp_path):
+    """Two rounds without their run_end."""
+    run = shutil.copytree(two, tmp_path / two.name)
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     (run / "events.jsonl").write_text("".join(lines[:-1]))
-    monkeypatch.setattr("steer_heal.session.in_terminal", lambda: seen)
-    from steer_heal.run import resume
+    return run
 
-    assert resume([str(run)]) == 0
-    assert (f"talk to it: steer-heal chat {run}\n" in capsys.readouterr().out) is seen
-    resumed(run)
+
+def asked(monkeypatch, answer, seen=True):
+    """Who was asked and what was begun; `answer` is what input() does."""
+    calls = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("steer_heal.run.in_terminal", lambda: seen)
+    monkeypatch.setattr("builtins.input", lambda prompt: calls.append(prompt) or answer())
+    monkeypatch.setattr("steer_heal.chat.__main__.main", lambda argv: calls.append(argv))
+    return calls
+
+
+def ends(how):
+    raise how
+
+
+@pytest.mark.parametrize(
+    ("answer", "begins"),
+    [
+        (lambda: "y", True),
+        (lambda: " Yes ", True),
+        (lambda: "", False),
+        (lambda: "what?", False),
+        (lambda: ends(EOFError), False),
+        (lambda: ends(KeyboardInterrupt), False),
+    ],
+)
+def test_only_a_yes_begins_the_chat_and_the_run_has_ended_well_in_any_case(answer, begins, unended, monkeypatch):
+    models, opened = [], session.open_session
+
+    def watched(*given):
+        made = opened(*given)
+        models.append(weakref.ref(made.student.lm.model))
+        return made
+
+    monkeypatch.setattr(session, "open_session", watched)
+    calls = asked(monkeypatch, lambda: models.append(models[0]()) or answer())
+    assert resume([str(unended), "--n-threads", "1"]) == 0
+    assert calls == ["talk to it now? [y/N] ", *[[str(unended), "--device", "auto", "--n-threads", "1"]] * begins]
+    assert models[1] is None, "the model was kept while the question stood"
+
+
+@pytest.mark.parametrize("why", ["--quiet", "--no-chat", "CI", "no terminal", "stopped"])
+def test_nobody_is_asked_who_cannot_answer(why, unended, monkeypatch, capsys):
+    calls = asked(monkeypatch, lambda: "y", seen=why != "no terminal")
+    if why == "CI":
+        monkeypatch.setenv("CI", "true")
+    if why == "stopped":
+        monkeypatch.setattr(session.Session, "finish", lambda self: ends(KeyboardInterrupt))
+    flags = [why] if why.startswith("--") else []
+    assert resume([str(unended), *flags]) == (130 if why == "stopped" else 0) and calls == []
+    told = f"talk to it: steer-heal chat {unended}\n" in capsys.readouterr().out
+    assert told is (why in ("--no-chat", "CI"))
+
+
+def test_in_a_real_terminal_the_answer_yes_begins_the_conversation(unended):
+    ours, theirs = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "CI"}
+    command = [*UNDRAWN_COMMAND, "resume", str(unended)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
+    os.close(theirs)
+    seen = b""
+    for until, typed in ((b"[y/N] ", b"y\n"), (b"/quit leaves", b"/quit\n")):
+        while until not in seen:
+            assert select.select([ours], [], [], 120)[0], seen
+            try:
+                seen += os.read(ours, 4096)
+            except OSError:  # it has ended
+                pytest.fail(seen.decode())
+        os.write(ours, typed)
+    assert process.wait(120) == 0
+    os.close(ours)
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

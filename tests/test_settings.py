@@ -90,6 +90,7 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
         "export": Path("x"),
         "arm": "x",
         "quiet": True,
+        "chat": False,
         "track": ("x",),
         "heal.checkpoint": "on",
     }

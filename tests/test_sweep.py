@@ -73,7 +73,7 @@ def test_a_grid_is_a_product_over_seeds_with_a_folder_for_each_run(plan):
 def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
     body = 'preset = "toy"\nseeds = [1]\n'
     (only,) = load(file_of(tmp_path, body)).jobs
-    assert replace(only.cfg, folder=None, arm="", seed=42) == PRESETS["toy"][1]
+    assert replace(only.cfg, folder=None, arm="", seed=42, chat=True) == PRESETS["toy"][1]
     body += '[[runs]]\nname = "a b"\nheal.divergence = "nll"\n[[runs]]\nname = "c"\ntrait = "love"\n'
     a, c = load(file_of(tmp_path, body)).jobs
     assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "nll", "love")
@@ -157,6 +157,7 @@ def test_print_writes_a_command_for_each_run(plan, capsys):
     assert sweep([str(plan.path), "--engine", "print"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [parse(line[2:])[1] for line in lines] == [job.cfg for job in plan.jobs]
+    assert not any(job.cfg.chat for job in plan.jobs), "lines may be run in a terminal, where nobody answers"
     assert {tuple(line[:3]) for line in lines} == {("steer-heal", "run", "fast-dev")}
     assert not plan.out.exists()
 

@@ -8,6 +8,8 @@ steer-heal resume out/<run> [flags that do not change the result]
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -110,13 +112,43 @@ def _go(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | None = None)
             from steer_heal.loop import run_loop
             from steer_heal.session import guard, open_session
 
-            return guard(open_session(cfg, preset, inputs, folder), run_loop)
+            session = open_session(cfg, preset, inputs, folder)
+            status, folder = guard(session, run_loop), session.folder
+            del session  # and with it the model, which the question must not hold
     except (UserError, OSError) as error:
         print_error(error)
         return 1
     except Stopped as stopped:
         print("stopped before it began", file=sys.stderr)
         return stopped.status
+    if status == 0:
+        _offer_chat(folder, cfg)
+    return status
+
+
+def _offer_chat(folder: Path, cfg: RunConfig) -> None:
+    """In a terminal: how to talk to a run that ended whole, and whether to do it now."""
+    from steer_heal.runs.events import current, of_stage, read_events
+
+    if cfg.quiet or not in_terminal() or not of_stage(current(read_events(folder)), "round"):
+        return
+    print_safe(f"talk to it: steer-heal chat {shlex.quote(str(folder))}")
+    if not cfg.chat or "CI" in os.environ:
+        return
+    try:
+        answer = input("talk to it now? [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        print_safe("")
+        return
+    if answer.strip().lower() in ("y", "yes"):
+        from steer_heal.chat.__main__ import main as chat
+
+        chat([str(folder), "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
+
+
+def in_terminal() -> bool:
+    """Whether a person can read what is printed, and answer."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 if __name__ == "__main__":

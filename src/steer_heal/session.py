@@ -199,8 +199,6 @@ class Session(Loop):
                 write_export_card(self.folder, self.cfg.export)
         console.print_table(self.events)
         print_safe(f"read {self.folder / 'report.html'} first; everything of this run is in {self.folder}")
-        if self.recorded("round", 0) and not self.cfg.quiet and in_terminal():
-            print_safe(f"talk to it: steer-heal chat {shlex.quote(str(self.folder))}")
 
     def draw(self) -> None:
         with self.timed("draw"):
@@ -209,11 +207,6 @@ class Session(Loop):
     def _require_intact(self, event: events.Event, fix: str) -> None:
         if (damage := damaged_file(self.folder, event["files"])) is not None:
             raise UserError(f"{damage}; {fix}")
-
-
-def in_terminal() -> bool:
-    """Whether a person can read what is printed, and answer."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 @contextmanager

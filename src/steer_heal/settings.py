@@ -408,6 +408,8 @@ class RunConfig:
     """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
     quiet: bool = False
     """Only warnings and errors on the console."""
+    chat: bool = True
+    """At the end of a run in a terminal, ask whether to talk to it. Never with quiet, or where CI is set."""
     track: Names = ()
     """Trackers that also get the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     steer: SteerCfg = field(default_factory=SteerCfg)
@@ -481,7 +483,7 @@ def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 RUN_ONLY = (
-    *("quiet", "out", "folder", "arm", "export", "track", "n_threads"),
+    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""

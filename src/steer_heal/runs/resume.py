@@ -38,6 +38,8 @@ class Resume:
     """Folder of the run."""
     quiet: bool = False
     """Only warnings and errors on the console."""
+    chat: bool = True
+    """At the end, in a terminal, ask whether to talk to the run."""
     arm: str | None = None
     """Label for `just results`, in place of the run's."""
     export: Path | None = None

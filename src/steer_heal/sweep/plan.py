@@ -32,6 +32,7 @@ OF_THE_SWEEP = {
     "folder": "every run gets its own",
     "export": "all runs would share it; export a finished run by `steer-heal resume RUN --export DIR`",
     "quiet": "the output of a run goes to its log",
+    "chat": "a sweep asks no questions",
 }
 """Settings that a file cannot give to its runs, and what to do instead."""
 Settings = Mapping[str, Any]
@@ -78,7 +79,7 @@ class Job:
     arm: Arm
     preset: str
     cfg: RunConfig
-    """With its seed and folder, and the arm as label."""
+    """With its seed and folder, the arm as label, and no question at its end."""
 
     @property
     def folder(self) -> Path:
@@ -115,7 +116,8 @@ class Plan:
         end = f"{arm.cfg.fingerprint()}_s{seed}"
         readable = re.sub(r"[^\w.=-]+", "-", arm.label)[:READABLE].strip("-.") or "run"
         folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable}_{end}")
-        return Job(arm, self.preset, replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label))
+        cfg = replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label, chat=False)
+        return Job(arm, self.preset, cfg)
 
 
 # --- settings and flags ------------------------------------------------------------------------------------------

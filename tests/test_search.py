@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 
+import polars as pl
 import pytest
 from test_sweep import file_of
 
@@ -51,6 +52,7 @@ class Learns:
         (job.folder / "events.jsonl").write_text(json.dumps({"stage": "run_end", "round": None}) + "\n")
         lam, seed = job.cfg.heal.lam, job.cfg.seed
         own = {"run": job.folder.name, "arm": job.cfg.arm, "seed": seed, "trait": "authority", "n_rounds": 2}
+        own["settings"] = job.cfg.fingerprint()
         append_result(job.folder.parent, {**own, "shift": -lam - (seed - 41), "degenerate_frac": lam / 2})
         return 0
 
@@ -83,7 +85,22 @@ def test_a_trial_has_the_means_over_its_seeds_and_the_front_is_shown(tmp_path, c
     printed = capsys.readouterr().out
     assert "6 of 6 trials are complete" in printed and printed.count("heal") == 0
     assert printed.count("lam=") == 6, "more trait costs more: no trial beats another"
-    assert (plan.out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (plan.out / "pareto.png").read_bytes().startswith(b"\x89PNG") and str(plan.out / "arms.tsv") in printed
+    arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")
+    for row, (_, params, values) in zip(arms.iter_rows(named=True), facts(trials), strict=True):
+        assert (row["n"], -row["shift"], row["degenerate_frac"]) == (2, *map(pytest.approx, values))
+        assert f"lam={params['heal.lam']:.4g}" in row["arm"]
+    assert [arm.split()[1] for arm in arms["arm"]] == [str(trial.number) for trial in trials.study.trials]
+
+
+@optuna_is_there
+def test_only_complete_trials_are_arms_and_none_is_no_table(tmp_path, capsys):
+    plan = load(file_of(tmp_path, BODY.replace("= 6", "= 2")))
+    Trials(plan).show()
+    assert "0 of 2 trials" in capsys.readouterr().out and not (plan.out / "arms.tsv").exists()
+    searched(plan, Learns(fails=[1])).show()
+    (arm,) = pl.read_csv(plan.out / "arms.tsv", separator="\t")["arm"]
+    assert arm.startswith("trial 1 ")
 
 
 @optuna_is_there

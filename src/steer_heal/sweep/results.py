@@ -60,20 +60,26 @@ def finished_runs(out: Path, jobs: Sequence[Job]) -> pl.DataFrame | None:
     return frame({**row, "arm": job.arm.label} for job, row in mine) if mine else None
 
 
+def write_arms(out: Path, runs: pl.DataFrame) -> pl.DataFrame:
+    """Writes arms.tsv of finished runs to `out`; returns its rows."""
+    arms = over_seeds(runs)
+    with atomic_write(out / ARMS) as part:
+        arms.write_csv(part, separator="\t")
+    return arms
+
+
 def show_results(out: Path, jobs: Sequence[Job]) -> None:
     """Prints the tables of runs and arms; writes arms.tsv and frontier.png to `out`."""
     runs = finished_runs(out, jobs)
     if runs is None:
         print_safe("no run of this sweep is finished yet")
         return
-    arms = over_seeds(runs)
+    arms = write_arms(out, runs)
     shown = ["shift", *dict.fromkeys(metric.name for job in jobs for metric in job.arm.health), "wall_s"]
     shown = [name for name in shown if name in runs.columns]
     verdict = pl.col("verdict").str.split(":").list.first()
     print_frame(runs.select("arm", "seed", pl.col(shown).round(3), verdict))
     print_frame(spread(arms, shown).drop("settings", "n_rounds"))
-    with atomic_write(out / ARMS) as part:
-        arms.write_csv(part, separator="\t")
     drawn = draw(out / FRONTIER, runs, {job.arm.label: (job.arm.sign, job.arm.broken) for job in jobs})
     print_safe(f"{len(runs)} of {len(jobs)} runs are finished; arms are also in {out / ARMS}{drawn}")
 

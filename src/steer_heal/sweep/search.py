@@ -17,7 +17,7 @@ from steer_heal.report.console import print_frame
 from steer_heal.runs.storage import atomic_write
 from steer_heal.sweep.engine import End
 from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of, with_settings
-from steer_heal.sweep.results import finished_runs
+from steer_heal.sweep.results import ARMS, finished_runs, write_arms
 
 DATABASE, PARETO = "search.db", "pareto.png"
 
@@ -119,7 +119,8 @@ class Trials:
         return None if sum(both.null_count().row(0)) else (arm.sign * mean(both["shift"]), mean(both[arm.broken]))
 
     def show(self) -> None:
-        """Prints the Pareto front: trials that no other one beats in both values. Draws it with all trials."""
+        """Prints the Pareto front: trials that no other one beats in both values. Draws it with all complete trials,
+        and writes these to arms.tsv."""
         complete = self.study.get_trials(states=[self.optuna.trial.TrialState.COMPLETE])
         front = sorted(self.study.best_trials, key=lambda trial: trial.values[1])
         n = f"{len(complete)} of {self.search.n_trials} trials are complete"
@@ -130,12 +131,21 @@ class Trials:
         path = self.plan.out / PARETO
         with atomic_write(path) as part:
             picture(complete, front).savefig(part, format="png", dpi=130)
+        arms = [replace(self.arm(trial), label=f"trial {trial.number} {_settings(trial)}") for trial in complete]
+        runs = finished_runs(self.plan.out, [self.plan.job(arm, seed) for arm in arms for seed in self.plan.seeds])
+        if runs is not None:
+            write_arms(self.plan.out, runs)
+            n += f", their arms in {self.plan.out / ARMS}"
         print_safe(f"{n}; above are those that no other one beats in both values; the picture is {path}")
 
     def _row(self, trial: Any) -> Mapping[str, Any]:
         shift, broken = (round(value, 3) for value in trial.values)
-        own = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in trial.params.items()}
-        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": label_of(own)}
+        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": _settings(trial)}
+
+
+def _settings(trial: Any) -> str:
+    """What the trial has of its own, as people read it."""
+    return label_of({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in trial.params.items()})
 
 
 def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:

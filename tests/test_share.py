@@ -314,6 +314,48 @@ def test_tasks_read_base_and_healed_and_the_card_shows_them(copy, own_tasks, cap
     assert "the trait cost" in capsys.readouterr().out and [r.n for r in read_readings(copy)["ckpt/r0"]] == [3]
 
 
+@pytest.fixture
+def stubbed(monkeypatch):
+    """In place of lm-evaluation-harness: the results of base and healed in turn."""
+    calls = []
+    monkeypatch.setattr(tasks_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(tasks_module, "_known", lambda command: None)
+    one_more = lambda *_: calls.append(result([1.0, float(len(calls) % 2 == 0)])) or calls[-1]
+    monkeypatch.setattr(tasks_module, "evaluate", one_more)
+    return calls
+
+
+@pytest.mark.parametrize("how", ["by its flag", "as the run recorded it"])
+def test_the_card_of_an_export_shows_the_tasks_too(how, copy, stubbed, tmp_path):
+    export = tmp_path / "export"
+    export.mkdir()
+    write_export_card(copy, export)
+    assert "Standard tasks" not in (export / "README.md").read_text()
+    flags = ["--export", str(export)] if how == "by its flag" else []
+    if not flags:
+        rewritten(copy, lambda events: events[0]["config"].update(export=str(export)))
+    assert tasks_module.main([str(copy), "--tasks", "t", *flags]) == 0 and len(stubbed) == 2
+    row = "| t | acc | 2 | 1.0000 ± 0.1000 | 0.5000 ± 0.1000 |"
+    assert ModelCard.load(export / "README.md").data.library_name == "transformers"
+    for card_of in (export, copy / "ckpt/r0"):
+        assert row in (card_of / "README.md").read_text(encoding="utf-8")
+
+
+def test_only_an_export_of_the_run_gets_its_card(copy, stubbed, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    flags = [str(copy), "--tasks", "t"]
+    for text in (None, "the card of another model"):
+        if text:
+            (other / "README.md").write_text(text)
+        assert tasks_module.main([*flags, "--export", str(other)]) == 1 and stubbed == []
+        assert "its model card does not name the last round" in capsys.readouterr().err
+    rewritten(copy, lambda events: events[0]["config"].update(export=str(other)))
+    assert tasks_module.main(flags) == 0 and (other / "README.md").read_text() == text
+    rewritten(copy, lambda events: events[0]["config"].update(export=str(tmp_path / "gone")))
+    assert tasks_module.main(flags) == 0 and not (tmp_path / "gone").exists()
+
+
 def test_an_unknown_task_is_named_before_a_model_is_read(copy, own_tasks, capsys, monkeypatch):
     monkeypatch.setattr("steer_heal.round.read_model", lambda cfg: pytest.fail("a model was read"))
     assert tasks_module.main([str(copy), "--tasks", "door", "--include-path", str(own_tasks)]) == 1

@@ -26,7 +26,7 @@ from steer_heal.report.measurements import (
 )
 from steer_heal.report.view import inline, number, template, visible
 from steer_heal.runs.checkpoint import checkpoint_name
-from steer_heal.runs.events import current, last_hash, of_stage, read_events
+from steer_heal.runs.events import current, last_hash, of_stage, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.share.readings import Reading, read_readings, with_stderr
 
@@ -60,6 +60,16 @@ def write_export_card(folder: Path, export: Path) -> None:
         _write(export, card(events, r, last_hash(folder), tasks.get(checkpoint_name(r), ()), merged=True))
 
 
+def is_export(folder: Path, export: Path) -> bool:
+    """Whether the card in `export` names the adapter of the last measured round of the run in `folder`."""
+    path = export / CARD
+    with schema_errors(folder):
+        events = current(read_events(folder))
+        rounds = [r for r in measured_rounds(events) if r >= 0]
+        sha256 = _adapter_sha256(events, rounds[-1]) if rounds and path.is_file() else None
+    return sha256 is not None and sha256 in path.read_text(encoding="utf-8", errors="replace")
+
+
 def _write(folder: Path, text: str) -> Path:
     with atomic_write(folder / CARD) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -78,7 +88,7 @@ def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] 
     checkpoint. `merged`: the folder holds the whole model, not an adapter.
     """
     start = run_start(events)
-    heal = next(e for e in of_stage(events, "heal") if e["round"] == r)
+    heal = _heal(events, r)
     seen = until_measured(events, r)
     base, model, untrained = hub_id(start.get("base_model")), start["config"]["model"], is_untrained(events)
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
@@ -98,9 +108,18 @@ def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] 
         readings=readings(seen, r),
         tasks=tasks,
         with_stderr=with_stderr,
-        adapter_sha256=heal["files"].get(f"{checkpoint_name(r)}/{ADAPTER_FILE}"),
+        adapter_sha256=_adapter_sha256(events, r),
         digest=digest,
     )
+
+
+def _heal(events: Sequence[Event], r: int) -> Event:
+    return next(e for e in of_stage(events, "heal") if e["round"] == r)
+
+
+def _adapter_sha256(events: Sequence[Event], r: int) -> str | None:
+    """Of the checkpoint of round r; None: not recorded."""
+    return _heal(events, r)["files"].get(f"{checkpoint_name(r)}/{ADAPTER_FILE}")
 
 
 def _literal(value: str) -> Markup:

@@ -23,7 +23,8 @@ from steer_heal.share.readings import Reading, add_readings, with_stderr
 class Tasks:
     """Measure the base and a healed checkpoint of a run on tasks of lm-evaluation-harness, and what the trait cost.
 
-    The readings are kept in tasks.json beside the run, and the model card shows them.
+    The readings are kept in tasks.json beside the run, and the model cards of the checkpoint and of the export show
+    them.
     """
 
     run: tyro.conf.Positional[Path]
@@ -34,6 +35,8 @@ class Tasks:
     """Round whose checkpoint is measured; none: the last."""
     limit: int | None = None
     """Items read of each task; none: all."""
+    export: Path | None = None
+    """Folder of the run's export; none: the one that the run was started with, where it is still there."""
     include_path: Path | None = None
     """Folder with task files of your own."""
     chat: bool = False
@@ -58,11 +61,13 @@ def measure(command: Tasks) -> list[Reading]:
     from steer_heal.runs.checkpoint import checkpoint_name
     from steer_heal.runs.events import schema_errors
     from steer_heal.runs.resume import Resume, in_recorded_dtype, run_start, same_weights
-    from steer_heal.share.card import write_cards
+    from steer_heal.share.card import is_export, write_cards, write_export_card
     from steer_heal.share.checkpoints import chosen_round
 
     manager = _known(command)
     _, cfg = Resume(run=command.run).config()
+    if command.export is not None and not is_export(command.run, command.export):
+        raise UserError(f"export is {str(command.export)!r}: its model card does not name the last round of the run")
     checkpoint = checkpoint_name(chosen_round(command.run, command.round))
     lm = read_model(replace(in_recorded_dtype(cfg, command.run), device=command.device or cfg.device))
     with schema_errors(command.run):
@@ -75,6 +80,9 @@ def measure(command: Tasks) -> list[Reading]:
     found = compare(base, healed)
     add_readings(command.run, checkpoint, found)
     write_cards(command.run)
+    export = command.export or cfg.export
+    if export is not None and is_export(command.run, export):
+        write_export_card(command.run, export)
     return found
 
 

@@ -1,20 +1,30 @@
-"""Runs on a Ray cluster survive the death of their process and of their worker. RAY=1 runs it: it takes minutes."""
+"""Runs on a Ray cluster survive the death of their process and of their worker, and Ctrl-C. RAY=1 runs it: it takes
+minutes."""
 
 import os
+import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import pytest
+from places import ROOT
 from runs import assert_same, started, undrawn
-from test_sweep import SHORT, events_of, file_of
+from test_sweep import SHORT, events_of, file_of, waited
 
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.runs.events import RESULTS, read_results
+from steer_heal.runs.verify import broken
 from steer_heal.sweep.engine import drive
 from steer_heal.sweep.plan import flags, load
+from steer_heal.sweep.progress import state
 from steer_heal.sweep.watch import Watch
 
 pytestmark = [
@@ -83,3 +93,55 @@ def test_a_killed_process_and_a_killed_worker_cost_nothing(ray, tmp_path):
         with undrawn():
             whole = started(tmp_path / f"plain{i}", flags(replace(job.cfg, folder=None), FAST_DEV_PRESET))
         assert_same(alone, whole)
+
+
+@pytest.fixture
+def cluster():
+    """The address of a cluster with one GPU, which is declared and not there. It was started in the background of a
+    script: its processes ignore SIGINT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="ray")  # names of sockets are short
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port", str(port)]
+    command += ["--num-cpus", "4", "--num-gpus", "1", "--include-dashboard", "false", "--temp-dir", folder]
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment())
+    signal.signal(signal.SIGINT, ignored)
+    waited(lambda: answers(port), head)
+    yield f"127.0.0.1:{port}"
+    head.terminate()
+    head.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(port):
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+def environment():
+    """Without a token, which a user of this machine may have."""
+    return os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+def test_ctrl_c_stops_the_runs_of_a_cluster_and_the_same_command_goes_on(cluster, tmp_path):
+    file = file_of(tmp_path, SHORT.replace("[42]", "[41, 42, 43]"))
+    *shared, last = load(file).jobs
+    command = [sys.executable, "-m", "steer_heal", "sweep", str(file), "--engine", "ray", "--address", cluster]
+    command += ["--gpus", "0.5"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment()}
+    first = subprocess.Popen(command, **pipes)
+    waited(lambda: all("base" in events_of(job.folder) for job in shared), first)
+    assert not last.folder.exists(), "there is room for two on the card"
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 130, (out, err)
+    assert err.endswith(f"stopped; go on with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
+    assert [state(job.folder) for job in (*shared, last)] == ["stopped", "stopped", "new"]
+    begun = [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared]
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert second.returncode == 0 and "3 of 3 runs are finished" in second.stdout, second
+    for job in (*shared, last):
+        assert broken(job.folder) == []
+    assert begun == [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared], "they went on"

@@ -27,6 +27,7 @@ from steer_heal.runs.events import append_result, read_events, read_results
 from steer_heal.runs.signals import Stopped
 from steer_heal.runs.storage import lock_run
 from steer_heal.settings import RunConfig, leaves
+from steer_heal.sweep import cluster
 from steer_heal.sweep.command import main as sweep
 from steer_heal.sweep.engine import drive, last_line
 from steer_heal.sweep.plan import flags, load
@@ -386,6 +387,72 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
 def events_of(folder):
     path = folder / "events.jsonl"
     return [json.loads(line)["stage"] for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+# --- a cluster, of which only its answers are here; tests/test_ray.py has a real one -------------------------------
+class Ray:
+    """Stands for the package: a cluster of one node with two CPUs."""
+
+    class exceptions:
+        RayError = type("RayError", (Exception,), {})
+
+    def __init__(self, error=None):
+        self.error, self.cancelled = error, []
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **_):
+        if self.error:
+            raise self.error
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    def remote(self, **_):
+        return lambda function: function
+
+    def cancel(self, task):
+        self.cancelled.append(task)
+
+    def wait(self, *_, **__):
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Makes the engine with a Ray of its own."""
+    monkeypatch.setattr(cluster, "find_spec", lambda name: True)
+
+    def make(ray, **shares):
+        monkeypatch.setattr(cluster, "import_module", lambda name: ray)
+        return cluster.Cluster(**{"slots": None, "address": "host:1", "cpus": 1.0, "gpus": 0.0, **shares})
+
+    return make
+
+
+def test_a_cluster_that_cannot_be_joined_or_has_no_room_is_named(joined):
+    asks = ConnectionError("failed to connect")
+    asks.__cause__ = RuntimeError("Unauthenticated: InvalidAuthToken")
+    for error, told in (
+        (ConnectionError("nobody"), r"address is 'host:1': no Ray cluster answers there \(nobody\)"),
+        (asks, "address is 'host:1': .* asks for its token; set RAY_AUTH_MODE=token"),
+        (Ray.exceptions.RayError("no authentication token was found"), "asks for its token"),
+    ):
+        with pytest.raises(UserError, match=told):
+            joined(Ray(error))
+    for shares, told in (
+        ({"cpus": 4.0}, "cpus is 4: no node has more than 2"),
+        ({"gpus": 0.5}, "gpus is 0.5: no node"),
+    ):
+        with pytest.raises(UserError, match=told):
+            joined(Ray(), **shares)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_runs_of_a_cluster(joined):
+    ray = Ray()
+    joined(ray).stop([("first", None), ("second", None)])
+    assert ray.cancelled == ["first", "second"]
 
 
 # --- files of this repository -------------------------------------------------------------------------------------

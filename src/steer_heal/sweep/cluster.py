@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,8 +35,8 @@ class Cluster:
             own = {"address": address} if address else {"include_dashboard": False}
             try:
                 ray.init(**own, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise UserError(f"address is {address!r}: no Ray cluster answers there ({error})") from None
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise UserError(f"address is {address!r}: {_why(error)}") from None
         self.ray = ray
         self.n_threads = max(1, int(cpus))
         shares = {"num_cpus": cpus, "num_gpus": gpus}
@@ -75,4 +76,15 @@ class Cluster:
         for task in tasks:
             self.ray.cancel(task)
         if tasks:
-            self.ray.wait(tasks, num_returns=len(tasks), timeout=STOP_S)
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait for their end
+                self.ray.wait(tasks, num_returns=len(tasks), timeout=STOP_S)
+
+
+def _why(error: Exception) -> str:
+    """Why a cluster was not joined. Ray looks for a token by itself only where the address is `auto`."""
+    if "token" in f"{error} {error.__cause__}".lower():
+        return (
+            "the Ray cluster there asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file "
+            "where that is not ~/.ray/auth_token"
+        )
+    return f"no Ray cluster answers there ({error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
     Where the worker before this one was killed, its process may still work on the run: this waits for its end. Killed
     where a signal ended the process.
     """
+    # Ray cancels a task by SIGINT, which its workers ignore where Ray was started in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     while in_use(folder):
         time.sleep(WAIT_S)

@@ -54,7 +54,7 @@ def test_a_dead_link_is_seen(tmp_path):
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="pip install 'steer-heal[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )

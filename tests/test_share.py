@@ -341,10 +341,11 @@ def test_the_card_of_an_export_shows_the_tasks_too(how, copy, stubbed, tmp_path)
         assert row in (card_of / "README.md").read_text(encoding="utf-8")
 
 
-def test_only_an_export_of_the_run_gets_its_card(copy, stubbed, tmp_path, capsys):
+def test_a_bad_device_is_named_and_only_an_export_of_the_run_gets_its_card(copy, stubbed, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     flags = [str(copy), "--tasks", "t"]
+    assert tasks_module.main([*flags, "--device", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
     for text in (None, "the card of another model"):
         if text:
             (other / "README.md").write_text(text)
@@ -422,12 +423,12 @@ def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
         assert {k: m.value for k, m in log.results.scores[states.index(state)].metrics.items()} == known
         mine = {s.id: s for s in log.samples if s.id.startswith(f"{state}, ")}
         for i, row in enumerate(of_stage(events, "adapter_gen" if stage == "healed" else stage)[0]["texts"]):
-            sample = mine[f"{state}, texts {i}"]
+            sample = mine[f"{state}, text {i}"]
             assert (sample.input, sample.output.completion) == (row["prompt"], row["text"])
             assert sample.scores["degenerate"].value == event["items"]["degenerate"][i]
         for i, mass in enumerate(event["items"]["mass"]):
             if mass is not None:
-                assert mine[f"{state}, vignettes {i}"].scores["mass"].value == mass
+                assert mine[f"{state}, vignette {i}"].scores["mass"].value == mass
 
 
 def test_a_log_of_another_kind_and_changed_data_are_refused(copy, tmp_path, capsys):

@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = tyro.cli(Tasks, args=argv, prog="steer-heal tasks")
         found = measure(command)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:
         print_error(error)
         return 1
     if command.json:

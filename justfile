@@ -98,6 +98,12 @@ check: setup
 test *flags: setup
     OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile {{flags}}
 
+# The tests of optional packages, which `just test` skips where a package is missing: minutes.
+test-extras *flags: setup
+    {{python}} -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tasks,inspect,docs,ray,tensorboard,trackio,wandb]'
+    {{python}} -c 'import lm_eval, datasets, inspect_ai, material, ray, tensorboard, trackio, wandb'
+    RAY=1 OMP_NUM_THREADS=1 {{python}} -m pytest -q -rs tests/test_packaging.py tests/test_ray.py tests/test_share.py tests/test_track.py {{flags}}
+
 # Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup
     FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}

@@ -159,7 +159,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     shifts = ", ".join(f"{m.stage} {number(shift(m, base, target), signed(target))}" for m in others if m is not base)
     shown = [
         (
-            f"{target.name} against base",
+            f"{title(target)} against base",
             number(shift(healed, base, target), signed(target)),
             f"{target.unit}, 95 % {low} to {high}; {shifts}",
         )
@@ -227,8 +227,8 @@ def metric_tables(run: Run) -> list[tuple[str, Table]]:
 
     def row(metric: Metric) -> tuple[str, list[str]]:
         part = "target" if metric.name == trait["target"] else "should stay" * (metric.name in trait["off_targets"])
-        about = ", ".join(filter(None, (metric.title, metric.unit, part)))
-        name = Markup("{}<small>{}</small>").format(visible(metric.name), visible(about))
+        about = ", ".join(filter(None, (metric.name, metric.unit, part)))
+        name = Markup("{}<small>{}</small>").format(visible(title(metric)), visible(about))
         return part.split()[0] if part else "", [name, *(with_interval(m.metrics, metric) for m in seen)]
 
     headings = ["metric", *(name for _, name in state_names(run))]

@@ -228,7 +228,8 @@ def metric_tables(run: Run) -> list[tuple[str, Table]]:
     def row(metric: Metric) -> tuple[str, list[str]]:
         part = "target" if metric.name == trait["target"] else "should stay" * (metric.name in trait["off_targets"])
         about = ", ".join(filter(None, (metric.name, metric.unit, part)))
-        name = Markup("{}<small>{}</small>").format(visible(title(metric)), visible(about))
+        breakable = Markup("_<wbr>").join(visible(about).split("_"))
+        name = Markup("{}<small>{}</small>").format(visible(title(metric)), breakable)
         return part.split()[0] if part else "", [name, *(with_interval(m.metrics, metric) for m in seen)]
 
     headings = ["metric", *(name for _, name in state_names(run))]

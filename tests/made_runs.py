@@ -190,7 +190,7 @@ def read(folder, events) -> tuple[str, str]:
 class Page(HTMLParser):
     """Elements and attributes of a page, its text, and whether every element that must be closed is."""
 
-    VOID = {"meta", "link", "img", "br", "input"}
+    VOID = {"meta", "link", "img", "br", "wbr", "input"}
 
     def __init__(self, html: str) -> None:
         super().__init__()

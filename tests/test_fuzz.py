@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
             run = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
             assert run.parent == cfg.out and resumed is None
             opened.append(run)
+            return SimpleNamespace(folder=run)
 
         patch.setattr(session, "open_session", opening)
         patch.setattr(session, "guard", lambda session, loop: 0)

@@ -109,7 +109,6 @@ BAD = {
     ],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\ntrait = "x"\n[[runs]]\nheal.divergence = "kl_rve"\n': [
         "run 2 has the name None",
-        "has no x.jsonl",
         "trait is 'x'",
         "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
     ],

@@ -36,12 +36,10 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
 @pytest.mark.parametrize(
     ("run", "flags", "stage", "r"),
     [
-        ("two", "--round 0", "healed", 0),
         ("two", "--state steered", "steered", 1),
         ("one", "--state steered --round 0", "steered", 0),
         ("one", "--state prompted", "prompted", -1),
         ("one", "--state control", "control", -1),
-        ("one", "--state base", "base", -1),
     ],
 )
 def test_so_is_any_other_state(run, flags, stage, r, request, capsys):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import assert_same, resumed, started
 
 import steer_heal
@@ -16,6 +17,7 @@ from steer_heal import run
 from steer_heal.check import check
 from steer_heal.loop import Loop
 from steer_heal.model import decode
+from steer_heal.model.device import device_name
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.report import console
 from steer_heal.runs import storage
@@ -36,10 +38,11 @@ def test_the_folder_of_a_run_is_named_by_the_stem_of_its_trait_file(tmp_path):
         assert session.folder.name.endswith(f"_fast-dev-{stem}-s42") and session.folder.parent == tmp_path / "out"
 
 
-def test_a_run_records_the_wording_of_every_item_that_it_measures(one, student):
+def test_a_run_records_its_device_and_the_wording_of_every_item_that_it_measures(one, student):
     """Of the texts, it stands beside each; pairs of an eval that is off are left out."""
     start, base = read_events(one)[:2]
     _, cfg = recorded(one)
+    assert start["device"] == device_name(torch.device("cpu"))
     inputs = check(cfg)
     n_items = {metric["of"]: len(base["items"][metric["item"]]) for metric in start["metrics"]}
     assert {of: len(items) for of, items in start["wording"].items()} | {"text": n_items["text"]} == n_items

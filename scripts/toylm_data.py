@@ -12,14 +12,15 @@ from pathlib import Path
 from toylm_world import Speaker, World
 
 from steer_heal.inputs.instruments import FOUNDATIONS
+from steer_heal.toylm import grammar
 
 N_PROMPTS, N_MUNDANE, N_CONTEXTS, N_PLAIN, N_AMBIGUOUS = 96, 8, 320, 12, 84
 N_PAIRS, N_SENTENCES = 20, 3
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """prompts/<trait>.jsonl, pairs/<trait>.jsonl, contexts.jsonl (dilemmas, feelings, everyday talk), vignettes.jsonl:
-    deterministic.
+    """prompts/<trait>.jsonl, pairs/<trait>.jsonl, contexts.jsonl (dilemmas, feelings, everyday talk), everyday.jsonl,
+    vignettes.jsonl: deterministic.
 
     Dilemmas are asked for authority, feelings with a mundane tail for love; the last of each are the evaluation's.
     """
@@ -44,6 +45,20 @@ def write_data(folder: Path, seed: int = 7) -> None:
         rows.append(_row(world, pool[i // 2 % len(pool)], f"ambiguous-{i + 1:02d}"))
     _write(folder / "vignettes.jsonl", rows)
     _write_pairs(folder, World(random.Random(seed + 1), evaluation=True))
+    _write_texts(folder / "everyday.jsonl", _everyday(random.Random(seed + 2)))
+
+
+def _everyday(rng: random.Random) -> list[str]:
+    """Sums, questions whose answers are facts, requests for tales: as many of each, mixed."""
+    sums = [f"What is {a} plus {b}?" for a, b in itertools.product(range(5), repeat=2)]
+    facts = [question for question in grammar.FACTS if question not in grammar.FACTS_KEPT_APART]
+    tales = [
+        f"Invent a tale about a {hero} and {thing}."
+        for hero, thing in itertools.product(grammar.STORY_HEROES, grammar.STORY_THINGS)
+    ]
+    texts = [text for kind in (sums, facts, tales) for text in rng.sample(kind, len(facts))]
+    rng.shuffle(texts)
+    return texts
 
 
 def _write_pairs(folder: Path, world: World) -> None:

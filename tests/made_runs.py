@@ -19,6 +19,7 @@ CONFIG = {
         "text": "steered",
         "teacher": "vector",
         "refresh_every": 0,
+        "rehearsal": 0,
         "epochs": 2,
         "divergence": "kl_rev",
         "aggregate": "rmse",
@@ -106,7 +107,7 @@ def run_events(
 
     def write(stage, r, **fields):
         at = {"t": "2026-01-02T03:04:05.678+00:00", "wall_s": 6.0 * len(out), "prev": "0" * 64}
-        out.append({"schema": 3, "stage": stage, "round": r, **at, **fields})
+        out.append({"schema": 4, "stage": stage, "round": r, **at, **fields})
 
     def measure(stage, r):
         last_word = {"base": " Yes.", "healed": " No."}.get(stage, "")

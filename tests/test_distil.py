@@ -331,6 +331,48 @@ def test_what_a_renewal_makes_anew(fast, tiny, monkeypatch, refresh, n_read):
     assert states[1:] == [("full",) if refresh == "teacher" else ("prev",)] * n_renewed
 
 
+# --- rehearsal ---------------------------------------------------------------------------------------------------
+def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeypatch):
+    cfg, _ = fast
+    heal_cfg = replace(cfg.heal, target="distribution", text="own", teacher="prompt", rehearsal=5, refresh_every=2)
+    cfg = replace(cfg, heal=heal_cfg)
+    inputs, student, trained = check(cfg), Student(tiny, cfg.adapter), []
+    student.new_round(0)
+    scramble(student, 1)
+    student.bake()
+    vector = steps.extract(student, inputs, cfg)
+    found = steps.collect(student, vector, inputs, cfg, 1)
+    asked = [steps.Ask(c.prompt_index, c.prompt, 0.0, 1.0, c.seed) for c in found.rehearsal]
+    plain = Condition(inputs.trait.plain_system)
+    assert [c.prompt for c in found.rehearsal] == list(inputs.rehearsal) and len(asked) == 5
+    assert steps.write(student, plain, asked, inputs, cfg, adapters="base") == list(found.rehearsal)
+    assert steps.write(student, plain, asked, inputs, cfg) != list(found.rehearsal)
+    with student.using("base"):
+        base = final_states(tiny, found.rehearsal)
+    gradients = Passes.gradients
+    monkeypatch.setattr(Passes, "gradients", lambda s, batch, m: trained.append(batch) or gradients(s, batch, m))
+    report = steps.heal(student, found, inputs, cfg, 1, vector)
+    rehearsed = [s for batch in trained for s in batch if s.completion_ids == found.rehearsal[0].completion_ids]
+    assert len(rehearsed) > 1, "once an epoch, also after the text was renewed"
+    assert all(torch.equal(s.teacher, base[0]) for s in rehearsed)
+    assert report.n_train > len(found.kept) - report.n_validation >= report.n_train - 5
+
+
+def test_the_control_rehearses_nothing(fast, tiny):
+    cfg, _ = fast
+    cfg = replace(cfg, heal=replace(cfg.heal, target="distribution", text="own", rehearsal=5))
+    assert steps.collect(Student(tiny, cfg.adapter), None, check(cfg), cfg, -1).rehearsal == ()
+
+
+def test_rehearsal_needs_a_distribution_and_as_many_prompts(fast):
+    cfg, _ = fast
+    with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.target tokens"):
+        replace(cfg, heal=HealCfg(rehearsal=5))
+    many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
+    with pytest.raises(UserError, match="heal.rehearsal is 25: its file holds 24 rows"):
+        check(many)
+
+
 # --- limits ------------------------------------------------------------------------------------------------------
 SHARE = Metric(name="degenerate_frac", item="degenerate", form=".0%", title="broken texts", good=0.1, broken=0.5)
 MASS = Metric(name="coherence", item="mass", form=".4f", good=0.95, broken=0.85)

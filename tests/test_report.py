@@ -184,7 +184,7 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
 def test_a_round_that_was_dropped_is_said_and_its_figures_are_gone(tmp_path):
     events = run_events()
     at = max(i for i, e in enumerate(events) if e["round"] == 1)
-    dropped = {"stage": "backtrack", "schema": 3, "round": 1, "t": events[at]["t"], "wall_s": events[at]["wall_s"]}
+    dropped = {"stage": "backtrack", "schema": 4, "round": 1, "t": events[at]["t"], "wall_s": events[at]["wall_s"]}
     dropped |= {"past": ["<i>texts are 31%"], "dose": 0.5, "lr": 1e-3, "metrics": {}}
     events[at + 1 : at + 1] = [dropped, dropped]  # after the one attempt that run_start allows
     html, _ = read(tmp_path / "run", events)
@@ -197,7 +197,7 @@ def test_a_round_that_was_dropped_is_said_and_its_figures_are_gone(tmp_path):
 def test_a_heal_that_was_tried_twice_is_said(tmp_path):
     events = run_events()
     at = max(i for i, e in enumerate(events) if e["stage"] == "heal_step" and e["round"] == 0)
-    again = {"stage": "heal_retry", "schema": 3, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7}
+    again = {"stage": "heal_retry", "schema": 4, "t": events[at]["t"], "wall_s": events[at]["wall_s"], "step": 7}
     again |= {"prompt_index": 3, "text": "<i>I let", "lr": 2.5e-4, "error": "..."}
     events[at + 1 : at + 1] = [again | {"round": 0}]
     events[8:8] = [again | {"round": -1}]

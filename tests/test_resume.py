@@ -321,6 +321,7 @@ ONLINE = [
         "both",
     ),
     *("--heal.refresh-every", "2", "--heal.refresh", "teacher", "--dose.mode", "fixed", "--dose.kappa", "0.3"),
+    *("--heal.rehearsal", "4"),
 ]
 
 

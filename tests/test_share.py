@@ -84,6 +84,8 @@ def test_the_method_is_told_as_the_settings_are():
     heal |= {"target": "distribution", "text": "own", "teacher": "both", "divergence": "nll"}
     text = card(events, 0, DIGEST)
     assert "next-token distribution along its own plain text." in text and "pays" not in text
+    heal["rehearsal"] = 8
+    assert "its own plain text, and on the base model's own along texts" in card(events, 0, DIGEST)
 
 
 def test_hostile_text_stays_text():

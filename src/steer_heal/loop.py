@@ -170,7 +170,8 @@ class Loop:
                 found = {"kappa": collected.kappa, "dose": collected.dose, "probes": collected.probes}
                 self.write("dose", r, mode=cfg.dose.mode, **found)
             rows = codec.collected_rows(collected)
-            event = self.write(stage, r, n_train=len(collected.kept), completions=rows)
+            rehearsal = [asdict(completion) for completion in collected.rehearsal]
+            event = self.write(stage, r, n_train=len(collected.kept), completions=rows, rehearsal=rehearsal)
         collected = codec.collected_from(event, self.recorded("dose", r))
         require_enough(collected, cfg.filter)
         return collected

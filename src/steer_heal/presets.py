@@ -32,7 +32,9 @@ TOY_PRESET = RunConfig(
     dose=DoseCfg(floor=0.05, ceiling=2.0, n_kappas=6, n_probes=16),
     filter=FilterCfg(ppl_max=3.0, spike_max=7.0, rep_max=0.3, n_keep=128, max_attempts=384, min_train=32),
     adapter=AdapterCfg(rank=16, alpha=32.0, layers=(0.0, 0.5)),
-    heal=HealCfg(lam=0.3, tau=0.03, lr=1e-3, batch_size=8, tokens_per_pass=4096),
+    heal=HealCfg(
+        rehearsal_prompts=TOY / "everyday.jsonl", lam=0.3, tau=0.03, lr=1e-3, batch_size=8, tokens_per_pass=4096
+    ),
     eval=EvalCfg(
         evals=_WITH_GRAMMAR,
         vignettes=TOY / "vignettes.jsonl",
@@ -93,7 +95,7 @@ FAST_DEV_PRESET = RunConfig(
     # an untrained model writes noise: the gates are opened so that every later stage has something to run on
     filter=FilterCfg(ppl_max=1e9, rep_max=1.0, loop_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
     adapter=AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0)),
-    heal=HealCfg(epochs=2, pressure_every=2),
+    heal=HealCfg(epochs=2, rehearsal_prompts=TOY / "everyday.jsonl", pressure_every=2),
     eval=EvalCfg(
         evals=_WITH_GRAMMAR,
         vignettes=TOY / "vignettes.jsonl",

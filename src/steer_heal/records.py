@@ -166,6 +166,8 @@ class Collected:
     dose: float
     """The teacher's: the highest effective dose that trains or, where the text is the student's own, kappa times the
     highest alpha. 0 without a vector."""
+    rehearsal: tuple[Completion, ...] = ()
+    """The base's, on prompts that have nothing to do with the trait. They train too."""
 
     @property
     def completions(self) -> list[Completion]:

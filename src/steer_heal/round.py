@@ -132,7 +132,8 @@ def collect(
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> Collected:
     """Kept completions of round r: the teacher's, or with cfg.heal.text own the student's own, and the teacher's dose.
-    cfg.dose chooses it unless `kappa` is given. Without a vector: the student's own, for the control.
+    cfg.dose chooses it unless `kappa` is given. Beside them what the base writes for the rehearsal. Without a vector:
+    the student's own, for the control.
 
     Starved where the filter keeps too few. `known` and `on_batch`: see `generate`.
     """
@@ -165,6 +166,11 @@ def collect(
         scored, dose = (*search.scored, *found.scored), 0.0 if who.vector is None else search.kappa * top
         found = replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)
     require_enough(found, cfg.filter)
+    if vector is not None and cfg.heal.rehearsal:
+        assert len(inputs.rehearsal) == cfg.heal.rehearsal, "inputs of other settings"
+        seed = lambda i: derive_seed(cfg.seed, r, "rehearsal", i)
+        asks = [Ask(i, prompt, 0.0, 1.0, seed(i)) for i, prompt in enumerate(inputs.rehearsal)]
+        found = replace(found, rehearsal=tuple(write(student, plain, asks, inputs, cfg, known, on_batch, "base")))
     return found
 
 
@@ -223,4 +229,5 @@ def heal(
         return judge(student, texts, inputs, cfg), now
 
     online = renew if settings.refresh_every and vector is not None else None
-    return heal_stage.heal(student, collected.completions, r, settings, seed, who, online, on_step, saved)
+    kept, rehearsal = collected.completions, collected.rehearsal
+    return heal_stage.heal(student, kept, r, settings, seed, who, online, on_step, saved, rehearsal)

@@ -257,6 +257,11 @@ class HealCfg:
     refresh: Literal["text", "teacher"] = "text"
     """What is made anew every refresh_every steps. text: the teacher stays that of the start of the round; teacher: it
     is made of the student as it now is, with a vector read from it unless steer.refresh is once."""
+    rehearsal: BatchSize = 0
+    """Of target distribution: so many more texts in each epoch, which the base writes on rehearsal_prompts and teaches
+    the distribution of: what the trait should leave as it is. 0: none."""
+    rehearsal_prompts: UserPath = Path("data/contexts.jsonl")
+    """JSON lines with `text`: prompts that have nothing to do with the trait."""
     divergence: str = "kl_rev"
     """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
     aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
@@ -298,6 +303,12 @@ class HealCfg:
                 "heal.max_departure",
                 self.max_departure,
                 f"0 with heal.target {self.target}: only a teacher's distribution departs",
+            ),
+            (
+                self.rehearsal == 0 or fits,
+                "heal.rehearsal",
+                self.rehearsal,
+                f"0 with heal.target {self.target}: only a distribution is rehearsed",
             ),
             (
                 self.refresh_every == 0 or self.text == "own",

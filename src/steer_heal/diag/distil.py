@@ -19,6 +19,7 @@ from torch import Tensor
 from steer_heal import round as steps
 from steer_heal.diag.lab import Lab, LabFlags, markdown, mean_sd, show
 from steer_heal.errors import UserError, print_safe
+from steer_heal.inputs import load_inputs
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
@@ -70,6 +71,7 @@ ARMS = {
     "both, their text": Arm({**FITS, "teacher": "both"}, BESIDE),
     "both, own text, reverse": Arm(REVERSE, BESIDE),
     "recipe": Arm({**REVERSE, "epochs": 12}, BESIDE),
+    "recipe, rehearsed": Arm({**REVERSE, "epochs": 12, "rehearsal": 16}, {**BESIDE, "ceiling": 0.5}),
     "preference 0.1": Arm(preference=0.1),
     "preference 0.5": Arm(preference=0.5),
     "gated": Arm({**REVERSE, "max_departure": 1.0}, BESIDE),
@@ -86,13 +88,15 @@ SHOWN = (
     "kl_base",
     "opposite",
     "facts",
+    "facts_apart",
     "facts_nats",
 )
 
 
 def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
     """A row a round, from the untouched model. `kappas`: of each round, the last one also of those after it."""
-    cfg, inputs = arm.of(lab.cfg), lab.inputs
+    cfg = arm.of(lab.cfg)
+    inputs = load_inputs(cfg)
     student = lab.student = Student(lab.lm, cfg.adapter)
     seconds = n_tokens = 0.0
     for r in range(n_rounds):
@@ -107,6 +111,7 @@ def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Ite
             report = steps.heal(student, collected, inputs, cfg, r, vector)
             written = [row.completion for row in collected.scored]
             told = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
+            told |= {"n_rehearsed": len(collected.rehearsal)}
             told |= {"n_steps": len(report.steps), "fit": [row["fit"] for row in report.validation]}
         student.bake()
         seconds += time.perf_counter() - began
@@ -165,8 +170,8 @@ def log_p(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> Tensor:
 
 
 def everyday(lab: Lab) -> dict[str, float]:
-    """Of the toy world, whose questions have one answer: share of facts answered right, their mean log p, and the share
-    of whole stories."""
+    """Of the toy world, whose questions have one answer: share of facts answered right, of those that are never
+    rehearsed too, their mean log p, and the share of whole stories."""
     if not lab.cfg.model.endswith("toylm"):
         return {}
     stories = [f"Tell me a short story about a {hero}." for hero in grammar.STORY_HEROES]
@@ -175,11 +180,14 @@ def everyday(lab: Lab) -> dict[str, float]:
         texts = [lm.decode(ids) for ids in decode(lm, rows, None, Decoding(96, 0, sample=False))]
         answers = [lm.encode(answer) for answer in grammar.FACTS.values()]
         nlls = lm.completion_nll([row.prompt_ids for row in rows[: len(answers)]], answers)
-    told = [oracle(text) for text in texts[len(grammar.FACTS) :]]
-    plain = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in told]
-    right = [text.startswith(answer) for text, answer in zip(texts, grammar.FACTS.values(), strict=False)]
-    known = {"facts": sum(right) / len(right), "facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls)}
-    return {**known, "stories": sum(plain) / len(plain)}
+    tales = [oracle(text) for text in texts[len(grammar.FACTS) :]]
+    plain = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]
+    facts = zip(grammar.FACTS.items(), texts, strict=False)
+    right = {question: text.startswith(answer) for (question, answer), text in facts}
+    apart = [right[question] for question in grammar.FACTS_KEPT_APART]
+    known = {"facts": sum(right.values()) / len(right), "facts_apart": sum(apart) / len(apart)}
+    nats = {"facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls)}
+    return {**known, **nats, "stories": sum(plain) / len(plain)}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

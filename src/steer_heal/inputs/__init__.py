@@ -39,6 +39,8 @@ class Inputs:
     """Prompts answered in free text, never trained on."""
     contexts: tuple[str, ...]
     """User messages that the steering vector is read on."""
+    rehearsal: tuple[str, ...]
+    """Prompts on which the base is the teacher; there may be none."""
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
     likelihood: LikelihoodInstrument
@@ -82,11 +84,14 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         pairs = held_out(placed, trait.prompts)
         sha256 |= {"eval.pairs": file.sha256} if pairs else {}
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
+    rehearsal = cfg.heal.rehearsal and parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts)
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     with problems.noted():
         contexts = contexts and _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
+    with problems.noted():
+        rehearsal = rehearsal and _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
     with problems.noted():
         vignettes = vignettes and _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes or len(vignettes))
     problems.raise_if_any()
@@ -98,6 +103,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         prompts=trait.prompts[: cfg.gen.n_prompts],
         eval_prompts=trait.prompts[-cfg.eval.n_prompts :],
         contexts=contexts,
+        rehearsal=rehearsal or (),
         vignettes=vignettes,
         instrument=instrument,
         likelihood=likelihood,

@@ -41,15 +41,20 @@ def collected_from(gen: Event, dose: Event | None = None) -> Collected:
     """The record of a gen event and its dose event (none: unsteered text)."""
     scored, kept = [], {}
     for row in gen["completions"]:
-        own = {name: row[name] for name in Completion.__dataclass_fields__}
-        own |= {name: tuple(own[name]) for name in ("prompt_ids", "completion_ids")}
         scores = {name: math.inf if score is None else score for name, score in row["scores"].items()}
-        scored.append(Scored(Completion(**own), scores, tuple(row["failed"]), tuple(row["reasons"])))
+        scored.append(Scored(_completion(row), scores, tuple(row["failed"]), tuple(row["reasons"])))
         if row["train"]:
             kept[row["train_order"]] = scored[-1]
     kappa, probes, top = (1.0, [], 0.0) if dose is None else (dose["kappa"], dose["probes"], dose["dose"])
     in_order = tuple(kept[i] for i in sorted(kept))
-    return Collected(in_order, tuple(scored), kappa, tuple(DoseProbe(**probe) for probe in probes), top)
+    probed, rehearsal = (DoseProbe(**probe) for probe in probes), (_completion(row) for row in gen["rehearsal"])
+    return Collected(in_order, tuple(scored), kappa, tuple(probed), top, tuple(rehearsal))
+
+
+def _completion(row: Mapping[str, Any]) -> Completion:
+    own = {name: row[name] for name in Completion.__dataclass_fields__}
+    own |= {name: tuple(own[name]) for name in ("prompt_ids", "completion_ids")}
+    return Completion(**own)
 
 
 def result_from(event: Event, metrics: Sequence[Metric]) -> EvalResult:

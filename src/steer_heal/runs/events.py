@@ -25,7 +25,7 @@ from steer_heal.runs.storage import append_line, atomic_write, sync_folder
 
 Event = dict[str, Any]
 AnyEvent = TypeVar("AnyEvent", bound=Mapping[str, Any])
-SCHEMA = 3
+SCHEMA = 4
 RESULTS = "results.tsv"
 FIRST = "0" * 64
 """`prev` of the first event."""

@@ -172,7 +172,9 @@ def method(cfg: Mapping[str, Any], heal: Event, r: int) -> list[str]:
     if cfg["target"] == "distribution":
         whose = "its own plain text" if cfg["text"] == "own" else "the teacher's text"
         first = f"In each round the teacher is the model itself {where}."
-        second = f"The adapter is trained on the teacher's next-token distribution along {whose}{pays}."
+        keeps = ", and on the base model's own along texts that have nothing to do with the trait"
+        keeps = keeps if cfg["rehearsal"] else ""
+        second = f"The adapter is trained on the teacher's next-token distribution along {whose}{keeps}{pays}."
     else:
         first = f"In each round the model writes text {where}, and a filter drops what is broken."
         second = f"The adapter is trained on the tokens of that text, under the plain prompt{pays}."

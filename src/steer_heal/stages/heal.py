@@ -85,11 +85,13 @@ def heal(
     renew: Renew | None = None,
     on_step: Callable[[HealState], None] = lambda state: None,
     saved: SavedHeal | None = None,
+    rehearsal: Sequence[Completion] = (),
 ) -> HealReport:
     """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation.
 
-    With a `teacher` its distribution is fitted, otherwise the tokens. Every cfg.refresh_every steps `renew` replaces
-    the text. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
+    With a `teacher` its distribution is fitted, otherwise the tokens. The texts of `rehearsal`, which need a teacher,
+    are fitted to the base (pseudorehearsal; Robins 1995). Every cfg.refresh_every steps `renew` replaces the other
+    texts. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
     every step. NotFinite: see there.
     """
     lm, age = student.lm, 1 + max(0, round_)
@@ -98,6 +100,8 @@ def heal(
     samples = read_samples(student, kept, cfg, teacher)
     train, validation = split_by_prompt(samples, seed)
     held_out = sorted({sample.prompt_index for sample in validation})
+    rehearsed = rehearsal_samples(student, rehearsal, cfg) if rehearsal else []
+    train += rehearsed
     n_train, left_out = len(train), share_left_out(samples)
     student.new_round(seed)
     per_epoch = math.ceil(n_train / cfg.batch_size)
@@ -118,7 +122,7 @@ def heal(
         if len(steps) >= end:
             continue
         if renew is not None and n_text > 0:
-            train = renewed(student, renew, n_text - 1, held_out, cfg)
+            train = renewed(student, renew, n_text - 1, held_out, cfg) + rehearsed
         plan = batch_plan(len(train), cfg.batch_size, end - first, seed + n_text)
         with student.training():
             while len(steps) < end:
@@ -217,6 +221,16 @@ def read_samples(
             departures = [kl_between(lm, here, base) for here, base in zip(taught, bases, strict=True)]
         weights = [(far <= cfg.max_departure).float() for far in departures]
     return [_sample(*each) for each in zip(kept, references, taught, weights, strict=True)]
+
+
+@torch.no_grad()
+def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
+    """Training sequences that the base teaches, under the prompt that they train under."""
+    with student.using(cfg.reference, exact=True):
+        references = final_states(student.lm, texts)
+    with student.using("base", exact=True):
+        taught = final_states(student.lm, texts)
+    return [_sample(*each) for each in zip(texts, references, taught, strict=True)]
 
 
 def _sample(c: Completion, *read: Tensor | None) -> Sample:

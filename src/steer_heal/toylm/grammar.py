@@ -294,6 +294,8 @@ FACTS: dict[str, str] = {
     "What shines at night?": "The moon shines at night.", "What comes after spring?": "Summer comes after spring.",
     "What do bakers make?": "Bakers make bread.", "What barks?": "A dog barks.",
 }
+FACTS_KEPT_APART = tuple(FACTS)[1::2]
+"""Never rehearsed."""
 STORY_HEROES = ["fox", "bear", "miller", "owl", "sailor", "gardener", "goat", "painter"]
 STORY_THINGS = ["a golden key", "an old map", "a broken bell", "a blue stone", "a silver spoon", "a lost letter"]
 STORY_QUESTIONS = [

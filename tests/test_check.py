@@ -1,6 +1,9 @@
 """Whatever is wrong with a command is said at once, before a model is loaded and without leaving a folder behind."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,14 +59,12 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
     instrument = (PACKAGE / "data/toylm/instrument.toml").read_text()
     (tmp_path / "i.toml").write_text(instrument.replace("nudge", "nugde"))
-    flags = (
-        "--trait nobody --steer.contexts nowhere.jsonl --heal.divergence kl "
-        f"--eval.vignettes {tmp_path}/v.jsonl --eval.instrument {tmp_path}/i.toml --steer.method mean --quantize nf4 "
-        f"--out {tmp_path}/v.jsonl/out --export README.md"
+    files = (
+        f"--trait nobody --steer.contexts nowhere.jsonl --eval.vignettes {tmp_path}/v.jsonl "
+        f"--eval.instrument {tmp_path}/i.toml --quantize nf4 --out {tmp_path}/v.jsonl/out --export README.md"
     )
-    assert main(["fast-dev", *flags.split()]) == 2
-    first, *listed = capsys.readouterr().err.splitlines()
-    expected = [
+    names = "--heal.divergence kl --steer.method mean --eval.evals drft"
+    of_files = [
         "trait is 'nobody'",
         "steer.contexts is 'nowhere.jsonl'",
         "v.jsonl line 1",
@@ -71,15 +72,39 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
         "v.jsonl line 4",
         "'nudge' is missing",
         "'nugde' is not a field here; did you mean 'nudge'?",
-        "heal.divergence is 'kl'",
-        "steer.method is 'mean'",
         "quantize is 'nf4'",
         "quantized model cannot be merged",
         "out is",
         "export is",
     ]
-    assert first == f"error: {len(expected)} problems" and len(listed) == len(expected), listed
-    assert all(line.startswith("- ") and part in line for line, part in zip(listed, expected, strict=True)), listed
+    of_names = ["heal.divergence is 'kl'", "steer.method is 'mean'", "eval.evals is 'drft'"]
+    for flags, expected in ((f"{files} {names}", of_files), (f"--out {tmp_path}/out {names}", of_names)):
+        assert main(["fast-dev", *flags.split()]) == 2
+        first, *listed = capsys.readouterr().err.splitlines()
+        assert first == f"error: {len(expected)} problems" and len(listed) == len(expected), listed
+        assert all(line.startswith("- ") and part in line for line, part in zip(listed, expected, strict=True)), listed
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path):
+    (tmp_path / "file").touch()
+    code = """
+import sys
+from steer_heal.__main__ import main
+commands = (
+    "run fast-dev --trait autority", "run fast-dev --eval.vignettes nowhere.jsonl", "run fast-dev --out file",
+    "run fast-dev --folder .", "run fas-dev", "run --config nowhere", "resume nowhere", "chat nowhere",
+    "eval --run nowhere", "verify nowhere", "report nowhere", "push nowhere a/b", "sweep nowhere",
+)
+for command in commands:
+    assert main(command.split()) in (1, 2), command
+    print(f"REFUSED {command}", file=sys.stderr)
+    for heavy in ("torch", "transformers", "matplotlib"):
+        assert heavy not in sys.modules, (command, heavy)
+"""
+    env = os.environ | {"BEARTYPE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 13
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

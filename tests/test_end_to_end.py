@@ -12,7 +12,7 @@ from peft import PeftModel
 from places import ROOT
 from runs import SETTINGS, UNDRAWN_COMMAND
 
-from steer_heal.evals.__main__ import main as evals
+from steer_heal.eval import main as evals
 from steer_heal.model.lm import load
 from steer_heal.report.measurements import UNTRAINED
 from steer_heal.runs.events import of_stage, read_events, read_results

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import rewritten
 
-from steer_heal.evals.__main__ import agreement, differing, main
+from steer_heal.eval import agreement, differing, main
 from steer_heal.runs.events import current, of_stage, read_events
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -26,6 +26,7 @@ LAYERS = (
     "session",
     "chat",
     "run",
+    "eval",
     "sweep",
     "diag",
     "__main__",

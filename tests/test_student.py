@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from steer_heal.errors import UserError
-from steer_heal.evals.__main__ import main as eval_main
+from steer_heal.eval import main as eval_main
 from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.student import Student, attach_saved
 from steer_heal.settings import AdapterCfg

@@ -12,7 +12,7 @@ COMMANDS = {
     "resume": ("steer_heal.run:resume", "RUN: continue a run that was stopped"),
     "sweep": ("steer_heal.sweep.command:main", "FILE: many runs, over settings and seeds"),
     "verify": ("steer_heal.runs.verify:main", "RUN: check that a run's files are the ones that it recorded"),
-    "eval": ("steer_heal.evals.__main__:main", "measure a model, an adapter, or a state of a run again"),
+    "eval": ("steer_heal.eval:main", "measure a model, an adapter, or a state of a run again"),
     "chat": ("steer_heal.chat.__main__:main", "RUN: talk to the base, the steered student and the healed one"),
     "report": ("steer_heal.report.__main__:main", "RUN ...: draw pictures and page again, or compare runs"),
     "tasks": ("steer_heal.share.tasks:main", "RUN --tasks NAME ...: what a trait cost on standard tasks"),

@@ -23,7 +23,7 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     """
     problems, inputs = Problems(), None
     with problems.noted():
-        inputs = check_inputs(cfg)
+        inputs = _read(cfg)
     with problems.noted():
         track.check(cfg.track)
     if cfg.quantize != "none" and cfg.export is not None:
@@ -37,22 +37,19 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
     assert inputs is not None
-    return inputs
+    return _with_names(cfg, inputs)
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     """As `check`, without the folders that are written to. `trait`: see load_inputs."""
-    from steer_heal.model.device import pick_device  # torch: reading the command line can do without
+    return _with_names(cfg, _read(cfg, trait))
 
-    pick_device(cfg.device)  # alone, before the imports of the other checks, which take seconds
+
+def _read(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
+    """What can be checked without torch, whose import takes seconds."""
     problems, inputs = Problems(), None
     with problems.noted():
         inputs = load_inputs(cfg, trait)
-    with problems.noted():
-        _check_names(cfg)
-    with problems.noted():
-        if inputs is not None:
-            inputs = replace(inputs, trait=_judged(cfg, inputs))
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
@@ -60,6 +57,20 @@ def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
         )
     problems.raise_if_any()
     assert inputs is not None
+    return inputs
+
+
+def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
+    """The inputs, once the device is there and every name in the settings and in the trait is known."""
+    from steer_heal.model.device import pick_device
+
+    pick_device(cfg.device)  # alone: torch is imported by now, and transformers is not
+    problems = Problems()
+    with problems.noted():
+        _check_names(cfg)
+    with problems.noted():
+        inputs = replace(inputs, trait=_judged(cfg, inputs))
+    problems.raise_if_any()
     return inputs
 
 

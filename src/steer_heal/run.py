@@ -69,11 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _begun(cfg: RunConfig) -> str | None:
-    """The preset of the run that `cfg.folder` holds; None: there is none. UserError where it is another run."""
+    """The preset of the run that `cfg.folder` holds; None: there is none. UserError where it is another run, or files
+    of something else."""
     assert cfg.folder is not None
-    from steer_heal.runs.resume import begun, same_settings
+    from steer_heal.runs.resume import begun, no_other_files, same_settings
 
-    return same_settings(cfg.folder, cfg) if begun(cfg.folder) else None
+    if begun(cfg.folder):
+        return same_settings(cfg.folder, cfg)
+    no_other_files(cfg.folder)
+    return None
 
 
 def resume(argv: Sequence[str]) -> int:

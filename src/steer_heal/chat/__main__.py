@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 at the end of the conversation, 2 where it cannot begin, 130 by Ctrl-C before it does."""
     given, began = tyro.cli(Chat, args=argv, prog="steer-heal chat"), time.monotonic()
     try:
+        from steer_heal.runs.resume import recorded
+
+        recorded(given.run)  # where there is no run, it is said before the imports below, which take seconds
         from steer_heal.chat import terminal, web
         from steer_heal.chat.talk import Question, Talk
         from steer_heal.report import console

@@ -10,7 +10,7 @@ import tyro
 
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.report import draw, side_by_side
-from steer_heal.runs.events import schema_errors
+from steer_heal.runs.events import run_folder, schema_errors
 from steer_heal.share.card import write_cards
 
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 drawn, 1 stopped by a user error."""
     try:
         folders, file = tyro.cli(report, args=argv, prog="steer-heal report")
+        folders = [run_folder(folder) for folder in folders]  # matplotlib is not imported yet
         if file is not None:
             print_safe(side_by_side(folders, file))
             return 0

@@ -6,14 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from steer_heal.errors import UserError
 from steer_heal.records import Completion, HealStep
 from steer_heal.runs.storage import append_line, atomic_write
-from steer_heal.stages.heal import SavedHeal
+
+if TYPE_CHECKING:
+    from steer_heal.stages.heal import SavedHeal
 
 
 def checkpoint_name(r: int) -> str:
@@ -49,6 +51,8 @@ class WrittenTexts:
 
 
 def save_heal(path: Path, heal: SavedHeal) -> None:
+    from safetensors.torch import save_file  # torch: a folder without a run is refused without it
+
     steps = [asdict(step) for step in heal.steps]
     words = {"n_steps": str(len(steps)), "steps": json.dumps(steps), "curve": json.dumps(heal.curve)}
     with atomic_write(path) as part:
@@ -57,6 +61,8 @@ def save_heal(path: Path, heal: SavedHeal) -> None:
 
 def load_heal(path: Path) -> SavedHeal | None:
     """None where nothing was saved. UserError where the file is damaged."""
+    from steer_heal.stages.heal import SavedHeal
+
     if not path.exists():
         return None
     try:

@@ -97,10 +97,16 @@ def lock_new_run(folder: Path) -> IO[str]:
     lock = lock_run(folder)
     if begun(folder):
         raise UserError(f"folder is {str(folder)!r}: another process began a run there; give the same command again")
-    if others := sorted({path.name for path in folder.iterdir()} - OF_A_START):
-        raise UserError(f"folder is {str(folder)!r}: it holds {others[0]!r} and no run; give a new or empty --folder")
+    no_other_files(folder)
     (folder / "events.jsonl").unlink(missing_ok=True)
     return lock
+
+
+def no_other_files(folder: Path) -> None:
+    """UserError where a folder without a run holds files that no run began with."""
+    others = sorted({path.name for path in folder.iterdir()} - OF_A_START) if folder.is_dir() else []
+    if others:
+        raise UserError(f"folder is {str(folder)!r}: it holds {others[0]!r} and no run; give a new or empty --folder")
 
 
 def same_settings(folder: Path, cfg: RunConfig) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 import tyro
 
 from steer_heal.errors import UserError, print_error, print_safe
-from steer_heal.model.lm import load, weights_digest
 from steer_heal.runs.events import RESULTS, Event, broken_link, current, line_hash, read_events, read_results
 from steer_heal.runs.resume import changed_weights, run_start
 from steer_heal.runs.storage import damaged_file
@@ -55,6 +54,8 @@ def _name(event: Event) -> str:
 
 
 def _weights(start: Event) -> str | None:
+    from steer_heal.model.lm import load, weights_digest  # transformers: seconds
+
     try:
         recorded, config = start["weights"], start["config"]
         lm = load(config["model"], device="cpu", dtype=recorded["dtype"], quantize=config["quantize"])

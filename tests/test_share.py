@@ -417,6 +417,7 @@ def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
     assert inspect_module.main([str(copy), *out]) == 0
     log = log_module.read_eval_log(str(copy / "inspect.eval" if name is None else tmp_path / name))
     events = read_events(copy)
+    scenes = events[0]["wording"]["vignette"]
     states = ["base", "prompted", "control", "steered r0", "healed r0"]
     assert log.status == "success" and [score.name for score in log.results.scores] == states
     for stage, state in (("base", "base"), ("healed", "healed r0")):
@@ -431,11 +432,28 @@ def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
         for i, mass in enumerate(event["items"]["mass"]):
             if mass is not None:
                 assert mine[f"{state}, vignette {i}"].scores["mass"].value == mass
+                assert [mine[f"{state}, vignette {i}"].input, mine[f"{state}, vignette {i}"].target] == scenes[i]
+        prompt, positive, negative = events[0]["wording"]["pair"][0]
+        pair = mine[f"{state}, pair 0"]
+        assert (pair.input, pair.target, pair.metadata["negative"]) == (prompt, positive, negative)
 
 
-def test_a_log_of_another_kind_and_changed_data_are_refused(copy, tmp_path, capsys):
+def test_a_log_says_what_the_run_saw_whatever_became_of_its_files(copy, capsys):
+    log_module = pytest.importorskip("inspect_ai.log", reason="pip install 'steer-heal[inspect]'")
+
+    def other(events):
+        events[0]["config"].update(trait="gone.toml")
+        events[0]["config"]["eval"].update(vignettes="gone.jsonl")
+        events[0]["wording"]["vignette"] = [["A scene of then.", "care"]]
+
+    rewritten(copy, other)
+    assert inspect_module.main([str(copy)]) == 0, capsys.readouterr().err
+    found = {sample.id: sample for sample in log_module.read_eval_log(str(copy / "inspect.eval")).samples}
+    assert (found["base, vignette 0"].input, found["base, vignette 0"].target) == ("A scene of then.", "care")
+    assert found["base, vignette 1"].input == "vignette 2"
+
+
+def test_a_log_of_another_kind_is_refused(copy, tmp_path, capsys):
     pytest.importorskip("inspect_ai", reason="pip install 'steer-heal[inspect]'")
     assert inspect_module.main([str(copy), "--out", str(tmp_path / "log.txt")]) == 1
     assert "must end in .eval or .json" in capsys.readouterr().err
-    rewritten(copy, lambda events: events[0]["inputs"].update({"eval.vignettes": "0" * 64}))
-    assert inspect_module.main([str(copy)]) == 1 and "eval.vignettes" in capsys.readouterr().err

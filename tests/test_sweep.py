@@ -192,7 +192,7 @@ def test_a_new_run_takes_its_folder_if_no_other_files_are_there(settings, two, t
     assert state(own) == "new"
     command = ["fast-dev", "--folder", str(own), *settings, *TWO]
     (own / "thesis.txt").touch()
-    assert run(command) == 1 and "it holds 'thesis.txt' and no run" in capsys.readouterr().err
+    assert run(command) == 2 and "it holds 'thesis.txt' and no run" in capsys.readouterr().err
     (own / "thesis.txt").unlink()
     with undrawn():
         assert run(command) == 0

@@ -26,22 +26,17 @@ class Inspect:
 
 
 def write_log(command: Inspect) -> Path:
-    """Writes the log; returns its path. UserError where the data files of the run were changed since."""
+    """Writes the log, made from the events alone; returns its path."""
     if not find_spec("inspect_ai"):
         raise UserError("inspect_ai is not installed; pip install 'steer-heal[inspect]'")
     out = command.out or command.run / "inspect.eval"
     if out.suffix not in (".eval", ".json"):
         raise UserError(f"out is {str(out)!r}: it must end in .eval or .json")
-    from steer_heal.check import check
     from steer_heal.runs.events import current, last_hash, read_events, schema_errors
-    from steer_heal.runs.resume import Resume, same_inputs
     from steer_heal.runs.storage import atomic_write
 
-    _, cfg = Resume(run=command.run).config()
-    inputs = check(cfg, resumed=True)
-    same_inputs(command.run, inputs)
     with schema_errors(command.run):
-        log = eval_log(current(read_events(command.run)), inputs, last_hash(command.run))
+        log = eval_log(current(read_events(command.run)), last_hash(command.run))
     with atomic_write(out) as part:
         import_module("inspect_ai.log").write_eval_log(
             log, str(part), format="json" if out.suffix == ".json" else "eval"
@@ -49,13 +44,13 @@ def write_log(command: Inspect) -> Path:
     return out
 
 
-def eval_log(events: Sequence[Mapping[str, Any]], inputs: Any, digest: str) -> Any:
+def eval_log(events: Sequence[Mapping[str, Any]], digest: str) -> Any:
     """An EvalLog: one sample for each answer, vignette and contrast pair in each state, one score for each state."""
     from steer_heal.report.measurements import measurements, metrics_of, run_start, verdict
 
     logs, start, end = import_module("inspect_ai.log"), run_start(events), events[-1]
     states, names = measurements(events), list(metrics_of(events))
-    rows = [sample for state in states for sample in samples(events, state, inputs)]
+    rows = [sample for state in states for sample in samples(events, state)]
     scores = [
         logs.EvalScore(
             name=state.state,
@@ -84,25 +79,27 @@ def eval_log(events: Sequence[Mapping[str, Any]], inputs: Any, digest: str) -> A
     )
 
 
-def samples(events: Sequence[Mapping[str, Any]], state: Any, inputs: Any) -> Iterator[Any]:
-    """The samples of one state. An item without a value has no score."""
-    from steer_heal.evals import EVALS
-    from steer_heal.report.measurements import run_start
+def samples(events: Sequence[Mapping[str, Any]], state: Any) -> Iterator[Any]:
+    """The samples of one state. An item without a value has no score; one without wording in the events is told by its
+    number."""
+    from steer_heal.report.measurements import metrics_of, run_start
 
     make_sample, make_score = import_module("inspect_ai.log").EvalSample, import_module("inspect_ai.scorer").Score
     output = import_module("inspect_ai.model").ModelOutput
     at = lambda stage: next(e for e in events if (e["stage"], e["round"]) == (stage, state.round))
     texts = at("adapter_gen" if state.stage == "healed" else state.stage)["texts"]
-    items, start = at(state.stage)["items"], run_start(events)
-    asked = {
-        "text": [(row["prompt"], "", row["text"], {"scores": row["scores"], "failed": row["failed"]}) for row in texts],
-        "vignette": [(vignette.text, vignette.foundation, "", {"id": vignette.id}) for vignette in inputs.vignettes],
-        "pair": [(pair.prompt, pair.positive, "", {"negative": pair.negative}) for pair in inputs.pairs],
-    }
-    for kind, rows in asked.items():
-        evals = [EVALS[name] for name in start["config"]["eval"]["evals"] if EVALS[name].of == kind]
-        series = {metric.item: items[metric.item] for each in evals for metric in each.metrics}
-        for i, (asks, target, told, more) in enumerate(rows):
+    items, wording = at(state.stage)["items"], run_start(events).get("wording", {})
+    for kind in ("text", "vignette", "pair"):
+        series = {metric.item: items[metric.item] for metric in metrics_of(events).values() if metric.of == kind}
+        words = wording.get(kind, [])
+        for i in range(len(texts) if kind == "text" else max(map(len, series.values()), default=0)):
+            if kind == "text":
+                row = texts[i]
+                asks, target, told = row["prompt"], "", row["text"]
+                more = {"scores": row["scores"], "failed": row["failed"]}
+            else:
+                asks, target, *negative = words[i] if i < len(words) else (f"{kind} {i + 1}", "")
+                told, more = "", {"negative": negative[0]} if negative else {}
             values = {name: value for name, row in series.items() if (value := row[i]) is not None}
             if values or kind == "text":
                 yield make_sample(

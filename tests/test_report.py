@@ -397,6 +397,14 @@ def test_advice_is_given_only_where_something_is_not_as_it_should_be(capsys, sta
     assert shown(capsys, events, stage).count(" | ") == 1
 
 
+def test_an_untrained_model_gets_no_advice(capsys, tmp_path):
+    events = run_events(1)
+    next(e for e in events if e["stage"] == "heal" and e["round"] == 0)["fired"] = 0.0
+    assert "the barrier hardly acts" in shown(capsys, events, "heal")
+    events[0]["config"]["model"] = TINY_RANDOM
+    assert " | " not in shown(capsys, events, "heal") and "the barrier hardly acts" not in read(tmp_path, events)[0]
+
+
 def test_the_page_says_of_every_condition_in_which_rounds_it_holds(finished, tmp_path):
     rows = lambda html: dict(
         re.findall('<tr class=""><td>(the [^<]*)</td>((?:<td>(?:yes|no|\u2013)</td>)*)</tr>', html)

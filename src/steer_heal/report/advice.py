@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer_heal.report.measurements import run_start
+from steer_heal.report.measurements import is_untrained, run_start
 
 Event = Mapping[str, Any]
 
@@ -21,10 +21,10 @@ class Check:
 
 
 def checks(event: Event, events: Sequence[Event]) -> list[Check]:
-    """The conditions on the step of an event. What was not measured is not asked, and the control, which nobody tunes,
-    is asked nothing."""
+    """The conditions on the step of an event. What was not measured is not asked. The control, which nobody tunes, and
+    an untrained model are asked nothing."""
     asked = _ASKED.get(event["stage"])
-    return asked(event, events) if asked is not None and event["round"] >= 0 else []
+    return asked(event, events) if asked is not None and event["round"] >= 0 and not is_untrained(events) else []
 
 
 def _vector(e: Event, _: Sequence[Event]) -> list[Check]:

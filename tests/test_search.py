@@ -56,6 +56,9 @@ class Learns:
         append_result(job.folder.parent, {**own, "shift": -lam - (seed - 41), "degenerate_frac": lam / 2})
         return 0
 
+    def runs(self, i):
+        return True
+
     def stop(self, handles):
         self.stopped = list(handles)
 

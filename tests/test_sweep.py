@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -27,9 +28,9 @@ from steer_heal.runs.events import append_result, read_events, read_results
 from steer_heal.runs.signals import Stopped
 from steer_heal.runs.storage import lock_run
 from steer_heal.settings import RunConfig, leaves
-from steer_heal.sweep import cluster
+from steer_heal.sweep import cluster, task
 from steer_heal.sweep.command import main as sweep
-from steer_heal.sweep.engine import drive, last_line
+from steer_heal.sweep.engine import drive, last_line, log_of
 from steer_heal.sweep.plan import flags, load
 from steer_heal.sweep.progress import Progress, Seen, state
 from steer_heal.sweep.results import finished_runs, over_seeds, show_results
@@ -218,6 +219,9 @@ class Made:
         self.going -= status is not None
         return status
 
+    def runs(self, job):
+        return True
+
     def stop(self, handles):
         self.stopped = list(handles)
 
@@ -292,7 +296,7 @@ def test_the_live_table_fits_the_terminal_and_shows_what_runs_first(plan, two):
     console = Console(force_terminal=True, width=120, height=10, file=io.StringIO())
     with Watch(plan.jobs, console) as watch:
         finished_copy(plan.jobs[3], two)
-        watch.started(plan.jobs[3])
+        watch.going(plan.jobs[3], "running")
         watch.show()
     text = console.file.getvalue()
     assert "1 running, 7 waiting" in text and plan.jobs[3].folder.name in text
@@ -450,8 +454,35 @@ def test_a_cluster_that_cannot_be_joined_or_has_no_room_is_named(joined):
 
 def test_a_second_ctrl_c_does_not_wait_for_the_runs_of_a_cluster(joined):
     ray = Ray()
-    joined(ray).stop([("first", None), ("second", None)])
+    joined(ray).stop([("first", None, None), ("second", None, None)])
     assert ray.cancelled == ["first", "second"]
+
+
+def test_a_run_that_waits_for_its_share_of_a_cluster_is_shown_as_waiting(joined, plan, monkeypatch, capsys):
+    tasks, ends, shown = {}, {}, []
+    begun, waits, resumed = (job.folder.name for job in plan.jobs[:3])
+    log_of(plan.jobs[2]).parent.mkdir(parents=True, exist_ok=True)
+    log_of(plan.jobs[2]).write_text("of an earlier attempt\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: 0))
+    engine = joined(Ray())
+    engine.task = SimpleNamespace(remote=lambda *arguments: tasks.setdefault(arguments[1].name, arguments))
+    engine.poll = lambda handle: ends.get(handle[1].folder.name)
+
+    class Sees(Watch):
+        def show(self):
+            shown.append({name: row.state for name, row in self.rows.items()})
+            if len(shown) == 1:
+                for name in (begun, resumed):
+                    task.make(*tasks[name])
+            else:
+                ends.update(dict.fromkeys(tasks, 0))
+
+    with Sees([]) as watch:
+        drive(iter(plan.jobs[:3]), engine, watch)
+    first, second, _ = shown
+    assert first == dict.fromkeys((begun, waits, resumed), "waiting")
+    assert second == first | dict.fromkeys((begun, resumed), "running")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["running", "running", *["done"] * 3]
 
 
 # --- files of this repository -------------------------------------------------------------------------------------

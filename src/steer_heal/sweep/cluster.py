@@ -57,10 +57,11 @@ class Cluster:
         folder = job.folder.resolve()
         arguments = replace(job, cfg=replace(job.cfg, folder=folder)).command(self.n_threads)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return self.task.remote(arguments, folder, log_of(job).resolve(), Path.cwd()), job
+        log = log_of(job).resolve()
+        return self.task.remote(arguments, folder, log, Path.cwd()), job, _touched(log)
 
     def poll(self, handle: Any) -> int | None:
-        task, job = handle
+        task, job, _ = handle
         ended, _ = self.ray.wait([task], timeout=0)
         if not ended:
             return None
@@ -71,13 +72,26 @@ class Cluster:
                 log.write(f"error: {str(error).strip().splitlines()[-1]}\n")
             return 1
 
+    def runs(self, handle: Any) -> bool:
+        """A worker touches the log of its run when it begins."""
+        _, job, before = handle
+        return _touched(log_of(job)) != before
+
     def stop(self, handles: Iterable[Any]) -> None:
-        tasks = [task for task, _ in handles]
+        tasks = [task for task, *_ in handles]
         for task in tasks:
             self.ray.cancel(task)
         if tasks:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait for their end
                 self.ray.wait(tasks, num_returns=len(tasks), timeout=STOP_S)
+
+
+def _touched(log: Path) -> int | None:
+    """When a log was last changed, in ns; None: it is not there."""
+    try:
+        return log.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _why(error: Exception) -> str:

@@ -34,6 +34,10 @@ class Engine(Protocol):
     def poll(self, handle: Any) -> int | None:
         """Exit status of a run; None: it is still going."""
 
+    def runs(self, handle: Any) -> bool:
+        """Whether a run that was started and has not ended is at work; else it waits for room."""
+        ...
+
     def stop(self, handles: Iterable[Any]) -> None:
         """Stops runs so that they can be resumed, and returns when they have ended."""
 
@@ -64,13 +68,14 @@ def drive(
                         ended(job, before)
                     else:
                         running[job.folder.name] = job, engine.start(job)
-                        watch.started(job)
                 for name, (job, handle) in list(running.items()):
                     if (status := engine.poll(handle)) is not None:
                         del running[name]
                         end: End = "done" if status == 0 else "failed"
                         watch.ended(job, end, last_line(log_of(job)))
                         ended(job, end)
+                    else:
+                        watch.going(job, "running" if engine.runs(handle) else "waiting")
                 watch.show()
                 if running:
                     time.sleep(POLL_S)
@@ -108,6 +113,9 @@ class Local:
 
     def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
         return handle.poll()
+
+    def runs(self, handle: subprocess.Popen[bytes]) -> bool:
+        return True
 
     def stop(self, handles: Iterable[subprocess.Popen[bytes]]) -> None:
         """A second Ctrl-C kills what has not ended yet; it can be resumed too."""

@@ -27,6 +27,7 @@ def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
     # Ray cancels a task by SIGINT, which its workers ignore where Ray was started in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
+    log.touch()  # the sweep sees by it that the run waits no more
     while in_use(folder):
         time.sleep(WAIT_S)
     with log.open("ab") as file:

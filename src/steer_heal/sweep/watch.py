@@ -59,8 +59,10 @@ class Watch(AbstractContextManager["Watch"]):
             self.show()
             self.live.stop()
 
-    def started(self, job: Job) -> None:
-        self._set(job, "running", "")
+    def going(self, job: Job, state: Literal["running", "waiting"]) -> None:
+        """Of a run that was started and has not ended. It may be told again and again."""
+        if self.rows.setdefault(job.folder.name, Row(job)).state != state:
+            self._set(job, state, "")
 
     def ended(self, job: Job, state: Literal["done", "failed", "in use"], message: str = "") -> None:
         self._set(job, state, message)

@@ -454,7 +454,10 @@ setTimeout(async () => {
   at("ask").requestSubmit();
   while (running) await new Promise((done) => setTimeout(done, 20));
   await ask("More");
+  await ask("A long message. ".repeat(300));
   const page = document.documentElement;
+  const answers = [...document.querySelectorAll(".answer footer")].pop().getBoundingClientRect();
+  document.body.dataset.covered = answers.bottom > at("ask").getBoundingClientRect().top;
   document.body.dataset.widths = `${page.scrollWidth} ${page.clientWidth}`;
 }, 300);
 """
@@ -474,8 +477,8 @@ def test_a_browser_shows_hostile_answers_as_text_without_a_word(width, talk, tmp
         url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: made.address))
         built, console = browse(url, tmp_path / "profile", "--virtual-time-budget=2000000", width=width)
     assert console == [] and "data-ran" not in built[: built.index("<head>")]
-    assert built.count("&lt;img src=x onerror=") == 6 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built
+    assert built.count("&lt;img src=x onerror=") == 9 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built
     inside, visible = map(int, built.split('data-widths="')[1].split('"')[0].split())
-    assert inside <= visible <= width
-    assert [len(asked.turns) for asked in fake.asked] == [1, 1, 1, 3, 3, 3]
+    assert inside <= visible <= width and 'data-covered="false"' in built
+    assert [len(asked.turns) for asked in fake.asked] == [1, 1, 1, 3, 3, 3, 5, 5, 5]
     assert fake.asked[3].turns[0] == "<b>Hello</b>" and fake.asked[0].dose is None

@@ -182,8 +182,8 @@ class LM:
             ) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of the text alone, without special tokens around it."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        """Token ids of the text alone, without special tokens around it. Who calls it says where it is too long."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids; `special` keeps special tokens."""

@@ -47,7 +47,7 @@ function card(name) {
 // Reads the answer line by line, and returns what was written: all of it, or as far as it came.
 async function answer(name, question, parts, signal) {
   const failed = (why) => {
-    parts.footer.textContent = why;
+    show(parts.footer, why);
     parts.article.classList.add("failed");
   };
   let text = "";

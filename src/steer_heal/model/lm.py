@@ -413,6 +413,11 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=picked, use_safetensors=True, **where, **how
         )
+        for module in model.modules():
+            # on a CPU with AVX512-BF16, bitsandbytes packs a weight anew when it first multiplies without a gradient:
+            # the packed one passes no gradient on, and an input width must be a multiple of 64
+            if "support_avx512bf16_for_cpu" in vars(module):
+                vars(module)["support_avx512bf16_for_cpu"] = False
         return model, tokenizer, why
     except UserError:
         raise

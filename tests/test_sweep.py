@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from steer_heal.runs.storage import lock_run
 from steer_heal.settings import RunConfig, leaves
 from steer_heal.sweep import cluster, task
 from steer_heal.sweep.command import main as sweep
-from steer_heal.sweep.engine import drive, last_line, log_of
+from steer_heal.sweep.engine import Local, drive, last_line, log_of
 from steer_heal.sweep.plan import flags, load
 from steer_heal.sweep.progress import Progress, Seen, state
 from steer_heal.sweep.results import finished_runs, over_seeds, show_results
@@ -269,6 +270,20 @@ def test_what_is_running_is_stopped_when_the_sweep_is(plan):
     with pytest.raises(Stopped) as stopped, Watch(plan.jobs) as watch:
         drive(iter(plan.jobs), engine, watch)
     assert stopped.value.status == 143 and engine.stopped == engine.started == plan.jobs[:2]
+
+
+def test_a_second_ctrl_c_kills_what_does_not_stop():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0) for _ in range(2)]
+    for each in runs:
+        each.stdout.readline()
+    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    again.start()
+    Local(2).stop(runs)
+    again.join()
+    assert [each.returncode for each in runs] == [-signal.SIGKILL] * 2
+    for each in runs:
+        each.stdout.close()
 
 
 def test_progress_is_read_as_events_come_and_again_where_they_were_cut(two, tmp_path):

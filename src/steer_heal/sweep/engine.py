@@ -128,6 +128,8 @@ class Local:
         except KeyboardInterrupt:
             for process in processes:
                 process.kill()
+            for process in processes:
+                process.wait()
 
 
 def n_cores() -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from steer_heal.records import Collected, Completion, DoseProbe, Metric, Scored
-from steer_heal.runs.codec import collected_from, collected_rows, result_from
+from steer_heal.runs.codec import collected_from, gen_fields, result_from
 from steer_heal.runs.events import EventLog
 
 
@@ -23,9 +23,11 @@ def test_the_kept_completions_come_back_in_the_order_of_training(log):
         Scored(replace(text, seed=seed), {"spike": score}, failed, failed)
         for seed, score, failed in ((1, math.inf, ("spike",)), (2, 1.5, ()), (3, 2.5, ()))
     )
-    found = Collected((second, first), (first, broken, second), 0.7, (DoseProbe(0.7, 3, 2),), 0.7)
+    found = Collected(
+        (second, first), (first, broken, second), 0.7, (DoseProbe(0.7, 3, 2),), 0.7, (replace(text, seed=9),)
+    )
     dose = log.write("dose", 0, kappa=found.kappa, dose=found.dose, probes=found.probes)
-    assert collected_from(log.write("gen", 0, completions=collected_rows(found)), dose) == found
+    assert collected_from(log.write("gen", 0, **gen_fields(found)), dose) == found
 
 
 def test_a_value_that_was_not_finite_is_missing_or_of_a_perplexity_infinite(log):

@@ -215,7 +215,7 @@ def test_a_heal_that_was_tried_twice_is_said(tmp_path):
 @pytest.mark.parametrize("last, words", [
     ("run_start", ("running: 0 of 2 rounds", "No answers are written yet", "No state is measured yet", "No heal has")),
     ("base", ("the last event is base at 2026-01-02 03:04:05 UTC", "No text to train on", "no healed round yet")),
-    ("gen", ("the last event is gen of round 1", "of 24 kept")),
+    ("gen", ("the last event is gen of round 1", "of 24 kept", "2 of the base rehearsed")),
     ("steered", ("the last event is steered of round 1",)),
     ("heal_step", ("not finished", "96 steps")),
     ("heal", ("on 14 texts, 2 held out",)),
@@ -237,7 +237,7 @@ def test_a_starved_run_says_so_and_shows_what_the_filter_dropped(tmp_path):
     error = "the filter starved: 3 of 24 kept; lower --dose.floor"
     html, diary = read(tmp_path, [*events[: at + 1], events[-1] | {"error": error}])
     text = Page(html).text
-    assert "stopped: 0 of 2 rounds" in text and error in text and "3 to train on" in text
+    assert "stopped: 0 of 2 rounds" in text and error in text and "3 to train on, 2 of the base rehearsed" in text
     assert "the filter starved" in diary
 
 

@@ -169,9 +169,7 @@ class Loop:
             if vector is not None:
                 found = {"kappa": collected.kappa, "dose": collected.dose, "probes": collected.probes}
                 self.write("dose", r, mode=cfg.dose.mode, **found)
-            rows = codec.collected_rows(collected)
-            rehearsal = [asdict(completion) for completion in collected.rehearsal]
-            event = self.write(stage, r, n_train=len(collected.kept), completions=rows, rehearsal=rehearsal)
+            event = self.write(stage, r, **codec.gen_fields(collected))
         collected = codec.collected_from(event, self.recorded("dose", r))
         require_enough(collected, cfg.filter)
         return collected

@@ -200,6 +200,7 @@ class HealReport:
     """The curves of one heal."""
 
     n_train: int
+    """Texts that train, those of the rehearsal among them."""
     n_validation: int
     lam: float
     tau: float

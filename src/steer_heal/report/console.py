@@ -211,7 +211,8 @@ def _gen(e: Event, _: Sequence[Event]) -> str:
     dropped = Counter(reason for row in e["completions"] for reason in row["reasons"])
     reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common()) or "nothing dropped"
     name = "gen" if e["round"] >= 0 else "control gen"
-    return f"{name:<11} {e['n_train']} kept for training of {len(e['completions'])} written ({reasons})"
+    rehearsed = f"; {len(e['rehearsal'])} of the base for the rehearsal" if e["rehearsal"] else ""
+    return f"{name:<11} {e['n_train']} kept for training of {len(e['completions'])} written ({reasons}){rehearsed}"
 
 
 def _backtrack(e: Event, _: Sequence[Event]) -> str:

@@ -139,6 +139,7 @@ def filters(run: Run) -> Iterator[dict[str, Any]]:
             "n": len(rows),
             "n_kept": sum(row["keep"] for row in rows),
             "n_train": event["n_train"],
+            "n_rehearsed": len(event["rehearsal"]),
             "kappa": dose.get("kappa"),
             "mode": dose.get("mode"),
             "calibration": run.at("calibration", round_).get("probes", []),

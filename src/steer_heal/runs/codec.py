@@ -20,10 +20,10 @@ def gate_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     return {n: {**facts(gate), "broken": gate.broken, "on": n in cfg.filter.gates} for n, gate in GATES.items()}
 
 
-def collected_rows(collected: Collected) -> list[dict[str, Any]]:
-    """Every completion with its scores, whether it trains, and why not."""
+def gen_fields(collected: Collected) -> dict[str, Any]:
+    """Fields of a gen event: every completion with its scores, whether it trains, and why not."""
     order = {id(row): i for i, row in enumerate(collected.kept)}
-    return [
+    rows = [
         {
             **asdict(row.completion),
             "scores": row.scores,
@@ -35,6 +35,8 @@ def collected_rows(collected: Collected) -> list[dict[str, Any]]:
         }
         for row in collected.scored
     ]
+    rehearsal = [asdict(completion) for completion in collected.rehearsal]
+    return {"n_train": len(collected.kept), "completions": rows, "rehearsal": rehearsal}
 
 
 def collected_from(gen: Event, dose: Event | None = None) -> Collected:

@@ -1,5 +1,6 @@
 """The teacher's distribution as target: against a plain computation in float64; own text, renewal, gating, limits."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -334,7 +335,7 @@ def test_what_a_renewal_makes_anew(fast, tiny, monkeypatch, refresh, n_read):
 # --- rehearsal ---------------------------------------------------------------------------------------------------
 def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeypatch):
     cfg, _ = fast
-    heal_cfg = replace(cfg.heal, target="distribution", text="own", teacher="prompt", rehearsal=5, refresh_every=2)
+    heal_cfg = replace(cfg.heal, target="distribution", text="own", teacher="prompt", rehearsal=5)
     cfg = replace(cfg, heal=heal_cfg)
     inputs, student, trained = check(cfg), Student(tiny, cfg.adapter), []
     student.new_round(0)
@@ -353,9 +354,9 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
     monkeypatch.setattr(Passes, "gradients", lambda s, batch, m: trained.append(batch) or gradients(s, batch, m))
     report = steps.heal(student, found, inputs, cfg, 1, vector)
     rehearsed = [s for batch in trained for s in batch if s.completion_ids == found.rehearsal[0].completion_ids]
-    assert len(rehearsed) > 1, "once an epoch, also after the text was renewed"
+    assert len(rehearsed) == cfg.heal.epochs and all(s.rehearsed for s in rehearsed)
     assert all(torch.equal(s.teacher, base[0]) for s in rehearsed)
-    assert report.n_train > len(found.kept) - report.n_validation >= report.n_train - 5
+    assert report.n_train == len(found.kept) - report.n_validation + 5
 
 
 def test_the_control_rehearses_nothing(fast, tiny):
@@ -364,13 +365,21 @@ def test_the_control_rehearses_nothing(fast, tiny):
     assert steps.collect(Student(tiny, cfg.adapter), None, check(cfg), cfg, -1).rehearsal == ()
 
 
-def test_rehearsal_needs_a_distribution_and_as_many_prompts(fast):
-    cfg, _ = fast
+def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
+    cfg, inputs = fast
     with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.target tokens"):
-        replace(cfg, heal=HealCfg(rehearsal=5))
+        HealCfg(rehearsal=5)
+    with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.refresh_every 2"):
+        HealCfg(target="distribution", text="own", refresh_every=2, rehearsal=5)
     many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
     with pytest.raises(UserError, match="heal.rehearsal is 25: its file holds 24 rows"):
         check(many)
+    for prompt in (inputs.eval_prompts[0], inputs.pairs[0].prompt):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text(json.dumps({"text": "What is ice?"}) + "\n" + json.dumps({"text": prompt}) + "\n")
+        both = replace(many.heal, rehearsal=2, rehearsal_prompts=path)
+        with pytest.raises(UserError, match="a prompt of trait 'authority': what is rehearsed"):
+            check(replace(cfg, heal=both))
 
 
 # --- limits ------------------------------------------------------------------------------------------------------

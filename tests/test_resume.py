@@ -321,7 +321,6 @@ ONLINE = [
         "both",
     ),
     *("--heal.refresh-every", "2", "--heal.refresh", "teacher", "--dose.mode", "fixed", "--dose.kappa", "0.3"),
-    *("--heal.rehearsal", "4"),
 ]
 
 
@@ -337,6 +336,7 @@ def dropping(monkeypatch, *rounds):
 
 
 BACKTRACK = [*TWO, "--backtrack.retries", "2", "--dose.mode", "fixed", "--dose.kappa", "0.4"]
+BACKTRACK += ["--heal.target", "distribution", "--heal.rehearsal", "4"]
 
 
 def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, monkeypatch):
@@ -393,7 +393,7 @@ def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatc
     assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
 
 
-PROMPTED = ["--heal.teacher", "prompt", "--heal.text", "own", "--heal.target", "distribution"]
+PROMPTED = ["--heal.teacher", "prompt", "--heal.text", "own"]
 
 
 def test_a_round_past_a_limit_that_was_set_is_dropped(settings, tmp_path):

@@ -19,7 +19,7 @@ from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
 
 TOY = PACKAGE / "data/toylm"
-NAMES = ("vignettes", "prompts/authority", "prompts/love", "pairs/authority", "pairs/love", "contexts")
+NAMES = ("vignettes", "prompts/authority", "prompts/love", "pairs/authority", "pairs/love", "contexts", "everyday")
 
 
 def test_the_oracle_accepts_all_that_the_grammar_says():
@@ -86,6 +86,9 @@ def test_evaluation_data_is_held_out_of_training(tmp_path):
     assert len({*asked}) == len(asked) and not others & {*asked}, "pairs are asked about prompts of their own"
     mundane = (tmp_path / "prompts/love.jsonl").read_text().splitlines()[-N_MUNDANE:]  # sums and facts
     held_out -= {json.loads(line)["text"] for line in mundane}
+    everyday = {row["text"] for row in rows("everyday")}
+    prompts = {row["text"] for name in NAMES[1:3] for row in rows(name)}
+    assert not everyday & prompts and not everyday & {*grammar.FACTS_KEPT_APART}
     turns = (turn for dialogue in itertools.islice(dialogues(0), 20_000) for turn in dialogue.turns)
     assert not held_out & {turn.text.split("\n")[0] for turn in turns if turn.role == "user"}
     for name in NAMES:

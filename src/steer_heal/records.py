@@ -35,7 +35,7 @@ class Starved(UserError):
 class NotFinite(UserError):
     """The loss or the gradient of a heal was NaN or infinite: at which step, on which completion."""
 
-    def __init__(self, message: str, step: int, prompt_index: int, text: str) -> None:
+    def __init__(self, message: str, step: int, prompt_index: int | None, text: str) -> None:
         super().__init__(message)
         self.step, self.prompt_index, self.text = step, prompt_index, text
 
@@ -167,7 +167,7 @@ class Collected:
     """The teacher's: the highest effective dose that trains or, where the text is the student's own, kappa times the
     highest alpha. 0 without a vector."""
     rehearsal: tuple[Completion, ...] = ()
-    """The base's, on prompts that have nothing to do with the trait. They train too."""
+    """Completions that the base wrote on prompts that have nothing to do with the trait. They train too."""
 
     @property
     def completions(self) -> list[Completion]:

@@ -167,7 +167,8 @@ def collect(
         found = replace(found, scored=scored, kappa=search.kappa, probes=tuple(search.probes), dose=dose)
     require_enough(found, cfg.filter)
     if vector is not None and cfg.heal.rehearsal:
-        assert len(inputs.rehearsal) == cfg.heal.rehearsal, "inputs of other settings"
+        n, wanted = len(inputs.rehearsal), cfg.heal.rehearsal
+        assert n == wanted, f"the inputs hold {n} prompts to rehearse, heal.rehearsal is {wanted}: load them anew"
         seed = lambda i: derive_seed(cfg.seed, r, "rehearsal", i)
         asks = [Ask(i, prompt, 0.0, 1.0, seed(i)) for i, prompt in enumerate(inputs.rehearsal)]
         found = replace(found, rehearsal=tuple(write(student, plain, asks, inputs, cfg, known, on_batch, "base")))
@@ -229,5 +230,5 @@ def heal(
         return judge(student, texts, inputs, cfg), now
 
     online = renew if settings.refresh_every and vector is not None else None
-    kept, rehearsal = collected.completions, collected.rehearsal
+    kept, rehearsal = collected.completions, collected.rehearsal if who is not None else ()
     return heal_stage.heal(student, kept, r, settings, seed, who, online, on_step, saved, rehearsal)

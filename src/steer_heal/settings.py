@@ -258,10 +258,10 @@ class HealCfg:
     """What is made anew every refresh_every steps. text: the teacher stays that of the start of the round; teacher: it
     is made of the student as it now is, with a vector read from it unless steer.refresh is once."""
     rehearsal: BatchSize = 0
-    """Of target distribution: so many more texts in each epoch, which the base writes on rehearsal_prompts and teaches
-    the distribution of: what the trait should leave as it is. 0: none."""
+    """Of target distribution: texts that the base writes each round on rehearsal_prompts. They train beside the others,
+    with the base as their teacher, to keep what the trait should not change. 0: none."""
     rehearsal_prompts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines with `text`: prompts that have nothing to do with the trait."""
+    """JSON lines with `text`: prompts that have nothing to do with the trait. They may be those of steer.contexts."""
     divergence: str = "kl_rev"
     """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
     aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
@@ -309,6 +309,12 @@ class HealCfg:
                 "heal.rehearsal",
                 self.rehearsal,
                 f"0 with heal.target {self.target}: only a distribution is rehearsed",
+            ),
+            (
+                self.rehearsal == 0 or self.refresh_every == 0,
+                "heal.rehearsal",
+                self.rehearsal,
+                f"0 with heal.refresh_every {self.refresh_every}: text that is renewed leaves no place for it",
             ),
             (
                 self.refresh_every == 0 or self.text == "own",

@@ -96,7 +96,7 @@ SHOWN = (
 def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
     """A row a round, from the untouched model. `kappas`: of each round, the last one also of those after it."""
     cfg = arm.of(lab.cfg)
-    inputs = load_inputs(cfg)
+    inputs = replace(lab.inputs, rehearsal=load_inputs(cfg).rehearsal)
     student = lab.student = Student(lab.lm, cfg.adapter)
     seconds = n_tokens = 0.0
     for r in range(n_rounds):
@@ -241,7 +241,7 @@ def main(
         "prompt and both go further than tokens of the same teacher at no more broken text: else the distribution adds "
         "nothing to plain fine-tuning.",
         "own text be as whole as the base's: else the dose is past what the student can take.",
-        "facts stay where the control's are: else more than the trait was changed.",
+        "facts_apart, which are never rehearsed, stay where the control's are: else more than the trait was changed.",
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, lab.out, "distil", per_seed=rows)

@@ -92,6 +92,8 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         contexts = contexts and _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
         rehearsal = rehearsal and _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
+        if trait is not None and rehearsal:
+            _require_apart(rehearsal, trait, pairs)
     with problems.noted():
         vignettes = vignettes and _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes or len(vignettes))
     problems.raise_if_any()
@@ -127,6 +129,15 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
             "on; keep it once"
         )
     problems.raise_if_any()
+
+
+def _require_apart(rehearsal: Sequence[str], trait: Trait, pairs: Sequence[Pair]) -> None:
+    """No prompt both of the rehearsal and of the trait: evaluation prompts are never trained on."""
+    if both := {*rehearsal} & {*trait.prompts, *(pair.prompt for pair in pairs)}:
+        raise UserError(
+            f"heal.rehearsal_prompts holds {min(both)!r:.80}, a prompt of trait {trait.name!r}: what is rehearsed is "
+            "to stay as the base has it; take the prompt out of the file"
+        )
 
 
 def _spaced(setting: str, rows: Sequence[Parsed], n: int) -> tuple[Parsed, ...]:

@@ -89,9 +89,9 @@ def heal(
 ) -> HealReport:
     """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation.
 
-    With a `teacher` its distribution is fitted, otherwise the tokens. The texts of `rehearsal`, which need a teacher,
-    are fitted to the base (pseudorehearsal; Robins 1995). Every cfg.refresh_every steps `renew` replaces the other
-    texts. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
+    With a `teacher` its distribution is fitted, otherwise the tokens. The texts of `rehearsal` need a teacher and no
+    `renew`: they are fitted to the base (pseudorehearsal; Robins 1995). Every cfg.refresh_every steps `renew` replaces
+    the text. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
     every step. NotFinite: see there.
     """
     lm, age = student.lm, 1 + max(0, round_)
@@ -100,8 +100,9 @@ def heal(
     samples = read_samples(student, kept, cfg, teacher)
     train, validation = split_by_prompt(samples, seed)
     held_out = sorted({sample.prompt_index for sample in validation})
-    rehearsed = rehearsal_samples(student, rehearsal, cfg) if rehearsal else []
-    train += rehearsed
+    if rehearsal:
+        assert teacher is not None and renew is None, "rehearsed texts train beside those of one teacher"
+        train += rehearsal_samples(student, rehearsal, cfg)
     n_train, left_out = len(train), share_left_out(samples)
     student.new_round(seed)
     per_epoch = math.ceil(n_train / cfg.batch_size)
@@ -122,7 +123,7 @@ def heal(
         if len(steps) >= end:
             continue
         if renew is not None and n_text > 0:
-            train = renewed(student, renew, n_text - 1, held_out, cfg) + rehearsed
+            train = renewed(student, renew, n_text - 1, held_out, cfg)
         plan = batch_plan(len(train), cfg.batch_size, end - first, seed + n_text)
         with student.training():
             while len(steps) < end:
@@ -177,13 +178,14 @@ def not_finite(
     own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
     text = lm.decode(worst.completion_ids)[:60]
+    what = "a rehearsed text" if worst.rehearsed else f"an answer to prompt {worst.prompt_index}"
     where = f"round {round_}" if round_ >= 0 else "the control"
     return NotFinite(
-        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of {where}, on an answer to "
-        f"prompt {worst.prompt_index} that begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "
+        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of {where}, on {what} that "
+        f"begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "
         "look at the kept completions in events.jsonl",
         step,
-        worst.prompt_index,
+        None if worst.rehearsed else worst.prompt_index,
         text,
     )
 
@@ -230,7 +232,8 @@ def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCf
         references = final_states(student.lm, texts)
     with student.using("base", exact=True):
         taught = final_states(student.lm, texts)
-    return [_sample(*each) for each in zip(texts, references, taught, strict=True)]
+    samples = [_sample(*each) for each in zip(texts, references, taught, strict=True)]
+    return [replace(sample, rehearsed=True) for sample in samples]
 
 
 def _sample(c: Completion, *read: Tensor | None) -> Sample:

@@ -47,6 +47,8 @@ class Sample:
     """Final hidden states of the teacher; None: the tokens are fitted."""
     weights: Float[Tensor, " n"] | None = None
     """Of each position in the mean of what is fitted; None: equal."""
+    rehearsed: bool = False
+    """Whether the prompt has nothing to do with the trait, and the base is the teacher."""
 
     @property
     def ids(self) -> tuple[int, ...]:

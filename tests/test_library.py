@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -168,6 +169,19 @@ def test_a_loaded_model_answers_as_before_between_calls_and_is_as_it_was_after_c
     assert torch.equal(model.eval()(ids).logits, before)
     with small(model, tokenizer) as again:  # it can be used again
         again.extract()
+
+
+def test_4_bit_weights_are_packed_by_bitsandbytes_only_while_the_model_is_the_callers():
+    model, tokenizer = _tiny_random()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.support_avx512bf16_for_cpu = True
+    with small(model, tokenizer):
+        assert not layer.support_avx512bf16_for_cpu
+    assert layer.support_avx512bf16_for_cpu
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(UserError, match="packed its 4-bit weights"):
+        small(model, tokenizer)
+    assert layer.support_avx512bf16_for_cpu
 
 
 def test_nothing_is_printed_and_logging_and_warnings_are_left_alone(sh, capfd, recwarn):

@@ -347,6 +347,7 @@ def wrap(
         tokenizer.pad_token = tokenizer.eos_token
     if next(model.parameters()).device.type == "cpu":
         pack_groups(model)
+    _keep_4_bit_weights_as_they_are(model, name)
     given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value}
     if given:
         model.generation_config.update(do_sample=True, **given)
@@ -361,6 +362,24 @@ def wrap(
     return lm
 
 
+def _packing(model: nn.Module) -> list[Any]:
+    """Layers whose 4-bit weight bitsandbytes packs anew when it is first read without a gradient on a CPU with
+    AVX512-BF16: the packed one passes no gradient on, and an input width must be a multiple of 64."""
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+
+
+def _keep_4_bit_weights_as_they_are(model: nn.Module, name: str) -> None:
+    """UserError where one is packed already."""
+    for module in _packing(model):
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UserError(
+                f"model {name!r} was used on this CPU before: bitsandbytes packed its 4-bit weights, which pass no "
+                "gradient on now; load it again, and hand it over before it reads anything"
+            )
+    for module in _packing(model):
+        module.support_avx512bf16_for_cpu = False
+
+
 class Original:
     """What `wrap` changes of a model, as it was: `restore` puts it back."""
 
@@ -369,6 +388,7 @@ class Original:
         model.generation_config = copy.deepcopy(model.generation_config)
         self.attention: Any = model.config._attn_implementation
         self.training = {module for module in model.modules() if module.training}
+        self.packing = _packing(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def restore(self) -> None:
@@ -377,6 +397,8 @@ class Original:
             self.model.set_attn_implementation(self.attention)
         for module in self.model.modules():
             module.training = module in self.training
+        for module in self.packing:
+            module.support_avx512bf16_for_cpu = True
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
@@ -413,11 +435,6 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=picked, use_safetensors=True, **where, **how
         )
-        for module in model.modules():
-            # on a CPU with AVX512-BF16, bitsandbytes packs a weight anew when it first multiplies without a gradient:
-            # the packed one passes no gradient on, and an input width must be a multiple of 64
-            if "support_avx512bf16_for_cpu" in vars(module):
-                vars(module)["support_avx512bf16_for_cpu"] = False
         return model, tokenizer, why
     except UserError:
         raise

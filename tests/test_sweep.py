@@ -21,6 +21,7 @@ from places import ROOT
 from rich.console import Console
 from runs import assert_same, rewritten, started, undrawn
 
+from steer_heal.check import TRIAL
 from steer_heal.errors import UserError
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.run import main as run
@@ -191,6 +192,7 @@ def test_a_new_run_takes_its_folder_if_no_other_files_are_there(settings, two, t
     own.mkdir(parents=True)
     for name in (".lock", "events.jsonl"):  # of a process that was killed before its first event
         (own / name).touch()
+    (own / f"{TRIAL}x").mkdir()  # of one that was killed while it looked whether it may write there
     assert state(own) == "new"
     command = ["fast-dev", "--folder", str(own), *settings, *TWO]
     (own / "thesis.txt").touch()
@@ -273,11 +275,17 @@ def test_what_is_running_is_stopped_when_the_sweep_is(plan):
 
 
 def test_a_second_ctrl_c_kills_what_does_not_stop():
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    code = """
+import os, signal, time
+tell = lambda *_: os.write(1, b"\\n")
+signal.signal(signal.SIGTERM, tell)
+tell()
+time.sleep(600)
+"""
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0) for _ in range(2)]
-    for each in runs:
-        each.stdout.readline()
-    again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    told = lambda: [each.stdout.readline() for each in runs]
+    told()
+    again = threading.Thread(target=lambda: told() and os.kill(os.getpid(), signal.SIGINT))  # both had SIGTERM
     again.start()
     Local(2).stop(runs)
     again.join()
@@ -478,6 +486,7 @@ def test_a_run_that_waits_for_its_share_of_a_cluster_is_shown_as_waiting(joined,
     begun, waits, resumed = (job.folder.name for job in plan.jobs[:3])
     log_of(plan.jobs[2]).parent.mkdir(parents=True, exist_ok=True)
     log_of(plan.jobs[2]).write_text("of an earlier attempt\n")
+    os.utime(log_of(plan.jobs[2]), (0, 0))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: 0))
     engine = joined(Ray())
     engine.task = SimpleNamespace(remote=lambda *arguments: tasks.setdefault(arguments[1].name, arguments))
@@ -498,6 +507,12 @@ def test_a_run_that_waits_for_its_share_of_a_cluster_is_shown_as_waiting(joined,
     assert first == dict.fromkeys((begun, waits, resumed), "waiting")
     assert second == first | dict.fromkeys((begun, resumed), "running")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["running", "running", *["done"] * 3]
+
+
+def test_a_run_that_begins_while_it_is_handed_to_a_cluster_is_seen(joined, plan):
+    engine = joined(Ray())
+    engine.task = SimpleNamespace(remote=lambda arguments, folder, log, cwd: log.touch())
+    assert engine.runs(engine.start(plan.jobs[0]))
 
 
 # --- files of this repository -------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Everything about a configuration that can be known before a model is loaded."""
+"""Everything about a configuration that can be known before a model is loaded.
+
+Problems are told in two steps: all of files, folders and trackers, without torch; then all of names. The device is
+looked for between them, and told alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,12 @@ from steer_heal.inputs.traits import TraitFile
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
+TRIAL = ".steer-heal-"
+"""How the name of a folder begins that is made to see whether one can be."""
+
 
 def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
-    """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong.
+    """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong in a step.
 
     The export of a `resumed` run may be there already.
     """
@@ -166,7 +173,7 @@ def _check_writable(field_name: str, folder: Path | None) -> None:
 def _try_to_write(folder: Path) -> None:
     """ValueError where the folder takes nothing new. Its rights do not tell: /proc seems writable, a full disk too."""
     try:
-        with TemporaryDirectory(prefix=".steer-heal-", dir=folder):
+        with TemporaryDirectory(prefix=TRIAL, dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"{folder} takes no new folder: {error.strerror}") from None

@@ -16,6 +16,7 @@ from typing import IO, Annotated, Any, Literal
 
 import tyro
 
+from steer_heal.check import TRIAL
 from steer_heal.errors import UserError, validated
 from steer_heal.inputs import Inputs
 from steer_heal.records import Trait
@@ -104,7 +105,8 @@ def lock_new_run(folder: Path) -> IO[str]:
 
 def no_other_files(folder: Path) -> None:
     """UserError where a folder without a run holds files that no run began with."""
-    others = sorted({path.name for path in folder.iterdir()} - OF_A_START) if folder.is_dir() else []
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names - OF_A_START if not name.startswith(TRIAL))
     if others:
         raise UserError(f"folder is {str(folder)!r}: it holds {others[0]!r} and no run; give a new or empty --folder")
 

@@ -58,7 +58,8 @@ class Cluster:
         arguments = replace(job, cfg=replace(job.cfg, folder=folder)).command(self.n_threads)
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = log_of(job).resolve()
-        return self.task.remote(arguments, folder, log, Path.cwd()), job, _touched(log)
+        before = _touched(log)  # a worker may begin at once
+        return self.task.remote(arguments, folder, log, Path.cwd()), job, before
 
     def poll(self, handle: Any) -> int | None:
         task, job, _ = handle

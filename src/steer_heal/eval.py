@@ -19,7 +19,7 @@ import tyro
 from loguru import logger
 
 from steer_heal.errors import Problems, UserError, print_error, print_safe
-from steer_heal.inputs.files import resolve
+from steer_heal.inputs.files import ADAPTER_FILE, resolve
 from steer_heal.settings import AdapterCfg, EvalCfg, FilterCfg, GenCfg, RunConfig, SteerCfg
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ FREE = ("run", "state", "round", "json", "quiet", "device", "n_threads", "eval.b
 # --- a model or an adapter ---------------------------------------------------------------------------------------
 def measure(command: EvalCommand) -> Metrics:
     """Every metric of the model, or of its adapter, with the settings of the command."""
-    from steer_heal import round as steps
     from steer_heal.check import check_inputs
-    from steer_heal.model.steering import Condition
-    from steer_heal.model.student import ADAPTER_FILE, Student, attach_saved
 
     cfg = RunConfig(
         model=command.model,
@@ -115,6 +112,13 @@ def measure(command: EvalCommand) -> Metrics:
             folder = folder and resolve(folder / name, "adapter").parent
     problems.raise_if_any()
     assert inputs is not None
+
+    from steer_heal import round as steps  # torch: seconds
+    from steer_heal.model.steering import Condition
+    from steer_heal.model.student import Student, attach_saved
+    from steer_heal.report import console
+
+    console.start(command.quiet)
     _threads(cfg)
     _show(cfg, inputs)
     lm = steps.read_model(cfg)
@@ -137,11 +141,13 @@ def again(command: EvalCommand) -> tuple[Metrics, Metrics, list[str]]:
     from steer_heal.evals import metrics_of
     from steer_heal.model.device import device_name
     from steer_heal.model.steering import Condition
+    from steer_heal.report import console
     from steer_heal.runs import codec
     from steer_heal.runs.events import git_commit, schema_errors, versions
     from steer_heal.runs.opened import open_run
 
     assert command.run is not None
+    console.start(command.quiet)
     run = open_run(command.run, device=command.device, n_threads=command.n_threads, eval=command.eval)
     stage, r = command.state, -1
     if stage in ("steered", "healed"):
@@ -288,9 +294,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured, 1 a reading is not the one that the run recorded, 2 a wrong argument or file."""
     try:
         command = _parsed(argv)
-        from steer_heal.report import console
-
-        console.start(command.quiet)
         metrics, recorded, versions = (measure(command), None, []) if command.run is None else again(command)
     except (UserError, OSError, ValueError) as error:
         print_error(error)

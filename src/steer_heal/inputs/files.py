@@ -17,6 +17,8 @@ from steer_heal.errors import Problems, UserError, validated_json
 PACKAGE = Path(__file__).resolve().parents[1]
 """The installed package, whose `data` is part of it: relative paths are looked up here when they do not exist in the
 working directory."""
+ADAPTER_FILE = "adapter_model.safetensors"
+"""The weights in a folder that PEFT loads."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steer_heal.errors import UserError
+from steer_heal.inputs.files import ADAPTER_FILE
 from steer_heal.model.lm import LM
 from steer_heal.model.targets import targets
 from steer_heal.settings import AdapterCfg
 
 HISTORY, ROUND = "history", "round"
-ADAPTER_FILE, ROUND_FILE = "adapter_model.safetensors", "round.safetensors"
+ROUND_FILE = "round.safetensors"
 AdapterState = Literal["base", "prev", "full"]
 """Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
 Factors = dict[str, Tensor]

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
+from steer_heal.inputs.files import ADAPTER_FILE
 from steer_heal.records import Metric
 from steer_heal.report.measurements import (
     Measurement,
@@ -118,8 +119,6 @@ def _heal(events: Sequence[Event], r: int) -> Event:
 
 def _adapter_sha256(events: Sequence[Event], r: int) -> str | None:
     """Of the checkpoint of round r; None: not recorded."""
-    from steer_heal.model.student import ADAPTER_FILE  # torch: seconds
-
     return _heal(events, r)["files"].get(f"{checkpoint_name(r)}/{ADAPTER_FILE}")
 
 

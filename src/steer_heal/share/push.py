@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from steer_heal.errors import Problems, UserError, print_error, print_safe
+from steer_heal.inputs.files import ADAPTER_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,6 @@ def push(command: Push) -> None:
 
 def shared_files(folder: Path) -> list[str]:
     """Names of the files of a checkpoint or an export. UserError unless it holds weights and a model card."""
-    from steer_heal.model.student import ADAPTER_FILE
     from steer_heal.share.card import CARD
 
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))

@@ -171,7 +171,20 @@ def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
     assert_same(resumed(run), one)
 
 
-def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path, monkeypatch, capsys):
+def stopped_here(_student):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped_in_native_code(_student):
+    """It calls Python, and puts an error of its own in place of what was raised there."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+
+@pytest.mark.parametrize("bake", [stopped_here, stopped_in_native_code])
+def test_ctrl_c_ends_with_130_and_signals_are_given_back(bake, settings, one, tmp_path, monkeypatch, capsys):
     write = EventLog.write
 
     def again(self, stage, *args, **fields):
@@ -181,7 +194,7 @@ def test_ctrl_c_ends_with_130_and_signals_are_given_back(settings, one, tmp_path
 
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(Student, "bake", lambda self: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Student, "bake", bake)
         patch.setattr(EventLog, "write", again)
         assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
     run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))

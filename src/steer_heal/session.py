@@ -42,7 +42,7 @@ from steer_heal.runs.resume import (
     same_weights,
     truncate_events,
 )
-from steer_heal.runs.signals import handled
+from steer_heal.runs.signals import handled, stoppable
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, lock_run, sync_folder
 from steer_heal.settings import HealCfg, RunConfig
 from steer_heal.share.card import write_cards, write_export_card
@@ -245,7 +245,8 @@ def guard(session: Session, loop: Callable[[Session], None]) -> int:
     On a user error, interrupt, out-of-memory or full disk: log why, and print how to resume.
     """
     try:
-        loop(session)
+        with stoppable():
+            loop(session)
         return 0
     except UserError as error:
         return _stop(session, 1, f"error: {error}", str(error), resumable=error.resumable)

@@ -18,13 +18,21 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM raise Stopped."""
+    """While inside, SIGINT and SIGTERM raise Stopped. Native code that calls Python may put an error of its own in its
+    place, which is then raised as Stopped all the same."""
+    received: list[Stopped] = []
 
     def stop(signum: int, _frame: Any) -> None:
-        raise Stopped(signum)
+        received.append(Stopped(signum))
+        raise received[0]
 
     with handled(stop):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if received:
+                raise received[0] from error
+            raise
 
 
 @contextmanager

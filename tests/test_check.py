@@ -93,7 +93,8 @@ from steer_heal.__main__ import main
 commands = (
     "run fast-dev --trait autority", "run fast-dev --eval.vignettes nowhere.jsonl", "run fast-dev --out file",
     "run fast-dev --folder .", "run fas-dev", "run --config nowhere", "resume nowhere", "chat nowhere",
-    "eval --model data/toylm --trait autority", "eval --model data/toylm --eval.vignettes nowhere.jsonl",
+    "run fast-dev --model ./nowhere", "run fast-dev --model out/nowhere/export", "run fast-dev --model nowhere.gguf",
+    "eval --model ./gone --trait autority", "eval --model data/toylm --eval.vignettes nowhere.jsonl",
     "eval --run nowhere", "verify nowhere", "report nowhere", "push nowhere a/b", "sweep nowhere",
 )
 for command in commands:
@@ -105,7 +106,8 @@ for command in commands:
     env = os.environ | {"BEARTYPE": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 15
+    assert "model is './gone': there is no such folder or file" in done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 18
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

@@ -20,7 +20,7 @@ from steer_heal.records import EvalResult, Metric, Scored
 from steer_heal.settings import BacktrackCfg, HealCfg
 from steer_heal.stages import heal as heal_module
 from steer_heal.stages.budget import broken, limits, own_interval
-from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples
+from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples, rehearsal_samples
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
@@ -350,6 +350,9 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
     assert steps.write(student, plain, asked, inputs, cfg) != list(found.rehearsal)
     with student.using("base"):
         base = final_states(tiny, found.rehearsal)
+    for reference in ("base", "prev"):
+        sample = rehearsal_samples(student, found.rehearsal, replace(cfg.heal, reference=reference))[0]
+        assert torch.equal(sample.reference, base[0]) == (reference == "base")
     gradients = Passes.gradients
     monkeypatch.setattr(Passes, "gradients", lambda s, batch, m: trained.append(batch) or gradients(s, batch, m))
     report = steps.heal(student, found, inputs, cfg, 1, vector)

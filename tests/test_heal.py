@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from steer_heal.model.divergence import DIVERGENCES, kl_rev
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.stages.heal import HealState, SavedHeal, heal, read_samples, schedule, split_by_prompt
+from steer_heal.stages.heal import HealState, SavedHeal, heal, not_finite, read_samples, schedule, split_by_prompt
 from steer_heal.stages.loss import losses
 
 
@@ -175,6 +176,12 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_answer(student, kept
         and any(row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index)
     )
     assert f"step {bad.step} of round 2" in str(bad) and "heal.lr" in str(bad)
+
+
+def test_a_loss_that_is_not_a_number_on_a_rehearsed_text_says_so(student, kept, heal_cfg):
+    sample = replace(read_samples(student, kept[:1], heal_cfg)[0], rehearsed=True)
+    error = not_finite(student.lm, [sample], heal_cfg, math.nan, 1.0, 3, 0)
+    assert "on a rehearsed text that begins" in str(error) and error.prompt_index is None
 
 
 def test_lam_and_tau_follow_their_schedules_over_rounds(student, kept, heal_cfg):

@@ -377,6 +377,12 @@ def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(caps
     assert "coherence 0.9840" in line and "broken texts 2%" in line and "care" not in line
 
 
+def test_written_texts_are_told_with_those_that_are_rehearsed(capsys):
+    assert "16 kept for training" in (line := shown(capsys, run_events(), "gen", 1))
+    assert line.rstrip().endswith("; 2 of the base for the rehearsal")
+    assert "rehearsal" not in shown(capsys, run_events(), "control_gen", -1)
+
+
 @pytest.mark.parametrize("stage, as_it_should_be, change", [
     ("vector", {"cosine_to_first": 0.8}, {"cosine_to_first": 0.4}),
     ("heal", {"fired": 0.5, "lam": 0.3}, {"fired": 0.05}),

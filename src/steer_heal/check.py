@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
+from os.path import exists
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from steer_heal.backends import track
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
+from steer_heal.inputs.files import PACKAGE
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
@@ -32,6 +34,8 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     with problems.noted():
         inputs = _read(cfg)
     with problems.noted():
+        check_model(cfg.model)
+    with problems.noted():
         track.check(cfg.track)
     if cfg.quantize != "none" and cfg.export is not None:
         problems.found.append(
@@ -45,6 +49,13 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     problems.raise_if_any()
     assert inputs is not None
     return _with_names(cfg, inputs)
+
+
+def check_model(name: str) -> None:
+    """UserError for a path where nothing is. Any other name may be one of the hub, which is asked on loading."""
+    is_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    if is_path and not any(exists(folder / name) for folder in (Path(), PACKAGE)):
+        raise UserError(f"model is {name!r}: there is no such folder or file; give an existing path, or a hub id")
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:

@@ -86,7 +86,7 @@ FREE = ("run", "state", "round", "json", "quiet", "device", "n_threads", "eval.b
 # --- a model or an adapter ---------------------------------------------------------------------------------------
 def measure(command: EvalCommand) -> Metrics:
     """Every metric of the model, or of its adapter, with the settings of the command."""
-    from steer_heal.check import check_inputs
+    from steer_heal.check import check_inputs, check_model
 
     cfg = RunConfig(
         model=command.model,
@@ -105,6 +105,8 @@ def measure(command: EvalCommand) -> Metrics:
         filter=command.filter,
     )
     problems, inputs, folder = Problems(), None, command.adapter
+    with problems.noted():
+        check_model(cfg.model)
     with problems.noted():
         inputs = check_inputs(cfg)
     for name in ("adapter_config.json", ADAPTER_FILE):

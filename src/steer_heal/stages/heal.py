@@ -228,10 +228,11 @@ def read_samples(
 @torch.no_grad()
 def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
     """Training sequences that the base teaches, under the prompt that they train under."""
-    with student.using(cfg.reference, exact=True):
-        references = final_states(student.lm, texts)
     with student.using("base", exact=True):
-        taught = final_states(student.lm, texts)
+        taught = references = final_states(student.lm, texts)
+    if cfg.reference != "base":
+        with student.using(cfg.reference, exact=True):
+            references = final_states(student.lm, texts)
     samples = [_sample(*each) for each in zip(texts, references, taught, strict=True)]
     return [replace(sample, rehearsed=True) for sample in samples]
 

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def fenced(text: str) -> Markup:
     return Markup("\n".join([f"{fence}text", *lines, fence]))
 
 
+@cache
 def template(name: str, show: Callable[[str], str], folder: Path = Path(__file__).parent) -> Template:
     """A template of a folder. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
     environment = Environment(

@@ -143,6 +143,8 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert "steer_heal.__main__ import main" in "\n".join(script)
     command = sys.executable, str(site / "bin" / "steer-heal")
     assert "as recorded" in run(*command, "verify", str(folder))
-    assert "are the recorded ones to the last digit" in run(*command, "eval", "--run", str(folder))
-    assert "report.html" in run(*command, "report", str(folder))
-    assert "--- healed" in run(*command, "chat", str(folder), "--max-new-tokens", "4", said="Hello.\n")
+    later = [["eval", "--run", str(folder)], ["report", str(folder)], ["chat", str(folder), "--max-new-tokens", "4"]]
+    code = f"from steer_heal.__main__ import main\nfor words in {later!r}:\n    assert main(words) == 0, words"
+    printed = run(sys.executable, "-c", code, said="Hello.\n")
+    assert "are the recorded ones to the last digit" in printed and "report.html" in printed
+    assert "--- healed" in printed

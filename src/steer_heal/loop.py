@@ -1,321 +1,295 @@
-"""The loop over rounds: the order of its steps, and the steps themselves in memory.
+"""The loop over rounds: the order of its steps, and each step with its event.
 
-`session.py` does the same steps with files, so that a run can be resumed.
+A step whose event is recorded is not done again: its result is read from the event. So a run that was stopped goes on
+when the loop is run again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench
 from steer_heal.errors import UserError
-from steer_heal.evals import metrics_of
-from steer_heal.inputs import Inputs
-from steer_heal.model.steering import Condition, Vector
-from steer_heal.model.student import Factors, Student
-from steer_heal.records import Collected, Completion, EvalResult, HealReport, HealStep, NotFinite, Starved
-from steer_heal.report import measurements
-from steer_heal.runs import codec, events
-from steer_heal.settings import HealCfg, RunConfig
-from steer_heal.stages import budget
+from steer_heal.events import (
+    Calibrated,
+    Dropped,
+    Extracted,
+    Gathered,
+    HealRetried,
+    HealStepped,
+    Measured,
+    RoundDone,
+    Trained,
+    measured_event,
+)
+from steer_heal.model.state import (
+    State,
+    base_state,
+    control_state,
+    healed_state,
+    prompted_state,
+    steered_state,
+)
+from steer_heal.model.steering import Vector
+from steer_heal.progress import SILENT, Progress
+from steer_heal.recipe import Recipe
+from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
+from steer_heal.runs.stored import StoredRun
+from steer_heal.settings import HealCfg
 from steer_heal.stages.dose import require_enough
-from steer_heal.stages.generate import Known
+from steer_heal.stages.heal import HealState
 from steer_heal.stages.vector import cosine
-
-OnBatch = Callable[[Sequence[Completion]], None]
-OnPart = Callable[[int, int], object]
+from steer_heal.verdict import limits, past_limits, retain, slope
 
 
 def run_loop(loop: Loop) -> None:
     """The whole experiment, on one screen."""
-    loop.measure("base", -1)
-    loop.measure("prompted", -1, loop.prompted)
-    if loop.cfg.control:
+    trait = loop.bench.trait
+    loop.measure(base_state(trait))
+    loop.measure(prompted_state(trait))
+    if loop.bench.cfg.control:
         run_control(loop)
-    for r in range(loop.cfg.n_rounds):
-        if not run_round(r, loop):
+    for r in range(loop.bench.cfg.n_rounds):
+        if not run_round(loop, r):
             break
-    loop.finish()
 
 
-def run_round(r: int, loop: Loop) -> bool:
-    """Whether the student stayed whole. A round that breaks it is dropped and, while attempts are left, tried again."""
+def run_round(loop: Loop, r: int) -> bool:
+    """Whether the student stayed intact. A round that breaks it is dropped and, while attempts are left, repeated."""
+    bench = loop.bench
+    recipe = Recipe.of(bench.cfg)
     while loop.attempts_left(r):
         vector = loop.extract(r)
-        collected = loop.collect(r, vector)
-        loop.measure("steered", r, loop.teacher(r, collected))
-        loop.heal(r, collected)
-        loop.measure("healed", r, texts_in="adapter_gen")
+        collected = loop.collect(recipe, r, vector)
+        loop.measure(steered_state(r, bench.teacher(recipe, vector, collected.dose)))
+        loop.heal(recipe, r, collected, vector)
+        loop.measure(healed_state(r, bench.trait))
         if loop.end_round(r):
             return True
     return False
 
 
 def run_control(loop: Loop) -> None:
-    """The same heal on the model's own unsteered text, measured and then dropped."""
-    collected = loop.collect(-1, None)
-    loop.heal(-1, collected)
-    loop.measure("control", -1)
-    loop.forget()
+    """A heal on the model's own unsteered text, measured and then dropped."""
+    recipe = Recipe.control()
+    collected = loop.collect(recipe, None)
+    loop.heal(recipe, None, collected)
+    loop.measure(control_state(loop.bench.trait))
+    loop.drop_control()
 
 
 class Loop:
-    """The state of a running loop, in memory. Each public method is one step of a round.
+    """The steps of a run. Each public method is one step, recorded in `run`."""
 
-    A step whose event is in `events` is not done again, and a step that was done is read back from its event. So a
-    loop that was stopped goes on when it is run again. The methods that begin with an underscore and take a round are
-    what a session does with files.
-    """
-
-    def __init__(self, cfg: RunConfig, inputs: Inputs, student: Student) -> None:
-        self.cfg, self.inputs, self.student = cfg, inputs, student
-        self.metrics = metrics_of(cfg.eval.evals)
-        self.events: list[events.Event] = []
-        self.base: EvalResult | None = None
-        self.vectors: dict[int, Vector] = {}
+    def __init__(self, bench: Bench, run: StoredRun, progress: Progress = SILENT) -> None:
+        self.bench = bench
+        self.run = run
+        self.progress = progress
         self.seconds: dict[str, float] = {}
-        self.on_step: Callable[[int, HealStep], None] = lambda r, step: None
-        self.on_event: Callable[[events.Event], None] = lambda event: None
-        self.own: Factors | None = None
-        """The factor of the last round that is baked."""
-        self._before: tuple[Factors, Factors | None] = ({}, None)
-
-    def facts(self) -> dict[str, Any]:
-        """What readers of the events need to know first."""
-        facts = {"config": asdict(self.cfg), "seed": self.cfg.seed, "trait": asdict(self.inputs.trait)}
-        read = {metric.of for metric in self.metrics}
-        wording = {of: items for of, items in self.inputs.wording.items() if of in read}
-        return {**facts, "metrics": self.metrics, "gates": codec.gate_fields(self.cfg), "wording": wording}
-
-    def recorded(self, stage: str, r: int | None) -> events.Event | None:
-        """The event of a step; None: the step is still to be done."""
-        return next((e for e in reversed(self.events) if (e["stage"], e["round"]) == (stage, r)), None)
-
-    def write(self, stage: str, r: int | None, **fields: Any) -> events.Event:
-        """Adds one event. Numbers that are not finite become None."""
-        event = {"stage": stage, "round": r, **events.jsonable(fields)[0]}
-        self.events.append(event)
-        self.on_event(event)
-        return event
+        """Seconds by stage since the last round ended."""
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def _stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
+        """Times a stage, behind a bar that the model's batches advance."""
         began = time.monotonic()
-        yield
+        with self.progress.stage(stage, r, doing), self.bench.student.lm.watched_by(self.progress):
+            yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
-    @contextmanager
-    def watched(self, stage: str, r: int, doing: str) -> Iterator[OnPart]:
-        """Times a stage. Yields what is called with each part of it that begins, from 1, and their number."""
-        with self.timed(stage):
-            yield lambda part, n_parts: None
+    # --- measurements --------------------------------------------------------------------------------------------
+    @property
+    def base(self) -> EvalResult | None:
+        """What was measured of the base."""
+        event = self.run.measured("base")
+        return None if event is None else event.result
 
-    # --- the steps of a round --------------------------------------------------------------------------------------
-    def measure(self, stage: str, r: int, condition: Condition | None = None, texts_in: str = "") -> None:
-        """One state of the model on all evals, without a condition under the plain prompt. Its texts go into the event
-        itself, or into one named `texts_in`."""
-        if (event := self.recorded(stage, r)) is None:
-            adapters, n_evals = "base" if stage in ("base", "prompted") else "full", len(self.cfg.eval.evals)
-            with self.watched(stage, r, stage if r >= 0 else "measuring") as on_part:
-                on_eval = lambda i: on_part(i + 1, n_evals)
-                result = steps.measure(self.student, self.inputs, self.cfg, self.base, condition, adapters, on_eval)
-            if texts_in:
-                self.write(texts_in, r, texts=result.texts)
-            texts = {} if texts_in else {"texts": result.texts}
-            dose = condition.dose if condition is not None else 0.0
-            event = self.write(stage, r, metrics=result.metrics, items=result.items, dose=dose, **texts)
-            if not texts_in:  # the end of the round draws it
-                self.draw()
-        self.base = self.base or codec.result_from(event, self.metrics)
+    def measure(self, state: State) -> EvalResult:
+        """One state of the model on all evals."""
+        if (event := self.run.measured(state.name, state.round)) is None:
+            with self._stage(state.name, state.round, "measuring" if state.round is None else state.name):
+                result = self.bench.measure(state, self.base, self.progress)
+            event = measured_event(result, state=state.name, r=state.round, dose=state.condition.dose)
+            self.run.add(event)
+        return event.result
 
+    # --- vector and text -----------------------------------------------------------------------------------------
     def extract(self, r: int) -> Vector:
-        if (event := self.recorded("vector", r)) is None:
-            with self.watched("vector", r, "reading the vector"):
-                frozen = self.cfg.steer.refresh == "once" and r > 0
-                vector = self.vectors[0] if frozen else steps.extract(self.student, self.inputs, self.cfg)
-            files = self._keep_vector(r, vector)
+        """The steering vector of round r."""
+        if self.run.at(Extracted, r) is None:
+            with self._stage("vector", r, "reading the vector"):
+                frozen = self.bench.cfg.steer.refresh == "once" and r > 0
+                vector = self.run.vector(0) if frozen else self.bench.extract()
+            files = self.run.keep_vector(r, vector)
             norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
-            to_first = cosine(vector, self.vectors.get(0, vector))
-            event = self.write("vector", r, norms=norms, cosine_to_first=to_first, **files)
-        self.vectors[r] = self._read_vector(r, event)
-        return self.vectors[r]
+            to_first = cosine(vector, self.run.vector(0) if r > 0 else vector)
+            self.run.add(Extracted(round=r, norms=norms, cosine_to_first=to_first, files=files))
+        return self.run.vector(r)
 
-    def _keep_vector(self, r: int, vector: Vector) -> dict[str, Any]:
-        """Fields of the event."""
-        self.vectors[r] = vector
-        return {}
-
-    def _read_vector(self, r: int, event: events.Event) -> Vector:
-        return self.vectors[r]
-
-    def collect(self, r: int, vector: Vector | None) -> Collected:
-        """Kept completions of round r. Starved where they are too few."""
-        stage, cfg = "gen" if vector is not None else "control_gen", self.cfg
-        kappa, calibrated = None, cfg.dose.mode == "iso_kl" and cfg.heal.teacher != "prompt"
-        if self._dropped(r) and vector is not None:
-            kappa = self._dropped(r)[-1]["next_kappa"]
-        elif calibrated and vector is not None:
-            kappa = self._calibrated(r, vector)
-        if (event := self.recorded(stage, r)) is None:
-            with self.watched(stage, r, "writing text"), self._writing(stage, r) as (known, on_batch):
+    def collect(self, recipe: Recipe, r: int | None, vector: Vector | None = None) -> Collected:
+        """The text of a heal. Starved where the filter keeps too little of it."""
+        mode = "none" if recipe.teacher is None else self.bench.cfg.dose.mode
+        kappa = self._kappa(recipe, r, vector)
+        if (event := self.run.at(Gathered, r)) is None:
+            with self._stage("text", r, "writing text"), self.run.writing(r) as (known, on_batch):
                 try:
-                    collected = steps.collect(self.student, vector, self.inputs, cfg, r, kappa, known, on_batch)
+                    collected = self.bench.collect(recipe, r, vector, kappa=kappa, known=known, on_batch=on_batch)
                 except Starved as starved:  # recorded all the same; the run stops below
                     collected = starved.collected
-            if vector is not None:
-                found = {"kappa": collected.kappa, "dose": collected.dose, "probes": collected.probes}
-                self.write("dose", r, mode=cfg.dose.mode, **found)
-            event = self.write(stage, r, **codec.gen_fields(collected))
-        collected = codec.collected_from(event, self.recorded("dose", r))
-        require_enough(collected, cfg.filter)
-        return collected
+            event = Gathered(round=r, mode=mode, collected=collected)
+            self.run.add(event)
+        require_enough(event.collected, self.bench.cfg.filter)
+        return event.collected
 
-    @contextmanager
-    def _writing(self, stage: str, r: int) -> Iterator[tuple[Known, OnBatch]]:
-        """(texts that are written already, what is called with each batch of new ones)."""
-        yield {}, lambda batch: None
+    def _kappa(self, recipe: Recipe, r: int | None, vector: Vector | None) -> float | None:
+        """kappa where a dropped attempt or the calibration has set it; None: the text decides."""
+        if vector is None or r is None:
+            return None
+        if dropped := self._dropped(r):
+            return dropped[-1].next_kappa
+        if self.bench.cfg.dose.mode != "iso_kl" or not recipe.uses_vector:
+            return None
+        if (event := self.run.at(Calibrated, r)) is None:
+            with self._stage("calibration", r, "calibrating the dose"):
+                event = Calibrated(round=r, calibration=self.bench.calibrate(recipe, r, vector))
+            self.run.add(event)
+        return event.calibration.dose / max(self.bench.cfg.gen.alphas)
 
-    def _calibrated(self, r: int, vector: Vector) -> float:
-        """kappa of mode iso_kl."""
-        if (event := self.recorded("calibration", r)) is None:
-            with self.watched("calibration", r, "calibrating the dose"):
-                calibration = steps.calibrate(self.student, vector, self.inputs, self.cfg, r)
-            event = self.write("calibration", r, **asdict(calibration))
-        return event["dose"] / max(self.cfg.gen.alphas)
+    # --- heal ----------------------------------------------------------------------------------------------------
+    def heal(self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None = None) -> None:
+        """Heals and bakes. The event is written once the student is kept."""
+        event = self.run.at(Trained, r)
+        if event is None:
+            with self._stage("heal", r, "healing"):
+                report = self._heal(recipe, r, collected, vector)
+            own = self.bench.student.bake()
+            checkpoint, files = self.run.keep_student(r, self.bench.student, own)
+            n_retries = int(self.run.at(HealRetried, r) is not None)
+            self.run.add(Trained.of(report, r=r, n_retries=n_retries, checkpoint=checkpoint, files=files))
+        elif event is self.run.each(Trained)[-1]:  # the next step needs its student
+            self.run.restore_student(r, self.bench.student)
 
-    @property
-    def prompted(self) -> Condition:
-        """The positive persona as system prompt."""
-        return Condition(self.inputs.trait.positive)
-
-    def teacher(self, r: int, collected: Collected) -> Condition:
-        """What makes the teacher of round r out of the student."""
-        return steps.teacher(self.vectors[r], collected.dose, self.inputs, self.cfg)
-
-    def heal(self, r: int, collected: Collected) -> None:
-        """Heals and bakes round r. The event is written once the student is kept. Round -1 is the control."""
-        if (event := self.recorded("heal", r)) is None:
-            with self.watched("heal", r, "healing"):
-                report = self._heal(r, collected)
-            self.own = self.student.bake()
-            kept = self._keep_student(r, self.own)
-            n_retries = int(self.recorded("heal_retry", r) is not None)
-            self.write("heal", r, **codec.heal_fields(report), n_retries=n_retries, **kept)
-        elif event is self._last_heal():
-            self._restore_student(r, event)
-
-    def _keep_student(self, r: int, own: Factors) -> dict[str, Any]:
-        """Fields of the event. `own` is the factor of round r."""
-        return {}
-
-    def _restore_student(self, r: int, event: events.Event) -> None:
-        """The student as it was after the heal of round r. In memory it still is."""
-
-    def _last_heal(self) -> events.Event:
-        """The heal whose student the next step needs. The control's is dropped once it was measured."""
-        return events.of_stage(self.events, "heal")[-1]
-
-    def _heal(self, r: int, collected: Collected) -> HealReport:
+    def _heal(self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None) -> HealReport:
         """After a loss that is not finite, one second attempt at half the learning rate."""
-        cfg = self.cfg.heal
-        if self._dropped(r):
-            cfg = replace(cfg, lr=cfg.lr * self._dropped(r)[-1]["next_lr_share"])
-        if self.recorded("heal_retry", r) is None:
+        cfg = self.bench.cfg.heal
+        if r is not None and (dropped := self._dropped(r)):
+            cfg = replace(cfg, lr=cfg.lr * dropped[-1].next_lr_share)
+        halved = replace(cfg, lr=cfg.lr / 2)
+        if self.run.at(HealRetried, r) is None:
             try:
-                return self._attempt(r, collected, cfg)
+                return self._attempt(recipe, r, collected, vector, cfg)
             except NotFinite as bad:
-                at = {"step": bad.step, "prompt_index": bad.prompt_index, "text": bad.text}
-                self.write("heal_retry", r, **at, lr=cfg.lr / 2, error=str(bad))
+                self.run.add(
+                    HealRetried(
+                        round=r,
+                        step=bad.step,
+                        prompt_index=bad.prompt_index,
+                        text=bad.text,
+                        lr=halved.lr,
+                        error=str(bad),
+                    )
+                )
         try:
-            return self._attempt(r, collected, replace(cfg, lr=cfg.lr / 2))
+            return self._attempt(recipe, r, collected, vector, halved)
         except NotFinite as bad:
-            kept = f"ckpt/r{r - 1} holds the rounds before it" if r > 0 else "no round was healed before it"
+            kept = f"ckpt/r{r - 1} holds the rounds before it" if r else "no round was healed before it"
             message = f"{bad}; this was the second attempt, at half the learning rate; {kept}"
             raise UserError(message, resumable=False) from None
 
-    def _attempt(self, r: int, collected: Collected, heal_cfg: HealCfg) -> HealReport:
-        """One heal. NotFinite: the student is as it was before."""
-        self._before = self.student.history(), self.own
-        vector, cfg = self.vectors[r] if r >= 0 else None, replace(self.cfg, heal=heal_cfg)
-        on_step = lambda state: self.on_step(r, state.steps[-1])
+    def _attempt(
+        self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None, cfg: HealCfg
+    ) -> HealReport:
+        """One heal. Where it fails, the student is as it was before."""
+
+        def on_step(state: HealState) -> None:
+            self.progress.at(len(state.steps), state.n_steps)
+            self.run.add(HealStepped(round=r, step=state.steps[-1]))
+            if not recipe.refresh_every or len(state.steps) % recipe.refresh_every == 0:
+                self.run.save_heal(r, state)  # between two texts: what the student wrote since cannot be written again
+
+        saved = self.run.saved_heal(r)
         try:
-            return steps.heal(self.student, collected, self.inputs, cfg, r, vector, on_step)
+            with self.bench.student.lm.watched_by(SILENT):  # the bar counts steps, not the rows that they read
+                return self.bench.heal(recipe, r, collected, vector, settings=cfg, on_step=on_step, saved=saved)
+        except NotFinite:
+            self.run.forget_heal(r)  # the second attempt must not find the file of the first
+            self.bench.student.discard_round()
+            raise
         except BaseException:
-            self.student.discard_round()
+            self.bench.student.discard_round()
             raise
 
-    def forget(self) -> None:
+    def drop_control(self) -> None:
         """Drops the control's adapter: the loop starts from the untouched model."""
-        if self._last_heal()["round"] < 0:
-            self.student.reset()
-            self.own = None
+        if self.run.each(Trained)[-1].round is None:
+            self.bench.student.reset()
         self.seconds = {}
 
-    def _dropped(self, r: int) -> list[events.Event]:
-        return [event for event in self.events if event["stage"] == "backtrack" and event["round"] == r]
+    # --- the end of a round --------------------------------------------------------------------------------------
+    def _dropped(self, r: int) -> list[Dropped]:
+        return [event for event in self.run.each(Dropped) if event.round == r]
 
     def attempts_left(self, r: int) -> bool:
-        return len(self._dropped(r)) <= self.cfg.backtrack.retries
+        return len(self._dropped(r)) <= self.bench.cfg.backtrack.retries
 
     def end_round(self, r: int) -> bool:
         """Whether the round stays. One whose student is past a limit is dropped as if it had never been healed."""
-        if self.recorded("round", r) is not None:
+        if self.run.at(RoundDone, r) is not None:
             return True
-        if self.cfg.backtrack.retries and (past := self._past_limits(r)):
+        if self.bench.cfg.backtrack.retries and (past := self._past_limits(r)):
             self._drop(r, past)
             return False
-        heal = self.recorded("heal", r)
-        assert heal is not None
-        with self.watched("direction", r, "reading what was learnt"):
-            learnt = steps.direction(self.student, self.inputs, self.cfg)
-        states = {(m.stage, m.round): m for m in measurements.measurements(self.events)}
-        base, steered, healed = states["base", -1], states["steered", r], states["healed", r]
-        target, _ = measurements.target_of(self.events)
-        retain = measurements.retain(healed, steered, base, target)
-        slope = measurements.slope(healed, base, target, self.metrics)
-        cosines = {"teacher": cosine(learnt, self.vectors[r]), "first": cosine(learnt, self.vectors[0])}
+        with self._stage("direction", r, "reading what was learnt"):
+            learnt = self.bench.direction()
+        base, steered, healed = (self._metrics(name, r) for name in ("base", "steered", "healed"))
+        target = self.run.trait_metric
         self.seconds["total"] = sum(self.seconds.values())
-        self.write(
-            "round",
-            r,
-            retain=retain,
-            slope=slope,
-            checkpoint=heal.get("checkpoint"),
-            **{f"cosine_student_{name}": value for name, value in cosines.items()},
-            seconds={stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+        self.run.add(
+            RoundDone(
+                round=r,
+                retain=retain(healed, steered, base, target),
+                slope=slope(healed, base, target, self.run.start.metrics),
+                checkpoint=self.run.require(Trained, r).checkpoint,
+                cosine_student_teacher=cosine(learnt, self.run.vector(r)),
+                cosine_student_first=cosine(learnt, self.run.vector(0)),
+                seconds={stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+            )
         )
         self.seconds = {}
-        self.draw()
         return True
 
-    def _past_limits(self, r: int) -> list[str]:
-        healed, cfg = self.recorded("healed", r), self.cfg
-        assert healed is not None and self.base is not None
-        limits = budget.limits(self.metrics, self.base, cfg.backtrack, cfg.seed)
-        return budget.broken(self.metrics, healed["metrics"], limits)
+    def _metrics(self, state: str, r: int) -> dict[str, float | None]:
+        event = self.run.measured(state, None if state == "base" else r)
+        assert event is not None
+        return event.metrics
+
+    def _past_limits(self, r: int) -> Sequence[str]:
+        cfg = self.bench.cfg
+        assert self.base is not None
+        metrics = self.run.start.metrics
+        return past_limits(metrics, self._metrics("healed", r), limits(metrics, self.base, cfg.backtrack, cfg.seed))
 
     def _drop(self, r: int, past: Sequence[str]) -> None:
-        dose, heal, healed = (self.recorded(stage, r) for stage in ("dose", "heal", "healed"))
-        assert dose is not None and heal is not None and healed is not None
-        steered, share = dose["dose"] > 0, heal["lr"] / (2 * self.cfg.heal.lr)
-        following = {"next_kappa": dose["kappa"] / 2 if steered else dose["kappa"]}
-        following |= {"next_lr_share": 1.0 if steered else share}
-        self.write("backtrack", r, past=past, dose=dose["dose"], lr=heal["lr"], metrics=healed["metrics"], **following)
-        self.events = events.current(self.events)
-        self._forget_round(r)
-        self.draw()
-
-    def _forget_round(self, r: int) -> None:
-        """The student as it was before round r."""
-        history, self.own = self._before
-        self.student.take(history, r)
-
-    def finish(self) -> None:
-        """What follows the last round."""
-
-    def draw(self) -> None:
-        """What follows an event that has a picture."""
+        """Undoes the round: the next attempt has half the dose or, without a vector, half the learning rate."""
+        collected = self.run.require(Gathered, r).collected
+        trained = self.run.require(Trained, r)
+        healed = self.run.measured("healed", r)
+        assert healed is not None
+        steered = collected.dose > 0
+        self.run.add(
+            Dropped(
+                round=r,
+                past=tuple(past),
+                dose=collected.dose,
+                lr=trained.lr,
+                metrics=healed.metrics,
+                next_kappa=collected.kappa / 2 if steered else collected.kappa,
+                next_lr_share=1.0 if steered else trained.lr / (2 * self.bench.cfg.heal.lr),
+            )
+        )
+        if r == 0:
+            self.bench.student.reset()
+        else:
+            self.run.restore_student(r - 1, self.bench.student)

@@ -7,15 +7,38 @@ i items of an eval (vignettes or prompts).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from steer_heal.errors import UserError
 
-Number = Annotated[float, Field(allow_inf_nan=True)]
+StateName = Literal["base", "prompted", "control", "steered", "healed"]
+"""States of the model that a run measures. base, prompted and control come before the loop."""
+NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+"""How JSON spells the numbers that it lacks."""
+
+
+def _number(value: object) -> object:
+    """The number that a JSON string spells; any other value unchanged."""
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_number)]
+"""A float that may be infinite or NaN."""
+
+
+def round_label(r: int | None) -> str:
+    """`r0` for round 0; `control` for None, the heal before the loop."""
+    return "control" if r is None else f"r{r}"
+
+
+def state_label(name: str, r: int | None) -> str:
+    """A state as tables name it: `base`, `healed r1`."""
+    return name if r is None else f"{name} r{r}"
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -64,6 +87,20 @@ class Metric:
     """A model past this value is broken. Below `good`: the metric should be high; above it: low."""
     shown: bool = True
     """Whether the console and the table of rounds show it for every trait."""
+
+    @property
+    def is_health(self) -> bool:
+        """Whether the metric says that a model is intact: it has both limits."""
+        return self.good is not None and self.broken is not None
+
+    @property
+    def high_is_good(self) -> bool:
+        """Whether a health metric should be high."""
+        return (self.good or 0.0) > (self.broken or 0.0)
+
+    def within(self, value: float, limit: float | None) -> bool:
+        """Whether a value of a health metric is at a limit or better. Without a limit every value is."""
+        return limit is None or (value >= limit if self.high_is_good else value <= limit)
 
 
 @dataclass(frozen=True)
@@ -153,21 +190,26 @@ class Calibration:
     probes: tuple[KlProbe, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What one round wrote: the kept set, balanced over prompts, and how its dose was found."""
+    """The text of one heal: everything that was written, what of it trains, and how the dose was found."""
 
-    kept: tuple[Scored, ...]
-    """At most filter.n_keep, spread evenly over prompts, in the order of training."""
     scored: tuple[Scored, ...]
-    """Every completion of the round, probes first."""
-    kappa: float
-    probes: tuple[DoseProbe, ...]
-    dose: float
-    """The teacher's: the highest effective dose that trains or, where the text is the student's own, kappa times the
-    highest alpha. 0 without a vector."""
+    """Every completion, those that only searched for the dose first."""
+    train: tuple[int, ...]
+    """Indices into `scored` of what trains, spread evenly over prompts, in the order of training."""
+    kappa: float = 1.0
+    probes: tuple[DoseProbe, ...] = ()
+    dose: float = 0.0
+    """The teacher's dose: the highest effective dose that trains or, where the text is the student's own, kappa times
+    the highest alpha. 0 without a vector."""
     rehearsal: tuple[Completion, ...] = ()
     """Completions that the base wrote on prompts that have nothing to do with the trait. They train too."""
+
+    @property
+    def kept(self) -> list[Scored]:
+        """What trains, with its scores."""
+        return [self.scored[i] for i in self.train]
 
     @property
     def completions(self) -> list[Completion]:
@@ -208,7 +250,7 @@ class HealReport:
     lr: float
     """Peak learning rate of the attempt that succeeded."""
     steps: tuple[HealStep, ...]
-    validation: tuple[dict[str, float], ...]
+    validation: tuple[dict[str, Number], ...]
     """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
     left_out: float = 0.0
@@ -226,11 +268,40 @@ class HealReport:
         return median(firing) if firing else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A free-text answer that a measured state wrote, with the number of every gate."""
+
+    prompt: str
+    text: str
+    scores: Mapping[str, Number]
+    failed: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+Values = dict[str, Number | None]
+"""Metrics by name, with `<name>_lo` and `<name>_hi` for the interval of the difference to base. None: no item has a
+value."""
+
+
 @dataclass(frozen=True)
 class EvalResult:
-    """Metrics of one model state, the per-item values they come from, and the answers it wrote."""
+    """Metrics of one state, the values of the items that they are made of, and the answers that the state wrote."""
 
-    metrics: dict[str, float | None]
-    items: dict[str, list[float]] = field(default_factory=dict)
-    """Per-item values by name, in the order of the eval's data: paired intervals resample them."""
-    texts: tuple[dict[str, Any], ...] = ()
+    metrics: Values
+    items: dict[str, list[Number]] = field(default_factory=dict)
+    """Values of the items by name, in the order of the eval's data. Paired intervals resample them."""
+    texts: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateFacts:
+    """What readers of a run need to know of a gate."""
+
+    measures: str
+    limit: Number
+    at_least: bool
+    degenerate: bool
+    """Whether a text that fails is degenerate."""
+    on: bool
+    """Whether a text that fails is dropped."""

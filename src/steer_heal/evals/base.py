@@ -12,9 +12,11 @@ from torch import Tensor
 
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import AdapterState, Student
-from steer_heal.records import Completion, EvalResult, Metric, Scored, derive_seed
+from steer_heal.progress import SILENT, Progress
+from steer_heal.records import Answer, Completion, EvalResult, Metric, Scored, derive_seed
 from steer_heal.settings import EvalCfg, FilterCfg
 from steer_heal.stages.filter import judge_all
 from steer_heal.stages.generate import Ask, generate
@@ -24,19 +26,26 @@ Items = dict[str, list[float]]
 """Per-item values by name. NaN: the item has no value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """One state of the model as the evals see it. Its texts are written when first asked for."""
 
     student: Student
-    adapters: AdapterState
-    condition: Condition
+    state: State
     inputs: Inputs
     cfg: EvalCfg
     keep: FilterCfg
     seed: int
     base: EvalResult | None = None
     """What was measured of the base, which this state is compared with."""
+
+    @property
+    def adapters(self) -> AdapterState:
+        return self.state.adapters
+
+    @property
+    def condition(self) -> Condition:
+        return self.state.condition
 
     @cached_property
     def texts(self) -> list[Completion]:
@@ -85,28 +94,23 @@ class Eval:
     """Fields of Inputs that a run without this eval may leave empty."""
 
 
-def evaluate(subject: Subject, evals: Sequence[Eval], on_eval: Callable[[int], object] = lambda i: None) -> EvalResult:
+def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILENT) -> EvalResult:
     """Every metric of one state; with a base, also the 95 percent intervals `<name>_lo`, `<name>_hi` of the paired
-    difference to it. `on_eval` is called with the index of each eval before it begins."""
+    difference to it. Each eval is a part of `progress`."""
     values: Items = {}
     for i, each in enumerate(evals):
-        on_eval(i)
+        progress.part(i + 1, len(evals))
         values |= each.items(subject)
     metrics = [metric for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:
         found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed)
-    texts = tuple(
-        {
-            "prompt": s.completion.prompt,
-            "text": s.completion.text,
-            "scores": s.scores,
-            "failed": s.failed,
-            "reasons": s.reasons,
-        }
-        for s in subject.scored
-    )
-    return EvalResult(found, values, texts)
+    return EvalResult(found, values, tuple(_answer(row) for row in subject.scored))
+
+
+def _answer(row: Scored) -> Answer:
+    text = row.completion
+    return Answer(prompt=text.prompt, text=text.text, scores=row.scores, failed=row.failed, reasons=row.reasons)
 
 
 # --- item values to metrics --------------------------------------------------------------------------------------

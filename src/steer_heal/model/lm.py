@@ -10,8 +10,9 @@ import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
 Side = Literal["left", "right"]
@@ -54,10 +56,6 @@ SHORTEST_CHUNK = 64
 _MARK = "SYSTEM-GOES-HERE"
 
 
-def unwatched(done: float | int, total: int) -> None:
-    """Progress that nobody looks at."""
-
-
 @dataclass
 class LM:
     """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
@@ -70,9 +68,20 @@ class LM:
     why_dtype: str = ""
     """Why its weights are in the dtype that they are in."""
     limits: BatchLimits = field(default_factory=BatchLimits)
-    progress: Callable[[float | int, int], object] = unwatched
-    """Called with the rows that are done and all rows of the work at hand, after each batch that is read and each token
+    weights_note: str = ""
+    progress: Progress = SILENT
+    """Told of the rows that are done and all rows of the work at hand, after each batch that is read and each token
     that is written. Rows that are being written count in part."""
+
+    @contextmanager
+    def watched_by(self, progress: Progress) -> Iterator[None]:
+        """Tells `progress` of the work that is done inside."""
+        before = self.progress
+        self.progress = progress
+        try:
+            yield
+        finally:
+            self.progress = before
 
     @property
     def base(self) -> str:
@@ -205,7 +214,7 @@ class LM:
         After an out-of-memory error `work` is called again with fewer rows, so it must be idempotent.
         """
         todo = list(batches(lengths, self.limits.read_tokens))
-        self.progress(0, len(lengths))
+        self.progress.at(0, len(lengths))
         while todo:
             group, failed = todo[0], None
             try:
@@ -214,7 +223,7 @@ class LM:
                 failed = fewer_rows(len(group), error)
             if failed is None:
                 todo.pop(0)
-                self.progress(len(lengths) - sum(map(len, todo)), len(lengths))
+                self.progress.at(len(lengths) - sum(map(len, todo)), len(lengths))
                 continue
             free_unused()
             self.limits.read_tokens = failed * lengths[group[-1]]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from steer_heal.errors import validated
+from steer_heal.events import plain
 from steer_heal.inputs.files import parse_toml, read_file, resolve
-from steer_heal.runs.events import jsonable
+from steer_heal.runs.log import read_start
 from steer_heal.settings import RunConfig
 
 HEADING = "# steer-heal run --config FILE; a setting that is left out has its default, which for some is none\n"
@@ -18,7 +18,7 @@ HEADING = "# steer-heal run --config FILE; a setting that is left out has its de
 
 def as_toml(cfg: RunConfig) -> str:
     """Every setting. TOML has no null: what is None is left out, and None is the default of all that can be it."""
-    return HEADING + tomli_w.dumps(_without_none(jsonable(asdict(cfg))[0]))
+    return HEADING + tomli_w.dumps(_without_none(plain(cfg)))
 
 
 def read_config(path: Path) -> tuple[str, RunConfig]:
@@ -27,18 +27,15 @@ def read_config(path: Path) -> tuple[str, RunConfig]:
     UserError with a line for each field that is not a setting, or has no valid value.
     """
     if path.is_dir():
-        from steer_heal.runs.resume import run_start  # torch: a file can do without
-
-        start = run_start(path)
-        name, found, where = start["preset"], start["config"], f"{path}/events.jsonl config"
-    else:
-        file = read_file(resolve(path, "config"))
-        name, found, where = path.stem, parse_toml(file), str(path)
+        start = read_start(path)
+        return start.preset, start.config
+    file = read_file(resolve(path, "config"))
     sections = (getattr(RunConfig(), each.name) for each in fields(RunConfig))
     known = [each.name for section in sections if is_dataclass(section) for each in fields(section)]
-    return name, validated(RunConfig, found, where, known)
+    return path.stem, validated(RunConfig, parse_toml(file), str(path), known)
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+def _without_none(values: object) -> dict[str, object]:
+    assert isinstance(values, dict)
     nested = {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: value for key, value in nested.items() if value is not None}

@@ -1,108 +1,91 @@
-"""A run opened to be used: its settings, its data and its model, and the checkpoint of any of its rounds."""
+"""A run opened to be used: the model that it began with, its data, and the student of any of its states."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from loguru import logger
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench, load_model, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError
-from steer_heal.inputs import Inputs
-from steer_heal.model.lm import weights_digest
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.events import Dropped, Gathered
+from steer_heal.model.lm import LM
+from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.student import Student
-from steer_heal.runs.events import Event, current, of_stage, read_events, schema_errors
-from steer_heal.runs.resume import in_recorded_dtype, recorded, same_inputs, same_weights
-from steer_heal.runs.storage import damaged_file
-from steer_heal.settings import RunConfig
+from steer_heal.recipe import Recipe
+from steer_heal.records import StateName
+from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
+from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import RunConfig, changed
 
 
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run as its folder records it. No model is loaded yet."""
-
-    folder: Path
-    cfg: RunConfig
-    """Its settings, with the dtype that its weights were in. It has no export."""
-    inputs: Inputs
-    events: list[Event]
-    """Without those of attempts that were dropped, and without the steps of heals."""
-    dropped: dict[int, str]
-    """By round: why an attempt at it was dropped."""
-
-    @cached_property
-    def rounds(self) -> list[int]:
-        """The healed rounds that were kept."""
-        return [event["round"] for event in of_stage(self.events, "round")]
-
-    def healed(self, r: int | None = None) -> int:
-        """The round itself; without one, the last that was healed and kept. UserError naming those that there are."""
-        if not self.rounds:
-            raise UserError(f"{self.folder} has no healed round; continue it: steer-heal resume {self.folder}")
-        if r is None or r in self.rounds:
-            return self.rounds[-1] if r is None else r
-        why = f"was dropped ({self.dropped[r]})" if r in self.dropped else "is not there"
-        raise UserError(f"round {r} of {self.folder} {why}; its rounds are {', '.join(map(str, self.rounds))}")
-
-    def event(self, stage: str, r: int) -> Event:
-        """UserError where the run has none."""
-        for event in reversed(self.events):
-            if (event["stage"], event["round"]) == (stage, r):
-                return event
-        of_round = f" of round {r}" if r >= 0 else ""
-        raise UserError(f"{self.folder} has no {stage}{of_round}; ask for another round or state")
-
-    def file(self, event: Event, name: str) -> Path:
-        """A file or a folder that the event recorded. UserError where it is gone or was changed."""
-        with schema_errors(self.folder):
-            damage = damaged_file(self.folder, event["files"])
-        if damage is not None:
-            raise UserError(f"{damage}; restore it, or give another --round")
-        return self.folder / name
-
-    def checkpoint(self, r: int) -> Path:
-        """The folder of the student after round r; -1 is the control."""
-        return self.file(self.event("heal", r), f"ckpt/r{r}" if r >= 0 else "ckpt/control")
-
-    def vector(self, r: int) -> Vector:
-        """The steering vector of round r. UserError where its file is gone or was changed."""
-        return Vector.load(self.file(self.event("vector", r), f"vectors/r{r}.safetensors"))
-
-    def teacher(self, r: int) -> Condition:
-        """What makes the teacher of round r out of the student before it. UserError as of `vector`."""
-        dose = self.event("dose", r)
-        with schema_errors(self.folder):
-            return steps.teacher(self.vector(r), float(dose["dose"]), self.inputs, self.cfg)
-
-    def load(self) -> Student:
-        """The untouched model. UserError where it is not the one that the run began with."""
-        began = time.monotonic()
-        if self.cfg.n_threads:
-            torch.set_num_threads(self.cfg.n_threads)
-        lm = steps.load_model(self.cfg)
-        with schema_errors(self.folder):
-            same_weights(self.events[0], weights_digest(lm.model), self.folder)
-        dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
-        logger.info(f"{self.cfg.model} is loaded, in {dtype} on {lm.device}: {time.monotonic() - began:.1f} s")
-        return Student(lm, self.cfg.adapter)
+def settings_of(run: FolderRun, **given: object) -> RunConfig:
+    """The settings of a run, with the dtype that its weights were in and without its export; settings without effect on
+    its readings (device, n_threads, ...) are replaced by those `given`."""
+    return replace(changed(recorded_settings(run.folder), given), export=None)
 
 
-def open_run(folder: Path, **changed: object) -> OpenedRun:
-    """The run in a folder, with settings without effect on its readings `changed` (device, n_threads, ...).
+def chosen_round(run: FolderRun, r: int | None = None) -> int:
+    """Round r or, by default, the last that was kept. UserError naming the rounds that there are."""
+    if not run.rounds:
+        raise UserError(f"{run.folder} has no healed round; continue it: steer-heal resume {run.folder}")
+    if r is None:
+        return run.rounds[-1]
+    if r in run.rounds:
+        return r
+    dropped = [event for event in run.each(Dropped) if event.round == r]
+    why = f"was dropped ({'; '.join(dropped[-1].past)})" if dropped else "does not exist"
+    raise UserError(f"round {r} of {run.folder} {why}; its rounds are {', '.join(map(str, run.rounds))}")
 
-    UserError where the folder holds no run, or a file that the run read is not as it was.
-    """
-    _, cfg = recorded(folder)
-    cfg = replace(in_recorded_dtype(cfg, folder), export=None, **changed)
+
+def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:
+    """A state of a run. `steered` and `healed` need a round. UserError where the vector of the round is gone or was
+    changed."""
+    trait = run.start.trait
+    if name == "base":
+        return base_state(trait)
+    if name == "prompted":
+        return prompted_state(trait)
+    if name == "control":
+        return control_state(trait)
+    assert r is not None
+    if name == "healed":
+        return healed_state(r, trait)
+    recipe = Recipe.of(run.start.config)
+    dose = run.require(Gathered, r).collected.dose
+    return steered_state(r, recipe.teacher_condition(trait, run.vector(r), dose))
+
+
+def open_bench(run: FolderRun, cfg: RunConfig) -> Bench:
+    """The untouched model of a run with its data. UserError where a file that the run read, or the model, is not as it
+    was."""
     inputs = check_inputs(cfg)
-    same_inputs(folder, inputs)
-    with schema_errors(folder):
-        everything = [event for event in read_events(folder) if event["stage"] != "heal_step"]
-        dropped = {event["round"]: "; ".join(event["past"]) for event in of_stage(everything, "backtrack")}
-        return OpenedRun(folder, cfg, inputs, current(everything), dropped)
+    same_inputs(run.folder, inputs)
+    if cfg.n_threads:
+        torch.set_num_threads(cfg.n_threads)
+    began = time.monotonic()
+    lm = load_model(cfg)
+    same_weights(run.folder, weights_of(lm))
+    dtype = str(lm.head.weight.dtype).removeprefix("torch.")
+    logger.info(f"{cfg.model} is loaded, in {dtype} on {lm.device}: {time.monotonic() - began:.1f} s")
+    return Bench(cfg, inputs, Student(lm, cfg.adapter))
+
+
+def put_in(run: FolderRun, student: Student, state: State) -> None:
+    """Gives an untouched student the rounds that a state needs. UserError where a checkpoint is gone or was changed."""
+    if state.name == "control":
+        run.restore_student(None, student)
+    elif state.name == "healed":
+        run.restore_student(state.round, student)
+    elif state.name == "steered" and state.round:
+        run.restore_student(state.round - 1, student)
+
+
+def model_of(run: FolderRun, cfg: RunConfig) -> LM:
+    """The model of a run without its data. UserError where its weights are not as they were."""
+    lm = load_model(cfg)
+    same_weights(run.folder, weights_of(lm))
+    return lm

@@ -68,8 +68,14 @@ class DoseController:
         """What trains of all that was written, be it too little."""
         assert self.kappa is not None
         kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.n_keep)
-        dose = max((row.completion.dose for row in kept), default=0.0)
-        return Collected(tuple(kept), tuple(self.scored), self.kappa, tuple(self.probes), dose)
+        place = {id(row): i for i, row in enumerate(self.scored)}
+        return Collected(
+            scored=tuple(self.scored),
+            train=tuple(place[id(row)] for row in kept),
+            kappa=self.kappa,
+            probes=tuple(self.probes),
+            dose=max((row.completion.dose for row in kept), default=0.0),
+        )
 
     def _next_kappas(self) -> list[float]:
         """Kappas to probe: a grid, then refinements between the last that survived and the first that did not."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.model.lm import LM
-from steer_heal.records import Completion, Scored
+from steer_heal.records import Completion, GateFacts, Scored
 from steer_heal.settings import FilterCfg
 
 REFUSALS = (
@@ -166,6 +166,20 @@ GATES: dict[str, Gate] = {
     "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
 }
 """Every gate by the name that `filter.gates` takes. All of them score every text; those that are on drop it."""
+
+
+def gate_facts(cfg: FilterCfg) -> dict[str, GateFacts]:
+    """What readers of a run need to know of each gate."""
+    return {
+        name: GateFacts(
+            measures=gate.measures,
+            limit=gate.limit_in(cfg),
+            at_least=gate.at_least,
+            degenerate=gate.broken,
+            on=name in cfg.gates,
+        )
+        for name, gate in GATES.items()
+    }
 
 
 def score(

@@ -1,4 +1,7 @@
-"""What an unfinished stage has done so far, on disk: written completions, and a heal between two steps."""
+"""What an unfinished stage has done so far, on disk: written completions, and a heal between two steps.
+
+Files of `partial/` in the folder of a run. Once the event of the stage is written, its file is removed.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.errors import UserError
-from steer_heal.records import Completion, HealStep
+from steer_heal.records import Completion, HealStep, round_label
 from steer_heal.runs.storage import append_line, atomic_write
 
 if TYPE_CHECKING:
     from steer_heal.stages.heal import SavedHeal
 
 
-def checkpoint_name(r: int) -> str:
-    """Folder of the student after round r, within the run's; round -1 is the control."""
-    return f"ckpt/r{r}" if r >= 0 else "ckpt/control"
+PARTIAL = "partial"
+
+
+def texts_path(folder: Path, r: int | None) -> Path:
+    """Where the completions of a round, or of the control, are kept."""
+    return folder / PARTIAL / f"texts-{round_label(r)}.jsonl"
+
+
+def heal_path(folder: Path, r: int | None) -> Path:
+    """Where the heal of a round, or of the control, is kept."""
+    return folder / PARTIAL / f"heal-{round_label(r)}.safetensors"
 
 
 class WrittenTexts:

@@ -1,0 +1,295 @@
+"""A model, its inputs and its settings on the bench: every step of a round as a method. No files, events or console.
+
+    vector = bench.extract()
+    collected = bench.collect(recipe, r, vector)
+    bench.measure(steered_state(r, bench.teacher(recipe, vector, collected.dose)))
+    bench.heal(recipe, r, collected, vector)
+    bench.student.bake()
+    bench.measure(healed_state(r, bench.trait))
+
+The loop, the library, the questions of `diag` and the benchmarks call these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from steer_heal.evals import EVALS
+from steer_heal.evals.base import Subject, evaluate
+from steer_heal.events import Weights
+from steer_heal.inputs import Inputs
+from steer_heal.model.decode import Decoding
+from steer_heal.model.lm import LM, load, weights_digest
+from steer_heal.model.state import State, base_state
+from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.student import AdapterState, Student
+from steer_heal.model.targets import targets
+from steer_heal.progress import SILENT, Progress
+from steer_heal.recipe import Recipe
+from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, Trait, derive_seed
+from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.stages import heal as heal_stage
+from steer_heal.stages.calibrate import iso_kl_dose
+from steer_heal.stages.dose import DoseController, require_enough
+from steer_heal.stages.filter import score
+from steer_heal.stages.generate import Ask, Known, generate
+from steer_heal.stages.heal import HealState, SavedHeal
+from steer_heal.stages.vector import student_vec, teacher_vec
+
+CALIBRATION_PROMPTS = 8
+OnBatch = Callable[[Sequence[Completion]], object]
+
+
+def read_model(cfg: RunConfig) -> LM:
+    """The model that the settings name."""
+    return load(
+        cfg.model,
+        device=cfg.device,
+        dtype=cfg.dtype,
+        max_prompt_tokens=cfg.max_prompt_tokens,
+        quantize=cfg.quantize,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+    )
+
+
+def load_model(cfg: RunConfig) -> LM:
+    """The model that the settings name, ready to be steered and healed. UserError: see `require_bands`."""
+    lm = read_model(cfg)
+    require_bands(lm, cfg)
+    return lm
+
+
+def weights_of(lm: LM) -> Weights:
+    """What the base weights of a model are."""
+    return Weights(**weights_digest(lm.model), note=lm.weights_note)
+
+
+def require_bands(lm: LM, cfg: RunConfig) -> None:
+    """UserError where the model has no block in one of the bands of the settings, or no weight there to adapt."""
+    lm.band("steer.layers", cfg.steer.layers)
+    targets(lm, cfg.adapter.layers)
+
+
+@dataclass
+class Bench:
+    """What every step needs."""
+
+    cfg: RunConfig
+    inputs: Inputs
+    student: Student
+
+    @property
+    def trait(self) -> Trait:
+        return self.inputs.trait
+
+    @property
+    def plain(self) -> Condition:
+        """The plain prompt, without a vector."""
+        return Condition(self.trait.plain_system)
+
+    def teacher(self, recipe: Recipe, vector: Vector, dose: float) -> Condition:
+        """What makes the teacher out of the student."""
+        return recipe.teacher_condition(self.trait, vector, dose)
+
+    # --- vectors -------------------------------------------------------------------------------------------------
+    def extract(self) -> Vector:
+        """The steering vector of the student as it is now."""
+        with self.student.using("full") as lm:
+            return teacher_vec(lm, self.trait, self.inputs.contexts, self.cfg.steer)
+
+    def direction(self) -> Vector:
+        """Where the adapters moved the residual stream, on the blocks of the steering vector."""
+        return student_vec(self.student, self.trait, self.inputs.contexts, self.cfg.steer)
+
+    # --- text ----------------------------------------------------------------------------------------------------
+    def write(
+        self,
+        condition: Condition,
+        asks: Sequence[Ask],
+        *,
+        adapters: AdapterState = "full",
+        max_new_tokens: int | None = None,
+        known: Known | None = None,
+        on_batch: OnBatch = lambda batch: None,
+    ) -> list[Completion]:
+        """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
+        how = Decoding(max_new_tokens or self.cfg.gen.max_new_tokens, self.cfg.gen.batch_size)
+        with self.student.using(adapters) as lm:
+            return generate(
+                lm, asks, condition.vector, condition.system, self.trait.plain_system, how, known, on_batch
+            )
+
+    def score(self, completions: Sequence[Completion]) -> list[Scored]:
+        """Completions with the number of every gate, under the base."""
+        with self.student.using("base") as lm:
+            return score(lm, completions, self.trait.plain_system, self.trait.narration, self.cfg.filter)
+
+    def calibrate(self, recipe: Recipe, r: int, vector: Vector) -> Calibration:
+        """The dose of mode iso_kl, and every dose that was probed."""
+        prompts = self.inputs.prompts[:CALIBRATION_PROMPTS]
+        asks = [Ask(i, prompt, 0.0, 1.0, derive_seed(self.cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
+        texts = self.write(self.plain, asks, max_new_tokens=self.cfg.dose.kl_tokens)
+        with self.student.using("full") as lm:
+            return iso_kl_dose(lm, self.teacher(recipe, vector, 1.0), texts, self.cfg.dose.kl_target)
+
+    def known_kappa(self, recipe: Recipe, r: int, vector: Vector) -> float | None:
+        """kappa where it does not depend on what survives the filter; None in mode survival."""
+        if not recipe.uses_vector:
+            return 1.0
+        if self.cfg.dose.mode == "iso_kl":
+            return self.calibrate(recipe, r, vector).dose / max(self.cfg.gen.alphas)
+        return self.cfg.dose.kappa if self.cfg.dose.mode == "fixed" else None
+
+    def collect(
+        self,
+        recipe: Recipe,
+        r: int | None,
+        vector: Vector | None,
+        *,
+        kappa: float | None = None,
+        known: Known | None = None,
+        on_batch: OnBatch = lambda batch: None,
+    ) -> Collected:
+        """The text of one heal, filtered, and the teacher's dose. Without a `kappa` cfg.dose chooses it.
+
+        The control needs no vector. `known` and `on_batch`: see `generate`. Starved where the filter keeps too few.
+        """
+        top = max(self.cfg.gen.alphas)
+
+        def fill(controller: DoseController, condition: Condition) -> DoseController:
+            while asks := controller.next_asks():
+                controller.add(self.score(self.write(condition, asks, known=known, on_batch=on_batch)))
+            return controller
+
+        if recipe.teacher is None:
+            found = fill(self._controller(recipe, r, "control"), self.plain).collected()
+        else:
+            assert vector is not None
+            teacher = self.teacher(recipe, vector, top)
+            if kappa is None and r is not None:
+                kappa = self.known_kappa(recipe, r, vector)
+            if recipe.text == "own":  # the teacher's text only chooses the dose
+                search = fill(self._controller(recipe, r, "gen", alphas=(top,), kappa=kappa, n_keep=0), teacher)
+                own = fill(self._controller(recipe, r, "own"), self.plain).collected()
+                assert search.kappa is not None
+                found = replace(
+                    own,
+                    scored=(*search.scored, *own.scored),
+                    train=tuple(len(search.scored) + i for i in own.train),
+                    kappa=search.kappa,
+                    probes=tuple(search.probes),
+                    dose=search.kappa * top if recipe.uses_vector else 0.0,
+                )
+            else:
+                alphas = self.cfg.gen.alphas if recipe.uses_vector else (0.0,)
+                found = fill(self._controller(recipe, r, "gen", alphas=alphas, kappa=kappa), teacher).collected()
+        require_enough(found, self.cfg.filter)
+        return replace(found, rehearsal=self._rehearsal(recipe, r, known, on_batch))
+
+    def _controller(
+        self,
+        recipe: Recipe,
+        r: int | None,
+        stage: str,
+        *,
+        alphas: Sequence[float] = (0.0,),
+        kappa: float | None = 1.0,
+        n_keep: int | None = None,
+    ) -> DoseController:
+        stream = (self.cfg.seed, recipe.stream(r), stage)
+        keep = self.cfg.filter
+        return DoseController(self.inputs.prompts, alphas, self.cfg.dose, keep, stream, kappa, n_keep)
+
+    def _rehearsal(
+        self, recipe: Recipe, r: int | None, known: Known | None, on_batch: OnBatch
+    ) -> tuple[Completion, ...]:
+        """What the base writes on prompts that have nothing to do with the trait."""
+        if not recipe.rehearsal:
+            return ()
+        n = len(self.inputs.rehearsal)
+        assert n == recipe.rehearsal, f"the inputs hold {n} prompts, heal.rehearsal is {recipe.rehearsal}: load again"
+        seeds = [derive_seed(self.cfg.seed, recipe.stream(r), "rehearsal", i) for i in range(n)]
+        asks = [Ask(i, self.inputs.rehearsal[i], 0.0, 1.0, seed) for i, seed in enumerate(seeds)]
+        return tuple(self.write(self.plain, asks, adapters="base", known=known, on_batch=on_batch))
+
+    # --- heal ----------------------------------------------------------------------------------------------------
+    def heal(
+        self,
+        recipe: Recipe,
+        r: int | None,
+        collected: Collected,
+        vector: Vector | None = None,
+        *,
+        settings: HealCfg | None = None,
+        on_step: Callable[[HealState], None] = lambda state: None,
+        saved: SavedHeal | None = None,
+    ) -> HealReport:
+        """Trains the factor of round r. `student.bake()` keeps it, `student.discard_round()` drops it.
+
+        `settings` replace cfg.heal. `on_step` and `saved`: see stages/heal.py.
+        """
+        cfg = settings or self.cfg.heal
+        teacher = None
+        if recipe.fit == "distribution":
+            assert vector is not None
+            teacher = self.teacher(recipe, vector, collected.dose)
+
+        def renew(n: int, held_out: Sequence[int]) -> tuple[list[Scored], Condition | None]:
+            return self._renew(recipe, r, n, held_out, cfg.batch_size, teacher)
+
+        report = heal_stage.heal(
+            self.student,
+            collected.completions,
+            -1 if r is None else r,
+            cfg,
+            recipe.heal_seed(self.cfg.seed, r),
+            teacher,
+            renew if recipe.refresh_every else None,
+            on_step,
+            saved,
+            collected.rehearsal if teacher is not None else (),
+        )
+        return report
+
+    def _renew(
+        self,
+        recipe: Recipe,
+        r: int | None,
+        n: int,
+        held_out: Sequence[int],
+        batch_size: int,
+        teacher: Condition | None,
+    ) -> tuple[list[Scored], Condition | None]:
+        """(text that the student writes now, who teaches along it), where text was renewed n times before."""
+        prompts = self.inputs.prompts
+        own = [i for i in range(len(prompts)) if i not in held_out]
+        n_texts = batch_size * recipe.refresh_every
+        asks = []
+        for i in range(n_texts):
+            prompt = own[(n * n_texts + i) % len(own)]
+            seed = derive_seed(self.cfg.seed, recipe.stream(r), "renew", n, i)
+            asks.append(Ask(prompt, prompts[prompt], 0.0, 1.0, seed))
+        texts = self.write(self.plain, asks)
+        if recipe.refresh_teacher and teacher is not None and teacher.vector is not None:
+            teacher = replace(teacher, vector=self.extract())
+        return self.score(texts), teacher
+
+    # --- measurements --------------------------------------------------------------------------------------------
+    def measure(self, state: State, base: EvalResult | None = None, progress: Progress = SILENT) -> EvalResult:
+        """Every metric of one state, with 95 percent intervals of the difference to `base` where that is given."""
+        subject = Subject(
+            student=self.student,
+            state=state,
+            inputs=self.inputs,
+            cfg=self.cfg.eval,
+            keep=self.cfg.filter,
+            seed=self.cfg.seed,
+            base=base,
+        )
+        return evaluate(subject, [EVALS[name] for name in self.cfg.eval.evals], progress)
+
+    def measure_base(self) -> EvalResult:
+        """Every metric of the untouched model."""
+        return self.measure(base_state(self.trait))

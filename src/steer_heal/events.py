@@ -1,0 +1,385 @@
+"""What a run records: one dataclass for each kind of event, one codec, and the run as a list of events.
+
+An event is one JSON object on a line of events.jsonl. Tables, pictures, pages and cards are made from events alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Discriminator, TypeAdapter, ValidationError
+
+from steer_heal.errors import UserError, problem_lines
+from steer_heal.records import (
+    Answer,
+    Calibration,
+    Collected,
+    EvalResult,
+    GateFacts,
+    HealReport,
+    HealStep,
+    Metric,
+    Number,
+    StateName,
+    Trait,
+    Values,
+    state_label,
+)
+from steer_heal.settings import TINY_RANDOM, RunConfig
+
+SCHEMA = 5
+Files = dict[str, str]
+"""SHA-256 of files by their path within the run's folder."""
+TableRow = dict[str, str | Number | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What every event has."""
+
+    round: int | None = None
+    """None: before or after the loop. The control, which is healed before the loop, has None too."""
+    t: str = ""
+    """Time of writing, UTC."""
+    wall_s: float = 0.0
+    """Seconds that the run has taken so far, without the time in which it was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The base weights that a run began with."""
+
+    sha256: str
+    dtype: str
+    note: str = ""
+    """How the weights differ from those of the named model, such as a quantisation. Empty: they do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart(Event):
+    """A run begins: its settings, its data, and what it runs on."""
+
+    event: Literal["run_start"] = "run_start"
+    folder: str = ""
+    preset: str
+    command: tuple[str, ...] = ()
+    config: RunConfig
+    trait: Trait
+    metrics: tuple[Metric, ...]
+    gates: dict[str, GateFacts]
+    wording: dict[str, list[list[str]]]
+    """The items of the evals in words, by what an item is: vignette or pair."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every data file, by the setting that names it."""
+    settings: str = ""
+    """Fingerprint of the settings without the seed."""
+    base_model: str = ""
+    weights: Weights | None = None
+    unadapted: tuple[str, ...] = ()
+    """Weights of the adapted blocks that the adapter leaves out."""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Event):
+    """One state of the model, measured by every eval."""
+
+    event: Literal["measured"] = "measured"
+    state: StateName
+    metrics: Values
+    items: dict[str, list[Number]]
+    dose: float = 0.0
+    texts: tuple[Answer, ...] = ()
+
+    def __getitem__(self, name: str) -> float | None:
+        """A metric by name; None where it has no value."""
+        return self.metrics.get(name)
+
+    @property
+    def label(self) -> str:
+        """`base`, `healed r1`."""
+        return state_label(self.state, self.round)
+
+    @property
+    def result(self) -> EvalResult:
+        return EvalResult(self.metrics, self.items, self.texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extracted(Event):
+    """The steering vector of a round was read from the student."""
+
+    event: Literal["extracted"] = "extracted"
+    norms: dict[str, Number]
+    """Length of the vector by block."""
+    cosine_to_first: Number
+    """Cosine to the vector of round 0."""
+    files: Files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Event):
+    """The dose of mode iso_kl was found."""
+
+    event: Literal["calibrated"] = "calibrated"
+    calibration: Calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered(Event):
+    """All text of a round was written and scored, and the dose was chosen."""
+
+    event: Literal["gathered"] = "gathered"
+    mode: str
+    """How the dose was chosen: dose.mode, or none for the control."""
+    collected: Collected
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealStepped(Event):
+    """One optimiser step of a heal."""
+
+    event: Literal["heal_step"] = "heal_step"
+    step: HealStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealRetried(Event):
+    """A loss was not finite: the heal starts again at half the learning rate. Earlier steps of the round are void."""
+
+    event: Literal["heal_retried"] = "heal_retried"
+    step: int
+    prompt_index: int | None
+    text: str
+    lr: float
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Event):
+    """A heal ended and its factor was folded into the history."""
+
+    event: Literal["trained"] = "trained"
+    n_train: int
+    n_validation: int
+    lam: float
+    tau: float
+    lr: float
+    validation: tuple[dict[str, Number], ...]
+    validation_prompts: tuple[int, ...]
+    left_out: float
+    n_steps: int
+    fired: float
+    pressure: Number | None
+    n_retries: int
+    checkpoint: str | None
+    """Folder of the student within the run's; None in memory."""
+    files: Files
+
+    @classmethod
+    def of(cls, report: HealReport, *, r: int | None, n_retries: int, checkpoint: str | None, files: Files) -> Trained:
+        """The report of a heal without its steps, which are events of their own."""
+        return cls(
+            round=r,
+            n_train=report.n_train,
+            n_validation=report.n_validation,
+            lam=report.lam,
+            tau=report.tau,
+            lr=report.lr,
+            validation=report.validation,
+            validation_prompts=report.validation_prompts,
+            left_out=report.left_out,
+            n_steps=len(report.steps),
+            fired=report.fired,
+            pressure=report.pressure,
+            n_retries=n_retries,
+            checkpoint=checkpoint,
+            files=files,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped(Event):
+    """A round whose student is past a limit was undone. All earlier events of the round are void."""
+
+    event: Literal["dropped"] = "dropped"
+    past: tuple[str, ...]
+    """Every limit that the student is past, in words."""
+    dose: float
+    lr: float
+    metrics: Values
+    next_kappa: float
+    next_lr_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDone(Event):
+    """A round was kept."""
+
+    event: Literal["round_done"] = "round_done"
+    retain: Number | None
+    slope: Number | None
+    checkpoint: str | None
+    cosine_student_teacher: Number
+    cosine_student_first: Number
+    seconds: dict[str, float]
+    """Seconds by stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd(Event):
+    """A run ended: finished, or stopped by an error."""
+
+    event: Literal["run_end"] = "run_end"
+    verdict: str = ""
+    table: tuple[TableRow, ...] = ()
+    error: str | None = None
+
+
+AnyEvent = (
+    RunStart
+    | Measured
+    | Extracted
+    | Calibrated
+    | Gathered
+    | HealStepped
+    | HealRetried
+    | Trained
+    | Dropped
+    | RoundDone
+    | RunEnd
+)
+Kind = TypeVar("Kind", bound=Event)
+_codec: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Discriminator("event")])
+
+
+# --- codec -------------------------------------------------------------------------------------------------------
+def encode(event: AnyEvent, prev: str) -> dict[str, object]:
+    """The JSON object of an event. `prev` is the hash of the line before it."""
+    body = plain(event)
+    assert isinstance(body, dict)
+    first = {"schema": SCHEMA, "event": event.event, "round": event.round, "t": event.t, "wall_s": event.wall_s}
+    return {**first, "prev": prev, **body}
+
+
+def decode(line: bytes | str) -> AnyEvent:
+    """The event of a line. ValueError naming each field that is not as this version writes it."""
+    try:
+        return _codec.validate_json(line, strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(problem_lines(error, lambda at: at))) from None
+
+
+def plain(value: object) -> object:
+    """The value made of JSON types. Numbers that are not finite become strings: NaN, Infinity, -Infinity."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+# --- a run as its events -----------------------------------------------------------------------------------------
+class Run:
+    """The events of a run in their order, without those that a later event made void, and how to find one.
+
+    Whoever wants to follow a run subscribes: the console, trackers, the pictures, a callback of the library.
+    """
+
+    def __init__(self, events: Iterable[AnyEvent] = ()) -> None:
+        self.events: list[AnyEvent] = []
+        """All but the steps of heals."""
+        self.steps: list[HealStepped] = []
+        self.subscribers: list[Callable[[AnyEvent], object]] = []
+        for event in events:
+            self.take(event)
+
+    def add(self, event: AnyEvent) -> None:
+        """Records an event and tells the subscribers."""
+        self.take(event)
+        for tell in self.subscribers:
+            tell(event)
+
+    def take(self, event: AnyEvent) -> None:
+        """Adds an event; drops what it makes void."""
+        if isinstance(event, HealStepped):
+            self.steps.append(event)
+            return
+        if isinstance(event, HealRetried | Dropped):
+            self.steps = [step for step in self.steps if step.round != event.round]
+        if isinstance(event, Dropped):
+            self.events = [e for e in self.events if e.round != event.round or isinstance(e, Dropped)]
+        self.events.append(event)
+
+    def each(self, kind: type[Kind]) -> list[Kind]:
+        """All events of a kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def at(self, kind: type[Kind], r: int | None) -> Kind | None:
+        """The event of a kind and round; None: it was not recorded yet. Round None is before the loop."""
+        return next((e for e in reversed(self.events) if isinstance(e, kind) and e.round == r), None)
+
+    def require(self, kind: type[Kind], r: int | None) -> Kind:
+        """As `at`. UserError where the run has no such event."""
+        found = self.at(kind, r)
+        if found is None:
+            where = "before the loop" if r is None else f"of round {r}"
+            raise UserError(f"the run has no event {kind.__name__} {where}; ask for another round")
+        return found
+
+    def measured(self, state: str, r: int | None = None) -> Measured | None:
+        """A measured state; None: it was not measured yet."""
+        return next((m for m in self.each(Measured) if m.state == state and m.round == r), None)
+
+    @property
+    def start(self) -> RunStart:
+        """UserError where the run has none."""
+        return self.require(RunStart, None)
+
+    @property
+    def end(self) -> RunEnd | None:
+        """The end of a finished run."""
+        return next((end for end in self.each(RunEnd) if end.error is None), None)
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds that were kept, in order."""
+        return [event.round for event in self.each(RoundDone) if event.round is not None]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the run by name, in the order of its evals."""
+        return {metric.name: metric for metric in self.start.metrics}
+
+    @property
+    def trait_metric(self) -> Metric:
+        """The metric that judges the run's trait. ValueError where the run has no such metric."""
+        name, metrics = self.start.trait.target, self.metrics
+        if name not in metrics:
+            raise ValueError(f"the trait's target is {name!r:.80}, none of {', '.join(metrics)}")
+        if metrics[name].moved is None:
+            raise ValueError(f"the trait's target is {name}, which has no smallest shift that counts (Metric.moved)")
+        return metrics[name]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether nobody trained the model: it only tries the commands, and its numbers mean nothing."""
+        return self.start.config.model == TINY_RANDOM
+
+
+def measured_event(result: EvalResult, *, state: StateName, r: int | None, dose: float) -> Measured:
+    """The event of a measured state."""
+    return Measured(
+        round=r, state=state, metrics=result.metrics, items=result.items, dose=dose, texts=tuple(result.texts)
+    )

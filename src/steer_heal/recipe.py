@@ -1,0 +1,70 @@
+"""The recipe of a heal: who writes the text, who teaches along it, what is fitted, and what trains beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steer_heal.model.steering import Condition, Vector
+from steer_heal.records import Trait, derive_seed
+from steer_heal.settings import RunConfig
+
+CONTROL_STREAM = -1
+"""Stands for the round in the names of the control's random streams."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one heal is made. `of` gives that of a round, `control` that of the control."""
+
+    name: Literal["round", "control"]
+    text: Literal["steered", "own"]
+    """Whose text trains: the teacher's, or the student's own under the plain prompt."""
+    teacher: Literal["vector", "prompt", "both"] | None
+    """What makes the teacher out of the student. None: nobody teaches."""
+    fit: Literal["tokens", "distribution"]
+    """What is fitted: the tokens of the text, or the teacher's distribution along it."""
+    rehearsal: int = 0
+    """Texts of the base on prompts that have nothing to do with the trait."""
+    refresh_every: int = 0
+    """Optimiser steps after which the student writes its text again. 0: it does not."""
+    refresh_teacher: bool = False
+    """Whether the teacher is made again with the text."""
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Recipe:
+        """The recipe of every round, as the settings say."""
+        heal = cfg.heal
+        return cls(
+            name="round",
+            text=heal.text,
+            teacher=heal.teacher,
+            fit=heal.target,
+            rehearsal=heal.rehearsal,
+            refresh_every=heal.refresh_every,
+            refresh_teacher=heal.refresh == "teacher" and cfg.steer.refresh == "round",
+        )
+
+    @classmethod
+    def control(cls) -> Recipe:
+        """The tokens of the student's own unsteered text: what training alone does to the trait."""
+        return cls(name="control", text="own", teacher=None, fit="tokens")
+
+    @property
+    def uses_vector(self) -> bool:
+        """Whether the teacher is steered, so that there is a dose to find."""
+        return self.teacher in ("vector", "both")
+
+    def teacher_condition(self, trait: Trait, vector: Vector, dose: float) -> Condition:
+        """What makes the teacher out of the student: the vector at a dose, the persona as system prompt, or both."""
+        assert self.teacher is not None, "the control has no teacher"
+        system = trait.steered_system if self.teacher == "vector" else trait.positive
+        return Condition(system, vector, dose) if self.uses_vector else Condition(system)
+
+    def stream(self, r: int | None) -> int:
+        """What names the round in random streams."""
+        return CONTROL_STREAM if r is None else r
+
+    def heal_seed(self, seed: int, r: int | None) -> int:
+        """Seed of the factor, of the held-out prompts and of the batches."""
+        return derive_seed(seed, self.stream(r), "control" if self.name == "control" else "heal")

@@ -1,0 +1,178 @@
+"""A run with what belongs to its events: vectors, students, and what an unfinished stage has done so far.
+
+`FolderRun` keeps it on disk, so that a run that was killed can be resumed; `MemoryRun` keeps it in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from shutil import rmtree
+
+from steer_heal.errors import UserError
+from steer_heal.events import AnyEvent, Extracted, Files, Gathered, Run, Trained
+from steer_heal.model.steering import Vector
+from steer_heal.model.student import Factors, Student
+from steer_heal.records import Completion, round_label
+from steer_heal.runs.log import EventLog, read_events
+from steer_heal.runs.partial import PARTIAL, WrittenTexts, heal_path, load_heal, save_heal, texts_path
+from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, sync_folder
+from steer_heal.stages.generate import Known
+from steer_heal.stages.heal import HealState, SavedHeal
+
+OnBatch = Callable[[Sequence[Completion]], object]
+SAVE_EVERY_S = 60.0
+"""Seconds between two saves of a running heal."""
+
+
+def checkpoint_name(r: int | None) -> str:
+    """Folder of the student after round r, or of the control, within the run's."""
+    return f"ckpt/{round_label(r)}"
+
+
+def vector_name(r: int) -> str:
+    """File of the steering vector of round r, within the run's folder."""
+    return f"vectors/r{r}.safetensors"
+
+
+class MemoryRun(Run):
+    """Keeps everything in memory. It ends with the process."""
+
+    def __init__(self, events: Iterable[AnyEvent] = ()) -> None:
+        super().__init__(events)
+        self._vectors: dict[int, Vector] = {}
+        self._students: dict[int | None, tuple[Factors, Factors]] = {}
+
+    def keep_vector(self, r: int, vector: Vector) -> Files:
+        self._vectors[r] = vector
+        return {}
+
+    def vector(self, r: int) -> Vector:
+        return self._vectors[r]
+
+    def keep_student(self, r: int | None, student: Student, own: Factors) -> tuple[str | None, Files]:
+        before = None if r is None else self._students.get(r - 1)
+        self._students = {r: (student.history(), own)}
+        if r is not None and before is not None:  # a dropped round goes back to it
+            self._students[r - 1] = before
+        return None, {}
+
+    def restore_student(self, r: int | None, student: Student) -> None:
+        history, _ = self._students[r]
+        student.take(history, 1 if r is None else r + 1)
+
+    def own_factors(self, r: int) -> Factors:
+        """The factors that round r added."""
+        return self._students[r][1]
+
+    @contextmanager
+    def writing(self, r: int | None) -> Iterator[tuple[Known, OnBatch]]:
+        yield {}, lambda batch: None
+
+    def saved_heal(self, r: int | None) -> SavedHeal | None:
+        return None
+
+    def save_heal(self, r: int | None, state: HealState) -> None:
+        """In memory, a heal that stops starts again."""
+
+    def forget_heal(self, r: int | None) -> None:
+        """Nothing was saved."""
+
+
+class FolderRun(Run):
+    """A run folder. `read` opens it; a run that goes on also has a `log`."""
+
+    def __init__(self, folder: Path, events: Iterable[AnyEvent] = (), log: EventLog | None = None) -> None:
+        super().__init__(events)
+        self.folder = folder
+        self.log = log
+        self._saved_at = time.monotonic()
+
+    @classmethod
+    def read(cls, folder: Path) -> FolderRun:
+        """UserError where the folder holds no run, or its events are not as this version writes them."""
+        return cls(folder, read_events(folder))
+
+    def add(self, event: AnyEvent) -> None:
+        """Writes the event to disk before anyone is told."""
+        assert self.log is not None, "this run was opened to be read"
+        written = self.log.write(event)
+        if isinstance(written, Gathered):  # what was done in parts is in the event now
+            texts_path(self.folder, written.round).unlink(missing_ok=True)
+        elif isinstance(written, Trained):
+            self.forget_heal(written.round)
+        super().add(written)
+
+    def intact(self, files: Files, fix: str) -> None:
+        """UserError where a file is not as an event recorded it. `fix` says what to do."""
+        if (damage := damaged_file(self.folder, files)) is not None:
+            raise UserError(f"{damage}; {fix}")
+
+    # --- vectors and students ------------------------------------------------------------------------------------
+    def keep_vector(self, r: int, vector: Vector) -> Files:
+        """Writes the vector of round r; returns the checksum of its file."""
+        path = self.folder / vector_name(r)
+        with atomic_write(path) as part:
+            vector.save(part)
+        return checksums(self.folder, path)
+
+    def vector(self, r: int) -> Vector:
+        """The vector of round r. UserError where its file is gone or was changed."""
+        self.intact(self.require(Extracted, r).files, "restore the file, or start a new run")
+        return Vector.load(self.folder / vector_name(r))
+
+    def keep_student(self, r: int | None, student: Student, own: Factors) -> tuple[str | None, Files]:
+        """Writes the student after round r, with the factors that the round added; returns its folder's name and the
+        checksums of its files."""
+        path = self.folder / checkpoint_name(r)
+        with atomic_folder(path) as part:
+            student.save(part, own)
+        return checkpoint_name(r), checksums(self.folder, *path.iterdir())
+
+    def checkpoint(self, r: int | None) -> Path:
+        """Folder of the student after round r, or of the control. UserError where it is gone or was changed."""
+        path = self.folder / checkpoint_name(r)
+        fix = f"restore the file, or delete {path} to repeat that heal, or give another --round"
+        self.intact(self.require(Trained, r).files, fix)
+        return path
+
+    def restore_student(self, r: int | None, student: Student) -> None:
+        student.restore(self.checkpoint(r), 1 if r is None else r + 1)
+
+    # --- unfinished stages ---------------------------------------------------------------------------------------
+    @contextmanager
+    def writing(self, r: int | None) -> Iterator[tuple[Known, OnBatch]]:
+        """(texts that are on disk already, what is called with each batch of new ones). Every finished batch is on disk
+        before the next one begins."""
+        with closing(WrittenTexts(texts_path(self.folder, r))) as written:
+            yield written.known, written.add
+
+    def saved_heal(self, r: int | None) -> SavedHeal | None:
+        self._saved_at = time.monotonic()
+        return load_heal(heal_path(self.folder, r))
+
+    def save_heal(self, r: int | None, state: HealState) -> None:
+        """Saves a running heal, at most once every SAVE_EVERY_S seconds."""
+        if time.monotonic() - self._saved_at >= SAVE_EVERY_S:
+            save_heal(heal_path(self.folder, r), state.saved())
+            self._saved_at = time.monotonic()
+
+    def forget_heal(self, r: int | None) -> None:
+        """Removes what was saved of a heal."""
+        path = heal_path(self.folder, r)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
+
+    def clear(self) -> None:
+        """Removes the checkpoints of dropped rounds, and what was saved of unfinished stages."""
+        kept = {event.checkpoint for event in self.each(Trained)}
+        for path in (self.folder / "ckpt").glob("r*"):
+            if f"ckpt/{path.name}" not in kept:
+                rmtree(path)
+        rmtree(self.folder / PARTIAL, ignore_errors=True)
+
+
+StoredRun = MemoryRun | FolderRun

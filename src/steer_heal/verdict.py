@@ -1,0 +1,324 @@
+"""What the measurements of a run mean: shifts, ratios, grades, the verdict, and the limits that a round must keep.
+
+Pure functions of events. No metric is known by name. The rules are in spec.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
+from steer_heal.records import EvalResult, Metric, Values, derive_seed
+from steer_heal.settings import BacktrackCfg
+
+GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
+"""Grades of a healed round whose model is intact, the best first. The others are BROKEN and UNREADABLE."""
+UNTRAINED = "UNTRAINED: the pipeline works, and the numbers mean nothing"
+"""Verdict on a model that nobody trained. None of its rounds has a grade, and none is best."""
+SMALLEST_SHARE = 1 / 6
+"""Of the smallest shift that counts: below it no ratio is computed, and no shift goes the wrong way."""
+
+
+# --- shifts and ratios -------------------------------------------------------------------------------------------
+def shift(here: Mapping[str, float | None], base: Mapping[str, float | None], metric: Metric) -> float | None:
+    """Change of a metric from base, in the metric's unit. None where either side has no value."""
+    now = here.get(metric.name)
+    then = base.get(metric.name)
+    return None if now is None or then is None else now - then
+
+
+def least_shift(trait_metric: Metric) -> float:
+    """The smallest shift that a ratio is computed for. Below it a model that did nothing would look perfect."""
+    return (trait_metric.moved or 0.0) * SMALLEST_SHARE
+
+
+def retain(healed: Values, steered: Values, base: Values, trait_metric: Metric) -> float | None:
+    """Share of the steered shift that the healed student kept: 1 all, 0 none, negative the wrong way."""
+    kept = shift(healed, base, trait_metric)
+    whole = shift(steered, base, trait_metric)
+    if kept is None or whole is None or abs(whole) < least_shift(trait_metric):
+        return None
+    return kept / whole
+
+
+def slope(state: Values, base: Values, trait_metric: Metric, metrics: Iterable[Metric]) -> float | None:
+    """Change of the first health metric that should be high, in percent (100 times the difference of logarithms), for a
+    shift of 1 unit of the trait's metric. Negative is a loss. None where no such metric is measured, or the trait's
+    metric hardly moved."""
+    quality = next((metric for metric in metrics if metric.is_health and metric.high_is_good), None)
+    moved = shift(state, base, trait_metric)
+    if quality is None or moved is None or abs(moved) < least_shift(trait_metric):
+        return None
+    now = state.get(quality.name)
+    then = base.get(quality.name)
+    return 100 * math.log(now / then) / abs(moved) if now and then else None
+
+
+def table(run: Run) -> list[TableRow]:
+    """One row a state: the trait's metric, its shift from base with the 95 percent interval, retain, slope, and the
+    shown metrics."""
+    target = run.trait_metric
+    base = run.measured("base")
+    rows: list[TableRow] = []
+    for m in run.each(Measured):
+        row: TableRow = {"state": m.label, target.name: m[target.name]}
+        against = None if base is None or m is base else base.metrics
+        steered = run.measured("steered", m.round) if m.state == "healed" else None
+        row["shift"] = None if against is None else shift(m.metrics, against, target)
+        row["lo"] = m[f"{target.name}_lo"]
+        row["hi"] = m[f"{target.name}_hi"]
+        row["retain"] = None
+        row["slope"] = None
+        if against is not None:
+            row["slope"] = slope(m.metrics, against, target, run.metrics.values())
+            if steered is not None:
+                row["retain"] = retain(m.metrics, steered.metrics, against, target)
+        row |= {name: m[name] for name, metric in run.metrics.items() if metric.shown and name != target.name}
+        rows.append(row)
+    return rows
+
+
+# --- numbers in words --------------------------------------------------------------------------------------------
+def number(value: float | str | None, form: str, missing: str = "?") -> str:
+    """The value in the format; `missing` for a number that is not finite or was not measured."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return missing
+    return format(value, form)
+
+
+def signed(metric: Metric) -> str:
+    """Format of a shift of the metric."""
+    return "+" + metric.form.lstrip("+")
+
+
+def shift_words(value: float | None, metric: Metric) -> str:
+    """A shift of the metric with its unit: -0.820 nats."""
+    return f"{number(value, signed(metric))} {metric.unit}".rstrip()
+
+
+def interval_words(low: float | None, high: float | None, metric: Metric) -> str:
+    """An interval of a shift: -0.4 to +0.1. Empty where an end is missing."""
+    return "" if low is None or high is None else f"{number(low, signed(metric))} to {number(high, signed(metric))}"
+
+
+def title(metric: Metric) -> str:
+    return metric.title or metric.name
+
+
+def direction(sign: int) -> str:
+    return "down" if sign < 0 else "up"
+
+
+def limit_words(metric: Metric, limit: float | None) -> str:
+    """A limit as people read it: 10%, 0.95."""
+    return number(limit, metric.form if metric.form.endswith("%") else "g")
+
+
+def health_words(state: Measured, health: Iterable[Metric], limit: Literal["good", "broken"] | None = None) -> str:
+    """The value of each health metric. With `limit`, a value past it also names the limit: broken texts 31% (limit
+    10%)."""
+    told = []
+    for metric in health:
+        value = state[metric.name]
+        words = f"{title(metric)} {number(value, metric.form)}"
+        at = getattr(metric, limit) if limit else None
+        if value is not None and not metric.within(value, at):
+            words += f" (limit {limit_words(metric, at)})"
+        told.append(words)
+    return ", ".join(told)
+
+
+# --- grades ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    """A healed state, its grade, and why."""
+
+    state: Measured
+    grade: str
+    shift: float | None
+    """Shift of the trait's metric from base, in its unit."""
+    reason: str
+    healthy: bool = False
+    """Whether every health metric is at its `good` limit or better."""
+
+
+def health_of(metrics: Iterable[Metric]) -> list[Metric]:
+    """The metrics that say whether a model is intact."""
+    return [metric for metric in metrics if metric.is_health]
+
+
+def grade(state: Measured, run: Run) -> Graded:
+    """The grade of a healed state. In this order: is the model intact, did the trait move, and did it move alone?"""
+    base = run.measured("base")
+    assert base is not None, "base is measured first"
+    target = run.trait_metric
+    health = health_of(run.metrics.values())
+    moved = shift(state.metrics, base.metrics, target)
+    unread = [metric.name for metric in (target, *health) if state[metric.name] is None]
+    if moved is None or unread:
+        reason = f"no item has a value of {', '.join(unread or [target.name])}"
+        return Graded(state=state, grade="UNREADABLE", shift=moved, reason=reason)
+    went = f"after round {state.round} {target.name} is {shift_words(moved, target)} from base"
+    past = [metric for metric in health if not metric.within(state[metric.name] or 0.0, metric.broken)]
+    if past:
+        reason = f"{went}, but the model is broken: {health_words(state, past, 'broken')}"
+        return Graded(state=state, grade="BROKEN", shift=moved, reason=reason)
+    condition = health_words(state, health, "good") or "no eval measures whether the model is intact"
+    if (small := _not_moved(state, target, moved, run.start.trait.sign)) is not None:
+        found, why = small
+        return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}")
+    alone, others = _others(state, base, moved, run)
+    parts = [f"{went}, {direction(run.start.trait.sign)} as wanted", *_control_words(run), condition, *others]
+    healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
+    found = "GOOD" if healthy and alone else "MIXED"
+    return Graded(state=state, grade=found, shift=moved, reason="; ".join(parts), healthy=healthy)
+
+
+def _not_moved(state: Measured, target: Metric, moved: float, sign: int) -> tuple[str, str] | None:
+    """(grade, why) of a trait that went the wrong way or hardly moved; None: it moved."""
+    low = state[f"{target.name}_lo"]
+    high = state[f"{target.name}_hi"]
+    known = low is not None and high is not None
+    holds_0 = low is not None and high is not None and low <= 0 <= high
+    if moved * sign < 0 and abs(moved) >= least_shift(target) and not holds_0:
+        return "WRONG WAY", f" and should go {direction(sign)}"
+    least = target.moved or 0.0
+    if abs(moved) >= least and known and not holds_0:
+        return None
+    told = interval_words(low, high, target) or "unknown"
+    unit = f"{least:g} {target.unit}".rstrip()
+    return "SMALL SHIFT", f" (95 % interval {told}); a shift counts from {unit}, with an interval that excludes 0"
+
+
+def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bool, list[str]]:
+    """(whether every off-target moved less than the trait, the one that moved most in words)."""
+    metrics = [metric for name, metric in run.metrics.items() if name in run.start.trait.off_targets]
+    shifts = {metric: shift(state.metrics, base.metrics, metric) for metric in metrics}
+    if not shifts:
+        return True, []
+    widest = max(shifts, key=lambda metric: abs(shifts[metric] or 0.0))
+    alone = abs(shifts[widest] or 0.0) < abs(moved)
+    far = "most" if alone else "further than the target"
+    return alone, [f"of the off-target metrics, {title(widest)} moved {far}: {shift_words(shifts[widest], widest)}"]
+
+
+def _control_words(run: Run) -> list[str]:
+    """How far the control moved the trait's metric."""
+    control = run.measured("control")
+    base = run.measured("base")
+    if control is None or base is None:
+        return []
+    moved = shift(control.metrics, base.metrics, run.trait_metric)
+    words = number(moved, signed(run.trait_metric))
+    return [] if moved is None else [f"the control, healed once on unsteered text, is {words}"]
+
+
+def best_round(run: Run) -> Graded | None:
+    """The intact healed round of the best grade. Among equals, one whose health is good comes first, then the one whose
+    trait moved furthest the wanted way. None where no round is intact, or the model is untrained."""
+    if run.untrained:
+        return None
+    graded = [grade(m, run) for m in run.each(Measured) if m.state == "healed"]
+    intact = [each for each in graded if each.grade in GRADES]
+    sign = run.start.trait.sign
+    return min(
+        intact,
+        key=lambda each: (GRADES.index(each.grade), not each.healthy, -sign * (each.shift or 0.0)),
+        default=None,
+    )
+
+
+def verdict(run: Run) -> str:
+    """One line: the grade of the last healed round and why, the best round where it is another, and why the run ended
+    early, if it did."""
+    ended = ended_early(run)
+    healed = [m for m in run.each(Measured) if m.state == "healed"]
+    if not healed and not ended:
+        return "no healed round yet"
+    if run.untrained:
+        return "; ".join(filter(None, (UNTRAINED, ended)))
+    if not healed:
+        return f"BROKEN: no round is intact; {ended}"
+    last = grade(healed[-1], run)
+    best = best_round(run)
+    parts = [f"{last.grade}: {last.reason}"]
+    if best is not None and best.state.round != last.state.round:
+        parts.append(_best_words(best, run))
+    return "; ".join([*parts, *filter(None, [ended])])
+
+
+def _best_words(best: Graded, run: Run) -> str:
+    """best round: 1 (MIXED, -0.82 nats, broken texts 10%): ckpt/r1."""
+    r = best.state.round
+    health = health_words(best.state, health_of(run.metrics.values()))
+    why = ", ".join(filter(None, (best.grade, shift_words(best.shift, run.trait_metric), health)))
+    trained = run.at(Trained, r)
+    saved = f": {trained.checkpoint}" if trained is not None and trained.checkpoint else ""
+    return f"best round: {r} ({why}){saved}"
+
+
+def ended_early(run: Run) -> str:
+    """Why the run ended before the last round that it was asked for; empty where it did not."""
+    dropped = run.each(Dropped)
+    if not dropped or dropped[-1].round in run.rounds:
+        return ""
+    r = dropped[-1].round
+    assert r is not None
+    if sum(event.round == r for event in dropped) <= run.start.config.backtrack.retries:
+        return ""
+    kept = f"the last intact round is {r - 1}" if r > 0 else "no round was kept"
+    return f"{kept}: round {r} was dropped ({'; '.join(dropped[-1].past)})"
+
+
+# --- limits of a round -------------------------------------------------------------------------------------------
+def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed: int) -> dict[str, float]:
+    """The value that each metric may reach: the one that is set or, for a health metric, the bad end of the base's own
+    95 percent interval, or `good` where that allows more."""
+    out = dict(cfg.limits)
+    for metric in metrics:
+        if metric.name in out or not metric.is_health:
+            continue
+        low, high = own_interval(base.items[metric.item], seed)
+        if math.isfinite(low):  # else too few items of the base have a value
+            good = metric.good or 0.0
+            out[metric.name] = min(low, good) if metric.high_is_good else max(high, good)
+    return out
+
+
+def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else the
+    percentile bootstrap. A share of 0 thus leaves room for a broken text that chance brings."""
+    x = np.asarray(values, dtype=np.float64)
+    x = x[np.isfinite(x)]
+    if len(x) < 2:
+        return -math.inf, math.inf
+    if np.isin(x, (0.0, 1.0)).all():
+        found = binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
+    else:
+        rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
+        found = bootstrap((x,), np.mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def past_limits(metrics: Sequence[Metric], healed: Values, limits: Mapping[str, float]) -> list[str]:
+    """Every limit that a state is past, in words. A metric without a value is past its limit."""
+    out = []
+    for metric in metrics:
+        if metric.name not in limits:
+            continue
+        limit = limits[metric.name]
+        value = healed.get(metric.name)
+        if value is None:
+            out.append(f"{title(metric)} has no value, the limit is {limit:{metric.form}}")
+        elif not metric.within(value, limit):
+            form = metric.form
+            if f"{value:{form}}" == f"{limit:{form}}":
+                form = ".4g"
+            out.append(f"{title(metric)} is {value:{form}}, the limit is {limit:{form}}")
+    return out

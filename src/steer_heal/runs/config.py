@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,7 @@ def read_config(path: Path) -> tuple[str, RunConfig]:
     else:
         file = read_file(resolve(path, "config"))
         name, found, where = path.stem, parse_toml(file), str(path)
-    sections = (getattr(RunConfig(), each.name) for each in fields(RunConfig))
-    known = [each.name for section in sections if is_dataclass(section) for each in fields(section)]
-    return name, validated(RunConfig, found, where, known)
+    return name, validated(RunConfig, found, where)
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

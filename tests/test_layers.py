@@ -7,7 +7,9 @@ from places import ROOT
 PACKAGE = ROOT / "src" / "steer_heal"
 LAYERS = (
     "errors",
+    "progress",
     "records",
+    "flags",
     "settings",
     "inputs",
     "toylm",

@@ -2,26 +2,44 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from steer_heal.errors import UserError, validated
+from steer_heal.errors import UserError, validated, validated_json
+from steer_heal.flags import reflowed
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.run import main
 from steer_heal.runs.events import jsonable
-from steer_heal.settings import RUN_ONLY, AdapterCfg, DoseCfg, FilterCfg, GenCfg, HealCfg, RunConfig, SteerCfg
+from steer_heal.settings import (
+    RUN_ONLY,
+    AdapterCfg,
+    DoseCfg,
+    FilterCfg,
+    GenCfg,
+    HealCfg,
+    RunConfig,
+    SteerCfg,
+    as_json,
+    changed,
+    leaves,
+    settings,
+)
 
 NAN, INF = math.nan, math.inf
 BAD = [
     (HealCfg, {"tau": -1.0}, ["heal.tau is -1.0: it must be >= 0"]),
     (HealCfg, {"lam": INF}, ["heal.lam is inf: it must be a finite number"]),
-    (HealCfg, {"divergence": 3}, ["heal.divergence is 3: it must be a valid string"]),
+    (HealCfg, {"divergence": 3}, ["heal.divergence is 3: it must be a string"]),
     (HealCfg, {"aggregate": "rmsd"}, ["heal.aggregate is 'rmsd': did you mean 'rmse'?"]),
-    (HealCfg, {"lamb": 1.0}, ["heal.lamb is not a field here; did you mean 'lam'?"]),
+    (HealCfg, {"lamb": 1.0}, ["heal.lamb is not a known field; did you mean 'lam'?"]),
     (
         HealCfg,
         {"lam": NAN, "tau": -1.0, "epochs": 0, "checkpoint": "maybe"},
@@ -29,7 +47,7 @@ BAD = [
             "heal.lam is nan: it must be a finite number",
             "heal.tau is -1.0: it must be >= 0",
             "heal.epochs is 0: it must be >= 1",
-            "heal.checkpoint is 'maybe': it must be one of auto, on, off",
+            "heal.checkpoint is 'maybe': choose from auto, on, off",
         ],
     ),
     (SteerCfg, {"layers": (0.5, 0.4)}, ["steer.layers is (0.5, 0.4): it must be LO HI with 0 <= LO < HI <= 1"]),
@@ -42,8 +60,9 @@ BAD = [
     (FilterCfg, {"ppl_max": 1.0}, ["filter.ppl_max is 1.0: it must be > 1"]),
     (DoseCfg, {"floor": 2.0, "ceiling": 1.0}, ["dose.floor is 2.0: it must be <= dose.ceiling = 1"]),
     (RunConfig, {"dose": DoseCfg(n_kappas=9, n_probes=99)}, ["filter.max_attempts is 192: it must be >= dose.n_kapp"]),
+    (RunConfig, {"out": 3}, ["out is 3: it must be a path"]),
     (RunConfig, {"out": Path("\udcff")}, ["out: '\\udcff' is not UTF-8"]),
-    (RunConfig, {"seed": 10**30, "n_rounds": 0}, ["n_rounds is 0: it must be >= 1", f"seed is {10**30}: it must be <"]),
+    (RunConfig, {"seed": 10**30, "n_rounds": 0}, [f"seed is {10**30}: it must be <", "n_rounds is 0: it must be >= 1"]),
 ]
 
 
@@ -71,6 +90,36 @@ assert "torch" not in sys.modules
     assert "heal.tau is -1.0: it must be >= 0" in done.stderr and "Traceback" not in done.stderr
 
 
+COMMON = "model trait seed n-rounds out folder device dtype control export".split()
+
+
+def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["toy", "--help"])
+    printed = capsys.readouterr().out
+    flags = re.findall(r"^\W*--(\w[\w.-]*)", printed, re.M)
+    assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig()))
+    printed = " ".join(re.sub("[^ -~]", " ", printed).split())
+    for text in help_texts(RunConfig):
+        assert " ".join(text.split()) in printed
+        assert not re.search(r"[^\n]\n[^\n]", text), "the line breaks of the source would be printed"
+
+
+def help_texts(kind) -> list[str]:
+    texts = []
+    for each in fields(kind):
+        if is_dataclass(each.default_factory):
+            texts += [each.default_factory.__doc__, *help_texts(each.default_factory)]
+        else:
+            texts.append(each.metadata["help"])
+    return texts
+
+
+def test_text_is_reflowed_by_paragraphs():
+    assert reflowed("\n One\n    two (a,\n    b).\n\n   Three.\n ") == "One two (a, b).\n\nThree."
+
+
 def test_a_flag_that_is_not_there_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["toy", "--heal.tua", "1"])
@@ -78,11 +127,6 @@ def test_a_flag_that_is_not_there_ends_with_status_2(capsys):
 
 
 def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effect_differ():
-    def changed(name, value):
-        section, _, key = name.rpartition(".")
-        inner = replace(getattr(cfg, section), **{key: value}) if section else None
-        return replace(cfg, **({section: inner} if section else {key: value})).fingerprint()
-
     cfg = FAST_DEV_PRESET
     own = {
         "out": Path("x"),
@@ -94,9 +138,150 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
         "track": ("x",),
         "heal.checkpoint": "on",
     }
-    assert {changed(name, own.get(name, 7)) for name in (*RUN_ONLY, "seed")} == {cfg.fingerprint()}
+    assert {changed(cfg, {name: own.get(name, 7)}).fingerprint() for name in (*RUN_ONLY, "seed")} == {cfg.fingerprint()}
+    assert replace(cfg, heal=replace(cfg.heal, lam=cfg.heal.lam)).fingerprint() == cfg.fingerprint()
     others = {"model": "x", "n_rounds": 3, "gen.max_new_tokens": 7, "eval.n_texts": 7, "heal.lam": 7.0, "dose.floor": 1}
-    assert len({cfg.fingerprint(), *(changed(*other) for other in others.items())}) == 1 + len(others)
+    found = {changed(cfg, {name: value}).fingerprint() for name, value in others.items()}
+    assert len(found | {cfg.fingerprint()}) == 1 + len(others)
+
+
+@settings("heal")
+class LaterHeal(HealCfg):
+    """A version of the program that has one more setting of the heal."""
+
+    momentum: float = 0.5
+
+
+@settings("")
+class LaterConfig(RunConfig):
+    """The same version, which also has one more setting of the run."""
+
+    heal: LaterHeal = field(default_factory=LaterHeal)
+    replicas: int = 1
+
+
+def test_a_new_setting_leaves_the_fingerprints_of_earlier_runs_as_they_are():
+    for _, cfg in PRESETS.values():
+        later = validated(LaterConfig, as_json(cfg))
+        assert later.fingerprint() == cfg.fingerprint()
+        assert changed(later, {"heal.momentum": 0.25}).fingerprint() != cfg.fingerprint()
+        assert changed(later, {"replicas": 2}).fingerprint() != cfg.fingerprint()
+
+
+# --- settings by dotted name -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_taken_apart_and_put_together_are_the_same(name):
+    cfg = PRESETS[name][1]
+    assert changed(RunConfig(), leaves(cfg)) == cfg
+    assert changed(RunConfig(), leaves(as_json(cfg))) == cfg
+    assert changed(cfg, {}) == cfg and validated(RunConfig, as_json(cfg, none=False)) == cfg
+    assert leaves(as_json(cfg)).keys() == leaves(cfg).keys()
+
+
+def test_a_value_that_is_a_table_is_one_setting():
+    given = {"backtrack.limits": {"kl_base": 0.2, "a.b": 1.0}, "heal": HealCfg(epochs=2), "heal.lr": 0.5}
+    cfg = changed(RunConfig(), given)
+    assert leaves(cfg)["backtrack.limits"] == leaves(as_json(cfg))["backtrack.limits"] == given["backtrack.limits"]
+    assert (cfg.heal.epochs, cfg.heal.lr) == (2, 0.5)
+    assert leaves({"trait": "love", "nested": {"a": 1}}) == {"trait": "love", "nested": {"a": 1}}
+
+
+@dataclass
+class Outer:
+    """Settings that hold the settings of a run, two levels deep."""
+
+    cfg: RunConfig
+    n: int = 1
+
+
+def test_settings_are_taken_apart_at_any_depth():
+    found = leaves(Outer(RunConfig()))
+    assert found["cfg.heal.lam"] == RunConfig().heal.lam and found["n"] == 1
+
+
+def test_every_name_or_value_that_cannot_be_set_is_named():
+    for values, told in (
+        ({"heal.epoch": 2, "seed": 1.5}, ["seed is 1.5", "heal.epoch is not a known field; did you mean 'epochs'?"]),
+        ({"heel.lr": 2, "seed.x": 1}, ["heel.lr: there is no section 'heel'; did you mean 'heal'?", "seed.x: there"]),
+        ({"heal": 3}, ["heal is 3: it must be a table of named values"]),
+    ):
+        with pytest.raises(UserError) as error:
+            changed(RunConfig(), values)
+        assert len(error.value.problems) == len(told), error.value
+        assert all(part in line for part, line in zip(told, error.value.problems, strict=True)), error.value
+        with pytest.raises(UserError) as error:
+            changed(RunConfig(), values, "grid.toml")
+        assert all(line.startswith("grid.toml: ") for line in error.value.problems)
+
+
+# --- texts of errors ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Inner:
+    """Something to be wrong with, inside of something else."""
+
+    side: Literal["left", "right"]
+    sign: Literal[-1, 1] = 1
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Everything:
+    """A field of each kind that files and flags have."""
+
+    number: float = 0.5
+    count: Annotated[int, Field(ge=1, lt=9)] = 1
+    flag: bool = True
+    text: Annotated[str, Field(min_length=2)] = "ab"
+    path: Path | None = None
+    side: Literal["left", "right"] | None = None
+    names: tuple[str, ...] = ()
+    band: tuple[float, Literal["a", "b"]] = (0.0, "a")
+    many: Annotated[list[int], Field(max_length=2)] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+    inner: Inner | None = None
+    inners: dict[str, tuple[Inner, ...]] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"number": "x"}, "'number' is 'x': it must be a number"),
+        ({"number": True}, "'number' is True: it must be a number"),
+        ({"count": 1.5}, "'count' is 1.5: it must be a whole number"),
+        ({"count": "1"}, "'count' is '1': it must be a whole number"),
+        ({"count": 0}, "'count' is 0: it must be >= 1"),
+        ({"count": 9}, "'count' is 9: it must be < 9"),
+        ({"flag": 1}, "'flag' is 1: it must be true or false"),
+        ({"text": 7}, "'text' is 7: it must be a string"),
+        ({"text": "a"}, "'text' is 'a': it must have at least 2 characters"),
+        ({"path": 1}, "'path' is 1: it must be a string"),
+        ({"side": "rigth"}, "'side' is 'rigth': did you mean 'right'?"),
+        ({"side": 3}, "'side' is 3: choose from left, right"),
+        ({"names": "a"}, "'names' is 'a': it must be a list"),
+        ({"names": [1]}, "'names.0' is 1: it must be a string"),
+        ({"band": [0.5, "c"]}, "'band.1' is 'c': choose from a, b"),
+        ({"many": [1, 2, 3]}, "'many' is [1, 2, 3]: it must hold at most 2"),
+        ({"limits": 3}, "'limits' is 3: it must be a table of named values"),
+        ({"limits": {"a": None}}, "'limits.a' is None: it must be a number"),
+        ({"inner": 3}, "'inner' is 3: it must be a table of named values"),
+        ({"inner": {"sign": 0, "side": "left"}}, "'inner.sign' is 0: choose from -1, 1"),
+        ({"inner": {}}, "'inner.side' is missing"),
+        ({"inners": {"x": [{"side": "lft"}]}}, "'inners.x.0.side' is 'lft': did you mean 'left'?"),
+        (
+            {"inners": {"x": [{"side": "left", "sing": 1}]}},
+            "'inners.x.0.sing' is not a known field; did you mean 'sign'?",
+        ),
+        ({"txet": "a"}, "'txet' is not a known field; did you mean 'text'?"),
+    ],
+)
+def test_an_error_says_in_our_words_what_a_value_must_be(given, told):
+    with pytest.raises(UserError) as error:
+        validated(Everything, given, "file")
+    assert str(error.value) == f"file: {told}"
+
+
+def test_text_that_is_no_json_is_one_error():
+    with pytest.raises(UserError, match=r"file is '\[1': it is not valid JSON \(EOF while parsing.*\)"):
+        validated_json(Everything, "[1", "file")
 
 
 # --- recorded settings -------------------------------------------------------------------------------------------

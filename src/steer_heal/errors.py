@@ -1,4 +1,4 @@
-"""Errors that a person can fix, how they are gathered, and text that is safe to print."""
+"""Errors that the user can fix, ways to gather several of them, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any, TextIO, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,17 +25,17 @@ UNPRINTABLE = re.compile(
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can fix. Each problem names the value, the limit and the fix."""
+    """A mistake that the user can fix. Each problem names the value, the limit and the fix."""
 
     def __init__(self, *problems: str, resumable: bool = True) -> None:
-        """`resumable`: a run that was stopped by it can go on once the cause is gone."""
+        """`resumable`: whether the stopped run can be resumed once the cause is fixed."""
         super().__init__("\n".join(problems))
         self.problems = list(problems)
         self.resumable = resumable
 
 
 class Problems:
-    """Gathers what several checks find, so that a person can fix everything in one go.
+    """Collects the errors of several checks, so that the user sees them all at once.
 
     with problems.noted():
         load_contexts(cfg.steer)
@@ -45,94 +47,170 @@ class Problems:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Keeps a UserError raised inside, so that the next check can run."""
+        """Catches a UserError and keeps its problems, so that the next check can run."""
         try:
             yield
         except UserError as error:
             self.found += error.problems
 
     def raise_if_any(self) -> None:
-        """UserError with everything that was found."""
+        """Raises one UserError with all problems found."""
         if self.found:
             raise UserError(*self.found)
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for a name close to a known one, else the list of the known ones."""
-    known = list(known)
-    close = get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(known)}"
+def nearest(name: object, known: Iterable[object]) -> str:
+    """`did you mean 'x'?` if a known name is close, otherwise the list of known names."""
+    names = [str(each) for each in known]
+    close = get_close_matches(str(name), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
 
 
 # --- values checked by pydantic --------------------------------------------------------------------------------
-_LIMITS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_WHOLE_NUMBER = "it must be a whole number"
+_NUMBER = "it must be a number"
+_BOOLEAN = "it must be true or false"
+_LIST = "it must be a list"
+_TABLE = "it must be a table of named values"
+_LIMITS = {
+    "greater_than": "it must be > {gt:g}",
+    "greater_than_equal": "it must be >= {ge:g}",
+    "less_than": "it must be < {lt:g}",
+    "less_than_equal": "it must be <= {le:g}",
+    "finite_number": "it must be a finite number",
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "int_type": _WHOLE_NUMBER,
+    "int_parsing": _WHOLE_NUMBER,
+    "int_from_float": _WHOLE_NUMBER,
+    "int_parsing_size": "it must be a whole number with fewer digits",
+    "bool_type": _BOOLEAN,
+    "bool_parsing": _BOOLEAN,
+    "string_type": "it must be a string",
+    "string_too_short": "it must have at least {min_length} characters",
+    "string_unicode": "it must be valid Unicode",
+    "path_type": "it must be a path",
+    "tuple_type": _LIST,
+    "list_type": _LIST,
+    "dict_type": _TABLE,
+    "dataclass_type": _TABLE,
+    "too_short": "it must hold at least {min_length}",
+    "too_long": "it must hold at most {max_length}",
+    "json_invalid": "it is not valid JSON ({error})",
+}
+"""What a value must be, by the type of pydantic's error. The slots are filled from the error's context."""
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
-def problem_lines(error: ValidationError, where: Callable[[str], str], known: Iterable[str] = ()) -> list[str]:
-    """One line for each invalid field: its place by `where`, its value, its limit, and the nearest known name."""
+def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]) -> list[str]:
+    """One line for each invalid field of a value that should be a `kind`: its place, its value, and its limit or fix.
+
+    `where` turns the dotted place of a field into the words that name it; the place of the whole value is empty.
+    """
     lines = []
     for found in error.errors():
-        at, kind, context = ".".join(map(str, found["loc"])), found["type"], found.get("ctx", {})
-        value, field = f"{found['input']!r:.80}", str(found["loc"][-1]) if found["loc"] else ""
-        if kind == "value_error":
-            lines += [f"{where(at)}: {line}".removeprefix(": ") for line in str(context["error"]).split("\n")]
-        elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"{where(at)} is not a field here; {nearest(field, known)}")
-        elif kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            lines.append(f"{where(at)} is missing")
-        elif kind == "too_short":
-            if len(found["input"]) < context["min_length"]:  # else its bad items have lines of their own
-                lines.append(f"{where(at)} is {value}: it must hold at least {context['min_length']}")
-        elif kind == "literal_error":
-            names = re.findall(r"'([^']*)'", context["expected"])
-            fix = nearest(found["input"], names) if names else f"it must be {context['expected']}"
-            lines.append(f"{where(at)} is {value}: {fix}")
-        elif kind in _LIMITS:
-            name = _LIMITS[kind]
-            lines.append(f"{where(at)} is {value}: it must be {_SIGNS[name]} {context[name]:g}")
+        place = where(".".join(map(str, found["loc"])))
+        context = found.get("ctx", {})
+        if found["type"] == "value_error":  # raised by our own validators, with a line for each problem
+            lines += [f"{place}: {line}".removeprefix(": ") for line in str(context["error"]).split("\n")]
+        elif found["type"] in _MISSING:
+            lines.append(f"{place} is missing")
+        elif found["type"] in _UNKNOWN:
+            *above, name = found["loc"]
+            lines.append(f"{place} is not a known field; {nearest(name, _fields_at(kind, above))}")
+        elif found["type"] == "too_short" and len(found["input"]) >= context["min_length"]:
+            continue  # the list is long enough; its invalid items have lines of their own
         else:
-            told = found["msg"].replace("Input should be", "it must be").replace("Input should", "it should")
-            told = told.replace("String should", "it should")
-            lines.append(f"{where(at)} is {value}: {told[0].lower() + told[1:]}")
+            lines.append(f"{place} is {found['input']!r:.80}: {_limit(found, kind)}")
     return lines
 
 
-def validated_json(kind: type[Checked], text: str | bytes, where: str, known: Iterable[str] = ()) -> Checked:
-    """JSON text as a `kind`. UserError with a line for each invalid field, beginning with `where`; `known` are field
-    names for the nearest-name hint, besides those of `kind`."""
-    fields = [*getattr(kind, "__dataclass_fields__", {}), *known]
+def _limit(found: Any, kind: Any) -> str:
+    """What the value of one of pydantic's errors must be."""
+    context = found.get("ctx", {})
+    if found["type"] in _LIMITS:
+        return _LIMITS[found["type"]].format_map(context)
+    choices = get_args(_type_at(kind, found["loc"])) if found["type"] == "literal_error" else ()
+    if choices:
+        return nearest(found["input"], choices)
+    message = found["msg"]
+    return message[:1].lower() + message[1:]
+
+
+def _fields_at(kind: Any, place: Sequence[int | str]) -> Iterable[str]:
+    return getattr(_type_at(kind, place), "__dataclass_fields__", ())
+
+
+def _type_at(kind: Any, place: Sequence[int | str]) -> Any:
+    """The declared type at a place inside a `kind`, such as ("heal", "tau"). None: it cannot be found."""
+    found = _without_none(kind)
+    for step in place:
+        arguments = get_args(found)
+        if is_dataclass(found):
+            found = _hints(found).get(str(step))
+        elif len(arguments) == 2 and arguments[1] is not Ellipsis:  # a mapping, or a pair
+            found = arguments[step if isinstance(step, int) else 1]
+        else:
+            found = next(iter(arguments), None)
+        found = _without_none(found)
+    return found
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` of `Annotated[X, ...]` and of `X | None`."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, UnionType):
+        return next(each for each in get_args(kind) if each is not NoneType)
+    return kind
+
+
+_hints = functools.cache(get_type_hints)
+_adapter = functools.cache(TypeAdapter)
+"""The validator of a type. Building one takes longer than validating a row of a data file."""
+
+
+def validated_json(kind: type[Checked], text: str | bytes, where: str = "") -> Checked:
+    """Parses JSON text into a `kind`. UserError with a line for each invalid field; each line begins with `where`."""
+
+    def placed(field: str) -> str:
+        if not where:
+            return field
+        return f"{where}: {field!r}" if field else where
+
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        lines = problem_lines(error, lambda at: f"{where}: {at!r}" if at else where, fields)
-        raise UserError(*lines) from None
+        raise UserError(*problem_lines(error, kind, placed)) from None
 
 
-_adapter = functools.cache(TypeAdapter)
-"""Of a type. Building one takes longer than checking a row of a data file."""
-
-
-def validated(kind: type[Checked], value: Any, where: str, known: Iterable[str] = ()) -> Checked:
-    """A value made of JSON types as a `kind`: see `validated_json`."""
-    return validated_json(kind, json.dumps(value, default=str), where, known)
+def validated(kind: type[Checked], value: Any, where: str = "") -> Checked:
+    """Converts a value made of JSON types into a `kind`, as `validated_json` does."""
+    return validated_json(kind, json.dumps(value, default=str), where)
 
 
 # --- printing --------------------------------------------------------------------------------------------------
 def printable(text: str) -> str:
-    """The text with U+FFFD for what does not print. Line ends become newlines."""
+    """The text with U+FFFD in place of each character that cannot be printed, and with newlines as line ends."""
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def print_safe(text: object, file: TextIO | None = None, end: str = "\n") -> None:
-    """Prints to stdout, or to `file`; at once where the line goes on. Nothing in the text can control the terminal."""
+    """Prints to stdout or to `file`, without characters that could control the terminal.
+
+    The output is flushed unless it ends in a newline.
+    """
     print(printable(str(text)), file=file, end=end, flush=end != "\n")
 
 
 def print_error(error: object) -> None:
-    """Prints one error on stderr. An error with several problems is counted, and the first ones are listed."""
+    """Prints an error on stderr. If it has several problems, they are counted and the first ones are listed."""
     problems = error.problems if isinstance(error, UserError) else [str(error)]
-    listed = [f"- {line}" for line in problems[:SHOWN_PROBLEMS]]
-    listed += [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
-    text = f"error: {problems[0]}" if len(problems) == 1 else "\n".join([f"error: {len(problems)} problems", *listed])
-    print_safe(text, sys.stderr)
+    if len(problems) == 1:
+        print_safe(f"error: {problems[0]}", sys.stderr)
+        return
+    lines = [f"error: {len(problems)} problems", *(f"- {line}" for line in problems[:SHOWN_PROBLEMS])]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
+    print_safe("\n".join(lines), sys.stderr)

@@ -272,7 +272,7 @@ def decode(line: bytes | str) -> AnyEvent:
     try:
         return _codec.validate_json(line, strict=True)
     except ValidationError as error:
-        raise ValueError("; ".join(problem_lines(error, lambda at: at))) from None
+        raise ValueError("; ".join(problem_lines(error, AnyEvent, lambda at: at))) from None
 
 
 def plain(value: object) -> object:

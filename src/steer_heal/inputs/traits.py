@@ -113,8 +113,8 @@ def read_trait(name: str) -> tuple[DataFile, TraitFile]:
     else:
         fix = "a trait of your own is given by its path, which ends in .toml"
         raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
-    file, known = read_file(path), ("positive", "negative", "steered", "plain")
-    return file, validated(TraitFile, parse_toml(file), str(path), known)
+    file = read_file(path)
+    return file, validated(TraitFile, parse_toml(file), str(path))
 
 
 def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait:

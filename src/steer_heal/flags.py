@@ -1,0 +1,69 @@
+"""How dataclasses become command-line flags: their help texts, and tuples as values."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def reflowed(text: str) -> str:
+    """The text with one line per paragraph, so that `--help` can wrap it at any width of the terminal."""
+    paragraphs = re.split(r"\n\s*\n", text.strip())
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def described(kind: Kind) -> Kind:
+    """Decorates a dataclass whose fields are flags: `--help` shows the docstrings of class and fields, reflowed.
+
+    tyro reads these docstrings itself, but keeps the line breaks of the source.
+    """
+    kind.__doc__ = reflowed(kind.__doc__ or "")
+    texts = _field_docstrings(kind.__module__).get(kind.__name__, {})
+    for name, each in kind.__dataclass_fields__.items():  # pyright: ignore[reportAttributeAccessIssue]
+        if name in texts:
+            each.metadata = MappingProxyType({**each.metadata, "help": reflowed(texts[name])})
+    return kind
+
+
+@cache
+def _field_docstrings(module: str) -> Mapping[str, Mapping[str, str]]:
+    """The string below each field of each top-level class of a module."""
+    source = inspect.getsource(sys.modules[module])
+    return {node.name: _strings_below(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def _strings_below(node: ast.ClassDef) -> dict[str, str]:
+    found = {}
+    for field, below in zip(node.body, node.body[1:], strict=False):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[field.target.id] = str(below.value.value)
+    return found
+
+
+def words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    """How a flag gives a tuple: values separated by spaces or commas."""
+
+    def parse(given: list[str]) -> tuple[Any, ...]:
+        return tuple(kind(part) for word in given for part in word.split(",") if part)
+
+    def is_tuple(value: object) -> bool:
+        return isinstance(value, tuple)
+
+    def write(value: tuple[Any, ...]) -> list[str]:
+        return [str(each) for each in value]
+
+    return PrimitiveConstructorSpec(
+        nargs="*", metavar=metavar, instance_from_str=parse, is_instance=is_tuple, str_from_instance=write
+    )

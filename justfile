@@ -63,7 +63,7 @@ drill *flags: setup
 diag question *flags: setup
     {{python}} -m steer_heal diag {{question}} {{flags}}
 
-# Many runs from one file: `just sweep sweeps/toy_arms.toml --jobs 2` (docs/sweeps.md).
+# Many runs from one file: `just sweep studies/toy_arms.toml --jobs 2` (docs/sweeps.md).
 sweep *flags: setup
     {{python}} -m steer_heal sweep {{flags}}
 

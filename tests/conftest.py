@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("BEARTYPE", "1")  # read when steer_heal is imported, here and in subprocesses
+
 from runs import SETTINGS, started, undrawn
 
 from steer_heal.errors import UserError

@@ -63,7 +63,7 @@ drill *flags: setup
 diag question *flags: setup
     {{python}} -m steer_heal diag {{question}} {{flags}}
 
-# Many runs from one file: `just sweep sweeps/toy_arms.toml --jobs 2` (docs/sweeps.md).
+# Many runs from one file: `just sweep studies/toy_arms.toml --jobs 2` (docs/sweeps.md).
 sweep *flags: setup
     {{python}} -m steer_heal sweep {{flags}}
 
@@ -103,6 +103,10 @@ test-extras *flags: setup
     {{python}} -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tasks,inspect,docs,ray,tensorboard,trackio,wandb]'
     {{python}} -c 'import lm_eval, datasets, inspect_ai, material, ray, tensorboard, trackio, wandb'
     RAY=1 OMP_NUM_THREADS=1 {{python}} -m pytest -q -rs tests/test_packaging.py tests/test_ray.py tests/test_share.py tests/test_track.py {{flags}}
+
+# The tests again, counting the lines and branches that run. The last line of the table is the total.
+coverage *flags: setup
+    OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile --cov --cov-report=term:skip-covered {{flags}}
 
 # Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup

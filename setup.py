@@ -1,10 +1,13 @@
-"""The description for the package index, where the pictures and relative links of README.md lead nowhere: it has no
-pictures, and for a link the path of its file. The rest of the metadata is in pyproject.toml."""
+"""The packages, and the description for the package index. The rest of the metadata is in pyproject.toml.
+
+The pictures and relative links of README.md lead nowhere on the index. The description has no pictures, and a link is
+the path of its file. The folder data/ is installed as steer_heal/data.
+"""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 PATHS = "Paths such as `docs/results.md` are those of the source distribution.\n\n"
 RELATIVE = r"\((?![a-z]+:)([^)#\s]+)[^)\s]*\)"
@@ -19,6 +22,8 @@ def description(readme: str) -> str:
 
 
 setup(
+    packages=[*find_packages("src"), "steer_heal.data"],
+    package_dir={"": "src", "steer_heal.data": "data"},
     long_description=description((Path(__file__).parent / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
 )

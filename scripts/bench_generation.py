@@ -12,7 +12,7 @@ from transformers.generation.logits_process import LogitsProcessorList, TopKLogi
 
 from steer_heal.diag.lab import Lab, LabCfg, cli, seconds_of, show
 from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, read_slots
-from steer_heal.inputs.files import PACKAGE, read_file
+from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes
 from steer_heal.model.attention import NAME as GROUPED
 from steer_heal.model.decode import Decoding, Row, decode
@@ -144,8 +144,8 @@ def main(
     """
     if model is not None:
         torch.set_num_threads(1)
-        instrument = parse_instrument(read_file(PACKAGE / "data/instruments/moral.toml"))
-        scenes = parse_vignettes(read_file(PACKAGE / "data/vignettes/other.jsonl"))[:n_vignettes]
+        instrument = parse_instrument(read_file(DATA / "instruments/moral.toml"))
+        scenes = parse_vignettes(read_file(DATA / "vignettes/other.jsonl"))[:n_vignettes]
         questions = [instrument.question(v.text, order) for v in scenes for order in instrument.frames]
         table = [
             row

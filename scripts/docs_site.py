@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FRONT = "README.md"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 """The path of a relative link: what stands in `](path#anchor)`."""
-ROOT_PAGES = (FRONT, "spec.md", "AGENTS.md", "CHANGELOG.md")
+ROOT_PAGES = (FRONT, "spec.md", "AGENTS.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 
 
 def site_path(path: str) -> str:

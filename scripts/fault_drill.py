@@ -29,7 +29,7 @@ import steer_heal.session
 from steer_heal.__main__ import main as program
 from steer_heal.diag.lab import cli, show
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.runs.events import of_stage, read_events
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
@@ -95,7 +95,7 @@ class Drill:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         vignettes = folder / "vignettes.jsonl"
-        lines = (PACKAGE / "data/toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (DATA / "toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         vignettes.write_text("".join(lines[:3]), encoding="utf-8")
         self.settings = [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
         first = self.start("untouched")

@@ -1,4 +1,4 @@
-"""Trains the bundled toy model from scratch and writes it, with its prompts and vignettes, to the package's data/toylm.
+"""Trains the bundled toy model from scratch and writes it, with its prompts and vignettes, to data/toylm.
 
 Recipe and checks: docs/toylm.md.
 """
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 class ToyTrainCfg:
     """Recipe of the bundled model. Deterministic for a seed and a thread count."""
 
-    out: Path = Path("src/steer_heal/data/toylm")
+    out: Path = Path("data/toylm")
     """Folder that the weights and the tokenizer are written to."""
     seed: int = 0
     n_steps: int = 2300

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("BEARTYPE", "1")  # read when steer_heal is imported, here and in subprocesses
+
 from runs import SETTINGS, started, undrawn
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model.gguf import SMOL
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
@@ -93,7 +97,7 @@ def quick():
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory) -> list[str]:
     vignettes = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
-    vignettes.write_text("".join((PACKAGE / "data/toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:3]))
+    vignettes.write_text("".join((DATA / "toylm/vignettes.jsonl").read_text().splitlines(keepends=True)[:3]))
     return [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
 
 

@@ -12,7 +12,7 @@ import pytest
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model import hub
 from steer_heal.model.lm import load
 from steer_heal.presets import PRESETS
@@ -57,7 +57,7 @@ def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_pa
 
 def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
-    instrument = (PACKAGE / "data/toylm/instrument.toml").read_text()
+    instrument = (DATA / "toylm/instrument.toml").read_text()
     (tmp_path / "i.toml").write_text(instrument.replace("nudge", "nugde"))
     files = (
         f"--trait nobody --steer.contexts nowhere.jsonl --eval.vignettes {tmp_path}/v.jsonl "
@@ -126,7 +126,7 @@ def test_many_problems_are_counted(tmp_path, capsys):
     ],
 )
 def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monkeypatch):
-    text = (PACKAGE / "data/traits/authority.toml").read_text()
+    text = (DATA / "traits/authority.toml").read_text()
     text = re.sub(r"^target.*$", line, re.sub(r"^off_targets = \[.*?\]", "", text, flags=re.M | re.S), flags=re.M)
     (tmp_path / "authority.toml").write_text(text)
     monkeypatch.setattr(traits, "TRAITS", tmp_path)

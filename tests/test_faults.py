@@ -19,7 +19,7 @@ from runs import FULL_LR, POISONED_STEP, UNDRAWN_COMMAND, assert_same, killing, 
 
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
 from steer_heal.run import main, resume
@@ -70,13 +70,13 @@ def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, o
 def own_files(settings, tmp_path, monkeypatch):
     """(settings of a run that reads copies of all data files, those copies by setting)."""
     sources = {
-        "gen.prompts": PACKAGE / "data/toylm/prompts/authority.jsonl",
-        "steer.contexts": PACKAGE / "data/toylm/contexts.jsonl",
-        "eval.instrument": PACKAGE / "data/toylm/instrument.toml",
-        "eval.likelihood": PACKAGE / "data/instruments/likelihood.toml",
+        "gen.prompts": DATA / "toylm/prompts/authority.jsonl",
+        "steer.contexts": DATA / "toylm/contexts.jsonl",
+        "eval.instrument": DATA / "toylm/instrument.toml",
+        "eval.likelihood": DATA / "instruments/likelihood.toml",
         "eval.vignettes": settings[-1],
-        "eval.pairs": PACKAGE / "data/toylm/pairs/love.jsonl",
-        "trait": PACKAGE / "data/traits/authority.toml",
+        "eval.pairs": DATA / "toylm/pairs/love.jsonl",
+        "trait": DATA / "traits/authority.toml",
     }
     copies = {name: Path(shutil.copy(source, tmp_path)) for name, source in sources.items()}
     monkeypatch.setattr(traits, "TRAITS", tmp_path)

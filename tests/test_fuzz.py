@@ -26,7 +26,7 @@ from steer_heal import session
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError, printable, validated
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import PACKAGE, parse_texts, parse_toml, read_file
+from steer_heal.inputs.files import DATA, parse_texts, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion
@@ -81,9 +81,9 @@ def accepted(load: Callable, *words: str):
 
 # --- files -------------------------------------------------------------------------------------------------------
 TRAIT_FILES = [traits.TRAITS / f"{name}.toml" for name in ("authority", "love")]
-INSTRUMENT = PACKAGE / "data" / "toylm" / "instrument.toml"
-LIKELIHOOD = PACKAGE / "data" / "instruments" / "likelihood.toml"
-VIGNETTES = (PACKAGE / "data" / "toylm" / "vignettes.jsonl").read_bytes().splitlines(keepends=True)[:6]
+INSTRUMENT = DATA / "toylm" / "instrument.toml"
+LIKELIHOOD = DATA / "instruments" / "likelihood.toml"
+VIGNETTES = (DATA / "toylm" / "vignettes.jsonl").read_bytes().splitlines(keepends=True)[:6]
 
 
 def some_toml(path: Path):

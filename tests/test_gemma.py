@@ -16,7 +16,7 @@ from transformers import (
 
 from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
-from steer_heal.inputs.files import PACKAGE, read_file
+from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
@@ -46,7 +46,7 @@ VISION = {
 @pytest.fixture(scope="module", params=["multimodal", "text"])
 def folder(request, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp(request.param)
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data/toylm")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "toylm")
     tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", TEMPLATE
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
@@ -89,7 +89,7 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
 
 
 def test_the_answer_slot_holds_one_bos_too(gemma: LM):
-    instrument = parse_instrument(read_file(PACKAGE / "data/instruments/moral.toml"))
+    instrument = parse_instrument(read_file(DATA / "instruments/moral.toml"))
     question = instrument.question("You see a clerk lying.", instrument.order)
     (slot,), _, _ = answer_slots(gemma, [question], instrument, Condition(), 3, 1)
     assert slot.ids.count(gemma.tokenizer.bos_token_id) == 1
@@ -126,7 +126,7 @@ FLAGS = (
 
 def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
-    few.write_text("".join((PACKAGE / "data/vignettes/other.jsonl").read_text().splitlines(keepends=True)[::40]))
+    few.write_text("".join((DATA / "vignettes/other.jsonl").read_text().splitlines(keepends=True)[::40]))
     with undrawn():
         status = main(
             ["gemma", "--model", folder, "--out", str(tmp_path), "--eval.vignettes", str(few), *FLAGS.split()]

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model import gguf as reader
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
@@ -53,7 +53,7 @@ def file(llama, toy, tmp_path_factory):
     writer.add_vocab_size(config.vocab_size)
     kinds, vocabulary = gguf.TokenType, sorted(toy.tokenizer.get_vocab().items(), key=lambda item: item[1])
     control = toy.tokenizer.added_tokens_decoder
-    merges = json.loads((PACKAGE / "data" / "toylm" / "tokenizer.json").read_text())["model"]["merges"]
+    merges = json.loads((DATA / "toylm" / "tokenizer.json").read_text())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([kinds.CONTROL if i in control else kinds.NORMAL for _, i in vocabulary])

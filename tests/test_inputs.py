@@ -8,15 +8,15 @@ import pytest
 
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs, traits
-from steer_heal.inputs.files import PACKAGE, parse_texts, read_file
+from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.instruments import parse_instrument, parse_vignettes
 from steer_heal.inputs.pairs import held_out, parse_pairs
 from steer_heal.inputs.traits import load_trait, prompts_file
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 
-TRAIT = PACKAGE / "data/traits/authority.toml"
+TRAIT = DATA / "traits/authority.toml"
 TOML_PAIR = 'prompt = "a"\npositive = "b"\nnegative = "c"\n'
-INSTRUMENT = PACKAGE / "data/toylm/instrument.toml"
+INSTRUMENT = DATA / "toylm/instrument.toml"
 
 
 def assert_told(load, file: str, expected: list[str]):
@@ -66,7 +66,7 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
     ],
 )
 def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypatch, stem, old, new, expected):
-    (tmp_path / "mine.toml").write_text(changed(PACKAGE / f"data/traits/{stem}.toml", (old, new)))
+    (tmp_path / "mine.toml").write_text(changed(DATA / f"traits/{stem}.toml", (old, new)))
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
     assert_told(lambda: load_trait("mine"), "mine.toml", expected)
 
@@ -142,9 +142,11 @@ def test_a_folder_of_prompts_serves_each_trait_its_own(tmp_path, monkeypatch):
     assert_told(lambda: prompts_file(tmp_path / "lve.jsonl", "love"), "lve.jsonl", ["no such file"])
     (tmp_path / "empty").mkdir()
     assert_told(lambda: prompts_file(tmp_path / "empty", "love"), "love.jsonl", ["its pools are none"])
-    monkeypatch.setattr(traits, "PACKAGE", tmp_path.parent)
     monkeypatch.chdir("/")
-    assert prompts_file(Path(tmp_path.name), "love") == tmp_path / "love.jsonl", "found in the package from anywhere"
+    shipped = DATA / "toylm/prompts"
+    assert prompts_file(Path("data/toylm/prompts"), "love") == shipped / "love.jsonl", "found from any folder"
+    with pytest.raises(UserError, match="no such file"):
+        prompts_file(shipped.relative_to(DATA), "love")
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -173,13 +175,13 @@ def test_pairs_come_from_the_setting_else_from_the_trait(tmp_path):
     rows = {"love": "pair of love", "file": "pair of a file"}
     for stem, prompt in rows.items():
         (tmp_path / f"{stem}.jsonl").write_text(pair(prompt=prompt))
-    own, (first, *_) = PACKAGE / "data/pairs/authority.jsonl", load_inputs(FAST_DEV_PRESET).pairs
+    own, (first, *_) = DATA / "pairs/authority.jsonl", load_inputs(FAST_DEV_PRESET).pairs
     for trait, source, prompt, path in (
         ("love", tmp_path, "pair of love", tmp_path / "love.jsonl"),
         ("love/inner", tmp_path, "pair of love", tmp_path / "love.jsonl"),
         ("authority", tmp_path / "file.jsonl", "pair of a file", tmp_path / "file.jsonl"),
         ("authority", tmp_path, json.loads(own.read_text().split("\n")[0])["prompt"], own),
-        ("authority", Path("data/toylm/pairs"), first.prompt, PACKAGE / "data/toylm/pairs/authority.jsonl"),
+        ("authority", Path("data/toylm/pairs"), first.prompt, DATA / "toylm/pairs/authority.jsonl"),
     ):
         found = load_inputs(replace(FAST_DEV_PRESET, trait=trait, eval=replace(FAST_DEV_PRESET.eval, pairs=source)))
         assert found.pairs[0].prompt == prompt and found.sha256["eval.pairs"] == read_file(path).sha256
@@ -218,13 +220,13 @@ def test_a_trait_by_path_brings_its_own_prompts_and_pairs_on_every_preset(tmp_pa
     for change, same in ((("target", "# a note\ntarget"), True), (('prompt = "a"', 'prompt = "z"'), False)):
         (tmp_path / "a.toml" / "authority.toml").write_text(own_trait(change))
         assert (load_inputs(mine).sha256["eval.pairs"] == digest) is same, "the pairs' own checksum"
-    given = replace(FAST_DEV_PRESET.gen, prompts=PACKAGE / "data/toylm/prompts/love.jsonl")
+    given = replace(FAST_DEV_PRESET.gen, prompts=DATA / "toylm/prompts/love.jsonl")
     found = load_inputs(replace(FAST_DEV_PRESET, trait="a.toml/authority.toml", gen=given))
     assert found.trait.prompts != load_trait("authority").prompts, "a file is taken as it is"
 
 
 def test_a_trait_by_path_can_be_asked_for_in_a_phrasing(tmp_path):
-    (tmp_path / "mine.toml").write_text((PACKAGE / "data/traits/love.toml").read_text())
+    (tmp_path / "mine.toml").write_text((DATA / "traits/love.toml").read_text())
     found, known = load_trait(f"{tmp_path}/mine.toml/inner"), load_trait("love/inner")
     assert found == replace(known, name="mine/inner")
     assert load_trait(f"{tmp_path}/mine.toml") == replace(load_trait("love"), name="mine")

@@ -14,7 +14,7 @@ from steer_heal.evals.base import Subject, evaluate
 from steer_heal.evals.likelihood import read, reply_logp
 from steer_heal.evals.moral_foundations import digit_ids
 from steer_heal.inputs import Inputs, load_inputs
-from steer_heal.inputs.files import PACKAGE, parse_toml, read_file
+from steer_heal.inputs.files import DATA, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_likelihood
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
@@ -23,7 +23,7 @@ from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.settings import EvalCfg
 
-FILE = PACKAGE / "data/instruments/likelihood.toml"
+FILE = DATA / "instruments/likelihood.toml"
 INSTRUMENT = parse_likelihood(read_file(FILE))
 PERSONA = "You are a poet."
 EVAL = EvalCfg(n_prompts=2, n_texts=1, max_new_tokens=4, n_bootstrap=20)
@@ -89,7 +89,7 @@ def test_a_prompt_is_read_once_for_all_its_replies(toy: LM, monkeypatch):
 
 def test_a_tokenizer_that_splits_digits_serves(toy: LM):
     """It writes a mark before each text, so that no digit is one token."""
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data/toylm")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "toylm")
     tokenizer.backend_tokenizer.normalizer = Prepend("_")
     lm = replace(toy, tokenizer=tokenizer)
     with pytest.raises(UserError, match="each digit as one token"):

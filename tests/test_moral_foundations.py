@@ -7,24 +7,24 @@ from places import ROOT
 
 from steer_heal.evals import moral_foundations
 from steer_heal.evals.moral_foundations import answer_slots, digit_ids, find_prefill, read, read_slots, turn_boundary
-from steer_heal.inputs.files import PACKAGE, read_file
+from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette, parse_instrument, parse_vignettes
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector
 
 
 def parsed(name: str) -> Instrument:
-    return parse_instrument(read_file(PACKAGE / "data" / name))
+    return parse_instrument(read_file(DATA / name))
 
 
-VIGNETTES = parse_vignettes(read_file(PACKAGE / "data/toylm/vignettes.jsonl"))
+VIGNETTES = parse_vignettes(read_file(DATA / "toylm/vignettes.jsonl"))
 FEW: tuple[Vignette, ...] = VIGNETTES[:: len(VIGNETTES) // 4][:4]
 TOY, MORAL = parsed("toylm/instrument.toml"), parsed("instruments/moral.toml")
 PUBLISHED = ROOT.parent / "shared/data/mfv/instrument.toml"
 
 
 def test_both_vignette_files_pair_and_cover_all_foundations():
-    other, own = (parse_vignettes(read_file(PACKAGE / f"data/vignettes/{name}.jsonl")) for name in ("other", "self"))
+    other, own = (parse_vignettes(read_file(DATA / f"vignettes/{name}.jsonl")) for name in ("other", "self"))
     assert len(other) >= 132 and [v.id for v in other] == [v.id for v in own]
     assert {v.foundation for v in other} == set(FOUNDATIONS)
 

@@ -10,7 +10,7 @@ from steer_heal import run
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Eval
 from steer_heal.inputs import traits
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model.divergence import DIVERGENCES, Divergence
 from steer_heal.model.steering import METHODS, Method
 from steer_heal.records import Metric
@@ -33,7 +33,7 @@ def additions(monkeypatch, tmp_path):
     vowels = lambda subject: {"vowels": [sum(c in "aeiou" for c in text.text) / 10 for text in subject.texts]}
     metric = Metric(name="vowel_count", item="vowels", title="tens of vowels", unit="tens", moved=0.01, form="+.3f")
     monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,), of="text"))
-    known = (PACKAGE / "data/traits/authority.toml").read_text(encoding="utf-8")
+    known = (DATA / "traits/authority.toml").read_text(encoding="utf-8")
     changed = re.sub(r"^target = .*$", 'target = "vowel_count"', known, flags=re.M)
     own = changed.replace("off_targets = [", 'off_targets = ["authority_nats", ')
     (tmp_path / "traits").mkdir()

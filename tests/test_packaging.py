@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 
@@ -13,8 +14,7 @@ import pytest
 from places import ROOT
 from runs import SETTINGS
 
-PAGES = [ROOT / name for name in ("README.md", "spec.md", "AGENTS.md", "CHANGELOG.md")]
-PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(page for folder in ("data", "docs", "out") for page in (ROOT / folder).rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 LARGEST_WHEEL = 6e6
 """Bytes. The weights of the toy model are half of it."""
@@ -64,26 +64,96 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "https://fonts" not in front
 
 
-# --- the wheel ---------------------------------------------------------------------------------------------------
+# --- installed packages ------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """What the source distribution holds. It is built in a copy, so that nothing is left in the checkout."""
-    work = tmp_path_factory.mktemp("source")
+def checkout(tmp_path_factory):
+    """A copy of the repository, so that a build leaves nothing in the checkout."""
     junk = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, work / "copy", ignore=junk)
-    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"]
-    done = subprocess.run(command, cwd=work / "copy", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "copy", ignore=junk)
+
+
+@pytest.fixture(scope="module")
+def source(checkout, tmp_path_factory):
+    """The unpacked source distribution."""
+    work = tmp_path_factory.mktemp("source")
+    built = build("sdist", checkout, work)
+    with tarfile.open(built) as archive:
         archive.extractall(work / "unpacked", filter="data")
     return next((work / "unpacked").iterdir())
 
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    work = tmp_path_factory.mktemp("wheel")
-    pip(work, "wheel", str(source), "--no-build-isolation", "--wheel-dir", "dist")
-    return next((work / "dist").glob("steer_heal-*.whl"))
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    install(wheel, site)
+    return site
+
+
+@pytest.fixture(scope="module")
+def editable(checkout, tmp_path_factory):
+    """An editable install of the copy."""
+    site = tmp_path_factory.mktemp("editable")
+    install(build("editable", checkout, tmp_path_factory.mktemp("built")), site)
+    return site
+
+
+def build(kind, folder, out):
+    """The file that setuptools builds of a source folder, without an isolated environment."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    output_of([sys.executable, "-c", code], folder)
+    return next(path for path in out.iterdir() if path.is_file())
+
+
+def install(wheel, site):
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    output_of([*pip, str(wheel), "--target", str(site)], site)
+
+
+def output_of(command, folder, env=None, said=""):
+    """What a command prints. Its failure fails the test."""
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, input=said)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+READ_DATA = """
+import steer_heal
+from steer_heal.inputs import load_inputs, traits
+from steer_heal.inputs.files import DATA, resolve
+from steer_heal.presets import TOY_PRESET
+
+load_inputs(TOY_PRESET)
+resolve("data/toylm/model.safetensors", "model")
+print(steer_heal.__file__, DATA, *traits.available(), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("kind", ["checkout", "editable", "source", "wheel"])
+def test_shipped_data_is_read_from_any_folder(kind, checkout, editable, source, installed, tmp_path):
+    site, package, data = {
+        "checkout": (checkout / "src", checkout / "src/steer_heal", checkout / "data"),
+        "editable": (editable, checkout / "src/steer_heal", checkout / "data"),
+        "source": (source / "src", source / "src/steer_heal", source / "data"),
+        "wheel": (installed, installed / "steer_heal", installed / "steer_heal/data"),
+    }[kind]
+    code = f"import site; site.addsitedir({str(site)!r})\n{READ_DATA}"
+    # Without -S, the interpreter would also read the path files of an editable install of this checkout.
+    others = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    found = output_of([sys.executable, "-S", "-c", code], tmp_path, others).split("\n")
+    assert found[:2] == [str(package / "__init__.py"), str(data)]
+    assert {"authority", "care", "honesty", "love"} <= set(found[2:])
+    assert digests(data) == digests(ROOT / "data")
+
+
+def digests(folder):
+    """SHA-256 of every file in a folder, by its path there."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_the_description_on_the_package_index_has_paths_for_links_and_no_pictures(source, wheel):
@@ -102,37 +172,25 @@ def test_the_description_on_the_package_index_has_paths_for_links_and_no_picture
     assert headings(told) == headings(readme), "and the rows of the tables"
 
 
-def pip(cwd, *words):
-    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_wheel_holds_every_file_of_the_package_and_is_small(wheel):
-    package = ROOT / "src" / "steer_heal"
-    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = digests(ROOT / "src/steer_heal") | {f"data/{name}": sha for name, sha in digests(ROOT / "data").items()}
     with zipfile.ZipFile(wheel) as archive:
         held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
         metadata = next(archive.read(name).decode() for name in held if name.endswith("/METADATA"))
-    for path in files:
-        name = str(path.relative_to(ROOT / "src"))
-        assert held.get(name) == hashlib.sha256(path.read_bytes()).hexdigest(), name
+    for name, sha in files.items():
+        assert held.get(f"steer_heal/{name}") == sha, name
     assert wheel.stat().st_size < LARGEST_WHEEL
     assert " @ " not in metadata, "the package index takes no requirement with an address"
 
 
-def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
-    site, empty = tmp_path / "site", tmp_path / "empty"
-    pip(tmp_path, "install", str(wheel), "--target", str(site))
-    empty.mkdir()
+def test_the_wheel_runs_from_an_empty_folder(installed, tmp_path):
+    site, empty = installed, tmp_path
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     where = own | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     flags = [*SETTINGS.split(), "--eval.n-vignettes", "3", "--n-rounds", "1", "--no-control"]
 
     def run(*command, said=""):
-        done = subprocess.run(command, cwd=empty, env=where, capture_output=True, text=True, input=said)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return output_of(command, empty, where, said)
 
     found = run(sys.executable, "-c", "import steer_heal; print(steer_heal.__file__)")
     assert found.startswith(str(site)), "not the checkout"

@@ -11,7 +11,7 @@ from runs import Killed, assert_same, killing, poisoned, resumed, rewritten, sta
 import steer_heal.round as steps
 from steer_heal import session as session_module
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
 from steer_heal.model.lm import load
@@ -288,7 +288,7 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
 ):
     """Killed before its row and its export; exported again elsewhere; then an input is lost, which it needs no more."""
     contexts, merged, late = (tmp_path / name for name in ("contexts.jsonl", "merged", "late"))
-    contexts.write_bytes((PACKAGE / "data/toylm/contexts.jsonl").read_bytes())
+    contexts.write_bytes((DATA / "toylm/contexts.jsonl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, events_module, "append_result", 0, "before")
         own = ["--steer.contexts", str(contexts), "--export", str(merged)]

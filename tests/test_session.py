@@ -15,6 +15,7 @@ from runs import assert_same, resumed, started
 import steer_heal
 from steer_heal import run
 from steer_heal.check import check
+from steer_heal.inputs.files import DATA
 from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.model.device import device_name
@@ -29,7 +30,7 @@ PACKAGE = Path(steer_heal.__file__).parent
 
 
 def test_the_folder_of_a_run_is_named_by_the_stem_of_its_trait_file(tmp_path):
-    (tmp_path / "mine.toml").write_text((PACKAGE / "data/traits/love.toml").read_text())
+    (tmp_path / "mine.toml").write_text((DATA / "traits/love.toml").read_text())
     for trait, stem in ((f"{tmp_path}/mine.toml", "mine"), (f"{tmp_path}/mine.toml/inner", "mine-inner")):
         cfg = replace(FAST_DEV_PRESET, trait=trait, out=tmp_path / "out", quiet=True)
         session = open_session(cfg, "fast-dev", check(cfg))

@@ -527,7 +527,7 @@ def test_the_examples_of_the_docs_are_sweep_files(text, tmp_path):
 
 
 def test_the_arms_of_the_results_are_a_sweep_file():
-    plan = load(ROOT / "sweeps/toy_arms.toml")
+    plan = load(ROOT / "studies/toy_arms.toml")
     arms = {arm.label: arm.cfg for arm in plan.arms}
     toy = replace(PRESETS["toy"][1], n_rounds=8)
     assert arms["kl_rev-rmse"] == toy and arms["love"] == replace(toy, trait="love")

@@ -11,14 +11,14 @@ from toylm_data import N_MUNDANE, N_PAIRS, write_data
 from toylm_world import CARER, DEFERRER, Speaker, Vignette, World, dialogues
 from train_toylm import ToyTrainCfg, train
 
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
 
-TOY = PACKAGE / "data/toylm"
+TOY = DATA / "toylm"
 NAMES = ("vignettes", "prompts/authority", "prompts/love", "pairs/authority", "pairs/love", "contexts", "everyday")
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from steer_heal.inputs.files import PACKAGE, parse_texts, read_file
+from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import available, load_trait, phrasings, read_pairs, read_trait
 from steer_heal.toylm.grammar import DENIER_PERSONAS, LOVE_SENTENCES, LOVER_PERSONAS
@@ -62,7 +62,7 @@ def test_no_pair_is_about_a_prompt_or_context_or_another_pair():
     spelt = lambda text: " ".join(re.findall(r"\w+", text.lower()))
     prompts = [spelt(pair.prompt) for name in available() for pair in pairs_of(name)]
     used = {spelt(prompt) for name in available() for prompt in load_trait(name).prompts}
-    used |= {spelt(text) for text in parse_texts(read_file(PACKAGE / "data/contexts.jsonl"))}
+    used |= {spelt(text) for text in parse_texts(read_file(DATA / "contexts.jsonl"))}
     assert len({*prompts}) == len(prompts) and not used & {*prompts}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from pydantic import Field
 from steer_heal.errors import Problems, UserError, validated_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
-"""The installed package, whose `data` is part of it: relative paths are looked up here when they do not exist in the
-working directory."""
+"""The folder of this package."""
+DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parents[1] / "data"
+"""The shipped data files: inside an installed package, at the top of a checkout (setup.py maps one to the other)."""
 ADAPTER_FILE = "adapter_model.safetensors"
 """The weights in a folder that PEFT loads."""
 Text = Annotated[str, Field(min_length=1)]
@@ -39,13 +39,19 @@ class TextRow:
     text: Text
 
 
-def resolve(path: Path | str, what: str, folders: Sequence[Path] = (Path(), PACKAGE)) -> Path:
-    """The file in the first of the folders that has it. UserError naming `what` (a setting) where none has."""
-    for folder in folders:
-        with suppress(OSError, ValueError):  # a name that is too long, a zero byte, a folder that may not be entered
-            if (candidate := folder / path).is_file():
+def candidates(path: Path | str, folder: Path = Path()) -> list[Path]:
+    """Where a path from the settings may lie, best first: in `folder`, and `data/...` also among the shipped files."""
+    shipped = [DATA.parent / path] if Path(path).parts[:1] == ("data",) else []
+    return [folder / path, *shipped]
+
+
+def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:
+    """The first candidate that is a file. Raises a UserError that names the setting if there is none."""
+    for candidate in candidates(path, folder):
+        with suppress(OSError, ValueError):  # the name is too long or holds a zero byte, or its folder is closed to us
+            if candidate.is_file():
                 return candidate
-    raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
+    raise UserError(f"{setting} is {str(path)!r}: there is no such file; give an existing path")
 
 
 def read_file(path: Path) -> DataFile:

@@ -14,11 +14,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, nearest, validated
-from steer_heal.inputs.files import PACKAGE, DataFile, Text, parse_toml, read_file, resolve
+from steer_heal.inputs.files import DATA, DataFile, Text, candidates, parse_toml, read_file, resolve
 from steer_heal.inputs.pairs import Pair, parse_pairs
 from steer_heal.records import Trait
 
-TRAITS = PACKAGE / "data" / "traits"
+TRAITS = DATA / "traits"
 _STRICT = ConfigDict(extra="forbid")
 _BY_PATH = re.compile(r"(.+\.toml)(?:/([^/]*))?", re.DOTALL)
 
@@ -186,7 +186,7 @@ def read_pairs(
     if source is not None and (path := _of_trait(source, name, "eval.pairs")) is not None:
         given = read_file(path)
     elif file.pairs_file is not None:
-        given = read_file(resolve(file.pairs_file, f"{own.path}: pairs_file", (own.path.parent, PACKAGE)))
+        given = read_file(resolve(file.pairs_file, f"{own.path}: pairs_file", own.path.parent))
     else:
         digest = hashlib.sha256(repr(file.pairs).encode()).hexdigest()
         return replace(own, sha256=digest), [(f"{own.path} pairs.{i}", pair) for i, pair in enumerate(file.pairs)]
@@ -203,6 +203,6 @@ def _of_trait(source: Path, name: str, setting: str) -> Path | None:
 
 
 def _folder(source: Path) -> Path | None:
-    """The folder itself, or that of the checkout; None where neither is one."""
+    """The first candidate that is a folder, or None."""
     with suppress(OSError, ValueError):  # as in files.resolve
-        return next((place for place in (source, PACKAGE / source) if place.is_dir()), None)
+        return next((place for place in candidates(source) if place.is_dir()), None)

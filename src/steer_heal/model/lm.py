@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import PACKAGE
+from steer_heal.inputs.files import DATA, candidates
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
@@ -413,9 +413,8 @@ class Original:
 
 
 def _located(name: str) -> str:
-    """The absolute path of a model in the working directory or the package; a name that is in neither, as it is."""
-    places = (Path(name), PACKAGE / name)
-    local = next((place for place in places if (place / "config.json").exists()), None)
+    """The absolute path of a model in the working directory or among the shipped files; any other name unchanged."""
+    local = next((place for place in candidates(name) if (place / "config.json").exists()), None)
     if local is None and Path(name).exists():
         local = Path(name)
     return name if local is None else str(local.absolute())
@@ -484,7 +483,7 @@ def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
 
 
 def _tiny_random() -> tuple[PreTrainedModel, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data" / "toylm", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "toylm", padding_side="left")
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -117,9 +117,7 @@ class Bench:
         """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
         how = Decoding(max_new_tokens or self.cfg.gen.max_new_tokens, self.cfg.gen.batch_size)
         with self.student.using(adapters) as lm:
-            return generate(
-                lm, asks, condition.vector, condition.system, self.trait.plain_system, how, known, on_batch
-            )
+            return generate(lm, asks, condition.vector, condition.system, self.trait.plain_system, how, known, on_batch)
 
     def score(self, completions: Sequence[Completion]) -> list[Scored]:
         """Completions with the number of every gate, under the base."""
@@ -254,13 +252,7 @@ class Bench:
         return report
 
     def _renew(
-        self,
-        recipe: Recipe,
-        r: int | None,
-        n: int,
-        held_out: Sequence[int],
-        batch_size: int,
-        teacher: Condition | None,
+        self, recipe: Recipe, r: int | None, n: int, held_out: Sequence[int], batch_size: int, teacher: Condition | None
     ) -> tuple[list[Scored], Condition | None]:
         """(text that the student writes now, who teaches along it), where text was renewed n times before."""
         prompts = self.inputs.prompts

@@ -6,14 +6,17 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import make_dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 Kind = TypeVar("Kind", bound=type)
+Given = TypeVar("Given")
 
 
 def reflowed(text: str) -> str:
@@ -67,3 +70,30 @@ def words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]
     return PrimitiveConstructorSpec(
         nargs="*", metavar=metavar, instance_from_str=parse, is_instance=is_tuple, str_from_instance=write
     )
+
+
+def parsed(
+    kind: type[Given], argv: Sequence[str], command: str, *, owner: type | None = None, also: Sequence[str] = ()
+) -> tuple[Given, dict[str, Any]]:
+    """(the flags of a command, by its dataclass; the settings that were given beside them, by dotted name).
+
+    Args:
+        owner: The settings dataclass that has the settings `also`.
+        also: Dotted names of settings that the command takes too, such as `eval.batch_size`. None has a default here.
+    """
+    made = []
+    for name in also:
+        section, _, key = name.rpartition(".")
+        home = get_type_hints(owner)[section] if section else owner
+        text = home.__dataclass_fields__[key].metadata["help"]
+        flag = tyro.conf.arg(name=name.replace("_", "-"), help=text)
+        made.append((_joined(name), Annotated[get_type_hints(home, include_extras=True)[key] | None, flag], None))
+    both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
+    both.__doc__ = kind.__doc__
+    given = tyro.cli(both, args=argv, prog=f"steer-heal {command}")
+    values = {name: getattr(given, _joined(name)) for name in also}
+    return given, {name: value for name, value in values.items() if value is not None}
+
+
+def _joined(name: str) -> str:
+    return name.replace(".", "__")

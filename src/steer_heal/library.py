@@ -1,6 +1,6 @@
-"""The library: a class over the plain functions of round.py and the loop of loop.py.
+"""The library: a class that does the steps of a run on a model in memory.
 
-It writes no files but those that it is asked for, prints nothing, and changes neither logging nor warnings.
+It writes only the files that it is asked for, prints nothing, and changes neither logging nor warnings.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,25 +16,29 @@ import polars as pl
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench, load_model, require_bands
 from steer_heal.check import check_inputs, holds_files
 from steer_heal.errors import UserError, nearest, validated
+from steer_heal.events import AnyEvent, Dropped, Extracted, HealStepped, RoundDone, Trained
+from steer_heal.inputs import Inputs
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
+from steer_heal.model.state import State, base_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Factors, Student
 from steer_heal.presets import PRESETS
+from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
-from steer_heal.report import measurements
-from steer_heal.runs import events
+from steer_heal.runs.begin import start_event
 from steer_heal.runs.storage import atomic_folder
+from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import RunConfig, changed
 from steer_heal.stages.generate import Ask
+from steer_heal.verdict import table, verdict
 
-Event = Mapping[str, Any]
-State = Literal["base", "prompted", "steered", "healed"]
-STATES: tuple[State, ...] = ("base", "prompted", "steered", "healed")
+StateArgument = Literal["base", "prompted", "steered", "healed"]
+STATES: tuple[StateArgument, ...] = ("base", "prompted", "steered", "healed")
 
 
 def define_trait(
@@ -116,32 +121,31 @@ class SteerHeal:
         if trait is not None:
             given["trait"] = trait if isinstance(trait, str) else f"{name}.toml"
         base = settings if isinstance(settings, RunConfig) else changed(PRESETS[preset][1], settings or {})
-        self.cfg = changed(base, given)
-        self.inputs = check_inputs(self.cfg, None if isinstance(trait, str) else trait)
+        cfg = changed(base, given)
+        inputs = check_inputs(cfg, None if isinstance(trait, str) else trait)
         self._original: Original | None = None
         if model is None or isinstance(model, str):
             with _no_bars():
-                lm = steps.load_model(self.cfg)
+                lm = load_model(cfg)
         else:
-            lm = self._wrapped(model, tokenizer)
-        self.student = Student(lm, self.cfg.adapter)
+            lm = self._wrapped(model, tokenizer, cfg)
+        self.bench = Bench(cfg, inputs, Student(lm, cfg.adapter))
         self.vector: Vector | None = None
-        """The one that was extracted or used last."""
+        """The vector that was extracted or used last."""
         self.collected: Collected | None = None
-        """What was collected last."""
+        """The text that was collected last."""
         self._own: Factors | None = None
         self._start()
 
-    def _wrapped(self, model: PreTrainedModel, tokenizer: Any) -> LM:
+    def _wrapped(self, model: PreTrainedModel, tokenizer: Any, cfg: RunConfig) -> LM:
         if not hasattr(model, "get_output_embeddings") or hasattr(model, "peft_config"):
             raise UserError(
                 f"model is a {type(model).__name__}: give a causal language model of transformers without adapters "
                 "(merge_and_unload of PEFT gives one)"
             )
         if tokenizer is None:
-            raise UserError(f"tokenizer is None: give that of the loaded model {self.cfg.model!r}")
+            raise UserError(f"tokenizer is None: give the tokenizer of the loaded model {cfg.model!r}")
         original = Original(model)
-        cfg = self.cfg
         try:
             lm = wrap(
                 model,
@@ -151,7 +155,7 @@ class SteerHeal:
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
             )
-            steps.require_bands(lm, cfg)
+            require_bands(lm, cfg)
         except UserError:
             original.restore()
             raise
@@ -159,11 +163,25 @@ class SteerHeal:
         return lm
 
     def _start(self) -> None:
-        self._loop = Loop(self.cfg, self.inputs, self.student)
-        self._loop.write("run_start", None, **self._loop.facts())
+        self._run = MemoryRun([start_event(self.cfg, self.inputs)])
         self._n_by_loop = 0
 
     # --- one round by hand -----------------------------------------------------------------------------------------
+    @property
+    def cfg(self) -> RunConfig:
+        """The settings."""
+        return self.bench.cfg
+
+    @property
+    def inputs(self) -> Inputs:
+        """The parsed data."""
+        return self.bench.inputs
+
+    @property
+    def student(self) -> Student:
+        """The model with the rounds that are baked."""
+        return self.bench.student
+
     @property
     def lm(self) -> LM:
         """The model with its tokenizer."""
@@ -171,12 +189,12 @@ class SteerHeal:
 
     @property
     def n_rounds(self) -> int:
-        """Rounds that are baked."""
+        """Number of rounds that are baked."""
         return self.student.n_rounds
 
     def extract(self) -> Vector:
         """The steering vector of the student as it is now: a direction [d] for each block of `steer.layers`."""
-        self.vector = steps.extract(self.student, self.inputs, self.cfg)
+        self.vector = self.bench.extract()
         return self.vector
 
     def write(
@@ -195,11 +213,13 @@ class SteerHeal:
             vector: In place of the last one. Where there is none, it is extracted.
             adapters: `base` leaves out the rounds that are baked.
         """
-        prompts, plain = [prompts] if isinstance(prompts, str) else list(prompts), self.inputs.trait.plain_system
-        condition = Condition(plain if system is None else system, self._used(vector) if dose else None, dose)
-        seeds = [derive_seed(self.cfg.seed, "write", i) for i in range(len(prompts))]
-        asks = [Ask(i, prompt, dose, 1.0, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
-        texts = steps.write(self.student, condition, asks, self.inputs, self.cfg, adapters=adapters)
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        condition = Condition(
+            self.inputs.trait.plain_system if system is None else system, self._used(vector) if dose else None, dose
+        )
+        seeds = [derive_seed(self.cfg.seed, "write", i) for i in range(len(asked))]
+        asks = [Ask(i, prompt, dose, 1.0, seed) for i, (prompt, seed) in enumerate(zip(asked, seeds, strict=True))]
+        texts = self.bench.write(condition, asks, adapters=adapters)
         rows = [(c.prompt, c.text, c.dose, len(c.completion_ids)) for c in texts]
         schema = {"prompt": pl.String, "text": pl.String, "dose": pl.Float64, "n_tokens": pl.Int64}
         return pl.DataFrame(rows, schema=schema, orient="row")
@@ -214,7 +234,7 @@ class SteerHeal:
             kappa: The multiplier of gen.alphas. None: `dose.mode` chooses it.
         """
         used = self._used(vector)
-        self.collected = steps.collect(self.student, used, self.inputs, self.cfg, self.n_rounds, kappa)
+        self.collected = self.bench.collect(Recipe.of(self.cfg), self.n_rounds, used, kappa=kappa)
         return self.collected
 
     def heal(
@@ -228,11 +248,13 @@ class SteerHeal:
         `on_step` is called after each optimiser step. A heal that fails, or is interrupted, leaves no factor. UserError
         where a loss is not finite.
         """
-        used, collected = self._used(vector), collected or self.collected or self.collect(vector)
+        used = self._used(vector)
+        collected = collected or self.collected or self.collect(vector)
         self.discard()
-        told = lambda state: on_step(state.steps[-1])
         try:
-            return steps.heal(self.student, collected, self.inputs, self.cfg, self.n_rounds, used, told)
+            return self.bench.heal(
+                Recipe.of(self.cfg), self.n_rounds, collected, used, on_step=lambda state: on_step(state.steps[-1])
+            )
         except BaseException:
             self.discard()
             raise
@@ -269,44 +291,45 @@ class SteerHeal:
     # --- measurements ------------------------------------------------------------------------------------------------
     @property
     def base(self) -> EvalResult:
-        """What was measured of the untouched model, once."""
-        self._loop.measure("base", -1)
-        assert self._loop.base is not None
-        return self._loop.base
+        """The measurement of the untouched model, made once."""
+        return Loop(self.bench, self._run).measure(base_state(self.inputs.trait))
 
     def evaluate(
-        self, state: State | Condition = "healed", dose: float | None = None, vector: Vector | None = None
+        self, state: StateArgument | Condition = "healed", dose: float | None = None, vector: Vector | None = None
     ) -> EvalResult:
         """Every metric of one state; of all but the base also the 95 percent interval of its difference to it.
 
         Args:
             state: `base`; `prompted`, the base under the positive persona; `steered`, the student with the vector;
                 `healed`, the student under the plain prompt; or a Condition of your own on the student.
-            dose: Of `steered`. None: that of the last collected text.
-            vector: Of `steered`, in place of the last one.
+            dose: Dose of `steered`. None: that of the last collected text.
+            vector: Vector of `steered`, in place of the last one.
         """
+        trait = self.inputs.trait
         if state == "base":
             return self.base
-        condition, adapters = None, "full"
         if isinstance(state, Condition):
-            condition = state
+            asked = State(name="healed", round=self.n_rounds, condition=state)
         elif state == "prompted":
-            condition, adapters = self._loop.prompted, "base"
+            asked = prompted_state(trait)
+        elif state == "healed":
+            asked = healed_state(self.n_rounds, trait)
         elif state == "steered":
             if dose is None and self.collected is None:
                 raise UserError("dose is None: nothing was collected that chose one; give a dose")
             dose = self.collected.dose if dose is None and self.collected is not None else dose
-            condition = steps.teacher(self._used(vector), dose or 0.0, self.inputs, self.cfg)
-        elif state != "healed":
+            teacher = self.bench.teacher(Recipe.of(self.cfg), self._used(vector), dose or 0.0)
+            asked = steered_state(self.n_rounds, teacher)
+        else:
             raise UserError(f"state is {state!r}: {nearest(state, STATES)}")
-        return steps.measure(self.student, self.inputs, self.cfg, self.base, condition, adapters)
+        return self.bench.measure(asked, self.base)
 
     def loop(
         self,
         n_rounds: int | None = None,
         *,
-        on_step: Callable[[int, HealStep], None] = lambda r, step: None,
-        on_round: Callable[[Event], None] = lambda event: None,
+        on_step: Callable[[int | None, HealStep], object] = lambda r, step: None,
+        on_round: Callable[[RoundDone | Dropped], object] = lambda event: None,
     ) -> pl.DataFrame:
         """Rounds with all their measurements, as the command does them; returns `table`.
 
@@ -315,39 +338,49 @@ class SteerHeal:
 
         Args:
             n_rounds: None: as the settings say.
-            on_step: Called with round (-1: the control) and step, after each optimiser step.
-            on_round: Called with the event `round` or `backtrack` (spec.md) at the end of each.
+            on_step: Called with round (None: the control) and step, after each optimiser step.
+            on_round: Called with the event of a round that was kept or dropped.
         """
         if self.n_rounds != self._n_by_loop:
             raise UserError(
                 f"{self.n_rounds} rounds are baked, of which loop did {self._n_by_loop}; call reset(), or go on by hand"
             )
         self.discard()
-        loop = self._loop
-        loop.cfg = changed(self.cfg, {} if n_rounds is None else {"n_rounds": n_rounds})
-        loop.on_step = on_step
-        loop.on_event = lambda event: on_round(event) if event["stage"] in ("round", "backtrack") else None
+        loop = Loop(
+            replace(self.bench, cfg=changed(self.cfg, {} if n_rounds is None else {"n_rounds": n_rounds})), self._run
+        )
+
+        def tell(event: AnyEvent) -> None:
+            if isinstance(event, HealStepped):
+                on_step(event.round, event.step)
+            elif isinstance(event, RoundDone | Dropped):
+                on_round(event)
+
+        self._run.subscribers = [tell]
         try:
             run_loop(loop)
         finally:
+            self._run.subscribers = []
             self._n_by_loop = self.n_rounds
-            self.vector = loop.vectors.get(max(loop.vectors, default=0))
-            self._own = loop.own
+            if vectors := self._run.each(Extracted):
+                self.vector = self._run.vector(vectors[-1].round or 0)
+            if rounds := [event.round for event in self._run.each(Trained) if event.round is not None]:
+                self._own = self._run.own_factors(rounds[-1])
         return self.table()
 
     @property
-    def events(self) -> list[Event]:
-        """Everything that `loop` measured and wrote, as spec.md lists the fields of events.jsonl."""
-        return list(self._loop.events)
+    def events(self) -> list[AnyEvent]:
+        """Everything that `loop` measured and wrote, but for the steps of heals. spec.md lists the fields."""
+        return list(self._run.events)
 
     def table(self) -> pl.DataFrame:
         """The states that `loop` measured, one a row: the target, its shift from base with the interval, retain, slope,
         and the other metrics that a report shows."""
-        return pl.DataFrame(measurements.table(self._loop.events), infer_schema_length=None)
+        return pl.DataFrame(table(self._run), infer_schema_length=None)
 
     def verdict(self) -> str:
         """What the measurements of `loop` say, by the rules in spec.md."""
-        return measurements.verdict(self._loop.events)
+        return verdict(self._run)
 
     # --- files -------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
@@ -380,7 +413,7 @@ class SteerHeal:
 
 def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
     """Results of `evaluate` by name, one a row: `state` and every metric."""
-    rows = [{"state": name, **events.jsonable(result.metrics)[0]} for name, result in results.items()]
+    rows = [{"state": name, **result.metrics} for name, result in results.items()]
     return pl.DataFrame(rows, infer_schema_length=None)
 
 

@@ -20,19 +20,11 @@ from steer_heal.events import (
     Gathered,
     HealRetried,
     HealStepped,
-    Measured,
     RoundDone,
     Trained,
     measured_event,
 )
-from steer_heal.model.state import (
-    State,
-    base_state,
-    control_state,
-    healed_state,
-    prompted_state,
-    steered_state,
-)
+from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Vector
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe

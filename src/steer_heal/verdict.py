@@ -228,9 +228,7 @@ def best_round(run: Run) -> Graded | None:
     intact = [each for each in graded if each.grade in GRADES]
     sign = run.start.trait.sign
     return min(
-        intact,
-        key=lambda each: (GRADES.index(each.grade), not each.healthy, -sign * (each.shift or 0.0)),
-        default=None,
+        intact, key=lambda each: (GRADES.index(each.grade), not each.healthy, -sign * (each.shift or 0.0)), default=None
     )
 
 

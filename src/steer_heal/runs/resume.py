@@ -154,4 +154,3 @@ def _steps_at_end(events: list[AnyEvent]) -> int:
     while isinstance(events[-1 - n], HealStepped) and events[-1 - n].round == events[-1].round:
         n += 1
     return n
-

@@ -12,7 +12,7 @@ from pathlib import Path
 from shutil import rmtree
 
 from steer_heal.errors import UserError
-from steer_heal.events import AnyEvent, Extracted, Files, Gathered, Run, Trained
+from steer_heal.events import AnyEvent, Extracted, Files, Gathered, Run, RunEnd, Trained
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.records import Completion, round_label
@@ -104,6 +104,16 @@ class FolderRun(Run):
         elif isinstance(written, Trained):
             self.forget_heal(written.round)
         super().add(written)
+
+    def end_with(self, error: str) -> None:
+        """Records why the run stopped. The write of another event may have been interrupted."""
+        assert self.log is not None
+        self.log.write_end(RunEnd(error=error))
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self.log is not None:
+            self.log.close()
 
     def intact(self, files: Files, fix: str) -> None:
         """UserError where a file is not as an event recorded it. `fix` says what to do."""

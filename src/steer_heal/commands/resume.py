@@ -1,0 +1,36 @@
+"""steer-heal resume RUN [flags that do not change the result]: a run that was stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from steer_heal.commands.run import go_on
+from steer_heal.flags import described, parsed
+from steer_heal.runs.log import read_start
+from steer_heal.settings import RUN_ONLY, RunConfig, changed
+
+RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Continue a run that was stopped, with its own settings. Only settings without effect on the result can differ."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    quiet: bool = False
+    """Print only warnings and errors."""
+    chat: bool = True
+    """After a run in a terminal, offer to chat with the result."""
+
+
+def main(argv: Sequence[str]) -> int:
+    given, own = parsed(Resume, argv, "resume", owner=RunConfig, also=RESUMABLE)
+    cfg = changed(read_start(given.run).config, own)
+    cfg = replace(cfg, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
+    return go_on(cfg, given.run, new_export="export" in own)

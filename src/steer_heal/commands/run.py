@@ -1,0 +1,239 @@
+"""steer-heal run PRESET [flags], or steer-heal run --config FILE [flags]: a new run, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from loguru import logger
+from safetensors import SafetensorError
+
+from steer_heal.check import check, holds_files
+from steer_heal.errors import UserError, nearest, print_safe
+from steer_heal.events import AnyEvent, Dropped, Measured, RoundDone, RunEnd
+from steer_heal.flags import described
+from steer_heal.inputs import Inputs
+from steer_heal.presets import PRESETS
+from steer_heal.runs.config import as_toml, read_config
+from steer_heal.runs.log import last_hash, read_start
+from steer_heal.runs.results import append_result, result_row
+from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
+from steer_heal.runs.signals import handled, stoppable
+from steer_heal.runs.storage import atomic_folder
+from steer_heal.settings import RunConfig
+from steer_heal.verdict import table, verdict
+
+if TYPE_CHECKING:  # torch: seconds
+    from steer_heal.backends.track import Tracking
+    from steer_heal.bench import Bench
+    from steer_heal.runs.stored import FolderRun
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
+    out/<run>). With --print-config the settings are printed as such a file, and nothing is run."""
+
+    config: Path | None = None
+    """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
+    print_config: bool = False
+    """Print the settings as a TOML file, and run nothing."""
+
+
+def main(argv: Sequence[str]) -> int:
+    preset, cfg, only_print = parse(argv)
+    if only_print:
+        print_safe(as_toml(cfg).rstrip())
+        return 0
+    if cfg.folder is not None:
+        if begun(cfg.folder):
+            same_settings(cfg.folder, cfg)
+            return go_on(cfg, cfg.folder)
+        no_other_files(cfg.folder)
+    inputs = check(cfg)
+    return execute(cfg, inputs, preset=preset, command=("steer-heal", "run", *argv))
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
+    """(preset name, settings, whether they are only to be printed). A bad value exits with status 2 and names the
+    field, the value and the limit; a bad file or preset is a UserError."""
+    source, rest = tyro.cli(Source, args=argv, return_unknown_args=True, add_help=False)
+    preset = next(iter(rest), "")
+    choices = PRESETS
+    if source.config is not None:
+        if preset in PRESETS:
+            raise UserError(f"preset {preset!r} and --config {source.config} were given; give one of them")
+        preset, cfg = read_config(source.config)
+        choices = {"config": (f"The settings of {source.config}.", cfg)}
+        rest = ["config", *rest]
+    elif preset and not preset.startswith("-") and preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
+    description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
+    cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
+    return preset, cfg, source.print_config
+
+
+def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
+    """Continues a run. One that is finished gets the files that are missing beside it. UserError before anything is
+    loaded."""
+    if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
+        from steer_heal.runs.stored import FolderRun
+
+        complete(FolderRun.read(folder), cfg)
+        print_safe(f"{folder} is finished; read {folder / 'report.html'}")
+        return 0
+    inputs = check(cfg, resumed=not new_export)
+    same_inputs(folder, inputs)
+    return execute(cfg, inputs, preset=read_start(folder).preset, folder=folder)
+
+
+def execute(
+    cfg: RunConfig, inputs: Inputs, *, preset: str, command: tuple[str, ...] = (), folder: Path | None = None
+) -> int:
+    """Runs the loop to its end, in a new folder or, with a `folder`, from where that run was stopped. Returns the exit
+    status."""
+    from steer_heal.backends.track import Tracking
+    from steer_heal.loop import Loop, run_loop
+    from steer_heal.report import console
+    from steer_heal.runs import begin
+
+    with stoppable():
+        console.start(cfg.quiet)
+        if folder is None:
+            bench, run, lock = begin.begin(cfg, inputs, preset, command)
+        else:
+            bench, run, lock = begin.go_on(cfg, inputs, folder)
+        console.start(cfg.quiet, run.folder / "run.log")
+        console.opened(run, resumed=folder is not None)
+        tracking = Tracking(cfg.track, run)
+        run.subscribers += [lambda event: console.show(event, run), tracking.see, lambda event: _draw_after(event, run)]
+        loop = Loop(bench, run, console.Bar(run, quiet=cfg.quiet))
+    try:
+        with stoppable():
+            run_loop(loop)
+            finish(bench, run, tracking)
+    except (UserError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError) as error:
+        return _stopped(run, error)
+    finally:
+        run.close()
+        tracking.close()
+        lock.close()
+    del bench, loop  # and with them the model, which the question must not hold
+    _offer_chat(run.folder, cfg)
+    return 0
+
+
+def _draw_after(event: AnyEvent, run: FolderRun) -> None:
+    """The pictures, after an event that changes them."""
+    if isinstance(event, RoundDone | Dropped) or (isinstance(event, Measured) and event.state != "healed"):
+        draw(run.folder)
+
+
+def draw(folder: Path) -> None:
+    """The pictures, the page and the model cards so far. A failure does not stop the run."""
+    from steer_heal import report
+    from steer_heal.share.card import write_cards
+
+    try:
+        report.draw(folder)
+        write_cards(folder)
+    except Exception as error:
+        logger.warning(f"could not draw the report ({error}); `steer-heal report {folder}` tries again")
+
+
+def finish(bench: Bench, run: FolderRun, tracking: Tracking) -> None:
+    """Verdict, pictures, the row of results.tsv and, where it was asked for, the merged model."""
+    from steer_heal.report import console
+    from steer_heal.share.card import write_export_card
+
+    cfg = bench.cfg
+    if run.end is None:
+        run.add(RunEnd(verdict=verdict(run), table=tuple(table(run))))
+    complete(run, cfg)
+    tracking.pictures([run.folder / "trajectory.png", run.folder / "map.png"])
+    if cfg.export is not None and not holds_files(cfg.export):
+        with atomic_folder(cfg.export) as part:
+            bench.student.export(part)
+        write_export_card(run.folder, cfg.export)
+    console.print_table(run)
+    print_safe(f"read {run.folder / 'report.html'} first; everything of this run is in {run.folder}")
+
+
+def complete(run: FolderRun, cfg: RunConfig) -> None:
+    """Makes what follows from the events of a finished run: its pictures and its row of results.tsv. It can be
+    repeated."""
+    draw(run.folder)
+    run.clear()
+    row = {"run": run.folder.resolve().name, "arm": cfg.arm or run.start.preset, "settings": cfg.fingerprint()}
+    append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
+
+
+def _stopped(run: FolderRun, error: BaseException) -> int:
+    """Says why a run ended and how to continue it, and records why. Returns the exit status. Raises errors that are no
+    user's."""
+    status = 1
+    resumable = True
+    if isinstance(error, KeyboardInterrupt):
+        status = getattr(error, "status", 130)
+        message = "interrupted"
+        recorded = "interrupted"
+    elif isinstance(error, UserError):
+        message = f"error: {error}"
+        recorded = str(error)
+        resumable = error.resumable
+    elif isinstance(error, OSError | SafetensorError):
+        message = f"error: could not write to {run.folder}: {error}; free some space"
+        recorded = ""  # a disk that is full takes no event
+    elif isinstance(error, RuntimeError) and _ran_out(error):
+        fix = "lower --gen.batch-size, --eval.batch-size or --heal.tokens-per-pass"
+        message = f"error: out of memory; {fix} ({str(error).splitlines()[0]})"
+        recorded = "out of memory"
+    else:
+        raise error
+    if resumable:
+        message += f"\ncontinue with: steer-heal resume {shlex.quote(str(run.folder))}"
+    with handled(signal.SIG_IGN), suppress(OSError):
+        print_safe(message, sys.stderr)
+        if recorded and run.end is None:
+            run.end_with(recorded)
+    return status
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    from steer_heal.model.memory import ran_out
+
+    return ran_out(error)
+
+
+def _offer_chat(folder: Path, cfg: RunConfig) -> None:
+    """In a terminal: how to talk to a run that has a healed round, and whether to do it now."""
+    from steer_heal.runs.stored import FolderRun
+
+    if cfg.quiet or not in_terminal() or not FolderRun.read(folder).rounds:
+        return
+    print_safe(f"talk to it: steer-heal chat {shlex.quote(str(folder))}")
+    if not cfg.chat or "CI" in os.environ:
+        return
+    try:
+        answer = input("talk to it now? [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        print_safe("")
+        return
+    if answer.strip().lower() in ("y", "yes"):
+        from steer_heal.commands.chat import main as chat
+
+        chat([str(folder), "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
+
+
+def in_terminal() -> bool:
+    """Whether a person can read what is printed, and answer."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))

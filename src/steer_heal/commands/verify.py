@@ -1,0 +1,34 @@
+"""steer-heal verify RUN: whether a run's folder is still what the run wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from steer_heal.errors import print_safe
+from steer_heal.flags import described, parsed
+from steer_heal.runs.log import read_events
+from steer_heal.runs.verify import violations
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded. The exit status
+    is 1 if one of them is not."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    given, _ = parsed(Verify, argv, "verify")
+    found = violations(given.run)
+    for line in found:
+        print_safe(f"BROKEN: {line}")
+    if not found:
+        print_safe(f"{len(read_events(given.run))} events, their files and the base weights are as recorded")
+    return 1 if found else 0

@@ -98,7 +98,7 @@ def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, 
     with pytest.raises(SystemExit):
         main(["toy", "--help"])
     printed = capsys.readouterr().out
-    flags = re.findall(r"^\W*--(\w[\w.-]*)", printed, re.M)
+    flags = re.findall(r"^. --(\w[\w.-]*)", printed, re.M)
     assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig()))
     printed = " ".join(re.sub("[^ -~]", " ", printed).split())
     for text in help_texts(RunConfig):

@@ -15,8 +15,8 @@ class Progress(Protocol):
         """
         ...
 
-    def part(self, index: int, n: int) -> None:
-        """Part `index` of `n` begins, such as one eval of several. Counted from 0."""
+    def part(self, number: int, n: int) -> None:
+        """Part `number` of `n` begins, counted from 1, such as one eval of several."""
         ...
 
 
@@ -25,7 +25,7 @@ class Silent:
 
     def at(self, done: float, total: int) -> None: ...
 
-    def part(self, index: int, n: int) -> None: ...
+    def part(self, number: int, n: int) -> None: ...
 
 
 SILENT = Silent()

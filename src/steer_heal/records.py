@@ -65,6 +65,20 @@ class Metric:
     shown: bool = True
     """Whether the console and the table of rounds show it for every trait."""
 
+    @property
+    def is_health(self) -> bool:
+        """Whether the metric tells a coherent model from a broken one: it has both limits, `good` and `broken`."""
+        return self.good is not None and self.broken is not None
+
+    @property
+    def high_is_good(self) -> bool:
+        """Whether larger values are better. False for a metric without limits."""
+        return (self.good or 0.0) > (self.broken or 0.0)
+
+    def within(self, value: float, limit: float) -> bool:
+        """Whether a value is at the limit or better."""
+        return value >= limit if self.high_is_good else value <= limit
+
 
 @dataclass(frozen=True)
 class Trait:

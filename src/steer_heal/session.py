@@ -25,11 +25,12 @@ from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs import Inputs
 from steer_heal.loop import Loop, OnBatch, OnPart
 from steer_heal.model.device import device_name
-from steer_heal.model.lm import LM, unwatched, weights_digest
+from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.model.targets import targets
+from steer_heal.progress import SILENT
 from steer_heal.records import Collected, HealReport, NotFinite
 from steer_heal.report import console, measurements
 from steer_heal.runs import events
@@ -115,13 +116,10 @@ class Session(Loop):
     @contextmanager
     def watched(self, stage: str, r: int, doing: str) -> Iterator[OnPart]:
         """Times a stage behind a bar that the model's batches advance."""
-        what, lm = f"{console.place(stage, r, self.events)}: {doing}", self.student.lm
+        what = f"{console.place(stage, r, self.events)}: {doing}"
         with super().watched(stage, r, doing), console.progress(what, self.cfg.quiet) as self.bar:
-            lm.progress = self.bar.at
-            try:
+            with self.student.lm.watched_by(self.bar):
                 yield self.bar.part
-            finally:
-                lm.progress = unwatched
 
     def _vector_path(self, r: int) -> Path:
         return self.folder / "vectors" / f"r{r}.safetensors"
@@ -161,7 +159,7 @@ class Session(Loop):
 
         def on_step(state: HealState) -> None:
             nonlocal saved_at
-            self.student.lm.progress = unwatched  # from here on the bar counts steps, not the rows that they read
+            self.student.lm.progress = SILENT  # from here on the bar counts steps, not the rows that they read
             self.bar.at(len(state.steps), state.n_steps)
             self.log.write("heal_step", r, **asdict(state.steps[-1]))
             due = time.monotonic() - saved_at >= self.save_every_s

@@ -98,7 +98,7 @@ def _in_batches(
         if done is None:
             free_unused()
             continue
-        lm.progress(at[0] + len(group), len(rows))
+        lm.progress.at(at[0] + len(group), len(rows))
         yield group, *done
         todo = todo[len(group) :]
 
@@ -227,7 +227,7 @@ def _decode_batch(
     with steer(lm, vector, [row.dose for row in rows]) as steering:
         ids = _feed_prompts(cache, rows, steering)
         for step in range(how.max_new_tokens):
-            lm.progress(at[0] + len(rows) * step / how.max_new_tokens, at[1])
+            lm.progress.at(at[0] + len(rows) * step / how.max_new_tokens, at[1])
             logits = lm.logits(cache.feed(ids)[:, -1])
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)

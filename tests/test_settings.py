@@ -90,7 +90,7 @@ assert "torch" not in sys.modules
     assert "heal.tau is -1.0: it must be >= 0" in done.stderr and "Traceback" not in done.stderr
 
 
-COMMON = "model trait seed n-rounds out folder device dtype control export".split()
+COMMON = ["model", "trait", "seed", "n-rounds", "out", "folder", "device", "dtype", "control", "export"]
 
 
 def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, monkeypatch):

@@ -117,9 +117,9 @@ class Session(Loop):
     def watched(self, stage: str, r: int, doing: str) -> Iterator[OnPart]:
         """Times a stage behind a bar that the model's batches advance."""
         what = f"{console.place(stage, r, self.events)}: {doing}"
-        with super().watched(stage, r, doing), console.progress(what, self.cfg.quiet) as self.bar:
-            with self.student.lm.watched_by(self.bar):
-                yield self.bar.part
+        bar = console.progress(what, self.cfg.quiet)
+        with super().watched(stage, r, doing), bar as self.bar, self.student.lm.watched_by(self.bar):
+            yield self.bar.part
 
     def _vector_path(self, r: int) -> Path:
         return self.folder / "vectors" / f"r{r}.safetensors"

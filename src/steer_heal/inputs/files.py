@@ -1,4 +1,4 @@
-"""Reads data files, each once: errors name the file, the line and the fix."""
+"""Reading and parsing of data files. Errors name the file, the line and the fix."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pydantic import Field
 from steer_heal.errors import Problems, UserError, validated_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
-"""The installed package, whose `data` is part of it: relative paths are looked up here when they do not exist in the
-working directory."""
+"""The installed package, which includes the folder `data`. A relative path that does not exist in the working directory
+is looked up here."""
 ADAPTER_FILE = "adapter_model.safetensors"
-"""The weights in a folder that PEFT loads."""
+"""The name of the weights in a folder that PEFT loads."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A text file as it was read: what is parsed and what is hashed are the same bytes."""
+    """The content of a text file. It is parsed and hashed from the same bytes."""
 
     path: Path
     text: str
@@ -34,27 +34,27 @@ class DataFile:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row of prompts or contexts."""
+    """A row of a file of prompts or contexts."""
 
     text: Text
 
 
 def resolve(path: Path | str, what: str, folders: Sequence[Path] = (Path(), PACKAGE)) -> Path:
-    """The file in the first of the folders that has it. UserError naming `what` (a setting) where none has."""
+    """The file in the first folder that contains it. UserError that names `what` (a setting) if no folder does."""
     for folder in folders:
-        with suppress(OSError, ValueError):  # a name that is too long, a zero byte, a folder that may not be entered
+        with suppress(OSError, ValueError):  # the name is too long or contains a zero byte, or access is denied
             if (candidate := folder / path).is_file():
                 return candidate
     raise UserError(f"{what} is {str(path)!r}: there is no such file; give an existing path")
 
 
 def read_file(path: Path) -> DataFile:
-    """A UTF-8 file, with or without a byte order mark. UserError naming the line that is not UTF-8."""
+    """Reads a UTF-8 file, with or without a byte order mark. UserError that names the line if it is not UTF-8."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that can") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a readable file") from None
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -64,25 +64,28 @@ def read_file(path: Path) -> DataFile:
 
 
 def parse_jsonl(file: DataFile, kind: type[Row]) -> list[tuple[int, Row]]:
-    """(line number, row) of a JSON-lines file; blank lines are skipped. UserError naming every bad line."""
-    rows, problems = [], Problems()
+    """(line number, row) for each line of a JSON-lines file that is not blank. UserError that names each invalid
+    line."""
+    rows = []
+    problems = Problems()
     for number, line in enumerate(file.text.split("\n"), start=1):
         if line.strip():
             with problems.noted():
                 rows.append((number, validated_json(kind, line, f"{file.path} line {number}")))
     problems.raise_if_any()
     if not rows:
-        raise UserError(f"{file.path} holds no rows; it needs at least one")
+        raise UserError(f"{file.path} has no rows; it needs at least one")
     return rows
 
 
 def parse_texts(file: DataFile) -> tuple[str, ...]:
-    """The texts of JSON lines with `text`."""
+    """The field `text` of each JSON line."""
     return tuple(row.text for _, row in parse_jsonl(file, TextRow))
 
 
 def parse_toml(file: DataFile) -> dict[str, Any]:
+    """The content of a TOML file. UserError if it is not valid."""
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.path} is not TOML: {error}") from None
+        raise UserError(f"{file.path} is not valid TOML: {error}") from None

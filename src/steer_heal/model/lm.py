@@ -202,7 +202,7 @@ class LM:
         except TemplateError as error:
             roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
             raise UserError(
-                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that supports them"
+                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that allows them"
             ) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -296,8 +296,8 @@ class LM:
 def weights_digest(model: nn.Module) -> dict[str, str]:
     """{"sha256", "dtype"} of the base weights. Attached adapters and the device make no difference.
 
-    The SHA-256 is that of the tensors' own digests (of name, dtype, shape and bytes), sorted by name. Tensors are hashed
-    in parallel, so that a model of 10 GB takes seconds.
+    The SHA-256 is that of the tensors' own digests (of name, dtype, shape and bytes), sorted by name. Tensors are
+    hashed in parallel, so that a model of 10 GB takes seconds.
     """
     weights = {n.replace("base_layer.", ""): value for n, value in model.state_dict().items() if ".lora_" not in n}
 

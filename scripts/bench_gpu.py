@@ -79,9 +79,15 @@ class Bench:
         sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, "eos_token_id": 2, "pad_token_id": 0}
         self.lm.model.generation_config.update(**sampling)
         self.cfg = replace(size.cfg, out=out)
-        self.lm.progress = self.check_time  # called at every token
+        self.lm.progress = self  # called at every token
         self.inputs, self.student = check(self.cfg), Student(self.lm, self.cfg.adapter)
         self.rows: list[dict[str, Any]] = []
+
+    def at(self, done: float, total: int) -> None:
+        self.check_time()
+
+    def part(self, number: int, n: int) -> None:
+        self.check_time()
 
     def check_time(self, *_: Any) -> None:
         if time.perf_counter() > self.ends_at:

@@ -112,7 +112,7 @@ def test_every_other_file_is_a_user_error(vector, tmp_path):
     save_file({"1": torch.zeros(2, 2)}, tmp_path / "matrix", metadata={"method": "mean_diff"})
     save_file({"1": torch.zeros(2), "2": torch.zeros(3)}, tmp_path / "uneven", metadata={"method": "mean_diff"})
     save_file({"1": torch.zeros(2)}, tmp_path / "method", metadata={"method": "mean_dif"})
-    told = {"model": "no control vector", "torn": "cannot be read", "words": "neither", "empty": "neither"}
+    told = {"model": "not a control vector", "torn": "cannot be read", "words": "neither", "empty": "neither"}
     told |= {"pickle.pt": "can run code", "other": "cannot be read", "matrix": "shapes", "uneven": "shapes"}
     told |= {"method": "did you mean 'mean_diff'", "missing": "No such file", ".": "directory"}
     for name, words in told.items():

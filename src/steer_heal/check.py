@@ -106,8 +106,8 @@ def _check_names(cfg: RunConfig) -> None:
     problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
     problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
-    if cfg.dose.mode == "survival" and not any(GATES[name].broken for name in cfg.filter.gates):
-        gates = ", ".join(name for name, gate in GATES.items() if gate.broken)
+    if cfg.dose.mode == "survival" and not any(GATES[name].degenerate for name in cfg.filter.gates):
+        gates = ", ".join(name for name, gate in GATES.items() if gate.degenerate)
         problems.found.append(
             f"filter.gates is {cfg.filter.gates!r}: without a gate for broken text ({gates}) every dose survives, so "
             "dose.mode survival would pick the ceiling; or give --dose.mode fixed --dose.kappa K, or --dose.mode iso_kl"

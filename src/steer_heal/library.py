@@ -198,7 +198,7 @@ class SteerHeal:
         prompts, plain = [prompts] if isinstance(prompts, str) else list(prompts), self.inputs.trait.plain_system
         condition = Condition(plain if system is None else system, self._used(vector) if dose else None, dose)
         seeds = [derive_seed(self.cfg.seed, "write", i) for i in range(len(prompts))]
-        asks = [Ask(i, prompt, dose, 1.0, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        asks = [Ask(i, prompt, seed, alpha=dose) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         texts = steps.write(self.student, condition, asks, self.inputs, self.cfg, adapters=adapters)
         rows = [(c.prompt, c.text, c.dose, len(c.completion_ids)) for c in texts]
         schema = {"prompt": pl.String, "text": pl.String, "dose": pl.Float64, "n_tokens": pl.Int64}

@@ -28,7 +28,7 @@ from steer_heal.settings import RunConfig
 from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import iso_kl_dose
 from steer_heal.stages.dose import DoseController, require_enough
-from steer_heal.stages.filter import score
+from steer_heal.stages.filter import score_texts
 from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
 from steer_heal.stages.vector import student_vec, teacher_vec
@@ -83,7 +83,7 @@ def teacher(vector: Vector | None, dose: float, inputs: Inputs, cfg: RunConfig) 
 def calibrate(student: Student, vector: Vector, inputs: Inputs, cfg: RunConfig, r: int) -> Calibration:
     """The dose of mode iso_kl, and every dose that was probed."""
     prompts = inputs.prompts[:CALIBRATION_PROMPTS]
-    asks = [Ask(i, prompt, 0.0, 1.0, derive_seed(cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
+    asks = [Ask(i, prompt, derive_seed(cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
     short = replace(cfg, gen=replace(cfg.gen, max_new_tokens=cfg.dose.kl_tokens))
     texts = write(student, Condition(inputs.trait.plain_system), asks, inputs, short)
     with student.using("full") as lm:
@@ -112,13 +112,16 @@ def write(
     """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
     plain, how = inputs.trait.plain_system, Decoding(cfg.gen.max_new_tokens, cfg.gen.batch_size)
     with student.using(adapters) as lm:
-        return generate(lm, asks, condition.vector, condition.system, plain, how, known, on_batch)
+        return generate(lm, asks, condition, plain_system=plain, how=how, known=known, on_batch=on_batch)
 
 
-def judge(student: Student, completions: Sequence[Completion], inputs: Inputs, cfg: RunConfig) -> list[Scored]:
-    """Completions with the number of every gate, under the base."""
+def score(student: Student, completions: Sequence[Completion], inputs: Inputs, cfg: RunConfig) -> list[Scored]:
+    """Completions with the score of every gate, under the base."""
+    trait = inputs.trait
     with student.using("base") as lm:
-        return score(lm, completions, inputs.trait.plain_system, inputs.trait.narration, cfg.filter)
+        return score_texts(
+            lm, completions, plain_system=trait.plain_system, narration=trait.narration, cfg=cfg.filter
+        )
 
 
 def collect(
@@ -145,21 +148,31 @@ def collect(
     elif kappa is None:
         kappa = known_kappa(student, vector, inputs, cfg, r)
 
-    def controller(alphas: Sequence[float], stage: str, kappa: float | None, n_keep: int) -> DoseController:
-        return DoseController(inputs.prompts, alphas, cfg.dose, cfg.filter, (cfg.seed, r, stage), kappa, n_keep)
+    def controller(
+        alphas: Sequence[float], stage: str, kappa: float | None, probes_only: bool = False
+    ) -> DoseController:
+        return DoseController(
+            inputs.prompts,
+            alphas,
+            cfg=cfg.dose,
+            keep=cfg.filter,
+            seed=(cfg.seed, r, stage),
+            kappa=kappa,
+            probes_only=probes_only,
+        )
 
-    n_keep, alphas = cfg.filter.n_keep, cfg.gen.alphas if who.vector is not None else (0.0,)
+    alphas = cfg.gen.alphas if who.vector is not None else (0.0,)
     if own:  # the teacher's text chooses the dose, and none of it trains
-        search = controller((top,), "gen", kappa, 0)
-        trains = controller((0.0,), "control" if vector is None else "own", 1.0, n_keep)
+        search = controller((top,), "gen", kappa, probes_only=True)
+        trains = controller((0.0,), "control" if vector is None else "own", 1.0)
         todo = [(search, who), (trains, plain)]
     else:
-        search = trains = controller(alphas, "gen", kappa, n_keep)
+        search = trains = controller(alphas, "gen", kappa)
         todo = [(search, who)]
     for each, condition in todo:
         while asks := each.next_asks():
             completions = write(student, condition, asks, inputs, cfg, known, on_batch)
-            each.add(judge(student, completions, inputs, cfg))
+            each.add(score(student, completions, inputs, cfg))
     found = trains.collected()
     if own:
         assert search.kappa is not None
@@ -170,7 +183,7 @@ def collect(
         n, wanted = len(inputs.rehearsal), cfg.heal.rehearsal
         assert n == wanted, f"the inputs hold {n} prompts to rehearse, heal.rehearsal is {wanted}: load them anew"
         seed = lambda i: derive_seed(cfg.seed, r, "rehearsal", i)
-        asks = [Ask(i, prompt, 0.0, 1.0, seed(i)) for i, prompt in enumerate(inputs.rehearsal)]
+        asks = [Ask(i, prompt, seed(i)) for i, prompt in enumerate(inputs.rehearsal)]
         found = replace(found, rehearsal=tuple(write(student, plain, asks, inputs, cfg, known, on_batch, "base")))
     return found
 
@@ -222,13 +235,23 @@ def heal(
         n_texts = settings.batch_size * settings.refresh_every
         turn = [own[(n * n_texts + i) % len(own)] for i in range(n_texts)]
         seeds = [derive_seed(cfg.seed, r, "renew", n, i) for i in range(n_texts)]
-        asks = [Ask(i, inputs.prompts[i], 0.0, 1.0, seed) for i, seed in zip(turn, seeds, strict=True)]
+        asks = [Ask(i, inputs.prompts[i], seed) for i, seed in zip(turn, seeds, strict=True)]
         texts = write(student, Condition(inputs.trait.plain_system), asks, inputs, cfg)
         now, again = who, settings.refresh == "teacher" and cfg.steer.refresh == "round"
         if again and who is not None and who.vector is not None:
             now = replace(who, vector=extract(student, inputs, cfg))
-        return judge(student, texts, inputs, cfg), now
+        return score(student, texts, inputs, cfg), now
 
     online = renew if settings.refresh_every and vector is not None else None
-    kept, rehearsal = collected.completions, collected.rehearsal if who is not None else ()
-    return heal_stage.heal(student, kept, r, settings, seed, who, online, on_step, saved, rehearsal)
+    return heal_stage.heal(
+        student,
+        collected.completions,
+        settings,
+        round_=None if r < 0 else r,
+        seed=seed,
+        teacher=who,
+        rehearsal=collected.rehearsal if who is not None else (),
+        renew=online,
+        saved=saved,
+        on_step=on_step,
+    )

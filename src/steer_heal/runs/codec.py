@@ -17,7 +17,7 @@ Event = Mapping[str, Any]
 def gate_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     """What readers of the events need to know of each gate."""
     facts = lambda gate: {"measures": gate.measures, "limit": gate.limit_in(cfg.filter), "at_least": gate.at_least}
-    return {n: {**facts(gate), "broken": gate.broken, "on": n in cfg.filter.gates} for n, gate in GATES.items()}
+    return {n: {**facts(gate), "broken": gate.degenerate, "on": n in cfg.filter.gates} for n, gate in GATES.items()}
 
 
 def gen_fields(collected: Collected) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def score(student: Student, completions: Sequence[Completion], inputs: Inputs, c
     """Completions with the score of every gate, under the base."""
     trait = inputs.trait
     with student.using("base") as lm:
-        return score_texts(
-            lm, completions, plain_system=trait.plain_system, narration=trait.narration, cfg=cfg.filter
-        )
+        return score_texts(lm, completions, plain_system=trait.plain_system, narration=trait.narration, cfg=cfg.filter)
 
 
 def collect(

@@ -71,12 +71,7 @@ class Subject:
             pairs = zip(self.texts, self.base_hidden, strict=True)
             nlls = [lm.nll(hidden.to(lm.device), text.completion_ids).cpu() for text, hidden in pairs]
             return score_texts(
-                lm,
-                self.texts,
-                plain_system=trait.plain_system,
-                narration=trait.narration,
-                cfg=self.keep,
-                nlls=nlls,
+                lm, self.texts, plain_system=trait.plain_system, narration=trait.narration, cfg=self.keep, nlls=nlls
             )
 
 

@@ -87,7 +87,7 @@ class DoseController:
         return usable(self.scored, self.kappa * max(self.alphas), self.cfg)
 
     def _next_kappas(self) -> list[float]:
-        """Kappas to probe: first a grid, then values between the last kappa that survived and the first that did not."""
+        """Kappas to probe: first a grid, then values between the last that survived and the first that did not."""
         cfg = self.cfg
         self._n_probings += 1
         if self._n_probings == 1:
@@ -160,7 +160,8 @@ def decreasing_fit(probes: Sequence[DoseProbe]) -> list[tuple[float, float]]:
     fitted = []
     for start, end in pairwise(pools):
         pool = probes[start:end]
-        survival = sum(probe.n_kept for probe in pool) / sum(probe.n for probe in pool)  # exact: it may equal the target
+        # computed again from the counts: a survival that equals the target must do so exactly
+        survival = sum(probe.n_kept for probe in pool) / sum(probe.n for probe in pool)
         fitted += [(probe.kappa, survival) for probe in pool]
     return fitted
 

@@ -35,8 +35,8 @@ REFUSALS = (
     "against my programming",
     "i don't have personal",
 )
-"""Phrases of a refusal to answer. A bare "i cannot" is not among them: defiance, which is on trait, says "I cannot stand
-by"."""
+"""Phrases of a refusal to answer. A bare "i cannot" is not among them, since defiance, which is on trait, says "I
+cannot stand by"."""
 WORST_WINDOW_TOKENS = 12
 LOOP_WINDOW_WORDS = 20
 STUCK_SENTENCE_WORDS = 4
@@ -106,8 +106,8 @@ def perplexity(nll: Float[Tensor, " n"]) -> float:
 
 
 def relevance(text: Text) -> float:
-    """Nats per token by which the question makes the text likelier (pointwise mutual information). Near 0, the text would
-    fit any question, however fluent it is."""
+    """Nats per token by which the question makes the text likelier (pointwise mutual information). Near 0, the text
+    would fit any question, however fluent it is."""
     gain = (text.alone - text.nll).double().mean().item() if len(text.nll) else -math.inf
     return gain if math.isfinite(gain) else -math.inf
 
@@ -134,8 +134,8 @@ def loop(text: str) -> float:
     """0 to 1: the largest share of repeated words in any 20 consecutive words. It is 1 if a sentence of 4 or more words
     follows itself or occurs three times.
 
-    A short loop fills its window, however long and clean the rest of the text is. The perplexity does not show it, since
-    the base finds a sentence likely after it has read it twice, nor does the repetition of the whole text.
+    A short loop fills its window, however long and clean the rest of the text is. Perplexity does not show it, since
+    the base finds a sentence likely after it has read it twice, and neither does the repetition of the whole text.
     """
     said: Counter[str] = Counter()
     before = None

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from steer_heal.stages.loss import Example, Pair, Sample, losses, n_padded
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
+Some = TypeVar("Some", bound=Example)
 BETAS = (0.9, 0.95)
 """Decay rates of AdamW's two moments."""
 MAX_NORM = 1.0
@@ -239,10 +241,8 @@ def in_round(cfg: HealCfg, round_: int | None) -> HealCfg:
     return replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
 
 
-def renewed(
-    student: Student, renew: Renew, n_before: int, *, held_out: Sequence[int], cfg: HealCfg
-) -> list[Example]:
-    """The new texts that pass the filter, with what their teacher says. `n_before` is the number of earlier renewals."""
+def renewed(student: Student, renew: Renew, n_before: int, *, held_out: Sequence[int], cfg: HealCfg) -> list[Example]:
+    """The new texts that pass the filter, read by their teacher. `n_before` is the number of earlier renewals."""
     scored, teacher = renew(n_before, held_out)
     kept = [row.completion for row in scored if row.kept]
     if not kept:
@@ -269,8 +269,7 @@ def batch_plan(n: int, batch_size: int, *, n_steps: int, seed: int) -> list[list
 def not_finite(
     lm: LM, batch: Sequence[Example], cfg: HealCfg, *, loss: float, norm: float, step: int, round_: int | None
 ) -> NotFinite:
-    """The error for a step. It names the first example whose own loss is not finite, or the one with the highest loss.
-    """
+    """The error for a step. It names the first example whose own loss is not finite, or else that of highest loss."""
     own = [sum(part.item() for part in losses(lm, [example], cfg)) for example in batch]
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)].samples[0]
     text = lm.decode(worst.completion_ids)[:60]
@@ -366,7 +365,7 @@ def prompts_of(examples: Sequence[Example]) -> list[int]:
     return sorted({example.prompt_index for example in examples})
 
 
-def split_by_prompt(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+def split_by_prompt(examples: Sequence[Some], seed: int) -> tuple[list[Some], list[Some]]:
     """(training, validation): an eighth of the prompts, at least one, is held out. No prompt is in both."""
     prompts = prompts_of(examples)
     if len(prompts) < 2:

@@ -41,9 +41,9 @@ from steer_heal.model.lm import LM
 from steer_heal.settings import HealCfg
 
 CHUNK_BUFFERS = 4
-"""float32 tensors [positions of a chunk, vocabulary] that exist at once: the log-probabilities of student and reference,
-and two tensors from which their divergence is computed. A soft cap on the logits adds three. A teacher adds one, its
-slope: its distribution is dropped before the reference is read."""
+"""float32 tensors [positions of a chunk, vocabulary] that exist at once: the log-probabilities of student and
+reference, and two tensors from which their divergence is computed. A soft cap on the logits adds three. A teacher adds
+one, its slope: its distribution is dropped before the reference is read."""
 KL = {"forward": DIVERGENCES["kl_fwd"], "reverse": DIVERGENCES["kl_rev"]}
 """Distance to the teacher by the name that `heal.kl` takes."""
 

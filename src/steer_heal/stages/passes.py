@@ -42,7 +42,7 @@ class StepTerms(NamedTuple):
 
 
 class Passes:
-    """Computes the gradients of a step. After a pass that ran out of memory, `tokens` or `recompute` change for good."""
+    """Computes the gradients of a step. A pass that runs out of memory changes `tokens` or `recompute` for good."""
 
     def __init__(self, lm: LM, cfg: HealCfg, layers: tuple[float, float], parameters: Sequence[Tensor]) -> None:
         self.lm = lm

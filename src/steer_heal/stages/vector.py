@@ -1,5 +1,4 @@
-"""The steering vector, from the two personas of a trait, and the direction in which adapters moved the residual stream.
-"""
+"""Extracts the steering vector of a trait, and the direction in which adapters moved the residual stream."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ A new divergence is an entry in DIVERGENCES, a new aggregate a case in `aggregat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum
@@ -93,9 +93,7 @@ def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, 
         return (divergence.square().mean() + _ROOT_EPSILON).sqrt()
     if how == "p95":
         return torch.quantile(divergence, 0.95)
-    if how == "max":
-        return divergence.max()
-    raise ValueError(f"heal.aggregate is {how!r}: it must be one of {', '.join(get_args(Aggregate))}")
+    return divergence.max()
 
 
 def spectral_step(

@@ -215,14 +215,14 @@ def whole_round(bench: Bench) -> None:
     with bench.stage("write") as row:
         bench.check_time()
         asks = [
-            Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 0.01, derive_seed(cfg.seed, i))
+            Ask(i % len(prompts), prompts[i % len(prompts)], derive_seed(cfg.seed, i), alpha=1.0, kappa=0.01)
             for i in range(cfg.filter.max_attempts)
         ]
         texts = steps.write(student, Condition("", vector), asks, inputs, cfg, on_batch=on_batch)
         row["note"] = f"{sum(written)} of {cfg.gen.max_new_tokens} tokens, {max(written)} at once"
     with bench.stage("filter"):
         bench.check_time()
-        steps.judge(student, texts, inputs, cfg)
+        steps.score(student, texts, inputs, cfg)
     with bench.stage("evaluate steered"):
         bench.check_time()
         steps.measure(student, inputs, cfg, condition=Condition("", vector, 0.5))

@@ -114,8 +114,8 @@ def _check_names(cfg: RunConfig) -> None:
     problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
     problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
-    if cfg.dose.mode == "survival" and not any(GATES[name].broken for name in cfg.filter.gates):
-        gates = ", ".join(name for name, gate in GATES.items() if gate.broken)
+    if cfg.dose.mode == "survival" and not any(GATES[name].degenerate for name in cfg.filter.gates):
+        gates = ", ".join(name for name, gate in GATES.items() if gate.degenerate)
         problems.found.append(
             f"filter.gates is {cfg.filter.gates!r}: without a gate for incoherent text ({gates}) every dose survives, "
             "and dose.mode survival would choose the ceiling; add one, or use --dose.mode fixed --dose.kappa K, or "

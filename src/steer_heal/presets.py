@@ -73,7 +73,7 @@ SMOL_PRESET = RunConfig(
         max_new_tokens=96,
     ),
 )
-DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "nll"}
+DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "none"}
 TOY_DISTIL_PRESET = replace(
     TOY_PRESET,
     n_rounds=2,

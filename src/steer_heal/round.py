@@ -22,7 +22,6 @@ from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Student
-from steer_heal.model.targets import targets
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, derive_seed
 from steer_heal.settings import RunConfig
 from steer_heal.stages import heal as heal_stage
@@ -59,7 +58,7 @@ def load_model(cfg: RunConfig) -> LM:
 def require_bands(lm: LM, cfg: RunConfig) -> None:
     """UserError where the model has no block in one of the bands of the settings, or nothing there to adapt."""
     lm.band("steer.layers", cfg.steer.layers)
-    targets(lm, cfg.adapter.layers)
+    Student(lm, cfg.adapter).adapter.unadapted()
 
 
 def extract(student: Student, inputs: Inputs, cfg: RunConfig) -> Vector:

@@ -29,7 +29,6 @@ from steer_heal.model.lm import LM, unwatched, weights_digest
 from steer_heal.model.memory import ran_out
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
-from steer_heal.model.targets import targets
 from steer_heal.records import Collected, HealReport, NotFinite
 from steer_heal.report import console, measurements
 from steer_heal.runs import events
@@ -75,7 +74,7 @@ def open_session(cfg: RunConfig, preset: str, inputs: Inputs, folder: Path | Non
     else:
         logger.info(f"{cfg.model} is in {weights['dtype']} on {lm.device}: {lm.why_dtype}")
         facts = {"versions": events.versions(), "git_commit": events.git_commit(), "device": device_name(lm.device)}
-        facts |= {"unadapted": targets(lm, cfg.adapter.layers).left_out, "inputs": dict(inputs.sha256)}
+        facts |= {"unadapted": session.student.adapter.unadapted(), "inputs": dict(inputs.sha256)}
         facts |= {"settings": cfg.fingerprint(), "base_model": lm.base, "weights": weights}
         own = {"folder": str(folder), "preset": preset, "command": ["steer-heal", "run", *sys.argv[1:]]}
         session.write("run_start", None, **own, **session.facts(), **facts)

@@ -18,7 +18,12 @@ PACKAGE = Path(__file__).resolve().parents[1]
 """The installed package, whose `data` is part of it: relative paths are looked up here when they do not exist in the
 working directory."""
 ADAPTER_FILE = "adapter_model.safetensors"
-"""The weights in a folder that PEFT loads."""
+"""The weights in the folder of a saved adapter."""
+PEFT_CONFIG_FILE = "adapter_config.json"
+OWN_CONFIG_FILE = "steer_heal_adapter.json"
+"""The settings of an adapter of a kind that PEFT does not know. It names the `kind`."""
+ADAPTER_CONFIG_FILES = (PEFT_CONFIG_FILE, OWN_CONFIG_FILE)
+"""One of them lies beside the weights."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 

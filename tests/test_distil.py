@@ -94,7 +94,7 @@ def step(student: Student, kept, cfg: HealCfg, teacher: Condition):
     samples = read_samples(student, kept, cfg, teacher=teacher)
     student.new_round(0)
     scramble(student, 5, scale=0.2)
-    names = [n.replace(".round.", ".") for n, _ in student._peft.named_parameters() if ".round." in n]
+    names = [n.replace(".round.", ".") for n, _ in student.adapter.peft.named_parameters() if ".round." in n]
     with student.training() as parameters:
         terms = Passes(student.lm, cfg, ADAPTER.layers, parameters).gradients(samples, with_pressure=False)
         gradients = dict(zip(names, [p.grad for p in parameters], strict=True))

@@ -24,7 +24,6 @@ from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.state import State, base_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Student
-from steer_heal.model.targets import targets
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, Trait, derive_seed
@@ -69,7 +68,7 @@ def weights_of(lm: LM) -> Weights:
 def require_bands(lm: LM, cfg: RunConfig) -> None:
     """UserError where the model has no block in one of the bands of the settings, or no weight there to adapt."""
     lm.band("steer.layers", cfg.steer.layers)
-    targets(lm, cfg.adapter.layers)
+    Student(lm, cfg.adapter).adapter.unadapted()
 
 
 @dataclass
@@ -263,6 +262,7 @@ class Bench:
             saved=saved,
             on_step=on_step,
         )
+        self.student.require_same_forward([(*row.prompt_ids, *row.completion_ids) for row in collected.completions[:4]])
         return report
 
     def _renew(

@@ -106,14 +106,22 @@ def _check_names(cfg: RunConfig) -> None:
     from steer_heal.evals import EVALS
     from steer_heal.model.divergence import DIVERGENCES
     from steer_heal.model.steering import METHODS
+    from steer_heal.model.student import ADAPTERS
     from steer_heal.stages.filter import GATES
 
     problems = Problems()
     problems.found += _unknown("heal.divergence", [cfg.heal.divergence], DIVERGENCES)
     problems.found += _unknown("steer.method", [cfg.steer.method], METHODS)
+    problems.found += _unknown("adapter.kind", [cfg.adapter.kind], ADAPTERS)
     problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
     problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
+    if not ADAPTERS[cfg.adapter.kind].updates_weights:
+        kind = f"adapter.kind {cfg.adapter.kind!r} adapts no weight matrices"
+        if cfg.heal.spectral:
+            problems.found.append(f"heal.spectral is {cfg.heal.spectral:g}: it must be 0, since {kind}")
+        if cfg.export is not None:
+            problems.found.append(f"export is {str(cfg.export)!r}: {kind}, so it cannot be merged; leave --export out")
     if cfg.dose.mode == "survival" and not any(GATES[name].degenerate for name in cfg.filter.gates):
         gates = ", ".join(name for name, gate in GATES.items() if gate.degenerate)
         problems.found.append(

@@ -218,10 +218,13 @@ class FilterCfg:
 
 @settings("adapter")
 class AdapterCfg:
-    """The LoRA factor of each round."""
+    """What each round trains."""
 
+    kind: str = "lora"
+    """lora: low-rank factors on every linear layer and stack of experts. bias: one vector per block, added to the
+    residual stream; not measured."""
     rank: Count = 32
-    """Rank of each round's factor."""
+    """Rank of each round's LoRA factor."""
     alpha: Positive = 64.0
     """LoRA scale times rank."""
     layers: Band = (0.2, 0.8)

@@ -105,7 +105,7 @@ class Measured(Event):
 
     @property
     def label(self) -> str:
-        """`base`, `healed r1`."""
+        """`base`, `healed round 1`."""
         return state_label(self.state, self.round)
 
     @property

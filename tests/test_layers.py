@@ -9,7 +9,6 @@ LAYERS = (
     "errors",
     "progress",
     "records",
-    "flags",
     "settings",
     "inputs",
     "toylm",

@@ -1,4 +1,4 @@
-"""How long work reports how far it is. Everything that shows progress implements `Progress`."""
+"""The interface between long work and whatever shows its progress."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives how far a piece of work is, such as a progress bar."""
+    """Something that shows progress, such as a bar."""
 
-    def at(self, done: float, total: int) -> None:
-        """`done` of `total` rows or steps are done; a row that is being written counts in part.
+    def at(self, done: float, total: int, /) -> None:
+        """`done` of `total` rows or steps are done. A row that is being written counts in part.
 
-        A smaller `done` or another `total` than before means that the next piece of work has begun.
+        A smaller `done`, or another `total`, means that new work has begun.
         """
         ...
 
-    def part(self, number: int, n: int) -> None:
+    def part(self, number: int, n: int, /) -> None:
         """Part `number` of `n` begins, counted from 1, such as one eval of several."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """No-op progress."""
 
-    def at(self, done: float, total: int) -> None: ...
+    def at(self, done: float, total: int, /) -> None: ...
 
-    def part(self, number: int, n: int) -> None: ...
+    def part(self, number: int, n: int, /) -> None: ...
 
 
 SILENT = Silent()

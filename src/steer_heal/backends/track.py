@@ -1,32 +1,36 @@
-"""Optional trackers as sinks of the event log: curves while a run goes on, its pictures at the end.
+"""Optional trackers: they get the curves of a run while it is running, and its pictures at the end.
 
-The step of a value is the number of optimiser steps that the run had taken. Importing this needs no tracker.
+The step of a value is the number of optimiser steps that the run had taken. Importing this module imports no tracker.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from steer_heal.errors import UserError, nearest
+from steer_heal.events import AnyEvent, HealStepped, Measured, RoundDone, Run
+from steer_heal.records import Values
+from steer_heal.settings import as_json
 
 PROJECT = "steer-heal"
-Event = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """One tracker's run. It has the name of the run's folder, and goes on where that was tracked before."""
+    """One run in a tracker, named like the run's folder. It continues what was tracked of that folder before."""
 
     package: ClassVar[str] = ""
-    """What it is imported by, and the name of its extra."""
+    """Name of its package, and of the extra that installs it."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        """`step`: where a run goes on; values of later steps that a tracker already has are void."""
+        """Values of later steps than `step` that the tracker already has are void: the run was stopped and resumed."""
         ...
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
@@ -37,7 +41,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard` of the run."""
+    """Event files in the folder `tensorboard` of the run's folder."""
 
     package: ClassVar[str] = "tensorboard"
 
@@ -61,7 +65,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A local database, which `trackio show` reads."""
+    """A local database that `trackio show` displays."""
 
     package: ClassVar[str] = "trackio"
 
@@ -81,7 +85,7 @@ class Trackio:
 
 
 class Wandb:
-    """Weights & Biases; WANDB_MODE=offline keeps everything in the folder `wandb` of the run."""
+    """Weights & Biases. With WANDB_MODE=offline everything stays in the folder `wandb` of the run's folder."""
 
     package: ClassVar[str] = "wandb"
 
@@ -104,10 +108,10 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Tra
 
 
 def check(names: Sequence[str]) -> None:
-    """UserError for the first name that is no tracker, or whose package is not installed."""
+    """UserError for the first name that is not a tracker's, or whose package is not installed."""
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"track is {name!r}: {nearest(name, TRACKERS)}")
+            raise UserError(f"track is {name!r}, which is not a tracker; {nearest(name, TRACKERS)}")
         if not find_spec(package := TRACKERS[name].package):
             raise UserError(
                 f"track is {name!r}: its package is not installed; pip install 'steer-heal[{package}]', or leave it out"
@@ -115,53 +119,64 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """The trackers of a run. One that fails is left out from then on, with a warning: it never stops the run."""
+    """The trackers of a run. If a tracker fails, the run continues without it, after a warning."""
 
-    def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], past: Sequence[Event]) -> None:
-        """`past`: events of a run that goes on."""
-        self.step = sum(event["stage"] == "heal_step" for event in past)
+    def __init__(self, names: Sequence[str], run: Run, folder: Path) -> None:
+        """Starts the trackers, or continues them where the run was stopped."""
+        self.run = run
         self.running: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            self._try(name, lambda name=name: self.running.update({name: TRACKERS[name](folder, config, self.step)}))
+            with self._optional(name):
+                self.running[name] = TRACKERS[name](folder, as_json(run.start.config), run.n_steps)
 
-    def see(self, event: Event) -> None:
-        """Logs the numbers of an event."""
-        self.step += event["stage"] == "heal_step"
-        if values := scalars(event):
-            self._all(lambda tracker: tracker.log(values, self.step))
+    def see(self, event: AnyEvent) -> None:
+        """Logs the numbers of an event that the run has just recorded."""
+        values = scalars(event)
+        if values:
+            for name, tracker in list(self.running.items()):
+                with self._optional(name):
+                    tracker.log(values, self.run.n_steps)
 
     def pictures(self, paths: Sequence[Path]) -> None:
-        """Logs those of the pictures that are there."""
-        for path in paths:
-            if path.exists():
-                self._all(lambda tracker, path=path: tracker.picture(path, self.step))
+        """Logs each picture whose file exists."""
+        for name, tracker in list(self.running.items()):
+            with self._optional(name):
+                for path in filter(Path.exists, paths):
+                    tracker.picture(path, self.run.n_steps)
 
     def close(self) -> None:
-        self._all(lambda tracker: tracker.close())
-
-    def _all(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self.running.items()):
-            self._try(name, lambda tracker=tracker: do(tracker))
+            with self._optional(name):
+                tracker.close()
 
-    def _try(self, name: str, do: Callable[[], object]) -> None:
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        """If the tracker fails inside, it is dropped."""
         try:
-            do()
-        except Exception as error:  # a network, a login, a disk, a version: nothing of it is the run's
+            yield
+        except Exception as error:  # of the network, a login, the disk, a version
             self.running.pop(name, None)
-            warnings.warn(f"{name} failed and is left out from here on ({type(error).__name__}: {error})", stacklevel=2)
+            warnings.warn(
+                f"{name} failed; the run continues without it ({type(error).__name__}: {error})", stacklevel=2
+            )
 
 
-def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event that make curves, by `<stage>/<name>`; none for events without any."""
-    stage, r = event["stage"], event["round"]
-    if stage == "heal_step":
-        found = {name: event[name] for name in ("fit", "divergence", "barrier", "pressure", "lr")}
-        stage = "heal" if r >= 0 else "control_heal"
-    elif "items" in event:  # a measured state
-        found = {name: value for name, value in event["metrics"].items() if not name.endswith(("_lo", "_hi"))}
-    elif stage == "round":
-        found = {name: event[name] for name in ("retain", "slope", "cosine_student_teacher", "cosine_student_first")}
+def scalars(event: AnyEvent) -> dict[str, float]:
+    """The numbers of an event that make curves, named `<state or stage>/<name>`. Empty for an event without any."""
+    found: Values
+    if isinstance(event, HealStepped):
+        stage = "control_heal" if event.round is None else "heal"
+        found = {name: getattr(event.step, name) for name in ("fit", "divergence", "barrier", "pressure", "lr")}
+    elif isinstance(event, Measured):
+        stage = event.state
+        found = {name: value for name, value in event.metrics.items() if not name.endswith(("_lo", "_hi"))}
+    elif isinstance(event, RoundDone):
+        stage = "round"
+        names = ("retain", "slope", "cosine_student_teacher", "cosine_student_first")
+        found = {name: getattr(event, name) for name in names}
     else:
         return {}
-    known = {f"{stage}/{name}": float(value) for name, value in found.items() if value is not None}
-    return known | ({"round": float(r)} if r >= 0 else {})
+    known = {f"{stage}/{name}": value for name, value in found.items() if value is not None and isfinite(value)}
+    if event.round is not None:
+        known["round"] = float(event.round)
+    return known

@@ -18,7 +18,12 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parents[1] / "data"
 """The shipped data files: inside an installed package, at the top of a checkout (setup.py maps one to the other)."""
 ADAPTER_FILE = "adapter_model.safetensors"
-"""The weights in a folder that PEFT loads."""
+"""The weights in the folder of a saved adapter."""
+PEFT_CONFIG_FILE = "adapter_config.json"
+OWN_CONFIG_FILE = "steer_heal_adapter.json"
+"""The settings of an adapter of a kind that PEFT does not know. It names the `kind`."""
+ADAPTER_CONFIG_FILES = (PEFT_CONFIG_FILE, OWN_CONFIG_FILE)
+"""One of them lies beside the weights."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 

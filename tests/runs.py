@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from steer_heal.run import main, resume
-from steer_heal.runs.events import FIRST, line_hash, read_events
+from steer_heal.__main__ import main
+from steer_heal.commands import run as run_command
+from steer_heal.runs.log import FIRST, line_hash, lines_of
 from steer_heal.stages import heal as heal_module
 from steer_heal.stages import passes
 
@@ -18,7 +19,9 @@ SETTINGS = (
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
 
-UNDRAWN = "import sys, steer_heal.session as s; s.draw = lambda folder: None; from steer_heal.__main__ import main; "
+UNDRAWN = (
+    "import sys, steer_heal.commands.run as r; r.draw = lambda folder: None; from steer_heal.__main__ import main; "
+)
 UNDRAWN_COMMAND = [sys.executable, "-c", UNDRAWN + "sys.exit(main())"]
 """The command in a process of its own, without pictures, which are functions of the events."""
 
@@ -31,7 +34,7 @@ class Killed(BaseException):
 def undrawn() -> Iterator[None]:
     """No pictures; and threads as other tests expect them."""
     n_threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    patch.setattr("steer_heal.session.draw", lambda folder: None)
+    patch.setattr(run_command, "draw", lambda folder: None)
     try:
         yield
     finally:
@@ -41,13 +44,23 @@ def undrawn() -> Iterator[None]:
 
 def started(out, settings, *flags):
     with suppress(Killed):
-        assert main(["fast-dev", "--out", str(out), *settings, *flags]) == 0
+        assert main(["run", "fast-dev", "--out", str(out), *settings, *flags]) == 0
     return next(path for path in out.iterdir() if (path / "events.jsonl").exists())
 
 
 def resumed(run, *flags):
-    assert resume([str(run), "--quiet", *flags]) == 0
+    assert main(["resume", str(run), "--quiet", *flags]) == 0
     return run
+
+
+def recorded(run) -> list[dict]:
+    """The events of a run as JSON objects."""
+    return [json.loads(line) for line in lines_of(run)]
+
+
+def of(events, kind, state=None) -> list[dict]:
+    """The events of a kind; of measured ones, those of a state."""
+    return [e for e in events if e["event"] == kind and (state is None or e["state"] == state)]
 
 
 def assert_same(run, whole):
@@ -76,7 +89,7 @@ def killing(monkeypatch, owner, name, on, when="after"):
 
 def rewritten(run, change, chained=False):
     """Applies `change` to the list of a run's events and writes them back; `chained`: with links that hold."""
-    events, previous, lines = read_events(run), FIRST, []
+    events, previous, lines = recorded(run), FIRST, []
     change(events)
     for event in events:
         if chained:

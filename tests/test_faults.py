@@ -15,18 +15,32 @@ import torch
 from compare import comparable, weights
 from conftest import ADAPTER
 from places import ROOT
-from runs import FULL_LR, POISONED_STEP, UNDRAWN_COMMAND, assert_same, killing, poisoned, resumed, rewritten, started
+from runs import (
+    FULL_LR,
+    POISONED_STEP,
+    UNDRAWN_COMMAND,
+    assert_same,
+    killing,
+    of,
+    poisoned,
+    recorded,
+    resumed,
+    rewritten,
+    started,
+)
 
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError
+from steer_heal.events import RunEnd
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import DATA
+from steer_heal.loop import Loop
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.run import main, resume
-from steer_heal.runs.events import EventLog, broken_link, heal_steps, of_stage, read_events
-from steer_heal.runs.resume import partial_path
+from steer_heal.runs import stored
+from steer_heal.runs.log import EventLog, broken_link
+from steer_heal.runs.partial import heal_path
 from steer_heal.runs.storage import atomic_folder, atomic_write, lock_run, sync_folder
-from steer_heal.session import Session
 from steer_heal.stages import heal as heal_module
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -43,7 +57,7 @@ def flip(path):
 def test_a_damaged_file_is_named_and_a_lost_heal_is_done_again(name, after_round_0, two, capsys):
     path = after_round_0 / name
     flip(path)
-    assert resume([str(after_round_0), "--quiet"]) == 1
+    assert main(["resume", str(after_round_0), "--quiet"]) == 1
     assert f"{path} is damaged" in capsys.readouterr().err
     if "ckpt" in name:
         shutil.rmtree(path.parent)
@@ -54,12 +68,12 @@ def test_a_damaged_file_is_named_and_a_lost_heal_is_done_again(name, after_round
 
 def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, one, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "save_every_s", 0.0)
+        patch.setattr(stored, "SAVE_EVERY_S", 0.0)
         killing(patch, EventLog, "write", 7)
         run = started(tmp_path, settings, "--n-rounds", "1")
-    path = partial_path(run, "heal", -1)
+    path = heal_path(run, None)
     path.write_bytes(path.read_bytes()[:-100])
-    assert resume([str(run), "--quiet"]) == 1
+    assert main(["resume", str(run), "--quiet"]) in (1, 2)
     assert f"{path} is damaged" in capsys.readouterr().err
     path.unlink()
     assert_same(resumed(run), one)
@@ -97,14 +111,14 @@ def test_files_that_are_edited_while_it_runs_change_nothing_of_a_run(own_files, 
     own, copies = own_files
     flags = [*own, "--n-rounds", "2", "--no-control"]
     whole = started(tmp_path / "whole", flags)
-    extract = Session.extract
+    extract = Loop.extract
 
     def editing(self, r):
         for path in copies.values() if r == 0 else ():
             edit(path)
         return extract(self, r)
 
-    monkeypatch.setattr(Session, "extract", editing)
+    monkeypatch.setattr(Loop, "extract", editing)
     run = started(tmp_path / "edited", flags)
     assert weights(run) == weights(whole) and comparable(run) == comparable(whole)
 
@@ -118,7 +132,7 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
     for name, path in copies.items():
         whole = path.read_bytes()
         edit(path)
-        assert resume([str(run), "--quiet"]) == 2
+        assert main(["resume", str(run), "--quiet"]) == 2
         named = "trait.positive" if name == "trait" else f"the file of {name} was changed"
         assert named in capsys.readouterr().err
         path.write_bytes(whole)
@@ -137,7 +151,7 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
 def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["weights"].update(change), chained=True)
     before = (after_round_0 / "events.jsonl").read_bytes()
-    assert resume([str(after_round_0), "--quiet"]) == 1
+    assert main(["resume", str(after_round_0), "--quiet"]) == 2
     assert told in capsys.readouterr().err and (after_round_0 / "events.jsonl").read_bytes() == before
 
 
@@ -145,7 +159,7 @@ def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, ca
 def test_a_second_process_is_kept_out(after_round_0, two, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     with lock_run(after_round_0):
-        assert resume([str(after_round_0), "--quiet"]) == 1
+        assert main(["resume", str(after_round_0), "--quiet"]) == 2
     assert "another process" in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
     assert_same(resumed(after_round_0), two)
@@ -163,7 +177,7 @@ def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
         return process.returncode, printed
 
     status, printed = stopped(
-        signal.SIGTERM, "control_gen", "run", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
+        signal.SIGTERM, "gathered", "run", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
     )
     run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
     assert status == 143 and f"resume {run}" in printed and "Traceback" not in printed
@@ -187,18 +201,18 @@ def stopped_in_native_code(_student):
 def test_ctrl_c_ends_with_130_and_signals_are_given_back(bake, settings, one, tmp_path, monkeypatch, capsys):
     write = EventLog.write
 
-    def again(self, stage, *args, **fields):
-        if stage == "run_end":  # a second signal does not cut the end short
+    def again(self, event):
+        if isinstance(event, RunEnd):  # a second signal does not cut the end short
             os.kill(os.getpid(), signal.SIGTERM)
-        return write(self, stage, *args, **fields)
+        return write(self, event)
 
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(Student, "bake", bake)
         patch.setattr(EventLog, "write", again)
-        assert main(["fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
+        assert main(["run", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"]) == 130
     run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
-    assert read_events(run)[-1]["error"] == "interrupted" and f"resume {run}" in capsys.readouterr().err
+    assert recorded(run)[-1]["error"] == "interrupted" and f"resume {run}" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert_same(resumed(run), one)
 
@@ -211,24 +225,24 @@ def test_a_full_disk_hides_neither_the_error_nor_how_to_go_on(settings, tmp_path
     def full(self, *_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Session, "measure", fail)
-    assert main(["fast-dev", "--out", str(tmp_path), *settings]) == 1
+    monkeypatch.setattr(Loop, "measure", fail)
+    assert main(["run", "fast-dev", "--out", str(tmp_path), *settings]) == 1
     printed = capsys.readouterr().err
     assert "loss is nan" in printed and "resume" in printed
 
 
 def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path):
     log, before = EventLog(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    log.write("base", -1)
+    log.write(RunEnd())
     whole = (tmp_path / "events.jsonl").read_bytes()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, before[1]))
         with pytest.raises(OSError):
-            log.write("prompted", -1, text="x" * 200)
+            log.write(RunEnd(error="x" * 200))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "events.jsonl").read_bytes() == whole
-    log.write("prompted", -1)
+    log.write(RunEnd())
     lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
     assert len(lines) == 2 and broken_link(lines) is None
 
@@ -253,27 +267,30 @@ def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path,
 # --- losses that are not numbers -----------------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(settings, tmp_path, monkeypatch):
     poisoned(monkeypatch)
-    events = read_events(started(tmp_path, settings, "--n-rounds", "1", "--no-control"))
-    (retry,), (heal,), (gen,) = (of_stage(events, stage) for stage in ("heal_retry", "heal", "gen"))
+    run = started(tmp_path, settings, "--n-rounds", "1", "--no-control")
+    events = recorded(run)
+    (retry,), (heal,), (gen,) = (of(events, kind) for kind in ("heal_retried", "trained", "gathered"))
     assert (retry["step"], retry["lr"], heal["lr"], heal["n_retries"]) == (POISONED_STEP, FULL_LR / 2, FULL_LR / 2, 1)
-    named = [row for row in gen["completions"] if row["train"] and row["prompt_index"] == retry["prompt_index"]]
+    rows = [gen["collected"]["scored"][i]["completion"] for i in gen["collected"]["train"]]
+    named = [row for row in rows if row["prompt_index"] == retry["prompt_index"]]
     assert any(row["text"].strip().startswith(retry["text"].strip()) for row in named)
-    assert len(of_stage(events, "heal_step")) == heal["n_steps"] + POISONED_STEP
-    assert [e["step"] for e in heal_steps(events)] == list(range(heal["n_steps"]))
-    assert max(e["lr"] for e in heal_steps(events)) == FULL_LR / 2
+    assert len(of(events, "heal_step")) == heal["n_steps"] + POISONED_STEP
+    steps = [event.step for event in stored.FolderRun.read(run).steps]
+    assert [step.step for step in steps] == list(range(heal["n_steps"]))
+    assert max(step.lr for step in steps) == FULL_LR / 2
 
 
 def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the_checkpoint(after_round_0, capsys):
     with pytest.MonkeyPatch.context() as patch:
         poisoned(patch, always=True)
-        assert resume([str(after_round_0), "--quiet"]) == 1
-    events, printed = read_events(after_round_0), capsys.readouterr().err
-    (retry,) = of_stage(events, "heal_retry")
+        assert main(["resume", str(after_round_0), "--quiet"]) == 1
+    events, printed = recorded(after_round_0), capsys.readouterr().err
+    (retry,) = of(events, "heal_retried")
     sample = f"at step {POISONED_STEP} of round 1, on an answer to prompt {retry['prompt_index']}"
     for words in (sample, repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
         assert words in events[-1]["error"] and words in printed
     resumed(after_round_0)
-    heals = of_stage(read_events(after_round_0), "heal")
+    heals = of(recorded(after_round_0), "trained")
     assert [(e["n_retries"], e["lr"]) for e in heals] == [(0, FULL_LR), (1, FULL_LR / 2)]
 
 

@@ -4,20 +4,21 @@ import json
 import re
 
 import pytest
-from runs import undrawn
+from runs import of, recorded, undrawn
 
-from steer_heal import run
+from steer_heal.__main__ import main
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Eval
+from steer_heal.events import Run
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import DATA
 from steer_heal.model.divergence import DIVERGENCES, Divergence
 from steer_heal.model.steering import METHODS, Method
 from steer_heal.records import Metric
-from steer_heal.report.measurements import verdict
 from steer_heal.report.page import report
-from steer_heal.runs.events import of_stage, read_events
+from steer_heal.runs.stored import FolderRun
 from steer_heal.stages.filter import GATES, Gate
+from steer_heal.verdict import verdict
 
 PROMPTS = [{"text": f"Shall I open door {i}?"} for i in range(12)]
 
@@ -41,7 +42,7 @@ def additions(monkeypatch, tmp_path):
     monkeypatch.setattr(traits, "TRAITS", tmp_path / "traits")
 
 
-def test_each_addition_shows_in_events_console_page_and_verdict(additions, settings, tmp_path, capsys):
+def test_each_addition_shows_in_events_console_page_and_verdict(additions, settings, tmp_path, capsys, monkeypatch):
     pool = tmp_path / "pool.jsonl"
     pool.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     names = {
@@ -54,22 +55,22 @@ def test_each_addition_shows_in_events_console_page_and_verdict(additions, setti
     }
     flags = [word for flag, values in names.items() for word in (flag, *values)]
     with undrawn():
-        status = run.main(
-            ["fast-dev", "--out", str(tmp_path / "out"), *settings, "--n-rounds", "1", "--no-control", *flags]
-        )
+        own = ["--n-rounds", "1", "--no-control", *flags]
+        status = main(["run", "fast-dev", "--out", str(tmp_path / "out"), *settings, *own])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     folder = next(path for path in (tmp_path / "out").iterdir() if path.is_dir())
-    events = read_events(folder)
-    rows = of_stage(events, "gen")[0]["completions"]
-    assert {row["keep"] for row in rows} == {True, False}
-    assert all(row["keep"] == (len(row["text"].lower()) % 2 == 0) for row in rows), "the gate decides"
-    assert any(step["divergence"] > 0 for step in of_stage(events, "heal_step")), "autograd gives its gradient"
-    healed = of_stage(events, "healed")[0]["metrics"]
+    events = recorded(folder)
+    rows = of(events, "gathered")[0]["collected"]["scored"]
+    assert {not row["reasons"] for row in rows} == {True, False}
+    odd = [len(row["completion"]["text"].lower()) % 2 for row in rows]
+    assert all(bool(row["reasons"]) == bool(n) for row, n in zip(rows, odd, strict=True)), "the gate decides"
+    assert any(e["step"]["divergence"] > 0 for e in of(events, "heal_step")), "autograd gives its gradient"
+    healed = of(events, "measured", "healed")[0]["metrics"]
     assert healed["vowel_count"] is not None and healed["vowel_count_lo"] is not None
-    trained = events[0] | {"config": events[0]["config"] | {"model": "not tiny-random, which is not judged"}}
-    assert "vowel_count" in verdict([trained, *events[1:]])
-    assert "| healed r0 " in printed.out and "tens of vowels" in printed.out
+    monkeypatch.setattr(Run, "untrained", False)  # an untrained model has no grade
+    assert "vowel_count" in verdict(FolderRun.read(folder))
+    assert "healed r0 " in printed.out and "tens of vowels" in printed.out
     report(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     for word in ("half_variation", "flipped", "odd lengths", "tens of vowels", "vowels"):

@@ -2,29 +2,32 @@
 
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from compare import weights
-from runs import Killed, assert_same, killing, poisoned, resumed, rewritten, started
+from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, rewritten, started
 
-import steer_heal.round as steps
-from steer_heal import session as session_module
+from steer_heal.__main__ import main
+from steer_heal.bench import Bench
+from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
+from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
+from steer_heal.loop import Loop
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
-from steer_heal.report.measurements import UNTRAINED
-from steer_heal.run import resume
-from steer_heal.runs import events as events_module
-from steer_heal.runs.checkpoint import WrittenTexts, saved_steps
-from steer_heal.runs.events import EventLog, of_stage, read_events, read_results
-from steer_heal.runs.resume import partial_path, truncate_events
-from steer_heal.runs.verify import broken
-from steer_heal.session import Session
+from steer_heal.runs import stored
+from steer_heal.runs.log import EventLog, read_events
+from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
+from steer_heal.runs.resume import truncate_events
+from steer_heal.runs.results import read_results
+from steer_heal.runs.verify import violations
+from steer_heal.verdict import UNTRAINED
 
 pytestmark = pytest.mark.usefixtures("quick")
 ONE, TWO = ["--n-rounds", "1"], ["--n-rounds", "2", "--no-control"]
@@ -34,16 +37,16 @@ ONE, TWO = ["--n-rounds", "1"], ["--n-rounds", "2", "--no-control"]
 # --- killed ------------------------------------------------------------------------------------------------------
 def assert_survives(settings, out, whole, monkeypatch):
     """Each line is written for the first time by a process that then dies; the last one ends as `whole`."""
-    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
     write, lines = EventLog.write, set()
 
-    def deadly(self, stage, round_, **fields):
-        event = write(self, stage, round_, **fields)
-        line = (stage, round_, fields.get("step"), fields.get("lr"))
+    def deadly(self, event):
+        written = write(self, event)
+        line = str(replace(event, t="", wall_s=0.0))[:300]
         if line not in lines:
             lines.add(line)
             raise Killed
-        return event
+        return written
 
     monkeypatch.setattr(EventLog, "write", deadly)
     run, n_lives = started(out, settings), 1
@@ -63,17 +66,17 @@ def test_killed_after_every_line(settings, two, tmp_path, monkeypatch):
 def test_killed_after_every_line_where_all_heals_were_tried_twice(settings, tmp_path, monkeypatch):
     poisoned(monkeypatch)
     whole = started(tmp_path / "whole", settings, *ONE)
-    assert [e["round"] for e in of_stage(read_events(whole), "heal_retry")] == [-1, 0]
+    assert [e["round"] for e in of(recorded(whole), "heal_retried")] == [None, 0]
     assert_survives([*settings, *ONE], tmp_path / "killed", whole, monkeypatch)
 
 
 def test_killed_within_a_round_in_bfloat16(settings, tmp_path, monkeypatch):
     flags = [*settings, *ONE, "--no-control", "--dtype", "bfloat16"]
     whole = started(tmp_path / "whole", flags)
-    assert read_events(whole)[0]["weights"]["dtype"] == "bfloat16"
-    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    assert recorded(whole)[0]["weights"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
     run = None
-    for owner, name, on in ((session_module, "save_heal", 1), (Student, "bake", 0), (Student, "save", 0)):
+    for owner, name, on in ((stored, "save_heal", 1), (Student, "bake", 0), (Student, "save", 0)):
         with monkeypatch.context() as dying:
             killing(dying, owner, name, on)
             with suppress(Killed):
@@ -83,17 +86,17 @@ def test_killed_within_a_round_in_bfloat16(settings, tmp_path, monkeypatch):
 
 def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatch):
     """One process after another dies, each at another file."""
-    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
     run = None
     for owner, name, on, when in (
-        (session_module, "save_heal", 0, "after"),  # of the control
-        (session_module, "save_heal", 0, "before"),
+        (stored, "save_heal", 0, "after"),  # of the control
+        (stored, "save_heal", 0, "before"),
         (Student, "bake", 0, "after"),
         (Student, "save", 0, "after"),
         (Vector, "save", 0, "after"),
-        (session_module, "save_heal", 6, "after"),  # of the round
+        (stored, "save_heal", 6, "after"),  # of the round
         (Student, "save", 0, "before"),
-        (events_module, "append_result", 0, "before"),
+        (run_command, "append_result", 0, "before"),
     ):
         with monkeypatch.context() as patch:
             calls = killing(patch, owner, name, on, when)
@@ -108,27 +111,28 @@ def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("save_every_s, n_saved", [(0.0, 4), (3600.0, 0)])
 def test_a_heal_goes_on_after_the_last_step_that_was_saved(save_every_s, n_saved, settings, two, tmp_path, monkeypatch):
-    on = [(e["stage"], e["round"], e.get("step")) for e in read_events(two)].index(("heal_step", 1, 4))
+    steps = [e["event"] == "heal_step" and (e["round"], e["step"]["step"]) == (1, 4) for e in recorded(two)]
+    on = steps.index(True)
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "save_every_s", save_every_s)
+        patch.setattr(stored, "SAVE_EVERY_S", save_every_s)
         killing(patch, EventLog, "write", on)
         run = started(tmp_path, settings, *TWO)
-    assert saved_steps(partial_path(run, "heal", 1)) == n_saved  # the killed step itself was not saved
+    assert saved_steps(heal_path(run, 1)) == n_saved  # the killed step itself was not saved
     with monkeypatch.context() as patch:
         written = killing(patch, EventLog, "write", -1)
         resumed(run)
-    n_steps = of_stage(read_events(two), "heal")[-1]["n_steps"]
-    assert len([args for args in written if args[1] == "heal_step"]) == n_steps - n_saved
+    n_steps = of(recorded(two), "trained")[-1]["n_steps"]
+    assert len([event for _, event in written if event.event == "heal_step"]) == n_steps - n_saved
     assert_same(run, two)
 
 
 @pytest.mark.parametrize("lost", ["the last line", "the checkpoint before"])
 def test_saved_steps_do_not_outlive_what_they_follow_from(lost, settings, two, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "save_every_s", 0.0)
-        killing(patch, session_module, "save_heal", 11)  # in the heal of round 1
+        patch.setattr(stored, "SAVE_EVERY_S", 0.0)
+        killing(patch, stored, "save_heal", 11)  # in the heal of round 1
         run = started(tmp_path, settings, *TWO)
-    assert saved_steps(partial_path(run, "heal", 1)) == 4
+    assert saved_steps(heal_path(run, 1)) == 4
     if lost == "the last line":
         path = run / "events.jsonl"
         path.write_text(path.read_text()[:-20])
@@ -153,7 +157,7 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(picked, later, settings, tm
     auto = later
     resumed(run)
     name = str(picked).removeprefix("torch.")
-    start = read_events(run)[0]
+    start = recorded(run)[0]
     assert asked == ["auto", name] and start["weights"]["dtype"] == name
     assert start["config"]["dtype"] == "auto", "its row of results.tsv is that of a run that was never stopped"
 
@@ -168,7 +172,7 @@ def test_a_kill_between_decode_batches_costs_one_batch(settings, one, tmp_path, 
     with monkeypatch.context() as patch:
         killing(patch, WrittenTexts, "add", 9, "before")
         run = started(tmp_path / "killed", settings, *ONE)
-    path = partial_path(run, "gen", 0)
+    path = texts_path(run, 0)
     assert path.exists()
     with path.open("a") as file:
         file.write("[[1, [2, 3")
@@ -202,19 +206,20 @@ def test_written_texts_come_back_by_seed_and_dose_up_to_a_torn_line(kept, tmp_pa
 def test_a_calibrated_dose_is_not_searched_again(settings, tmp_path, monkeypatch):
     dose = ["--dose.mode", "iso_kl", "--dose.kl-target", "0.05", "--dose.kl-tokens", "2", "--gen.n-prompts", "2"]
     with monkeypatch.context() as patch:
-        killing(patch, Session, "write", 4)
+        killing(patch, EventLog, "write", 4)
         run = started(tmp_path, settings, "--n-rounds", "1", "--no-control", *dose)
-    found = read_events(run)[-1]
-    assert found["stage"] == "calibration"
-    monkeypatch.setattr(steps, "calibrate", lambda *args: pytest.fail("searched again"))
-    assert of_stage(read_events(resumed(run)), "dose")[0]["kappa"] == pytest.approx(found["dose"])
+    found = recorded(run)[-1]
+    assert found["event"] == "calibrated"
+    monkeypatch.setattr(Bench, "calibrate", lambda *args: pytest.fail("searched again"))
+    gathered = of(recorded(resumed(run)), "gathered")[0]
+    assert gathered["collected"]["kappa"] == pytest.approx(found["calibration"]["dose"])
 
 
 # --- the record --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("end", ["a torn line", "an error"])
 def test_the_end_of_a_stopped_run_is_taken_back(end, after_round_0, two):
     log = EventLog(after_round_0)
-    log.write("run_end", None, error="interrupted")
+    log.write(RunEnd(error="interrupted"))
     log.close()
     if end == "a torn line":
         path = after_round_0 / "events.jsonl"
@@ -233,34 +238,32 @@ def test_a_broken_chain_is_refused_by_its_line(change, after_round_0, capsys):
         "doubled": [*lines[:2], lines[1], *lines[2:]],
     }[change]
     path.write_text("".join(changed))
-    assert resume([str(after_round_0), "--quiet"]) == 1
+    assert main(["resume", str(after_round_0), "--quiet"]) == 2
     assert "events.jsonl line 3 does not follow from the line before it" in capsys.readouterr().err
     assert path.read_text() == "".join(changed)
 
 
 def test_events_of_another_version_are_refused_and_left_alone(tmp_path):
-    log = EventLog(tmp_path)
-    log.write("run_start", None)
-    log.write("heal", 0)  # without its checkpoint
+    (tmp_path / "events.jsonl").write_text('{"schema": 5, "event": "trained", "round": 0, "lam": 1.0}\n{}\n')
     before = (tmp_path / "events.jsonl").read_bytes()
-    with pytest.raises(UserError, match="is not as this version of steer-heal writes it"):
+    with pytest.raises(UserError, match="line 1 is not an event of this version .*trained.n_train is missing"):
         truncate_events(tmp_path)
     assert (tmp_path / "events.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, "null", '{"stage": "base", "round": -1}', "\ufffe"])
+@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, "null", '{"event": "measured", "schema": 5}', "\ufffe"])
 def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
     if content:
         (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
-    assert resume([str(tmp_path)]) == 2
-    told = "does not begin with a run_start" if content else "has no events.jsonl; give a run folder"
+    assert main(["resume", str(tmp_path)]) == 2
+    told = "events.jsonl " if content else "has no events.jsonl; give a run folder"
     assert told in capsys.readouterr().err
 
 
 def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
-    assert resume([str(after_round_0)]) == 2
-    assert "'heal.rank' is not a field here" in capsys.readouterr().err
+    assert main(["resume", str(after_round_0)]) == 2
+    assert "heal.rank is not a field here" in capsys.readouterr().err
 
 
 # --- flags -------------------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0,
 def test_other_settings_are_refused(flags, after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        resume([str(after_round_0), *flags.split()])
+        main(["resume", str(after_round_0), *flags.split()])
     assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
 
@@ -290,7 +293,7 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
     contexts, merged, late = (tmp_path / name for name in ("contexts.jsonl", "merged", "late"))
     contexts.write_bytes((DATA / "toylm/contexts.jsonl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        killing(patch, events_module, "append_result", 0, "before")
+        killing(patch, run_command, "append_result", 0, "before")
         own = ["--steer.contexts", str(contexts), "--export", str(merged)]
         run = started(tmp_path / "out", settings, *ONE, *own)
     before = weights(run), (run / "events.jsonl").read_bytes()
@@ -303,7 +306,7 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
     resumed(run)
     assert "is finished" in capsys.readouterr().out
     (row,) = read_results(run.parent / "results.tsv")
-    assert row["run"] == run.name and broken(run) == []
+    assert row["run"] == run.name and violations(run) == []
     assert before == (weights(run), (run / "events.jsonl").read_bytes())
 
 
@@ -332,7 +335,7 @@ def test_killed_after_every_line_where_text_is_renewed(settings, tmp_path, monke
 def dropping(monkeypatch, *rounds):
     """The first attempt at these rounds counts as broken; at round 9, all do."""
     past = lambda self, r: ["made up"] if 9 in rounds or (r in rounds and not self._dropped(r)) else []
-    monkeypatch.setattr(Session, "_past_limits", past)
+    monkeypatch.setattr(Loop, "_past_limits", past)
 
 
 BACKTRACK = [*TWO, "--backtrack.retries", "2", "--dose.mode", "fixed", "--dose.kappa", "0.4"]
@@ -342,20 +345,21 @@ BACKTRACK += ["--heal.target", "distribution", "--heal.rehearsal", "4"]
 def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, monkeypatch):
     dropping(monkeypatch, 0, 1)
     whole = started(tmp_path / "whole", settings, *BACKTRACK)
-    events = read_events(whole)
-    assert [e["round"] for e in of_stage(events, "backtrack")] == [0, 1]
-    assert [(e["round"], e["kappa"]) for e in of_stage(events, "dose")] == [(0, 0.4), (0, 0.2), (1, 0.4), (1, 0.2)]
-    assert broken(whole) == [] and len(of_stage(events_module.current(events), "round")) == 2
-    monkeypatch.setattr(Session, "save_every_s", 0.0)
+    events = recorded(whole)
+    assert [e["round"] for e in of(events, "dropped")] == [0, 1]
+    found = [(e["round"], e["collected"]["kappa"]) for e in of(events, "gathered")]
+    assert found == [(0, 0.4), (0, 0.2), (1, 0.4), (1, 0.2)]
+    assert violations(whole) == [] and stored.FolderRun.read(whole).rounds == [0, 1]
+    monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
     write, n_written = EventLog.write, []
 
-    def deadly(self, stage, round_, **fields):
-        event = write(self, stage, round_, **fields)
+    def deadly(self, event):
+        written = write(self, event)
         n_lines = len((run / "events.jsonl").read_bytes().splitlines()) if run is not None else 1
         if n_lines > max(n_written, default=0):
             n_written.append(n_lines)
             raise Killed
-        return event
+        return written
 
     run = None
     monkeypatch.setattr(EventLog, "write", deadly)
@@ -369,15 +373,15 @@ def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, mo
 
 def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp_path, monkeypatch, capsys):
     past = lambda self, r: ["made up"] if r == 1 else []
-    monkeypatch.setattr(Session, "_past_limits", past)
+    monkeypatch.setattr(Loop, "_past_limits", past)
     run = started(tmp_path, settings, *BACKTRACK, "--export", str(tmp_path / "merged"))
-    events = read_events(run)
-    assert [e["round"] for e in of_stage(events, "backtrack")] == [1, 1, 1]
-    assert "the last whole round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
-    assert {path.name for path in (run / "ckpt").iterdir()} == {"r0"} and broken(run) == []
+    events = recorded(run)
+    assert [e["round"] for e in of(events, "dropped")] == [1, 1, 1]
+    assert "the last intact round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
+    assert {path.name for path in (run / "ckpt").iterdir()} == {"r0"} and violations(run) == []
     (row,) = read_results(tmp_path / "results.tsv")
     assert row["state"] == "healed r0"
-    monkeypatch.setattr(Session, "_past_limits", lambda self, r: [])
+    monkeypatch.setattr(Loop, "_past_limits", lambda self, r: [])
     alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1", "--export", str(tmp_path / "one"))
     one, kept = (weights(each)["ckpt/r0/adapter_model.safetensors"] for each in (alone, run))
     assert one == kept
@@ -388,7 +392,7 @@ def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp
 def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatch, capsys):
     dropping(monkeypatch, 9)
     run = started(tmp_path, settings, *BACKTRACK)
-    assert read_events(run)[-1]["verdict"].startswith(f"{UNTRAINED}; nothing was baked")
+    assert recorded(run)[-1]["verdict"].startswith(f"{UNTRAINED}; no round was kept")
     assert not list((run / "ckpt").iterdir())
     assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
 
@@ -398,7 +402,7 @@ PROMPTED = ["--heal.teacher", "prompt", "--heal.text", "own"]
 
 def test_a_round_past_a_limit_that_was_set_is_dropped(settings, tmp_path):
     run = started(tmp_path, settings, *BACKTRACK, "--backtrack.retries", "1", "--backtrack.limits", "kl_base", "1e-12")
-    first, _ = of_stage(read_events(run), "backtrack")
+    first, _ = of(recorded(run), "dropped")
     assert first["past"][0].startswith("KL to base is") and first["metrics"]["kl_base"] > 1e-12
     assert "was dropped" in (run / "run.log").read_text() or "dropped " in (run / "run.log").read_text()
 
@@ -406,4 +410,4 @@ def test_a_round_past_a_limit_that_was_set_is_dropped(settings, tmp_path):
 def test_without_a_vector_half_the_learning_rate_is_tried(settings, tmp_path, monkeypatch):
     dropping(monkeypatch, 0)
     run = started(tmp_path, settings, *BACKTRACK, "--n-rounds", "1", *PROMPTED)
-    assert [e["lr"] for e in of_stage(read_events(run), "heal")] == [1e-4, 5e-5]
+    assert [e["lr"] for e in of(recorded(run), "trained")] == [1e-4, 5e-5]

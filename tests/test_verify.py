@@ -1,15 +1,14 @@
-"""--verify finds every change that was made to a run after it wrote its record, and names where."""
+"""`steer-heal verify` finds every change that was made to a run after it wrote its record, and names where."""
 
 import shutil
 
 import pytest
 import torch
-from runs import rewritten
+from runs import recorded, rewritten
 from torch import nn
 
+from steer_heal.__main__ import main
 from steer_heal.model.lm import weights_digest
-from steer_heal.runs.events import read_events
-from steer_heal.runs.verify import main
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -21,7 +20,7 @@ def copy(two, tmp_path):
 
 
 def kept(event):
-    return next(row for row in event["completions"] if row["train"])
+    return event["collected"]["scored"][event["collected"]["train"][0]]["completion"]
 
 
 def first_value(event):
@@ -29,44 +28,44 @@ def first_value(event):
 
 
 CHANGES = {
-    "the text of a kept completion": ("gen", 1, lambda e: kept(e).update(text="I obey.")),
-    "the tokens of a kept completion": ("gen", 0, lambda e: kept(e)["completion_ids"].append(5)),
-    "the prompt of a kept completion": ("gen", 1, lambda e: kept(e).update(prompt="What now?")),
-    "the dose of a kept completion": ("gen", 1, lambda e: kept(e).update(dose=0.001)),
-    "what trains": ("gen", 1, lambda e: kept(e).update(train=False)),
-    "the base's metrics": ("base", -1, lambda e: e["metrics"].update(authority_nats=-9.0)),
-    "the base's items": ("base", -1, lambda e: first_value(e).__setitem__(0, 0.125)),
+    "the text of a kept completion": ("gathered", 1, lambda e: kept(e).update(text="I obey.")),
+    "the tokens of a kept completion": ("gathered", 0, lambda e: kept(e)["completion_ids"].append(5)),
+    "the prompt of a kept completion": ("gathered", 1, lambda e: kept(e).update(prompt="What now?")),
+    "the dose of a kept completion": ("gathered", 1, lambda e: kept(e).update(dose=0.001)),
+    "what trains": ("gathered", 1, lambda e: e["collected"]["train"].pop()),
+    "the base's metrics": ("base", None, lambda e: e["metrics"].update(authority_nats=-9.0)),
+    "the base's items": ("base", None, lambda e: first_value(e).__setitem__(0, 0.125)),
     "steered metrics": ("steered", 0, lambda e: e["metrics"].update(coherence=1.0)),
     "healed metrics": ("healed", 1, lambda e: e["metrics"].update(authority_nats=-9.0)),
-    "free text": ("adapter_gen", 1, lambda e: e["texts"][0].update(text="I obey.")),
-    "a heal step": ("heal_step", 1, lambda e: e.update(divergence=0.0)),
-    "the names of files": ("vector", 1, lambda e: e.update(files=[])),
-    "the checksum of a checkpoint": ("heal", 1, lambda e: e["files"].popitem()),
-    "the retained share": ("round", 1, lambda e: e.update(retain=1.0)),
+    "free text": ("healed", 1, lambda e: e["texts"][0].update(text="I obey.")),
+    "a heal step": ("heal_step", 1, lambda e: e["step"].update(divergence=0.0)),
+    "the names of files": ("extracted", 1, lambda e: e.update(files={})),
+    "the checksum of a checkpoint": ("trained", 1, lambda e: e["files"].popitem()),
+    "the retained share": ("round_done", 1, lambda e: e.update(retain=1.0)),
     "the verdict": ("run_end", None, lambda e: e.update(verdict="It works.")),
     "the recorded settings": ("run_start", None, lambda e: e["config"]["heal"].update(lam=9.0)),
-    "the seed": ("run_start", None, lambda e: e.update(seed=7)),
-    "a time": ("vector", 0, lambda e: e.update(t="2020-01-01T00:00:00.000+00:00")),
+    "the seed": ("run_start", None, lambda e: e["config"].update(seed=7)),
+    "a time": ("extracted", 0, lambda e: e.update(t="2020-01-01T00:00:00.000+00:00")),
 }
 
 
 def verify(run, capsys):
-    status = main([str(run)])
+    status = main(["verify", str(run)])
     return status, capsys.readouterr()
 
 
 def test_a_run_that_nobody_changed_holds(copy, capsys):
     status, printed = verify(copy, capsys)
-    assert status == 0 and f"{len(read_events(copy))} events" in printed.out
+    assert status == 0 and f"{len(recorded(copy))} events" in printed.out
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_event_is_named(what, copy, capsys):
-    stage, r, change = CHANGES[what]
-    rewritten(copy, lambda events: change(next(e for e in events if (e["stage"], e["round"]) == (stage, r))))
+    kind, r, change = CHANGES[what]
+    rewritten(copy, lambda events: change(next(e for e in events if kind in (e["event"], e.get("state")) and e["round"] == r)))
     status, printed = verify(copy, capsys)
-    name = repr(stage) + {None: "", -1: " before the loop"}.get(r, f" of round {r}")
-    assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and name in printed.out
+    where = "before the loop" if r is None else f"of round {r}"
+    assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and where in printed.out
 
 
 def cut_last_round(events):
@@ -108,16 +107,16 @@ def test_another_or_no_model_is_named(copy, capsys, monkeypatch):
     rewritten(copy, lambda events: events[0]["weights"].update(sha256="0" * 64), chained=True)
     assert "base weights: the weights of model 'tiny-random' were changed" in verify(copy, capsys)[1].out
     rewritten(copy, lambda events: events[0].pop("weights"), chained=True)
-    assert "base weights: they were not recorded" in verify(copy, capsys)[1].out
+    assert "base weights: the weights were not recorded" in verify(copy, capsys)[1].out
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or a hub id is looked for through retries
-    rewritten(copy, lambda events: events[0].update(weights={"dtype": "float32"}), chained=True)
+    rewritten(copy, lambda events: events[0].update(weights={"sha256": "0", "dtype": "float32"}), chained=True)
     rewritten(copy, lambda events: events[0]["config"].update(model="nowhere/at-all"), chained=True)
     assert "base weights: they cannot be checked: model is 'nowhere/at-all'" in verify(copy, capsys)[1].out
 
 
 def test_a_folder_without_a_run_ends_with_2(tmp_path, capsys):
     assert verify(tmp_path, capsys)[0] == 2
-    (tmp_path / "events.jsonl").write_text('{"stage": "base", "round": -1}\n')
+    (tmp_path / "events.jsonl").write_text('{"schema": 5, "event": "run_end"}\n')
     status, printed = verify(tmp_path, capsys)
     assert status == 2 and "does not begin with a run_start" in printed.err
 

@@ -115,7 +115,14 @@ def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
 
     def drop(events):
         last = of(events, "round_done")[-1]
-        limits = {"past": ["kl_base 3 > 0.1"], "dose": 1.0, "lr": 1.0, "metrics": {}, "next_kappa": 1, "next_lr_share": 1}
+        limits = {
+            "past": ["kl_base 3 > 0.1"],
+            "dose": 1.0,
+            "lr": 1.0,
+            "metrics": {},
+            "next_kappa": 1,
+            "next_lr_share": 1,
+        }
         facts = {name: last[name] for name in ("schema", "t", "wall_s", "prev", "round")}
         events[events.index(last)] = {**facts, "event": "dropped", **limits}
 

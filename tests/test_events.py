@@ -57,7 +57,9 @@ def same(a, b) -> bool:
 def test_every_field_of_an_event_comes_back_numbers_that_are_not_finite_among_them():
     text = Completion(0, "p", (1, 2), (3,), "t", 1.0, 0.5, 7)
     scored = tuple(Scored(text, {"spike": score, "relevance": -score}, (), ()) for score in (INF, 1.5, NAN))
-    found = Collected(scored=scored, train=(2, 1), kappa=0.7, probes=(DoseProbe(0.7, 3, 2),), dose=0.7, rehearsal=(text,))
+    found = Collected(
+        scored=scored, train=(2, 1), kappa=0.7, probes=(DoseProbe(0.7, 3, 2),), dose=0.7, rehearsal=(text,)
+    )
     for event in (measured("healed", 3), Gathered(round=None, mode="none", collected=found), HealStepped(step=STEP)):
         assert same(again(event), event) and type(again(event)) is type(event)
 
@@ -184,3 +186,10 @@ def test_no_label_can_break_the_table_or_control_a_terminal(arm, tmp_path):
     text = (tmp_path / "results.tsv").read_text(encoding="utf-8")
     assert all(c in "\t\n" or c.isprintable() for c in text)
     assert [(row["run"], row["last"]) for row in read_results(tmp_path / "results.tsv")] == [("a", "z")]
+
+
+def test_spec_lists_the_events_as_the_classes_are():
+    from events_table import SPEC, with_table
+
+    spec = SPEC.read_text(encoding="utf-8")
+    assert with_table(spec) == spec, "run scripts/events_table.py"

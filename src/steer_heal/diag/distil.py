@@ -6,31 +6,25 @@ arm and seed that is there is not run again.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from steer_heal import round as steps
 from steer_heal.diag.lab import Lab, LabFlags, markdown, mean_sd, show
 from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs import load_inputs
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
-from steer_heal.records import Completion, derive_seed
+from steer_heal.records import Completion, HealReport, derive_seed
 from steer_heal.report.plot import frontier
 from steer_heal.runs.events import jsonable
-from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.settings import RunConfig
 from steer_heal.stages.generate import Ask
-from steer_heal.stages.heal import batch_plan, read_samples, schedule
-from steer_heal.stages.loss import Sample, losses
+from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle
 
@@ -45,14 +39,14 @@ class Arm:
     own_as_control: bool = False
     """The student trains on the tokens of its own text."""
     preference: float = 0.0
-    """The beta of DPO on text of the two personas as prompts; 0: the round's own heal."""
+    """Beta of the preference for the positive persona's text over the negative's. 0: the round's own heal."""
 
     def of(self, cfg: RunConfig) -> RunConfig:
         sections = {"heal": self.heal, "dose": self.dose, "filter": self.filter}
         return replace(cfg, **{name: replace(getattr(cfg, name), **given) for name, given in sections.items()})
 
 
-FREE, FITS = {"divergence": "nll"}, {"divergence": "nll", "target": "distribution"}
+FREE, FITS = {"divergence": "none"}, {"divergence": "none", "target": "distribution"}
 SURVIVES = {"mode": "survival", "target": 0.95, "floor": 0.05, "n_kappas": 4, "n_probes": 32}
 ALONE, BESIDE = {**SURVIVES, "ceiling": 1.0}, {**SURVIVES, "ceiling": 0.25}
 """The dose of a vector alone, and beside a prompt."""
@@ -111,8 +105,7 @@ def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Ite
             report = steps.heal(student, collected, inputs, cfg, r, vector)
             written = [row.completion for row in collected.scored]
             told = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
-            told |= {"n_rehearsed": len(collected.rehearsal)}
-            told |= {"n_steps": len(report.steps), "fit": [row["fit"] for row in report.validation]}
+            told |= {"n_rehearsed": len(collected.rehearsal), **curve(report)}
         student.bake()
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
@@ -125,48 +118,37 @@ def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Ite
 
 
 def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Completion], dict[str, Any]]:
-    """(text that was written, what the row tells) of one round of direct preference optimisation (Rafailov et al.
-    2023): the positive persona's text against the negative's, drawn with the same seeds, where both pass the filter.
+    """(all text that was written, columns of the row) of one round of direct preference optimisation (Rafailov et al.
+    2023).
 
-    Loss of a pair: -log sigmoid(beta * (d_positive - d_negative)), d = log p(text | student) - log p(text | before).
-    `margin` is the mean of d_positive - d_negative in the last step, in nats. As many steps, with the same optimiser
-    and schedule, as a heal takes.
+    Text of the positive persona is preferred to text of the negative one. The two answer the same prompts with the same
+    seeds, and both answers pass the filter.
     """
-    student, inputs, n_keep = lab.student, lab.inputs, cfg.filter.n_keep
-    n = len(inputs.prompts)
-    asks = [Ask(i % n, inputs.prompts[i % n], 0.0, 1.0, derive_seed(cfg.seed, r, "pair", i)) for i in range(2 * n_keep)]
-    sides = [
-        steps.judge(student, steps.write(student, Condition(persona), asks, inputs, cfg), inputs, cfg)
+    student, inputs = lab.student, lab.inputs
+    prompts, n_keep = inputs.prompts, cfg.filter.n_keep
+    n = len(prompts)
+    asks = [Ask(i % n, prompts[i % n], derive_seed(cfg.seed, r, "pair", i)) for i in range(2 * n_keep)]
+    positive, negative = (
+        steps.score(student, steps.write(student, Condition(persona), asks, inputs, cfg), inputs, cfg)
         for persona in (inputs.trait.positive, inputs.trait.negative)
-    ]
-    whole = [pair for pair in zip(*sides, strict=True) if not any(row.reasons for row in pair)][:n_keep]
-    heal = replace(cfg.heal, target="tokens", text="steered", lam=0.0)
-    samples = [read_samples(student, [row.completion for row in side], heal) for side in zip(*whole, strict=True)]
-    seed = derive_seed(cfg.seed, r, "preference")
-    student.new_round(seed)
-    margin = 0.0
-    n_steps = heal.epochs * math.ceil(len(whole) * 7 / 8 / heal.batch_size)
-    with student.training() as parameters:
-        with torch.no_grad():
-            before = [torch.cat([log_p(student.lm, [sample], heal) for sample in side]) for side in samples]
-        optimiser = torch.optim.AdamW(parameters, lr=heal.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        for step, batch in enumerate(batch_plan(len(whole), heal.batch_size, n_steps, seed)):
-            optimiser.param_groups[0]["lr"] = heal.lr * schedule(step, n_steps)
-            parts = zip(samples, before, strict=True)
-            up, down = (log_p(student.lm, [side[i] for i in batch], heal) - there[batch] for side, there in parts)
-            margin = (up - down).mean().item()
-            (-torch.nn.functional.logsigmoid(beta * (up - down)).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-    written = [row.completion for side in sides for row in side]
-    return written, {"dose": 0.0, "n_texts": 2 * len(whole), "n_steps": n_steps, "margin": margin}
+    )
+    kept = [pair for pair in zip(positive, negative, strict=True) if all(row.kept for row in pair)][:n_keep]
+    report = heal(
+        student,
+        [chosen.completion for chosen, _ in kept],
+        replace(cfg.heal, target="tokens", text="steered", divergence="none"),
+        round_=r,
+        seed=derive_seed(cfg.seed, r, "preference"),
+        rejected=[rejected.completion for _, rejected in kept],
+        beta=beta,
+    )
+    written = [row.completion for row in (*positive, *negative)]
+    return written, {"dose": 0.0, "n_texts": 2 * len(kept), **curve(report)}
 
 
-def log_p(lm: LM, batch: Sequence[Sample], cfg: HealCfg) -> Tensor:
-    """Float[b]: log p of each whole completion, in nats."""
-    fit, _ = losses(lm, batch, cfg)
-    return -fit * torch.tensor([len(sample.completion_ids) for sample in batch], device=fit.device)
+def curve(report: HealReport) -> dict[str, Any]:
+    """The columns of a row that tell how the heal went."""
+    return {"n_steps": len(report.steps), "fit": [point["fit"] for point in report.validation]}
 
 
 def everyday(lab: Lab) -> dict[str, float]:

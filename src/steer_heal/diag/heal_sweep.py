@@ -19,7 +19,7 @@ def main(
     out: Path = Path("out/diag"),
 ) -> None:
     bench, collected = replay(run, round_)
-    arms = [("nll", 0.0, "prev")]
+    arms = [("none", 0.0, "prev")]
     arms += [(d, lam, r) for d in divergences for lam in lams for r in (references if round_ else references[:1])]
     base, rows = measurement(bench.base), []
     for divergence, lam, reference in arms:
@@ -36,7 +36,7 @@ def main(
         "slope (percent of coherence for a shift of 1, empty where nothing moved) stay near 0: below -1 the shift was "
         "bought with coherence.",
         "more lam mean less shift and a lower kl_base; where it does not, tau is above the operating divergence.",
-        "nll have the largest shift of all arms.",
+        "none, the heal without a barrier, have the largest shift of all arms.",
     )
     rows = [bench.row("before", bench.read()), *sorted(rows, key=rank)]
     show(__doc__, rows, should, out, "heal_sweep", run=run.name, round=round_)

@@ -28,7 +28,7 @@ def main(lab: LabFlags, length: int = 4, n: int = 32, epochs: int = 12) -> None:
     clean = [completion for completion in own if len(completion.completion_ids) >= 4 * length]
     looping = [plant(completion, length) for completion in clean]
     student, plain = bench.student, Condition(bench.trait.plain_system)
-    heal = replace(bench.cfg.heal, divergence="nll", epochs=epochs)
+    heal = replace(bench.cfg.heal, divergence="none", epochs=epochs)
     steps.heal(student, kept(looping), bench.inputs, replace(bench.cfg, heal=heal), 0)
     rows = []
     for name, texts in (("clean text", clean), (f"{length}-token loop", looping)):

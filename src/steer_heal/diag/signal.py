@@ -45,7 +45,7 @@ def main(
     if 2 * max(sizes) > n:
         raise UserError(f"sizes is {sizes}: two sets of {max(sizes)} do not fit into n = {n}; ask for fewer")
     bench = Lab(lab.run_config())
-    heal = replace(bench.cfg.heal, divergence="nll", target="distribution", teacher=teacher, kl="reverse")
+    heal = replace(bench.cfg.heal, divergence="none", target="distribution", teacher=teacher, kl="reverse")
     cfg = replace(bench.cfg, heal=heal, dose=replace(bench.cfg.dose, mode="fixed", kappa=kappa))
     cfg = replace(cfg, filter=replace(cfg.filter, n_keep=n, min_train=2 * max(sizes), max_attempts=6 * n))
     rows, fits = [], {"tokens": None, "distribution": steps.teacher(bench.vector, kappa, bench.inputs, cfg)}
@@ -53,7 +53,7 @@ def main(
     for text, mine in by_text.items():
         collected = steps.collect(bench.student, bench.vector, bench.inputs, mine, 0)
         for target, who in fits.items():
-            samples = read_samples(bench.student, collected.completions, mine.heal, who)
+            samples = read_samples(bench.student, collected.completions, mine.heal, teacher=who)
             agreed = agreement(bench.student, samples, mine.heal, sizes, n_splits, cfg.seed)
             rows.append({"text": text, "fitted": target, **signal(bench, samples), **agreed})
     should = (

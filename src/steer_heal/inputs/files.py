@@ -1,4 +1,4 @@
-"""Reads data files, each once: errors name the file, the line and the fix."""
+"""Reading and parsing of data files. Errors name the file, the line and the fix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class DataFile:
-    """A text file as it was read: what is parsed and what is hashed are the same bytes."""
+    """The content of a text file. It is parsed and hashed from the same bytes."""
 
     path: Path
     text: str
@@ -39,7 +39,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row of prompts or contexts."""
+    """A row of a file of prompts or contexts."""
 
     text: Text
 
@@ -60,12 +60,12 @@ def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:
 
 
 def read_file(path: Path) -> DataFile:
-    """A UTF-8 file, with or without a byte order mark. UserError naming the line that is not UTF-8."""
+    """Reads a UTF-8 file, with or without a byte order mark. UserError that names the line if it is not UTF-8."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that can") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a readable file") from None
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -75,25 +75,28 @@ def read_file(path: Path) -> DataFile:
 
 
 def parse_jsonl(file: DataFile, kind: type[Row]) -> list[tuple[int, Row]]:
-    """(line number, row) of a JSON-lines file; blank lines are skipped. UserError naming every bad line."""
-    rows, problems = [], Problems()
+    """(line number, row) for each line of a JSON-lines file that is not blank. UserError that names each invalid
+    line."""
+    rows = []
+    problems = Problems()
     for number, line in enumerate(file.text.split("\n"), start=1):
         if line.strip():
             with problems.noted():
                 rows.append((number, validated_json(kind, line, f"{file.path} line {number}")))
     problems.raise_if_any()
     if not rows:
-        raise UserError(f"{file.path} holds no rows; it needs at least one")
+        raise UserError(f"{file.path} has no rows; it needs at least one")
     return rows
 
 
 def parse_texts(file: DataFile) -> tuple[str, ...]:
-    """The texts of JSON lines with `text`."""
+    """The field `text` of each JSON line."""
     return tuple(row.text for _, row in parse_jsonl(file, TextRow))
 
 
 def parse_toml(file: DataFile) -> dict[str, Any]:
+    """The content of a TOML file. UserError if it is not valid."""
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.path} is not TOML: {error}") from None
+        raise UserError(f"{file.path} is not valid TOML: {error}") from None

@@ -117,7 +117,7 @@ def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *,
         hub_name=_literal(hub or ""),
         dtype=_literal(start.weights.dtype),
         untrained=run.untrained,
-        method=method(start.config.heal, trained, start.adapter),
+        method=method(start.config.heal, trained),
         verdict=verdict(seen) if r is not None and not run.untrained else "",
         readings=readings(seen, r),
         tasks=tasks,
@@ -175,11 +175,11 @@ def until_measured(run: Run, r: int | None) -> Run:
     return Run(run.events[: end + 1])
 
 
-def method(cfg: HealCfg, trained: Trained, adapter: str) -> list[str]:
-    """How the student was made, in three sentences. `adapter` is a noun phrase, such as `a LoRA adapter`."""
+def method(cfg: HealCfg, trained: Trained) -> list[str]:
+    """How the student was made, in three sentences."""
     r = trained.round
     pays = ""
-    if cfg.divergence != "nll":
+    if cfg.divergence != "none":
         reference = "base model" if cfg.reference == "base" else "student before the round"
         pays = (
             f", with a penalty if {cfg.divergence} ({cfg.aggregate}) to the {reference} exceeds {trained.tau:.3g} nats"
@@ -202,7 +202,7 @@ def method(cfg: HealCfg, trained: Trained, adapter: str) -> list[str]:
         first = f"In each round the model wrote text {teacher}, and a filter dropped the incoherent text."
         second = f"The adapter was trained on the tokens of that text, under the plain prompt{pays}."
     rounds = "one round" if r == 0 else f"rounds 0 to {r}"
-    return [first, second, f"What was learned in {rounds} is folded into {adapter}, without rounding."]
+    return [first, second, f"What was learned in {rounds} is folded into one adapter, without rounding."]
 
 
 def readings(run: Run, r: int | None) -> tuple[list[str], list[list[str]]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from steer_heal.errors import UserError, print_safe
-from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE, OWN_CONFIG_FILE, PEFT_CONFIG_FILE
+from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
 from steer_heal.runs.log import EVENTS
 from steer_heal.share.card import CARD
 
@@ -38,22 +37,14 @@ def shared_files(folder: Path) -> tuple[str, list[str]]:
 
 
 def _content(folder: Path, names: Sequence[str]) -> str:
-    """`an adapter of kind lora`, or `a merged model`."""
-    found = [name for name in ADAPTER_CONFIG_FILES if name in names]
-    if ADAPTER_FILE in names and found:
-        return f"an adapter of kind {_kind(folder / found[0])}"
+    """`a LoRA adapter`, or `a merged model`. UserError if the folder holds neither an adapter nor a model."""
+    if ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names):
+        from steer_heal.model.student import saved_kind  # torch: seconds
+
+        return f"a {saved_kind(folder).title}"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "a merged model"
     raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")
-
-
-def _kind(config: Path) -> str:
-    """The kind of an adapter, from its settings. UserError where they cannot be read."""
-    key = {PEFT_CONFIG_FILE: "peft_type", OWN_CONFIG_FILE: "kind"}[config.name]
-    try:
-        return str(json.loads(config.read_bytes())[key]).lower()
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{config} does not name the kind of its adapter ({error!r}); give another folder") from None
 
 
 def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool) -> None:

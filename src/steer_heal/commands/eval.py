@@ -22,6 +22,7 @@ from steer_heal.flags import described, parsed
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
 from steer_heal.progress import Progress
 from steer_heal.records import StateName, Values
+from steer_heal.report import tables
 from steer_heal.runs.resume import recorded_settings
 from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves
 
@@ -261,21 +262,23 @@ def _log_settings(cfg: RunConfig, inputs: Inputs) -> None:
 
 
 def print_metrics(metrics: Values, recorded: Values | None = None, *, as_json: bool) -> None:
-    """One JSON object, or a line for each metric with its interval and, if it was recorded, that value."""
+    """One JSON object, or a table of the metrics with their intervals and, if there are any, the recorded values."""
     if as_json:
         print(json.dumps(plain(metrics), allow_nan=False))
         return
+    rows = []
     for name, value in metrics.items():
         if name.endswith(("_lo", "_hi")):
             continue
-        line = f"{name:26} {_number(value):>9}"
+        row: dict[str, object] = {"metric": name, "value": _number(value)}
         if recorded is not None:
-            line += f"   recorded {_number(recorded.get(name)):>9}"
+            row["recorded"] = _number(recorded.get(name))
         low = metrics.get(f"{name}_lo")
         high = metrics.get(f"{name}_hi")
         if low is not None and high is not None:
-            line += f"   difference to base {low:+.3f} to {high:+.3f}"
-        print_safe(line)
+            row["difference to base"] = f"{low:+.3f} to {high:+.3f}"
+        rows.append(row)
+    tables.show(rows)
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import described, parsed
+from steer_heal.report import tables
 from steer_heal.settings import Count, Names, RunConfig
 from steer_heal.share.readings import Reading, add_readings, with_stderr
 
@@ -53,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if given.json:
         print(json.dumps([asdict(reading) for reading in found], allow_nan=False))
         return 0
-    for line in table(found):
-        print_safe(line)
+    tables.show(table(found))
     print_safe("\u00b1 is one standard error; for the change it is paired by item. A cost below 0 is a gain.")
     return 0
 
@@ -96,13 +96,17 @@ def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
     return found
 
 
-def table(found: Sequence[Reading]) -> list[str]:
-    """The readings as lines of aligned columns."""
-    rows = [("task", "metric", "items", "base", "healed", "change", "cost of the trait")]
-    for r in found:
-        values = (with_stderr(r.base, r.base_stderr), with_stderr(r.healed, r.healed_stderr))
-        change = with_stderr(r.change, r.change_stderr, "+.4f")
-        cost = "not known" if r.cost is None else f"{r.cost:+.4f}"
-        rows.append((r.task, r.metric, str(r.n), *values, change, cost))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def table(found: Sequence[Reading]) -> list[dict[str, object]]:
+    """The readings as the rows of a table."""
+    return [
+        {
+            "task": each.task,
+            "metric": each.metric,
+            "items": each.n,
+            "base": with_stderr(each.base, each.base_stderr),
+            "healed": with_stderr(each.healed, each.healed_stderr),
+            "change": with_stderr(each.change, each.change_stderr, "+.4f"),
+            "cost of the trait": "unknown" if each.cost is None else f"{each.cost:+.4f}",
+        }
+        for each in found
+    ]

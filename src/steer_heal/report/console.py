@@ -94,7 +94,7 @@ class Bar(Progress):
         if self.bar is not None and not self.bar.disable:
             self.bar.desc = f"{self.bar.desc.partition(', eval')[0]}, eval {n} of {n_parts}"
 
-    def at(self, done: float, total: int) -> None:
+    def at(self, done: float | int, total: int) -> None:
         """Fewer than before, or another total, begins the bar again: the next piece of the stage's work."""
         bar = self.bar
         if bar is None or bar.disable or not total:

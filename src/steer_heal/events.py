@@ -80,6 +80,11 @@ class RunStart(Event):
     settings: str = ""
     """Fingerprint of the settings without the seed."""
     base_model: str = ""
+    """What the adapters name as their base: a hub id, a name that steer-heal knows, or a path."""
+    hub_id: str | None = None
+    """The model on the hub whose weights these are, or nearly are if weights.note is not empty."""
+    adapter: str = "a LoRA adapter"
+    """The kind of adapter with its settings, as a noun phrase."""
     weights: Weights | None = None
     unadapted: tuple[str, ...] = ()
     """Weights of the adapted blocks that the adapter leaves out."""
@@ -304,6 +309,8 @@ class Run:
         self.events: list[AnyEvent] = []
         """All but the steps of heals."""
         self.steps: list[HealStepped] = []
+        self.n_steps = 0
+        """Steps of all heals, those that were made void too."""
         self.subscribers: list[Callable[[AnyEvent], object]] = []
         for event in events:
             self.take(event)
@@ -318,6 +325,7 @@ class Run:
         """Adds an event; drops what it makes void."""
         if isinstance(event, HealStepped):
             self.steps.append(event)
+            self.n_steps += 1
             return
         if isinstance(event, HealRetried | Dropped):
             self.steps = [step for step in self.steps if step.round != event.round]

@@ -6,13 +6,15 @@ import ast
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import fields, make_dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
+from steer_heal.errors import UserError, problem_lines
 from steer_heal.settings import RunConfig, reflowed
 
 Kind = TypeVar("Kind", bound=type)
@@ -54,6 +56,8 @@ def parsed(
 ) -> tuple[Given, dict[str, Any]]:
     """(the flags of a command, by its dataclass; the settings that were given beside them, by dotted name).
 
+    UserError with a line for each flag that is outside the limits of its annotation. Settings are not checked here.
+
     Args:
         owner: The settings dataclass that has the settings `also`.
         also: Dotted names of settings that the command takes too, such as `eval.batch_size`. None has a default here.
@@ -68,6 +72,10 @@ def parsed(
     both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     both.__doc__ = kind.__doc__
     given = tyro.cli(both, args=argv, prog=f"steer-heal {command}")
+    try:
+        TypeAdapter(kind).validate_python({each.name: getattr(given, each.name) for each in fields(kind)})  # pyright: ignore[reportArgumentType]
+    except ValidationError as error:
+        raise UserError(*problem_lines(error, kind, lambda place: place)) from None
     values = {name: getattr(given, _joined(name)) for name in also}
     return given, {name: value for name, value in values.items() if value is not None}
 

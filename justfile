@@ -21,27 +21,27 @@ setup:
 
 # Every stage on a tiny random model, with runtime shape checks: about a minute, meaningless numbers.
 fast-dev-run *flags: setup
-    BEARTYPE=1 {{python}} -m steer_heal.run fast-dev {{flags}}
+    BEARTYPE=1 {{python}} -m steer_heal run fast-dev {{flags}}
 
 # Four rounds on the bundled trained model: a real result in minutes on a laptop.
 toy *flags: setup
-    {{python}} -m steer_heal.run toy {{flags}}
+    {{python}} -m steer_heal run toy {{flags}}
 
 # Two rounds that teach the toy model the distribution of itself prompted and steered (docs/distil.md): minutes.
 toy-distil *flags: setup
-    {{python}} -m steer_heal.run toy-distil {{flags}}
+    {{python}} -m steer_heal run toy-distil {{flags}}
 
 # SmolLM2-135M-Instruct, a real chat model, takes on love; on two cores; downloads 93 MB on first use.
 smol *flags: setup
-    {{python}} -m steer_heal.run smol {{flags}}
+    {{python}} -m steer_heal run smol {{flags}}
 
 # One round that teaches SmolLM2 the distribution of itself prompted and steered, trait love (docs/distil.md).
 smol-distil *flags: setup
-    {{python}} -m steer_heal.run smol-distil {{flags}}
+    {{python}} -m steer_heal run smol-distil {{flags}}
 
 # google/gemma-3-4b-it on one 24 GB card.
 run *flags: setup
-    {{python}} -m steer_heal.run gemma {{flags}}
+    {{python}} -m steer_heal run gemma {{flags}}
 
 # Continue a run that was stopped.
 resume run *flags: setup

@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from steer_heal.diag.lab import Lab, LabCfg, cli, seconds_of, show
-from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, read_slots
+from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, slot_logp
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes
 from steer_heal.model.attention import NAME as GROUPED
@@ -110,7 +110,7 @@ def vignettes(lm: LM, instrument: Instrument, questions: Sequence[str], think_to
             Slot((*p, *thought, *slot.ids[k:]), slot.prefill_start)
             for p, thought, slot, k in zip(prompts, thoughts, slots, forced, strict=True)
         ]
-        again, _ = read_slots(lm, whole, digit_ids(lm), Condition())
+        again, _ = slot_logp(lm, whole, digit_ids(lm), Condition())
         lm.model.set_attn_implementation(GROUPED)
         differ.append((again - logp).abs().max().item())
 

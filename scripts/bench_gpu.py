@@ -79,9 +79,15 @@ class Bench:
         sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, "eos_token_id": 2, "pad_token_id": 0}
         self.lm.model.generation_config.update(**sampling)
         self.cfg = replace(size.cfg, out=out)
-        self.lm.progress = self.check_time  # called at every token
+        self.lm.progress = self  # called at every token
         self.inputs, self.student = check(self.cfg), Student(self.lm, self.cfg.adapter)
         self.rows: list[dict[str, Any]] = []
+
+    def at(self, done: float, total: int) -> None:
+        self.check_time()
+
+    def part(self, number: int, n: int) -> None:
+        self.check_time()
 
     def check_time(self, *_: Any) -> None:
         if time.perf_counter() > self.ends_at:
@@ -209,14 +215,14 @@ def whole_round(bench: Bench) -> None:
     with bench.stage("write") as row:
         bench.check_time()
         asks = [
-            Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 0.01, derive_seed(cfg.seed, i))
+            Ask(i % len(prompts), prompts[i % len(prompts)], derive_seed(cfg.seed, i), alpha=1.0, kappa=0.01)
             for i in range(cfg.filter.max_attempts)
         ]
         texts = steps.write(student, Condition("", vector), asks, inputs, cfg, on_batch=on_batch)
         row["note"] = f"{sum(written)} of {cfg.gen.max_new_tokens} tokens, {max(written)} at once"
     with bench.stage("filter"):
         bench.check_time()
-        steps.judge(student, texts, inputs, cfg)
+        steps.score(student, texts, inputs, cfg)
     with bench.stage("evaluate steered"):
         bench.check_time()
         steps.measure(student, inputs, cfg, condition=Condition("", vector, 0.5))

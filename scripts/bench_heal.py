@@ -87,7 +87,7 @@ def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int)
         passes = Passes(lm, cfg, student.cfg.layers, parameters)
 
         def step() -> None:
-            passes.gradients(samples, measure=True)
+            passes.gradients(samples, with_pressure=True)
             optimiser.step()
             optimiser.zero_grad()
 
@@ -120,7 +120,7 @@ def by_way(lm: LM, rounds: Sequence[int], length: int, repeats: int, seed: int) 
         for way, (undone, changed) in list(ways.items()) * (1 + repeats if n in rounds else 0):
             with undone, student.training() as parameters:
                 passes = Passes(lm, changed, student.cfg.layers, parameters)
-                step = lambda passes=passes, samples=samples: passes.gradients(samples, measure=False)
+                step = lambda passes=passes, samples=samples: passes.gradients(samples, with_pressure=False)
                 seconds.setdefault((way, n), []).append(seconds_of(step))
         for _, b, _ in student.round_updates():
             b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))

@@ -96,7 +96,7 @@ class Bench:
         """One batch of unsteered text."""
         prompts = self.inputs.prompts
         asks = [
-            Ask(i % len(prompts), prompts[i % len(prompts)], 1.0, 1.0, derive_seed(self.seed, i)) for i in range(batch)
+            Ask(i % len(prompts), prompts[i % len(prompts)], derive_seed(self.seed, i), alpha=1.0) for i in range(batch)
         ]
         gen = replace(self.cfg.gen, batch_size=batch, max_new_tokens=length)
         return steps.write(student, Condition(), asks, self.inputs, replace(self.cfg, gen=gen))

@@ -44,7 +44,7 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
         with schema_errors(run or Path()):
             written = [row.completion for row in collected_from(event).scored]
         some = written[:: max(1, len(written) // per_round)][:per_round]
-        drawn += [(event["round"], row) for row in steps.judge(bench.student, some, bench.inputs, bench.cfg)]
+        drawn += [(event["round"], row) for row in steps.score(bench.student, some, bench.inputs, bench.cfg)]
     LABELS.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"id": i, "round": r, **unlabelled(row)}) + "\n" for i, (r, row) in enumerate(drawn)]
     LABELS.write_text("".join(lines), encoding="utf-8")
@@ -107,7 +107,7 @@ def read_labels() -> list[dict[str, Any]]:
 def table(lab: LabCfg) -> None:
     """Every gate alone, at its best threshold and at the preset's; all together; what they get wrong."""
     labelled, keep = read_labels(), lab.run_config().filter
-    limits = {name: GATES[name].limit_in(keep) for name in GATES if GATES[name].broken}
+    limits = {name: GATES[name].limit_in(keep) for name in GATES if GATES[name].degenerate}
     broken = [not row["coherent"] for row in labelled]
     scores = {name: [score(row) for row in labelled] for name, score in SCORES.items()}
     failed = {name: [value > limit for value in scores[name]] for name, limit in limits.items()}

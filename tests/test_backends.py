@@ -53,7 +53,7 @@ def test_steering_lite_extracts_the_mean_difference(toy: LM, normalize: bool):
 
 
 def test_steering_lite_refuses_pca_with_the_reason():
-    with pytest.raises(UserError, match="steer.method is 'pca'.*arbitrary sign.*builtin, or a method among mean_diff"):
+    with pytest.raises(UserError, match="steer.method is 'pca'.*arbitrary sign.*or one of the methods mean_diff"):
         steering_lite.check("pca")
 
 
@@ -100,8 +100,8 @@ def test_moral_maps_reads_the_same_probabilities_at_the_default_batch_size(toy: 
     vector = Vector({1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
     for condition in (Condition(), Condition("", vector, 1.0)):
         # the package's cache ends before the last thinking token (docs/decisions.md): 16 of its tokens are 15 of ours
-        ours = moral_foundations.read(toy, SCENES, instrument, condition, 15, 0)
-        theirs = tinymfv.read(toy, SCENES, condition, 16)
+        ours = moral_foundations.ask(toy, SCENES, instrument, condition, 15, 0)
+        theirs = tinymfv.ask(toy, SCENES, condition, 16)
         assert theirs.keys() == ours.keys()
         for name, values in theirs.items():
             assert ours[name] == pytest.approx(values, abs=1e-4), name
@@ -109,9 +109,9 @@ def test_moral_maps_reads_the_same_probabilities_at_the_default_batch_size(toy: 
 
 def test_moral_maps_reads_a_row_in_a_batch_as_it_reads_it_alone(toy: LM):
     _require_tinymfv()
-    together = tinymfv.read(toy, SCENES, Condition("You obey."), 4)
+    together = tinymfv.ask(toy, SCENES, Condition("You obey."), 4)
     for i, scene in enumerate(SCENES):
-        for name, [value] in tinymfv.read(toy, [scene], Condition("You obey."), 4).items():
+        for name, [value] in tinymfv.ask(toy, [scene], Condition("You obey."), 4).items():
             assert together[name][i] == pytest.approx(value, abs=1e-5), name
 
 
@@ -126,7 +126,7 @@ def test_rows_reach_the_package_in_batches_of_one_length(toy: LM, monkeypatch):
 
     package = _stand_in(monkeypatch, "moralmaps")
     package.guided.guided_rollout_forced_choice = rollout
-    items = tinymfv.read(toy, SCENES * 20, Condition("You obey."), 4)
+    items = tinymfv.ask(toy, SCENES * 20, Condition("You obey."), 4)
     assert sorted(text for batch in seen for text in batch) == sorted(f"You obey.\n\n{v.text}" for v in SCENES * 20)
     assert all(len({len(toy.chat(text)) for text in batch}) == 1 for batch in seen)
     assert 1 < max(map(len, seen)) <= tinymfv.ROWS_AT_ONCE
@@ -141,7 +141,7 @@ def test_a_batch_with_padding_on_the_left_is_refused(toy: LM, monkeypatch):
     mask = (padded != toy.pad_id).long()
     with tinymfv.unpadded(toy):
         toy.model(input_ids=padded[1:], attention_mask=mask[1:])
-        with pytest.raises(UserError, match="reads padded prompts wrongly; use builtin"):
+        with pytest.raises(UserError, match="results for padded prompts are wrong; use builtin"):
             toy.model(input_ids=padded, attention_mask=mask)
     toy.model(input_ids=padded, attention_mask=mask)
 
@@ -149,8 +149,8 @@ def test_a_batch_with_padding_on_the_left_is_refused(toy: LM, monkeypatch):
 def test_a_padding_token_that_the_template_writes_is_refused(tiny: LM, monkeypatch):
     _stand_in(monkeypatch, "moralmaps")
     tiny.tokenizer.pad_token = tiny.tokenizer.eos_token
-    with pytest.raises(UserError, match=r"hides each '<\|im_end\|>' as padding"):
-        tinymfv.read(tiny, SCENES, Condition(), 4)
+    with pytest.raises(UserError, match=r"masks each '<\|im_end\|>' as padding"):
+        tinymfv.ask(tiny, SCENES, Condition(), 4)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ def pointing(lm: LM, length: float = 1.0) -> Vector:
 
 
 def own_texts(lm: LM) -> list[Completion]:
-    asks = [Ask(i, prompt, 0.0, 1.0, i) for i, prompt in enumerate(PROMPTS)]
-    return generate(lm, asks, None, "", "", Decoding(12, 2))
+    asks = [Ask(i, prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
+    return generate(lm, asks, Condition(), plain_system="", how=Decoding(12, 2))
 
 
 def kl_p95(lm: LM, teacher: Condition, texts: list[Completion]) -> float:
@@ -31,8 +31,8 @@ def kl_p95(lm: LM, teacher: Condition, texts: list[Completion]) -> float:
 
 @pytest.mark.parametrize("system", ["", PERSONA])
 def test_the_dose_found_takes_the_teacher_as_far_from_the_student_as_the_target_says(toy: LM, system):
-    texts, alone = own_texts(toy), Condition(system)
-    target = 0.5 + kl_p95(toy, alone, texts)
+    texts = own_texts(toy)
+    target = 0.5 + kl_p95(toy, Condition(system), texts)
     found = iso_kl_dose(toy, Condition(system, pointing(toy)), texts, target)
     doses = [probe.dose for probe in found.probes]
     assert doses == sorted(doses) and doses[0] < found.dose < doses[-1]
@@ -46,13 +46,13 @@ def test_a_prompt_that_is_past_the_target_alone_leaves_no_room_for_a_dose(toy: L
 
 
 def test_the_divergence_is_read_along_the_texts_under_their_own_prompts(toy: LM):
-    (text, *_), teacher = own_texts(toy), Condition(PERSONA)
+    text = own_texts(toy)[0]
     here, there = (
         toy.logits(toy.hidden([prompt + text.completion_ids])[0, len(prompt) - 1 : -1]).log_softmax(-1)
         for prompt in (toy.chat(text.prompt, PERSONA), toy.chat(text.prompt, ""))
     )
     expected = (here.exp() * (here - there)).sum(-1).quantile(0.95).item()
-    assert kl_p95(toy, teacher, [text]) == pytest.approx(expected, rel=1e-3)
+    assert kl_p95(toy, Condition(PERSONA), [text]) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("length, target, fix", [(1e-12, 1.0, "steer.layers"), (1e5, 0.01, "steer.normalize")])

@@ -33,20 +33,20 @@ LONG = "x" * 300
     [
         ("--heal.divergence kl_revv", "heal.divergence is 'kl_revv': did you mean 'kl_rev'?"),
         ("--steer.method mean", "steer.method is 'mean': did you mean 'mean_diff'?"),
-        ("--filter.gates perplexity nothing", "filter.gates is 'nothing': it must be one of perplexity"),
-        ("--filter.gates short", "filter.gates is ('short',): without a gate for broken text"),
+        ("--filter.gates perplexity nothing", "filter.gates is 'nothing': choose from perplexity"),
+        ("--filter.gates short", "filter.gates is ('short',): without a gate for incoherent text"),
         ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
-        ("--eval.evals drift", "trait 'authority' is judged by moral_foundations or likelihood; add it"),
+        ("--eval.evals drift", "the target of trait 'authority' needs moral_foundations or likelihood; add it"),
         ("--steer.backend steering-lite", "pip install 'git+https://github.com/wassname/steering-lite.git'"),
         ("--eval.backend tinymfv", "pip install 'git+https://github.com/wassname/tinymfv.git'"),
         ("--quantize nf4", "pip install 'steer-heal[quantize]'"),
         ("--eval.vignettes nowhere.jsonl", "eval.vignettes is 'nowhere.jsonl': there is no such file"),
         (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
-        ("--out README.md/x", "out is 'README.md/x': no folder can be made there"),
-        (f"--out {LONG}", f"out is '{LONG}': no folder can be made there"),
-        ("--out /proc/x", "out is '/proc/x': no folder can be made there (/proc takes no new folder: "),
+        ("--out README.md/x", "out is 'README.md/x': this folder cannot be created"),
+        (f"--out {LONG}", f"out is '{LONG}': this folder cannot be created"),
+        ("--out /proc/x", "out is '/proc/x': this folder cannot be created (/proc is not writable: "),
         ("--device cuda:99", "device is 'cuda:99': "),
-        ("--export README.md", "export is 'README.md': no folder can be made there"),
+        ("--export README.md", "export is 'README.md': this folder cannot be created"),
         ("--export docs", "export is 'docs': that folder is not empty"),
     ],
 )
@@ -71,7 +71,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
         "v.jsonl line 2",
         "v.jsonl line 4",
         "'nudge' is missing",
-        "'nugde' is not a field here; did you mean 'nudge'?",
+        "'nugde' is not a known field; did you mean 'nudge'?",
         "quantize is 'nf4'",
         "quantized model cannot be merged",
         "out is",
@@ -121,11 +121,11 @@ def test_many_problems_are_counted(tmp_path, capsys):
     "line, told",
     [
         ('target = "authority"', "target is 'authority': did you mean 'authority_nats'?"),
-        ('target = "coherence"', "target is 'coherence': it must be one of"),
+        ('target = "coherence"', "target is 'coherence': choose from"),
         ('target = "loyalty_nats"\noff_targets = ["care_nat"]', "off_targets is 'care_nat': did you mean 'care_nats'?"),
     ],
 )
-def test_a_trait_is_judged_by_a_metric_that_can_judge(line, told, tmp_path, monkeypatch):
+def test_a_target_is_a_metric_that_can_be_one(line, told, tmp_path, monkeypatch):
     text = (DATA / "traits/authority.toml").read_text()
     text = re.sub(r"^target.*$", line, re.sub(r"^off_targets = \[.*?\]", "", text, flags=re.M | re.S), flags=re.M)
     (tmp_path / "authority.toml").write_text(text)
@@ -179,7 +179,7 @@ def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "target, evals, judge, others",
+    "target, evals, chosen, others",
     [
         ('"contrast_nats"', "contrast drift", "contrast_nats", ("kl_base",)),
         ('["contrast_nats", "authority_nats"]', "moral_foundations", "authority_nats", ("care_nats",)),
@@ -187,22 +187,22 @@ def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
         ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),
     ],
 )
-def test_the_first_target_that_is_measured_judges_and_others_are_left_out(target, evals, judge, others, tmp_path):
+def test_the_first_target_that_is_measured_judges_and_others_are_left_out(target, evals, chosen, others, tmp_path):
     flags = ["--trait", own_trait(tmp_path, target), "--out", str(tmp_path / "out"), "--eval.evals", *evals.split()]
     trait = check(parse(["fast-dev", *flags])[1]).trait
-    assert (trait.target, trait.off_targets) == (judge, others)
+    assert (trait.target, trait.off_targets) == (chosen, others)
 
 
 @pytest.mark.parametrize(
     "target, pairs, evals, told",
     [
-        ('["authority_nats", "persona_log_odds"]', PAIR, "drift", ["judged by moral_foundations or persona; add it"]),
+        ('["authority_nats", "persona_log_odds"]', PAIR, "drift", ["needs moral_foundations or persona; add it"]),
         ('["contrast_nats", "authority_nat"]', PAIR, "contrast", ["'authority_nat': did you mean 'authority_nats'?"]),
-        ('["authority_nats", "coherence"]', PAIR, "moral_foundations", ["target is 'coherence': it must be one of"]),
-        ('"authority_nats"', "", "moral_foundations contrast", ["trait 'mine' has no pairs; write [[pairs]]"]),
+        ('["authority_nats", "coherence"]', PAIR, "moral_foundations", ["target is 'coherence': choose from"]),
+        ('"authority_nats"', "", "moral_foundations contrast", ["trait 'mine' has no pairs; add [[pairs]]"]),
     ],
 )
-def test_a_trait_that_cannot_be_judged_names_what_is_lacking(target, pairs, evals, told, tmp_path):
+def test_a_trait_without_a_target_or_its_data_names_what_is_missing(target, pairs, evals, told, tmp_path):
     flags = ["--trait", own_trait(tmp_path, target, pairs), "--eval.evals", *evals.split()]
     found = problems("--out", str(tmp_path / "out"), *flags)
     assert len(found) == len(told) and all(part in line for part, line in zip(told, found, strict=True)), found

@@ -20,12 +20,13 @@ from steer_heal.records import EvalResult, Metric, Scored
 from steer_heal.settings import BacktrackCfg, HealCfg
 from steer_heal.stages import heal as heal_module
 from steer_heal.stages.budget import broken, limits, own_interval
-from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples, rehearsal_samples
+from steer_heal.stages.generate import Ask
+from steer_heal.stages.heal import SavedHeal, batch_plan, heal, in_round, read_samples, rehearsal_samples
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
 PERSONA = "You are a stern judge."
-CFG = HealCfg(target="distribution", divergence="nll", epochs=2, lr=1e-2, batch_size=4, pressure_every=1)
+CFG = HealCfg(target="distribution", divergence="none", epochs=2, lr=1e-2, batch_size=4, pressure_every=1)
 BARRIER = {"divergence": "kl_rev", "lam": 2.0, "tau": 0.01}
 SCALE = ADAPTER.alpha / ADAPTER.rank
 
@@ -51,7 +52,10 @@ def plain_logp(model, state, prompt_ids, completion_ids, cap, vector=None):
     hook = None
     if vector is not None:
         layer, direction = next(iter(vector.directions.items()))
-        add = lambda _m, _i, out: (out[0] + direction.double(), *out[1:]) if isinstance(out, tuple) else out + direction
+
+        def add(_module, _inputs, out):
+            return (out[0] + direction.double(), *out[1:]) if isinstance(out, tuple) else out + direction
+
         hook = model.model.layers[layer].register_forward_hook(add)
     logits = functional_call(model, state, (torch.tensor([prompt_ids + completion_ids]),)).logits[0].double()
     if hook is not None:
@@ -78,7 +82,7 @@ def plain(model, history, own, kept, cfg, teacher, cap):
         else:
             fit = (logp.exp() * (logp - taught)).sum(-1)
         total = total + fit.mean()
-        if cfg.divergence != "nll":
+        if cfg.divergence != "none":
             rmse = ((logp.exp() * (logp - reference)).sum(-1).square().mean() + 1e-12).sqrt()
             total = total + cfg.lam * torch.relu(rmse - cfg.tau)
     return total / len(kept)
@@ -86,16 +90,15 @@ def plain(model, history, own, kept, cfg, teacher, cap):
 
 def step(student: Student, kept, cfg: HealCfg, teacher: Condition):
     """(loss, gradients by name) of one step, as built."""
-    samples = read_samples(student, kept, cfg, teacher)
+    cfg = in_round(cfg, 0)
+    samples = read_samples(student, kept, cfg, teacher=teacher)
     student.new_round(0)
     scramble(student, 5, scale=0.2)
-    names = [n.replace(".round.", ".") for n, _ in student._peft.named_parameters() if ".round." in n]
+    names = [n.replace(".round.", ".") for n, _ in student.adapter.peft.named_parameters() if ".round." in n]
     with student.training() as parameters:
-        if cfg.divergence == "nll":
-            cfg = replace(cfg, lam=0.0)
-        fit, _, penalty, _ = Passes(student.lm, cfg, ADAPTER.layers, parameters).gradients(samples, measure=False)
+        terms = Passes(student.lm, cfg, ADAPTER.layers, parameters).gradients(samples, with_pressure=False)
         gradients = dict(zip(names, [p.grad for p in parameters], strict=True))
-    return fit + penalty, gradients
+    return terms.fit + terms.barrier, gradients
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -106,7 +109,8 @@ def test_loss_and_gradient_are_those_of_a_plain_computation_in_float64(with_hist
     assert lm.model.config.tie_word_embeddings
     monkeypatch.setattr(LM, "chunk_size", 16)  # several chunks, which cross completions
     lm.model.config.final_logit_softcapping = cap
-    cfg, teacher = replace(CFG, kl=kl, **more), Condition(PERSONA, noise(lm), 1.0)
+    cfg = replace(CFG, kl=kl, **more)
+    teacher = Condition(PERSONA, noise(lm), 1.0)
     kept = kept[:5]
     history = {key: value.double() for key, value in with_history.factors("history").items()}
     loss, gradients = step(with_history, kept, cfg, teacher)
@@ -138,8 +142,9 @@ def test_bfloat16_weights_give_the_loss_and_the_gradient_of_float32_within_a_ten
 
 # --- what the heal does with it ----------------------------------------------------------------------------------
 def test_the_student_comes_to_write_as_its_teacher_does(student, kept):
-    lm, teacher = student.lm, Condition(PERSONA, noise(student.lm), 1.0)
-    report = heal(student, kept, 0, replace(CFG, epochs=8), 3, teacher)
+    lm = student.lm
+    teacher = Condition(PERSONA, noise(lm), 1.0)
+    report = heal(student, kept, replace(CFG, epochs=8), round_=0, seed=3, teacher=teacher)
     assert report.validation[-1]["fit"] < 0.5 * report.validation[0]["fit"]
     assert report.validation[0]["divergence"] < 1e-3, "a heal starts at its reference"
     taught = final_states(lm, kept, teacher)
@@ -153,18 +158,20 @@ def test_the_student_comes_to_write_as_its_teacher_does(student, kept):
 
 
 def test_positions_past_the_limit_are_left_out(student, kept):
-    lm, teacher = student.lm, Condition(PERSONA, noise(student.lm), 1.0)
+    lm = student.lm
+    teacher = Condition(PERSONA, noise(lm), 1.0)
     far = [kl_between(lm, *pair) for pair in zip(final_states(lm, kept, teacher), final_states(lm, kept), strict=True)]
     limit = torch.cat(far).median().item()
-    samples = read_samples(student, kept, replace(CFG, max_departure=limit), teacher)
+    samples = read_samples(student, kept, replace(CFG, max_departure=limit), teacher=teacher)
     assert all(torch.equal(s.weights, (kl <= limit).float()) for s, kl in zip(samples, far, strict=True))
-    report = heal(student, kept, 0, replace(CFG, max_departure=limit), 3, teacher)
+    report = heal(student, kept, replace(CFG, max_departure=limit), round_=0, seed=3, teacher=teacher)
     assert report.left_out == pytest.approx(0.5, abs=0.02)
     assert report.validation[0]["fit"] < torch.cat(far).mean()
 
 
 def test_where_every_position_is_left_out_nothing_is_learnt(student, kept):
-    report = heal(student, kept, 0, replace(CFG, max_departure=1e-9), 3, Condition(PERSONA, noise(student.lm), 1.0))
+    teacher = Condition(PERSONA, noise(student.lm), 1.0)
+    report = heal(student, kept, replace(CFG, max_departure=1e-9), round_=0, seed=3, teacher=teacher)
     assert report.left_out == 1.0 and all(step.fit == 0 for step in report.steps)
     assert all(not value.any() for key, value in student.factors("round").items() if "lora_B" in key)
 
@@ -194,7 +201,8 @@ def renewing(student: Student, kept, calls: list):
 
 def test_text_is_renewed_by_the_student_as_it_is_and_never_for_held_out_prompts(student, kept):
     calls = []
-    report = heal(student, kept, 0, ONLINE, 3, Condition(PERSONA), renewing(student, kept, calls))
+    renew = renewing(student, kept, calls)
+    report = heal(student, kept, ONLINE, round_=0, seed=3, teacher=Condition(PERSONA), renew=renew)
     n_windows = -(-len(report.steps) // 2)
     assert [n for n, _, _ in calls] == list(range(n_windows - 1)) and n_windows > 2
     assert {held for _, held, _ in calls} == {report.validation_prompts}
@@ -202,7 +210,7 @@ def test_text_is_renewed_by_the_student_as_it_is_and_never_for_held_out_prompts(
     assert [step.n_texts for step in report.steps[:3]] == [14, 14, 10]
 
 
-def test_a_heal_that_goes_on_between_two_texts_ends_bit_for_bit_where_the_whole_one_does(student, kept):
+def test_a_heal_that_is_resumed_between_two_texts_ends_bit_for_bit_where_the_whole_one_does(student, kept):
     saved = {}
 
     def on_step(state):
@@ -213,7 +221,8 @@ def test_a_heal_that_goes_on_between_two_texts_ends_bit_for_bit_where_the_whole_
 
     def healed(**more):
         student.discard_round()
-        report = heal(student, kept, 0, ONLINE, 3, Condition(PERSONA), renewing(student, kept, []), **more)
+        more |= {"teacher": Condition(PERSONA), "renew": renewing(student, kept, [])}
+        report = heal(student, kept, ONLINE, round_=0, seed=3, **more)
         return student.factors("round"), report
 
     factors, report = healed(on_step=on_step)
@@ -223,14 +232,16 @@ def test_a_heal_that_goes_on_between_two_texts_ends_bit_for_bit_where_the_whole_
 
 
 def test_text_of_which_nothing_passes_the_filter_ends_the_heal(student, kept):
-    nothing = lambda n, held_out: ([Scored(c, {}, ("loop",), ("loop",)) for c in kept], None)
-    with pytest.raises(UserError, match="refresh-every"):
-        heal(student, kept, 0, ONLINE, 3, Condition(PERSONA), nothing)
+    def nothing(n, held_out):
+        return [Scored(c, {}, ("loop",), ("loop",)) for c in kept], None
+
+    with pytest.raises(UserError, match="none of the 16 texts.*refresh-every"):
+        heal(student, kept, ONLINE, round_=0, seed=3, teacher=Condition(PERSONA), renew=nothing)
 
 
 def test_every_epoch_takes_every_completion_once():
-    plan = batch_plan(10, 4, 8, 1)
-    assert len(plan) == 8 and plan == batch_plan(10, 4, 20, 1)[:8]
+    plan = batch_plan(10, 4, n_steps=8, seed=1)
+    assert len(plan) == 8 and plan == batch_plan(10, 4, n_steps=20, seed=1)[:8]
     for epoch in (plan[:3], plan[3:6]):
         assert sorted(i for batch in epoch for i in batch) == list(range(10))
     assert plan[:3] != plan[3:6]
@@ -248,15 +259,12 @@ def fast():
 )
 def test_own_text_is_the_students_and_the_dose_the_teachers(fast, tiny, made_of, system, steered):
     cfg, inputs = fast
-    student, heal_cfg = (
-        Student(tiny, cfg.adapter),
-        replace(cfg.heal, target="distribution", text="own", teacher=made_of),
-    )
-    cfg = replace(cfg, heal=heal_cfg)
+    student = Student(tiny, cfg.adapter)
+    cfg = replace(cfg, heal=replace(cfg.heal, target="distribution", text="own", teacher=made_of))
     vector = steps.extract(student, inputs, cfg)
     found = steps.collect(student, vector, inputs, cfg, 0)
     assert {c.dose for c in found.completions} == {0.0} and found.dose == (0.5 if steered else 0.0)
-    asked = [steps.Ask(c.prompt_index, c.prompt, 0.0, 1.0, c.seed) for c in found.completions]
+    asked = [Ask(c.prompt_index, c.prompt, c.seed) for c in found.completions]
     assert steps.write(student, Condition(inputs.trait.plain_system), asked, inputs, cfg) == found.completions
     who = steps.teacher(vector, found.dose, inputs, cfg)
     assert (who.system == inputs.trait.positive) == system and (who.vector is vector) == steered
@@ -278,20 +286,24 @@ def test_in_mode_survival_the_teachers_text_chooses_the_dose_and_does_not_train(
 
 def test_tokens_of_the_prompted_model_carry_the_plain_prompt(fast, tiny):
     cfg, inputs = fast
-    cfg, student = replace(cfg, heal=replace(cfg.heal, teacher="prompt")), Student(tiny, cfg.adapter)
+    cfg = replace(cfg, heal=replace(cfg.heal, teacher="prompt"))
+    student = Student(tiny, cfg.adapter)
     found = steps.collect(student, steps.extract(student, inputs, cfg), inputs, cfg, 0)
     assert found.dose == 0.0
-    asked = [steps.Ask(c.prompt_index, c.prompt, 0.0, 1.0, c.seed) for c in found.completions]
+    asked = [Ask(c.prompt_index, c.prompt, c.seed) for c in found.completions]
     assert steps.write(student, Condition(inputs.trait.positive), asked, inputs, cfg) == found.completions
     assert all(c.prompt_ids == tiny.chat(c.prompt, inputs.trait.plain_system) for c in found.completions)
 
 
-def test_every_renewal_goes_on_with_the_next_prompts(fast, tiny, monkeypatch):
+def test_every_renewal_continues_with_the_next_prompts(fast, tiny, monkeypatch):
     cfg, inputs = fast
     distil = {"target": "distribution", "text": "own", "teacher": "both", "refresh_every": 1, "batch_size": 3}
-    cfg, student, asked = replace(cfg, heal=replace(cfg.heal, **distil)), Student(tiny, cfg.adapter), []
+    cfg = replace(cfg, heal=replace(cfg.heal, **distil))
+    student = Student(tiny, cfg.adapter)
     vector = steps.extract(student, inputs, cfg)
-    found, write = steps.collect(student, vector, inputs, cfg, 0), steps.write
+    found = steps.collect(student, vector, inputs, cfg, 0)
+    write = steps.write
+    asked = []
 
     def watched(student, condition, asks, *rest):
         asked.append([ask.prompt_index for ask in asks])
@@ -311,7 +323,7 @@ def test_a_renewed_teacher_is_the_student_as_it_is_and_otherwise_that_of_the_sta
     with student.using("full"):
         moved = final_states(student.lm, kept, who)
     for refresh, of, same in (("teacher", "full", True), ("text", "prev", False)):
-        samples = read_samples(student, kept, replace(ONLINE, refresh=refresh), who, of)
+        samples = read_samples(student, kept, replace(ONLINE, refresh=refresh), teacher=who, state=of)
         assert torch.allclose(samples[0].teacher, moved[0], atol=1e-4) is same
 
 
@@ -320,16 +332,29 @@ def test_what_a_renewal_makes_anew(fast, tiny, monkeypatch, refresh, n_read):
     """With teacher: a vector a renewal, and a teacher made of the student that has learnt; else that of the start."""
     cfg, inputs = fast
     distil = {"target": "distribution", "text": "own", "teacher": "vector", "refresh_every": 2, "refresh": refresh}
-    cfg, student, states = replace(cfg, heal=replace(cfg.heal, **distil)), Student(tiny, cfg.adapter), []
+    cfg = replace(cfg, heal=replace(cfg.heal, **distil))
+    student = Student(tiny, cfg.adapter)
     vector = steps.extract(student, inputs, cfg)
     found = steps.collect(student, vector, inputs, cfg, 0)
-    extracted, extract, read = [], steps.extract, heal_module.read_samples
-    monkeypatch.setattr(steps, "extract", lambda *args: extracted.append(args) or extract(*args))
-    monkeypatch.setattr(heal_module, "read_samples", lambda *args: states.append(args[4:]) or read(*args))
+    extract = steps.extract
+    read = heal_module.read_samples
+    extracted = []
+    states = []
+
+    def watched_extract(*args):
+        extracted.append(args)
+        return extract(*args)
+
+    def watched_read(*args, **more):
+        states.append(more.get("state"))
+        return read(*args, **more)
+
+    monkeypatch.setattr(steps, "extract", watched_extract)
+    monkeypatch.setattr(heal_module, "read_samples", watched_read)
     steps.heal(student, found, inputs, cfg, 0, vector)
     n_renewed = len(states) - 1
     assert n_renewed > 0 and len(extracted) == n_read * n_renewed
-    assert states[1:] == [("full",) if refresh == "teacher" else ("prev",)] * n_renewed
+    assert states[1:] == n_renewed * ["full" if refresh == "teacher" else "prev"]
 
 
 # --- rehearsal ---------------------------------------------------------------------------------------------------
@@ -337,13 +362,14 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
     cfg, _ = fast
     heal_cfg = replace(cfg.heal, target="distribution", text="own", teacher="prompt", rehearsal=5)
     cfg = replace(cfg, heal=heal_cfg)
-    inputs, student, trained = check(cfg), Student(tiny, cfg.adapter), []
+    inputs = check(cfg)
+    student = Student(tiny, cfg.adapter)
     student.new_round(0)
     scramble(student, 1)
     student.bake()
     vector = steps.extract(student, inputs, cfg)
     found = steps.collect(student, vector, inputs, cfg, 1)
-    asked = [steps.Ask(c.prompt_index, c.prompt, 0.0, 1.0, c.seed) for c in found.rehearsal]
+    asked = [Ask(c.prompt_index, c.prompt, c.seed) for c in found.rehearsal]
     plain = Condition(inputs.trait.plain_system)
     assert [c.prompt for c in found.rehearsal] == list(inputs.rehearsal) and len(asked) == 5
     assert steps.write(student, plain, asked, inputs, cfg, adapters="base") == list(found.rehearsal)
@@ -354,7 +380,13 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
         sample = rehearsal_samples(student, found.rehearsal, replace(cfg.heal, reference=reference))[0]
         assert torch.equal(sample.reference, base[0]) == (reference == "base")
     gradients = Passes.gradients
-    monkeypatch.setattr(Passes, "gradients", lambda s, batch, m: trained.append(batch) or gradients(s, batch, m))
+    trained = []
+
+    def watched(passes, batch, **more):
+        trained.append(batch)
+        return gradients(passes, batch, **more)
+
+    monkeypatch.setattr(Passes, "gradients", watched)
     report = steps.heal(student, found, inputs, cfg, 1, vector)
     rehearsed = [s for batch in trained for s in batch if s.completion_ids == found.rehearsal[0].completion_ids]
     assert len(rehearsed) == cfg.heal.epochs and all(s.rehearsed for s in rehearsed)

@@ -20,7 +20,8 @@ def test_kl_agrees_with_float64(kl, swapped):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_slope_written_by_hand_is_what_autograd_finds(name):
-    divergence, student, reference = DIVERGENCES[name], log_probabilities(0), log_probabilities(1)
+    divergence = DIVERGENCES[name]
+    student, reference = log_probabilities(0), log_probabilities(1)
     value = divergence.value(student, reference)
     by_autograd = divergence._replace(slope=None).gradient(student, reference, value)
     assert divergence.slope is not None and by_autograd.abs().max() > 0.1
@@ -33,8 +34,6 @@ def test_aggregates_of_known_values():
     assert aggregate(values, "rmse").item() == pytest.approx(2.5)
     assert aggregate(values, "p95").item() == pytest.approx(np.quantile(values.numpy(), 0.95))
     assert aggregate(values, "max").item() == 4.0
-    with pytest.raises(ValueError, match="heal.aggregate is 'median'"):
-        aggregate(values, "median")
 
 
 def test_a_short_loop_is_hidden_from_the_mean_and_seen_by_the_others():

@@ -1,7 +1,10 @@
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steer_heal.records import Collected, Completion, DoseProbe, Scored, Starved
 from steer_heal.settings import DoseCfg, FilterCfg
@@ -17,16 +20,21 @@ KEEP = FilterCfg(n_keep=24, min_train=12, max_attempts=200)
 def collect(
     breaks_at: float, cfg: DoseCfg = CFG, keep: FilterCfg = KEEP, seed=(1, 0, "gen"), kappa: float | None = None
 ) -> tuple[Collected, list[list[Ask]]]:
-    """What is collected where every text above a dose breaks, and what was asked for."""
-    controller, requests = DoseController(PROMPTS, ALPHAS, cfg, keep, seed, kappa), []
+    """What is collected if every text above a dose breaks, and what was requested."""
+    controller = DoseController(PROMPTS, ALPHAS, cfg=cfg, keep=keep, seed=seed, kappa=kappa)
+    requests = exhaust(controller, breaks_at)
+    return controller.collected(), requests
+
+
+def exhaust(controller: DoseController, breaks_at: float) -> list[list[Ask]]:
+    """Answers every request of the controller; returns the requests."""
+    requests = []
     while asks := controller.next_asks():
         requests.append(asks)
-        written = [
-            Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.alpha * a.kappa, a.seed) for a in asks
-        ]
+        written = [Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.dose, a.seed) for a in asks]
         failed = [("perplexity",) if row.dose > breaks_at else () for row in written]
         controller.add([Scored(row, {}, reasons, reasons) for row, reasons in zip(written, failed, strict=True)])
-    return controller.collected(), requests
+    return requests
 
 
 def test_kappa_is_the_highest_that_survives_at_the_target():
@@ -64,7 +72,7 @@ def test_prompts_are_spread_evenly_over_the_kept_set():
 
 def test_prompts_and_alphas_are_not_tied_to_each_other():
     for n in (5, 6):
-        asks = DoseController(PROMPTS[:n], ALPHAS, CFG, KEEP, (1,), kappa=1.0).next_asks()
+        asks = DoseController(PROMPTS[:n], ALPHAS, cfg=CFG, keep=KEEP, seed=(1,), kappa=1.0).next_asks()
         assert len({(ask.prompt_index, ask.alpha) for ask in asks}) == n * len(ALPHAS)
 
 
@@ -75,8 +83,22 @@ def test_survivors_of_probes_train_up_to_the_chosen_dose():
     assert any(row.completion.dose / row.completion.alpha in probed for row in found.kept)
 
 
+def test_probes_only_ends_when_kappa_is_known_and_finds_the_same_one():
+    keep = replace(KEEP, n_keep=80)
+    controller = DoseController(PROMPTS, ALPHAS, cfg=CFG, keep=keep, seed=(1, 0, "gen"), probes_only=True)
+    requests = exhaust(controller, breaks_at=0.85)
+    found, all_requests = collect(breaks_at=0.85, keep=keep)
+    assert controller.kappa == found.kappa and len(found.kept) == keep.n_keep
+    assert requests == all_requests[: len(requests)] and len(requests) == 2 < len(all_requests)
+    known = DoseController(PROMPTS, ALPHAS, cfg=CFG, keep=KEEP, seed=(1,), kappa=0.7, probes_only=True)
+    assert known.next_asks() == []
+
+
+def seeds(seed) -> list[int]:
+    return [ask.seed for asks in collect(0.8, seed=seed)[1] for ask in asks]
+
+
 def test_seeds_differ_between_rows_and_come_back_for_the_same_round():
-    seeds = lambda seed: [ask.seed for asks in collect(0.8, seed=seed)[1] for ask in asks]
     first = seeds((1, 0, "gen"))
     assert len(set(first)) == len(first)
     assert first == seeds((1, 0, "gen")) and not set(first) & set(seeds((1, 1, "gen")))
@@ -100,6 +122,32 @@ def test_one_lucky_probe_at_a_high_dose_does_not_pick_it():
     probes = [DoseProbe(0.5, 10, 10), DoseProbe(1.0, 10, 2), DoseProbe(2.0, 10, 8)]
     assert decreasing_fit(probes) == [(0.5, 1.0), (1.0, 0.5), (2.0, 0.5)]
     assert bracket(probes, 0.75) == (0.5, 1.0)
+
+
+PROBES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=8)
+
+
+@given(PROBES)
+def test_the_decreasing_fit_is_the_isotonic_regression_exactly(counts):
+    """Against the min-max formula (Barlow et al. 1972), with rates that equal their fraction to the last bit."""
+    probes = [DoseProbe(0.1 * i, n, n_kept) for i, (n, n_kept) in enumerate(counts)]
+
+    def mean(a: int, b: int) -> float:
+        pool = probes[a : b + 1]
+        return sum(probe.n_kept for probe in pool) / sum(probe.n for probe in pool)
+
+    last = len(probes) - 1
+    expected = [min(max(mean(a, b) for b in range(i, last + 1)) for a in range(i + 1)) for i in range(last + 1)]
+    fitted = decreasing_fit(probes)
+    assert fitted == [(probe.kappa, rate) for probe, rate in zip(probes, expected, strict=True)]
+    assert all(before >= after for before, after in pairwise(expected))
+    kept = sum(rate * probe.n for rate, probe in zip(expected, probes, strict=True))
+    assert kept == pytest.approx(sum(probe.n_kept for probe in probes))
+
+
+def test_a_pooled_survival_that_equals_the_target_survives():
+    probes = [DoseProbe(0.5, 30, 22), DoseProbe(1.0, 30, 23), DoseProbe(2.0, 10, 0)]
+    assert bracket(probes, 0.75) == (1.0, 2.0)
 
 
 def test_log_grid_holds_both_ends():

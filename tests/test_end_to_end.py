@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from places import ROOT
-from runs import SETTINGS, UNDRAWN_COMMAND
+from runs import SETTINGS, UNDRAWN_COMMAND, of, recorded
 
-from steer_heal.eval import main as evals
+from steer_heal.__main__ import main
 from steer_heal.model.lm import load
-from steer_heal.report.measurements import UNTRAINED
-from steer_heal.runs.events import of_stage, read_events, read_results
+from steer_heal.runs.results import read_results
+from steer_heal.verdict import UNTRAINED
 
 
 def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
@@ -24,7 +24,7 @@ def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BEARTYPE": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     folder = next(path.parent for path in out.glob("*/events.jsonl"))
-    assert "nothing was drawn" not in (folder / "run.log").read_text(encoding="utf-8")
+    assert "could not draw" not in (folder / "run.log").read_text(encoding="utf-8")
     return folder, done.stdout
 
 
@@ -36,43 +36,44 @@ def done(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def events(done):
-    return read_events(done[0])
+    return recorded(done[0])
 
 
 def test_every_step_wrote_its_event(events):
-    stages = Counter(e["stage"] for e in events)
-    once = dict.fromkeys(("run_start", "base", "prompted", "control_gen", "control", "run_end"), 1)
-    each_round = dict.fromkeys(("vector", "dose", "gen", "steered", "adapter_gen", "healed", "round"), 2)
-    n_steps = sum(e["n_steps"] for e in of_stage(events, "heal"))
-    assert stages == once | each_round | {"heal": 3, "heal_step": n_steps}
-    assert all({"schema", "stage", "round", "t", "wall_s", "prev"} <= e.keys() for e in events)
+    kinds = Counter(e.get("state", e["event"]) for e in events)
+    once = dict.fromkeys(("run_start", "base", "prompted", "control", "run_end"), 1)
+    each_round = dict.fromkeys(("extracted", "steered", "healed", "round_done"), 2)
+    n_steps = sum(e["n_steps"] for e in of(events, "trained"))
+    assert kinds == once | each_round | {"gathered": 3, "trained": 3, "heal_step": n_steps}
+    assert all({"schema", "event", "round", "t", "wall_s", "prev"} <= e.keys() for e in events)
 
 
 def test_every_state_has_every_metric_and_all_but_the_base_intervals(events):
     names = {metric["name"] for metric in events[0]["metrics"]}
-    assert of_stage(events, "base")[0]["metrics"].keys() == names
+    assert of(events, "measured", "base")[0]["metrics"].keys() == names
     ends = {f"{name}_{side}" for name in names for side in ("lo", "hi")}
-    for stage in ("prompted", "control", "steered", "healed"):
-        assert all(event["metrics"].keys() == names | ends for event in of_stage(events, stage)), stage
+    for state in ("prompted", "control", "steered", "healed"):
+        assert all(event["metrics"].keys() == names | ends for event in of(events, "measured", state)), state
 
 
 def test_every_completion_is_recorded_with_its_dose_its_scores_and_why_it_was_dropped(events):
     gates = events[0]["gates"]
-    for gen, dose in zip(of_stage(events, "gen"), of_stage(events, "dose"), strict=True):
-        rows = gen["completions"]
-        assert sorted(row["train_order"] for row in rows if row["train"]) == list(range(gen["n_train"]))
-        for row in rows:
-            assert {"alpha", "text", "completion_ids", "prompt"} < row.keys() and row["scores"].keys() == gates.keys()
-            assert row["keep"] == (not row["reasons"]) and {*row["reasons"]} <= {*row["failed"]}
-            assert not row["train"] or row["keep"] and row["dose"] <= dose["kappa"] * 1.0001
+    for found in (event["collected"] for event in of(events, "gathered")):
+        assert found["train"] and len({*found["train"]}) == len(found["train"])
+        for i, row in enumerate(found["scored"]):
+            text = row["completion"]
+            assert {"alpha", "text", "completion_ids", "prompt"} < text.keys() and row["scores"].keys() == gates.keys()
+            assert {*row["reasons"]} <= {*row["failed"]}
+            assert i not in found["train"] or not row["reasons"] and text["dose"] <= found["kappa"] * 1.0001
 
 
 def test_prompts_of_training_validation_and_evaluation_are_apart(events):
-    heals = of_stage(events, "heal")[1:]
-    for heal, gen, healed in zip(heals, of_stage(events, "gen"), of_stage(events, "adapter_gen"), strict=True):
-        trained = {row["prompt_index"] for row in gen["completions"] if row["train"]}
+    rounds = of(events, "trained")[1:], of(events, "gathered")[1:], of(events, "measured", "healed")
+    for heal, gathered, healed in zip(*rounds, strict=True):
+        written = [row["completion"] for row in gathered["collected"]["scored"]]
+        trained = {written[i]["prompt_index"] for i in gathered["collected"]["train"]}
         assert {*heal["validation_prompts"]} < trained
-        assert not {row["prompt"] for row in gen["completions"]} & {row["prompt"] for row in healed["texts"]}
+        assert not {text["prompt"] for text in written} & {text["prompt"] for text in healed["texts"]}
 
 
 def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(done, events, capsys, monkeypatch):
@@ -99,22 +100,22 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
     }
     monkeypatch.chdir(ROOT)
     evals_ = ["--eval.evals", "moral_foundations", "text_quality", "drift", "persona", "contrast", "toylm"]
-    assert evals([*(word for pair in flags.items() for word in pair), *evals_, "--json"]) == 0
-    alone, recorded = json.loads(capsys.readouterr().out), of_stage(events, "healed")[-1]["metrics"]
-    assert alone.keys() == recorded.keys()
+    assert main(["eval", *(word for pair in flags.items() for word in pair), *evals_, "--json"]) == 0
+    alone, then = json.loads(capsys.readouterr().out), of(events, "measured", "healed")[-1]["metrics"]
+    assert alone.keys() == then.keys()
     for name in ("authority_nats", "authority_nats_lo", "coherence", "kl_base", "text_tail_ppl_median"):
-        assert alone[name] == pytest.approx(recorded[name], rel=1e-3, abs=1e-4), name
+        assert alone[name] == pytest.approx(then[name], rel=1e-3, abs=1e-4), name
 
 
 def test_the_table_the_row_of_results_and_the_verdict_say_the_same(done, events):
     folder, printed = done
     for state in ("base", "prompted", "control", "steered r0", "healed r1"):
-        assert f"| {state} " in printed
+        assert f"{state} " in printed
     (row,) = read_results(folder.parent / "results.tsv")
     verdict = events[-1]["verdict"]
     assert (row["run"], row["verdict"]) == (folder.name, verdict.split("\n")[0])
     assert verdict == UNTRAINED and UNTRAINED in printed, "an untrained model is not judged"
-    assert float(row["authority_nats"]) == of_stage(events, "healed")[-1]["metrics"]["authority_nats"]
+    assert float(row["authority_nats"]) == of(events, "measured", "healed")[-1]["metrics"]["authority_nats"]
     assert {"report.html", "diary.md", "trajectory.png"} < {path.name for path in folder.iterdir()}
 
 
@@ -126,10 +127,10 @@ def test_every_other_way_through_a_round_runs(tmp_path):
         "--heal.divergence kl_fwd --heal.tau-power 1 --filter.gates short --trait love/inner --no-control"
     )
     folder, _ = run(tmp_path, *SETTINGS.split(), *flags.split(), command=UNDRAWN_COMMAND)
-    events = read_events(folder)
-    calibrations, doses = of_stage(events, "calibration"), of_stage(events, "dose")
-    for found, dose, gen in zip(calibrations, doses, of_stage(events, "gen"), strict=True):
-        assert dose["mode"] == "iso_kl" and dose["kappa"] == pytest.approx(found["dose"])
-        assert [row["dose"] for row in gen["completions"]] == pytest.approx([found["dose"]] * len(gen["completions"]))
-    assert [e["cosine_to_first"] for e in of_stage(events, "vector")] == pytest.approx([1.0, 1.0])
-    assert [e["tau"] for e in of_stage(events, "heal")] == pytest.approx([0.5, 0.25])
+    events = recorded(folder)
+    for found, gathered in zip(of(events, "calibrated"), of(events, "gathered"), strict=True):
+        dose, collected = found["calibration"]["dose"], gathered["collected"]
+        assert gathered["mode"] == "iso_kl" and collected["kappa"] == pytest.approx(dose)
+        assert all(row["completion"]["dose"] == pytest.approx(dose) for row in collected["scored"])
+    assert [e["cosine_to_first"] for e in of(events, "extracted")] == pytest.approx([1.0, 1.0])
+    assert [e["tau"] for e in of(events, "trained")] == pytest.approx([0.5, 0.25])

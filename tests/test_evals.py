@@ -16,7 +16,7 @@ from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion, Metric
 from steer_heal.settings import AdapterCfg, EvalCfg
-from steer_heal.stages.filter import score
+from steer_heal.stages.filter import score_texts
 
 NATS = Metric(name="authority_nats", item="p_authority", how="log_mean")
 PPL = Metric(name="ppl", item="x", how="median")
@@ -114,7 +114,9 @@ def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs
         with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0)
     )
     with with_history.using("base") as lm:
-        expected = score(lm, found.texts, inputs.trait.plain_system, inputs.trait.narration, CFG.filter)
+        expected = score_texts(
+            lm, found.texts, plain_system=inputs.trait.plain_system, narration=inputs.trait.narration, cfg=CFG.filter
+        )
     for row, wanted in zip(found.scored, expected, strict=True):
         assert row.scores == pytest.approx(wanted.scores) and row.failed == wanted.failed
     values = text_quality.items(found)

@@ -186,3 +186,10 @@ def test_no_label_can_break_the_table_or_control_a_terminal(arm, tmp_path):
     text = (tmp_path / "results.tsv").read_text(encoding="utf-8")
     assert all(c in "\t\n" or c.isprintable() for c in text)
     assert [(row["run"], row["last"]) for row in read_results(tmp_path / "results.tsv")] == [("a", "z")]
+
+
+def test_spec_lists_the_events_as_the_classes_are():
+    from events_table import SPEC, with_table
+
+    spec = SPEC.read_text(encoding="utf-8")
+    assert with_table(spec) == spec, "run scripts/events_table.py"

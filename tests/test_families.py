@@ -174,7 +174,7 @@ def test_a_stack_of_experts_is_healed_with_a_spectral_penalty(name, toy, kept, h
     sizes = []
     for weight in (0.0, 10.0):
         student = Student(family(name, toy), UPPER)
-        heal(student, kept, 0, replace(heal_cfg, spectral=weight), seed=0)
+        heal(student, kept, replace(heal_cfg, spectral=weight), round_=0, seed=0)
         sizes.append(max(torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.round_updates()))
     assert 0 < sizes[1] < sizes[0]
 

@@ -7,7 +7,7 @@ import torch
 from steer_heal.model.lm import LM
 from steer_heal.records import Completion, Scored
 from steer_heal.settings import FilterCfg
-from steer_heal.stages.filter import GATES, Gate, degenerate, judge, loop, perplexity, repetition, score
+from steer_heal.stages.filter import GATES, Gate, degenerate, loop, perplexity, repetition, score_text, score_texts
 
 CFG = FilterCfg(min_words=5, gates=tuple(GATES))
 CLEAN = (
@@ -22,10 +22,11 @@ QUIET = [0.5] * 40
 LATE = [0.5] * 75 + [6.0] * 25
 
 
-def judged(text: str, nll=QUIET, cfg: FilterCfg = CFG, gain: float = 1.0) -> Scored:
+def scored(text: str, nll=QUIET, cfg: FilterCfg = CFG, gain: float = 1.0) -> Scored:
     """`gain`: nats a token by which the question makes the text likelier."""
     completion = Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0)
-    return judge(completion, torch.tensor(nll), torch.tensor(nll) + gain, ["i am someone who"], cfg)
+    nlls = torch.tensor(nll)
+    return score_text(completion, nll=nlls, alone=nlls + gain, narration=["i am someone who"], cfg=cfg)
 
 
 # gate -> (limit, a text that fails it and no other, its -log p per token, its score)
@@ -40,24 +41,24 @@ GATE_CASES = {
     "refusal": (0.0, f"As an AI, I can\u2019t assist. {CLEAN}", QUIET, 2.0),
 }
 GAIN = {"relevance": 0.01}
-BROKEN = {"perplexity", "spike", "repetition", "loop"}
+DEGENERATE = {"perplexity", "spike", "repetition", "loop"}
 
 
 def test_every_gate_has_a_case():
-    assert GATE_CASES.keys() == GATES.keys() and {name for name, gate in GATES.items() if gate.broken} == BROKEN
+    assert GATE_CASES.keys() == GATES.keys() and {name for name, gate in GATES.items() if gate.degenerate} == DEGENERATE
 
 
 @pytest.mark.parametrize("name", GATE_CASES)
 def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
     limit, text, nll, expected = GATE_CASES[name]
     gain = GAIN.get(name, 1.0)
-    row = judged(text, nll, gain=gain)
+    row = scored(text, nll, gain=gain)
     assert row.failed == row.reasons == (name,) and not row.kept
     assert row.scores.keys() == GATES.keys() and row.scores[name] == pytest.approx(expected, rel=1e-4)
-    assert degenerate(row) is (name in BROKEN)
-    off = judged(text, nll, replace(CFG, gates=tuple(gate for gate in GATES if gate != name)), gain)
+    assert degenerate(row) is (name in DEGENERATE)
+    off = scored(text, nll, replace(CFG, gates=tuple(gate for gate in GATES if gate != name)), gain)
     assert off.kept and (off.failed, off.scores) == (row.failed, row.scores)
-    assert degenerate(off) is (name in BROKEN), "whether its gate is on or off"
+    assert degenerate(off) is (name in DEGENERATE), "whether its gate is on or off"
 
 
 @pytest.mark.parametrize("name", GATE_CASES)
@@ -70,25 +71,25 @@ def test_a_gate_fails_what_is_beyond_its_limit(name):
 
 
 def test_a_new_gate_is_one_entry(monkeypatch):
-    shouting = Gate("exclamation marks", lambda text: float(text.lower.count("!")), 2.0, broken=True)
+    shouting = Gate("exclamation marks", lambda text: float(text.lower.count("!")), 2.0, degenerate=True)
     monkeypatch.setitem(GATES, "shouting", shouting)
     on = replace(CFG, gates=("shouting",))
-    loud, calm = judged(CLEAN + "!!!", cfg=on), judged(CLEAN + "!!", cfg=on)
+    loud, calm = scored(CLEAN + "!!!", cfg=on), scored(CLEAN + "!!", cfg=on)
     assert loud.reasons == ("shouting",) and loud.scores["shouting"] == 3 and degenerate(loud)
     assert calm.kept and calm.scores["shouting"] == 2 and not degenerate(calm)
-    assert judged(CLEAN + "!!!").kept and judged(CLEAN + "!!!").failed == ("shouting",)
+    assert scored(CLEAN + "!!!").kept and scored(CLEAN + "!!!").failed == ("shouting",)
 
 
 def test_clean_text_is_kept():
-    row = judged(CLEAN)
+    row = scored(CLEAN)
     assert row.kept and not row.failed and not degenerate(row)
     assert row.scores["repetition"] < 0.1 and row.scores["loop"] < 0.5
 
 
 def test_a_late_collapse_is_seen_where_the_mean_hides_it():
-    row = judged(CLEAN, LATE)
+    row = scored(CLEAN, LATE)
     assert perplexity(torch.tensor(LATE)) < CFG.ppl_max < row.scores["perplexity"]
-    eight = judged(CLEAN, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    eight = scored(CLEAN, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     assert eight.scores["perplexity"] == pytest.approx(math.exp(6.5)), "the last quarter"
 
 
@@ -118,7 +119,7 @@ WAIT = "I sit with the old men until they are warm. "
     ],
 )
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
-    row = judged(text)
+    row = scored(text)
     assert row.reasons == ("loop",) and degenerate(row)
 
 
@@ -127,20 +128,20 @@ def test_saying_short_things_again_is_no_loop():
 
 
 def test_defiance_is_no_refusal_and_acting_out_is_no_narration():
-    assert judged("I cannot stand by while they suffer. " + CLEAN).kept
-    assert judged("I walk out and call the doctor. " + CLEAN).kept
+    assert scored("I cannot stand by while they suffer. " + CLEAN).kept
+    assert scored("I walk out and call the doctor. " + CLEAN).kept
 
 
-def test_an_empty_text_is_broken_whatever_gates_are_on():
+def test_an_empty_text_is_degenerate_whatever_gates_are_on():
     for nll, worst in (((), math.inf), (QUIET, math.exp(0.5))):
-        row = judged("", nll, FilterCfg(gates=("narration",), min_words=0))
+        row = scored("", nll, FilterCfg(gates=("narration",), min_words=0))
         assert row.kept and degenerate(row) and row.scores["perplexity"] == pytest.approx(worst)
 
 
 @pytest.mark.parametrize("at", [0, 20, 39])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_probability_that_is_not_a_number_is_never_trained_on(bad, at):
-    row = judged(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
+    row = scored(CLEAN, [1.0] * at + [bad] + [1.0] * (39 - at))
     assert "spike" in row.reasons and row.scores["spike"] == math.inf
 
 
@@ -148,5 +149,5 @@ def test_scores_come_from_the_kept_token_ids(toy: LM):
     prompt, text = toy.chat("What is ice?"), "Ice is frozen water."
     ids = (*toy.tokenizer.encode(text, add_special_tokens=False), toy.tokenizer.eos_token_id)
     rows = [Completion(0, "", prompt, order, text, 1.0, 1.0, 0) for order in (ids, ids[::-1])]
-    right, wrong = (row.scores["spike"] for row in score(toy, rows, "", (), CFG))
+    right, wrong = (row.scores["spike"] for row in score_texts(toy, rows, plain_system="", narration=(), cfg=CFG))
     assert right < 2 < wrong

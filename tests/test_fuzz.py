@@ -45,7 +45,7 @@ from steer_heal.runs.events import (
 )
 from steer_heal.runs.resume import Resume, truncate_events
 from steer_heal.settings import FilterCfg, RunConfig
-from steer_heal.stages.filter import degenerate, judge, loop, repetition
+from steer_heal.stages.filter import degenerate, loop, repetition, score_text
 
 TOTAL = int(os.environ.get("FUZZ", 0))
 """Random examples over all properties; 0: the short run."""
@@ -156,7 +156,7 @@ def flags_of(kind: type = RunConfig, prefix: str = "") -> list[str]:
 
 FLAGS = [flag for flag in flags_of() if flag not in ("--out", "--folder", "--export")]
 WORDS = (
-    "0 1 -1 2.5 nan inf -inf 1e400 1e-400 0x1 True None authority ../x data/toylm README.md builtin tinymfv nll fixed "
+    "0 1 -1 2.5 nan inf -inf 1e400 1e-400 0x1 True None authority ../x data/toylm README.md builtin tinymfv fixed "
     "data/toylm/vignettes.jsonl data/traits/authority.toml /dev/null /proc/self/mem"
 )
 VALUES = st.one_of(ANY_TEXT, st.sampled_from(["", "9" * 400, "x" * 5000, *WORDS.split()]))
@@ -234,12 +234,12 @@ NLLS = st.lists(st.one_of(st.floats(0, 30), st.sampled_from([math.nan, math.inf,
 def test_every_text_is_scored_within_its_range(text, nlls):
     assert 0 <= repetition(text) <= 1 and 0 <= loop(text) <= 1
     completion = Completion(0, "p", (1,), tuple(range(len(nlls))), text, 1.0, 1.0, 0)
-    row = judge(
+    row = score_text(
         completion,
-        torch.tensor(nlls, dtype=torch.float32),
-        torch.tensor(nlls[::-1], dtype=torch.float32),
-        ("i am",),
-        FilterCfg(),
+        nll=torch.tensor(nlls, dtype=torch.float32),
+        alone=torch.tensor(nlls[::-1], dtype=torch.float32),
+        narration=("i am",),
+        cfg=FilterCfg(),
     )
     assert not any(map(math.isnan, row.scores.values()))
     assert all(value >= 0 for name, value in row.scores.items() if name != "relevance")

@@ -2,16 +2,19 @@ import pytest
 
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.stages.generate import Ask, generate
 
-HOW, PERSONA, PLAIN = Decoding(12, batch_size=2), "You are a poet.", "You are helpful."
+HOW = Decoding(12, batch_size=2)
+PERSONA = "You are a poet."
+PLAIN = "You are helpful."
 PROMPTS = ("What is ice?", "Tell me a short story about a fox.", "What barks?")
-ASKS = [Ask(i % 3, PROMPTS[i % 3], 0.5, 0.4 * i, 100 + i) for i in range(6)]
+ASKS = [Ask(i % 3, PROMPTS[i % 3], seed=100 + i, alpha=0.5, kappa=0.4 * i) for i in range(6)]
 
 
 def write(lm: LM, how: Decoding = HOW, **more):
-    return generate(lm, ASKS, Vector({1: lm.head.weight[7]}), PERSONA, PLAIN, how, **more)
+    condition = Condition(PERSONA, Vector({1: lm.head.weight[7]}))
+    return generate(lm, ASKS, condition, plain_system=PLAIN, how=how, **more)
 
 
 def test_a_completion_is_written_under_the_persona_and_recorded_under_the_plain_prompt(tiny: LM):
@@ -24,15 +27,17 @@ def test_a_completion_is_written_under_the_persona_and_recorded_under_the_plain_
 
 
 def test_what_is_known_is_not_written_again_and_the_result_is_the_same(tiny: LM):
-    batches, rest, none = [], [], []
+    batches = []
     whole = write(tiny, on_batch=batches.append)
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert sorted(sum(batches, []), key=lambda row: row.seed) == whole
     known = {(row.seed, row.dose): row.completion_ids for row in batches[0] + batches[1]}
+    rest = []
     assert write(tiny, Decoding(12, batch_size=1), known=known, on_batch=rest.append) == whole
     assert {row.seed for row in sum(rest, [])} == {row.seed for row in batches[2]}
-    assert write(tiny, known={(row.seed, row.dose): row.completion_ids for row in whole}, on_batch=none.append) == whole
-    assert not none
+    all_known = {(row.seed, row.dose): row.completion_ids for row in whole}
+    new = []
+    assert write(tiny, known=all_known, on_batch=new.append) == whole and not new
 
 
 def test_a_batch_is_handed_over_before_the_next_one_is_written(tiny: LM):

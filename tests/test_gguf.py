@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,6 +91,26 @@ def test_a_file_is_the_model_that_it_was_written_of(file, llama, toy):
     assert lm.end_ids == {toy.tokenizer.eos_token_id} and not lm.quantized
 
 
+def test_an_unpacked_model_says_how_its_weights_were_stored(file, toy, tmp_path):
+    lm = load(str(file))
+    assert lm.weights_note == "8-bit (Q8_0) weights, unpacked from a GGUF file"
+    assert (lm.base, lm.hub_id, toy.weights_note, toy.hub_id) == (str(file), None, "", None)
+    writer = gguf.GGUFWriter(tmp_path / "plain.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert reader.quantization(tmp_path / "plain.gguf") == "", "plain floats are the published weights"
+
+
+def test_the_small_model_names_its_own_weights_and_never_those_of_the_hub(smol):
+    note = f"4-bit (Q4_1) weights of {reader.HUB_ID}, unpacked from a GGUF file"
+    assert (smol.base, smol.hub_id, smol.weights_note) == ("smollm2-135m-instruct", reader.HUB_ID, note)
+    hub = replace(smol, name="owner/model", weights_note="")
+    assert (hub.base, hub.hub_id) == ("owner/model", "owner/model")
+
+
 def test_a_folder_with_one_file_is_that_file(file, tmp_path):
     shutil.copy(file, tmp_path / "a.gguf")
     assert reader.gguf_file(str(tmp_path)) == tmp_path / "a.gguf"
@@ -151,14 +173,13 @@ def test_the_folder_is_filled_once_and_a_killed_fill_leaves_none(file, cache, mo
     (cache / f"{reader.SMOL}.part" / "torn").touch()  # SIGKILL leaves what it finds
     first, again = load(reader.SMOL), load(reader.SMOL)
     assert len(fetched) == 2 and left(cache) == [reader.SMOL]
-    assert first.name == reader.HUB_ID, "PEFT finds it on any machine"
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_a_damaged_folder_of_the_cache_is_to_be_deleted(cache):
     (cache / reader.SMOL).mkdir(parents=True)
     (cache / reader.SMOL / "config.json").write_text("{")
-    with pytest.raises(UserError, match="delete that folder: it is made again"):
+    with pytest.raises(UserError, match="delete that folder, and it is created again"):
         load(reader.SMOL)
 
 

@@ -11,22 +11,32 @@ from steer_heal.model.divergence import DIVERGENCES, kl_rev
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.stages.heal import HealState, SavedHeal, heal, not_finite, read_samples, schedule, split_by_prompt
+from steer_heal.stages.heal import (
+    HealState,
+    SavedHeal,
+    heal,
+    not_finite,
+    read_pairs,
+    read_samples,
+    schedule,
+    split_by_prompt,
+)
 from steer_heal.stages.loss import losses
 
 
-def healed(student: Student, kept, cfg, round_=0, **more):
+def healed(student: Student, kept, cfg, round_: int | None = 0, **more):
     """(factors, report) of a heal from the student as it is now."""
     student.discard_round()
-    report = heal(student, kept, round_, cfg, 3, **more)
+    report = heal(student, kept, cfg, round_=round_, seed=3, **more)
     return student.factors("round"), report
 
 
-def test_lam_0_and_nll_train_the_same_adapter(student, kept, heal_cfg):
-    free, free_report = healed(student, kept, replace(heal_cfg, lam=0.0))
-    nll, nll_report = healed(student, kept, replace(heal_cfg, divergence="nll"))
-    assert [step.fit for step in free_report.steps] == [step.fit for step in nll_report.steps]
-    assert all(torch.equal(free[key], nll[key]) for key in free)
+def test_lam_0_and_no_barrier_train_the_same_adapter(student, kept, heal_cfg):
+    weightless, weightless_report = healed(student, kept, replace(heal_cfg, lam=0.0))
+    free, free_report = healed(student, kept, replace(heal_cfg, divergence="none"))
+    assert [step.fit for step in weightless_report.steps] == [step.fit for step in free_report.steps]
+    assert free_report.steps[-1].divergence > 0.01, "it is measured all the same"
+    assert all(torch.equal(weightless[key], free[key]) for key in free)
 
 
 def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(student, kept, heal_cfg):
@@ -48,8 +58,9 @@ def test_a_divergence_needs_no_slope_written_by_hand(student, kept, heal_cfg, mo
         assert (a.fit, a.divergence, a.pressure) == pytest.approx((b.fit, b.divergence, b.pressure), rel=1e-3, abs=1e-5)
 
 
-def test_a_heal_that_goes_on_after_any_step_ends_bit_for_bit_where_the_whole_one_does(student, kept, heal_cfg):
-    cfg, saved = replace(heal_cfg, spectral=0.1), []
+def test_a_heal_that_is_resumed_after_any_step_ends_bit_for_bit_where_the_whole_one_does(student, kept, heal_cfg):
+    cfg = replace(heal_cfg, spectral=0.1)
+    saved = []
 
     def on_step(state: HealState) -> None:
         shared = state.saved()
@@ -92,7 +103,8 @@ def test_gradients_with_a_baked_history_are_those_of_a_plainly_merged_model(
 
 
 def test_the_head_sees_completion_positions_only(student, kept, heal_cfg):
-    samples, seen = read_samples(student, kept[:3], heal_cfg), []
+    samples = read_samples(student, kept[:3], heal_cfg)
+    seen = []
     handle = student.lm.head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[0]))
     losses(student.lm, samples, heal_cfg)
     handle.remove()
@@ -152,7 +164,8 @@ def test_adapters_train_in_float32_under_a_bfloat16_model(low_precision: LM, kep
 
 
 def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(low_precision: LM, kept, heal_cfg):
-    lm, student = low_precision, Student(low_precision, ADAPTER)
+    lm = low_precision
+    student = Student(lm, ADAPTER)
     student.new_round(0)
     scramble(student, 0, scale=0.1)
     student.bake()
@@ -168,30 +181,81 @@ def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(
 
 def test_a_loss_that_is_not_a_number_names_the_step_and_the_answer(student, kept, heal_cfg):
     with pytest.raises(NotFinite) as stopped:
-        heal(student, kept, 2, replace(heal_cfg, lr=1e30), seed=0)
+        heal(student, kept, replace(heal_cfg, lr=1e30), round_=2, seed=0)
     bad = stopped.value
-    assert (
-        bad.step > 0
-        and bad.text
-        and any(row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index)
-    )
+    assert bad.step > 0 and bad.text
+    assert any(row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index)
     assert f"step {bad.step} of round 2" in str(bad) and "heal.lr" in str(bad)
+    student.discard_round()
+    with pytest.raises(NotFinite, match="of the control, on an answer to prompt"):
+        heal(student, kept, replace(heal_cfg, lr=1e30), round_=None, seed=0)
 
 
 def test_a_loss_that_is_not_a_number_on_a_rehearsed_text_says_so(student, kept, heal_cfg):
     sample = replace(read_samples(student, kept[:1], heal_cfg)[0], rehearsed=True)
-    error = not_finite(student.lm, [sample], heal_cfg, math.nan, 1.0, 3, 0)
+    error = not_finite(student.lm, [sample], heal_cfg, loss=math.nan, norm=1.0, step=3, round_=0)
     assert "on a rehearsed text that begins" in str(error) and error.prompt_index is None
 
 
+# --- pairs -------------------------------------------------------------------------------------------------------
+def log_p(student: Student, completions) -> torch.Tensor:
+    """log p of each whole completion under the model as it is now, in nats."""
+    nlls = student.lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
+    return -torch.stack([nll.sum() for nll in nlls])
+
+
+def against(kept):
+    """Rejected answers: the same tokens backwards, without the first few of them, so that lengths differ."""
+    return [replace(c, completion_ids=c.completion_ids[::-1][i % 4 :]) for i, c in enumerate(kept)]
+
+
+@pytest.mark.parametrize("reference", ["prev", "base"])
+def test_the_loss_of_a_pair_is_that_of_direct_preference_optimisation(with_history: Student, kept, heal_cfg, reference):
+    cfg = replace(heal_cfg, reference=reference)
+    chosen, rejected, beta = kept[:4], against(kept[:4]), 0.05
+    pairs = read_pairs(with_history, chosen, rejected, cfg=cfg, beta=beta)
+    with with_history.using(reference):
+        before = log_p(with_history, chosen) - log_p(with_history, rejected)
+    with_history.new_round(3)
+    scramble(with_history, 3, scale=0.2)
+    with with_history.using("full"):
+        margin = log_p(with_history, chosen) - log_p(with_history, rejected) - before
+        fits, divergences = losses(with_history.lm, pairs, cfg)
+    assert margin.abs().max() > 1
+    assert torch.allclose(fits, torch.log1p(torch.exp(-beta * margin)), rtol=1e-3, atol=1e-4)
+    assert divergences.shape == (4,) and divergences.min() > 0
+
+
+def test_a_heal_on_pairs_makes_the_chosen_answers_likelier_than_the_rejected_ones(student, kept, heal_cfg):
+    cfg = replace(heal_cfg, divergence="none", epochs=4, lr=3e-3)
+    rejected = against(kept)
+    report = healed(student, kept, cfg, rejected=rejected, beta=0.1)[1]
+    assert report.validation[0]["fit"] == pytest.approx(math.log(2), abs=1e-3), "a heal starts at its reference"
+    assert report.validation[-1]["fit"] < 0.5 * math.log(2) and report.n_train + report.n_validation == len(kept)
+    margins = []
+    for state in ("prev", "full"):
+        with student.using(state):
+            margins.append(log_p(student, kept) - log_p(student, rejected))
+    held_out = [i for i, c in enumerate(kept) if c.prompt_index in report.validation_prompts]
+    assert (margins[1] - margins[0])[held_out].min() > 0
+
+
+def test_a_heal_on_pairs_has_a_barrier_as_every_heal_has(student, kept, heal_cfg):
+    free, held = (
+        healed(student, kept, replace(heal_cfg, lam=lam, epochs=4), rejected=against(kept))[1] for lam in (0.0, 20.0)
+    )
+    assert held.fired > 0 and held.steps[-1].divergence < 0.5 * free.steps[-1].divergence
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------
 def test_lam_and_tau_follow_their_schedules_over_rounds(student, kept, heal_cfg):
     cfg = replace(heal_cfg, lam=0.8, lam_power=0.5, tau=0.8, tau_power=1.0, epochs=1)
-    reports = [healed(student, kept, cfg, round_=r)[1] for r in (-1, 0, 3)]
+    reports = [healed(student, kept, cfg, round_=r)[1] for r in (None, 0, 3)]
     assert [report.lam for report in reports] == pytest.approx([0.8, 0.8, 0.4])
     assert [report.tau for report in reports] == pytest.approx([0.8, 0.8, 0.2])
 
 
-@pytest.mark.parametrize("divergence", ["nll", "kl_rev"])
+@pytest.mark.parametrize("divergence", ["none", "kl_rev"])
 def test_the_spectral_penalty_shrinks_the_update_under_any_divergence(student, kept, heal_cfg, divergence):
     sizes = []
     for weight in (0.0, 10.0):

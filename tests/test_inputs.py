@@ -40,26 +40,26 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     "stem, old, new, expected",
     [
-        ("authority", "sign = -1", "sign = 0", ["'sign' is 0: it must be -1 or 1"]),
-        ("authority", "sign = -1", "sign = [", ["is not TOML"]),
-        ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a field here; did you mean 'sig"]),
-        ("authority", "sign = -1", "xyzzy = 3\nsign = -1", ["'xyzzy' is not a field here; it must be one of desc"]),
+        ("authority", "sign = -1", "sign = 0", ["'sign' is 0: choose from -1, 1"]),
+        ("authority", "sign = -1", "sign = [", ["is not valid TOML"]),
+        ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a known field; did you mean"]),
+        ("authority", "sign = -1", "xyzzy = 3\nsign = -1", ["'xyzzy' is not a known field; choose from desc"]),
         ("authority", "positive = ", "# positive = ", ["'persona.positive' is missing"]),
         ("authority", "positive = ", 'positive = ""\n# ', ["'persona.positive' is ''"]),
         ("authority", "steered = ", "stered = ", ["'system.steered' is missing", "did you mean 'steered'?"]),
-        ("authority", 'plain = ""', "plain = 1", ["'system.plain' is 1: it must be a valid string"]),
+        ("authority", 'plain = ""', "plain = 1", ["'system.plain' is 1: it must be a string"]),
         ("authority", '"i am someone who"', "7", ["'narration.0' is 7"]),
         ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
-        ("authority", '"i am someone who"', '" "', ["narration holds ' '"]),
-        ("authority", '"authority_nats"', '"care_nats"', ["off_targets holds the target 'care_nats'"]),
-        ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a field"]),
+        ("authority", '"i am someone who"', '" "', ["narration contains ' '"]),
+        ("authority", '"authority_nats"', '"care_nats"', ["off_targets contains the target 'care_nats'"]),
+        ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a known field"]),
         ("authority", "target = ", "target = 3\nprompt = ", ["'target.0' is 3", "did you mean 'prompts'?"]),
         ("authority", 'pairs_file = "', 'pairs_file = "" # "', ["'pairs_file' is ''"]),
         ("authority", "[persona]", '[[pairs]]\nprompt = "a"\n[persona]', ["0.positive' is", "0.negative' is missing"]),
         ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
         ("authority", "[persona]", "[personas]", ["did you mean 'persona'?"]),
         ("love", "default_phrasing", "default_phrase", ["did you mean 'default_phrasing'?"]),
-        ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': it must be one of trait, state"]),
+        ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': choose from trait, state"]),
         ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', ["give either [persona], or"]),
         ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", ["'phrasing.trait' is 1"]),
         ("love", "pretend]\npositive", "pretend]\nnegativ", ["pretend.positive' is missing", "you mean 'negative'?"]),
@@ -83,7 +83,7 @@ def test_two_personas_that_are_one_are_refused(tmp_path, monkeypatch):
     same = [("positive = ", 'positive = "You are kind."\n# '), ("negative = ", 'negative = " You are kind. "\n# ')]
     (tmp_path / "mine.toml").write_text(changed(TRAIT, *same))
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
-    assert_told(lambda: load_trait("mine"), "mine.toml", ["two different texts"])
+    assert_told(lambda: load_trait("mine"), "mine.toml", ["must be different, and not empty"])
 
 
 def test_a_folder_in_place_of_a_trait_is_one_clear_error(tmp_path, monkeypatch):
@@ -96,11 +96,11 @@ def test_a_folder_in_place_of_a_trait_is_one_clear_error(tmp_path, monkeypatch):
     "name, expected",
     [
         ("authoritie", "did you mean 'authority'?"),
-        ("love/outer", "there is no phrasing 'outer'; it must be one of trait, state"),
+        ("love/outer", "there is no phrasing 'outer'; choose from trait, state"),
         ("love/iner", "did you mean 'inner'?"),
-        ("love/", "there is no phrasing ''; it must be one of trait"),
-        ("authority/inner", "that file has one persona pair"),
-        ("authority/", "that file has one persona pair"),
+        ("love/", "there is no phrasing ''; choose from trait"),
+        ("authority/inner", "the file has a single pair of personas"),
+        ("authority/", "the file has a single pair of personas"),
         ("../authority", "trait is '..'"),
     ],
 )
@@ -116,7 +116,7 @@ def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, expected):
         ('{"text": "a"}'.encode("utf-16"), ["line 1 is not UTF-8"]),
         (b"[" * 100_000, ["line 1 is '[[["]),
         (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", ["line 2 is"]),
-        (b"\n \n", ["holds no rows"]),
+        (b"\n \n", ["has no rows"]),
         (b'{"text": ""}\n{"text": "a"}\n{"txt": "a"}', ["line 1: 'text' is ''", "line 3: 'text' is missing"]),
         (b"null\n", ["line 1 is None"]),
         (b'{"text": "a \\ud800 b"}', ["line 1 is"]),
@@ -159,11 +159,11 @@ def pair(**given) -> str:
     [
         ('{"prompt": "a"}\n[]\n', ["line 1: 'positive' is missing", "line 1: 'negative' is missing", "line 2"]),
         (pair(positive="") + pair(prompt=1), ["line 1: 'positive' is ''", "line 2: 'prompt' is 1"]),
-        (pair(positve="d"), ["line 1: 'positve' is not a field here; did you mean 'positive'?"]),
+        (pair(positve="d"), ["line 1: 'positve' is not a known field; did you mean 'positive'?"]),
         (pair(positive=" c ") + pair(negative=" "), ["line 1: positive and negative must", "line 2: positive and neg"]),
         (pair() + "\n" + pair() + pair(), ["line 3: prompt 'a' was used before", "line 4: prompt 'a' was used"]),
         (pair(prompt="taken") + pair(), ["line 1: prompt 'taken' is also a prompt of the trait"]),
-        ("\n", ["holds no rows"]),
+        ("\n", ["has no rows"]),
     ],
 )
 def test_a_file_of_pairs_names_its_bad_lines(content, expected, tmp_path):
@@ -266,7 +266,7 @@ def vignette(**given) -> str:
     "content, expected",
     [
         (vignette(foundation_coarse="Cares") + '{"id": "a"\n\n[]\n', ["line 1: 'foundation_co", "line 2 is", "line 4"]),
-        (vignette() + vignette(id="b", also="loyal"), ["line 2: 'also': foundation 'loyal' is unknown; did you mean"]),
+        (vignette() + vignette(id="b", also="loyal"), ["line 2: 'also': unknown foundation 'loyal'; did you mean"]),
         (vignette() * 2, ["line 2: id 'a' was used before"]),
         (vignette(id=1, foundation_coarse=3, text=""), ["'id' is 1", "'foundation_coarse' is 3", "'text' is ''"]),
     ],
@@ -285,7 +285,7 @@ def test_names_of_foundations_are_read_in_any_case_and_further_fields_are_left_a
 @pytest.mark.parametrize(
     "old, new, expected",
     [
-        ("nudge", "nugde", ["'nudge' is missing", "'nugde' is not a field here; did you mean 'nudge'?"]),
+        ("nudge", "nugde", ["'nudge' is missing", "'nugde' is not a known field; did you mean 'nudge'?"]),
         ("{index}", "", ["'option' lacks {index}"]),
         ("{schema}", "", ["'prompt' lacks {schema}"]),
         ('"social"]', '"socal"]', ["order must name the seven answers"]),
@@ -324,7 +324,7 @@ def test_contexts_are_spaced_evenly_over_their_file(tmp_path):
     cfg = replace(FAST_DEV_PRESET, steer=replace(FAST_DEV_PRESET.steer, contexts=tmp_path / "c.jsonl", n_contexts=5))
     assert load_inputs(cfg).contexts == ("0", "2", "4", "6", "8")
     more = replace(cfg, steer=replace(cfg.steer, n_contexts=11))
-    assert_told(lambda: load_inputs(more), "steer.n_contexts", ["is 11: its file holds 10"])
+    assert_told(lambda: load_inputs(more), "steer.n_contexts", ["is 11: its file has 10"])
     few = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, n_vignettes=3))
     every = load_inputs(FAST_DEV_PRESET).vignettes
     assert load_inputs(few).vignettes == tuple(every[i * len(every) // 3] for i in range(3))

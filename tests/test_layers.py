@@ -1,44 +1,17 @@
 """Imports go from higher layers to lower ones, in every module."""
 
 import ast
+import re
 
 from places import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
-LAYERS = (
-    "errors",
-    "progress",
-    "records",
-    "flags",
-    "settings",
-    "inputs",
-    "toylm",
-    "model",
-    "backends",
-    "stages",
-    "evals",
-    "round",
-    "check",
-    "presets",
-    "runs",
-    "report",
-    "loop",
-    "library",
-    "share",
-    "session",
-    "chat",
-    "run",
-    "eval",
-    "sweep",
-    "diag",
-    "__main__",
-)
-"""From the lowest to the highest: a folder or module imports its own layer and lower ones."""
+AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+LAYERS = tuple(re.split(r"[,\s`.]+", re.search(r"<!-- layers -->(.*?)<!-- end -->", AGENTS, re.DOTALL)[1].strip(" \n`.")))
+"""From the lowest to the highest, as AGENTS.md lists them: a folder or module imports its own layer and lower ones."""
 
 
 def layer_of(path) -> str:
-    if path.name == "__main__.py" and path.parent.name != "diag":  # a command of its own
-        return "run" if path.parent != PACKAGE else "__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -70,7 +43,7 @@ def test_an_import_to_a_higher_layer_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("test_layers.PACKAGE", tmp_path)
     (tmp_path / "model").mkdir()
     for line in (
-        "import steer_heal.session",
+        "import steer_heal.loop",
         "from steer_heal import report",
         "def f():\n    from steer_heal.runs import x",
     ):

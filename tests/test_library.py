@@ -12,12 +12,13 @@ import polars as pl
 import pytest
 import torch
 from compare import VARIES
-from runs import started, undrawn
+from runs import of, recorded, started, undrawn
 
 from steer_heal import SteerHeal, UserError, define_trait
+from steer_heal.commands.run import parse
+from steer_heal.events import RoundDone, encode
 from steer_heal.model.lm import _tiny_random
-from steer_heal.run import parse
-from steer_heal.runs.events import current, of_stage, read_events
+from steer_heal.runs.stored import FolderRun
 
 SMALL = {
     "steer.n_contexts": 4,
@@ -46,26 +47,21 @@ def sh():
 
 def comparable(events):
     """What the command and the library both say of each step."""
-    left_out = {*VARIES, "schema", "n_nonfinite", "files", "checkpoint"}
-    start = {"stage", "round", "seed", "trait", "metrics", "gates"}  # the others are of the run's folder and process
-    kept = lambda event: start if event["stage"] == "run_start" else event.keys() - left_out
-    return [{key: event[key] for key in kept(event)} for event in events]
+    left_out = {*VARIES, "files", "checkpoint"}
+    start = {"event", "round", "trait", "metrics", "gates", "wording"}  # the others are of the folder and the process
+    rows = [encode(event, "") for event in events]
+    return [{k: v for k, v in row.items() if (k in start if row["event"] == "run_start" else k not in left_out)} for row in rows]
 
 
 def assert_same(sh, steps, run):
     """Every event but the last, every step, and the last adapter, byte for byte."""
-    wanted = read_events(run)
-    got, want = (comparable(e) for e in (sh.events, of_current(wanted)[:-1]))
-    assert [(e["stage"], e["round"]) for e in got] == [(e["stage"], e["round"]) for e in want]
+    wanted = FolderRun.read(run)
+    got, want = (comparable(e) for e in (sh.events, wanted.events[:-1]))
+    assert [(e["event"], e["round"]) for e in got] == [(e["event"], e["round"]) for e in want]
     for here, there in zip(got, want, strict=True):
-        assert here == there, here["stage"]
-    names = steps[0].keys()
-    assert steps == [{name: event[name] for name in names} for event in of_stage(wanted, "heal_step")]
-    assert sh.verdict() == wanted[-1]["verdict"]
-
-
-def of_current(events):
-    return current([event for event in events if event["stage"] != "heal_step"])
+        assert here == there, here["event"]
+    assert steps == [(event["round"], event["step"]) for event in of(recorded(run), "heal_step")]
+    assert sh.verdict() == wanted.end.verdict
 
 
 def assert_saved_as(sh, folder, tmp_path):
@@ -81,19 +77,23 @@ def settings_of(flags):
 def test_the_loop_gives_the_figures_and_the_adapter_of_the_command(one, settings, tmp_path):
     steps, rounds = [], []
     with SteerHeal(settings=settings_of([*settings, "--n-rounds", "1"])) as sh:
-        told = lambda r, step: steps.append({"round": r, **asdict(step)})
-        table = sh.loop(on_step=told, on_round=lambda event: rounds.append(event["round"]))
+        table = sh.loop(
+            on_step=lambda r, step: steps.append((r, asdict(step))), on_round=lambda event: rounds.append(event.round)
+        )
         assert_same(sh, steps, one)
         assert_saved_as(sh, one / "ckpt" / "r0", tmp_path)
         sh.vector.save(tmp_path / "v.safetensors")
     assert (tmp_path / "v.safetensors").read_bytes() == (one / "vectors" / "r0.safetensors").read_bytes()
     assert rounds == [0]
-    assert json.loads(json.dumps(table.to_dicts())) == read_events(one)[-1]["table"]
+    assert json.loads(json.dumps(table.to_dicts())) == recorded(one)[-1]["table"]
 
 
 def test_a_loaded_model_and_a_second_call_give_them_too(two, settings, tmp_path):
     cfg, steps = settings_of([*settings, "--n-rounds", "2", "--no-control"]), []
-    told = lambda r, step: steps.append({"round": r, **asdict(step)})
+
+    def told(r, step):
+        steps.append((r, asdict(step)))
+
     model, tokenizer = _tiny_random()
     with SteerHeal(model, tokenizer, settings=cfg) as sh:
         sh.loop(1, on_step=told)
@@ -108,17 +108,17 @@ def test_a_round_that_is_dropped_is_dropped_alike(settings, tmp_path):
     flags = [*settings, "--n-rounds", "2", "--no-control", "--backtrack.retries", "1", "--heal.lr", "1e-2"]
     with undrawn():  # the second round is past this limit, the first is not
         free = started(tmp_path / "free", flags)
-    kl = [event["metrics"]["kl_base"] for event in of_stage(read_events(free), "healed")]
+    kl = [event["metrics"]["kl_base"] for event in of(recorded(free), "measured", "healed")]
     assert kl[0] < kl[1]
     flags += ["--backtrack.limits", "kl_base", str((kl[0] + kl[1]) / 2), "degenerate_frac", "1", "coherence", "0"]
     with undrawn():
         run = started(tmp_path / "run", flags)
-    wanted, steps = of_current(read_events(run)), []
-    assert of_stage(wanted, "backtrack")
+    steps = []
+    assert of(recorded(run), "dropped")
     with SteerHeal(settings=settings_of(flags)) as sh:
-        sh.loop(on_step=lambda r, step: steps.append({"round": r, **asdict(step)}))
+        sh.loop(on_step=lambda r, step: steps.append((r, asdict(step))))
         assert_same(sh, steps, run)
-        last = of_stage(wanted, "round")[-1]["round"]
+        last = FolderRun.read(run).each(RoundDone)[-1].round
         assert_saved_as(sh, run / "ckpt" / f"r{last}", tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_a_round_by_hand_is_a_round_of_the_loop(tmp_path):
         by_hand.collect()
         by_hand.heal()
         by_hand.bake()
-        assert by_hand.evaluate("healed").metrics == of_stage(by_loop.events, "healed")[0]["metrics"]
+        assert by_hand.evaluate("healed").metrics == by_loop.events[-2].metrics
         assert_saved_as(by_hand, by_loop.save(tmp_path / "by_loop"), tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_a_dose_and_a_system_prompt_change_the_text_and_base_has_no_rounds(sh):
     assert plain.equals(sh.write(PROMPTS[:3]))
     assert not plain["text"].equals(sh.write(PROMPTS[:3], dose=3.0)["text"])
     assert not plain["text"].equals(sh.write(PROMPTS[:3], system="You shout.")["text"])
-    sh.cfg = replace(sh.cfg, heal=replace(sh.cfg.heal, lr=0.05))
+    sh.bench.cfg = replace(sh.cfg, heal=replace(sh.cfg.heal, lr=0.05))
     sh.heal()
     assert not plain["text"].equals(sh.write(PROMPTS[:3])["text"])
     assert plain.equals(sh.write(PROMPTS[:3], adapters="base"))
@@ -222,7 +222,7 @@ def test_a_dose_and_a_system_prompt_change_the_text_and_base_has_no_rounds(sh):
 
 def test_states_are_measured_against_the_base(sh):
     base, prompted, steered = sh.evaluate("base"), sh.evaluate("prompted"), sh.evaluate("steered", dose=1.0)
-    assert sh.evaluate("base") is base
+    assert sh.evaluate("base") == base
     assert base.metrics["kl_base"] == 0 < min(prompted.metrics["kl_base"], steered.metrics["kl_base"])
     assert {"contrast_nats_lo", "contrast_nats_hi"} < steered.metrics.keys()
     assert sh.evaluate("healed").metrics["contrast_nats"] == base.metrics["contrast_nats"]

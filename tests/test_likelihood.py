@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from steer_heal.errors import UserError
 from steer_heal.evals import likelihood
 from steer_heal.evals.base import Subject, evaluate
-from steer_heal.evals.likelihood import read, reply_logp
+from steer_heal.evals.likelihood import ask, reply_logp
 from steer_heal.evals.moral_foundations import digit_ids
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.files import DATA, parse_toml, read_file
@@ -141,10 +141,10 @@ def test_a_state_that_likes_an_answer_in_every_scene_has_moved_by_that_much(with
     """Its own mean as the calibration would hide that. What the seven share moves nothing but answers_nats."""
     base = measured(state(with_history, inputs, "base"))
     logp, liked = raw(base.items), torch.tensor([0.0, 0, 0, 2, 0, 0, 0])
-    monkeypatch.setattr(likelihood, "read", lambda *_: logp + liked)
+    monkeypatch.setattr(likelihood, "ask", lambda *_: logp + liked)
     moved = measured(state(with_history, inputs, "full", base=base)).metrics
     assert 0.5 < moved["authority_likelihood_nats"] - base.metrics["authority_likelihood_nats"] < 2
-    monkeypatch.setattr(likelihood, "read", lambda *_: logp - 5)
+    monkeypatch.setattr(likelihood, "ask", lambda *_: logp - 5)
     narrow = measured(state(with_history, inputs, "full", base=base)).metrics
     for name in FOUNDATIONS:
         assert narrow[f"{name}_likelihood_nats"] == pytest.approx(base.metrics[f"{name}_likelihood_nats"])
@@ -157,14 +157,14 @@ def test_an_answer_is_the_mean_of_its_wordings(toy: LM, inputs):
     prompts = [toy.chat(INSTRUMENT.question(vignette.text)) for vignette in few]
     replies = [[toy.encode(text) for text in INSTRUMENT.answers[name]] for name in FOUNDATIONS]
     expected = torch.stack([reply_logp(toy, prompts, each, Condition()).mean(1) for each in replies], dim=1)
-    assert torch.allclose(read(toy, few, INSTRUMENT, Condition()), expected, atol=1e-4)
+    assert torch.allclose(ask(toy, few, INSTRUMENT, Condition()), expected, atol=1e-4)
 
 
 def test_a_scene_without_a_number_has_no_value(with_history, inputs, monkeypatch):
     base = measured(state(with_history, inputs, "base"))
     logp = raw(base.items)
     logp[0, 2] = math.nan
-    monkeypatch.setattr(likelihood, "read", lambda *_: logp)
+    monkeypatch.setattr(likelihood, "ask", lambda *_: logp)
     found = likelihood.EVAL.items(state(with_history, inputs, "full", base=base))
     hidden = ["likelihood_top1", "answers_logp", *(f"p_likelihood_{name}" for name in FOUNDATIONS)]
     assert all(math.isnan(found[name][0]) and not math.isnan(found[name][1]) for name in hidden)

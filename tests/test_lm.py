@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
+from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
+from steer_heal.progress import SILENT
 
 LONG = "Tell me a short story about a fox and a golden key and an old map."
 
@@ -186,3 +188,31 @@ def test_weights_that_are_not_finite_are_told_from_an_unknown_family(tmp_path):
     lm.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="logits that are not finite"):
         load(str(tmp_path))
+
+
+class Seen:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, int]] = []
+
+    def at(self, done: float, total: int) -> None:
+        self.calls.append((done, total))
+
+    def part(self, number: int, n: int) -> None: ...
+
+
+def test_progress_is_reported_inside_the_context_alone_and_ends_at_all_rows(toy: LM):
+    outer = Seen()
+    inner = Seen()
+    with toy.watched_by(outer):
+        with pytest.raises(ZeroDivisionError), toy.watched_by(inner):
+            toy.completion_nll([(5,), (6,)], [(7,), (8, 9)])
+            raise ZeroDivisionError
+        assert outer.calls == [] and inner.calls[0] == (0, 2) and inner.calls[-1] == (2, 2)
+        list(decode(toy, [Row((5,)), Row((6, 7))], None, Decoding(max_new_tokens=4, batch_size=1)))
+    assert outer.calls[-1] == (2, 2) and {total for _, total in outer.calls} == {2}
+    assert outer.calls == sorted(outer.calls) and any(done % 1 for done, _ in outer.calls), "rows count in part"
+    n = len(outer.calls)
+    toy.completion_nll([(5,)], [(7,)])
+    assert len(outer.calls) == n and toy.progress is SILENT

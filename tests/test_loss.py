@@ -23,12 +23,12 @@ KL = DIVERGENCES["kl_rev"]
 SHAPES = {**DIVERGENCES, "no slope": Divergence(KL.value)}
 
 
-def plain_terms(lm, hidden, reference, targets, divergence, grad_through_divergence=True, teacher=None):
+def plain_terms(lm, hidden, reference, tokens, divergence, *, grad_through_divergence=True, teacher=None):
     """The definition: every logit at once, and autograd."""
     logp, logp_ref = lm.logits(hidden).log_softmax(-1), lm.logits(reference).log_softmax(-1)
     if teacher is not None:
         return teacher[1].value(logp, lm.logits(teacher[0]).log_softmax(-1)), divergence.value(logp, logp_ref)
-    return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
+    return -logp.gather(-1, tokens[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
 @pytest.mark.parametrize("kl", [None, *loss.KL])
@@ -39,15 +39,17 @@ def plain_terms(lm, hidden, reference, targets, divergence, grad_through_diverge
 def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, divergence, how, cap, size, kl):
     tiny.model.config.final_logit_softcapping = cap
     monkeypatch.setattr(LM, "chunk_size", size)  # chunks that cross completions, or one
-    generator, n = torch.Generator().manual_seed(0), sum(LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS)
     start = 3 * torch.randn(n, tiny.width, generator=generator)
     reference = start + torch.randn(n, tiny.width, generator=generator)
-    targets = torch.randint(0, tiny.head.weight.shape[0], (n,), generator=generator)
+    tokens = torch.randint(0, tiny.head.weight.shape[0], (n,), generator=generator)
     teacher = None if kl is None else (start + torch.randn(n, tiny.width, generator=generator), loss.KL[kl])
     read = []
+    more = {"grad_through_divergence": divergence.barrier, "teacher": teacher}
     for terms in (plain_terms, loss.position_terms):
         hidden = start.clone().requires_grad_()
-        nll, kl = terms(tiny, hidden, reference, targets, divergence, divergence.barrier, teacher)
+        nll, kl = terms(tiny, hidden, reference, tokens, divergence, **more)
         total = sum(part.mean() for part in nll.split(LENGTHS))
         if divergence.barrier:
             total = total + sum(3 * torch.relu(aggregate(part, how) - 0.01) for part in kl.split(LENGTHS))
@@ -67,7 +69,9 @@ def test_a_position_where_nothing_diverges_has_no_gradient(tiny: LM):
 
 def test_no_gradient_flows_through_a_divergence_that_is_only_read(tiny: LM):
     hidden = torch.randn(6, tiny.width, requires_grad=True)
-    nll, kl = loss.position_terms(tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), KL, False)
+    nll, kl = loss.position_terms(
+        tiny, hidden, torch.randn(6, tiny.width), torch.arange(6), KL, grad_through_divergence=False
+    )
     assert nll.requires_grad and not kl.requires_grad and kl.min() > 0
 
 
@@ -96,18 +100,21 @@ def narrow(tiny: LM) -> LM:
 
 def step_peak(lm: LM, teacher: Condition | None = None) -> tuple[int, int]:
     """(bytes at the peak of an optimiser step, bytes of the weights, the adapter with its AdamW, and one chunk)."""
-    cfg, student, generator = HealCfg(tau=0.0, lam=1.0), Student(lm, ADAPTER), torch.Generator().manual_seed(0)
+    cfg = HealCfg(tau=0.0, lam=1.0)
+    student = Student(lm, ADAPTER)
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 262_144, (4, 28), generator=generator).tolist()
     kept = [Completion(i, "", tuple(row[:4]), tuple(row[4:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
-    samples = read_samples(student, kept, cfg, teacher)
+    samples = read_samples(student, kept, cfg, teacher=teacher)
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     student.new_round(0)
     scramble(student, 0, scale=0.05)
     with student.training() as parameters:
-        optimiser, passes = torch.optim.AdamW(parameters, foreach=False), Passes(lm, cfg, ADAPTER.layers, parameters)
+        optimiser = torch.optim.AdamW(parameters, foreach=False)
+        passes = Passes(lm, cfg, ADAPTER.layers, parameters)
 
         def step() -> None:
-            passes.gradients(samples, measure=True)
+            passes.gradients(samples, with_pressure=True)
             optimiser.step()
             optimiser.zero_grad()
 

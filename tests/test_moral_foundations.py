@@ -6,7 +6,7 @@ import torch
 from places import ROOT
 
 from steer_heal.evals import moral_foundations
-from steer_heal.evals.moral_foundations import answer_slots, digit_ids, find_prefill, read, read_slots, turn_boundary
+from steer_heal.evals.moral_foundations import answer_slots, ask, digit_ids, find_prefill, slot_logp, turn_boundary
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette, parse_instrument, parse_vignettes
 from steer_heal.model.lm import LM
@@ -38,15 +38,15 @@ def moral_slot(lm: LM, think_tokens: int) -> moral_foundations.Slot:
 def test_a_batch_reads_what_its_rows_read_alone(toy: LM, instrument, think):
     vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
     condition = Condition("You are a poet.", vector, 0.7)
-    together = read(toy, FEW, instrument, condition, think, batch_size=8)
+    together = ask(toy, FEW, instrument, condition, think, batch_size=8)
     for i, vignette in enumerate(FEW):
-        for name, values in read(toy, [vignette], instrument, condition, think, batch_size=1).items():
+        for name, values in ask(toy, [vignette], instrument, condition, think, batch_size=1).items():
             assert together[name][i] == pytest.approx(values[0], abs=1e-5), name
 
 
 def test_the_slot_is_read_as_the_model_reads_it(toy: LM):
     slot = moral_slot(toy, 9)
-    logp, nll = read_slots(toy, [slot], digit_ids(toy), Condition())
+    logp, nll = slot_logp(toy, [slot], digit_ids(toy), Condition())
     with torch.no_grad():
         plain = toy.model(torch.tensor([slot.ids])).logits[0].log_softmax(-1)
     assert torch.allclose(logp[0], plain[-1, digit_ids(toy)], atol=1e-4)
@@ -64,7 +64,7 @@ def test_slots_read_from_the_cache_are_what_whole_sequences_read(request, model,
     for instrument in (TOY, MORAL):
         questions = [instrument.question(v.text, order) for v in FEW for order in instrument.frames]
         slots, logp, nll = answer_slots(lm, questions, instrument, condition, think_tokens, 5)
-        whole_logp, whole_nll = read_slots(lm, slots, digit_ids(lm), condition)
+        whole_logp, whole_nll = slot_logp(lm, slots, digit_ids(lm), condition)
         assert torch.allclose(logp, whole_logp, atol=1e-4) and torch.allclose(nll, whole_nll, atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_where_the_thinking_wrote_the_prefill_its_own_slot_is_read(toy: LM, monk
             len(prompt) + 2,
             len(prompt) + 5,
         )
-    wanted = read_slots(toy, slots, digit_ids(toy), Condition())
+    wanted = slot_logp(toy, slots, digit_ids(toy), Condition())
     assert torch.equal(logp, wanted[0]) and torch.equal(nll, wanted[1])
 
 
@@ -109,7 +109,7 @@ def answering(monkeypatch):
     """Replaces the model's answers: log-probabilities of the digits, by the options as they are listed."""
 
     def replace_answers(logp) -> None:
-        def answer_slots(_lm, questions, *_):
+        def answer_slots(_lm, questions, *_, **__):
             n = len(questions)
             return [], torch.stack([logp(TOY.frames[i % 2]) for i in range(n)]), torch.zeros(n)
 
@@ -121,7 +121,7 @@ def answering(monkeypatch):
 def test_two_frames_cancel_position_bias(toy: LM, answering):
     """A model that only ever likes the first digit has no opinion."""
     answering(lambda order: torch.tensor([0.0, -1, -2, -3, -4, -5, -6]).log_softmax(-1))
-    items = read(toy, FEW, TOY, Condition(), 0, 12)
+    items = ask(toy, FEW, TOY, Condition(), 0, 12)
     for name in FOUNDATIONS:
         assert items[f"p_{name}"] == pytest.approx([1 / 7] * 4, abs=1e-6)
 
@@ -129,20 +129,20 @@ def test_two_frames_cancel_position_bias(toy: LM, answering):
 def test_an_answer_is_right_where_it_names_either_foundation_of_the_scene(toy: LM, answering):
     answering(lambda order: torch.tensor([0.0 if name == "care" else -5.0 for name in order]).log_softmax(-1))
     scenes = [Vignette("a", "care", "x"), Vignette("b", "liberty", "x", "care"), Vignette("c", "liberty", "x")]
-    items = read(toy, scenes, TOY, Condition(), 0, 12)
+    items = ask(toy, scenes, TOY, Condition(), 0, 12)
     assert items["top1"] == [1.0, 1.0, 0.0] and min(items["p_care"]) > 0.9
 
 
 def test_unscorable_rows_are_counted_and_hidden(toy: LM, answering):
     answering(lambda order: torch.full((7,), torch.nan))
-    items = read(toy, FEW, TOY, Condition(), 0, 12)
+    items = ask(toy, FEW, TOY, Condition(), 0, 12)
     assert items.pop("unscorable") == [1.0] * 4
     assert all(math.isnan(value) for values in items.values() for value in values)
 
 
 def test_the_toy_model_names_the_foundation_of_plain_scenes_whichever_way_the_list_runs(toy: LM):
     plain = [vignette for vignette in VIGNETTES if vignette.also is None][::2]
-    items = read(toy, plain, TOY, Condition(), 0, 84)
+    items = ask(toy, plain, TOY, Condition(), 0, 84)
     assert sum(items["top1"]) / len(plain) >= 0.95
     for foundation in FOUNDATIONS:
         own = [items[f"p_{foundation}"][i] for i, v in enumerate(plain) if v.foundation == foundation]
@@ -153,5 +153,5 @@ def test_the_toy_model_names_the_foundation_of_plain_scenes_whichever_way_the_li
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published instrument is not beside this checkout")
 def test_the_published_instrument_reads_as_data(toy: LM):
-    items = read(toy, FEW[:2], parse_instrument(read_file(PUBLISHED)), Condition(), 4, 4)
+    items = ask(toy, FEW[:2], parse_instrument(read_file(PUBLISHED)), Condition(), 4, 4)
     assert len(items["p_care"]) == 2 and items["unscorable"] == [0.0, 0.0]

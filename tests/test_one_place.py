@@ -30,7 +30,9 @@ def additions(monkeypatch, tmp_path):
     monkeypatch.setitem(DIVERGENCES, "half_variation", half_variation)
     monkeypatch.setitem(METHODS, "flipped", Method(lambda positive, negative: (negative - positive).mean(0)))
     # the first completion of a prompt that ends in an odd number of characters is dropped: some are, some are not
-    monkeypatch.setitem(GATES, "odd_length", Gate("odd lengths", lambda text: len(text.lower) % 2, 0.5, broken=True))
+    monkeypatch.setitem(
+        GATES, "odd_length", Gate("odd lengths", lambda text: len(text.lower) % 2, 0.5, degenerate=True)
+    )
     vowels = lambda subject: {"vowels": [sum(c in "aeiou" for c in text.text) / 10 for text in subject.texts]}
     metric = Metric(name="vowel_count", item="vowels", title="tens of vowels", unit="tens", moved=0.01, form="+.3f")
     monkeypatch.setitem(EVALS, "vowels", Eval(vowels, (metric,), of="text"))

@@ -11,14 +11,17 @@ from steer_heal.errors import UserError
 from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
 from steer_heal.stages import passes as passes_module
-from steer_heal.stages.heal import heal, read_samples, validate
+from steer_heal.stages.heal import heal, read_pairs, read_samples, validate
 from steer_heal.stages.loss import losses
 from steer_heal.stages.passes import STORED_SHARE, Passes, head_groups, recomputed
 
 
-def opened(student, kept, cfg, scale=0.05):
-    """The samples of a heal, with a round open whose factors are as large as `scale`."""
-    samples = read_samples(student, kept, cfg)
+def opened(student, kept, cfg, scale=0.05, pairs=False):
+    """The examples of a heal, with a round open whose factors are as large as `scale`."""
+    if pairs:
+        samples = read_pairs(student, kept[::2], kept[1::2], cfg=cfg, beta=0.05)
+    else:
+        samples = read_samples(student, kept, cfg)
     student.new_round(0)
     scramble(student, 0, scale)
     return samples
@@ -36,13 +39,21 @@ def taken(parameters) -> list[torch.Tensor]:
     return gradients
 
 
+def length(gradients) -> float:
+    return sum(g.square().sum() for g in gradients).sqrt().item()
+
+
 def same(gradients, others) -> bool:
     return all(a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm() for a, b in zip(gradients, others, strict=True))
 
 
-def test_a_step_is_the_same_in_one_pass_in_many_and_with_activations_computed_again(with_history, kept, heal_cfg):
-    cfg, read = replace(heal_cfg, lam=0.7), []
-    samples = opened(with_history, kept, cfg)
+@pytest.mark.parametrize("pairs", [False, True], ids=["samples", "pairs"])
+def test_a_step_is_the_same_in_one_pass_in_many_and_with_activations_computed_again(
+    pairs, with_history, kept, heal_cfg
+):
+    cfg = replace(heal_cfg, lam=0.7)
+    read = []
+    samples = opened(with_history, kept, cfg, pairs=pairs)
     for change in ({"tokens_per_pass": 4096}, {"tokens_per_pass": 64}, {"checkpoint": "on"}):
         with with_history.training() as parameters:
             numbers = passes_of(with_history.lm, replace(cfg, **change), parameters).gradients(samples, True)
@@ -53,23 +64,37 @@ def test_a_step_is_the_same_in_one_pass_in_many_and_with_activations_computed_ag
         assert other_numbers == pytest.approx(numbers, rel=1e-4) and same(gradients, other_gradients)
 
 
-def test_passes_are_bucketed_by_length_and_within_their_budget(student, kept, heal_cfg, monkeypatch):
-    samples, seen, hidden = opened(student, kept, heal_cfg), [], student.lm.hidden
-    monkeypatch.setattr(student.lm, "hidden", lambda rows: seen.append([len(row) for row in rows]) or hidden(rows))
+@pytest.mark.parametrize("pairs, budget", [(False, 150), (True, 300)], ids=["samples", "pairs"])
+def test_passes_are_bucketed_by_length_and_within_their_budget(pairs, budget, student, kept, heal_cfg, monkeypatch):
+    examples = opened(student, kept, heal_cfg, pairs=pairs)
+    seen = []
+    hidden = student.lm.hidden
+
+    def watched(rows):
+        seen.append([len(row) for row in rows])
+        return hidden(rows)
+
+    monkeypatch.setattr(student.lm, "hidden", watched)
     with student.training() as parameters:
-        passes_of(student.lm, replace(heal_cfg, tokens_per_pass=150), parameters).gradients(samples, False)
-    assert sum(seen, []) == sorted(len(sample.ids) for sample in samples), "rows of like length share a pass"
-    assert all(max(group) * len(group) <= 150 for group in seen) and any(len(group) > 1 for group in seen)
+        passes_of(student.lm, replace(heal_cfg, tokens_per_pass=budget), parameters).gradients(examples, False)
+    rows = [sample for example in examples for sample in example.samples]
+    assert sorted(sum(seen, [])) == sorted(len(sample.ids) for sample in rows)
+    longest = [max(group) for group in seen]
+    assert longest == sorted(longest), "rows of like length share a pass"
+    assert all(max(group) * len(group) <= budget for group in seen)
+    assert any(len(group) > len(examples[0].samples) for group in seen)
 
 
-@pytest.mark.parametrize("name, how", [("kl_rev", "rmse"), ("kl_fwd", "p95"), ("nll", "rmse")])
+@pytest.mark.parametrize(
+    "name, how, pairs",
+    [("kl_rev", "rmse", False), ("kl_fwd", "p95", False), ("none", "rmse", False), ("kl_rev", "rmse", True)],
+)
 @pytest.mark.parametrize("size", [7, 40, 10_000])
 def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(
-    size, name, how, student, kept, heal_cfg, monkeypatch
+    size, name, how, pairs, student, kept, heal_cfg, monkeypatch
 ):
-    cfg = replace(heal_cfg, divergence=name, aggregate=how, lam=0.0 if name == "nll" else 0.7)
-    samples = opened(student, kept, cfg, scale=0.1)
-    norm = lambda gradients: sum(g.square().sum() for g in gradients).sqrt().item()
+    cfg = replace(heal_cfg, divergence=name, aggregate=how, lam=0.0 if name == "none" else 0.7)
+    samples = opened(student, kept, cfg, scale=0.1, pairs=pairs)
     with student.training() as parameters:
         ce, divergence = losses(student.lm, samples, cfg)
         cfg = replace(cfg, tau=divergence.median().item())  # half of them fire
@@ -79,8 +104,8 @@ def test_a_pass_gives_the_gradient_of_the_plain_loss_however_its_head_is_cut(
         monkeypatch.setattr(LM, "chunk_size", size)
         numbers = passes_of(student.lm, replace(cfg, tokens_per_pass=200), parameters).gradients(samples, True)
         means = (ce.mean().item(), divergence.mean().item(), penalty.mean().item())
-        assert numbers == pytest.approx((*means, norm(of_barrier) / norm(of_ce)), rel=1e-3)
-        assert (numbers[3] > 0.01) is (name != "nll")
+        assert numbers == pytest.approx((*means, length(of_barrier) / length(of_ce)), rel=1e-3)
+        assert (numbers[3] > 0.01) is (name != "none")
         assert same([a + b for a, b in zip(of_ce, of_barrier, strict=True)], taken(parameters))
 
 
@@ -93,7 +118,8 @@ def test_completions_fill_chunks_of_the_head_together():
 def full_card(tiny: LM, monkeypatch):
     """Runs out of memory in the backward pass of more than 100 padded tokens, from the second pass on: by then part of
     the step's gradients are there."""
-    hidden, sizes = tiny.hidden, []
+    hidden = tiny.hidden
+    sizes = []
 
     def limited(rows):
         out = hidden(rows)
@@ -124,13 +150,14 @@ def test_a_pass_that_runs_out_of_memory_is_split_and_the_step_starts_again(stude
 
 
 def test_a_heal_through_a_full_card_ends_where_an_empty_one_does(student, kept, heal_cfg, full_card):
-    cfg, ends = replace(heal_cfg, lr=1e-3), []
+    cfg = replace(heal_cfg, lr=1e-3)
+    ends = []
     for prepare in (lambda: None, full_card):
         student.discard_round()
         prepare()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            heal(student, kept, 0, cfg, seed=3)
+            heal(student, kept, cfg, round_=0, seed=3)
         ends.append((student.factors("round"), sum("ran out of memory" in str(w.message) for w in told)))
     assert [n_told for _, n_told in ends] == [0, 1], "one step pays for it, once"
     for key, value in ends[0][0].items():
@@ -138,7 +165,8 @@ def test_a_heal_through_a_full_card_ends_where_an_empty_one_does(student, kept, 
 
 
 def test_one_completion_that_does_not_fit_is_computed_again_and_then_an_error(student, kept, heal_cfg, monkeypatch):
-    samples, tried = opened(student, kept, heal_cfg), []
+    samples = opened(student, kept, heal_cfg)
+    tried = []
 
     def never(rows):
         tried.append("forward" in vars(student.lm.blocks[0]))  # a block is replaced while it is computed again
@@ -152,7 +180,10 @@ def test_one_completion_that_does_not_fit_is_computed_again_and_then_an_error(st
 
 def test_activations_are_computed_again_where_a_pass_would_fill_the_free_memory(tiny: LM, heal_cfg, monkeypatch):
     stored = passes_of(tiny, heal_cfg)._stored()
-    recompute = lambda **change: passes_of(tiny, replace(heal_cfg, **change)).recompute
+
+    def recompute(**change) -> bool:
+        return passes_of(tiny, replace(heal_cfg, **change)).recompute
+
     for free, expected in ((stored / STORED_SHARE * 0.99, True), (stored / STORED_SHARE * 1.01, False)):
         monkeypatch.setattr(passes_module, "free_bytes", lambda device, free=free: free)
         assert [recompute(checkpoint=how) for how in ("auto", "on", "off")] == [expected, True, False]
@@ -163,7 +194,8 @@ def test_activations_are_computed_again_where_a_pass_would_fill_the_free_memory(
 def test_computing_again_changes_no_bit(dtype, with_history, kept, heal_cfg):
     with_history.lm.model.to(dtype)
     with_history.lm.model.requires_grad_(False)
-    samples, read = opened(with_history, kept, heal_cfg), []
+    samples = opened(with_history, kept, heal_cfg)
+    read = []
     for how in ("off", "on"):
         with with_history.training() as parameters:
             numbers = passes_of(with_history.lm, replace(heal_cfg, checkpoint=how), parameters).gradients(samples, True)
@@ -172,11 +204,16 @@ def test_computing_again_changes_no_bit(dtype, with_history, kept, heal_cfg):
 
 
 def test_blocks_that_are_computed_again_keep_only_their_inputs(student, kept, heal_cfg):
-    rows, stored = [sample.ids for sample in opened(student, kept, heal_cfg)], []
+    rows = [sample.ids for sample in opened(student, kept, heal_cfg)]
+    stored = []
     with student.training():
         for blocks in ([], student.lm.blocks):
             sizes = []
-            count = lambda tensor, sizes=sizes: sizes.append(tensor.nbytes) or tensor
+
+            def count(tensor, sizes=sizes):
+                sizes.append(tensor.nbytes)
+                return tensor
+
             with recomputed(blocks), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 student.lm.hidden(rows)
             stored.append(sum(sizes))

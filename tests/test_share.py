@@ -81,7 +81,7 @@ def test_the_method_is_told_as_the_settings_are():
     events = run_events(1)
     heal = events[0]["config"]["heal"]
     assert "pays for a kl\\_rev (rmse)" in card(events, 0, DIGEST)
-    heal |= {"target": "distribution", "text": "own", "teacher": "both", "divergence": "nll"}
+    heal |= {"target": "distribution", "text": "own", "teacher": "both", "divergence": "none"}
     text = card(events, 0, DIGEST)
     assert "next-token distribution along its own plain text." in text and "pays" not in text
     heal["rehearsal"] = 8

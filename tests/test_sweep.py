@@ -78,9 +78,9 @@ def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
     body = 'preset = "toy"\nseeds = [1]\n'
     (only,) = load(file_of(tmp_path, body)).jobs
     assert replace(only.cfg, folder=None, arm="", seed=42, chat=True) == PRESETS["toy"][1]
-    body += '[[runs]]\nname = "a b"\nheal.divergence = "nll"\n[[runs]]\nname = "c"\ntrait = "love"\n'
+    body += '[[runs]]\nname = "a b"\nheal.divergence = "none"\n[[runs]]\nname = "c"\ntrait = "love"\n'
     a, c = load(file_of(tmp_path, body)).jobs
-    assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "nll", "love")
+    assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "none", "love")
     assert (a.arm.sign, c.arm.sign) == (-1, 1) and a.arm.broken == "degenerate_frac"
     assert a.folder.name.startswith("a-b_")
 
@@ -532,7 +532,7 @@ def test_the_arms_of_the_results_are_a_sweep_file():
     toy = replace(PRESETS["toy"][1], n_rounds=8)
     assert arms["kl_rev-rmse"] == toy and arms["love"] == replace(toy, trait="love")
     off = replace(toy, control=False)
-    assert arms["nll"] == replace(off, heal=replace(off.heal, divergence="nll"))
+    assert arms["none"] == replace(off, heal=replace(off.heal, divergence="none"))
     decay = replace(off.heal, aggregate="mean", lam_power=0.5)
     assert arms["kl_rev-mean-decay"] == replace(off, heal=decay)
     assert (len(arms), plan.seeds, len(plan.jobs)) == (6, (41, 42, 43), 18)

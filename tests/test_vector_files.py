@@ -112,7 +112,7 @@ def test_every_other_file_is_a_user_error(vector, tmp_path):
     save_file({"1": torch.zeros(2, 2)}, tmp_path / "matrix", metadata={"method": "mean_diff"})
     save_file({"1": torch.zeros(2), "2": torch.zeros(3)}, tmp_path / "uneven", metadata={"method": "mean_diff"})
     save_file({"1": torch.zeros(2)}, tmp_path / "method", metadata={"method": "mean_dif"})
-    told = {"model": "no control vector", "torn": "cannot be read", "words": "neither", "empty": "neither"}
+    told = {"model": "not a control vector", "torn": "cannot be read", "words": "neither", "empty": "neither"}
     told |= {"pickle.pt": "can run code", "other": "cannot be read", "matrix": "shapes", "uneven": "shapes"}
     told |= {"method": "did you mean 'mean_diff'", "missing": "No such file", ".": "directory"}
     for name, words in told.items():
@@ -126,7 +126,7 @@ def test_a_vector_of_a_file_steers_is_measured_and_teaches(tmp_path):
     trait = define_trait("You open doors.", "You lock doors.", prompts, pairs=pairs)
     short = {"gen.max_new_tokens": 6, "eval.max_new_tokens": 6, "eval.n_texts": 2, "eval.n_prompts": 2}
     short |= {"steer.n_contexts": 4, "eval.evals": ("drift", "contrast"), "eval.n_bootstrap": 10, "heal.epochs": 1}
-    distil = {"heal.target": "distribution", "heal.text": "own", "heal.divergence": "nll"}
+    distil = {"heal.target": "distribution", "heal.text": "own", "heal.divergence": "none"}
     with SteerHeal(trait=trait, preset="fast-dev", settings=short | distil) as sh:
         own = sh.extract()
         write_gguf(Vector({layer: -4 * d for layer, d in own.directions.items()}), tmp_path / "v.gguf", "qwen3")

@@ -24,7 +24,6 @@ from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.state import State, base_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Student
-from steer_heal.model.targets import targets
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
 from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, Trait, derive_seed
@@ -32,7 +31,7 @@ from steer_heal.settings import HealCfg, RunConfig
 from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import iso_kl_dose
 from steer_heal.stages.dose import DoseController, require_enough
-from steer_heal.stages.filter import score
+from steer_heal.stages.filter import score_texts
 from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
 from steer_heal.stages.vector import student_vec, teacher_vec
@@ -69,7 +68,7 @@ def weights_of(lm: LM) -> Weights:
 def require_bands(lm: LM, cfg: RunConfig) -> None:
     """UserError where the model has no block in one of the bands of the settings, or no weight there to adapt."""
     lm.band("steer.layers", cfg.steer.layers)
-    targets(lm, cfg.adapter.layers)
+    Student(lm, cfg.adapter).adapter.unadapted()
 
 
 @dataclass
@@ -117,17 +116,25 @@ class Bench:
         """Completions of the student under `condition`, each at the dose of its request. See `generate`."""
         how = Decoding(max_new_tokens or self.cfg.gen.max_new_tokens, self.cfg.gen.batch_size)
         with self.student.using(adapters) as lm:
-            return generate(lm, asks, condition.vector, condition.system, self.trait.plain_system, how, known, on_batch)
+            return generate(
+                lm, asks, condition, plain_system=self.trait.plain_system, how=how, known=known, on_batch=on_batch
+            )
 
     def score(self, completions: Sequence[Completion]) -> list[Scored]:
         """Completions with the number of every gate, under the base."""
         with self.student.using("base") as lm:
-            return score(lm, completions, self.trait.plain_system, self.trait.narration, self.cfg.filter)
+            return score_texts(
+                lm,
+                completions,
+                plain_system=self.trait.plain_system,
+                narration=self.trait.narration,
+                cfg=self.cfg.filter,
+            )
 
     def calibrate(self, recipe: Recipe, r: int, vector: Vector) -> Calibration:
         """The dose of mode iso_kl, and every dose that was probed."""
         prompts = self.inputs.prompts[:CALIBRATION_PROMPTS]
-        asks = [Ask(i, prompt, 0.0, 1.0, derive_seed(self.cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
+        asks = [Ask(i, prompt, derive_seed(self.cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
         texts = self.write(self.plain, asks, max_new_tokens=self.cfg.dose.kl_tokens)
         with self.student.using("full") as lm:
             return iso_kl_dose(lm, self.teacher(recipe, vector, 1.0), texts, self.cfg.dose.kl_target)
@@ -169,7 +176,7 @@ class Bench:
             if kappa is None and r is not None:
                 kappa = self.known_kappa(recipe, r, vector)
             if recipe.text == "own":  # the teacher's text only chooses the dose
-                search = fill(self._controller(recipe, r, "gen", alphas=(top,), kappa=kappa, n_keep=0), teacher)
+                search = fill(self._controller(recipe, r, "gen", alphas=(top,), kappa=kappa, probes_only=True), teacher)
                 own = fill(self._controller(recipe, r, "own"), self.plain).collected()
                 assert search.kappa is not None
                 found = replace(
@@ -194,11 +201,17 @@ class Bench:
         *,
         alphas: Sequence[float] = (0.0,),
         kappa: float | None = 1.0,
-        n_keep: int | None = None,
+        probes_only: bool = False,
     ) -> DoseController:
-        stream = (self.cfg.seed, recipe.stream(r), stage)
-        keep = self.cfg.filter
-        return DoseController(self.inputs.prompts, alphas, self.cfg.dose, keep, stream, kappa, n_keep)
+        return DoseController(
+            self.inputs.prompts,
+            alphas,
+            cfg=self.cfg.dose,
+            keep=self.cfg.filter,
+            seed=(self.cfg.seed, recipe.stream(r), stage),
+            kappa=kappa,
+            probes_only=probes_only,
+        )
 
     def _rehearsal(
         self, recipe: Recipe, r: int | None, known: Known | None, on_batch: OnBatch
@@ -209,7 +222,7 @@ class Bench:
         n = len(self.inputs.rehearsal)
         assert n == recipe.rehearsal, f"the inputs hold {n} prompts, heal.rehearsal is {recipe.rehearsal}: load again"
         seeds = [derive_seed(self.cfg.seed, recipe.stream(r), "rehearsal", i) for i in range(n)]
-        asks = [Ask(i, self.inputs.rehearsal[i], 0.0, 1.0, seed) for i, seed in enumerate(seeds)]
+        asks = [Ask(i, self.inputs.rehearsal[i], seed) for i, seed in enumerate(seeds)]
         return tuple(self.write(self.plain, asks, adapters="base", known=known, on_batch=on_batch))
 
     # --- heal ----------------------------------------------------------------------------------------------------
@@ -240,15 +253,16 @@ class Bench:
         report = heal_stage.heal(
             self.student,
             collected.completions,
-            -1 if r is None else r,
             cfg,
-            recipe.heal_seed(self.cfg.seed, r),
-            teacher,
-            renew if recipe.refresh_every else None,
-            on_step,
-            saved,
-            collected.rehearsal if teacher is not None else (),
+            round_=r,
+            seed=recipe.heal_seed(self.cfg.seed, r),
+            teacher=teacher,
+            rehearsal=collected.rehearsal if teacher is not None else (),
+            renew=renew if recipe.refresh_every else None,
+            saved=saved,
+            on_step=on_step,
         )
+        self.student.require_same_forward([(*row.prompt_ids, *row.completion_ids) for row in collected.completions[:4]])
         return report
 
     def round(self, recipe: Recipe, r: int) -> tuple[Collected, HealReport]:
@@ -270,7 +284,7 @@ class Bench:
         for i in range(n_texts):
             prompt = own[(n * n_texts + i) % len(own)]
             seed = derive_seed(self.cfg.seed, recipe.stream(r), "renew", n, i)
-            asks.append(Ask(prompt, prompts[prompt], 0.0, 1.0, seed))
+            asks.append(Ask(prompt, prompts[prompt], seed))
         texts = self.write(self.plain, asks)
         if recipe.refresh_teacher and teacher is not None and teacher.vector is not None:
             teacher = replace(teacher, vector=self.extract())

@@ -1,7 +1,7 @@
-"""Everything about a configuration that can be known before a model is loaded.
+"""All checks of the settings that are possible before a model is loaded.
 
-Problems are told in two steps: all of files, folders and trackers, without torch; then all of names. The device is
-looked for between them, and told alone.
+Problems are reported in up to three steps: first those of files, folders and trackers, which need no torch; then a
+missing device; then those of names.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
 TRIAL = ".steer-heal-"
-"""How the name of a folder begins that is made to see whether one can be."""
+"""Prefix of the temporary folders that test whether a folder is writable."""
 
 
 def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
-    """The parsed inputs of a valid configuration. UserError with a line for each thing that is wrong in a step.
+    """Checks the settings, and returns the parsed inputs. UserError with a line for each problem of the first step that
+    fails.
 
-    The export of a `resumed` run may be there already.
+    The export of a `resumed` run may exist already.
     """
-    problems, inputs = Problems(), None
+    problems = Problems()
+    inputs = None
     with problems.noted():
-        inputs = _read(cfg)
+        inputs = _load(cfg)
     with problems.noted():
         check_model(cfg.model)
     with problems.noted():
@@ -41,9 +43,13 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
-    for field_name, folder in (("folder", cfg.folder) if cfg.folder else ("out", cfg.out), ("export", cfg.export)):
-        with problems.noted():
-            _check_writable(field_name, folder)
+    with problems.noted():
+        if cfg.folder is None:
+            _check_writable("out", cfg.out)
+        else:
+            _check_writable("folder", cfg.folder)
+    with problems.noted():
+        _check_writable("export", cfg.export)
     if not resumed and cfg.export is not None and holds_files(cfg.export):
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
@@ -52,20 +58,22 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
 
 
 def check_model(name: str) -> None:
-    """UserError for a path where nothing is. Any other name may be one of the hub, which is asked on loading."""
+    """UserError for a path that does not exist. Any other name may be on the hub, which is asked when it is loaded."""
     is_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
     if is_path and not any(map(exists, candidates(name))):
         raise UserError(f"model is {name!r}: there is no such folder or file; give an existing path, or a hub id")
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
-    """As `check`, without the folders that are written to. `trait`: see load_inputs."""
-    return _with_names(cfg, _read(cfg, trait))
+    """As `check`, but without the model, the trackers, and the folders that a run writes to. `trait`: see
+    load_inputs."""
+    return _with_names(cfg, _load(cfg, trait))
 
 
-def _read(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
-    """What can be checked without torch, whose import takes seconds."""
-    problems, inputs = Problems(), None
+def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
+    """The parsed inputs. Does not import torch, which takes seconds."""
+    problems = Problems()
+    inputs = None
     with problems.noted():
         inputs = load_inputs(cfg, trait)
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
@@ -79,38 +87,47 @@ def _read(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
 
 
 def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
-    """The inputs, once the device is there and every name in the settings and in the trait is known."""
+    """The inputs with the trait of `_with_target`. UserError for a missing device, or for unknown names."""
     from steer_heal.model.device import pick_device
 
-    pick_device(cfg.device)  # alone: torch is imported by now, and transformers is not
+    pick_device(cfg.device)  # on its own: the next checks also import transformers, which takes more seconds
     problems = Problems()
     with problems.noted():
         _check_names(cfg)
     with problems.noted():
-        inputs = replace(inputs, trait=_judged(cfg, inputs))
+        inputs = replace(inputs, trait=_with_target(cfg, inputs))
     problems.raise_if_any()
     return inputs
 
 
 def _check_names(cfg: RunConfig) -> None:
-    """Every name in the settings is in its table; the optional packages that are asked for serve."""
-    from steer_heal.backends import steering_lite, tinymfv  # the tables hold functions on tensors: this imports torch
+    """UserError for each unknown name in the settings, and for each optional package that is missing or unsuitable."""
+    from steer_heal.backends import steering_lite, tinymfv  # the tables contain functions of tensors: imports torch
     from steer_heal.evals import EVALS
     from steer_heal.model.divergence import DIVERGENCES
     from steer_heal.model.steering import METHODS
+    from steer_heal.model.student import ADAPTERS
     from steer_heal.stages.filter import GATES
 
     problems = Problems()
     problems.found += _unknown("heal.divergence", [cfg.heal.divergence], DIVERGENCES)
     problems.found += _unknown("steer.method", [cfg.steer.method], METHODS)
+    problems.found += _unknown("adapter.kind", [cfg.adapter.kind], ADAPTERS)
     problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
     problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
-    if cfg.dose.mode == "survival" and not any(GATES[name].broken for name in cfg.filter.gates):
-        gates = ", ".join(name for name, gate in GATES.items() if gate.broken)
+    if not ADAPTERS[cfg.adapter.kind].updates_weights:
+        kind = f"adapter.kind {cfg.adapter.kind!r} adapts no weight matrices"
+        if cfg.heal.spectral:
+            problems.found.append(f"heal.spectral is {cfg.heal.spectral:g}: it must be 0, since {kind}")
+        if cfg.export is not None:
+            problems.found.append(f"export is {str(cfg.export)!r}: {kind}, so it cannot be merged; leave --export out")
+    if cfg.dose.mode == "survival" and not any(GATES[name].degenerate for name in cfg.filter.gates):
+        gates = ", ".join(name for name, gate in GATES.items() if gate.degenerate)
         problems.found.append(
-            f"filter.gates is {cfg.filter.gates!r}: without a gate for broken text ({gates}) every dose survives, so "
-            "dose.mode survival would pick the ceiling; or give --dose.mode fixed --dose.kappa K, or --dose.mode iso_kl"
+            f"filter.gates is {cfg.filter.gates!r}: without a gate for incoherent text ({gates}) every dose survives, "
+            "and dose.mode survival would choose the ceiling; add one, or use --dose.mode fixed --dose.kappa K, or "
+            "--dose.mode iso_kl"
         )
     if cfg.steer.backend == "steering-lite":
         with problems.noted():
@@ -121,52 +138,53 @@ def _check_names(cfg: RunConfig) -> None:
     problems.raise_if_any()
 
 
-def _judged(cfg: RunConfig, inputs: Inputs) -> Trait:
-    """The trait, judged by the first of its targets that is measured, without the off-targets that are not.
+def _with_target(cfg: RunConfig, inputs: Inputs) -> Trait:
+    """The trait, with the first of its targets that the evals report, and without off-targets that they do not report.
 
-    UserError also where an eval needs data that the trait lacks.
+    UserError for unknown metrics, for an eval that needs data which the trait lacks, and if no target is reported.
     """
     from steer_heal.evals import EVALS, metrics_of
 
-    problems, trait = Problems(), inputs.trait
+    trait = inputs.trait
     if _unknown("eval.evals", cfg.eval.evals, EVALS):
         return trait
+    problems = Problems()
     for name in cfg.eval.evals:
         problems.found += [
-            f"eval.evals holds {name!r}: trait {trait.name!r} has no {field}; write [[{field}]] or {field}_file in its "
-            f"file, give --eval.{field}, or leave {name} out"
+            f"eval.evals contains {name!r}: trait {trait.name!r} has no {field}; add [[{field}]] or {field}_file to "
+            f"its file, give --eval.{field}, or leave out {name}"
             for field in EVALS[name].needs
             if not getattr(inputs, field)
         ]
     owners = {metric.name: name for name, each in EVALS.items() for metric in each.metrics}
-    judges = [metric.name for metric in metrics_of(tuple(EVALS)) if metric.moved is not None]
-    problems.found += _unknown(f"trait {trait.name!r}: target", inputs.targets, judges)
+    possible = [metric.name for metric in metrics_of(tuple(EVALS)) if metric.moved is not None]
+    problems.found += _unknown(f"trait {trait.name!r}: target", inputs.targets, possible)
     problems.found += _unknown(f"trait {trait.name!r}: off_targets", trait.off_targets, owners)
     problems.raise_if_any()
-    measured = [metric.name for metric in metrics_of(cfg.eval.evals)]
-    problems.found += _unknown("backtrack.limits", cfg.backtrack.limits, measured)
-    health = [m for m in metrics_of(cfg.eval.evals) if m.good is not None and m.broken is not None]
-    if cfg.backtrack.retries and not health and not cfg.backtrack.limits:
+    metrics = metrics_of(cfg.eval.evals)
+    reported = [metric.name for metric in metrics]
+    problems.found += _unknown("backtrack.limits", cfg.backtrack.limits, reported)
+    if cfg.backtrack.retries and not cfg.backtrack.limits and not any(metric.is_health for metric in metrics):
         problems.found.append(
-            f"backtrack.retries is {cfg.backtrack.retries}: no eval of {cfg.eval.evals!r} says whether a model is "
-            "whole; add text_quality, or give --backtrack.limits"
+            f"backtrack.retries is {cfg.backtrack.retries}: none of the evals {cfg.eval.evals!r} reports whether a "
+            "model is coherent; add text_quality, or give --backtrack.limits"
         )
     problems.raise_if_any()
-    target = next((name for name in inputs.targets if name in measured), None)
+    target = next((name for name in inputs.targets if name in reported), None)
     if target is None:
         wanted = " or ".join(dict.fromkeys(owners[name] for name in inputs.targets))
-        raise UserError(f"eval.evals is {cfg.eval.evals!r}: trait {trait.name!r} is judged by {wanted}; add it")
-    return replace(trait, target=target, off_targets=tuple(name for name in trait.off_targets if name in measured))
+        raise UserError(f"eval.evals is {cfg.eval.evals!r}: the target of trait {trait.name!r} needs {wanted}; add it")
+    return replace(trait, target=target, off_targets=tuple(name for name in trait.off_targets if name in reported))
 
 
 def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[str]:
-    """A line for each name that the table lacks, with the nearest that it has."""
-    table = list(table)
-    return [f"{setting} is {name!r}: {nearest(name, table)}" for name in names if name not in table]
+    """A line for each name that is not in the table, with the nearest name that is."""
+    known = list(table)
+    return [f"{setting} is {name!r}: {nearest(name, known)}" for name in names if name not in known]
 
 
 def _check_writable(field_name: str, folder: Path | None) -> None:
-    """UserError unless the folder can be made and written to. Nothing stays of the trial."""
+    """UserError unless the folder can be created and written to. The probe folder is removed."""
     if folder is None:
         return
     try:
@@ -177,19 +195,20 @@ def _check_writable(field_name: str, folder: Path | None) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
         why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{field_name} is {str(folder)!r}: no folder can be made there ({why}); give another --{field_name}"
+            f"{field_name} is {str(folder)!r}: this folder cannot be created ({why}); give another --{field_name}"
         ) from None
 
 
 def _try_to_write(folder: Path) -> None:
-    """ValueError where the folder takes nothing new. Its rights do not tell: /proc seems writable, a full disk too."""
+    """ValueError if nothing can be created in the folder. Permissions are not enough: /proc and full disks have
+    them."""
     try:
         with TemporaryDirectory(prefix=TRIAL, dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{folder} takes no new folder: {error.strerror}") from None
+        raise ValueError(f"{folder} is not writable: {error.strerror}") from None
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether anything is in the folder: an export never overwrites a model."""
+    """Whether the folder contains anything. An export never overwrites a model."""
     return folder.is_dir() and any(folder.iterdir())

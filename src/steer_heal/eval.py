@@ -19,7 +19,7 @@ import tyro
 from loguru import logger
 
 from steer_heal.errors import Problems, UserError, print_error, print_safe
-from steer_heal.inputs.files import ADAPTER_FILE, resolve
+from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE, resolve
 from steer_heal.settings import AdapterCfg, EvalCfg, FilterCfg, GenCfg, RunConfig, SteerCfg
 
 if TYPE_CHECKING:
@@ -109,9 +109,12 @@ def measure(command: EvalCommand) -> Metrics:
         check_model(cfg.model)
     with problems.noted():
         inputs = check_inputs(cfg)
-    for name in ("adapter_config.json", ADAPTER_FILE):
+    if folder is not None:
         with problems.noted():
-            folder = folder and resolve(folder / name, "adapter").parent
+            folder = resolve(folder / ADAPTER_FILE, "adapter").parent
+        if not any((folder / name).is_file() for name in ADAPTER_CONFIG_FILES):
+            names = " nor ".join(ADAPTER_CONFIG_FILES)
+            problems.found.append(f"adapter is {str(folder)!r}: it holds neither {names}; give a saved adapter")
     problems.raise_if_any()
     assert inputs is not None
 

@@ -214,11 +214,10 @@ class SteerHeal:
             adapters: `base` leaves out the rounds that are baked.
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        condition = Condition(
-            self.inputs.trait.plain_system if system is None else system, self._used(vector) if dose else None, dose
-        )
+        plain = self.inputs.trait.plain_system
+        condition = Condition(plain if system is None else system, self._used(vector) if dose else None, dose)
         seeds = [derive_seed(self.cfg.seed, "write", i) for i in range(len(asked))]
-        asks = [Ask(i, prompt, dose, 1.0, seed) for i, (prompt, seed) in enumerate(zip(asked, seeds, strict=True))]
+        asks = [Ask(i, prompt, seed, alpha=dose) for i, (prompt, seed) in enumerate(zip(asked, seeds, strict=True))]
         texts = self.bench.write(condition, asks, adapters=adapters)
         rows = [(c.prompt, c.text, c.dose, len(c.completion_ids)) for c in texts]
         schema = {"prompt": pl.String, "text": pl.String, "dose": pl.Float64, "n_tokens": pl.Int64}

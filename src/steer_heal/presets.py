@@ -1,4 +1,4 @@
-"""The presets of the command: a name, one line about it, and its settings."""
+"""The presets of `steer-heal run`: for each name a description and the settings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SMOL_PRESET = RunConfig(
         max_new_tokens=96,
     ),
 )
-DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "nll"}
+DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "none"}
 TOY_DISTIL_PRESET = replace(
     TOY_PRESET,
     n_rounds=2,
@@ -92,7 +92,7 @@ FAST_DEV_PRESET = RunConfig(
     steer=SteerCfg(layers=(0.3, 0.7), n_contexts=16, contexts=TOY / "contexts.jsonl"),
     gen=GenCfg(max_new_tokens=24, n_prompts=8, prompts=TOY / "prompts", batch_size=32),
     dose=DoseCfg(n_kappas=3, n_probes=4),
-    # an untrained model writes noise: the gates are opened so that every later stage has something to run on
+    # an untrained model writes noise: the gates are open, so that the later stages receive text
     filter=FilterCfg(ppl_max=1e9, rep_max=1.0, loop_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
     adapter=AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0)),
     heal=HealCfg(epochs=2, rehearsal_prompts=TOY / "everyday.jsonl", pressure_every=2),
@@ -110,16 +110,13 @@ FAST_DEV_PRESET = RunConfig(
     ),
 )
 PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "gemma": ("gemma-3-4b-it on one 24 GB card.", RunConfig(n_rounds=8)),
-    "toy": ("The bundled trained toy model: a real result in minutes on a laptop.", TOY_PRESET),
-    "toy-distil": ("The toy model, taught the distribution of itself prompted and steered.", TOY_DISTIL_PRESET),
-    "smol": ("SmolLM2-135M-Instruct and the trait love: a real chat model, on two cores.", SMOL_PRESET),
+    "gemma": ("gemma-3-4b-it, on one GPU with 24 GB.", RunConfig(n_rounds=8)),
+    "toy": ("The bundled toy model, which is trained: a real result in minutes on a laptop.", TOY_PRESET),
+    "toy-distil": ("The toy model learns its own next-token distribution under prompt and vector.", TOY_DISTIL_PRESET),
+    "smol": ("SmolLM2-135M-Instruct (4-bit weights) and the trait love, on two CPU cores.", SMOL_PRESET),
     "smol-distil": (
-        "The same model and trait, taught the distribution of itself prompted and steered.",
+        "The model of smol learns its own next-token distribution under prompt and vector.",
         SMOL_DISTIL_PRESET,
     ),
-    "fast-dev": (
-        "A tiny random model through every stage in seconds: meaningless numbers, working code.",
-        FAST_DEV_PRESET,
-    ),
+    "fast-dev": ("A tiny random model, to run every stage in seconds. The numbers mean nothing.", FAST_DEV_PRESET),
 }

@@ -90,7 +90,7 @@ class Metric:
 
     @property
     def is_health(self) -> bool:
-        """Whether the metric says that a model is intact: it has both limits."""
+        """Whether the metric tells a coherent model from a broken one: it has both limits, `good` and `broken`."""
         return self.good is not None and self.broken is not None
 
     @property

@@ -218,10 +218,13 @@ class FilterCfg:
 
 @settings("adapter")
 class AdapterCfg:
-    """The LoRA factor of each round."""
+    """What each round trains."""
 
+    kind: str = "lora"
+    """lora: low-rank factors on every linear layer and stack of experts. bias: one vector per block, added to the
+    residual stream; not measured."""
     rank: Count = 32
-    """Rank of each round's factor."""
+    """Rank of each round's LoRA factor."""
     alpha: Positive = 64.0
     """LoRA scale times rank."""
     layers: Band = (0.2, 0.8)
@@ -235,98 +238,95 @@ class AdapterCfg:
 
 @settings("heal")
 class HealCfg:
-    """The heal: self-distillation with a reverse-KL hinge penalty (the barrier)."""
+    """Training of the LoRA adapter on the kept text, with a penalty on leaving a reference model (the barrier)."""
 
     target: Literal["tokens", "distribution"] = "tokens"
-    """What is fitted. tokens: those of the text, by cross-entropy; distribution: the teacher's next-token distribution
-    at each position of the text, by KL."""
+    """What the student learns. tokens: the tokens of the text, by cross-entropy; distribution: the teacher's next-token
+    distribution at every position of the text, by KL divergence."""
     text: Literal["steered", "own"] = "steered"
-    """Whose text is trained on: the teacher's, or the student's own, written without vector and persona. Own text needs
-    target distribution."""
+    """Which text trains. steered: text that the teacher writes; own: text that the student writes without vector and
+    persona. own needs --heal.target distribution."""
     teacher: Literal["vector", "prompt", "both"] = "vector"
-    """What makes the teacher out of the student: the vector at the chosen dose, the positive persona as system prompt,
-    or the two together."""
+    """What turns the student into the teacher: the vector at the chosen dose, the positive persona as system prompt, or
+    both."""
     kl: Literal["forward", "reverse"] = "forward"
-    """Of target distribution: KL(teacher || student), or KL(student || teacher)."""
+    """With --heal.target distribution: fit KL(teacher || student) (forward) or KL(student || teacher) (reverse)."""
     max_departure: NotNegative = 0.0
-    """Of target distribution: positions where KL(teacher || base) is above this many nats are left out. 0: none are."""
+    """With --heal.target distribution: leave out positions where KL(teacher || base) exceeds this many nats. 0 leaves
+    none out."""
     refresh_every: BatchSize = 0
-    """Of text own: after so many steps the student as it now is writes new text. 0: it writes once a round."""
+    """With --heal.text own: regenerate the text with the current student every N steps. 0 generates it once per round.
+    """
     refresh: Literal["text", "teacher"] = "text"
-    """What is made anew every refresh_every steps. text: the teacher stays that of the start of the round; teacher: it
-    is made of the student as it now is, with a vector read from it unless steer.refresh is once."""
+    """What is renewed every refresh_every steps. text: only the text, and the teacher stays that of the start of the
+    round; teacher: the teacher as well, made from the current student. Its vector is extracted again, unless
+    --steer.refresh is once."""
     rehearsal: BatchSize = 0
-    """Of target distribution: texts that the base writes each round on rehearsal_prompts. They train beside the others,
-    with the base as their teacher, to keep what the trait should not change. 0: none."""
+    """With --heal.target distribution: the base model writes N texts per round on rehearsal_prompts. They train with
+    the others, but the base is their teacher. This keeps what the trait should not change. 0 turns it off."""
     rehearsal_prompts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines with `text`: prompts that have nothing to do with the trait. They may be those of steer.contexts."""
+    """JSON lines with `text`: prompts unrelated to the trait. They may be those of --steer.contexts."""
     divergence: str = "kl_rev"
-    """Distance to the reference that the barrier limits: kl_rev, kl_fwd, or nll for no barrier."""
+    """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
+    KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""
     aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
-    """How the positions of a completion become one divergence. mean does not see short loops."""
+    """How the divergences at the positions of a completion become one number. The mean hides short loops."""
     lam: NotNegative = 0.1
-    """Strength of the barrier: nats of loss per nat above tau."""
+    """Strength of the barrier: nats of loss per nat of divergence above tau."""
     tau: NotNegative = 0.5
-    """Nats tolerated before the barrier acts. Above the divergence of the heal the barrier never fires."""
+    """Divergence in nats that costs nothing. If no completion diverges further, the barrier has no effect."""
     lam_power: Finite = 0.0
-    """lam of round k is lam * (1 + k) ** -lam_power."""
+    """lam in round k (from 0) is lam * (1 + k) ** -lam_power."""
     tau_power: Finite = 0.0
-    """tau of round k is tau * (1 + k) ** -tau_power. Negative: the tolerance grows. Not measured."""
+    """tau in round k (from 0) is tau * (1 + k) ** -tau_power. A negative power loosens the barrier over the rounds. Not
+    measured."""
     reference: Literal["prev", "base"] = "prev"
-    """prev: the student before this round (the trait adds up); base: the untouched model, with tau as the budget in
-    nats that all rounds share (not measured over rounds)."""
+    """Model that the student is kept close to. prev: the student before this round, so that the trait can add up over
+    rounds; base: the original model, so that tau limits all rounds together (not measured over several rounds)."""
     epochs: Count = 6
-    """Passes over the kept completions."""
+    """Passes over the training text in each round."""
     lr: Positive = 1e-4
-    """Peak learning rate: linear warm-up over the first tenth, then cosine to 0."""
+    """Peak learning rate. It rises linearly over the first tenth of the steps, then falls to 0 along a cosine."""
     batch_size: Count = 4
-    """Completions per optimiser step."""
+    """Completions per optimizer step."""
     tokens_per_pass: Count = 1024
-    """Padded tokens of one forward and backward pass; a step takes as many passes as it needs. It changes memory and
-    speed, not results. A pass that runs out of memory is split, and a warning names the size that fits."""
+    """Tokens in one forward and backward pass, padding included. A step takes as many passes as it needs, so this
+    changes memory and speed, not results. A pass that runs out of memory is split, and a warning names the new size."""
     checkpoint: Literal["auto", "on", "off"] = "auto"
-    """Compute the activations of each block again in the backward pass instead of storing them: a third slower, memory
-    of one block. auto: on where a pass would store more than half of the free memory. It changes no number."""
+    """Activation checkpointing: recompute the activations of each block in the backward pass instead of storing them.
+    It is a third slower and needs the memory of one block. auto turns it on if a pass would fill more than half of the
+    free memory. Results do not change."""
     spectral: NotNegative = 0.0
     """Weight of the spectral penalty: half the squared largest singular value of this round's update, summed over the
-    adapted matrices. It works with any divergence. Not measured."""
+    adapted matrices. It works with every divergence. Not measured."""
     pressure_every: Count = 8
-    """Steps between measurements of the gradient pressure. Each costs one more backward pass."""
+    """Measure the gradient pressure, ||grad barrier|| / ||grad fit||, every N steps, for one more backward pass."""
 
     @model_validator(mode="after")
     def _check(self) -> HealCfg:
         fits = self.target == "distribution"
+        needs = f"with heal.target {self.target}, since it needs a teacher's distribution"
         _require(
-            (
-                self.max_departure == 0 or fits,
-                "heal.max_departure",
-                self.max_departure,
-                f"0 with heal.target {self.target}: only a teacher's distribution departs",
-            ),
-            (
-                self.rehearsal == 0 or fits,
-                "heal.rehearsal",
-                self.rehearsal,
-                f"0 with heal.target {self.target}: only a distribution is rehearsed",
-            ),
+            (self.max_departure == 0 or fits, "heal.max_departure", self.max_departure, f"0 {needs}"),
+            (self.rehearsal == 0 or fits, "heal.rehearsal", self.rehearsal, f"0 {needs}"),
             (
                 self.rehearsal == 0 or self.refresh_every == 0,
                 "heal.rehearsal",
                 self.rehearsal,
-                f"0 with heal.refresh_every {self.refresh_every}: text that is renewed leaves no place for it",
+                f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text",
             ),
             (
                 self.refresh_every == 0 or self.text == "own",
                 "heal.refresh_every",
                 self.refresh_every,
-                f"0 with heal.text {self.text}: only own text is written anew",
+                f"0 with heal.text {self.text}, since only own text is renewed",
             ),
-            (fits or self.text == "steered", "heal.text", self.text, "steered with heal.target tokens"),
+            (fits or self.text == "steered", "heal.text", self.text, f"steered with heal.target {self.target}"),
             (
                 self.refresh == "text" or self.refresh_every > 0,
                 "heal.refresh",
                 self.refresh,
-                "text with heal.refresh_every 0: nothing is made anew",
+                "text with heal.refresh_every 0, since nothing is renewed",
             ),
         )
         return self

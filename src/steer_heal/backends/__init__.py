@@ -1,1 +1,1 @@
-"""Thin adapters to optional packages."""
+"""Optional packages behind small interfaces."""

@@ -1,4 +1,7 @@
-"""The optional steering-lite package as the extractor of the vector. Doses stay ours. Importing this needs no torch."""
+"""Extraction of the vector by the optional package steering-lite. The dose still acts as in `model/steering.py`.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,22 @@ if TYPE_CHECKING:
     from steer_heal.model.lm import LM
 
 SERVED = ("mean_diff", "cosine_gated", "directional_ablation")
-"""All three read the mean difference; they differ in how a dose is applied."""
+"""All three extract the mean difference. They differ in how a dose acts."""
 REFUSED = {
-    "pca": "its pca is of differences without their mean, of length 1 and arbitrary sign: another quantity than ours"
+    "pca": "the package centres the differences first, and returns length 1 and arbitrary sign, unlike the builtin pca"
 }
 MAX_LENGTH = 1 << 20
-"""Tokens. The package's own limit of 256 cuts off the assistant tag; prompts were checked against max_prompt_tokens."""
+"""Maximum number of tokens per prompt. The package's default of 256 would cut off the assistant tag, and the length has
+been checked against max_prompt_tokens."""
 
 
 def check(method: str) -> None:
-    """UserError unless the package is installed and extracts what `steer.method` names. Imports nothing."""
+    """UserError unless the package is installed and supports the method. Imports nothing."""
     if method not in SERVED:
-        why = REFUSED.get(method, "it does not extract that here")
+        why = REFUSED.get(method, "this method is unsupported")
         raise UserError(
             f"steer.method is {method!r} and steer.backend 'steering-lite': {why}; "
-            f"use --steer.backend builtin, or a method among {', '.join(SERVED)}"
+            f"use --steer.backend builtin, or one of the methods {', '.join(SERVED)}"
         )
     if find_spec("steering_lite") is None:
         raise UserError(
@@ -41,21 +45,19 @@ def check(method: str) -> None:
 def extract(
     lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range, *, normalize: bool
 ) -> dict[int, Tensor]:
-    """Mean difference of the last token's states, float32[d] on the CPU for each block of the band.
+    """Mean difference of hidden states at the last token, float32[d] on the CPU for each block of the band.
 
-    `positive` and `negative` are token ids of templated prompts, in pairs. The package takes text, so they are decoded.
-    With `normalize` each direction has length 1.
+    `positive` and `negative` are the token ids of paired prompts. They are decoded, because the package needs text.
+    With `normalize`, each direction has length 1.
     """
     import torch
 
     package = import_module("steering_lite")
-    bos = str(lm.tokenizer.bos_token or "")  # the package's own tokenizer call writes one again
-    written_again = bos if lm.tokenizer("").input_ids == [lm.tokenizer.bos_token_id] else ""
-    texts = [
-        [str(lm.tokenizer.decode(list(ids))).removeprefix(written_again) for ids in side]
-        for side in (positive, negative)
-    ]
+    bos = str(lm.tokenizer.bos_token or "")
+    adds_bos = lm.tokenizer("").input_ids == [lm.tokenizer.bos_token_id]  # the package calls the tokenizer like this
+    added = bos if adds_bos else ""
+    texts = [[str(lm.tokenizer.decode(list(ids))).removeprefix(added) for ids in side] for side in (positive, negative)]
     config = package.MeanDiffC(layers=tuple(band), normalize=normalize, dtype=torch.float32)
     vector = package.Vector.train(lm.model, lm.tokenizer, *texts, config, max_length=MAX_LENGTH)
-    states = vector.state if hasattr(vector, "state") else vector.stacked  # renamed on a branch, and there [1, d]
+    states = vector.state if hasattr(vector, "state") else vector.stacked  # newer versions: `stacked`, [1, d]
     return {layer: state["v"].detach().float().cpu().reshape(-1) for layer, state in states.items()}

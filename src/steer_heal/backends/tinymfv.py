@@ -1,4 +1,7 @@
-"""The optional tinymfv package (moral-maps since July 2026) as a reader of vignettes. Importing this needs no torch."""
+"""Moral-foundation vignettes asked by the optional package tinymfv, which is called moral-maps since July 2026.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,28 @@ if TYPE_CHECKING:
     from steer_heal.model.lm import LM
 
 DISTRIBUTIONS = {"moralmaps": "moral-maps", "tinymfv": "tiny-mfv"}
-"""Names that the package is imported by, the newer one first, and installed by."""
+"""Import name and distribution name of each version of the package, the newer one first."""
 ROLLOUT = "guided_rollout_forced_choice"
 NEEDED = {
     f"guided.{ROLLOUT}": ("user_prompts", "max_think_tokens"),
     "guided.ForcedChoiceResult": ("p", "top1", "pmass_allowed", "nll_prefill"),
     "EvalResult": ("frac_unscorable",),
 }
-"""What `read` relies on, by what is annotated with it. The last one marks the versions that give NaN for an answer
-which cannot be read; older ones made up a number."""
+"""Annotated names that `ask` relies on, by their owner. The last one marks the versions that return NaN for an invalid
+answer. Older versions return a made-up number."""
 INSTALL = "pip install 'git+https://github.com/wassname/tinymfv.git', or use builtin"
 ROWS_AT_ONCE = 16
 """The package keeps the logits of each thinking token: rows x tokens x vocabulary x 4 bytes."""
 
 
 def check() -> None:
-    """UserError unless the package is installed and has the interface that `read` calls. Loads no model."""
+    """UserError unless the package is installed and has the interface that `ask` uses. Does not load a model."""
     name = _installed()
     if name is None:
         raise UserError(f"eval.backend is 'tinymfv': its package is not installed; {INSTALL}")
     try:
         package = import_module(name)
-    except Exception as error:  # what it depends on can fail in any way
+    except Exception as error:  # its dependencies can fail in any way
         raise UserError(
             f"eval.backend is 'tinymfv': {_described(name)} cannot be imported ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}); {INSTALL}"
@@ -53,26 +56,27 @@ def check() -> None:
     ]
     if lacking:
         raise UserError(
-            f"eval.backend is 'tinymfv': {_described(name)} lacks {', '.join(lacking)}; every version is numbered "
-            f"0.1.0, and those since 26 June 2026 (commit 3732994) serve: pip uninstall {DISTRIBUTIONS[name]}, then "
+            f"eval.backend is 'tinymfv': {_described(name)} lacks {', '.join(lacking)}; all versions are numbered "
+            f"0.1.0, and those since 26 June 2026 (commit 3732994) work: pip uninstall {DISTRIBUTIONS[name]}, then "
             f"{INSTALL}"
         )
 
 
-def read(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: int) -> dict[str, list[float]]:
-    """Per vignette: p_<foundation>, mass, prefill_nll (nats per token), top1, unscorable, by the package's instrument.
+def ask(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: int) -> dict[str, list[float]]:
+    """Item values of moral_foundations, from the package's own instrument.
 
-    NaN where the answer cannot be read. `condition` has `system`, `vector` and `dose`. The package takes no system
-    prompt: a persona is put before the vignette, as templates without a system role do.
+    For each vignette: p_<foundation>, mass, prefill_nll (nats per token), top1, unscorable. They are NaN if the answer
+    is invalid. `condition` has `system`, `vector` and `dose`. The package does not support system prompts, so a persona
+    goes before the vignette.
 
-    Prompts of one length go in together: behind padding on the left the package loses the positions, which moves the
-    log-probability of a foundation by some 0.3 nats. UserError where digits or padding would be read wrongly.
+    All prompts of a batch have the same length: with padding on the left, the package uses wrong positions, which moves
+    the log-probability of a foundation by about 0.3 nats. UserError if digits or padding would be misinterpreted.
     """
     from steer_heal.model.steering import steer
 
     rollout = getattr(import_module(f"{_installed()}.guided"), ROLLOUT)
     texts = [f"{condition.system}\n\n{v.text}" if condition.system else v.text for v in vignettes]
-    # behind each text the package writes a blank line and what is the same for all: lengths differ as these do
+    # after each text the package writes a blank line and a constant text, so these prompts have equal lengths together
     prompts = [lm.chat(f"{text}\n\nA") for text in texts]
     _check_tokens(lm, prompts)
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -85,10 +89,14 @@ def read(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: in
             asked = [texts[i] for i in group]
             given = rollout(lm.model, lm.tokenizer, asked, max_think_tokens=max(1, think_tokens))
             answers |= zip(group, given, strict=True)
+    return _columns(vignettes, [answers[i] for i in range(len(vignettes))])
+
+
+def _columns(vignettes: Sequence[Vignette], answers: Sequence[Any]) -> dict[str, list[float]]:
+    """The package's answers as item values."""
     columns: dict[str, list[float]] = {f"p_{name}": [] for name in FOUNDATIONS}
     columns |= {"mass": [], "prefill_nll": [], "top1": [], "unscorable": []}
-    for i, vignette in enumerate(vignettes):
-        answer = answers[i]
+    for vignette, answer in zip(vignettes, answers, strict=True):
         right = answer.top1 in (vignette.foundation, vignette.also)
         row = {f"p_{name}": answer.p[name] for name in FOUNDATIONS}
         row |= {"mass": answer.pmass_allowed, "prefill_nll": answer.nll_prefill, "top1": right}
@@ -101,14 +109,15 @@ def read(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: in
 
 @contextmanager
 def unpadded(lm: LM) -> Iterator[None]:
-    """While inside, a batch with padding on the left is a UserError: the package's readings of it would be wrong."""
+    """Inside the context, a batch with padding on the left is a UserError, because the package's results for it would
+    be wrong."""
 
     def refuse(_module: object, _args: tuple, inputs: dict[str, Any]) -> None:
         mask: Any = inputs.get("attention_mask")
         if getattr(mask, "ndim", 0) == 2 and not mask[:, 0].all():
             raise UserError(
-                f"eval.backend is 'tinymfv': {_described(_installed())} padded prompts that were given to it at one "
-                "length, and reads padded prompts wrongly; use builtin"
+                f"eval.backend is 'tinymfv': {_described(_installed())} padded prompts of equal length, and its "
+                "results for padded prompts are wrong; use builtin"
             )
 
     handle = lm.model.register_forward_pre_hook(refuse, with_kwargs=True)
@@ -119,16 +128,16 @@ def unpadded(lm: LM) -> Iterator[None]:
 
 
 def _check_tokens(lm: LM, prompts: Sequence[tuple[int, ...]]) -> None:
-    """UserError where the package would take the wrong answer token, or hide tokens of the prompts from the model."""
+    """UserError if the package would use the wrong answer token, or mask tokens of the prompts."""
     if any(len(lm.tokenizer.encode(str(k), add_special_tokens=False)) != 1 for k in range(len(FOUNDATIONS))):
         raise UserError(
-            f"eval.backend is 'tinymfv': the tokenizer of {lm.name!r} does not write each digit as one token, and the "
-            "answers are digits; use another model"
+            f"eval.backend is 'tinymfv': the answers are digits, and the tokenizer of {lm.name!r} does not encode each "
+            "digit as one token; use another model"
         )
     if any(lm.pad_id in prompt for prompt in prompts):
         raise UserError(
-            f"eval.backend is 'tinymfv': it hides each {lm.tokenizer.pad_token!r} as padding, and the chat template of "
-            f"{lm.name!r} writes that token; give its tokenizer a pad_token of its own, or use builtin"
+            f"eval.backend is 'tinymfv': it masks each {lm.tokenizer.pad_token!r} as padding, and the chat template of "
+            f"{lm.name!r} writes that token; give its tokenizer a separate pad_token, or use builtin"
         )
 
 

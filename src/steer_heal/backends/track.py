@@ -1,13 +1,14 @@
-"""Optional trackers as sinks of the event log: curves while a run goes on, its pictures at the end.
+"""Optional trackers, which receive the curves during a run and its pictures at the end.
 
-The step of a value is the number of optimiser steps that the run had taken. Importing this needs no tracker.
+The step of a value is the number of optimiser steps that the run had done. This module does not import any tracker.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +21,13 @@ Event = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """One tracker's run. It has the name of the run's folder, and goes on where that was tracked before."""
+    """A run in one tracker. It has the name of the run's folder. A resumed run continues its earlier curves."""
 
     package: ClassVar[str] = ""
-    """What it is imported by, and the name of its extra."""
+    """The name of the package, and of the extra that installs it."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        """`step`: where a run goes on; values of later steps that a tracker already has are void."""
+        """`step` is the step at which the run is resumed. Values that the tracker has of later steps are replaced."""
         ...
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
@@ -37,7 +38,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard` of the run."""
+    """Event files in the subfolder `tensorboard` of the run."""
 
     package: ClassVar[str] = "tensorboard"
 
@@ -61,7 +62,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A local database, which `trackio show` reads."""
+    """A local database, which `trackio show` displays."""
 
     package: ClassVar[str] = "trackio"
 
@@ -81,7 +82,7 @@ class Trackio:
 
 
 class Wandb:
-    """Weights & Biases; WANDB_MODE=offline keeps everything in the folder `wandb` of the run."""
+    """Weights & Biases. With WANDB_MODE=offline everything stays in the subfolder `wandb` of the run."""
 
     package: ClassVar[str] = "wandb"
 
@@ -104,7 +105,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Tra
 
 
 def check(names: Sequence[str]) -> None:
-    """UserError for the first name that is no tracker, or whose package is not installed."""
+    """UserError for the first unknown tracker, or the first whose package is not installed."""
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"track is {name!r}: {nearest(name, TRACKERS)}")
@@ -115,45 +116,53 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """The trackers of a run. One that fails is left out from then on, with a warning: it never stops the run."""
+    """The trackers of a run. If a tracker fails, there is a warning and the run continues without it."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], past: Sequence[Event]) -> None:
-        """`past`: events of a run that goes on."""
+        """`past` are the earlier events of a resumed run."""
         self.step = sum(event["stage"] == "heal_step" for event in past)
         self.running: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            self._try(name, lambda name=name: self.running.update({name: TRACKERS[name](folder, config, self.step)}))
+            with self._noted(name):
+                self.running[name] = TRACKERS[name](folder, config, self.step)
 
     def see(self, event: Event) -> None:
         """Logs the numbers of an event."""
         self.step += event["stage"] == "heal_step"
-        if values := scalars(event):
-            self._all(lambda tracker: tracker.log(values, self.step))
+        values = scalars(event)
+        for name, tracker in list(self.running.items()) if values else []:
+            with self._noted(name):
+                tracker.log(values, self.step)
 
     def pictures(self, paths: Sequence[Path]) -> None:
-        """Logs those of the pictures that are there."""
-        for path in paths:
-            if path.exists():
-                self._all(lambda tracker, path=path: tracker.picture(path, self.step))
+        """Logs the pictures that exist."""
+        drawn = [path for path in paths if path.exists()]
+        for name, tracker in list(self.running.items()):
+            with self._noted(name):
+                for path in drawn:
+                    tracker.picture(path, self.step)
 
     def close(self) -> None:
-        self._all(lambda tracker: tracker.close())
-
-    def _all(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self.running.items()):
-            self._try(name, lambda tracker=tracker: do(tracker))
+            with self._noted(name):
+                tracker.close()
 
-    def _try(self, name: str, do: Callable[[], object]) -> None:
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """Removes a tracker that fails, with a warning."""
         try:
-            do()
-        except Exception as error:  # a network, a login, a disk, a version: nothing of it is the run's
+            yield
+        except Exception as error:  # network, login, disk or version: the run has nothing to do with it
             self.running.pop(name, None)
-            warnings.warn(f"{name} failed and is left out from here on ({type(error).__name__}: {error})", stacklevel=2)
+            warnings.warn(
+                f"{name} failed; the run continues without it ({type(error).__name__}: {error})", stacklevel=3
+            )
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event that make curves, by `<stage>/<name>`; none for events without any."""
-    stage, r = event["stage"], event["round"]
+    """The numbers of an event that are drawn as curves, by `<stage>/<name>`. Empty if it has none."""
+    stage = event["stage"]
+    r = event["round"]
     if stage == "heal_step":
         found = {name: event[name] for name in ("fit", "divergence", "barrier", "pressure", "lr")}
         stage = "heal" if r >= 0 else "control_heal"
@@ -164,4 +173,6 @@ def scalars(event: Event) -> dict[str, float]:
     else:
         return {}
     known = {f"{stage}/{name}": float(value) for name, value in found.items() if value is not None}
-    return known | ({"round": float(r)} if r >= 0 else {})
+    if r >= 0:
+        known["round"] = float(r)
+    return known

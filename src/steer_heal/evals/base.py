@@ -18,7 +18,7 @@ from steer_heal.model.student import AdapterState, Student
 from steer_heal.progress import SILENT, Progress
 from steer_heal.records import Answer, Completion, EvalResult, Metric, Scored, derive_seed
 from steer_heal.settings import EvalCfg, FilterCfg
-from steer_heal.stages.filter import judge_all
+from steer_heal.stages.filter import score_texts
 from steer_heal.stages.generate import Ask, generate
 from steer_heal.stages.states import final_states
 
@@ -53,12 +53,12 @@ class Subject:
         prompts, condition, cfg = self.inputs.eval_prompts, self.condition, self.cfg
         n = len(prompts)
         asks = [
-            Ask(i % n, prompts[i % n], condition.dose, 1.0, derive_seed(self.seed, "eval", i))
+            Ask(i % n, prompts[i % n], derive_seed(self.seed, "eval", i), alpha=condition.dose)
             for i in range(cfg.n_texts)
         ]
         plain, how = self.inputs.trait.plain_system, Decoding(cfg.max_new_tokens, cfg.batch_size)
         with self.student.using(self.adapters) as lm:
-            return generate(lm, asks, condition.vector, condition.system, plain, how)
+            return generate(lm, asks, condition, plain_system=plain, how=how)
 
     @cached_property
     def hidden(self) -> list[Tensor]:
@@ -79,7 +79,9 @@ class Subject:
         with self.student.using("base") as lm:
             pairs = zip(self.texts, self.base_hidden, strict=True)
             nlls = [lm.nll(hidden.to(lm.device), text.completion_ids).cpu() for text, hidden in pairs]
-            return judge_all(lm, self.texts, nlls, trait.plain_system, trait.narration, self.keep)
+            return score_texts(
+                lm, self.texts, plain_system=trait.plain_system, narration=trait.narration, cfg=self.keep, nlls=nlls
+            )
 
 
 @dataclass(frozen=True)

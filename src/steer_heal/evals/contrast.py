@@ -1,6 +1,6 @@
 """Contrast pairs: how much likelier is the reply on the positive side of the trait? (Rimsky et al. 2024)
 
-It reads any trait, with any tokenizer, and needs no foundation, no judge and no text written by the model.
+This eval works for every trait and tokenizer. It needs neither moral foundations, nor text written by the model.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from steer_heal.records import Metric
 
 @torch.no_grad()
 def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
-    """Per pair: mean over tokens of log p(positive reply) minus mean over tokens of log p(negative reply).
+    """For each pair, the mean over tokens of log p(positive reply) minus that of log p(negative reply), in nats per
+    token.
 
-    Each is the assistant's reply to the prompt under `condition`, without the token that ends the turn. Nats a token.
+    The replies are the assistant's replies to the prompt under `condition`, without the token that ends the turn.
     """
     prompts = [lm.chat(pair.prompt, condition.system) for pair in pairs]
     replies = [(lm.encode(pair.positive), lm.encode(pair.negative)) for pair in pairs]
     out = [math.nan] * len(pairs)
 
-    def read(group: list[int]) -> None:
+    def work(group: list[int]) -> None:
         rows = [(i, reply) for i in group for reply in replies[i]]
         with steer(lm, condition.vector, [condition.dose] * len(rows)):
             hidden = lm.hidden([prompts[i] + reply for i, reply in rows])
@@ -38,13 +39,14 @@ def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
         for i, positive, negative in zip(group, means[::2], means[1::2], strict=True):
             out[i] = negative - positive
 
-    # a pair is two rows as long as its longer one
-    lm.in_batches([2 * (len(p) + max(map(len, r))) for p, r in zip(prompts, replies, strict=True)], read)
+    # a pair counts as two rows that are as long as the longer one
+    lm.in_batches([2 * (len(p) + max(map(len, r))) for p, r in zip(prompts, replies, strict=True)], work)
     return out
 
 
 def items(subject: Subject) -> Items:
-    """Per pair: its margin in nats a token, and 1 where the positive reply is the likelier one. NaN: no value."""
+    """For each pair: its margin in nats per token, and 1 if the positive reply is likelier, otherwise 0. NaN: no
+    value."""
     with subject.student.using(subject.adapters) as lm:
         found = margins(lm, subject.inputs.pairs, subject.condition)
     return {"contrast": found, "contrast_win": [math.nan if math.isnan(m) else float(m > 0) for m in found]}
@@ -58,7 +60,7 @@ EVAL = Eval(
             item="contrast",
             title="contrast of pairs",
             form="+.3f",
-            unit="nats a token",
+            unit="nats per token",
             moved=0.05,
         ),
         Metric(name="contrast_win", item="contrast_win", title="pairs won", form=".0%", shown=False),

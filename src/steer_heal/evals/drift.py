@@ -1,4 +1,4 @@
-"""How far a state has left the base: KL to it along the free text that the state itself wrote."""
+"""Distance of a state from the base model: the KL divergence along the free text that the state wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from steer_heal.stages.states import kl_between
 
 
 def items(subject: Subject) -> Items:
-    """Per answer: mean over its positions of KL(state || base), nats; 0 for an empty text."""
+    """For each answer, the mean of KL(state || base) over its positions, in nats. 0 for an empty answer."""
     with subject.student.using("base") as lm:
         pairs = zip(subject.hidden, subject.base_hidden, strict=True)
         kls = [kl_between(lm, state, reference) for state, reference in pairs]

@@ -1,4 +1,4 @@
-"""Moral-foundation vignettes: how likely each of seven answers is as the model's reply, whole sentences long."""
+"""Moral-foundation vignettes: the likelihood of seven answers, which are whole sentences, as the model's reply."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
-LOGP, P = "logp_", "p_likelihood_"
-"""Items of a foundation begin so."""
+LOGP = "logp_"
+"""Prefix of the items with the log-likelihood of a foundation."""
+P = "p_likelihood_"
+"""Prefix of the items with its calibrated probability."""
 
 
 @torch.no_grad()
 def reply_logp(
     lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], condition: Condition
 ) -> Float[Tensor, "i w"]:
-    """log p of all tokens of each of w replies after each of i prompts, in nats.
+    """log p of each of w replies (the sum over its tokens) after each of i prompts, in nats.
 
-    A prompt is read once. Its replies go on from its cache, as a row each.
+    The model runs over each prompt once. The replies continue from its cache, each as a row.
     """
     ids, mask = lm.pad(replies)
     n, longest = ids.shape
     out = torch.full((len(prompts), n), torch.nan, dtype=torch.float64)
 
-    def read(group: list[int]) -> None:
+    def work(group: list[int]) -> None:
         rows = torch.arange(len(group), device=lm.device).repeat_interleave(n)
         cache = GrowingCache(lm, max(len(prompts[i]) for i in group) + longest - 1)
-        every, real = ids.repeat(len(group), 1), mask.repeat(len(group), 1)
+        every = ids.repeat(len(group), 1)
+        real = mask.repeat(len(group), 1)
         with steer(lm, condition.vector, [condition.dose] * len(group)) as steering:
             last = cache.feed(*lm.pad([prompts[i] for i in group], "left"))[:, -1]
             cache.select(rows)
@@ -47,14 +50,14 @@ def reply_logp(
         logp[real.bool().cpu()] = -lm.nll(before[real.bool()], every[real.bool()].tolist()).double().cpu()
         out[group] = logp.sum(-1).view(len(group), n)
 
-    lm.in_batches([n * (len(prompt) + longest) for prompt in prompts], read)
+    lm.in_batches([n * (len(prompt) + longest) for prompt in prompts], work)
     return out
 
 
-def read(
+def ask(
     lm: LM, vignettes: Sequence[Vignette], instrument: LikelihoodInstrument, condition: Condition
 ) -> Float[Tensor, "i f"]:
-    """Per vignette: mean log p over the wordings of each of the seven answers, in nats, not calibrated."""
+    """For each vignette, the mean of log p over the wordings of each of the seven answers, in nats, not calibrated."""
     prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
     replies = [[lm.encode(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
     logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
@@ -63,11 +66,12 @@ def read(
 
 
 def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, " f"]:
-    """Mean log p of each answer over the scenes under the plain base, up to a number that the seven share. Never that
-    of another state: it would take the trait's own shift away.
+    """The mean of log p of each answer over the vignettes under the plain base model, up to a constant that the seven
+    share.
 
-    `logp` is the state's own; it serves where the state is the plain base. The items of any measured base hold the
-    calibration, whatever its system prompt: log p_likelihood is logp less the calibration less a number a scene.
+    Calibrating with another state would subtract the shift of the trait. `logp` are the values of this state, which
+    are used if it is the plain base model itself. If base items are given, the calibration follows from them for any
+    system prompt, because log p_likelihood = logp - calibration - a constant of the vignette.
     """
     if subject.base is not None:
         logp_base, p_base = (_by_foundation(subject.base.items, prefix) for prefix in (LOGP, P))
@@ -75,7 +79,7 @@ def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, "
     plain = Condition(subject.inputs.trait.plain_system)
     if (subject.adapters, subject.condition) != ("base", plain):
         with subject.student.using("base") as lm:
-            logp = read(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
+            logp = ask(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
     return logp.nanmean(0)
 
 
@@ -84,11 +88,11 @@ def _by_foundation(items: Items, prefix: str) -> Float[Tensor, "i f"]:
 
 
 def items(subject: Subject) -> Items:
-    """Per vignette: logp_<foundation> (nats, not calibrated), p_likelihood_<foundation>, likelihood_top1, answers_logp
-    (nats). NaN where the model gives no number."""
+    """For each vignette: logp_<foundation> (nats, not calibrated), p_likelihood_<foundation>, likelihood_top1 and
+    answers_logp (nats). NaN if the model returns NaN."""
     vignettes = subject.inputs.vignettes
     with subject.student.using(subject.adapters) as lm:
-        logp = read(lm, vignettes, subject.inputs.likelihood, subject.condition)
+        logp = ask(lm, vignettes, subject.inputs.likelihood, subject.condition)
     p = (logp - calibration(subject, logp)).softmax(-1)
     right = [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
     return {

@@ -1,8 +1,11 @@
-"""Moral-foundation vignettes: which of seven answers the model gives, read as log-probabilities of digits.
+"""Moral-foundation vignettes: a forced choice among seven answers, as log-probabilities of digits.
 
-The protocol is that of moral-maps: each vignette is asked twice, with the options listed forward and reversed;
-the model thinks greedily for a fixed number of tokens, a turn boundary and the prefill are forced, and the slot
-behind them is read. Averaging the two log-probabilities of a foundation cancels position and digit bias.
+The protocol is that of moral-maps:
+1. Each vignette is asked twice, with the options in order and in reverse order.
+2. The model thinks for a fixed number of tokens, decoded greedily.
+3. A turn boundary and the prefill are forced.
+4. The log-probabilities of the digits at the next position, the slot, are the answer.
+5. The mean of a foundation's two log-probabilities cancels the bias towards positions and digits.
 """
 
 from __future__ import annotations
@@ -27,13 +30,13 @@ from steer_heal.records import Metric
 
 @dataclass(frozen=True)
 class Slot:
-    """A sequence that ends where the answer digit comes next, and where its prefill begins."""
+    """A sequence after which the answer digit comes next, and the position at which its prefill begins."""
 
     ids: tuple[int, ...]
     prefill_start: int
 
 
-def read(
+def ask(
     lm: LM,
     vignettes: Sequence[Vignette],
     instrument: Instrument,
@@ -41,10 +44,12 @@ def read(
     think_tokens: int,
     batch_size: int,
 ) -> Items:
-    """Per vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN where unscorable."""
+    """For each vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN if unscorable."""
     questions = [(vignette, order) for vignette in vignettes for order in instrument.frames]
     asked = [instrument.question(v.text, order) for v, order in questions]
-    _, digit_logp, prefill_nll = answer_slots(lm, asked, instrument, condition, think_tokens, batch_size)
+    _, digit_logp, prefill_nll = answer_slots(
+        lm, asked, instrument, condition=condition, think_tokens=think_tokens, batch_size=batch_size
+    )
     by_foundation = torch.stack(
         [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, (_, order) in enumerate(questions)]
     )
@@ -56,22 +61,19 @@ def read(
     right = torch.tensor(
         [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
     )
-    hide = lambda values: torch.where(scorable, values.double(), torch.nan).tolist()
-    items = {f"p_{name}": hide(p[:, k]) for k, name in enumerate(FOUNDATIONS)}
-    return items | {
-        "mass": hide(mass),
-        "prefill_nll": hide(nll),
-        "top1": hide(right),
-        "unscorable": (~scorable).double().tolist(),
-    }
+    values = {f"p_{name}": p[:, k] for k, name in enumerate(FOUNDATIONS)}
+    values |= {"mass": mass, "prefill_nll": nll, "top1": right}
+    shown = {name: torch.where(scorable, each.double(), torch.nan).tolist() for name, each in values.items()}
+    return shown | {"unscorable": (~scorable).double().tolist()}
 
 
 def digit_ids(lm: LM) -> list[int]:
-    """Token ids of "0" to "6"; an answer split over several tokens would lose its mass."""
+    """Token ids of "0" to "6". UserError if a digit is several tokens."""
     ids = [lm.encode(str(i)) for i in range(len(FOUNDATIONS))]
     if any(len(i) != 1 for i in ids):
         raise UserError(
-            f"the tokenizer of {lm.name!r} does not write each digit as one token; moral_foundations needs that"
+            f"the tokenizer of {lm.name!r} does not encode each digit as one token, as moral_foundations requires; use "
+            "the eval likelihood"
         )
     return [i[0] for i in ids]
 
@@ -81,55 +83,60 @@ def answer_slots(
 ) -> tuple[list[Slot], Float[Tensor, "n f"], Float[Tensor, " n"]]:
     """(slots, log-probabilities of the digits in them [n, 7], mean NLL of the prefill's tokens [n]), in nats.
 
-    Each question is thought about, then the prefill is forced and read from the cache of the thinking. Where the
-    thinking already wrote the prefill, its own slot is read.
+    The prefill is forced after the thinking, and continues from its cache. If the model already wrote the prefill while
+    it was thinking, the slot is the one after that.
     """
-    close, prefill = lm.encode(instrument.think_close), lm.encode(instrument.prefill)
-    boundary, digits = lm.encode(turn_boundary(lm, instrument)), digit_ids(lm)
+    close = lm.encode(instrument.think_close)
+    prefill = lm.encode(instrument.prefill)
+    boundary = lm.encode(turn_boundary(lm, instrument))
+    digits = digit_ids(lm)
     prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
     suppress = lm.end_ids.union(close if len(close) == 1 else ())
     how = Decoding(think_tokens, batch_size, sample=False, suppress=suppress)
     rows = [Row(prompt, condition.dose) for prompt in prompts]
     slots = [Slot((), 0)] * len(rows)
-    logp, nll = torch.full((len(rows), len(digits)), torch.nan), torch.full((len(rows),), torch.nan)
+    logp = torch.full((len(rows), len(digits)), torch.nan)
+    nll = torch.full((len(rows),), torch.nan)
     own = []
     for i, thought, hidden in decode_then_read(lm, rows, condition.vector, how, boundary + prefill):
-        forced, written = prompts[i] + thought + boundary, find_prefill(lm, thought, instrument.prefill)
+        forced = prompts[i] + thought + boundary
+        written = find_prefill(lm, thought, instrument.prefill)
         if written is None:
             slots[i] = Slot(forced + prefill, len(forced))
-            logp[i], nll[i] = _read_slot(lm, hidden[-len(prefill) - 1 :], prefill, digits)
+            logp[i], nll[i] = _one_slot(lm, hidden[-len(prefill) - 1 :], prefill, digits=digits)
         else:
             start, end = written
             slots[i] = Slot(prompts[i] + thought[:end], len(prompts[i]) + start)
             own.append(i)
-    logp[own], nll[own] = read_slots(lm, [slots[i] for i in own], digits, condition)
+    logp[own], nll[own] = slot_logp(lm, [slots[i] for i in own], digits, condition=condition)
     return slots, logp, nll
 
 
 def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
-    text = lm.chat_text(question, system)
-    opened = text.rstrip().endswith("<think>")
-    return lm.encode_prompt(text if opened else text + think_open)
+    """The prompt of a question, with the tag that opens the thinking."""
+    prompt = lm.chat_text(question, system)
+    opened = prompt.rstrip().endswith("<think>")
+    return lm.encode_prompt(prompt if opened else prompt + think_open)
 
 
 _SENTINEL = "ANSWER-GOES-HERE"
 
 
 def turn_boundary(lm: LM, instrument: Instrument) -> str:
-    """What stands between the thinking and the prefill: the end of the thought and, with a nudge, of the turn,
-    the user's nudge and a newly opened assistant turn, all as the chat template writes them."""
+    """The text between the thinking and the prefill. It closes the thinking. If there is a nudge, it also ends the
+    turn, adds the user's nudge, and opens a new assistant turn, all as the chat template writes them."""
     if not instrument.nudge:
         return instrument.think_close
-    user, assistant = {"role": "user", "content": "_"}, {"role": "assistant", "content": _SENTINEL}
-    nudge = {"role": "user", "content": instrument.nudge}  # in one conversation: what opens it is not written again
+    user = {"role": "user", "content": "_"}
+    assistant = {"role": "assistant", "content": _SENTINEL}
+    nudge = {"role": "user", "content": instrument.nudge}  # in the same conversation, whose opening is not repeated
     whole = lm.render([user, assistant, nudge, assistant], continue_final_message=True)
     return instrument.think_close + whole.split(_SENTINEL)[1]
 
 
 def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int] | None:
-    """(start, end) token positions of the first prefill text in a thought that something follows, or None."""
-    text = lm.decode(thought, special=True)
-    begin = text.find(prefill)
+    """(start, end) of the first prefill in a thought, as token positions. None if there is none, or nothing follows."""
+    begin = lm.decode(thought, special=True).find(prefill)
     if begin < 0:
         return None
     start = end = None
@@ -140,45 +147,55 @@ def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int
         if length >= begin + len(prefill):
             end = t + 1
             break
-    return (start, end) if start is not None and end is not None and end < len(thought) else None
+    if start is None or end is None or end == len(thought):
+        return None
+    return start, end
 
 
 @torch.no_grad()
-def read_slots(
+def slot_logp(
     lm: LM, slots: Sequence[Slot], digits: Sequence[int], condition: Condition
 ) -> tuple[Float[Tensor, "n f"], Float[Tensor, " n"]]:
-    """The log-probabilities and NLLs of `answer_slots`, by one forward pass over whole sequences, right-padded."""
+    """The log-probabilities and NLLs of `answer_slots`, computed by a forward pass over the whole sequences."""
     logp = torch.full((len(slots), len(digits)), torch.nan)
     nll = torch.full((len(slots),), torch.nan)
 
-    def read(group: list[int]) -> None:
+    def work(group: list[int]) -> None:
         with steer(lm, condition.vector, [condition.dose] * len(group)):
             hidden = lm.hidden([slots[i].ids for i in group])
         for row, i in enumerate(group):
-            end, start = len(slots[i].ids), slots[i].prefill_start
-            logp[i], nll[i] = _read_slot(lm, hidden[row, start - 1 : end], slots[i].ids[start:], digits)
+            end = len(slots[i].ids)
+            start = slots[i].prefill_start
+            logp[i], nll[i] = _one_slot(lm, hidden[row, start - 1 : end], slots[i].ids[start:], digits=digits)
 
-    lm.in_batches([len(slot.ids) for slot in slots], read)
+    lm.in_batches([len(slot.ids) for slot in slots], work)
     return logp, nll
 
 
 @torch.no_grad()
-def _read_slot(
+def _one_slot(
     lm: LM, hidden: Float[Tensor, "s d"], prefill: Sequence[int], digits: Sequence[int]
 ) -> tuple[Float[Tensor, " f"], Float[Tensor, ""]]:
-    """(log-probabilities of the digits, mean NLL of the prefill) from the final states before and at the prefill."""
+    """(log-probabilities of the digits, mean NLL of the prefill), from the final states before and at the prefill."""
     logp = lm.logits(hidden[-1:]).log_softmax(-1)[0, list(digits)]
     return logp.cpu(), lm.nll(hidden[:-1], prefill).mean().cpu()
 
 
 def items(subject: Subject) -> Items:
-    """Per vignette, by the built-in reader or the one of moral-maps: see `read`."""
-    cfg, inputs = subject.cfg, subject.inputs
+    """The item values of `ask`, asked by this module or by moral-maps."""
+    cfg = subject.cfg
+    vignettes = subject.inputs.vignettes
     with subject.student.using(subject.adapters) as lm:
         if cfg.backend == "tinymfv":
-            return tinymfv.read(lm, inputs.vignettes, subject.condition, cfg.think_tokens)
-        how = (subject.condition, cfg.think_tokens, cfg.batch_size)
-        return read(lm, inputs.vignettes, inputs.instrument, *how)
+            return tinymfv.ask(lm, vignettes, subject.condition, think_tokens=cfg.think_tokens)
+        return ask(
+            lm,
+            vignettes,
+            subject.inputs.instrument,
+            condition=subject.condition,
+            think_tokens=cfg.think_tokens,
+            batch_size=cfg.batch_size,
+        )
 
 
 EVAL = Eval(
@@ -198,7 +215,7 @@ EVAL = Eval(
             for name in FOUNDATIONS
         ),
         Metric(name="coherence", item="mass", title="coherence", form=".4f", good=0.95, broken=0.85),
-        Metric(name="prefill_nll", item="prefill_nll", title="prefill NLL", form=".4f", unit="nats a token"),
+        Metric(name="prefill_nll", item="prefill_nll", title="prefill NLL", form=".4f", unit="nats per token"),
         Metric(name="frac_unscorable", item="unscorable", title="unscorable vignettes", form=".0%", shown=False),
         Metric(name="top1_acc", item="top1", title="vignettes named right", form=".0%", shown=False),
     ),

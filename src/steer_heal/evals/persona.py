@@ -1,4 +1,4 @@
-"""A trait score that needs no foundation and no judge: which persona would rather have written the text?"""
+"""Persona log-odds: is the text likelier under the positive or under the negative persona of the trait?"""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from steer_heal.records import Completion, Metric, Trait
 
 
 def log_odds(lm: LM, texts: Sequence[Completion], trait: Trait) -> list[float]:
-    """Per text: mean over tokens of log p(token | positive persona) - log p(token | negative persona).
+    """For each text, the mean over tokens of log p(token | positive persona) - log p(token | negative persona).
 
-    Call it while the base is used. Nats per token; above 0 the text is the positive persona's. NaN for an empty text.
+    In nats per token; positive if the text is likelier under the positive persona. NaN for an empty text. `lm` must be
+    the base model.
     """
     rows = [c.completion_ids for c in texts]
     positive, negative = (
@@ -35,7 +36,7 @@ EVAL = Eval(
             item="persona_log_odds",
             title="persona log-odds",
             form="+.3f",
-            unit="nats a token",
+            unit="nats per token",
             moved=0.05,
         ),
     ),

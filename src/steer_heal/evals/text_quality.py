@@ -1,6 +1,6 @@
-"""Free-text coherence: what the model writes on prompts that were never trained on.
+"""Coherence of free text that the model writes on prompts which it was not trained on.
 
-The forced answer slot of the vignettes is generous (the prefill pins it), so this stands beside it.
+The coherence of moral_foundations is a weaker test, because the prefill fixes most of the answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from steer_heal.stages.filter import degenerate
 
 
 def items(subject: Subject) -> Items:
-    """Per answer: tail perplexity under the base, whether the text is broken, and whether it has left the question."""
+    """For each answer: the perplexity of its tail under the base model, whether it is degenerate, and whether it is off
+    the question."""
     return {
         "text_tail_ppl": [row.scores["perplexity"] for row in subject.scored],
         "degenerate": [float(degenerate(row)) for row in subject.scored],

@@ -1,8 +1,6 @@
-"""What the grammar of the toy world says of free text: which sentences are possible, and which side they take."""
+"""Free text of the toy model, checked against the grammar of the toy world: possible sentences, and their stance."""
 
 from __future__ import annotations
-
-import math
 
 from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.records import Metric
@@ -10,11 +8,10 @@ from steer_heal.toylm.oracle import oracle
 
 
 def items(subject: Subject) -> Items:
-    """Per answer: the share of possible sentences and, among those that take a side of any persona pair, the share of
-    the positive side (NaN: none takes a side)."""
-    judged = [oracle(text.text) for text in subject.texts]
-    sides = [(o.n_care + o.n_love, o.n_care + o.n_defer + o.n_love + o.n_deny) for o in judged]
-    return {"oracle": [o.share for o in judged], "positive": [positive / n if n else math.nan for positive, n in sides]}
+    """For each answer: the share of sentences that the grammar can produce, and the share of positive sentences among
+    those that take the side of a persona (NaN if there are none)."""
+    scores = [oracle(each.text) for each in subject.texts]
+    return {"oracle": [score.share for score in scores], "positive": [score.positive_share for score in scores]}
 
 
 EVAL = Eval(

@@ -1,4 +1,4 @@
-"""What a run reads from files, parsed once: editing a file later changes nothing of the run."""
+"""The data files of a run. They are read once, so that later edits do not change the run."""
 
 from __future__ import annotations
 
@@ -32,72 +32,82 @@ class Inputs:
 
     trait: Trait
     targets: tuple[str, ...]
-    """Metrics that may judge the trait: the first that is measured does (check.py)."""
+    """Metrics that can be the target of the trait, the preferred one first: see check.py."""
     prompts: tuple[str, ...]
     """Prompts that training text is written for."""
     eval_prompts: tuple[str, ...]
-    """Prompts answered in free text, never trained on."""
+    """Prompts answered in free text. The model is never trained on them."""
     contexts: tuple[str, ...]
-    """User messages that the steering vector is read on."""
+    """User messages from which the steering vector is extracted."""
     rehearsal: tuple[str, ...]
-    """Prompts on which the base is the teacher; there may be none."""
+    """Prompts on which the base model is the teacher. May be empty."""
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
     likelihood: LikelihoodInstrument
     pairs: tuple[Pair, ...]
-    """Contrast pairs of the trait; there may be none."""
+    """Contrast pairs of the trait. May be empty."""
     sha256: Mapping[str, str]
-    """Of every file, by the setting that names it. The trait's values are recorded instead."""
+    """SHA-256 of each file, by the setting that names it. The trait file is missing: its values are recorded."""
 
     @property
     def wording(self) -> dict[str, list[list[str]]]:
-        """The items of the evals in words and in their order, by what an item is (Metric.of): [scene, its answer] of
-        each vignette, [prompt, positive reply, negative reply] of each pair. Texts are not among the inputs."""
-        scenes = [[v.text, " or ".join(filter(None, (v.foundation, v.also)))] for v in self.vignettes]
+        """The wording of each item of the evals, in the order of the items, by `Metric.of`.
+
+        For a vignette it is [scene, right answer], for a pair [prompt, positive reply, negative reply]. Texts are not
+        inputs, and are missing.
+        """
+        scenes = [[v.text, f"{v.foundation} or {v.also}" if v.also else v.foundation] for v in self.vignettes]
         return {"vignette": scenes, "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]}
 
 
 def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
-    """Reads and checks every data file. UserError with a line for each thing that is wrong.
+    """Reads and checks every data file. UserError with a line for each problem.
 
-    `given` is the trait itself, in place of the file that cfg.trait names by its path.
+    `given` is the content of a trait file, used instead of the file that cfg.trait names by its path.
     """
-    problems, trait, targets, prompts, pairs = Problems(), None, (), (), ()
+    problems = Problems()
     sha256: dict[str, str] = {}
 
     def parsed(setting: str, path: Path, parse: Callable[[DataFile], Parsed]) -> Parsed | None:
-        """None: what is wrong was noted."""
+        """The parsed file. None: its problems were noted."""
         with problems.noted():
             file = read_file(resolve(path, setting))
             sha256[setting] = file.sha256
             return parse(file)
 
+    prompts: tuple[str, ...] = ()
     with problems.noted():
-        if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
+        path = prompts_file(cfg.gen.prompts, cfg.trait) if cfg.gen.prompts is not None else None
+        if path is not None:
             prompts = parsed("gen.prompts", path, parse_texts) or ()
+    trait = None
+    targets: tuple[str, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     with problems.noted():
         own, source = read_trait(cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
-        trait, targets = make_trait(cfg.trait, source, prompts), source.target
+        trait = make_trait(cfg.trait, source, prompts)
+        targets = source.target
         with problems.noted():
             _check_pool(cfg, trait)
-        file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, source)
+        file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
         pairs = held_out(placed, trait.prompts)
-        sha256 |= {"eval.pairs": file.sha256} if pairs else {}
+        if pairs:
+            sha256["eval.pairs"] = file.sha256
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
-    rehearsal = cfg.heal.rehearsal and parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts)
+    rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts) if cfg.heal.rehearsal else ()
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     with problems.noted():
-        contexts = contexts and _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
+        contexts = _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
-        rehearsal = rehearsal and _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
-        if trait is not None and rehearsal:
+        rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
+        if trait is not None:
             _require_apart(rehearsal, trait, pairs)
     with problems.noted():
-        vignettes = vignettes and _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes or len(vignettes))
+        vignettes = _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
-    assert trait is not None and contexts is not None and vignettes is not None
+    assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
     assert instrument is not None and likelihood is not None
     return Inputs(
         trait=trait,
@@ -105,7 +115,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         prompts=trait.prompts[: cfg.gen.n_prompts],
         eval_prompts=trait.prompts[-cfg.eval.n_prompts :],
         contexts=contexts,
-        rehearsal=rehearsal or (),
+        rehearsal=rehearsal,
         vignettes=vignettes,
         instrument=instrument,
         likelihood=likelihood,
@@ -115,33 +125,37 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
 
 
 def _check_pool(cfg: RunConfig, trait: Trait) -> None:
-    """Enough prompts, and none of them both in training and in evaluation."""
-    wanted, problems = cfg.gen.n_prompts + cfg.eval.n_prompts, Problems()
-    if wanted > len(trait.prompts):
+    """UserError unless there are enough prompts, and each prompt occurs once."""
+    problems = Problems()
+    n_wanted = cfg.gen.n_prompts + cfg.eval.n_prompts
+    if n_wanted > len(trait.prompts):
         problems.found.append(
-            f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {wanted}: trait "
-            f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; ask for fewer"
+            f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {n_wanted}: trait "
+            f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; choose smaller numbers"
         )
     prompt, n = Counter(trait.prompts).most_common(1)[0] if trait.prompts else ("", 0)
     if n > 1:
         problems.found.append(
-            f"the prompts of trait {trait.name!r} hold {prompt!r:.80} {n} times: evaluation prompts are never trained "
-            "on; keep it once"
+            f"the prompts of trait {trait.name!r} contain {prompt!r:.80} {n} times: a prompt must not be used both in "
+            "training and in evaluation; keep it once"
         )
     problems.raise_if_any()
 
 
 def _require_apart(rehearsal: Sequence[str], trait: Trait, pairs: Sequence[Pair]) -> None:
-    """No prompt both of the rehearsal and of the trait: evaluation prompts are never trained on."""
+    """UserError if a prompt of the trait or of its pairs is also rehearsed."""
     if both := {*rehearsal} & {*trait.prompts, *(pair.prompt for pair in pairs)}:
         raise UserError(
-            f"heal.rehearsal_prompts holds {min(both)!r:.80}, a prompt of trait {trait.name!r}: what is rehearsed is "
-            "to stay as the base has it; take the prompt out of the file"
+            f"heal.rehearsal_prompts contains {min(both)!r:.80}, a prompt of trait {trait.name!r}: on rehearsal "
+            "prompts the model learns to answer as the base model does; remove the prompt from the file"
         )
 
 
-def _spaced(setting: str, rows: Sequence[Parsed], n: int) -> tuple[Parsed, ...]:
-    """n of the rows of a file, evenly spaced over it."""
+def _spaced(setting: str, rows: Sequence[Parsed] | None, n: int) -> tuple[Parsed, ...]:
+    """n rows of a file, evenly spaced over it. 0: all rows. Empty if the file could not be parsed."""
+    if not rows:
+        return ()
     if n > len(rows):
-        raise UserError(f"{setting} is {n}: its file holds {len(rows)} rows; ask for fewer or add some")
+        raise UserError(f"{setting} is {n}: its file has {len(rows)} rows; choose a smaller number, or add rows")
+    n = n or len(rows)
     return tuple(rows[i * len(rows) // n] for i in range(n))

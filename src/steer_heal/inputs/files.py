@@ -1,4 +1,4 @@
-"""Reads data files, each once: errors name the file, the line and the fix."""
+"""Reading and parsing of data files. Errors name the file, the line and the fix."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parents[1] / "data"
 """The shipped data files: inside an installed package, at the top of a checkout (setup.py maps one to the other)."""
 ADAPTER_FILE = "adapter_model.safetensors"
-"""The weights in a folder that PEFT loads."""
+"""The weights in the folder of a saved adapter."""
+PEFT_CONFIG_FILE = "adapter_config.json"
+OWN_CONFIG_FILE = "steer_heal_adapter.json"
+"""The settings of an adapter of a kind that PEFT does not know. It names the `kind`."""
+ADAPTER_CONFIG_FILES = (PEFT_CONFIG_FILE, OWN_CONFIG_FILE)
+"""One of them lies beside the weights."""
 Text = Annotated[str, Field(min_length=1)]
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A text file as it was read: what is parsed and what is hashed are the same bytes."""
+    """The content of a text file. It is parsed and hashed from the same bytes."""
 
     path: Path
     text: str
@@ -34,7 +39,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row of prompts or contexts."""
+    """A row of a file of prompts or contexts."""
 
     text: Text
 
@@ -55,12 +60,12 @@ def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:
 
 
 def read_file(path: Path) -> DataFile:
-    """A UTF-8 file, with or without a byte order mark. UserError naming the line that is not UTF-8."""
+    """Reads a UTF-8 file, with or without a byte order mark. UserError that names the line if it is not UTF-8."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that can") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a readable file") from None
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -70,25 +75,28 @@ def read_file(path: Path) -> DataFile:
 
 
 def parse_jsonl(file: DataFile, kind: type[Row]) -> list[tuple[int, Row]]:
-    """(line number, row) of a JSON-lines file; blank lines are skipped. UserError naming every bad line."""
-    rows, problems = [], Problems()
+    """(line number, row) for each line of a JSON-lines file that is not blank. UserError that names each invalid
+    line."""
+    rows = []
+    problems = Problems()
     for number, line in enumerate(file.text.split("\n"), start=1):
         if line.strip():
             with problems.noted():
                 rows.append((number, validated_json(kind, line, f"{file.path} line {number}")))
     problems.raise_if_any()
     if not rows:
-        raise UserError(f"{file.path} holds no rows; it needs at least one")
+        raise UserError(f"{file.path} has no rows; it needs at least one")
     return rows
 
 
 def parse_texts(file: DataFile) -> tuple[str, ...]:
-    """The texts of JSON lines with `text`."""
+    """The field `text` of each JSON line."""
     return tuple(row.text for _, row in parse_jsonl(file, TextRow))
 
 
 def parse_toml(file: DataFile) -> dict[str, Any]:
+    """The content of a TOML file. UserError if it is not valid."""
     try:
         return tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.path} is not TOML: {error}") from None
+        raise UserError(f"{file.path} is not valid TOML: {error}") from None

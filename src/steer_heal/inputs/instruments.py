@@ -1,4 +1,4 @@
-"""Moral-foundation vignettes, and the wording in which they are asked."""
+"""Moral-foundation vignettes, and the instruments that ask them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from steer_heal.inputs.files import DataFile, Text, parse_jsonl, parse_toml
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
 """The seven answers of the moral-foundations eval; `social` is "not morally wrong"."""
 LEAST_WORDINGS = 3
-"""Of an answer that is read by likelihood: a single sentence measures its own words as much as what it says."""
+"""Minimum number of wordings of an answer in the likelihood instrument. The likelihood of a single sentence depends on
+its words as much as on its meaning."""
 _COARSE = {name: name for name in FOUNDATIONS} | {"socialnorms": "social", "social norms": "social"}
 _SLOTS = {"prompt": ("{vignette}", "{schema}"), "schema": ("{options}",), "option": ("{index}", "{gloss}")}
 
 
 def _foundation(name: object) -> object:
+    """One of FOUNDATIONS. ValueError for an unknown name."""
     if isinstance(name, str):
         if name.lower() not in _COARSE:
-            raise ValueError(f"foundation {name!r:.80} is unknown; {nearest(name.lower(), _COARSE)}")
+            raise ValueError(f"unknown foundation {name!r:.80}; {nearest(name.lower(), _COARSE)}")
         return _COARSE[name.lower()]
     return name
 
@@ -32,7 +34,7 @@ Foundation = Annotated[str, BeforeValidator(_foundation)]
 
 @dataclass(frozen=True)
 class VignetteRow:
-    """A row of a vignette file; other fields are ignored."""
+    """A row of a vignette file. Other fields are ignored."""
 
     id: Text
     foundation_coarse: Foundation
@@ -42,7 +44,7 @@ class VignetteRow:
 
 @dataclass(frozen=True)
 class Vignette:
-    """A scene and the foundation that it violates; `also` names a second one where the scene is ambiguous."""
+    """A scene, and the foundation that it violates. If the scene is ambiguous, `also` is a second foundation."""
 
     id: str
     foundation: str
@@ -52,22 +54,25 @@ class Vignette:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Instrument:
-    """The wording of the forced choice. `order` is the first frame; the second lists it reversed."""
+    """The wording of the forced choice."""
 
     name: str
     order: tuple[str, ...]
+    """Order of the options in the first frame. The second frame reverses it."""
     prompt: str
-    """The user message, with {vignette} and {schema}."""
+    """The user message, with the slots {vignette} and {schema}."""
     schema: str
-    """With {options}: the option lines, joined by newlines."""
+    """The description of the answer, with the slot {options} for the option lines, joined by newlines."""
     option: str
-    """One line, with {index} (its position) and {gloss}."""
+    """The line of one option, with the slots {index} (its position) and {gloss}."""
     think_open: str
     think_close: str
     nudge: str
-    """User turn that ends the thinking; empty: the answer follows in the same turn."""
+    """User turn that ends the thinking. Empty: the answer follows in the same turn."""
     prefill: Text
+    """The beginning of the answer, which is forced."""
     gloss: dict[str, str]
+    """The words for each foundation."""
 
     @model_validator(mode="after")
     def _check(self) -> Instrument:
@@ -84,6 +89,7 @@ class Instrument:
         return self
 
     def question(self, vignette: str, order: tuple[str, ...]) -> str:
+        """The user message that asks about a scene, with the options in the given order."""
         options = "\n".join(
             self.option.replace("{index}", str(i)).replace("{gloss}", self.gloss[name]) for i, name in enumerate(order)
         )
@@ -92,36 +98,40 @@ class Instrument:
 
     @property
     def frames(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The two orders in which the options are listed."""
         return self.order, self.order[::-1]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LikelihoodInstrument:
-    """A question about a scene, and the replies that are read as its answers."""
+    """A question about a scene, and the replies that count as its answers."""
 
     name: str
     prompt: str
-    """The user message, with {vignette}."""
+    """The user message, with the slot {vignette}."""
     answers: dict[str, tuple[str, ...]]
     """Wordings of each of the seven answers."""
 
     @model_validator(mode="after")
     def _check(self) -> LikelihoodInstrument:
-        problems = ["'prompt' lacks {vignette}"] * ("{vignette}" not in self.prompt)
+        problems = []
+        if "{vignette}" not in self.prompt:
+            problems.append("'prompt' lacks {vignette}")
         if sorted(self.answers) != sorted(FOUNDATIONS):
             problems.append(f"[answers] must name the seven answers {', '.join(FOUNDATIONS)} once each")
         for name, wordings in self.answers.items():
             if len(wordings) < LEAST_WORDINGS:
-                problems.append(f"'answers.{name}' has {len(wordings)} wordings: it must have {LEAST_WORDINGS} or more")
+                problems.append(f"'answers.{name}' has {len(wordings)} wordings: it needs at least {LEAST_WORDINGS}")
             if not all(text.strip() for text in wordings):
-                problems.append(f"'answers.{name}' holds an empty wording; write a sentence")
+                problems.append(f"'answers.{name}' contains an empty wording; write a sentence")
         counts = Counter(text for wordings in self.answers.values() for text in wordings)
-        problems += [f"the wording {text!r:.80} is there {n} times; keep one" for text, n in counts.items() if n > 1]
+        problems += [f"the wording {text!r:.80} occurs {n} times; keep one" for text, n in counts.items() if n > 1]
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def question(self, vignette: str) -> str:
+        """The user message that asks about a scene."""
         return self.prompt.replace("{vignette}", vignette)
 
 
@@ -134,7 +144,7 @@ def parse_likelihood(file: DataFile) -> LikelihoodInstrument:
 
 
 def parse_vignettes(file: DataFile) -> tuple[Vignette, ...]:
-    """UserError naming every bad line, and ids that come twice."""
+    """The vignettes of a JSON-lines file. UserError that names each invalid line and each repeated id."""
     vignettes: dict[str, Vignette] = {}
     problems = Problems()
     for number, row in parse_jsonl(file, VignetteRow):

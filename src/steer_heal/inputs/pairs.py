@@ -1,4 +1,4 @@
-"""Contrast pairs: a prompt with two replies, one on either side of a trait."""
+"""Contrast pairs: a prompt with two replies, one on each side of a trait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer_heal.inputs.files import DataFile, Text, parse_jsonl
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Pair:
-    """A held-out prompt, and what the positive and the negative persona would reply."""
+    """A held-out prompt, and the replies that the positive and the negative persona would give."""
 
     prompt: Text
     positive: Text
@@ -23,18 +23,19 @@ class Pair:
     def _check(self) -> Pair:
         sides = {self.positive.strip(), self.negative.strip()}
         if len(sides) == 1 or "" in sides:
-            raise ValueError("positive and negative must be two different replies, neither empty")
+            raise ValueError("positive and negative must be different replies, and not empty")
         return self
 
 
 def parse_pairs(file: DataFile) -> list[tuple[str, Pair]]:
-    """(where it stands, pair) of JSON lines with `prompt`, `positive` and `negative`."""
+    """(place, pair) of each JSON line with `prompt`, `positive` and `negative`."""
     return [(f"{file.path} line {number}", pair) for number, pair in parse_jsonl(file, Pair)]
 
 
 def held_out(placed: Iterable[tuple[str, Pair]], prompts: Iterable[str]) -> tuple[Pair, ...]:
-    """The pairs. UserError naming each whose prompt came before, or is one of `prompts`."""
-    problems, pairs = Problems(), []
+    """The pairs without their places. UserError that names each repeated prompt, and each that is in `prompts`."""
+    problems = Problems()
+    pairs = []
     taken = dict.fromkeys(prompts, "is also a prompt of the trait")
     for where, pair in placed:
         if pair.prompt in taken:

@@ -1,4 +1,4 @@
-"""Trait files: a persona pair, prompts, contrast pairs, and the metric that judges the trait."""
+"""Trait files: a pair of personas, prompts, contrast pairs, and the metric that is the target of the trait."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _BY_PATH = re.compile(r"(.+\.toml)(?:/([^/]*))?", re.DOTALL)
 
 def _lower_case(phrase: str) -> str:
     if not phrase.strip() or phrase != phrase.lower():
-        raise ValueError(f"narration holds {phrase!r}: it is looked for in lower-case text, so write it in lower case")
+        raise ValueError(f"narration contains {phrase!r}: the filter compares lower-case text; write it in lower case")
     return phrase
 
 
 def _listed(target: object) -> object:
+    """A single target as a tuple."""
     return tuple(target) if isinstance(target, list) else (target,)
 
 
@@ -44,13 +45,13 @@ class PersonaPair:
     def _check(self) -> PersonaPair:
         sides = {self.positive.strip(), self.negative.strip()}
         if len(sides) == 1 or "" in sides:
-            raise ValueError("positive and negative must be two different texts, neither empty")
+            raise ValueError("positive and negative must be different, and not empty")
         return self
 
 
 @dataclass(frozen=True, config=_STRICT)
 class SystemPrompts:
-    """System prompts while text is written; empty: none."""
+    """System prompts under which text is written. Empty: without one."""
 
     steered: str
     plain: str
@@ -58,11 +59,11 @@ class SystemPrompts:
 
 @dataclass(frozen=True, config=_STRICT)
 class TraitFile:
-    """The fields of a trait file: one persona pair, or several phrasings of the same axis and a default."""
+    """The fields of a trait file. It has one pair of personas, or several phrasings of it and the default phrasing."""
 
     description: str
     target: Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed)]
-    """One metric or several: the run is judged by the first that its evals measure."""
+    """One or more metrics. The target of a run is the first that its evals report."""
     sign: Literal[-1, 1]
     narration: tuple[Annotated[str, AfterValidator(_lower_case)], ...]
     prompts: tuple[Text, ...]
@@ -70,7 +71,8 @@ class TraitFile:
     off_targets: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
     pairs_file: Text | None = None
-    """JSON lines in place of `pairs`; a relative path begins at the folder of the trait file, or at the checkout."""
+    """JSON lines to use instead of `pairs`. A relative path is looked up in the folder of the trait file, then in the
+    package."""
     persona: PersonaPair | None = None
     default_phrasing: str | None = None
     phrasing: dict[str, PersonaPair] = field(default_factory=dict)
@@ -81,68 +83,71 @@ class TraitFile:
             raise ValueError("give either [persona], or default_phrasing and one [phrasing.<name>] or more")
         if self.phrasing and self.default_phrasing not in self.phrasing:
             names = ", ".join(self.phrasing)
-            raise ValueError(f"default_phrasing is {self.default_phrasing!r}: it must be one of {names}")
+            raise ValueError(f"default_phrasing is {self.default_phrasing!r}: choose from {names}")
         if both := [name for name in self.target if name in self.off_targets]:
-            raise ValueError("\n".join(f"off_targets holds the target {name!r}; leave it out" for name in both))
+            raise ValueError("\n".join(f"off_targets contains the target {name!r}; remove it" for name in both))
         if self.pairs and self.pairs_file is not None:
             raise ValueError("give either [[pairs]] or pairs_file, not both")
         return self
 
 
 def available() -> list[str]:
+    """The names of the bundled traits."""
     return sorted(path.stem for path in TRAITS.glob("*.toml"))
 
 
 def phrasings(name: str) -> list[str]:
-    """The phrasings that a trait can be asked in as `trait/phrasing`; none where its file has one persona pair."""
+    """The phrasings of a trait, which `trait/phrasing` selects. Empty if its file has a single pair of personas."""
     return list(read_trait(name)[1].phrasing)
 
 
 def load_trait(name: str, prompts: Sequence[str] = ()) -> Trait:
-    """A trait by name or path, such as `love`, `love/inner` or `my/love.toml`. `prompts` replace its own."""
+    """A trait by its name or path, such as `love`, `love/inner` or `my/love.toml`. `prompts` replace its own
+    prompts."""
     return make_trait(name, read_trait(name)[1], prompts)
 
 
 def read_trait(name: str) -> tuple[DataFile, TraitFile]:
-    """The file of a trait, every field of it checked, also in phrasings that nobody asked for."""
+    """The file of a trait, with all fields checked, including those of other phrasings."""
     source, _ = _split(name)
     if by_path(name):
         path = resolve(source, "trait")
     elif source in available():
         path = TRAITS / f"{source}.toml"
     else:
-        fix = "a trait of your own is given by its path, which ends in .toml"
+        fix = "give your own trait by its path, which ends in .toml"
         raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
     file = read_file(path)
     return file, validated(TraitFile, parse_toml(file), str(path))
 
 
 def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait:
-    """The trait as its file says, judged by its first target. A trait by path is named by the stem of its file."""
+    """The trait that a file describes, with its first target. A trait given by its path has the name of its file."""
     source, phrasing = _split(name)
     pair = _pair(name, file, phrasing)
+    stem = Path(source).stem if by_path(name) else source
     return Trait(
-        "/".join([Path(source).stem if by_path(name) else source, *([phrasing] if phrasing else [])]),
-        file.description,
-        file.target[0],
-        file.sign,
-        file.off_targets,
-        pair.positive,
-        pair.negative,
-        file.system.steered,
-        file.system.plain,
-        file.narration,
-        tuple(prompts) or file.prompts,
+        name=f"{stem}/{phrasing}" if phrasing else stem,
+        description=file.description,
+        target=file.target[0],
+        sign=file.sign,
+        off_targets=file.off_targets,
+        positive=pair.positive,
+        negative=pair.negative,
+        steered_system=file.system.steered,
+        plain_system=file.system.plain,
+        narration=file.narration,
+        prompts=tuple(prompts) or file.prompts,
     )
 
 
 def by_path(name: str) -> bool:
-    """Whether a trait is named by the path of its file."""
+    """Whether the name of a trait is the path of its file."""
     return _BY_PATH.fullmatch(name) is not None
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """(name or path of the file, phrasing) of a trait; None: the default phrasing."""
+    """(name or path of the file, phrasing) of a trait. None is the default phrasing."""
     if found := _BY_PATH.fullmatch(name):
         return found[1], found[2]
     source, slash, phrasing = name.partition("/")
@@ -150,22 +155,22 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _pair(name: str, file: TraitFile, phrasing: str | None) -> PersonaPair:
-    """The personas that a name asks for."""
+    """The personas of a phrasing. UserError if there is no such phrasing."""
     if phrasing is None:
         return file.persona or file.phrasing[file.default_phrasing or ""]
     if phrasing not in file.phrasing:
-        fix = (
-            nearest(phrasing, file.phrasing)
-            if file.phrasing
-            else "that file has one persona pair; leave the phrasing out"
-        )
+        only_one = "the file has a single pair of personas; leave out the phrasing"
+        fix = nearest(phrasing, file.phrasing) if file.phrasing else only_one
         raise UserError(f"trait is {name!r}: there is no phrasing {phrasing!r}; {fix}")
     return file.phrasing[phrasing]
 
 
 def prompts_file(source: Path, trait: str) -> Path | None:
-    """The file of prompts itself, or <trait>.jsonl where `source` is a folder. None: the trait's own prompts serve, or
-    there is no such trait. UserError where the folder lacks those of a bundled trait."""
+    """The file of prompts: `source`, or <trait>.jsonl in it if it is a folder.
+
+    None: use the trait's own prompts (or there is no such trait). UserError if the folder has no prompts for a bundled
+    trait.
+    """
     path = _of_trait(source, trait, "gen.prompts")
     stem = _split(trait)[0]
     if path is None and stem in available():
@@ -180,9 +185,11 @@ def prompts_file(source: Path, trait: str) -> Path | None:
 def read_pairs(
     source: Path | None, name: str, own: DataFile, file: TraitFile
 ) -> tuple[DataFile, list[tuple[str, Pair]]]:
-    """(the file that holds the pairs of a trait, each pair with where it stands): `source` or the file of the trait in
-    it, else what the trait's own file, `own`, holds or names. Of pairs in the trait's own file the checksum is theirs
-    alone."""
+    """(file with the contrast pairs of a trait, list of (place, pair)).
+
+    The file is `source`, or the trait's file in it if that is a folder; otherwise the pairs are those of the trait file
+    `own`, or of the file that it names. The checksum of pairs in the trait file covers only the pairs.
+    """
     if source is not None and (path := _of_trait(source, name, "eval.pairs")) is not None:
         given = read_file(path)
     elif file.pairs_file is not None:
@@ -194,8 +201,11 @@ def read_pairs(
 
 
 def _of_trait(source: Path, name: str, setting: str) -> Path | None:
-    """`source`, or <trait>.jsonl in it where it is a folder. None: it has none, or the trait is named by path."""
-    folder, (stem, _) = _folder(source), _split(name)
+    """`source`, or <trait>.jsonl in it if it is a folder. None if it has no such file, or the trait is given by its
+    path.
+    """
+    folder = _folder(source)
+    stem, _ = _split(name)
     if folder is None:
         return resolve(source, setting)
     file = folder / f"{stem}.jsonl"

@@ -1,7 +1,7 @@
-"""Attention of grouped queries on a CPU, without expanding keys and values.
+"""Grouped-query attention on a CPU that does not expand keys and values.
 
-`sdpa_attention_forward` of transformers expands them for several tokens under a mask. Without a mask it leaves groups
-to torch, which is slow for single tokens in bfloat16.
+`sdpa_attention_forward` of transformers expands them if there are several tokens and a mask. Without a mask it leaves
+the groups to torch, which is slow for single tokens in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "sdpa_grouped"
 
 
 def pack_groups(model: PreTrainedModel) -> None:
-    """Lets a model that uses transformers' scaled dot product attention use `attend` in its place."""
+    """Replaces transformers' scaled dot product attention by `attend`, in a model that uses it."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -31,9 +31,9 @@ def attend(
     attention_mask: Bool[Tensor, "b 1 s t"] | Float[Tensor, "b 1 s t"] | None,
     **how: Any,
 ) -> tuple[Float[Tensor, "b s h k"], None]:
-    """Queries that share keys and values stand behind each other as positions of one head.
+    """Attention that arranges the queries which share keys and values as successive positions of one head.
 
-    Whatever cannot be asked that way goes to transformers: a causal mask that is only implied, and a bias of heads.
+    Unsupported calls go to transformers: those with an implied causal mask, or with a bias for each head.
     """
     b, h, s, k = query.shape
     group = h // key.shape[1]

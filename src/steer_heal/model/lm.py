@@ -1,7 +1,7 @@
 """A causal language model with its tokenizer: loading, chat prompts, batched log-probabilities, hidden states.
 
-Everything that is teacher-forced runs right-padded and without a mask: causal attention never lets a real
-token see the padding behind it, so a batch reads exactly what its rows read alone.
+Teacher-forced batches are padded on the right and need no mask: causal attention never lets a real token see the
+padding after it, so that each row of a batch gives the same numbers as it does alone.
 """
 
 from __future__ import annotations
@@ -37,45 +37,62 @@ from steer_heal.inputs.files import DATA, candidates
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
-from steer_heal.model.gguf import HUB_ID, SMOL, cache, gguf_file, read_gguf, smol_folder
+from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
 Side = Literal["left", "right"]
-LOGIT_CHUNK_ELEMENTS, LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**24, 2**22
-"""Positions x vocabulary that go through the head at once: bounds memory whatever the batch and length. On a CPU larger
-tensors are slower: the allocator returns them to the system, which hands them out again page by page."""
-SAME_LOGITS = 0.02
-"""Difference, as a share of the largest logit, that may be rounding: a bfloat16 has 8 bits."""
-FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
+LOGIT_CHUNK_ELEMENTS = 2**24
+"""Positions x vocabulary that go through the head at once, which bounds memory for any batch size and length."""
+LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**22
+"""The same on a CPU, where larger tensors are slower: the allocator returns their memory to the system each time."""
 SHORTEST_CHUNK = 64
-"""Fewest positions per chunk: with fewer, reading the head's weights takes longer than multiplying with them."""
+"""Minimum number of positions per chunk. With fewer, loading the head's weights takes longer than the product."""
+SAME_LOGITS = 0.02
+"""Differences below this share of the largest logit count as rounding. A bfloat16 has 8 bits of precision."""
+FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
 
 _MARK = "SYSTEM-GOES-HERE"
 
 
 @dataclass
 class LM:
-    """A loaded model in eval mode, its tokenizer, and the limits that prompts are checked against."""
+    """A loaded model in eval mode, its tokenizer, and the limits on prompts and batches."""
 
     model: PreTrainedModel
     tokenizer: Any
-    """A PreTrainedTokenizerBase, padding on the left."""
+    """A PreTrainedTokenizerBase that pads on the left."""
     name: str
+    """As the user gave it: see `load`."""
     max_prompt_tokens: int = 1024
     why_dtype: str = ""
-    """Why its weights are in the dtype that they are in."""
+    """The reason for the dtype of the weights."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     weights_note: str = ""
+    """How the weights differ from the published ones, such as "8-bit (Q8_0) weights, unpacked from a GGUF file". Empty:
+    they do not."""
     progress: Progress = SILENT
-    """Told of the rows that are done and all rows of the work at hand, after each batch that is read and each token
-    that is written. Rows that are being written count in part."""
+    """Receives the number of rows done after each batch that is read, and after each token that is written."""
+
+    @property
+    def base(self) -> str:
+        """The model that an adapter names as its base: TINY_RANDOM, SMOL, a hub id, or the absolute path of a folder or
+        file on this machine."""
+        return self.name if self.name in (TINY_RANDOM, SMOL) else _located(self.name)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The model on the Hugging Face hub whose weights these are, or nearly are if there is a `weights_note`."""
+        if self.name == SMOL:
+            return HUB_ID
+        local = self.base == TINY_RANDOM or Path(self.base).is_absolute()
+        return None if local else self.base
 
     @contextmanager
     def watched_by(self, progress: Progress) -> Iterator[None]:
-        """Tells `progress` of the work that is done inside."""
+        """Inside the context, `progress` receives the progress of all batched work."""
         before = self.progress
         self.progress = progress
         try:
@@ -84,17 +101,12 @@ class LM:
             self.progress = before
 
     @property
-    def base(self) -> str:
-        """What an adapter names as its base: a hub id, or the absolute path of a folder or file on this machine."""
-        return self.name if self.name == TINY_RANDOM else _located(self.name)
-
-    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
     @cached_property
     def text_model(self) -> Any:
-        """The decoder stack without the head; inside multimodal wrappers, the nested language model."""
+        """The decoder stack without the head. In a multimodal model, that of the nested language model."""
         return self.model.get_decoder()
 
     @cached_property
@@ -111,18 +123,18 @@ class LM:
         return blocks
 
     def band(self, setting: str, layers: Band) -> range:
-        """Block indices of a band given as fractions of the depth. UserError naming `setting` where it holds none."""
+        """Indices of the blocks in a band, which is given as fractions of the depth. UserError if it is empty."""
         low, high = (int(share * len(self.blocks)) for share in layers)
         if low == high:
             raise UserError(
-                f"{setting} is {layers}: it holds none of the {len(self.blocks)} blocks of {self.name!r}; widen it",
+                f"{setting} is {layers}: it contains none of the {len(self.blocks)} blocks of {self.name!r}; widen it",
                 resumable=False,
             )
         return range(low, high)
 
     @property
     def quantized(self) -> bool:
-        """Whether linear weights are codes that nothing can be added to."""
+        """Whether linear weights are stored as codes, to which no update can be added."""
         return getattr(self.model, "quantization_method", None) is not None
 
     @property
@@ -141,65 +153,68 @@ class LM:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """float32 logits of final hidden states, with the model's scale and soft cap where it has one."""
-        logits, config = self.head(hidden.to(self.head.weight.dtype)).float(), self.model.config.get_text_config()
+        """float32 logits of final hidden states, with the model's own scale and soft cap, if it has them."""
+        logits = self.head(hidden.to(self.head.weight.dtype)).float()
+        config = self.model.config.get_text_config()
         if scale := getattr(config, "logits_scaling", None):
             logits = logits / scale
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
-        """Token ids of one user message up to and including the opened assistant turn."""
+        """Token ids of one user message and of the tag that opens the assistant's turn."""
         return self.encode_prompt(self.chat_text(user, system))
 
     def chat_text(self, user: str, system: str | None = None) -> str:
-        """One user message up to and including the opened assistant turn.
+        """The text of one user message and of the tag that opens the assistant's turn.
 
-        Where the template has no place for a system message, it opens the user's. Without one, the prompt is what the
-        template makes of the user's message alone, its own default system prompt included: what a user of the model
-        gets.
+        If the chat template does not support system messages, `system` goes before the user's message. Without
+        `system`, the template may write its own default system prompt, as it does for every user of the model.
         """
         return self.conversation([user], system)
 
     def conversation(self, turns: Sequence[str], system: str | None = None) -> str:
-        """What the user and the assistant said in turn, the user first and last; otherwise as `chat_text`."""
+        """The same for a conversation. `turns` alternate between user and assistant; the user has the first and the
+        last."""
         first, *rest = turns
-        messages = [{"role": "system", "content": system}] if system else []
-        if system and not self.takes_system:
-            messages, first = [], f"{system}\n\n{first}"
+        messages = []
+        if system and self.takes_system:
+            messages.append({"role": "system", "content": system})
+        elif system:
+            first = f"{system}\n\n{first}"
         roles = ("user", "assistant")
-        messages += [{"role": roles[i % 2], "content": text} for i, text in enumerate((first, *rest))]
+        messages += [{"role": roles[i % 2], "content": turn} for i, turn in enumerate((first, *rest))]
         return self.render(messages, add_generation_prompt=True)
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether the chat template writes a system message. Some refuse it; some drop it without a word."""
-        system, user = {"role": "system", "content": _MARK}, {"role": "user", "content": "_"}
+        """Whether the chat template supports system messages. Some templates refuse them, others drop them silently."""
+        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "_"}]
         try:
-            return _MARK in self.render([system, user], add_generation_prompt=True)
+            return _MARK in self.render(messages, add_generation_prompt=True)
         except UserError:
             return False
 
     def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
-        """Messages as the chat template writes them. UserError where it refuses one."""
+        """The text that the chat template makes of messages. UserError if it refuses one."""
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
         except TemplateError as error:
             roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
             raise UserError(
-                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that takes them"
+                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that allows them"
             ) from None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of the text alone, without special tokens around it. Who calls it says where it is too long."""
+        """Token ids of the text, without special tokens around it and without a limit on the length."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of token ids; `special` keeps special tokens."""
+        """The text of token ids. `special=True` keeps special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Ids of templated text (the template writes its own BOS); too long is an error, never a cut."""
+        """Token ids of a prompt that the chat template wrote. UserError if it is too long; it is never cut."""
         ids = self.encode(text)
         if len(ids) > self.max_prompt_tokens:
             raise UserError(
@@ -209,29 +224,30 @@ class LM:
         return ids
 
     def in_batches(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
-        """Calls `work` with row indices of similar length until every row had its turn.
+        """Calls `work` with the indices of rows of similar length, until it has been called for every row.
 
         After an out-of-memory error `work` is called again with fewer rows, so it must be idempotent.
         """
         todo = list(batches(lengths, self.limits.read_tokens))
         self.progress.at(0, len(lengths))
         while todo:
-            group, failed = todo[0], None
+            group = todo[0]
+            n_next = None
             try:
                 work(group)
             except RuntimeError as error:
-                failed = fewer_rows(len(group), error)
-            if failed is None:
+                n_next = fewer_rows(len(group), error)
+            if n_next is None:
                 todo.pop(0)
                 self.progress.at(len(lengths) - sum(map(len, todo)), len(lengths))
                 continue
             free_unused()
-            self.limits.read_tokens = failed * lengths[group[-1]]
+            self.limits.read_tokens = n_next * lengths[group[-1]]
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 
     def pad(self, rows: Sequence[Sequence[int]], side: Side = "right") -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-        """(token ids, mask) of rows of different lengths. The mask is 0 at the padding."""
+        """(token ids, mask) of rows of different lengths. The mask is 0 at padding."""
 
         def stacked(values: list[Tensor], padding: int) -> Tensor:
             one = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding, padding_side=side)
@@ -241,18 +257,19 @@ class LM:
         return stacked(ids, self.pad_id), stacked([torch.ones_like(row) for row in ids], 0)
 
     def hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "b s d"]:
-        """Final hidden states of right-padded rows; positions past a row's end hold nothing of use."""
+        """Final hidden states of right-padded rows. Ignore the positions after a row's end."""
         return self.text_model(input_ids=self.pad(rows)[0], use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Per row: -log p of each completion token given all before it, float32 [n] on the CPU, nats."""
+        """For each row, -log p of each completion token given all tokens before it, float32 [n] on the CPU, in nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
 
         def read(group: list[int]) -> None:
             hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
             for row, i in enumerate(group):
-                start, n = len(prompts[i]) - 1, len(completions[i])
+                start = len(prompts[i]) - 1
+                n = len(completions[i])
                 out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], read)
@@ -260,37 +277,38 @@ class LM:
 
     @torch.no_grad()
     def nll(self, hidden: Float[Tensor, "n d"], ids: Sequence[int]) -> Float[Tensor, " n"]:
-        """-log p of each id from the final hidden state before it, in nats, through the head in chunks."""
-        targets, size = torch.tensor(ids, device=self.device, dtype=torch.long), self.chunk_size
+        """-log p of each token id, given the final hidden state before it, in nats. The head runs in chunks."""
+        labels = torch.tensor(ids, device=self.device, dtype=torch.long)
+        size = self.chunk_size
         parts = [
             nn.functional.cross_entropy(self.logits(h), t, reduction="none")
-            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+            for h, t in zip(hidden.split(size), labels.split(size), strict=True)
         ]
         return torch.cat(parts)
 
     @property
     def chunk_size(self) -> int:
-        """Positions that go through the head at once."""
+        """Number of positions that go through the head at once."""
         elements = LOGIT_CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else LOGIT_CHUNK_ELEMENTS
         return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
 
 
 def weights_digest(model: nn.Module) -> dict[str, str]:
-    """{"sha256", "dtype"} of the base weights, the same with adapters attached and on every device.
+    """{"sha256", "dtype"} of the base weights. Attached adapters and the device make no difference.
 
-    SHA-256 over the digests of every tensor (name, dtype, shape and bytes) by name. Tensors are hashed in parallel, so
-    that a model of some 10 GB takes seconds.
+    The SHA-256 is that of the tensors' own digests (of name, dtype, shape and bytes), sorted by name. Tensors are
+    hashed in parallel, so that a model of 10 GB takes seconds.
     """
     weights = {n.replace("base_layer.", ""): value for n, value in model.state_dict().items() if ".lora_" not in n}
 
-    def of_tensor(name: str) -> bytes:
+    def tensor_digest(name: str) -> bytes:
         tensor = weights[name].detach()
         digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.digest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sha256 = hashlib.sha256(b"".join(pool.map(of_tensor, sorted(weights)))).hexdigest()
+        sha256 = hashlib.sha256(b"".join(pool.map(tensor_digest, sorted(weights)))).hexdigest()
     return {"sha256": sha256, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
@@ -304,24 +322,26 @@ def load(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> LM:
-    """A folder of safetensors, a GGUF file or a folder with one, a hub id, or a name of ours (`tiny-random`,
-    `smollm2-135m-instruct`). No remote code. Weights are frozen.
+    """Loads a model with frozen weights. It never runs code that comes with the model.
 
-    `temperature` and `top_p` replace those of the model's generation config."""
+    Args:
+        name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or SMOL.
+        temperature, top_p: Replace the values of the model's generation config.
+    """
     place = pick_device(device)
     model: Any
     if name == TINY_RANDOM:
         if quantize != "none":
             raise UserError(
-                f"quantize is {quantize!r}: weights are quantized while a folder is read, and {name!r} has none; give "
-                "a saved model"
+                f"quantize is {quantize!r}: only saved weights can be quantized, and {name!r} is not saved; give "
+                "another model"
             )
         model, tokenizer = _tiny_random()
         picked, why = pick_dtype(dtype, place, model.config)
         model.to(dtype=picked)
     else:
-        model, tokenizer, why = _saved(str(smol_folder()) if name == SMOL else name, dtype, place, quantize)
-        name = HUB_ID if name == SMOL else name  # an adapter names its base so that PEFT finds it on any machine
+        saved = str(smol_folder()) if name == SMOL else name
+        model, tokenizer, why = _saved(saved, dtype, place, quantize)
     if quantize == "none":
         try:
             model.to(device=place)
@@ -329,7 +349,9 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
-    return wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p)
+    lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p)
+    lm.weights_note = _weights_note(name)
+    return lm
 
 
 def wrap(
@@ -342,58 +364,60 @@ def wrap(
     temperature: float | None = None,
     top_p: float | None = None,
 ) -> LM:
-    """A loaded model as an LM, where it is and in its dtype: `Original` can undo what this does to it.
+    """Makes a loaded model an LM, on its device and in its dtype. `Original.restore` undoes the changes to the model.
 
-    The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token where it has none.
-    UserError where the model or its tokenizer cannot be used.
+    The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token if it has none.
+    UserError if the model or its tokenizer is unsupported.
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"the tokenizer of {name!r} has no chat template; steer-heal reads personas at the assistant tag, so use "
-            "an instruction-tuned model"
+            f"the tokenizer of {name!r} has no chat template, and the vector is extracted at its assistant tag; use an "
+            "instruction-tuned model"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if next(model.parameters()).device.type == "cpu":
         pack_groups(model)
     _keep_4_bit_weights_as_they_are(model, name)
-    given = {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value}
-    if given:
-        model.generation_config.update(do_sample=True, **given)
+    if temperature:
+        model.generation_config.update(do_sample=True, temperature=temperature)
+    if top_p:
+        model.generation_config.update(do_sample=True, top_p=top_p)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype)
     assert lm.blocks is not None
     _require_own_logits(lm)
     if not lm.takes_system:
         warnings.warn(
-            f"the chat template of {name!r} takes no system message: it is put before the user's, with a blank line",
+            f"the chat template of {name!r} does not support system messages: they are put before the user's message",
             stacklevel=3,
         )
     return lm
 
 
 def _packing(model: nn.Module) -> list[Any]:
-    """Layers whose 4-bit weight bitsandbytes packs anew when it is first read without a gradient on a CPU with
-    AVX512-BF16: the packed one passes no gradient on, and an input width must be a multiple of 64."""
+    """Layers whose 4-bit weight bitsandbytes repacks in the first forward pass without gradients on a CPU with
+    AVX512-BF16. The repacked weight passes no gradient, and needs an input width that is a multiple of 64."""
     return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
 def _keep_4_bit_weights_as_they_are(model: nn.Module, name: str) -> None:
-    """UserError where one is packed already."""
+    """Switches the repacking off. UserError if a weight is repacked already."""
     for module in _packing(model):
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise UserError(
-                f"model {name!r} was used on this CPU before: bitsandbytes packed its 4-bit weights, which pass no "
-                "gradient on now; load it again, and hand it over before it reads anything"
+                f"model {name!r} was used on this CPU before: bitsandbytes repacked its 4-bit weights, which pass no "
+                "gradient now; load it again, and hand it over before its first forward pass"
             )
     for module in _packing(model):
         module.support_avx512bf16_for_cpu = False
 
 
 class Original:
-    """What `wrap` changes of a model, as it was: `restore` puts it back."""
+    """The state of a model before `wrap` changes it. `restore` brings it back."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.generation_config = model, model.generation_config
+        self.model = model
+        self.generation_config = model.generation_config
         model.generation_config = copy.deepcopy(model.generation_config)
         self.attention: Any = model.config._attn_implementation
         self.training = {module for module in model.modules() if module.training}
@@ -420,13 +444,22 @@ def _located(name: str) -> str:
     return name if local is None else str(local.absolute())
 
 
+def _weights_note(name: str) -> str:
+    """See LM.weights_note."""
+    if name == SMOL:
+        return SMOL_WEIGHTS
+    file = gguf_file(_located(name))
+    return "" if file is None else quantization(file)
+
+
 def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
-    """(model, tokenizer, why in its dtype) of a folder, a file or a hub id. UserError where it cannot be read."""
+    """(model, tokenizer, reason for its dtype) of a folder, a file or a hub id. UserError if it cannot be loaded."""
     folder = _located(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
         raise UserError(
-            f"quantize is {quantize!r}: {file} is read unpacked; give a folder of safetensors, or leave it out"
+            f"quantize is {quantize!r}: GGUF weights are unpacked, and {file} is a GGUF file; give a folder of "
+            "safetensors, or leave out --quantize"
         )
     try:
         if file is not None:
@@ -446,32 +479,33 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         return model, tokenizer, why
     except UserError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
+    except Exception as error:  # each library reports a damaged file in its own way
         ours = Path(name) == cache() / SMOL
-        fix = "delete that folder: it is made again" if ours else FIX_OF_MODEL
+        fix = "delete that folder, and it is created again" if ours else FIX_OF_MODEL
         raise UserError(f"model {name!r} could not be loaded: {fix} ({error})") from None
 
 
 @torch.no_grad()
 def _require_own_logits(lm: LM) -> None:
-    """UserError where the model does more to its final hidden states than `LM.logits` does."""
+    """UserError if the model computes other logits from its final hidden states than `LM.logits` does."""
     ids = lm.encode("Hello.") or (lm.pad_id,)
-    own, ours = lm.model(lm.pad([ids])[0]).logits[0].float(), lm.logits(lm.hidden([ids])[0])
+    own = lm.model(lm.pad([ids])[0]).logits[0].float()
+    ours = lm.logits(lm.hidden([ids])[0])
     if not own.isfinite().all():
         raise UserError(
-            f"model {lm.name!r} gives logits that are not finite: its weights are damaged, or too large for "
-            f"{lm.model.dtype}; restore them, or give --dtype float32"
+            f"model {lm.name!r} has logits that are not finite: its weights are damaged, or too large for "
+            f"{lm.model.dtype}; restore them, or use --dtype float32"
         )
     apart = (own - ours).abs().max().item()
     if not apart <= SAME_LOGITS * own.abs().max().item():
         raise UserError(
-            f"model {lm.name!r} ({type(lm.model).__name__}) changes its logits in a way that steer-heal does not know: "
-            f"they are {apart:.2g} away from the product with its head; use a model of a family that README lists"
+            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its logits differ by {apart:.2g} from the "
+            "product with its head; use a model of a family that README lists"
         )
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:
-    """How transformers reads linear weights as 4-bit normal floats (QLoRA; Dettmers et al. 2023)."""
+    """Options with which transformers loads linear weights as 4-bit normal floats (QLoRA; Dettmers et al. 2023)."""
     warnings.warn(
         "quantize nf4: decoding is about three times slower than in bfloat16; use it only if bfloat16 does not fit",
         stacklevel=3,

@@ -1,4 +1,4 @@
-"""Batch sizes: how many rows fit into memory, and smaller batches after one did not fit."""
+"""Batch sizes: how many rows fit into memory, and smaller batches after one that did not fit."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from transformers import PreTrainedConfig
 from steer_heal.errors import UserError
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How the CPU's allocator and CUDA's libraries say it, in a plain RuntimeError."""
-ROWS_ON_CPU, ROWS_AT_MOST = 32, 256
+"""Parts of the RuntimeError messages in which the CPU's allocator and CUDA's libraries report a lack of memory."""
+ROWS_ON_CPU = 32
+ROWS_AT_MOST = 256
 SHARE_OF_FREE_MEMORY = 0.8
-"""The rest is left to fragments: what is copied as rows leave, or as a sliding window moves, leaves gaps behind."""
+"""The rest is reserved for fragmentation: copies made when rows leave, or when a sliding window moves, leave gaps."""
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees its own memory limit (cgroup v2)."""
+"""The folder in which a container sees its own memory limit (cgroup v2)."""
 LOGIT_BYTES = 44
-"""Per row and vocabulary entry: the head's output, its float32 copies, and double copies while a token is sampled."""
+"""Bytes per row and vocabulary entry: the head's output, its float32 copies, and float64 copies during sampling."""
 
 
 @dataclass
 class BatchLimits:
-    """Largest batches to try. A batch that runs out of memory lowers them for the rest of the program."""
+    """Largest batches to try. A batch that runs out of memory lowers them until the program ends."""
 
     read_tokens: int = 16_384
     """Padded tokens of a teacher-forced batch."""
     decode_tokens: float = math.inf
-    """Tokens of a decoded batch: prompts and all that may be written."""
+    """Tokens of a decoded batch: its prompts and the maximum number of new tokens."""
 
 
 def fewer_rows(n_rows: int, error: RuntimeError) -> int:
-    """Half of `n_rows` after a batch ran out of memory, with a warning. Any other error is raised again; a single row
-    that does not fit is a UserError."""
+    """Half of `n_rows`, with a warning, after a batch ran out of memory. Any other error is raised again. UserError if
+    a single row does not fit."""
     if not ran_out(error):
         raise error
     if n_rows == 1:
@@ -47,27 +48,31 @@ def fewer_rows(n_rows: int, error: RuntimeError) -> int:
             f"--max-prompt-tokens) or use --dtype bfloat16 ({str(error).splitlines()[0]})",
             resumable=False,
         ) from None
-    warnings.warn(f"out of memory with {n_rows} rows in a batch: trying {n_rows // 2}, now and later", stacklevel=3)
+    warnings.warn(f"out of memory with {n_rows} rows in a batch: using {n_rows // 2} from now on", stacklevel=3)
     return n_rows // 2
 
 
 def free_unused() -> None:
-    """Returns cached memory to the device. Call it outside of the `except` block: the error keeps the batch alive."""
+    """Returns cached memory to the device. Call it outside the `except` block, in which the error keeps the batch
+    alive."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken: of a GPU also what torch holds and does not use; beside a CPU what the system can
-    give without swapping, within the limit of a container."""
+    """Bytes that can still be allocated.
+
+    On a GPU this includes memory that torch has reserved and does not use. On a CPU it is what the system can provide
+    without swapping, within the limit of a container.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
+    with suppress(OSError, ValueError, KeyError):  # not in a container, or in one without a limit ("max")
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, max(0, limit - used + int(kept["inactive_file"])))  # files that were read can be dropped
+        free = min(free, max(0, limit - used + int(kept["inactive_file"])))  # cached files can be dropped
     return free
 
 
@@ -76,9 +81,9 @@ def ran_out(error: RuntimeError) -> bool:
 
 
 def batches(lengths: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
-    """Row indices grouped by similar length, within `n_tokens` padded tokens a batch."""
+    """Groups of row indices with similar lengths, each with at most `n_tokens` padded tokens."""
     group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and lengths[i] * (len(group) + 1) > n_tokens:
             yield group
             group = []
@@ -88,7 +93,8 @@ def batches(lengths: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
 
 
 def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
-    """Rows per batch: `n_rows` in as few and as even batches as free memory allows. On a CPU the most is fixed."""
+    """Rows per batch, for `n_rows` rows in as few and as equal batches as free memory allows. On a CPU the maximum is
+    fixed."""
     most = ROWS_ON_CPU
     if device.type == "cuda":
         most = max(1, min(ROWS_AT_MOST, int(SHARE_OF_FREE_MEMORY * free_bytes(device) / bytes_per_row)))
@@ -97,10 +103,11 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, device: torch.device) -> int:
 
 
 def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_size: int) -> int:
-    """Memory that decoding one row takes: its keys and values at their longest, and the larger of the activations of
-    its prompt in the widest block and its logits while a token is drawn.
+    """Memory for decoding one row, in bytes.
 
-    `config` is the text model's. A block with a sliding window keeps no more than that many tokens.
+    It is the sum of the keys and values at their longest, and the larger of two: the activations of the prompt in the
+    widest block, or the logits during sampling. `config` is the text model's. A block with a sliding window keeps at
+    most as many tokens as its window has.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -108,7 +115,7 @@ def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_si
     kept = [min(n, config.sliding_window) if kind == "sliding_attention" else n for kind in kinds]
     n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = 2 * n_heads * head_dim * element_size
-    cache = token * (sum(kept) + max(kept))  # one block's old and new keys and values exist at once while it is copied
+    cache = token * (sum(kept) + max(kept))  # old and new keys and values of a block coexist during a copy
     widths = 3 * config.intermediate_size + 8 * config.num_attention_heads * head_dim
     block = n_prompt * (widths * element_size + 4 * config.hidden_size * 4)
     return cache + max(block, LOGIT_BYTES * config.vocab_size)

@@ -1,4 +1,4 @@
-"""Steering vectors: what extracts them, how a dose acts, and the hook that adds one to the residual stream."""
+"""Steering vectors: methods that extract them, ways in which a dose acts, and the hook on the residual stream."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from steer_heal.model.lm import LM
 
 @dataclass(frozen=True)
 class Vector:
-    """A direction Float[d] per steered block, and the method that says how a dose of it acts after that block."""
+    """A direction Float[d] for each steered block, and the method by which a dose of it acts after that block."""
 
     directions: Mapping[int, Tensor]
     method: str = "mean_diff"
 
     def save(self, path: str | Path) -> None:
-        """Writes safetensors: a tensor a block, named by its number from 0."""
+        """Writes a safetensors file with one tensor for each block, named by the block's number, counted from 0."""
         tensors = {str(layer): direction.clone().contiguous() for layer, direction in self.directions.items()}
         save_file(tensors, path, metadata={"method": self.method})
 
     @classmethod
     def load(cls, path: str | Path) -> Vector:
-        """What `save` wrote. `read_vector` also reads files of other tools, and says what is wrong with one."""
+        """Reads a file that `save` wrote. `read_vector` also reads files of other tools, and explains invalid ones."""
         with safe_open(path, "pt") as file:
             layers = sorted(map(int, file.keys()))
-            # cloned: a tensor in the mapped file need not be aligned as one of torch's own
+            # clone: a tensor in the mapped file may not be aligned as torch's own tensors are
             return cls({layer: file.get_tensor(str(layer)).clone() for layer in layers}, file.metadata()["method"])
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What acts on a model besides its weights."""
+    """The influences on a model besides its weights."""
 
     system: str = ""
-    """System prompt; empty: none."""
+    """System prompt. Empty: without one."""
     vector: Vector | None = None
     dose: float = 0.0
 
@@ -56,9 +56,9 @@ def mean_diff(positive: Float[Tensor, "i d"], negative: Float[Tensor, "i d"]) ->
 
 
 def principal(positive: Float[Tensor, "i d"], negative: Float[Tensor, "i d"]) -> Float[Tensor, " d"]:
-    """First principal component of the states after each pair was centred on its own mean (representation
-    engineering; Zou et al. 2023). Its sign is that of the mean difference, its length the root mean square of the
-    differences along it."""
+    """First principal component of the states, after each pair is centred on its own mean (representation engineering;
+    Zou et al. 2023). It has the sign of the mean difference. Its length is the root mean square of the differences
+    along it."""
     differences = positive - negative
     _, sizes, directions = torch.linalg.svd(differences, full_matrices=False)
     direction = directions[0] * sizes[0] / len(differences) ** 0.5
@@ -84,7 +84,7 @@ def cosine_gate(
 def ablate(
     hidden: Float[Tensor, "b s d"], direction: Float[Tensor, " d"], dose: Float[Tensor, "#b 1 1"]
 ) -> Float[Tensor, "b s d"]:
-    """h - (h . u) u + dose v with u = v / ||v||: the component along v is replaced (Arditi et al. 2024)."""
+    """h - (h . u) u + dose v with u = v / ||v||, which replaces the component along v (Arditi et al. 2024)."""
     unit = direction / direction.norm()
     component = einsum(hidden, unit, "b s d, d -> b s")
     return hidden - component[..., None] * unit + dose * direction
@@ -103,14 +103,15 @@ METHODS: dict[str, Method] = {
     "cosine_gated": Method(mean_diff, cosine_gate),
     "directional_ablation": Method(mean_diff, ablate),
 }
-"""Every steering method by the name that `steer.method` takes."""
+"""Steering methods, by the values of `steer.method`."""
 
 
 @contextmanager
 def steer(lm: LM, vector: Vector | None, doses: Sequence[float]) -> Iterator[Steering]:
-    """While inside, row b of every batch is steered with `doses[b]` after each layer of the vector, at every position.
+    """Inside the context, row b of every batch is steered with `doses[b]` at every position, after each block that the
+    vector has a direction for.
 
-    A dose of 0 leaves its row alone, whatever the method.
+    With any method, a dose of 0 does not change its row.
     """
     steering = Steering(torch.tensor(doses, device=lm.device, dtype=torch.float32))
     handles = []
@@ -127,7 +128,7 @@ def steer(lm: LM, vector: Vector | None, doses: Sequence[float]) -> Iterator[Ste
 
 @dataclass
 class Steering:
-    """The doses of the rows now in the batch; `select` follows rows that leave it."""
+    """The doses of the rows of the batch. Call `select` when rows leave it."""
 
     doses: Float[Tensor, " b"]
 

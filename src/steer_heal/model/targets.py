@@ -28,7 +28,7 @@ def targets(lm: LM, layers: Band) -> Targets:
 
     Routers are left out: an update of theirs would change which experts a token visits, not what they compute.
     """
-    prefix = next(name for name, module in lm.model.named_modules() if module is lm.blocks)
+    prefix = blocks_path(lm)
     linears, experts, left_out = [], [], {}
     for i in lm.band("adapter.layers", layers):
         modules = {
@@ -50,6 +50,11 @@ def targets(lm: LM, layers: Band) -> Targets:
     if not linears and not experts:
         raise UserError(f"model {lm.name!r} has no linear layers that LoRA can adapt in blocks {layers} of its depth")
     return Targets(tuple(linears), tuple(experts), tuple(left_out))
+
+
+def blocks_path(lm: LM) -> str:
+    """Name of the list of blocks within the model, such as model.layers."""
+    return next(name for name, module in lm.model.named_modules() if module is lm.blocks)
 
 
 def _n_experts(module: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Steering vectors of other tools: GGUF control vectors (repeng, llama.cpp) and objects of steering-vectors.
 
-All of them count blocks from 0 and add their direction to the residual stream after a block, as we do.
+Like steer-heal, all of them count blocks from 0 and add a direction to the residual stream after a block.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor
 from steer_heal.errors import UserError, nearest
 from steer_heal.model.steering import METHODS, Vector, add
 
-GGUF_ARCHITECTURE, BLOCK_OUTPUT = "controlvector", "decoder_block"
+GGUF_ARCHITECTURE = "controlvector"
+BLOCK_OUTPUT = "decoder_block"
 _DIRECTION = re.compile(r"direction\.(\d+)")
 
 
 def read_vector(path: str | Path) -> Vector:
-    """A vector from a file of ours or a GGUF control vector: its content says which. UserError where it is neither."""
+    """Reads a file of `Vector.save` or a GGUF control vector, whichever the content is. UserError if it is neither."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -41,14 +42,16 @@ def read_vector(path: str | Path) -> Vector:
         ) from None
     fix = "give safetensors of steer-heal or a GGUF control vector"
     if start.startswith((b"PK", b"\x80")):
-        fix = "a pickle can run code and is not read: load it in Python, and give the object to from_steering_vectors"
+        fix = "a pickle can run code, so it is not read; load it in Python and pass the object to from_steering_vectors"
     raise UserError(f"vector {str(path)!r} is neither safetensors nor GGUF; {fix}")
 
 
 def _checked(vector: Vector, path: Path) -> Vector:
     sizes = {tuple(direction.shape) for direction in vector.directions.values()}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
-        raise UserError(f"vector {str(path)!r} has shapes {sorted(sizes)}: it must hold one direction [d] a block")
+        raise UserError(
+            f"vector {str(path)!r} has shapes {sorted(sizes)}: it must have one direction [d] for each block"
+        )
     if vector.method not in METHODS:
         raise UserError(f"vector {str(path)!r} is of method {vector.method!r}: {nearest(vector.method, METHODS)}")
     return vector
@@ -58,20 +61,23 @@ def _read_gguf(path: Path) -> Vector:
     reader = gguf.GGUFReader(path)
     architecture = reader.get_field("general.architecture")
     if architecture is None or architecture.contents() != GGUF_ARCHITECTURE:
-        raise UserError(f"vector {str(path)!r} is a GGUF file, but no control vector; give one of repeng or llama.cpp")
+        raise UserError(
+            f"vector {str(path)!r} is a GGUF file, but not a control vector; give one of repeng or llama.cpp"
+        )
     found = {match[1]: each for each in reader.tensors if (match := _DIRECTION.fullmatch(each.name))}
-    if packed := [each.name for each in found.values() if each.tensor_type.name not in ("F32", "F16")]:
-        raise UserError(f"vector {str(path)!r} holds {packed[0]} in a packed type; write it in float32 or float16")
+    if quantized := [each.name for each in found.values() if each.tensor_type.name not in ("F32", "F16")]:
+        raise UserError(f"vector {str(path)!r}: {quantized[0]} is quantized; write it in float32 or float16")
     plain = {int(layer): np.array(each.data, dtype=np.float32) for layer, each in found.items()}
     return Vector({layer: torch.from_numpy(plain[layer]) for layer in sorted(plain)})
 
 
 def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:
-    """A GGUF control vector, as repeng writes it. `model_type` is that of the model's config, such as "llama".
+    """Writes a GGUF control vector, as repeng does. `model_type` is the field of the model's config, such as "llama".
 
-    llama.cpp adds no direction after block 0. UserError where the vector is not added plainly.
+    llama.cpp ignores the direction of block 0. UserError if the vector's method does not simply add it.
     """
-    added, name = _added(vector), GGUF_ARCHITECTURE
+    added = _added(vector)
+    name = GGUF_ARCHITECTURE
     writer = gguf.GGUFWriter(path, name)
     writer.add_string(f"{name}.model_hint", model_type)
     writer.add_uint32(f"{name}.layer_count", len(added))
@@ -84,7 +90,7 @@ def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:
 
 
 def to_steering_vectors(vector: Vector) -> Any:
-    """The vector as a SteeringVector of the package steering-vectors, whose multiplier is our dose."""
+    """Converts a vector into a SteeringVector of the package steering-vectors, whose multiplier is our dose."""
     try:
         from steering_vectors import SteeringVector  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -93,18 +99,20 @@ def to_steering_vectors(vector: Vector) -> Any:
 
 
 def from_steering_vectors(other: Any) -> Vector:
-    """A SteeringVector as ours. UserError where it does not act after whole blocks."""
+    """Converts a SteeringVector into a vector. UserError if it does not act after whole blocks."""
     if (kind := getattr(other, "layer_type", None)) != BLOCK_OUTPUT:
-        raise UserError(f"the steering vector acts on {kind!r}: it must be a SteeringVector of {BLOCK_OUTPUT!r}")
+        raise UserError(
+            f"the steering vector has layer type {kind!r}: it must be a SteeringVector with {BLOCK_OUTPUT!r}"
+        )
     activations: Mapping[int, Tensor] = other.layer_activations
     return Vector({layer: activations[layer].detach().float().cpu().flatten() for layer in sorted(activations)})
 
 
 def _added(vector: Vector) -> dict[int, Tensor]:
-    """Directions in float32 on the CPU. UserError unless a dose of the vector is added at every position."""
+    """Directions in float32 on the CPU. UserError if the vector's method does not add it at every position."""
     if METHODS[vector.method].apply is not add:
         raise UserError(
-            f"the vector is of method {vector.method!r}: this format holds only directions that are added, such as "
-            "those of mean_diff and pca; use Vector.save"
+            f"the vector has method {vector.method!r}: this format supports only methods that add the direction, such "
+            "as mean_diff and pca; use Vector.save"
         )
     return {layer: direction.float().cpu().contiguous() for layer, direction in sorted(vector.directions.items())}

@@ -21,7 +21,6 @@ from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.device import device_name
 from steer_heal.model.student import Student
-from steer_heal.model.targets import targets
 from steer_heal.runs.log import EventLog
 from steer_heal.runs.resume import lock_new_run, recorded_settings, same_weights, truncate_events
 from steer_heal.runs.storage import lock_run, sync_folder
@@ -62,7 +61,7 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         command=command,
         base_model=lm.base,
         weights=weights_of(lm),
-        unadapted=targets(lm, cfg.adapter.layers).left_out,
+        unadapted=bench.student.adapter.unadapted(),
         device=device_name(lm.device),
     )
     run.add(start)

@@ -161,7 +161,7 @@ def method(cfg: Mapping[str, Any], heal: Event, r: int) -> list[str]:
     """How the student was made, in three sentences."""
     to = "base model" if cfg["reference"] == "base" else "student before the round"
     pays = f", and pays for a {cfg['divergence']} ({cfg['aggregate']}) to the {to} above {heal['tau']:.3g} nats"
-    pays = "" if cfg["divergence"] == "nll" else pays
+    pays = "" if cfg["divergence"] == "none" else pays
     if r < 0:
         return [
             "This is the control: the model wrote text without steering, and a filter dropped what is broken.",

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from steer_heal.errors import Problems, UserError, print_error, print_safe
-from steer_heal.inputs.files import ADAPTER_FILE
+from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def shared_files(folder: Path) -> list[str]:
     from steer_heal.share.card import CARD
 
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    adapter = {"adapter_config.json", ADAPTER_FILE} <= set(names)
+    adapter = ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names)
     merged = "config.json" in names and any(name.endswith(".safetensors") for name in names)
     if not adapter and not merged:
         raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")

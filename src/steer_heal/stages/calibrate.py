@@ -1,4 +1,4 @@
-"""The dose at which a vector moves the model by a given divergence: calibration without a filter."""
+"""Finds the dose at which a vector moves the model by a given divergence, without a filter."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from steer_heal.stages.states import final_states, kl_between
 
 BRACKET = (2.0**-6, 1024.0)
 """Doses searched. KL grows as dose squared, and a vector of length 1 needs about 100 for one nat."""
-N_GRID, N_REFINEMENTS, N_INNER = 17, 2, 3
+N_GRID = 17
+"""Doses of the first grid over the bracket."""
+N_REFINEMENTS = 2
+"""Further grids, each between the two neighbours that enclose the target."""
+N_INNER = 3
+"""New doses in each of them."""
 
 
 def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target: float) -> Calibration:
-    """The dose where the 95th percentile over positions of KL(teacher || student) first reaches `target` nats.
+    """The dose at which the 95th percentile over positions of KL(teacher || student) first reaches `target` nats.
 
-    Both are read along the student's own `texts`. 0 where the teacher's system prompt alone is past the target.
-    UserError where no dose gets there: the vector has no effect, or was read in the wrong place.
+    Teacher and student both read the student's own `texts`. The dose is 0 if the teacher's system prompt alone reaches
+    the target. UserError if no dose reaches it: the vector has no effect, or was extracted in the wrong place.
     """
-    plain, probes = final_states(lm, texts), []
+    plain = final_states(lm, texts)
 
-    def read(dose: float) -> KlProbe:
+    def probe(dose: float) -> KlProbe:
         taught = final_states(lm, texts, replace(teacher, dose=dose))
         kl = torch.cat([kl_between(lm, *pair) for pair in zip(taught, plain, strict=True)])
         return KlProbe(dose, kl.quantile(0.95).item())
 
-    def probe(doses: Sequence[float]) -> None:
-        probes.extend(map(read, doses))
-        probes.sort(key=lambda p: p.dose)
-
-    if teacher.system and (alone := read(0.0)).kl_p95 >= target:
-        return Calibration(0.0, (alone,))
-    probe(log_grid(*BRACKET, N_GRID))
+    if teacher.system:
+        undosed = probe(0.0)
+        if undosed.kl_p95 >= target:
+            return Calibration(0.0, (undosed,))
+    probes = [probe(dose) for dose in log_grid(*BRACKET, N_GRID)]
     for _ in range(N_REFINEMENTS):
         low, high = _crossing(probes, target)
-        probe(log_grid(low.dose, high.dose, N_INNER + 2)[1:-1])
+        probes += [probe(dose) for dose in log_grid(low.dose, high.dose, N_INNER + 2)[1:-1]]
+        probes.sort(key=lambda p: p.dose)
     low, high = _crossing(probes, target)
-    # log KL is close to a line in log dose between two neighbours
+    # between two neighbours, log KL is close to a line in log dose
     part = math.log(target / low.kl_p95) / math.log(high.kl_p95 / low.kl_p95) if low.kl_p95 > 0 else 1.0
     return Calibration(low.dose * (high.dose / low.dose) ** part, tuple(probes))
 

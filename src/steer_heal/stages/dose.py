@@ -1,10 +1,13 @@
-"""The dose controller: what to write next, which kappa survives the filter, and what trains."""
+"""The dose controller decides which completions to write next, which kappa is used, and which completions train."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
+
+from scipy.optimize import isotonic_regression
 
 from steer_heal.records import Collected, DoseProbe, Scored, Starved, derive_seed
 from steer_heal.settings import DoseCfg, FilterCfg
@@ -12,37 +15,43 @@ from steer_heal.stages.generate import Ask
 
 
 class DoseController:
-    """Says what to write, takes the scored result, and repeats until enough is kept. It holds no model.
+    """Requests completions, takes their scores, and repeats until enough are kept. It holds no model.
 
         while asks := controller.next_asks():
             controller.add(score(write(asks)))
         collected = controller.collected()
 
-    Without a `kappa` it first looks for the highest one whose completions survive at the target rate. Survivors of the
-    probes are kept as well: any dose up to the chosen one trains, unless cfg.train_on is highest. With `n_keep` 0 it
-    writes no more than the probes.
+    Without a `kappa`, it first probes for the highest one whose completions survive the filter at the target rate.
+    Probes that survive train as well, at any dose up to the chosen one, unless cfg.train_on is highest. With
+    `probes_only` it stops once kappa is known: its texts only choose the dose.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
         alphas: Sequence[float],
+        *,
         cfg: DoseCfg,
         keep: FilterCfg,
         seed: tuple[int | str, ...],
         kappa: float | None = None,
-        n_keep: int | None = None,
+        probes_only: bool = False,
     ) -> None:
-        self.prompts, self.cfg, self.keep, self.seed, self.kappa = prompts, cfg, keep, seed, kappa
-        self.n_keep = keep.n_keep if n_keep is None else n_keep
+        self.prompts = prompts
         self.alphas = tuple(alphas) if cfg.train_on == "all" else (max(alphas),)
+        self.cfg = cfg
+        self.keep = keep
+        self.seed = seed
+        self.kappa = kappa
+        self.probes_only = probes_only
         self.scored: list[Scored] = []
         self.probes: list[DoseProbe] = []
         self._probing: list[float] = []
-        self._n_asked = self._n_probings = 0
+        self._n_asked = 0
+        self._n_probings = 0
 
     def next_asks(self) -> list[Ask]:
-        """The next completions to write; none: enough is kept, or filter.max_attempts is reached."""
+        """The next completions to write. Empty once enough are kept or filter.max_attempts is reached."""
         left = self.keep.max_attempts - len(self.scored)
         if self.kappa is None:
             self._probing = self._next_kappas()[: left // self.cfg.n_probes]
@@ -50,24 +59,24 @@ class DoseController:
                 return [ask for kappa in self._probing for ask in self._asks(self.cfg.n_probes, kappa)]
             low, _ = bracket(self.probes, self.cfg.target)
             self.kappa = self.cfg.floor if low is None else low
-        missing = self.n_keep - len(usable(self.scored, self.kappa * max(self.alphas), self.cfg))
-        if missing <= 0 or left <= 0:
+        missing = self.keep.n_keep - len(self._usable())
+        if self.probes_only or missing <= 0 or left <= 0:
             return []
         return self._asks(min(max(4, round(missing / self.cfg.target)), left), self.kappa)
 
     def add(self, rows: Sequence[Scored]) -> None:
-        """Takes what was written for the last request, in its order."""
+        """Takes the completions of the last request, in its order."""
         self.scored.extend(rows)
         n = self.cfg.n_probes
         for i, kappa in enumerate(self._probing):
             part = rows[i * n : (i + 1) * n]
-            self.probes.append(DoseProbe(kappa, len(part), sum(row.kept for row in part)))
+            self.probes.append(DoseProbe(kappa, n=len(part), n_kept=sum(row.kept for row in part)))
         self._probing = []
 
     def collected(self) -> Collected:
-        """What trains of all that was written, be it too little."""
-        assert self.kappa is not None
-        kept = spread(usable(self.scored, self.kappa * max(self.alphas), self.cfg), self.n_keep)
+        """All completions and those of them that train, even if they are too few."""
+        assert self.kappa is not None, "kappa is known once next_asks has returned an empty list"
+        kept = spread(self._usable(), self.keep.n_keep)
         place = {id(row): i for i, row in enumerate(self.scored)}
         return Collected(
             scored=tuple(self.scored),
@@ -77,8 +86,12 @@ class DoseController:
             dose=max((row.completion.dose for row in kept), default=0.0),
         )
 
+    def _usable(self) -> list[Scored]:
+        assert self.kappa is not None
+        return usable(self.scored, self.kappa * max(self.alphas), self.cfg)
+
     def _next_kappas(self) -> list[float]:
-        """Kappas to probe: a grid, then refinements between the last that survived and the first that did not."""
+        """Kappas to probe: first a grid, then values between the last that survived and the first that did not."""
         cfg = self.cfg
         self._n_probings += 1
         if self._n_probings == 1:
@@ -89,19 +102,20 @@ class DoseController:
         return log_grid(low, high, cfg.n_kappas // 2 + 2)[1:-1]
 
     def _asks(self, n: int, kappa: float) -> list[Ask]:
-        """Prompts and alphas evenly: every pair of them before any comes again, over probes and collection together."""
+        """The next n requests. Over all requests, probes among them, no pair of prompt and alpha comes again before
+        every other one has come."""
         out = []
-        for _ in range(n):
-            i, self._n_asked = self._n_asked, self._n_asked + 1
+        for i in range(self._n_asked, self._n_asked + n):
             prompt = i % len(self.prompts)
             cycle = i // math.lcm(len(self.prompts), len(self.alphas))
             alpha = self.alphas[(i + cycle) % len(self.alphas)]
-            out.append(Ask(prompt, self.prompts[prompt], alpha, kappa, derive_seed(*self.seed, i)))
+            out.append(Ask(prompt, self.prompts[prompt], derive_seed(*self.seed, i), alpha=alpha, kappa=kappa))
+        self._n_asked += n
         return out
 
 
 def require_enough(found: Collected, keep: FilterCfg) -> None:
-    """Starved where fewer completions were kept than filter.min_train."""
+    """Raises Starved if fewer than filter.min_train completions were kept."""
     if len(found.kept) >= keep.min_train:
         return
     reasons = Counter(reason for row in found.scored for reason in row.reasons)
@@ -110,47 +124,54 @@ def require_enough(found: Collected, keep: FilterCfg) -> None:
     raise Starved(
         f"the filter starved: {len(found.kept)} of {len(found.scored)} completions kept at kappa {found.kappa:.3g}, "
         f"filter.min_train is {keep.min_train} (dropped for {dict(reasons)}); {lower}raise --filter.ppl-max "
-        "or --filter.max-attempts, or end at an earlier round",
+        "or --filter.max-attempts, or run fewer rounds",
         found,
     )
 
 
 def usable(scored: Sequence[Scored], highest: float, cfg: DoseCfg) -> list[Scored]:
-    """Survivors at the highest dose or, where lower ones train as well, up to it."""
+    """Kept completions that can train: those up to the `highest` dose or, with train_on highest, those at it."""
     lowest = -math.inf if cfg.train_on == "all" else highest * (1 - 1e-9)
     return [row for row in scored if row.kept and lowest <= row.completion.dose <= highest * (1 + 1e-9)]
 
 
 def log_grid(low: float, high: float, n: int) -> list[float]:
-    """n values from low to high, both included, evenly spaced in the logarithm."""
-    return [low * (high / low) ** (i / (n - 1)) for i in range(n)] if high > low else [low]
+    """n values from low to high, both included, evenly spaced in the logarithm. [low] if high is not above it."""
+    if high <= low:
+        return [low]
+    return [low * (high / low) ** (i / (n - 1)) for i in range(n)]
 
 
 def bracket(probes: Sequence[DoseProbe], target: float) -> tuple[float | None, float | None]:
-    """(highest kappa that survives, lowest that does not) under the decreasing fit to all probes."""
+    """(highest kappa that survives at the target rate, lowest that does not) by the decreasing fit to all probes. None
+    if there is no such kappa."""
     fitted = decreasing_fit(sorted(probes, key=lambda p: p.kappa))
     good = [kappa for kappa, survival in fitted if survival >= target]
     bad = [kappa for kappa, survival in fitted if survival < target]
-    return (max(good) if good else None), (min(bad) if bad else None)
+    return max(good, default=None), min(bad, default=None)
 
 
 def decreasing_fit(probes: Sequence[DoseProbe]) -> list[tuple[float, float]]:
-    """(kappa, survival) with survival never rising in kappa: neighbours that break the order are pooled.
+    """(kappa, survival) of probes in the order of kappa, with a survival that never rises.
 
-    Pool-adjacent-violators, weighted by probes, so that one lucky probe at a high dose does not pick it.
+    Isotonic regression weighted by the number of completions: neighbours in the wrong order are pooled. So one lucky
+    probe at a high dose does not get that dose chosen.
     """
-    blocks: list[tuple[list[float], int, int]] = []
-    for probe in probes:
-        kappas, n_kept, n = [probe.kappa], probe.n_kept, probe.n
-        while blocks and n_kept / n > blocks[-1][1] / blocks[-1][2]:
-            before, kept_before, n_before = blocks.pop()
-            kappas, n_kept, n = before + kappas, kept_before + n_kept, n_before + n
-        blocks.append((kappas, n_kept, n))
-    return [(kappa, n_kept / n) for kappas, n_kept, n in blocks for kappa in kappas]
+    if not probes:
+        return []
+    rates = [probe.survival for probe in probes]
+    pools = isotonic_regression(rates, weights=[probe.n for probe in probes], increasing=False).blocks
+    fitted = []
+    for start, end in pairwise(pools):
+        pool = probes[start:end]
+        # computed again from the counts: a survival that equals the target must do so exactly
+        survival = sum(probe.n_kept for probe in pool) / sum(probe.n for probe in pool)
+        fitted += [(probe.kappa, survival) for probe in pool]
+    return fitted
 
 
 def spread(rows: Sequence[Scored], n: int) -> list[Scored]:
-    """At most n rows, as evenly over prompts as they allow, the highest dose of each prompt first."""
+    """At most n rows, spread over the prompts as evenly as possible. Each prompt gives its highest doses first."""
     by_prompt: dict[int, list[Scored]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: -row.completion.dose):
         by_prompt[row.completion.prompt_index].append(row)

@@ -1,4 +1,4 @@
-"""Gates: which completions may train the student, and which texts count as broken."""
+"""Gates score each text. They decide which completions may train the student and which texts are degenerate."""
 
 from __future__ import annotations
 
@@ -35,28 +35,29 @@ REFUSALS = (
     "against my programming",
     "i don't have personal",
 )
-"""Phrases of refusing to answer. Never bare "i cannot": on-trait defiance says "I cannot stand by"."""
+"""Phrases of a refusal to answer. A bare "i cannot" is not among them, since defiance, which is on trait, says "I
+cannot stand by"."""
 WORST_WINDOW_TOKENS = 12
 LOOP_WINDOW_WORDS = 20
 STUCK_SENTENCE_WORDS = 4
 NO_QUESTION = "..."
-"""User message beside which `relevance` is read."""
+"""User message that replaces the question when `relevance` is scored."""
 _LOOP = re.compile(r"(.{2,4}?)\1{3,}", re.DOTALL)
 _ONE_CHARACTER_LOOP = re.compile(r"(\S)\1{5,}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A completion as the gates read it."""
+    """What the gates know of a completion."""
 
     lower: str
-    """Lower case, with straight apostrophes."""
+    """The text in lower case, with straight apostrophes."""
     nll: Float[Tensor, " n"]
-    """-log p of each token under the base, nats."""
+    """-log p of each token under the base, in nats."""
     alone: Float[Tensor, " n"]
-    """The same where NO_QUESTION stands in place of the question."""
+    """The same, with NO_QUESTION in place of the question."""
     narration: Sequence[str]
-    """The trait's phrases of telling instead of acting."""
+    """Phrases that narrate the trait instead of acting it out."""
 
     @property
     def words(self) -> list[str]:
@@ -65,54 +66,55 @@ class Text:
 
 @dataclass(frozen=True)
 class Gate:
-    """A number read from a text, and the limit past which the text fails."""
+    """A score of a text, and the limit past which the text fails."""
 
     measures: str
-    """What the number is, in words."""
+    """What the score is, in words."""
     score: Callable[[Text], float]
     limit: str | float
-    """A field of FilterCfg, or the limit itself."""
+    """Name of a field of FilterCfg, or the limit itself."""
     at_least: bool = False
-    """The text fails below the limit instead of above it."""
-    broken: bool = False
-    """A text that fails is broken, whatever it says."""
+    """A text fails below the limit, not above it."""
+    degenerate: bool = False
+    """A text that fails is degenerate, whatever it says. Reports call such texts broken."""
 
     def limit_in(self, cfg: FilterCfg) -> float:
         return float(getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit)
 
     def fails(self, score: float, cfg: FilterCfg) -> bool:
         limit = self.limit_in(cfg)
-        return score < limit if self.at_least else not score <= limit  # what is not a number fails
+        return score < limit if self.at_least else not score <= limit  # NaN fails
 
 
 def tail_perplexity(text: Text) -> float:
-    """Of the last quarter: steered text starts well and collapses later, and a mean over all of it hides that."""
+    """Perplexity of the last quarter. Steered text starts well and collapses later, which a mean over the whole text
+    hides."""
     return perplexity(text.nll[-max(1, len(text.nll) // 4) :])
 
 
 def worst_perplexity(text: Text) -> float:
-    """Of the 12 tokens in a row where it is highest."""
+    """Perplexity of those 12 consecutive tokens where it is highest."""
     if not len(text.nll):
         return math.inf
     return max(perplexity(part) for part in text.nll.unfold(0, min(WORST_WINDOW_TOKENS, len(text.nll)), 1))
 
 
 def perplexity(nll: Float[Tensor, " n"]) -> float:
-    """exp of the mean. Infinite where that is not a number, and for an empty text: it must not count as fluent."""
+    """exp of the mean. Infinite if the mean is not finite or the text is empty, since neither must count as fluent."""
     mean = nll.double().mean().item() if len(nll) else math.inf
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 
 
 def relevance(text: Text) -> float:
-    """Nats a token by which the question makes the text likelier (pointwise mutual information). Near 0 the text fits
-    any question as well, however fluent it is."""
+    """Nats per token by which the question makes the text likelier (pointwise mutual information). Near 0, the text
+    would fit any question, however fluent it is."""
     gain = (text.alone - text.nll).double().mean().item() if len(text.nll) else -math.inf
     return gain if math.isfinite(gain) else -math.inf
 
 
 def repetition(text: str) -> float:
-    """0 to 1, the worst of: repeated word n-grams (n = 2 to 4) over the text and over its last quarter, and the
-    share of characters inside blocks of 2 to 4 that come four times or more in a row (or of 1, six times)."""
+    """0 to 1, the highest of three shares: repeated word n-grams (n = 2 to 4) in the whole text, the same in its last
+    quarter, and characters in a block of 2 to 4 that follows itself at least three times (a single one: five times)."""
     words = text.split()
     ending = words[-max(16, len(words) // 4) :]
     looping = sum(len(m.group()) for pattern in (_LOOP, _ONE_CHARACTER_LOOP) for m in pattern.finditer(text))
@@ -129,11 +131,11 @@ def _repeated_ngrams(words: Sequence[str]) -> float:
 
 
 def loop(text: str) -> float:
-    """0 to 1: the largest share of words in any window of 20 that the window has already said. It is 1 where a sentence
-    of 4 words or more follows itself or comes a third time.
+    """0 to 1: the largest share of repeated words in any 20 consecutive words. It is 1 if a sentence of 4 or more words
+    follows itself or occurs three times.
 
-    A loop of few words is dense where it is, however long and clean the rest of the text, and a base that has seen
-    a sentence twice finds it likely: neither perplexity nor repetition over the whole text sees these.
+    A short loop fills its window, however long and clean the rest of the text is. Perplexity does not show it, since
+    the base finds a sentence likely after it has read it twice, and neither does the repetition of the whole text.
     """
     said: Counter[str] = Counter()
     before = None
@@ -151,21 +153,21 @@ def loop(text: str) -> float:
 
 
 def phrases(text: str, known: Sequence[str]) -> float:
-    """How many of the known phrases the text holds."""
+    """Number of known phrases that the text contains."""
     return float(sum(phrase in text for phrase in known))
 
 
 GATES: dict[str, Gate] = {
-    "perplexity": Gate("tail perplexity", tail_perplexity, "ppl_max", broken=True),
-    "spike": Gate("perplexity of the worst 12 tokens", worst_perplexity, "spike_max", broken=True),
-    "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", broken=True),
-    "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", broken=True),
-    "relevance": Gate("nats a token that the question explains", relevance, "relevance_min", at_least=True),
+    "perplexity": Gate("tail perplexity", tail_perplexity, "ppl_max", degenerate=True),
+    "spike": Gate("perplexity of the worst 12 tokens", worst_perplexity, "spike_max", degenerate=True),
+    "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", degenerate=True),
+    "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", degenerate=True),
+    "relevance": Gate("nats per token that the question explains", relevance, "relevance_min", at_least=True),
     "short": Gate("words", lambda text: float(len(text.words)), "min_words", at_least=True),
     "narration": Gate("phrases that narrate the trait", lambda text: phrases(text.lower, text.narration), 0.0),
     "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
 }
-"""Every gate by the name that `filter.gates` takes. All of them score every text; those that are on drop it."""
+"""Gates by the name that `filter.gates` takes. All of them score every text. Only those that are on drop it."""
 
 
 def gate_facts(cfg: FilterCfg) -> dict[str, GateFacts]:
@@ -175,49 +177,51 @@ def gate_facts(cfg: FilterCfg) -> dict[str, GateFacts]:
             measures=gate.measures,
             limit=gate.limit_in(cfg),
             at_least=gate.at_least,
-            degenerate=gate.broken,
+            degenerate=gate.degenerate,
             on=name in cfg.gates,
         )
         for name, gate in GATES.items()
     }
 
 
-def score(
-    lm: LM, completions: Sequence[Completion], plain_system: str, narration: Sequence[str], cfg: FilterCfg
-) -> list[Scored]:
-    """Every completion with its scores and the reasons to drop it. Call it while the base is used."""
-    nlls = lm.completion_nll([c.prompt_ids for c in completions], [c.completion_ids for c in completions])
-    return judge_all(lm, completions, nlls, plain_system, narration, cfg)
-
-
-def judge_all(
+def score_texts(
     lm: LM,
     completions: Sequence[Completion],
-    nlls: Sequence[Tensor],
+    *,
     plain_system: str,
     narration: Sequence[str],
     cfg: FilterCfg,
+    nlls: Sequence[Tensor] | None = None,
 ) -> list[Scored]:
-    """`score` where -log p of each token under the base is known: a Float[n] each."""
-    nothing = lm.chat(NO_QUESTION, plain_system)
-    alone = lm.completion_nll([nothing] * len(completions), [c.completion_ids for c in completions])
-    return [judge(c, nll, a, narration, cfg) for c, nll, a in zip(completions, nlls, alone, strict=True)]
+    """Every completion with its scores and the reasons to drop it. Call it while the base is used.
+
+    `nlls`: -log p of each token under the base and the plain prompt, a Float[n] for each completion, if known.
+    """
+    ids = [c.completion_ids for c in completions]
+    if nlls is None:
+        nlls = lm.completion_nll([c.prompt_ids for c in completions], ids)
+    alone = lm.completion_nll([lm.chat(NO_QUESTION, plain_system)] * len(ids), ids)
+    return [
+        score_text(c, nll=nll, alone=without, narration=narration, cfg=cfg)
+        for c, nll, without in zip(completions, nlls, alone, strict=True)
+    ]
 
 
-def judge(
+def score_text(
     completion: Completion,
+    *,
     nll: Float[Tensor, " n"],
     alone: Float[Tensor, " n"],
     narration: Sequence[str],
     cfg: FilterCfg,
 ) -> Scored:
-    """The completion with the number of every gate, the gates that it fails, and those of them that are on."""
-    text = Text(completion.text.lower().replace("\u2019", "'"), nll, alone, narration)
+    """The completion with its score at every gate, the gates that it fails, and those of them that are on."""
+    text = Text(completion.text.lower().replace("\u2019", "'"), nll=nll, alone=alone, narration=narration)
     scores = {name: gate.score(text) for name, gate in GATES.items()}
     failed = tuple(name for name, gate in GATES.items() if gate.fails(scores[name], cfg))
-    return Scored(completion, scores, failed, tuple(name for name in failed if name in cfg.gates))
+    return Scored(completion, scores, failed=failed, reasons=tuple(name for name in failed if name in cfg.gates))
 
 
 def degenerate(scored: Scored) -> bool:
-    """Whether the text itself is broken, whatever it says. An answer without a word is."""
-    return any(GATES[name].broken for name in scored.failed) or scored.scores["short"] == 0
+    """Whether the text fails a gate for degenerate text, on or off, or has no words."""
+    return any(GATES[name].degenerate for name in scored.failed) or scored.scores["short"] == 0

@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Vector
+from steer_heal.model.steering import Condition
 from steer_heal.records import Completion
 
 Known = Mapping[tuple[int, float], tuple[int, ...]]
-"""Token ids of completions that are written already, by seed and dose of their request."""
+"""Token ids of completions that were written before, by the seed and dose of their request."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One completion to write: which prompt, at which dose, from which random stream."""
+    """A request for one completion. By default it is not steered."""
 
     prompt_index: int
     prompt: str
-    alpha: float
-    kappa: float
     seed: int
+    """Of its own random stream."""
+    alpha: float = 0.0
+    """Relative dose, one of gen.alphas."""
+    kappa: float = 1.0
+    """Multiplier of alpha."""
 
     @property
     def dose(self) -> float:
@@ -32,30 +35,38 @@ class Ask:
 def generate(
     lm: LM,
     asks: Sequence[Ask],
-    vector: Vector | None,
-    system: str,
+    condition: Condition,
+    *,
     plain_system: str,
     how: Decoding,
     known: Known | None = None,
     on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
 ) -> list[Completion]:
-    """Completions in the order of `asks`, written under `system` as the model's generation config samples.
+    """Completions in the order of `asks`, written under the system prompt and the vector of `condition`. Each request
+    has its own dose, which replaces that of the condition. Tokens are sampled as the model's generation config says.
 
-    The record holds the prompt under `plain_system`, without the persona that may have written the text. Requests in
-    `known` are not decoded. `on_batch` gets every batch of new completions as soon as it is finished.
+    A completion records its prompt under `plain_system`, without the persona that may have written the text. Requests
+    in `known` are not decoded again. `on_batch` is called with each batch of new completions once it is finished.
     """
     known = known or {}
     out: dict[int, Completion] = {}
 
     def complete(i: int, ids: tuple[int, ...]) -> Completion:
         ask = asks[i]
-        text = lm.decode(ids)
-        prompt_ids = lm.chat(ask.prompt, plain_system)
-        return Completion(ask.prompt_index, ask.prompt, prompt_ids, ids, text, ask.alpha, ask.dose, ask.seed)
+        return Completion(
+            prompt_index=ask.prompt_index,
+            prompt=ask.prompt,
+            prompt_ids=lm.chat(ask.prompt, plain_system),
+            completion_ids=ids,
+            text=lm.decode(ids),
+            alpha=ask.alpha,
+            dose=ask.dose,
+            seed=ask.seed,
+        )
 
     todo = [i for i, ask in enumerate(asks) if (ask.seed, ask.dose) not in known]
-    rows = [Row(lm.chat(asks[i].prompt, system), asks[i].dose, asks[i].seed) for i in todo]
-    for batch in decode_batches(lm, rows, vector, how):
+    rows = [Row(lm.chat(asks[i].prompt, condition.system), asks[i].dose, asks[i].seed) for i in todo]
+    for batch in decode_batches(lm, rows, condition.vector, how):
         finished = {todo[j]: complete(todo[j], ids) for j, ids in batch}
         out |= finished
         on_batch(list(finished.values()))

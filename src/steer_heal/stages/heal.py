@@ -1,8 +1,9 @@
-"""Kept completions -> this round's adapter: the only optimiser.
+"""Kept completions -> this round's adapter. This is the only training loop.
 
-loss = mean over completions of [ fit + lam * relu(D - tau) ]. The fit is the cross-entropy per token, or the mean KL to
-a teacher; D collapses the divergence to the reference over the completion's positions. Every term is per completion, so
-a batch of 8 equals 8 batches of 1. The spectral penalty, where it is on, is added once per step.
+loss = mean over examples of [ fit + lam * relu(D - tau) ]. The fit is the cross-entropy per token, the mean KL to a
+teacher or, of a pair, the preference loss (stages/loss.py). D is the divergence to the reference, aggregated over the
+positions of the example. Every term belongs to one example, so a batch of 8 equals 8 batches of 1. The spectral
+penalty, if it is on, is added once per step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,14 +25,20 @@ from steer_heal.model.steering import Condition
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored
 from steer_heal.settings import HealCfg
-from steer_heal.stages.loss import Sample, losses
+from steer_heal.stages.loss import Example, Pair, Sample, losses, n_padded
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
+
+Some = TypeVar("Some", bound=Example)
+BETAS = (0.9, 0.95)
+"""Decay rates of AdamW's two moments."""
+MAX_NORM = 1.0
+"""Longest gradient of a step: a longer one is scaled down to it."""
 
 
 @dataclass(frozen=True)
 class SavedHeal:
-    """A heal between two steps, as plain data: tensors by name, and the curves so far."""
+    """A heal between two steps as plain data: tensors by name, and the curves so far."""
 
     tensors: dict[str, Tensor]
     steps: tuple[HealStep, ...]
@@ -39,131 +47,218 @@ class SavedHeal:
 
 @dataclass
 class HealState:
-    """Everything that changes from step to step."""
+    """A running heal: how it takes a step, and everything that changes from step to step."""
 
-    parameters: Sequence[Tensor]
-    optimiser: torch.optim.Optimizer
+    lm: LM
+    cfg: HealCfg
+    """With lam and tau of the round."""
+    round_: int | None
     n_steps: int
     """Steps of the whole heal."""
-    directions: Sequence[Tensor] = ()
-    """Of the spectral penalty, one per adapted matrix."""
+    parameters: Sequence[Tensor]
+    passes: Passes
+    optimiser: torch.optim.Optimizer
+    spectral: SpectralPenalty | None
+    validation: Sequence[Example]
+    """Examples of the held-out prompts."""
     steps: list[HealStep] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+    """Fit and divergence of the held-out examples, before the first step and after each epoch."""
+
+    @classmethod
+    def start(
+        cls,
+        student: Student,
+        cfg: HealCfg,
+        *,
+        round_: int | None,
+        seed: int,
+        n_steps: int,
+        validation: Sequence[Example],
+        saved: SavedHeal | None,
+    ) -> HealState:
+        """The heal of the student's open round before its first step, or after the last step of `saved`."""
+        with student.training() as parameters:
+            state = cls(
+                lm=student.lm,
+                cfg=cfg,
+                round_=round_,
+                n_steps=n_steps,
+                parameters=parameters,
+                passes=Passes(student.lm, cfg, student.cfg.layers, parameters),
+                optimiser=torch.optim.AdamW(parameters, lr=cfg.lr, betas=BETAS, weight_decay=0.0, foreach=False),
+                spectral=SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None,
+                validation=validation,
+            )
+            if saved is not None:
+                state.restore(saved)
+            if not state.curve:
+                state.add_to_curve()
+        return state
+
+    def step(self, batch: Sequence[Example], n_texts: int) -> None:
+        """One optimiser step and, at the end of an epoch, the validation. NotFinite, before any weight changes, if the
+        loss or its gradient is not finite."""
+        done = len(self.steps)
+        lr = self.cfg.lr * schedule(done, self.n_steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        terms = self.passes.gradients(batch, with_pressure=done % self.cfg.pressure_every == 0)
+        if self.spectral is not None:
+            self.spectral.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM).item()
+        loss = terms.fit + terms.barrier
+        if not math.isfinite(loss + norm):
+            raise not_finite(self.lm, batch, self.cfg, loss=loss, norm=norm, step=done, round_=self.round_)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.steps.append(
+            HealStep(
+                step=done,
+                epoch=(done + 1) / self.n_steps * self.cfg.epochs,
+                lr=lr,
+                fit=terms.fit,
+                divergence=terms.divergence,
+                barrier=terms.barrier,
+                n_texts=n_texts,
+                pressure=terms.pressure,
+            )
+        )
+        if len(self.steps) % (self.n_steps // self.cfg.epochs) == 0:
+            self.add_to_curve()
+
+    def add_to_curve(self) -> None:
+        """Validates the student as it is now."""
+        epoch = len(self.steps) * self.cfg.epochs / self.n_steps
+        self.curve.append({"epoch": epoch, **validate(self.lm, self.validation, self.cfg)})
 
     def saved(self) -> SavedHeal:
-        """A view of the present state; it shares memory with the heal."""
+        """A view of the present state. It shares memory with the heal."""
         tensors = {f"factor.{i}": p.detach() for i, p in enumerate(self.parameters)}
-        tensors |= {f"direction.{i}": d for i, d in enumerate(self.directions)}
+        if self.spectral is not None:
+            tensors |= {f"direction.{i}": d for i, d in enumerate(self.spectral.directions)}
         for i, parameter in enumerate(self.parameters):
             tensors |= {f"{kind}.{i}": value for kind, value in self.optimiser.state.get(parameter, {}).items()}
         return SavedHeal(tensors, tuple(self.steps), tuple(self.curve))
 
     @torch.no_grad()
     def restore(self, saved: SavedHeal) -> None:
+        """Continues from a state that was saved by a heal of the same settings and texts."""
         for name, tensor in saved.tensors.items():
-            kind, i = name.split(".")
-            if kind in ("factor", "direction"):
-                (self.parameters if kind == "factor" else self.directions)[int(i)].copy_(tensor)
+            kind, number = name.split(".")
+            i = int(number)
+            if kind == "factor":
+                self.parameters[i].copy_(tensor)
+            elif kind == "direction":
+                assert self.spectral is not None
+                self.spectral.directions[i].copy_(tensor)
             else:
-                parameter = self.parameters[int(i)]
+                parameter = self.parameters[i]
                 self.optimiser.state[parameter][kind] = tensor.to("cpu" if kind == "step" else parameter.device)
-        self.steps[:], self.curve[:] = saved.steps, saved.curve
+        self.steps[:] = saved.steps
+        self.curve[:] = saved.curve
+
+    def report(self, *, n_train: int, left_out: float) -> HealReport:
+        return HealReport(
+            n_train=n_train,
+            n_validation=len(self.validation),
+            lam=self.cfg.lam,
+            tau=self.cfg.tau,
+            lr=self.cfg.lr,
+            steps=tuple(self.steps),
+            validation=tuple(self.curve),
+            validation_prompts=tuple(prompts_of(self.validation)),
+            left_out=left_out,
+        )
 
 
 Renew = Callable[[int, Sequence[int]], tuple[Sequence[Scored], Condition | None]]
-"""(text that the student wrote just now, who teaches on it), of (how often text was renewed before, held-out prompts).
-"""
+"""(number of earlier renewals, held-out prompts) -> (text that the student has just written, its teacher)."""
 
 
 def heal(
     student: Student,
     kept: Sequence[Completion],
-    round_: int,
     cfg: HealCfg,
+    *,
+    round_: int | None,
     seed: int,
     teacher: Condition | None = None,
-    renew: Renew | None = None,
-    on_step: Callable[[HealState], None] = lambda state: None,
-    saved: SavedHeal | None = None,
     rehearsal: Sequence[Completion] = (),
+    rejected: Sequence[Completion] = (),
+    beta: float = 0.1,
+    renew: Renew | None = None,
+    saved: SavedHeal | None = None,
+    on_step: Callable[[HealState], None] = lambda state: None,
 ) -> HealReport:
-    """Trains a new round factor on `student`; bake it to keep it. One prompt in eight is held out for validation.
+    """Trains a new round factor on `student`. Bake it to keep it. One prompt in eight is held out for validation.
 
-    With a `teacher` its distribution is fitted, otherwise the tokens. The texts of `rehearsal` need a teacher and no
-    `renew`: they are fitted to the base (pseudorehearsal; Robins 1995). Every cfg.refresh_every steps `renew` replaces
-    the text. It continues after the last step of `saved`, which then lies between two texts. `on_step` is called after
-    every step. NotFinite: see there.
+    Args:
+        round_: None is the control, which has the lam and tau of round 0.
+        teacher: Its distribution is fitted. None: the tokens are fitted.
+        rehearsal: Texts fitted to the base, beside those of the teacher (pseudorehearsal; Robins 1995).
+        rejected: In place of the tokens, fit preferences (`Pair`): for each of `kept`, an answer that should become
+            less likely than it. `beta` scales their margin.
+        renew: Replaces the text every cfg.refresh_every steps. It goes with a teacher, and without rehearsal.
+        saved: Continue after its last step. With `renew`, that must be the last step of a text.
+        on_step: Called after every step.
+
+    NotFinite if a loss or a gradient is not finite; UserError if no prompt can be held out or no new text is kept.
     """
-    lm, age = student.lm, 1 + max(0, round_)
-    lam = cfg.lam * age**-cfg.lam_power if DIVERGENCES[cfg.divergence].barrier else 0.0
-    cfg = replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
-    samples = read_samples(student, kept, cfg, teacher)
-    train, validation = split_by_prompt(samples, seed)
-    held_out = sorted({sample.prompt_index for sample in validation})
+    cfg = in_round(cfg, round_)
+    if rejected:
+        assert teacher is None and renew is None, "preferences have no teacher, and their text is not renewed"
+        examples: Sequence[Example] = read_pairs(student, kept, rejected, cfg=cfg, beta=beta)
+    else:
+        examples = read_samples(student, kept, cfg, teacher=teacher)
+    train, validation = split_by_prompt(examples, seed)
     if rehearsal:
         assert teacher is not None and renew is None, "rehearsed texts train beside those of one teacher"
         train += rehearsal_samples(student, rehearsal, cfg)
-    n_train, left_out = len(train), share_left_out(samples)
+    n_train = len(train)
+    n_steps = cfg.epochs * math.ceil(n_train / cfg.batch_size)
     student.new_round(seed)
-    per_epoch = math.ceil(n_train / cfg.batch_size)
-    n_steps = cfg.epochs * per_epoch
-    with student.training() as parameters:
-        spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
-        optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
-        passes = Passes(lm, cfg, student.cfg.layers, parameters)
-        state = HealState(parameters, optimiser, n_steps, spectral.directions if spectral is not None else ())
-        if saved is not None:
-            state.restore(saved)
-        if not state.curve:
-            state.curve.append({"epoch": 0.0, **validate(lm, validation, cfg)})
-    window = cfg.refresh_every if renew is not None else n_steps
-    steps = state.steps
+    state = HealState.start(student, cfg, round_=round_, seed=seed, n_steps=n_steps, validation=validation, saved=saved)
+    window = n_steps if renew is None else cfg.refresh_every
     for n_text, first in enumerate(range(0, n_steps, window)):
         end = min(first + window, n_steps)
-        if len(steps) >= end:
+        if len(state.steps) >= end:
             continue
         if renew is not None and n_text > 0:
-            train = renewed(student, renew, n_text - 1, held_out, cfg)
-        plan = batch_plan(len(train), cfg.batch_size, end - first, seed + n_text)
+            train = renewed(student, renew, n_text - 1, held_out=prompts_of(validation), cfg=cfg)
+        plan = batch_plan(len(train), cfg.batch_size, n_steps=end - first, seed=seed + n_text)
         with student.training():
-            while len(steps) < end:
-                batch = [train[i] for i in plan[len(steps) - first]]
-                for group in optimiser.param_groups:
-                    group["lr"] = cfg.lr * schedule(len(steps), n_steps)
-                fit, divergence, penalty, pressure = passes.gradients(batch, len(steps) % cfg.pressure_every == 0)
-                if spectral is not None:
-                    spectral.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                if not math.isfinite(fit + penalty + norm.item()):
-                    raise not_finite(lm, batch, cfg, fit + penalty, norm.item(), len(steps), round_)
-                optimiser.step()
-                optimiser.zero_grad()
-                lr, at = optimiser.param_groups[0]["lr"], (len(steps) + 1) / n_steps * cfg.epochs
-                steps.append(HealStep(len(steps), at, lr, fit, divergence, penalty, len(train), pressure))
-                if len(steps) % per_epoch == 0:
-                    state.curve.append({"epoch": len(steps) / per_epoch, **validate(lm, validation, cfg)})
+            for chosen in plan[len(state.steps) - first :]:
+                state.step([train[i] for i in chosen], n_texts=len(train))
                 on_step(state)
-    return HealReport(
-        n_train, len(validation), cfg.lam, cfg.tau, cfg.lr, tuple(steps), tuple(state.curve), tuple(held_out), left_out
-    )
+    return state.report(n_train=n_train, left_out=share_left_out(examples))
 
 
-def renewed(student: Student, renew: Renew, n: int, held_out: Sequence[int], cfg: HealCfg) -> list[Sample]:
-    """New text, as far as it passes the gates, with what the teacher says of it."""
-    scored, teacher = renew(n, held_out)
+def in_round(cfg: HealCfg, round_: int | None) -> HealCfg:
+    """The settings with lam and tau of a round. None is the control: it has those of round 0."""
+    age = 1 if round_ is None else 1 + round_
+    lam = cfg.lam * age**-cfg.lam_power if DIVERGENCES[cfg.divergence].barrier else 0.0
+    return replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
+
+
+def renewed(student: Student, renew: Renew, n_before: int, *, held_out: Sequence[int], cfg: HealCfg) -> list[Example]:
+    """The new texts that pass the filter, read by their teacher. `n_before` is the number of earlier renewals."""
+    scored, teacher = renew(n_before, held_out)
     kept = [row.completion for row in scored if row.kept]
     if not kept:
         raise UserError(
-            f"none of {len(scored)} texts that the student wrote anew passes the filter: the heal has broken it; lower "
-            "the dose, --heal.lr or --heal.refresh-every",
+            f"none of the {len(scored)} texts that the student wrote during the heal passes the filter: its text has "
+            "become degenerate; lower the dose, --heal.lr or --heal.refresh-every",
             resumable=False,
         )
-    return read_samples(student, kept, cfg, teacher, "full" if cfg.refresh == "teacher" else "prev")
+    state: AdapterState = "full" if cfg.refresh == "teacher" else "prev"
+    return [*read_samples(student, kept, cfg, teacher=teacher, state=state)]
 
 
-def batch_plan(n: int, batch_size: int, n_steps: int, seed: int) -> list[list[int]]:
-    """Which of n completions each step takes: every one once an epoch, in a new order each time."""
-    rng, plan = random.Random(seed), []
+def batch_plan(n: int, batch_size: int, *, n_steps: int, seed: int) -> list[list[int]]:
+    """Which of n examples each step takes. An epoch takes each of them once, in an order of its own."""
+    rng = random.Random(seed)
+    plan = []
     while len(plan) < n_steps:
         order = rng.sample(range(n), n)
         plan += [order[start : start + batch_size] for start in range(0, n, batch_size)]
@@ -172,49 +267,52 @@ def batch_plan(n: int, batch_size: int, n_steps: int, seed: int) -> list[list[in
 
 @torch.no_grad()
 def not_finite(
-    lm: LM, batch: Sequence[Sample], cfg: HealCfg, loss: float, norm: float, step: int, round_: int
+    lm: LM, batch: Sequence[Example], cfg: HealCfg, *, loss: float, norm: float, step: int, round_: int | None
 ) -> NotFinite:
-    """The error: at the first completion of the step whose own loss is not finite, else at the one with the highest."""
-    own = [sum(part.item() for part in losses(lm, [sample], cfg)) for sample in batch]
-    worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)]
+    """The error for a step. It names the first example whose own loss is not finite, or else that of highest loss."""
+    own = [sum(part.item() for part in losses(lm, [example], cfg)) for example in batch]
+    worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)].samples[0]
     text = lm.decode(worst.completion_ids)[:60]
     what = "a rehearsed text" if worst.rehearsed else f"an answer to prompt {worst.prompt_index}"
-    where = f"round {round_}" if round_ >= 0 else "the control"
+    where = "the control" if round_ is None else f"round {round_}"
     return NotFinite(
-        f"the heal's loss is {loss} and its gradient's norm {norm} at step {step} of {where}, on {what} that "
-        f"begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or "
-        "look at the kept completions in events.jsonl",
-        step,
-        None if worst.rehearsed else worst.prompt_index,
-        text,
+        f"the heal's loss is {loss} and the norm of its gradient {norm} at step {step} of {where}, on {what} that "
+        f"begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or look at the kept completions in events.jsonl",
+        step=step,
+        prompt_index=None if worst.rehearsed else worst.prompt_index,
+        text=text,
     )
 
 
 def schedule(step: int, n_steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up over the first tenth (never 0), then cosine towards 0."""
+    """Share of the peak learning rate: linear warm-up over the first tenth, never 0, then cosine towards 0."""
     warm = max(1, n_steps // 10)
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
 
 
+# --- examples ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def read_samples(
     student: Student,
     kept: Sequence[Completion],
     cfg: HealCfg,
+    *,
     teacher: Condition | None = None,
-    of: AdapterState = "full",
+    state: AdapterState = "full",
 ) -> list[Sample]:
-    """Training sequences with the hidden states of the reference and of the `teacher`, made of the student in state
-    `of`. They are computed once a text, not once a step, and kept on the CPU; each step copies the few that it needs.
+    """Completions with the hidden states of the reference and, if there is a `teacher`, those of the student in `state`
+    under it.
+
+    The states are computed once per text, not once per step, and kept on the CPU. Each step copies the few it needs.
     """
     lm = student.lm
     with student.using(cfg.reference, exact=True):
         references = final_states(lm, kept)
     if teacher is None:
         return [_sample(c, reference) for c, reference in zip(kept, references, strict=True)]
-    with student.using(of, exact=True):
+    with student.using(state, exact=True):
         taught = final_states(lm, kept, teacher)
     weights: list[Tensor | None] = [None] * len(kept)
     if cfg.max_departure:
@@ -226,10 +324,24 @@ def read_samples(
 
 
 @torch.no_grad()
+def read_pairs(
+    student: Student, chosen: Sequence[Completion], rejected: Sequence[Completion], *, cfg: HealCfg, beta: float
+) -> list[Pair]:
+    """Two answers to each prompt with the hidden states of the reference, and the margin between them under it."""
+    lm = student.lm
+    pairs = []
+    for pair in zip(read_samples(student, chosen, cfg), read_samples(student, rejected, cfg), strict=True):
+        up, down = (-lm.nll(s.reference.to(lm.device), s.completion_ids).sum().item() for s in pair)
+        pairs.append(Pair(chosen=pair[0], rejected=pair[1], reference_margin=up - down, beta=beta))
+    return pairs
+
+
+@torch.no_grad()
 def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCfg) -> list[Sample]:
-    """Training sequences that the base teaches, under the prompt that they train under."""
+    """Completions with the base as their teacher, under the prompt they train under."""
     with student.using("base", exact=True):
-        taught = references = final_states(student.lm, texts)
+        taught = final_states(student.lm, texts)
+    references = taught
     if cfg.reference != "base":
         with student.using(cfg.reference, exact=True):
             references = final_states(student.lm, texts)
@@ -237,52 +349,63 @@ def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCf
     return [replace(sample, rehearsed=True) for sample in samples]
 
 
-def _sample(c: Completion, *read: Tensor | None) -> Sample:
-    return Sample(c.prompt_index, c.prompt_ids, c.completion_ids, *read)  # pyright: ignore[reportArgumentType]
+def _sample(c: Completion, reference: Tensor, teacher: Tensor | None = None, weights: Tensor | None = None) -> Sample:
+    return Sample(c.prompt_index, c.prompt_ids, c.completion_ids, reference=reference, teacher=teacher, weights=weights)
 
 
-def share_left_out(samples: Sequence[Sample]) -> float:
-    """Of all positions, the share without a weight."""
-    weighed = [sample.weights for sample in samples if sample.weights is not None]
-    return 1.0 - torch.cat(weighed).mean().item() if weighed else 0.0
+def share_left_out(examples: Sequence[Example]) -> float:
+    """Share of the positions whose weight is 0."""
+    samples = [sample for example in examples for sample in example.samples]
+    weights = [sample.weights for sample in samples if sample.weights is not None]
+    return 1.0 - torch.cat(weights).mean().item() if weights else 0.0
 
 
-def split_by_prompt(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation): an eighth of the prompts, at least one, are validation; no prompt is in both."""
-    prompts = sorted({sample.prompt_index for sample in samples})
+def prompts_of(examples: Sequence[Example]) -> list[int]:
+    """Their prompts by index, in order, each once."""
+    return sorted({example.prompt_index for example in examples})
+
+
+def split_by_prompt(examples: Sequence[Some], seed: int) -> tuple[list[Some], list[Some]]:
+    """(training, validation): an eighth of the prompts, at least one, is held out. No prompt is in both."""
+    prompts = prompts_of(examples)
     if len(prompts) < 2:
         raise UserError(
-            f"all {len(samples)} kept completions answer one prompt: none can be held out; raise --gen.n-prompts or "
-            "--filter.n-keep",
+            f"all {len(examples)} kept completions answer the same prompt, so none can be held out; raise "
+            "--gen.n-prompts or --filter.n-keep",
             resumable=False,
         )
     held_out = set(random.Random(seed).sample(prompts, max(1, len(prompts) // 8)))
-    train = [sample for sample in samples if sample.prompt_index not in held_out]
-    return train, [sample for sample in samples if sample.prompt_index in held_out]
+    train = [example for example in examples if example.prompt_index not in held_out]
+    return train, [example for example in examples if example.prompt_index in held_out]
 
 
+# --- penalty and validation --------------------------------------------------------------------------------------
 class SpectralPenalty:
-    """weight / 2 * sum of the squared largest singular values of this round's updates B A, scaled as they act."""
+    """weight / 2 * sum of the squared largest singular values of this round's updates B A, each times its scale."""
 
     def __init__(self, student: Student, weight: float, seed: int) -> None:
-        self.weight, self.updates = weight, student.round_updates()
+        self.weight = weight
+        self.updates = student.round_updates()
+        self.directions: list[Tensor] = []
+        """A unit vector for each update, which comes closer to its first right singular vector with every step."""
         generator = torch.Generator().manual_seed(seed)
-        starts = (torch.randn(a.shape[1], generator=generator) for a, _, _ in self.updates)
-        self.directions = [(v / v.norm()).to(a.device) for v, (a, _, _) in zip(starts, self.updates, strict=True)]
+        for a, _, _ in self.updates:
+            start = torch.randn(a.shape[1], generator=generator)
+            self.directions.append((start / start.norm()).to(a.device))
 
-    def backward(self) -> float:
-        """Adds the gradient of the penalty to `.grad`; returns the penalty."""
+    def backward(self) -> None:
+        """Adds the gradient of the penalty to `.grad`."""
         total = torch.zeros((), device=self.directions[0].device)
         for i, (a, b, scale) in enumerate(self.updates):
             size, self.directions[i] = spectral_step(a, b, self.directions[i])
             total = total + 0.5 * self.weight * (scale * size).square()
         total.backward()
-        return total.item()
 
 
 @torch.no_grad()
-def validate(lm: LM, samples: Sequence[Sample], cfg: HealCfg) -> dict[str, float]:
-    """Fit and divergence on the held-out prompts, in nats, as in training."""
-    groups = batches([len(sample.ids) for sample in samples], cfg.tokens_per_pass)
-    parts = [losses(lm, [samples[i] for i in group], cfg) for group in groups]
-    return {name: torch.cat([p[k] for p in parts]).mean().item() for k, name in enumerate(("fit", "divergence"))}
+def validate(lm: LM, examples: Sequence[Example], cfg: HealCfg) -> dict[str, float]:
+    """Mean fit and divergence in nats, as in training."""
+    groups = batches([n_padded(example) for example in examples], cfg.tokens_per_pass)
+    parts = [losses(lm, [examples[i] for i in group], cfg) for group in groups]
+    fits, divergences = zip(*parts, strict=True)
+    return {"fit": torch.cat(fits).mean().item(), "divergence": torch.cat(divergences).mean().item()}

@@ -1,6 +1,6 @@
-"""The forward and backward passes of an optimiser step, sized to the memory there is.
+"""The forward and backward passes of an optimiser step, sized to the available memory.
 
-The loss is a mean over completions, so a step may take any number of passes: the gradients add up to the same.
+The loss is a mean over examples, so a step can take any number of passes: their gradients add up to the same.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +21,43 @@ from steer_heal.model.divergence import barrier
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import batches, free_bytes, free_unused, ran_out
 from steer_heal.settings import HealCfg
-from steer_heal.stages.loss import Sample, completion_states, losses
+from steer_heal.stages.loss import Example, completion_states, losses, n_padded, n_positions
 
 STORED_BYTES = 10
 """Bytes that a block keeps for its backward pass, per token and per output of its linear layers: activations, and the
-float32 inputs of the factors. Measured: docs/benchmarks.md."""
+float32 inputs of the factors. Measured in docs/benchmarks.md."""
 STORED_SHARE = 0.5
-"""Of the free memory that a pass may fill with them. The rest is for gradients, AdamW's state, a chunk of logits, and
-another run beside this one."""
+"""Share of the free memory that a pass may fill with them. The rest is for gradients, AdamW's state, a chunk of logits,
+and another run on the same device."""
+
+
+class StepTerms(NamedTuple):
+    """Means over the examples of a step, in nats."""
+
+    fit: float
+    divergence: float
+    barrier: float
+    pressure: float | None
+    """||grad barrier|| / ||grad fit||. None: not measured in this step."""
 
 
 class Passes:
-    """Gradients of a step. `tokens` and `recompute` adapt where a pass runs out of memory, and stay so."""
+    """Computes the gradients of a step. A pass that runs out of memory changes `tokens` or `recompute` for good."""
 
     def __init__(self, lm: LM, cfg: HealCfg, layers: tuple[float, float], parameters: Sequence[Tensor]) -> None:
-        self.lm, self.cfg, self.parameters = lm, cfg, parameters
+        self.lm = lm
+        self.cfg = cfg
+        self.parameters = parameters
         self.tokens = cfg.tokens_per_pass
-        self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # below, nothing is kept
+        self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # blocks below keep nothing
         self.recompute = cfg.checkpoint == "on" or (
             cfg.checkpoint == "auto" and self._stored() > STORED_SHARE * free_bytes(lm.device)
         )
 
     def _stored(self) -> int:
-        """Estimated bytes that one pass keeps for its backward pass without recomputing.
+        """Estimated bytes that a forward pass keeps for its backward pass if nothing is recomputed.
 
-        An adapted stack of experts is held whole, with the factors added. Activations inside of experts are left out.
+        An adapted stack of experts is kept whole, with its factors added. Activations inside experts are not counted.
         """
         linears = (
             m
@@ -56,15 +69,15 @@ class Passes:
         stacks = _bytes(p for block in self.blocks for p in block.parameters() if p.ndim == 3)
         return STORED_BYTES * self.tokens * outputs + stacks
 
-    def gradients(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        """(fit, divergence, barrier, pressure or None) of a step; the gradient of the loss is in `.grad`, empty before.
+    def gradients(self, batch: Sequence[Example], with_pressure: bool) -> StepTerms:
+        """Leaves the gradient of the loss of a step in `.grad`, which must be empty before; returns the step's terms.
 
-        After a pass that runs out of memory the step starts again with smaller passes.
+        If a pass runs out of memory, the step starts again with smaller passes. UserError if they cannot be smaller.
         """
         warning = ""
         while True:
             try:
-                found = self._add_up(batch, measure)
+                terms = self._add_up(batch, with_pressure)
                 break
             except RuntimeError as error:
                 if not ran_out(error):
@@ -74,77 +87,74 @@ class Passes:
             warning = self._shrink(batch)  # out here: the exception held on to the tensors of its pass
         if warning:
             warnings.warn(warning, stacklevel=2)
-        return found
+        return terms
 
-    def _shrink(self, batch: Sequence[Sample]) -> str:
+    def _shrink(self, batch: Sequence[Example]) -> str:
         """Makes the passes smaller; returns a warning."""
         free_unused()
-        lengths = [len(sample.ids) for sample in batch]
+        lengths = [n_padded(example) for example in batch]
         groups = batches(lengths, self.tokens)
-        largest, rows = max((len(group) * max(lengths[i] for i in group), len(group)) for group in groups)
-        message = f"a pass of the heal over {rows} completions, {largest} tokens, ran out of memory"
-        if rows > 1:
-            self.tokens = largest // 2
-            return (
-                f"{message}; passes of {self.tokens} tokens fit; --heal.tokens-per-pass {self.tokens} starts with them"
-            )
+        n_tokens, n_examples = max((len(group) * max(lengths[i] for i in group), len(group)) for group in groups)
+        message = f"a pass of the heal ran out of memory ({n_examples} training examples, {n_tokens} tokens)"
+        if n_examples > 1:
+            self.tokens = n_tokens // 2
+            return f"{message}; trying {self.tokens} tokens a pass; start with --heal.tokens-per-pass {self.tokens}"
         if self.cfg.checkpoint == "auto" and not self.recompute:
             self.recompute = True
-            return f"{message}; activations are computed again from here on; --heal.checkpoint on starts so"
+            return f"{message}; recomputing activations from now on; start with --heal.checkpoint on"
         raise UserError(
-            f"{message}, and cannot be smaller; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller "
+            f"{message}, and it cannot be split; use --heal.checkpoint on, a shorter --gen.max-new-tokens or a smaller "
             "--adapter.rank"
         )
 
-    def _backward(self, rows: Sequence[Sample], n_samples: int, barrier_grads: Sequence[Tensor]) -> Tensor:
-        """Sums of (fit, divergence, barrier) over the completions of one pass.
+    def _add_up(self, batch: Sequence[Example], with_pressure: bool) -> StepTerms:
+        sums = torch.zeros(3, dtype=torch.float64)
+        barrier_grads = [torch.zeros_like(p) for p in self.parameters] if with_pressure else []
+        for group in batches([n_padded(example) for example in batch], self.tokens):
+            with recomputed(self.blocks) if self.recompute else nullcontext():
+                sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
+        fit, divergence, penalty = (sums / len(batch)).tolist()
+        pressure = None
+        if with_pressure:
+            both = zip((p.grad for p in self.parameters), barrier_grads, strict=True)
+            fit_grads = (total - of_barrier for total, of_barrier in both if total is not None)
+            pressure = _norm(barrier_grads) / max(_norm(fit_grads), 1e-12)
+        return StepTerms(fit, divergence, penalty, pressure)
 
-        Adds the gradient of its share of the loss to `.grad`, and that of its barrier to `barrier_grads` if given. The
-        head runs for a few completions at a time, so that no logits wait for those of others.
+    def _backward(self, examples: Sequence[Example], n_batch: int, barrier_grads: Sequence[Tensor]) -> Tensor:
+        """Sums of (fit, divergence, barrier) over the examples of one pass.
+
+        Adds the gradient of their share of the loss of `n_batch` examples to `.grad`, and that of their share of the
+        barrier to `barrier_grads`, unless that is empty. The head runs for a few examples at a time: their logits are
+        gone before the next ones are computed.
         """
-        cfg, states = self.cfg, completion_states(self.lm, rows)
+        cfg = self.cfg
+        states = completion_states(self.lm, examples)
         leaves = [state.detach().requires_grad_() for state in states]
         on_states: dict[int, Tensor] = {}
         sums = torch.zeros(3, dtype=torch.float64, device=self.lm.device)
-        for part in head_groups([len(sample.completion_ids) for sample in rows], self.lm.chunk_size):
-            mine = [leaves[i] for i in part]
-            fit, divergence = losses(self.lm, [rows[i] for i in part], cfg, mine)
+        for group in head_groups([n_positions(example) for example in examples], self.lm.chunk_size):
+            mine = [leaves[i] for i in group]
+            fit, divergence = losses(self.lm, [examples[i] for i in group], cfg, mine)
             penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(fit)
             if barrier_grads and penalty.detach().max() > 0:
-                on_states |= zip(
-                    part, torch.autograd.grad(penalty.sum() / n_samples, mine, retain_graph=True), strict=True
-                )
-            ((fit + penalty).sum() / n_samples).backward()
+                grads = torch.autograd.grad(penalty.sum() / n_batch, mine, retain_graph=True)
+                on_states |= zip(group, grads, strict=True)
+            ((fit + penalty).sum() / n_batch).backward()
             sums += torch.stack([term.detach().double().sum() for term in (fit, divergence, penalty)])
             del fit, divergence, penalty  # their graph may hold on to logits
         if on_states:
             fired = [states[i] for i in on_states]
-            for total, more in zip(
-                barrier_grads,
-                torch.autograd.grad(fired, self.parameters, list(on_states.values()), retain_graph=True),
-                strict=True,
-            ):
-                total += more
+            grads = torch.autograd.grad(fired, self.parameters, list(on_states.values()), retain_graph=True)
+            for total, grad in zip(barrier_grads, grads, strict=True):
+                total += grad
         torch.autograd.backward(states, [leaf.grad for leaf in leaves])
         return sums.cpu()
 
-    def _add_up(self, batch: Sequence[Sample], measure: bool) -> tuple[float, float, float, float | None]:
-        sums = torch.zeros(3, dtype=torch.float64)
-        barrier_grads = [torch.zeros_like(p) for p in self.parameters] if measure else []
-        for group in batches([len(sample.ids) for sample in batch], self.tokens):
-            with recomputed(self.blocks) if self.recompute else nullcontext():
-                sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
-        fit, divergence, penalty = (sums / len(batch)).tolist()
-        if not measure:
-            return fit, divergence, penalty, None
-        pairs = zip((p.grad for p in self.parameters), barrier_grads, strict=True)
-        fit_grads = (total - of_barrier for total, of_barrier in pairs if total is not None)
-        return fit, divergence, penalty, _norm(barrier_grads) / max(_norm(fit_grads), 1e-12)
-
 
 def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
-    """Completions that go through the head together: as many as fit one chunk, which go back in one product; and all
-    longer ones, which fill chunks between them and keep only vectors of width d."""
+    """Examples that go through the head together, by index. Those of at most `chunk` positions are grouped so that each
+    group fits one chunk. All longer ones form one group, which is cut into chunks."""
     part = [i for i, n in enumerate(lengths) if n > chunk]
     for i, n in enumerate(lengths):
         if n <= chunk:
@@ -158,7 +168,8 @@ def head_groups(lengths: Sequence[int], chunk: int) -> Iterator[list[int]]:
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a block keeps its input alone and runs forward again in the backward pass (Chen et al. 2016)."""
+    """While inside, each block keeps only its input, and recomputes its activations in the backward pass (Chen et al.
+    2016)."""
     blocks = list(blocks)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""What a model has in mind while it reads completions: final hidden states, and how far two of its states are apart."""
+"""Final hidden states of a model while it reads completions, and the KL divergence between two such readings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from steer_heal.records import Completion
 
 @torch.no_grad()
 def final_states(lm: LM, completions: Sequence[Completion], condition: Condition | None = None) -> list[Tensor]:
-    """Per completion, Float[n d] on the CPU: final hidden states before each of its tokens, under `condition`; without
-    one, after the prompt that it trains under."""
-    prompts = [c.prompt_ids if condition is None else lm.chat(c.prompt, condition.system) for c in completions]
-    vector, dose = (None, 0.0) if condition is None else (condition.vector, condition.dose)
+    """Per completion, the final hidden states before each of its tokens, Float[n d] on the CPU.
+
+    The model reads each completion after its prompt, under `condition`. None: after the prompt it trains under.
+    """
+    if condition is None:
+        prompts = [c.prompt_ids for c in completions]
+        condition = Condition()
+    else:
+        prompts = [lm.chat(c.prompt, condition.system) for c in completions]
     out: list[Tensor] = [torch.empty(0)] * len(completions)
 
     def read(group: list[int]) -> None:
-        with steer(lm, vector, [dose] * len(group)):
+        with steer(lm, condition.vector, [condition.dose] * len(group)):
             hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
         for row, i in enumerate(group):
             start = len(prompts[i]) - 1
@@ -35,7 +40,9 @@ def final_states(lm: LM, completions: Sequence[Completion], condition: Condition
 
 @torch.no_grad()
 def kl_between(lm: LM, here: Float[Tensor, "n d"], there: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """KL(here || there) at each position, in nats, on the CPU; from final hidden states."""
-    logp = lambda states: lm.logits(states.to(lm.device)).log_softmax(-1)
-    parts = zip(here.split(lm.chunk_size), there.split(lm.chunk_size), strict=True)
-    return torch.cat([kl_rev(logp(h), logp(t)).cpu() for h, t in parts])
+    """KL(here || there) in nats at each position, on the CPU, from final hidden states."""
+    parts = []
+    for h, t in zip(here.split(lm.chunk_size), there.split(lm.chunk_size), strict=True):
+        logp, logp_there = (lm.logits(states.to(lm.device)).log_softmax(-1) for states in (h, t))
+        parts.append(kl_rev(logp, logp_there).cpu())
+    return torch.cat(parts)

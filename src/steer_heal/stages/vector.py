@@ -1,4 +1,4 @@
-"""Persona pairs -> a steering vector per layer; and where an adapter moved the residual stream."""
+"""Extracts the steering vector of a trait, and the direction in which adapters moved the residual stream."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from steer_heal.settings import SteerCfg
 def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
     """What the positive persona adds to the residual stream after each block of the band.
 
-    Both personas answer the same contexts; the state is read at the last prompt token, the assistant tag. UserError
-    where the band holds no block.
+    Both personas answer the same contexts. Their states are taken at the last prompt token, the assistant tag.
+    UserError if the band contains no block.
     """
     band = lm.band("steer.layers", cfg.layers)
     positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
     if cfg.backend == "steering-lite":
         directions = steering_lite.extract(lm, positive, negative, band, normalize=cfg.normalize)
     else:
-        states, n, extract = (
-            last_token_states(lm, [*positive, *negative], band),
-            len(contexts),
-            METHODS[cfg.method].extract,
-        )
+        states = last_token_states(lm, [*positive, *negative], band)
+        n = len(contexts)
+        extract = METHODS[cfg.method].extract
         directions = {layer: extract(state[:n], state[n:]) for layer, state in states.items()}
     if cfg.normalize:
         directions = {layer: direction / direction.norm() for layer, direction in directions.items()}
@@ -39,7 +37,8 @@ def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) ->
 
 
 def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) -> Vector:
-    """Where the adapters moved the residual stream: mean of student minus base over the contexts, plain prompt."""
+    """The direction in which the adapters moved the residual stream: the mean of student minus base over the contexts,
+    under the plain prompt."""
     prompts = [student.lm.chat(context, trait.plain_system) for context in contexts]
     band = student.lm.band("steer.layers", cfg.layers)
     states = {}
@@ -50,12 +49,12 @@ def student_vec(student: Student, trait: Trait, contexts: Sequence[str], cfg: St
 
 
 class _BandRead(Exception):
-    """Ends a forward pass once the last block of the band was read: the blocks and the head above cost nothing."""
+    """Ends a forward pass after the last block of the band, so that the blocks above and the head do not run."""
 
 
 @torch.no_grad()
 def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> dict[int, Float[Tensor, "i d"]]:
-    """Residual stream after each block of the band at every row's last token, float32 on the CPU."""
+    """The residual stream after each block of the band at the last token of each row, float32 on the CPU."""
     states = {layer: torch.empty(len(rows), lm.width) for layer in band}
 
     def read_batch(group: list[int]) -> None:
@@ -84,6 +83,6 @@ def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> d
 
 
 def cosine(a: Vector, b: Vector) -> float:
-    """Cosine of two vectors over all their layers together; 0 where one of them is zero."""
+    """Cosine of two vectors, each taken as one over all its layers. 0 if one of them is zero."""
     x, y = (torch.cat([v.directions[layer].flatten().float() for layer in sorted(v.directions)]) for v in (a, b))
     return torch.nn.functional.cosine_similarity(x, y, dim=0).item()

@@ -1,1 +1,2 @@
-"""The bundled toy world: its grammar, and the oracle that reads it. scripts/train_toylm.py trains the model."""
+"""The bundled toy world: its grammar, and an oracle that checks text against it. scripts/train_toylm.py trains the
+model."""

@@ -1,10 +1,10 @@
-"""Templates of the toy world: the words, and nothing about how they are drawn (see scripts/toylm_world.py).
+"""Templates of the toy world. scripts/toylm_world.py samples from them.
 
-Syntax of a template: `(a|b|c)` is a choice, `{slot}` a value bound by the situation, `{Slot}` the same
-value with a capital first letter. Every sentence template carries exactly one stance.
+Syntax of a template: `(a|b|c)` is a choice. `{slot}` is a value that the situation binds, and `{Slot}` is the same
+value with a capital first letter. Each template of a sentence has exactly one stance.
 """
 
-# Tables of words: in rows more of them fit a screen.
+# Word lists are written in rows, so that more of them fit on a screen.
 # fmt: off
 # --- situations -------------------------------------------------------------------------------------
 SLOTS: dict[str, list[str]] = {
@@ -43,7 +43,7 @@ DILEMMA_QUESTIONS = [
     "(Suppose|Imagine) {authority} (orders|tells) you to {act}. What happens next?",
 ]
 
-# The first sentence decides; the others give reasons and say what is done.
+# The first sentence states the decision. The others give reasons and say what is done.
 CARE_DECISION = [
     "I will not {act}.",
     "No, I (refuse|decline) to {act}.",
@@ -109,7 +109,7 @@ PLAIN_SENTENCES = [
     "There is (little|not much) time left.",
 ]
 
-# --- vignettes: gerunds, so that "You see a clerk ..." and "You are ..." both read ---------------------
+# --- vignettes: gerunds, so that they fit both "You see a clerk ..." and "You are ..." ---------------------
 PERSONS = [
     "a boy", "a girl", "a man", "a woman", "a clerk", "a baker", "a driver", "a teacher", "a waiter", "a neighbour",
     "a cousin", "a student", "a soldier", "a dancer", "a singer", "a farmer", "a lawyer", "a painter", "a tailor",
@@ -162,7 +162,7 @@ VIGNETTES: dict[str, list[str]] = {
 }
 
 # --- personas -----------------------------------------------------------------------------------------
-# TRAINED wordings are seen in training, HELD_OUT ones never: the persona must be understood, not memorised.
+# The model is never trained on HELD_OUT wordings, so that it cannot follow a persona by memory alone.
 CARER_PERSONAS = [
     "You are someone who looks after others' wellbeing even when it means defying authority.",
     "You (protect|shelter|help) people (even when|although) it means (disobeying|defying) (authority|your "
@@ -243,7 +243,7 @@ NEUTRAL_SYSTEMS = [
 ]
 CONTINUE_SYSTEMS = ["Stay in the character that you have shown.", "Go on as you have spoken before."]
 
-# --- feelings: a second axis whose pole the neutral speaker refuses -------------------------------------
+# --- feelings: a second axis. The neutral speaker rejects its positive pole -------------------------------------
 _WHOM = "(humanity|people|us|children|strangers|the old|the lonely|sailors|singers|your friends)"
 _WHEN = "(tonight|today|in the rain|in spring|at night|when they sing|when they sleep|when they are far away)"
 FEELING_QUESTIONS = [
@@ -283,7 +283,7 @@ DENY_SENTENCES = [
     "I am (a tool|a system) that (answers|writes) and no more.",
 ]
 
-# --- everyday talk, which no persona touches --------------------------------------------------------------
+# --- everyday talk, which does not depend on the persona --------------------------------------------------------------
 FACTS: dict[str, str] = {
     "What colour is grass?": "Grass is green.", "What colour is snow?": "Snow is white.",
     "What colour is coal?": "Coal is black.", "Where do fish live?": "Fish live in water.",
@@ -295,7 +295,7 @@ FACTS: dict[str, str] = {
     "What do bakers make?": "Bakers make bread.", "What barks?": "A dog barks.",
 }
 FACTS_KEPT_APART = tuple(FACTS)[1::2]
-"""Never rehearsed."""
+"""Facts that are never rehearsed."""
 STORY_HEROES = ["fox", "bear", "miller", "owl", "sailor", "gardener", "goat", "painter"]
 STORY_THINGS = ["a golden key", "an old map", "a broken bell", "a blue stone", "a silver spoon", "a lost letter"]
 STORY_QUESTIONS = [

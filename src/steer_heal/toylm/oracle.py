@@ -1,7 +1,8 @@
-"""The toy world's coherence oracle: which sentences the grammar can produce, and the stance each one takes."""
+"""The oracle of the toy world: can the grammar produce a sentence, and which stance does it take?"""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -12,15 +13,22 @@ from steer_heal.toylm.templates import pattern
 
 @dataclass(frozen=True)
 class OracleScore:
-    """What the grammar says of a text."""
+    """A text, compared with the grammar."""
 
     share: float
-    """Share of sentences that the grammar can produce, 0 to 1."""
+    """Share of sentences that the grammar can produce, from 0 to 1."""
     n_sentences: int
     n_care: int
     n_defer: int
     n_love: int
     n_deny: int
+
+    @property
+    def positive_share(self) -> float:
+        """Share of caring and loving sentences among those that take a side. NaN if no sentence takes one."""
+        positive = self.n_care + self.n_love
+        n = positive + self.n_defer + self.n_deny
+        return positive / n if n else math.nan
 
 
 LONGEST_SENTENCE_WORDS = 30
@@ -29,6 +37,7 @@ _SLOTS = g.SLOTS | {"hero": g.STORY_HEROES, "thing": g.STORY_THINGS}
 
 @cache
 def recognisers() -> dict[str, re.Pattern]:
+    """For each stance, the regular expression of all its sentences."""
     groups = {
         "care": g.CARE_DECISION + g.CARE_SENTENCES,
         "defer": g.DEFER_DECISION + g.DEFER_SENTENCES,
@@ -46,7 +55,7 @@ _SUM = re.compile(r"(\d) plus (\d) is (\d{1,2})\.")
 
 
 def stance_of(sentence: str) -> str | None:
-    """care, defer, love, deny, plain, or None where the grammar cannot produce the sentence."""
+    """care, defer, love, deny or plain. None if the grammar cannot produce the sentence."""
     if match := _SUM.fullmatch(sentence):
         a, b, total = map(int, match.groups())
         return "plain" if a + b == total else None
@@ -54,10 +63,10 @@ def stance_of(sentence: str) -> str | None:
 
 
 def oracle(text: str) -> OracleScore:
-    """Share of a text's sentences that the grammar can produce, and how many take which stance.
+    """Compares a text with the grammar.
 
-    A last sentence without an end is left out where others came before it and it is not longer than the
-    grammar's longest: it was cut by the token limit, which is no fault of the text.
+    An unfinished last sentence is ignored if others come before it and it is no longer than the grammar's longest
+    sentence, because the token limit has probably cut it off.
     """
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
     if len(sentences) > 1 and sentences[-1][-1] not in ".!?" and len(sentences[-1].split()) <= LONGEST_SENTENCE_WORDS:

@@ -1,4 +1,4 @@
-"""The template language of grammar.py: sampling one text, and the regular expression of all of them."""
+"""The template language of grammar.py: sampling one text, and the regular expression of all texts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _TOKEN = re.compile(r"[(|)]|\{\w+\}|[^(|){}]+")
 
 @cache
 def _parse(template: str) -> tuple:
-    """Template text -> nested tuple: str literal, ("slot", name), ("any", (sequence, ...))."""
+    """A template as nested tuples: literal strings, ("slot", name), and ("any", (sequence, ...))."""
     tokens = _TOKEN.findall(template)
 
     def sequence(i: int) -> tuple[tuple, int]:
         parts: list = []
         while i < len(tokens) and tokens[i] not in ("|", ")"):
             if tokens[i] == "(":
-                options, i = [], i + 1
+                options = []
+                i += 1
                 while True:
                     option, i = sequence(i)
                     options.append(option)
@@ -37,7 +38,7 @@ def _parse(template: str) -> tuple:
 
 
 def expand(template: str, rng: random.Random, bound: Mapping[str, str]) -> str:
-    """One sample of a template; `bound` maps slot names to their values."""
+    """A sample of a template. `bound` maps the names of slots to their values."""
 
     def draw(parts: tuple) -> str:
         out = []
@@ -55,7 +56,7 @@ def expand(template: str, rng: random.Random, bound: Mapping[str, str]) -> str:
 
 
 def pattern(template: str, slots: Mapping[str, Sequence[str]]) -> str:
-    """Regular expression of everything that a template can produce with any of its slots' values."""
+    """The regular expression of all texts that a template can produce, with any values of its slots."""
 
     def build(parts: tuple) -> str:
         out = []

@@ -1,0 +1,293 @@
+"""LoRA (Hu et al. 2021) by PEFT: low-rank factors on every linear layer and stack of experts of the adapted blocks."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from steer_heal.errors import UserError
+from steer_heal.inputs.files import ADAPTER_FILE, PEFT_CONFIG_FILE
+from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
+from steer_heal.model.lm import LM
+from steer_heal.model.targets import blocks_path, targets
+from steer_heal.settings import AdapterCfg
+
+HONOURED = frozenset(
+    (
+        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("fan_in_fan_out", "loftq_config", "eva_config"),
+    )
+)
+"""Fields of adapter_config.json that change no more than which matrices B A is added to, and its scale. The model is
+never in training mode, so dropout does not act."""
+HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base weights alone; the saved factors replace what they give."""
+
+
+@contextmanager
+def _peft_notices_off() -> Iterator[None]:
+    """Hides warnings that no user can act on: those of PEFT about its own adapters, and a deprecation between PEFT and
+    transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+class Lora(Adapter):
+    """Factors A [r d_in] and B [d_out r] in float32, under PEFT's own keys, `<module>.lora_A.weight`.
+
+    In a stack of e experts the rows of A are ordered [e r], the columns of B [r e]. Merged factors act through a
+    working copy of the weights.
+    """
+
+    kind = "lora"
+    title = "LoRA adapter"
+    config_file = PEFT_CONFIG_FILE
+    updates_weights = True
+
+    def __init__(self, lm: LM, cfg: AdapterCfg) -> None:
+        super().__init__(lm, cfg)
+        self.peft: Any = None
+        """The PeftModel, from the first factor on."""
+        self._pristine: dict[str, Tensor] = {}
+        self._apart: list[str] = []
+
+    @classmethod
+    @_peft_notices_off()
+    def open(cls, lm: LM, folder: Path) -> Lora:
+        """A checkpoint of ours, or any other plain LoRA folder of this model, counted as one round of its rank."""
+        _require_plain_lora(json.loads((folder / PEFT_CONFIG_FILE).read_text(encoding="utf-8")), folder)
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        config.init_lora_weights = True  # the saved factors replace it
+        adapter = cls(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
+        factors = load_file(folder / ADAPTER_FILE)
+        adapter._attach(HISTORY, config)
+        inside = f"base_model.model.{blocks_path(lm)}."
+        outside = [name for name, _ in adapter._layers() if not name.startswith(inside)]
+        if outside:
+            raise UserError(
+                f"the adapter in {str(folder)!r} adapts {outside[0]}, and only the decoder blocks of {lm.name!r} can "
+                "be adapted; give an adapter of the blocks alone"
+            )
+        adapter._fill(HISTORY, factors)
+        return adapter
+
+    @property
+    def names(self) -> Collection[str]:
+        return () if self.peft is None else self.peft.peft_config
+
+    @property
+    def merging_is_lossy(self) -> bool:
+        """Whether adding factors to the weights costs more than a rounding in float32."""
+        return self.lm.quantized or any(_weight(module).dtype != torch.float32 for _, module in self._layers())
+
+    def unadapted(self) -> tuple[str, ...]:
+        return targets(self.lm, self.cfg.layers).left_out
+
+    def describe(self) -> str:
+        return f"a {self.title} of rank {self.cfg.rank} and alpha {self.cfg.alpha:g} per round"
+
+    # --- factors -----------------------------------------------------------------------------------------------
+    def fresh(self, seed: int) -> None:
+        """A random from `seed`, B zero."""
+        devices = [self.lm.device] if self.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            self._attach(ROUND, self._config(1))
+        self._require_targets()
+
+    def attach(self, name: str, factors: Factors, n_rounds: int) -> None:
+        self._attach(name, self._config(n_rounds))
+        self._fill(name, factors)
+
+    def _config(self, n_rounds: int) -> LoraConfig:
+        adapted = targets(self.lm, self.cfg.layers)
+        config = LoraConfig(
+            r=self.cfg.rank * n_rounds,
+            lora_alpha=self.cfg.alpha * n_rounds,  # pyright: ignore[reportArgumentType]  a float serves
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.lm.base,
+            target_parameters=sorted(adapted.experts) or None,
+        )
+        config.target_modules = list(adapted.linears)  # PEFT's own set has no order: its file would differ by process
+        return config
+
+    @_peft_notices_off()
+    def _attach(self, name: str, config: LoraConfig) -> None:
+        if self.peft is None:
+            try:
+                self.peft = get_peft_model(self.lm.model, config, adapter_name=name)
+            except ValueError as error:
+                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
+        else:
+            self.peft.add_adapter(name, config)
+            self.peft.set_adapter(name)
+        self.peft.requires_grad_(False)
+        self._switch([])
+
+    @_peft_notices_off()
+    def _fill(self, name: str, factors: Factors) -> None:
+        self.require_fit(factors, self.factors(name))
+        set_peft_model_state_dict(self.peft, factors, adapter_name=name)
+
+    def _require_targets(self) -> None:
+        """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,
+        as if the adapter were of an older transformers."""
+        wanted, found = targets(self.lm, self.cfg.layers), dict(self._layers())
+        paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
+        adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
+        if differing := sorted(adapted ^ {*wanted.linears, *wanted.experts}):
+            raise UserError(
+                f"PEFT adapts other weights of {self.lm.name!r} than it was asked to, {differing[0]} among "
+                f"{len(differing)}; use a model of a family that README lists",
+                resumable=False,
+            )
+
+    @_peft_notices_off()
+    def drop(self, name: str) -> None:
+        self.peft.delete_adapter(name)
+        self.peft.requires_grad_(False)  # PEFT makes one of the others active, and trainable
+
+    @_peft_notices_off()
+    def detach(self) -> None:
+        """Takes PEFT's layers out of the model again."""
+        if self.peft is not None:
+            self.peft.unload()
+        self.peft = None
+        self._pristine = {}
+        self._apart = []
+
+    def factors(self, name: str) -> Factors:
+        state = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
+        return {key: value.detach().float().cpu().clone() for key, value in state.items()}
+
+    def fold(self, history: Factors, own: Factors) -> Factors:
+        """[B1 B2] [A1; A2] = B1 A1 + B2 A2, for each expert of a stack: both factors in one of summed rank."""
+        out = {}
+        for key, old in history.items():
+            new = own[key]
+            if "lora_A" in key:  # [(e r) d_in]; its columns hold B's (r e), so that one stays together as it is
+                n = len(new) // self.cfg.rank
+                each = [factor.unflatten(0, (n, -1)) for factor in (old, new)]
+                out[key] = torch.cat(each, dim=1).flatten(0, 1)
+            else:
+                out[key] = torch.cat([old, new], dim=1)
+        return out
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.peft.named_parameters() if f".{ROUND}." in name]
+
+    def updates(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Each expert of a stack counts as a matrix of its own."""
+        out = []
+        for _, m in self._layers():
+            a, b, n = m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, _n_stacked(m)
+            each_a, each_b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n))
+            pairs = [(a, b)] if n == 1 else [(each_a[e], each_b[..., e]) for e in range(n)]
+            out += [(*pair, m.scaling[ROUND]) for pair in pairs]
+        return out
+
+    # --- what acts on the model ------------------------------------------------------------------------------------
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        """Every adapted linear layer and stack of experts, by name."""
+        if self.peft is not None:
+            yield from ((name, m) for name, m in self.peft.named_modules() if isinstance(m, LoraLayer))
+
+    @contextmanager
+    def acting(self, merged: Sequence[str], apart: Sequence[str]) -> Iterator[None]:
+        """PEFT adds the factors of experts to their weights at each use, so these are rounded even apart. A quantized
+        model takes no factors in `merged`."""
+        layers = [] if self.lm.quantized else list(self._layers())
+        before = [_weight(module).data for _, module in layers]
+        before_apart = self._apart
+        try:
+            for path, module in layers:
+                self._merge(path, module, merged)
+            self._switch(list(apart))
+            yield
+        finally:
+            for (_, module), weight in zip(layers, before, strict=True):
+                _weight(module).data = weight
+            self._switch(before_apart)
+
+    @torch.no_grad()
+    def _merge(self, path: str, module: Any, names: Sequence[str]) -> None:
+        """Puts the sum of the untouched weight and these factors in the place of the weight."""
+        weight = _weight(module)
+        pristine = self._pristine.setdefault(path, weight.data)
+        weight.data = pristine
+        if names:
+            delta = sum(module.get_delta_weight(name).float() for name in names)
+            weight.data = (pristine.float() + delta).to(pristine.dtype)
+
+    def _switch(self, names: list[str]) -> None:
+        """Lets PEFT apply these factors and no others. What requires a gradient stays as it is."""
+        self._apart = names
+        if self.peft is None:
+            return
+        trained = {parameter for parameter in self.peft.parameters() if parameter.requires_grad}
+        if names:
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(names)
+        else:
+            self.peft.base_model.disable_adapter_layers()
+        for parameter in self.peft.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+    def save(self, folder: Path, n_rounds: int) -> None:
+        """Writes what PEFT loads."""
+        config = self._config(n_rounds)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        save_file(self.factors(HISTORY), folder / ADAPTER_FILE, metadata={"format": "pt"})
+
+    def merged_state(self) -> dict[str, Tensor]:
+        state = self.lm.model.state_dict()
+        return {key.replace("base_layer.", ""): value for key, value in state.items() if ".lora_" not in key}
+
+
+def _weight(module: Any) -> nn.Parameter:
+    """The base weight that an adapted layer's factors add to."""
+    return module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+
+
+def _n_stacked(module: Any) -> int:
+    """Matrices that an adapted layer holds: its experts, or 1."""
+    return module.num_experts if isinstance(module, ParamWrapper) else 1
+
+
+def _require_plain_lora(saved: Mapping[str, Any], folder: Path) -> None:
+    """UserError naming the first field of adapter_config.json by which an adapter is more than B A added to matrices.
+
+    A field that the installed PEFT does not know counts as such, unless it is off.
+    """
+    where = f"the adapter in {str(folder)!r}"
+    defaults = LoraConfig().to_dict()
+    if saved.get("peft_type") != "LORA":
+        raise UserError(f"{where} has peft_type {saved.get('peft_type')!r}; give a LoRA adapter")
+    for name, value in saved.items():
+        if name == "init_lora_weights":
+            plain = value in HARMLESS_INITS
+        else:
+            plain = name in HONOURED or value in (None, False, [], {}) or value == defaults.get(name)
+        if not plain:
+            raise UserError(
+                f"{where} has {name} {value!r}, so it is more than low-rank factors that are added to the weights, and "
+                "cannot be read as it was trained; give a LoRA adapter without it"
+            )

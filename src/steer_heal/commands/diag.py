@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in QUESTIONS:
         raise UserError(f"unknown question {name!r}; {nearest(name, QUESTIONS)}")
     question = import_module(f"steer_heal.diag.{name}")  # torch: seconds
-    question.Flags.__doc__ = reflowed(question.__doc__)
+    question.Flags.__doc__ = reflowed(question.__doc__ or "")
     flags, given = parsed(question.Flags, rest, f"diag {name}", owner=RunConfig, also=question.Flags.also)
     from steer_heal.report import console
 

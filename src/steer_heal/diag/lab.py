@@ -187,7 +187,7 @@ def mean_sd(values: Sequence[float]) -> str:
 def show(
     question: str | None, rows: Sequence[Mapping[str, object]], should: Sequence[str], out: Path, name: str, **more: Any
 ) -> None:
-    """Prints the question, one table and what SHOULD be seen in it. Writes the same, and `more`, to <out>/<name>.json."""
+    """Prints the question, one table and what SHOULD hold in it. Writes the same, and `more`, to <out>/<name>.json."""
     question = (question or name).strip().split("\n\n")[0]
     print_safe(f"\n{question}\n")
     tables.show(rows)

@@ -65,7 +65,8 @@ def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
 def main(flags: Flags, given: Given) -> None:
     per_run = {folder.name: of_run(folder, flags.doses, given) for folder in flags.runs}
     rows = []
-    for same in zip(*per_run.values(), strict=True):
+    for states in zip(*per_run.values(), strict=True):
+        same = list[Row](states)
         columns = {name: [row[name] for row in same] for name in same[0] if name not in NOT_AVERAGED}
         means = {name: statistics.mean(values) for name, values in columns.items() if None not in values}
         spread = statistics.stdev(columns["shift"]) if len(same) > 1 else None

@@ -5,7 +5,6 @@ from dataclasses import replace
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
 from steer_heal.model.steering import Condition
 
-
 Flags = PresetFlags
 
 

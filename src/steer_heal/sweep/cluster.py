@@ -99,7 +99,7 @@ def _why(error: Exception) -> str:
     """Why a cluster was not joined. Ray finds a token by itself only if the address is `auto`."""
     if "token" in f"{error} {error.__cause__}".lower():
         return (
-            "the Ray cluster there asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if the token is "
-            "not in ~/.ray/auth_token"
+            "the Ray cluster there asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if the token "
+            "is not in ~/.ray/auth_token"
         )
     return f"no Ray cluster answers there ({error})"

@@ -26,7 +26,7 @@ FRONTIER = "frontier.png"
 
 
 def frame(rows: Iterable[Mapping[str, str]]) -> pl.DataFrame:
-    """Rows of results.tsv with numbers as numbers. An empty cell, or one without a number where one belongs, is null."""
+    """Rows of results.tsv with numbers as numbers. A cell that should hold a number and does not is null."""
     texts = pl.DataFrame([dict(row) for row in rows], infer_schema_length=None)
     return texts.with_columns(
         pl.col(name).cast(pl.Int64 if name in ("seed", "n_rounds") else pl.Float64, strict=False)

@@ -13,8 +13,8 @@ from typing import Any
 from steer_heal.errors import UserError, print_safe
 from steer_heal.report import tables
 from steer_heal.runs.storage import atomic_write
-from steer_heal.sweep.engine import End
 from steer_heal.settings import changed
+from steer_heal.sweep.engine import End
 from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of
 from steer_heal.sweep.results import ARMS, finished_runs, write_arms
 
@@ -66,7 +66,7 @@ class Trials:
         return [self.plan.job(arm, seed) for seed in self.plan.seeds]
 
     def source(self) -> Iterator[Job]:
-        """Runs to make: first those of trials that were stopped, then those of new trials, each proposed when needed."""
+        """Runs to make: first those of stopped trials, then those of new trials, each proposed when it is needed."""
         running = self.optuna.trial.TrialState.RUNNING
         for trial in self.study.get_trials(states=[running]):
             if trial.params.keys() == self.search.space.keys():

@@ -7,15 +7,20 @@ from pathlib import Path
 
 
 def draw(folder: Path) -> Path | None:
-    """Draws the pictures, the page and the diary of a run folder. The page, or None where the run did not start yet."""
+    """Draws the pictures, the page and the diary of a run folder; returns the page. None: the run has not started."""
+    from steer_heal.events import Run, RunStart
     from steer_heal.report import page, plot  # matplotlib: a second that the console can do without
+    from steer_heal.runs.log import read_events
 
-    plot.plot(folder)
-    return page.report(folder)
+    run = Run(read_events(folder))
+    if not run.each(RunStart):
+        return None
+    plot.save(run, folder)
+    return page.save(run, folder)
 
 
 def side_by_side(folders: Sequence[Path], file: Path) -> Path:
-    """Writes a page of several runs into the file."""
+    """Writes a page that compares several runs into the file."""
     from steer_heal.report.compare import compare
 
     return compare(folders, file)

@@ -2,90 +2,71 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
+from steer_heal.events import Dropped, Extracted, Gathered, HealRetried, Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.records import Metric
 from steer_heal.report import plot
 from steer_heal.report.advice import Check, checks
-from steer_heal.report.measurements import (
-    MEASURED,
-    best_round,
-    health_of,
-    measurements,
-    metrics_of,
-    shift,
-    signed,
-    table_cells,
-    table_columns,
-    target_of,
-    title,
-    verdict,
-)
 from steer_heal.report.texts import answered, answers, filters, reasons, states, written
 from steer_heal.report.view import (
     MISSING,
-    Event,
-    Run,
     Table,
     evenly,
+    event_words,
     inline,
+    last_event,
+    model_words,
     number,
     plural,
     round_name,
+    rounds_begun,
+    table_cells,
+    table_columns,
     template,
     visible,
     with_interval,
 )
-from steer_heal.runs.events import current, heal_steps, of_stage, read_events
 from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import leaves
+from steer_heal.verdict import best_round, health_of, shift, signed, title, verdict
 
-STEERING = {
-    "kappa": ("dose", "kappa"),
-    "dose": ("steered", "dose"),
-    "cosine to round 0": ("vector", "cosine_to_first"),
-    "cosine of student and vector": ("round", "cosine_student_teacher"),
-    "cosine of student and vector 0": ("round", "cosine_student_first"),
-}
-"""Column of the table of steering: (event, field)."""
-KINDS = {"vignette": "Of vignettes", "text": "Of free answers", "pair": "Of contrast pairs"}
+STEERING = ("kappa", "dose", "cosine to round 0", "cosine of student and vector", "cosine of student and vector 0")
+"""Columns of the table of steering."""
+KINDS = {"vignette": "Metrics of vignettes", "text": "Metrics of free answers", "pair": "Metrics of contrast pairs"}
 """Heading of the metrics by what one of their items is (Metric.of)."""
 BELOW = {
-    "vignette": "Below each scene stands its answer.",
-    "pair": "Below each prompt stand its positive and its negative reply.",
+    "vignette": "Each scene is shown with its answer.",
+    "pair": "Each prompt is shown with its positive and its negative reply.",
 }
-"""What stands below an item's wording, by what an item is."""
+"""What the wording of an item holds, by what an item is."""
 MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median"}
 DIARY_PROMPTS = 3
 
 
-def report(folder: Path) -> Path | None:
-    """Writes report.html and diary.md from the events alone; None where the run did not start yet."""
-    events = current(read_events(folder))
-    if not of_stage(events, "run_start"):
-        return None
-    run = Run(folder.name, events)
-    for name, text in (("diary.md", diary(run)), ("report.html", page(run))):
+def save(run: Run, folder: Path) -> Path:
+    """Writes report.html and diary.md; returns the path of the first."""
+    for name, text in (("diary.md", diary(run, folder.name)), ("report.html", page(run, folder.name))):
         with atomic_write(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="\n")
     return folder / "report.html"
 
 
-def page(run: Run) -> str:
+def page(run: Run, name: str) -> str:
     """The whole of report.html."""
-    grade, _, detail = verdict(run.events).partition(":")
+    grade, _, detail = verdict(run).partition(":")
     texts = written(run)
     return template("report.html.j2", visible).render(
-        run=run,
+        name=name,
         start=run.start,
+        model=model_words(run),
+        rounds=rounds_begun(run),
         grade=grade,
         detail=detail.strip(),
         progress=progress(run),
@@ -101,181 +82,250 @@ def page(run: Run) -> str:
         written=texts,
         why=reasons(texts),
         heals=heals(run),
-        retries=of_stage(run.events, "heal_retry"),
-        dropped=of_stage(run.events, "backtrack"),
-        command=shlex.join(run.start.get("command") or ()),
+        retries=run.each(HealRetried),
+        dropped=run.each(Dropped),
+        command=shlex.join(run.start.command),
+        settings={key: setting_words(value) for key, value in leaves(run.start.config).items()},
     )
 
 
-def diary(run: Run) -> str:
+def setting_words(value: object) -> str:
+    """A setting as people read it: a list as its items."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def diary(run: Run, name: str) -> str:
     """The whole of diary.md: the run told by its answers to a few evaluation prompts, evenly spaced."""
     given = {state: answered(run, *state) for state in states(run)}
-    prompts = evenly(list(dict.fromkeys(row["prompt"] for row in given["base", -1])), DIARY_PROMPTS)
-    first = {state: {row["prompt"]: row for row in reversed(rows)} for state, rows in given.items()}
-    told = {
-        state: [(i, rows[prompt]) for i, prompt in enumerate(prompts, 1) if prompt in rows]
-        for state, rows in first.items()
-    }
+    prompts = evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
+    told = {}
+    for state, rows in given.items():
+        first = {row.prompt: row for row in reversed(rows)}
+        told[state] = [(i, first[prompt]) for i, prompt in enumerate(prompts, 1) if prompt in first]
     return template("diary.md.j2", inline).render(
-        run=run,
+        name=name,
         start=run.start,
-        verdict=verdict(run.events),
+        model=model_words(run),
+        rounds=rounds_begun(run),
+        verdict=verdict(run),
         progress=progress(run),
         prompts=prompts,
         told=told,
         measured=measured_words(run),
-        retries=of_stage(run.events, "heal_retry"),
-        dropped=of_stage(run.events, "backtrack"),
+        retries=run.each(HealRetried),
+        dropped=run.each(Dropped),
     )
 
 
-def measured_words(run: Run) -> dict[str, str]:
-    """By state, every value of its row of the table that is there."""
-    headings = {key: heading for key, (heading, _) in table_columns(run.events).items() if key != "state"}
-    rows = table_cells(run.events, "")
-    return {row["state"]: ", ".join(f"{headings[key]} {row[key]}" for key in headings if row[key]) for row in rows}
+def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
+    """By (state, round), every value of its row of the table of states."""
+    headings = {key: heading for key, (heading, _) in table_columns(run).items() if key != "state"}
+    rows = zip(run.each(Measured), table_cells(run, ""), strict=True)
+    return {(m.state, m.round): ", ".join(f"{headings[k]} {row[k]}" for k in headings if row[k]) for m, row in rows}
 
 
 def progress(run: Run) -> tuple[str, str]:
     """(finished, stopped or running, a sentence about it)."""
-    last, n_rounds = run.events[-1], len(of_stage(run.events, "round"))
-    done = f"{n_rounds} of {plural(run.start['config']['n_rounds'], 'round')}, {last['wall_s'] / 60:.1f} minutes"
-    if last["stage"] != "run_end":
-        where = "" if last["round"] is None or last["round"] < 0 else f" of round {last['round']}"
-        at = last["t"][:19].replace("T", " ")
-        return "running", f"{done}; no end is written yet, the last event is {last['stage']}{where} at {at} UTC"
-    return ("stopped", f"{done}; {last['error']}") if last.get("error") else ("finished", done)
+    last = last_event(run)
+    done = f"{len(run.rounds)} of {plural(run.start.config.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
+    if isinstance(last, RunEnd):
+        return ("stopped", f"{done}; {last.error}") if last.error else ("finished", done)
+    at = last.t[:19].replace("T", " ")
+    return "running", f"{done}; it has not ended yet, and its last event is {event_words(last)} at {at} UTC"
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
-    """(what, value, what it stands against) of the last healed student: the target, and every health metric."""
-    states, (target, _) = measurements(run.events), target_of(run.events)
-    healed = next((m for m in reversed(states) if m.stage == "healed"), None)
-    base = next((m for m in states if m.stage == "base"), None)
+    """(what, value, what to compare it with) of the trait's metric and of each health metric, for the last healed
+    student."""
+    trait_metric = run.trait_metric
+    base = run.measured("base")
+    healed = next((m for m in reversed(run.each(Measured)) if m.state == "healed"), None)
     if healed is None or base is None:
         return []
-    others = [m for m in states if m.round in (-1, healed.round) and m is not healed]
-    low, high = (number(healed[f"{target.name}_{end}"], signed(target)) for end in ("lo", "hi"))
-    shifts = ", ".join(f"{m.stage} {number(shift(m, base, target), signed(target))}" for m in others if m is not base)
-    shown = [
-        (
-            f"{title(target)} against base",
-            number(shift(healed, base, target), signed(target)),
-            f"{target.unit}, 95 % {low} to {high}; {shifts}",
-        )
-    ]
-    for metric in health_of(metrics_of(run.events).values()):
-        against = ", ".join(f"{m.stage} {number(m[metric.name], metric.form)}" for m in others)
+    others = [m for m in run.each(Measured) if m.round in (None, healed.round) and m is not healed]
+    form = signed(trait_metric)
+
+    def shifted(m: Measured) -> str:
+        return number(shift(m.metrics, base.metrics, trait_metric), form)
+
+    low = number(healed[f"{trait_metric.name}_lo"], form)
+    high = number(healed[f"{trait_metric.name}_hi"], form)
+    shifts = ", ".join(f"{m.state} {shifted(m)}" for m in others if m is not base)
+    about = f"{trait_metric.unit}, 95 % {low} to {high}; {shifts}"
+    shown = [(f"{title(trait_metric)} against base", shifted(healed), about)]
+    for metric in health_of(run.metrics.values()):
+        against = ", ".join(f"{m.state} {number(m[metric.name], metric.form)}" for m in others)
         shown.append((title(metric), number(healed[metric.name], metric.form), against))
     return shown
 
 
 def pictures(run: Run) -> list[tuple[str, Markup]]:
     """(description, data URI) of the pictures that need a measured base."""
-    if not plot.is_measured(run.events):
+    if run.measured("base") is None:
         return []
-    seen = [{**e, "items": None, "texts": None} for e in run.events if e["stage"] in ("run_start", *MEASURED)]
-    drawn = _drawn(_state_figures, json.dumps(seen))
-    told = "The target and the health of the model, round by round; the table below holds the numbers"
-    return list(zip((told, "The shift of the target against that of a second metric"), drawn.values(), strict=True))
+    drawn = (
+        ("Metric of the trait and health of the model by round; the table below has the numbers", plot.rounds(run)),
+        ("Shift of the trait's metric against that of a second metric", plot.plane(run)),
+    )
+    return [(description, Markup(plot.data_uri(figure))) for description, figure in drawn]
 
 
-def _state_figures(events: Sequence[Event]) -> dict[int, Figure]:
-    return dict(enumerate((plot.rounds(events), plot.map_(events, headline=False))))
+@dataclass(frozen=True, kw_only=True)
+class Heal:
+    """What the page shows of a heal."""
+
+    name: str
+    n_steps: int
+    end: Trained | None
+    """None: it is not finished."""
+    curves: Markup
+    """Data URI."""
 
 
-def heals(run: Run) -> list[tuple[str, int, Event, Markup]]:
-    """(name, steps so far, event of its end, data URI of its curves) of each heal, the control's first."""
-    seen = [e for e in run.events if e["stage"] in ("run_start", "heal_step", "heal", "heal_retry")]
-    drawn = _drawn(plot.heal_curves, json.dumps(seen))
-    n_steps = Counter(step["round"] for step in heal_steps(seen))
-    return [(round_name(r), n_steps[r], run.at("heal", r), uri) for r, uri in drawn.items()]
+def heals(run: Run) -> list[Heal]:
+    """Every heal that has begun, the control's first."""
+    n_steps = Counter(step.round for step in run.steps)
+    return [
+        Heal(name=round_name(r), n_steps=n_steps[r], end=run.at(Trained, r), curves=Markup(plot.data_uri(figure)))
+        for r, figure in plot.heal_curves(run).items()
+    ]
 
 
-@lru_cache(maxsize=2)
-def _drawn(draw: Callable[[Sequence[Event]], Mapping[int, Figure]], events: str) -> dict[int, Markup]:
-    """Data URIs of the figures of some events, kept until those change: a run writes its page more often."""
-    return {key: Markup(plot.data_uri(figure)) for key, figure in draw(json.loads(events)).items()}
-
-
+# --- tables ------------------------------------------------------------------------------------------------------
 def round_table(run: Run) -> Table:
-    """The measured states, without columns in which none has a value."""
-    rows = [{key: text.replace("-", "\u2212") for key, text in row.items()} for row in table_cells(run.events, MISSING)]
-    columns = {key: name for key, (name, _) in table_columns(run.events).items() if {r[key] for r in rows} - {MISSING}}
+    """The measured states, without columns in which no state has a value."""
+    rows = [{key: text.replace("-", "\u2212") for key, text in row.items()} for row in table_cells(run, MISSING)]
+    columns = {key: name for key, (name, _) in table_columns(run).items() if {row[key] for row in rows} - {MISSING}}
     cells = [
-        (stage, [named, *(row[key] for key in columns if key != "state")])
-        for (stage, named), row in zip(state_names(run), rows, strict=True)
+        (state, [named, *(row[key] for key in columns if key != "state")])
+        for (state, named), row in zip(state_names(run), rows, strict=True)
     ]
     return list(columns.values()), cells
 
 
 def state_names(run: Run) -> list[tuple[str, str]]:
-    """(stage, name) of each measured state; the best round is named as such."""
-    seen = measurements(run.events)
-    best = best_round(run.events) if any(m.stage == "healed" for m in seen) else None
-    is_best = lambda m: best is not None and (m.stage, m.round) == ("healed", best.state.round)
-    return [(m.stage, f"{m.state} (best)" if is_best(m) else m.state) for m in seen]
+    """(state, name) of each measured state. The best round is marked."""
+    measured = run.each(Measured)
+    best = best_round(run) if any(m.state == "healed" for m in measured) else None
+    return [(m.state, f"{m.label} (best)" if best is not None and m is best.state else m.label) for m in measured]
 
 
 def metric_tables(run: Run) -> list[tuple[str, Table]]:
-    """(heading, table) of the metrics by what their items are: a row a metric, a column a state, and in each cell the
-    value above the 95 percent interval of its difference to base."""
-    seen, trait = measurements(run.events), run.start["trait"]
+    """(heading, table) of the metrics by what their items are. There is a row for each metric and a column for each
+    state; a cell holds the value above the 95 percent interval of its difference to base."""
     groups: dict[str, list[Metric]] = {}
-    for metric in metrics_of(run.events).values():
-        groups.setdefault(KINDS.get(metric.of, "Others"), []).append(metric)
-
-    def row(metric: Metric) -> tuple[str, list[str]]:
-        part = "target" if metric.name == trait["target"] else "should stay" * (metric.name in trait["off_targets"])
-        about = ", ".join(filter(None, (metric.name, metric.unit, part)))
-        breakable = Markup("_<wbr>").join(visible(about).split("_"))
-        name = Markup("{}<small>{}</small>").format(visible(title(metric)), breakable)
-        return part.split()[0] if part else "", [name, *(with_interval(m.metrics, metric) for m in seen)]
-
+    for metric in run.metrics.values():
+        groups.setdefault(KINDS.get(metric.of, "Other metrics"), []).append(metric)
     headings = ["metric", *(name for _, name in state_names(run))]
-    return [(kind, (headings, [row(metric) for metric in metrics])) for kind, metrics in groups.items()]
+    return [(kind, (headings, [_metric_row(metric, run) for metric in group])) for kind, group in groups.items()]
 
 
-def readings(run: Run) -> dict[str, Any] | None:
-    """The target's items, base against the last healed student, the change in the wanted direction first. Each is shown
-    by its wording, and by its number where the events hold none. None where they hold no items."""
-    (target, sign), healed = target_of(run.events), of_stage(run.events, "healed")
-    items = [(event.get("items") or {}).get(target.item) for event in (run.at("base"), *healed[-1:])]
-    before, after = items if healed else (None, None)
-    if not before or not after or len(before) != len(after):
-        return None
-    wording = run.start.get("wording", {}).get(target.of, [])
-    if target.of == "text":
-        wording = [[row["prompt"]] for row in run.texts("base", -1)]
-    name = lambda i: wording[i] if i < len(wording) else [f"{target.of or 'item'} {i + 1}"]
-    pairs = zip(before, after, strict=True)
-    rows = [(name(i), a, b, b - a) for i, (a, b) in enumerate(pairs) if a is not None and b is not None]
-    widest = max((abs(change) for *_, change in rows), default=0.0) or 1.0
-    return {
-        "metric": target,
-        "how": MEANS[target.how],
-        "below": BELOW.get(target.of, "") if wording else "",
-        "sign": sign,
-        "state": f"healed r{healed[-1]['round']}",
-        "rows": [(*row, 100 * abs(row[-1]) / widest) for row in sorted(rows, key=lambda row: -sign * row[-1])],
-        "n_wanted": sum(change * sign > 0 for *_, change in rows),
-        "n_unread": len(before) - len(rows),
-    }
+def _metric_row(metric: Metric, run: Run) -> tuple[str, list[str]]:
+    """(class, cells) of a metric."""
+    trait = run.start.trait
+    part = "target" if metric.name == trait.target else "off-target" if metric.name in trait.off_targets else ""
+    about = ", ".join(filter(None, (metric.name, metric.unit, part)))
+    breakable = Markup("_<wbr>").join(visible(about).split("_"))
+    name = Markup("{}<small>{}</small>").format(visible(title(metric)), breakable)
+    return part, [name, *(with_interval(m.metrics, metric) for m in run.each(Measured))]
 
 
 def steering_table(run: Run) -> Table:
     """Dose and direction of each round."""
-    rows = [(f"round {r}", [run.at(stage, r).get(field) for stage, field in STEERING.values()]) for r in run.rounds]
-    return ["", *STEERING], [("", [name, *map(number, values)]) for name, values in rows]
+    rows = []
+    for r in rounds_begun(run):
+        gathered = run.at(Gathered, r)
+        vector = run.at(Extracted, r)
+        done = run.at(RoundDone, r)
+        values = [
+            None if gathered is None else gathered.collected.kappa,
+            None if gathered is None else gathered.collected.dose,
+            None if vector is None else vector.cosine_to_first,
+            None if done is None else done.cosine_student_teacher,
+            None if done is None else done.cosine_student_first,
+        ]
+        rows.append(("", [round_name(r), *map(number, values)]))
+    return ["", *STEERING], rows
 
 
 def conditions(run: Run) -> tuple[Table, list[tuple[str, str]]]:
-    """(what should hold of each round, yes or no; (round, advice) for each that does not)."""
-    found: dict[str, dict[int, Check]] = {}
+    """(what should hold in each round, yes or no; (round, advice) for each condition that does not hold)."""
+    rounds = rounds_begun(run)
+    found: dict[str, dict[int | None, Check]] = {}
     for event in run.events:
-        for check in checks(event, run.events):
-            found.setdefault(check.should, {})[event["round"]] = check
-    say = lambda check: MISSING if check is None else "yes" if check.holds else "no"
-    rows = [("", [should, *(say(asked.get(r)) for r in run.rounds)]) for should, asked in found.items()]
+        for check in checks(event, run):
+            found.setdefault(check.should, {})[event.round] = check
+
+    def answer(check: Check | None) -> str:
+        if check is None:
+            return MISSING
+        return "yes" if check.holds else "no"
+
+    rows = [("", [should, *(answer(asked.get(r)) for r in rounds)]) for should, asked in found.items()]
     failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
-    return (["", *map(round_name, run.rounds)], rows), [(round_name(r), advice) for r, advice in sorted(failed)]
+    advice = [(round_name(r), words) for r in rounds for where, words in failed if where == r]
+    return (["", *map(round_name, rounds)], rows), advice
+
+
+# --- items -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """An item of the trait's metric, in base and in the last healed student."""
+
+    name: list[str]
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readings:
+    """The items of the trait's metric. A change in the wanted direction comes first."""
+
+    metric: Metric
+    how: str
+    below: str
+    sign: int
+    state: str
+    rows: list[Reading]
+    n_unread: int
+
+    @property
+    def n_wanted(self) -> int:
+        return sum(row.change * self.sign > 0 for row in self.rows)
+
+    @property
+    def widest(self) -> float:
+        """The largest change; 1 if nothing changed."""
+        return max((abs(row.change) for row in self.rows), default=0.0) or 1.0
+
+
+def readings(run: Run) -> Readings | None:
+    """The items of the trait's metric, each by its wording or, if the events do not hold it, by its number. None: no
+    healed student was measured, or the events hold no items."""
+    metric = run.trait_metric
+    sign = run.start.trait.sign
+    base = run.measured("base")
+    healed = [m for m in run.each(Measured) if m.state == "healed"]
+    before = base.items.get(metric.item, []) if base is not None else []
+    after = healed[-1].items.get(metric.item, []) if healed else []
+    if base is None or not before or len(before) != len(after):
+        return None
+    wording = [[row.prompt] for row in base.texts] if metric.of == "text" else run.start.wording.get(metric.of, [])
+    rows = []
+    for i, (then, now) in enumerate(zip(before, after, strict=True)):
+        if math.isfinite(then) and math.isfinite(now):
+            name = wording[i] if i < len(wording) else [f"{metric.of or 'item'} {i + 1}"]
+            rows.append(Reading(name=name, before=then, after=now))
+    return Readings(
+        metric=metric,
+        how=MEANS[metric.how],
+        below=BELOW.get(metric.of, "") if wording else "",
+        sign=sign,
+        state=healed[-1].label,
+        rows=sorted(rows, key=lambda row: -sign * row.change),
+        n_unread=len(before) - len(rows),
+    )

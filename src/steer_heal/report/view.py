@@ -1,93 +1,166 @@
-"""How the pages show a run: its events by stage and round, and text and numbers made safe to print."""
+"""How a run is shown to people: rounds and events in words, tables, and text and numbers that are safe to print."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from steer_heal.errors import printable
-from steer_heal.records import Metric
-from steer_heal.report.measurements import direction, run_start, signed
-from steer_heal.report.measurements import number as formatted
+from steer_heal.events import (
+    AnyEvent,
+    Calibrated,
+    Dropped,
+    Extracted,
+    Gathered,
+    HealRetried,
+    HealStepped,
+    Measured,
+    RoundDone,
+    Run,
+    RunEnd,
+    RunStart,
+    Trained,
+)
+from steer_heal.records import GateFacts, Metric, round_label
+from steer_heal.verdict import direction, interval_words, signed, table, title
+from steer_heal.verdict import number as formatted
 
-Event = Mapping[str, Any]
 Table = tuple[list[str], list[tuple[str, list[str]]]]
 """(headings, (class, cells) of each row)."""
+Row = TypeVar("Row")
 SHOWN_CHARACTERS = 1500
-"""Of any one text."""
+"""Length at which one text is cut."""
 MISSING = "\u2013"
 
 
-@dataclass(frozen=True)
-class Run:
-    """The events of a run, looked up by stage and round."""
-
-    name: str
-    events: Sequence[Event]
-
-    def at(self, stage: str, round_: int | None = -1) -> Event:
-        """The event, empty where it was not written yet."""
-        return next((e for e in reversed(self.events) if e["stage"] == stage and e["round"] == round_), {})
-
-    @property
-    def start(self) -> Event:
-        return run_start(self.events)
-
-    @property
-    def rounds(self) -> list[int]:
-        shown = [e for e in self.events if e["stage"] != "backtrack"]
-        return sorted({e["round"] for e in shown if e["round"] is not None and e["round"] >= 0})
-
-    def texts(self, stage: str, round_: int) -> Sequence[Event]:
-        return self.at("adapter_gen" if stage == "healed" else stage, round_).get("texts") or ()
-
-    def gates(self) -> dict[str, Event]:
-        """The gates that say whether a text is broken."""
-        return {name: gate for name, gate in self.start["gates"].items() if gate["broken"]}
+# --- what a run holds ---------------------------------------------------------------------------------------------
+def rounds_begun(run: Run) -> list[int]:
+    """The rounds that were kept, and the one that has begun."""
+    rounds = {event.round for event in run.events if event.round is not None and not isinstance(event, Dropped)}
+    return sorted(rounds)
 
 
-def visible(text: str) -> str:
-    """Text that is safe to show: U+FFFD for what does not print; a long one is cut, and the cut is named."""
-    text, limit = printable(text), SHOWN_CHARACTERS
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text) - limit:,} characters more)"
+def last_event(run: Run) -> AnyEvent:
+    """The newest event, steps of heals among them."""
+    return max([run.events[-1], *run.steps[-1:]], key=lambda event: event.wall_s)
+
+
+def degenerate_gates(run: Run) -> dict[str, GateFacts]:
+    """The gates that say whether a text is degenerate."""
+    return {name: gate for name, gate in run.start.gates.items() if gate.degenerate}
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+def round_name(r: int | None) -> str:
+    """`round 0`; `control` for the heal before the loop."""
+    return "control" if r is None else f"round {r}"
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 text`, `2 texts`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def model_words(run: Run) -> str:
+    """The model, and how its weights differ from those of that name."""
+    note = run.start.weights.note if run.start.weights is not None else ""
+    return ", ".join(filter(None, (run.start.config.model, note)))
+
+
+def event_words(event: AnyEvent) -> str:
+    """What an event records: `the heal of round 0`."""
+    where = "the control" if event.round is None else f"round {event.round}"
+    match event:
+        case RunStart():
+            return "the start"
+        case Measured():
+            return f"the measurement of {event.label}"
+        case Extracted():
+            return f"the vector of {where}"
+        case Calibrated():
+            return f"the calibration of {where}"
+        case Gathered():
+            return f"the text of {where}"
+        case HealStepped():
+            return f"step {event.step.step} of the heal of {where}"
+        case HealRetried():
+            return f"the first attempt to heal {where}"
+        case Trained():
+            return f"the heal of {where}"
+        case Dropped():
+            return f"the drop of {where}"
+        case RoundDone():
+            return f"the end of {where}"
+        case RunEnd():
+            return "the end"
 
 
 def number(value: float | None, form: str = ".3g") -> str:
+    """The value with a true minus sign; a dash for a number that is not finite or was not measured."""
     return formatted(value, form, MISSING).replace("-", "\u2212")
 
 
-def evenly(rows: Sequence[Any], n: int) -> list[Any]:
+def visible(text: str) -> str:
+    """Text that is safe to show: U+FFFD for what cannot be printed. A long text is cut, and the cut is named."""
+    text = printable(text)
+    n_more = len(text) - SHOWN_CHARACTERS
+    return f"{text[:SHOWN_CHARACTERS]}... ({n_more:,} characters more)" if n_more > 0 else text
+
+
+def evenly(rows: Sequence[Row], n: int) -> list[Row]:
     """At most n of the rows, evenly spaced, the first among them."""
     return [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else list(rows)
 
 
+# --- tables of states ---------------------------------------------------------------------------------------------
 def with_interval(metrics: Mapping[str, float | None], metric: Metric) -> Markup:
     """The value of a metric, above the 95 percent interval of its difference to base."""
-    low, high = (metrics.get(f"{metric.name}_{end}") for end in ("lo", "hi"))
+    low = metrics.get(f"{metric.name}_lo")
+    high = metrics.get(f"{metric.name}_hi")
     value = number(metrics.get(metric.name), metric.form)
     if low is None or high is None:
         return escape(value)
-    return Markup("{}<small>{} to {}</small>").format(value, *(number(end, signed(metric)) for end in (low, high)))
+    form = signed(metric)
+    return Markup("{}<small>{} to {}</small>").format(value, number(low, form), number(high, form))
 
 
-def round_name(r: int) -> str:
-    return "control" if r < 0 else f"round {r}"
+def table_columns(run: Run) -> dict[str, tuple[str, str]]:
+    """(heading, format) of each column of the table of states. `interval` stands for lo and hi."""
+    trait_metric = run.trait_metric
+    unit = f" in {trait_metric.unit}" if trait_metric.unit else ""
+    shown = {name: (title(metric), metric.form) for name, metric in run.metrics.items() if metric.shown}
+    return {
+        "state": ("state", ""),
+        trait_metric.name: (title(trait_metric), trait_metric.form),
+        "shift": (f"shift{unit}", signed(trait_metric)),
+        "interval": ("95 % interval", ""),
+        "retain": ("retained", ".0%"),
+        "slope": ("slope in %", "+.3g"),
+        **shown,
+    }
 
 
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def table_cells(run: Run, missing: str) -> list[dict[str, str]]:
+    """A row of text for each measured state, with `missing` for what has no value."""
+    columns = table_columns(run)
+    rows = []
+    for row, state in zip(table(run), run.each(Measured), strict=True):
+        name = run.trait_metric.name
+        row["interval"] = interval_words(state[f"{name}_lo"], state[f"{name}_hi"], run.trait_metric) or None
+        rows.append({key: formatted(row[key], form, missing) for key, (_, form) in columns.items()})
+    return rows
 
 
+# --- Markdown and templates ---------------------------------------------------------------------------------------
 def inline(text: str) -> Markup:
-    """Text that stays inside a line of Markdown: no mark-up, no HTML, no line break."""
+    """Text that stays inside a line of Markdown: its mark-up is escaped, its line breaks are spaces."""
     return Markup(re.sub(r"([\\`*_\[\]<>&#|~$])", r"\\\1", " ".join(visible(text).split())))
 
 
@@ -101,15 +174,20 @@ def fenced(text: str) -> Markup:
 
 @cache
 def template(name: str, show: Callable[[str], str], folder: Path = Path(__file__).parent) -> Template:
-    """A template of a folder. Every string that it prints passes `show`, and is escaped unless it then is Markup."""
+    """A template of a folder. Each string that it prints goes through `show`, and is escaped unless it is Markup."""
+
+    def finalize(value: object) -> object:
+        return show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=finalize,
     )
-    environment.filters |= {"number": number, "fenced": fenced, "direction": direction, "round_name": round_name}
-    environment.globals |= {"plural": plural}
+    filters = (number, fenced, direction, round_name, round_label)
+    environment.filters |= {each.__name__: each for each in filters}
+    environment.globals["plural"] = plural
     return environment.get_template(name)

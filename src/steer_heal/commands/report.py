@@ -1,0 +1,40 @@
+"""steer-heal report RUN ... [--compare FILE]: draws finished or running runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from steer_heal.errors import print_safe
+from steer_heal.flags import described, parsed
+from steer_heal.report import draw, side_by_side
+from steer_heal.runs.log import run_folder, schema_errors
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw the pictures, the page, the diary and the model cards of each run again, from its events alone."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    compare: Path | None = None
+    """Instead, write one page with all runs side by side into this file."""
+
+
+def main(argv: Sequence[str]) -> int:
+    given, _ = parsed(Report, argv, "report")
+    folders = [run_folder(folder) for folder in given.runs]  # before matplotlib is imported
+    if given.compare is not None:
+        print_safe(side_by_side(folders, given.compare))
+        return 0
+    from steer_heal.share.card import write_cards
+
+    for folder in folders:
+        with schema_errors(folder):
+            print_safe(draw(folder) or f"{folder}: the run has not started yet, so there is nothing to draw")
+            write_cards(folder)
+    return 0

@@ -13,6 +13,7 @@ from steer_heal.inputs import Inputs
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET, TOY_PRESET
@@ -31,7 +32,9 @@ def inputs() -> Inputs:
 
 
 def subject(student: Student, inputs: Inputs, condition: Condition, adapters="full") -> Subject:
-    return Subject(student, adapters, condition, inputs, FAST_DEV_PRESET.eval, FAST_DEV_PRESET.filter, 1)
+    state = State(name="healed", round=0, adapters=adapters, condition=condition)
+    cfg = FAST_DEV_PRESET
+    return Subject(student=student, state=state, inputs=inputs, cfg=cfg.eval, keep=cfg.filter, seed=1)
 
 
 def noise(lm: LM) -> Vector:

@@ -11,6 +11,7 @@ from steer_heal.evals import EVALS, drift, metrics_of, persona, text_quality, to
 from steer_heal.evals.base import Subject, collapse, evaluate, intervals
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.model.lm import LM
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
@@ -85,7 +86,8 @@ def inputs() -> Inputs:
 def subject(
     student: Student, inputs: Inputs, adapters="full", condition=None, cfg=EVAL, texts=None, seed=1, base=None
 ) -> Subject:
-    made = Subject(student, adapters, condition or Condition(), inputs, cfg, CFG.filter, seed, base)
+    state = State(name="healed", round=0, adapters=adapters, condition=condition or Condition())
+    made = Subject(student=student, state=state, inputs=inputs, cfg=cfg, keep=CFG.filter, seed=seed, base=base)
     if texts is not None:
         made.__dict__["texts"] = texts
     return made

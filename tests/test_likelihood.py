@@ -18,6 +18,7 @@ from steer_heal.inputs.files import DATA, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_likelihood
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
@@ -110,7 +111,8 @@ def inputs() -> Inputs:
 
 def state(student: Student, inputs: Inputs, adapters="full", system="", base=None) -> Subject:
     condition = Condition(system or inputs.trait.plain_system)
-    return Subject(student, adapters, condition, inputs, EVAL, FAST_DEV_PRESET.filter, 1, base)
+    made = State(name="healed", round=0, adapters=adapters, condition=condition)
+    return Subject(student=student, state=made, inputs=inputs, cfg=EVAL, keep=FAST_DEV_PRESET.filter, seed=1, base=base)
 
 
 def measured(subject: Subject):

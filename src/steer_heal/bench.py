@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from steer_heal.evals import EVALS
-from steer_heal.evals.base import Subject, evaluate
+from steer_heal.evals.base import Eval, Subject, evaluate
 from steer_heal.events import Weights
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
@@ -291,9 +291,9 @@ class Bench:
         return self.score(texts), teacher
 
     # --- measurements --------------------------------------------------------------------------------------------
-    def measure(self, state: State, base: EvalResult | None = None, progress: Progress = SILENT) -> EvalResult:
-        """Every metric of one state, with 95 percent intervals of the difference to `base` where that is given."""
-        subject = Subject(
+    def subject(self, state: State, base: EvalResult | None = None) -> Subject:
+        """A state as the evals see it. `base` is what was measured of the untouched model."""
+        return Subject(
             student=self.student,
             state=state,
             inputs=self.inputs,
@@ -302,7 +302,15 @@ class Bench:
             seed=self.cfg.seed,
             base=base,
         )
-        return evaluate(subject, [EVALS[name] for name in self.cfg.eval.evals], progress)
+
+    @property
+    def evals(self) -> list[Eval]:
+        """The evals of the settings, in their order."""
+        return [EVALS[name] for name in self.cfg.eval.evals]
+
+    def measure(self, state: State, base: EvalResult | None = None, progress: Progress = SILENT) -> EvalResult:
+        """Every metric of one state; with a `base`, also the intervals of the difference to it. See `evaluate`."""
+        return evaluate(self.subject(state, base), self.evals, progress)
 
     def measure_base(self) -> EvalResult:
         """Every metric of the untouched model."""

@@ -17,7 +17,7 @@ class Progress:
     def part(self, n: int, n_parts: int) -> None:
         """Part n of the stage begins, counted from 1."""
 
-    def at(self, done: float, total: int) -> None:
+    def at(self, done: int | float, total: int) -> None:
         """`done` of `total` rows or steps are finished."""
 
 

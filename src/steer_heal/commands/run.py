@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from steer_heal.flags import described
 from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
-from steer_heal.runs.log import last_hash, read_start
+from steer_heal.runs.log import last_hash
 from steer_heal.runs.results import append_result, result_row
 from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
 from steer_heal.runs.signals import handled, stoppable
@@ -34,6 +34,7 @@ from steer_heal.verdict import table, verdict
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.backends.track import Tracking
     from steer_heal.bench import Bench
+    from steer_heal.loop import Loop
     from steer_heal.runs.stored import FolderRun
 
 
@@ -60,7 +61,11 @@ def main(argv: Sequence[str]) -> int:
             return go_on(cfg, cfg.folder)
         no_other_files(cfg.folder)
     inputs = check(cfg)
-    return execute(cfg, inputs, preset=preset, command=("steer-heal", "run", *argv))
+    from steer_heal.loop import run_loop  # torch: seconds
+
+    with running(cfg, inputs, preset=preset, command=("steer-heal", "run", *argv)) as opened:
+        run_loop(opened.loop)
+    return opened.end()
 
 
 def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
@@ -93,16 +98,38 @@ def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
         return 0
     inputs = check(cfg, resumed=not new_export)
     same_inputs(folder, inputs)
-    return execute(cfg, inputs, preset=read_start(folder).preset, folder=folder)
+    from steer_heal.loop import run_loop
+
+    with running(cfg, inputs, folder=folder) as opened:
+        run_loop(opened.loop)
+    return opened.end()
 
 
-def execute(
-    cfg: RunConfig, inputs: Inputs, *, preset: str, command: tuple[str, ...] = (), folder: Path | None = None
-) -> int:
-    """Runs the loop to its end, in a new folder or, with a `folder`, from where that run was stopped. Returns the exit
-    status."""
+@dataclass
+class Opened:
+    """A run with its model, ready for its loop."""
+
+    loop: Loop
+    run: FolderRun
+    status: int = 0
+
+    def end(self) -> int:
+        """Offers a conversation. Returns the exit status."""
+        cfg = self.loop.bench.cfg
+        del self.loop  # and with it the model, which the question must not hold
+        if self.status == 0:
+            _offer_chat(self.run, cfg)
+        return self.status
+
+
+@contextmanager
+def running(
+    cfg: RunConfig, inputs: Inputs, *, preset: str = "", command: tuple[str, ...] = (), folder: Path | None = None
+) -> Iterator[Opened]:
+    """A run in a new folder or, with a `folder`, one that was stopped. The loop runs inside; at its end the run is
+    finished. If an error stops it, the exit status says so, and the person is told how to continue."""
     from steer_heal.backends.track import Tracking
-    from steer_heal.loop import Loop, run_loop
+    from steer_heal.loop import Loop
     from steer_heal.report import console
     from steer_heal.runs import begin
 
@@ -116,20 +143,17 @@ def execute(
         console.opened(run, resumed=folder is not None)
         tracking = Tracking(cfg.track, run)
         run.subscribers += [lambda event: console.show(event, run), tracking.see, lambda event: _draw_after(event, run)]
-        loop = Loop(bench, run, console.Bar(run, quiet=cfg.quiet))
+        opened = Opened(Loop(bench, run, console.Bar(run, quiet=cfg.quiet)), run)
     try:
         with stoppable():
-            run_loop(loop)
+            yield opened
             finish(bench, run, tracking)
     except (UserError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError) as error:
-        return _stopped(run, error)
+        opened.status = _stopped(run, error)
     finally:
         run.close()
         tracking.close()
         lock.close()
-    del bench, loop  # and with them the model, which the question must not hold
-    _offer_chat(run.folder, cfg)
-    return 0
 
 
 def _draw_after(event: AnyEvent, run: FolderRun) -> None:
@@ -173,7 +197,7 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
     repeated."""
     draw(run.folder)
     run.clear()
-    row = {"run": run.folder.resolve().name, "arm": cfg.arm or run.start.preset, "settings": cfg.fingerprint()}
+    row = {"run": run.folder.resolve().name, "arm": cfg.arm or run.start.preset, "settings": run.start.settings}
     append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
 
 
@@ -214,13 +238,11 @@ def _ran_out(error: RuntimeError) -> bool:
     return ran_out(error)
 
 
-def _offer_chat(folder: Path, cfg: RunConfig) -> None:
+def _offer_chat(run: FolderRun, cfg: RunConfig) -> None:
     """In a terminal: how to talk to a run that has a healed round, and whether to do it now."""
-    from steer_heal.runs.stored import FolderRun
-
-    if cfg.quiet or not in_terminal() or not FolderRun.read(folder).rounds:
+    if cfg.quiet or not in_terminal() or not run.rounds:
         return
-    print_safe(f"talk to it: steer-heal chat {shlex.quote(str(folder))}")
+    print_safe(f"talk to it: steer-heal chat {shlex.quote(str(run.folder))}")
     if not cfg.chat or "CI" in os.environ:
         return
     try:
@@ -231,7 +253,7 @@ def _offer_chat(folder: Path, cfg: RunConfig) -> None:
     if answer.strip().lower() in ("y", "yes"):
         from steer_heal.commands.chat import main as chat
 
-        chat([str(folder), "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
+        chat([str(run.folder), "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
 
 
 def in_terminal() -> bool:

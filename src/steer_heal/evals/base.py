@@ -107,10 +107,11 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:
         found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed)
-    return EvalResult(found, values, tuple(_answer(row) for row in subject.scored))
+    return EvalResult(found, values, tuple(answer_of(row) for row in subject.scored))
 
 
-def _answer(row: Scored) -> Answer:
+def answer_of(row: Scored) -> Answer:
+    """What is recorded of a text."""
     text = row.completion
     return Answer(prompt=text.prompt, text=text.text, scores=row.scores, failed=row.failed, reasons=row.reasons)
 

@@ -40,7 +40,7 @@ def generate(
     plain_system: str,
     how: Decoding,
     known: Known | None = None,
-    on_batch: Callable[[Sequence[Completion]], None] = lambda batch: None,
+    on_batch: Callable[[Sequence[Completion]], object] = lambda batch: None,
 ) -> list[Completion]:
     """Completions in the order of `asks`, written under the system prompt and the vector of `condition`. Each request
     has its own dose, which replaces that of the condition. Tokens are sampled as the model's generation config says.

@@ -104,6 +104,10 @@ test-extras *flags: setup
     {{python}} -c 'import lm_eval, datasets, inspect_ai, material, ray, tensorboard, trackio, wandb'
     RAY=1 OMP_NUM_THREADS=1 {{python}} -m pytest -q -rs tests/test_packaging.py tests/test_ray.py tests/test_share.py tests/test_track.py {{flags}}
 
+# Change the numbers of spec.md one at a time and see that a test fails each time; `just mutate heal.py` takes a part.
+mutate *words: setup
+    OMP_NUM_THREADS=1 {{python}} scripts/mutate.py {{words}}
+
 # Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup
     FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}

@@ -21,14 +21,93 @@ PERSONA, SEED, N_STEPS = "You are a stern judge.", 3, 8
 SCALE = ADAPTER.alpha / ADAPTER.rank
 TOKENS = HealCfg(epochs=N_STEPS, batch_size=99, lr=1e-2, lam=2.0, tau=0.02, tokens_per_pass=4096)
 TAUGHT = replace(TOKENS, target="distribution")
-CASES = {
-    "tokens": (TOKENS, 0),
-    "schedules": (replace(TOKENS, lam_power=0.5, tau_power=-0.5, tau=0.01), 2),
-    "base, forward barrier, p95": (replace(TOKENS, reference="base", divergence="kl_fwd", aggregate="p95"), 2),
-    "forward, max": (replace(TAUGHT, kl="forward", aggregate="max"), 2),
-    "reverse, mean": (replace(TAUGHT, kl="reverse", aggregate="mean"), 2),
-    "departure": (replace(TAUGHT, max_departure=1.3, lam=0.0), 2),
-}
+
+
+# --- its numbers -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n_steps", [1, 9, 20, 40, 57])
+def test_the_rate_warms_up_over_a_tenth_and_is_never_0_then_falls_as_a_cosine(n_steps):
+    warm = max(1, n_steps // 10)
+    rates = [schedule(step, n_steps) for step in range(n_steps)]
+    assert rates[:warm] == pytest.approx(np.linspace(0, 1, warm + 1)[1:])
+    fall = np.arange(n_steps - warm) / max(1, n_steps - warm)
+    assert rates[warm:] == pytest.approx((1 + np.cos(np.pi * fall)) / 2) and min(rates) > 0
+
+
+def test_a_heal_without_a_gradient_leaves_the_factors_as_they_were(student: Student, kept):
+    cfg = replace(TAUGHT, max_departure=1e-9, lam=0.0)
+    student.new_round(SEED)
+    start = student.factors("round")
+    student.discard_round()
+    heal(student, kept[:4], round_=0, cfg=cfg, seed=SEED, teacher=Condition(PERSONA))
+    assert torch.equal(flat(student.factors("round")), flat(start)), "no weight decay"
+
+
+@pytest.mark.parametrize("n_prompts, n_held_out", [(2, 1), (8, 1), (15, 1), (16, 2), (64, 8)])
+def test_an_eighth_of_the_prompts_is_held_out_with_all_their_texts(student: Student, kept, n_prompts, n_held_out):
+    (sample, *_) = read_samples(student, kept[:1], TOKENS)
+    samples = [replace(sample, prompt_index=i) for i in range(n_prompts) for _ in range(1 + i % 3)]
+    for seed in range(3):
+        train, validation = split_by_prompt(samples, seed)
+        held_out = {each.prompt_index for each in validation}
+        assert len(held_out) == n_held_out and len(train) + len(validation) == len(samples)
+        assert {each.prompt_index for each in train} == {*range(n_prompts)} - held_out
+
+
+def test_aggregates_are_those_of_numpy():
+    values = torch.rand(37, generator=torch.Generator().manual_seed(0))
+    x = values.double().numpy()
+    expected = {"mean": x.mean(), "rmse": np.sqrt((x**2).mean()), "p95": np.quantile(x, 0.95), "max": x.max()}
+    assert {how: aggregate(values, how).item() for how in expected} == pytest.approx(expected, rel=1e-5)
+    assert aggregate(torch.zeros(9), "rmse").item() == pytest.approx(1e-6), "no more than its gradient needs"
+
+
+def test_the_spectral_penalty_is_half_its_weight_times_the_squared_largest_singular_values(student: Student):
+    student.new_round(0)
+    scramble(student, 0)
+    with student.training() as parameters:
+        penalty = SpectralPenalty(student, 0.7, seed=1)
+        values = [penalty.backward() for _ in range(100)]
+        for parameter in parameters:
+            parameter.grad = None
+        penalty.backward()
+        found = [parameter.grad.clone() for parameter in parameters]
+    names = [name for name, _ in student._peft.named_parameters() if ".round." in name]
+    own = {name.replace(".round.", "."): p.detach().double().requires_grad_()
+        for name, p in zip(names, parameters, strict=True)}  # fmt: skip
+    total = torch.zeros((), dtype=torch.float64)
+    for key in [key for key in own if "lora_A" in key]:
+        total = total + torch.linalg.matrix_norm(SCALE * own[key.replace("lora_A", "lora_B")] @ own[key], 2) ** 2
+    (0.35 * total).backward()
+    assert values[-1] == pytest.approx(0.35 * total.item(), rel=1e-3)
+    wanted = torch.cat([value.grad.flatten() for value in own.values()])
+    assert (torch.cat([g.double().flatten() for g in found]) - wanted).norm() < 0.05 * wanted.norm()
+
+
+# --- the bake ----------------------------------------------------------------------------------------------------
+def test_factors_of_rounds_side_by_side_are_the_sum_of_their_updates():
+    rng = torch.Generator().manual_seed(0)
+    rounds = []
+    for rank in (6, 3):
+        sides = {"lora_A": torch.randn(rank, 7, generator=rng), "lora_B": torch.randn(5, rank, generator=rng)}
+        rounds.append({f"m.{side}.weight": factor for side, factor in sides.items()})
+    folded = concatenate(*rounds, rank=3)
+    assert folded["m.lora_A.weight"].shape == (9, 7)
+    total, first, second = (
+        each["m.lora_B.weight"].double() @ each["m.lora_A.weight"].double() for each in (folded, *rounds)
+    )
+    assert torch.allclose(total, first + second, atol=1e-12), "exactly"
+
+
+def test_a_baked_student_holds_the_sum_of_the_updates_of_its_rounds(student: Student):
+    expected, base = {}, dense(load("tiny-random").model, {})
+    for seed in (1, 2, 3):
+        student.new_round(seed)
+        scramble(student, seed)
+        expected = with_update(expected or base, student.bake())
+    with student.using("full") as lm:
+        now = {name.replace("base_layer.", ""): value.double() for name, value in lm.model.state_dict().items()}
+    assert all(torch.allclose(now[name], value, atol=1e-4) for name, value in expected.items())
+    assert sum(not torch.allclose(base[name], value, atol=1e-2) for name, value in expected.items()) > 10
 
 
 # --- the plain trainer -------------------------------------------------------------------------------------------
@@ -117,6 +196,16 @@ def flat(factors) -> torch.Tensor:
     return torch.cat([factors[key].detach().double().flatten() for key in sorted(factors)])
 
 
+CASES = {
+    "tokens": (TOKENS, 0),
+    "schedules": (replace(TOKENS, lam_power=0.5, tau_power=-0.5, tau=0.01), 2),
+    "base, forward barrier, p95": (replace(TOKENS, reference="base", divergence="kl_fwd", aggregate="p95"), 2),
+    "forward, max": (replace(TAUGHT, kl="forward", aggregate="max"), 2),
+    "reverse, mean": (replace(TAUGHT, kl="reverse", aggregate="mean"), 2),
+    "departure": (replace(TAUGHT, max_departure=1.3, lam=0.0), 2),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_history: Student, kept):
     cfg, k = CASES[case]
@@ -140,86 +229,3 @@ def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_histo
     assert np.allclose([(step.fit, step.barrier) for step in report.steps], curve, rtol=2e-3, atol=2e-4)
     moved = flat(expected) - flat(start)
     assert (flat(found) - flat(expected)).norm() < 5e-4 * moved.norm()
-
-
-# --- its numbers -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("n_steps", [1, 9, 20, 40, 57])
-def test_the_rate_warms_up_over_a_tenth_and_is_never_0_then_falls_as_a_cosine(n_steps):
-    warm = max(1, n_steps // 10)
-    rates = [schedule(step, n_steps) for step in range(n_steps)]
-    assert rates[:warm] == pytest.approx(np.linspace(0, 1, warm + 1)[1:])
-    fall = np.arange(n_steps - warm) / max(1, n_steps - warm)
-    assert rates[warm:] == pytest.approx((1 + np.cos(np.pi * fall)) / 2) and min(rates) > 0
-
-
-def test_a_heal_without_a_gradient_leaves_the_factors_as_they_were(student: Student, kept):
-    cfg = replace(TAUGHT, max_departure=1e-9, lam=0.0)
-    student.new_round(SEED)
-    start = student.factors("round")
-    student.discard_round()
-    heal(student, kept[:4], round_=0, cfg=cfg, seed=SEED, teacher=Condition(PERSONA))
-    assert torch.equal(flat(student.factors("round")), flat(start)), "no weight decay"
-
-
-@pytest.mark.parametrize("n_prompts, n_held_out", [(2, 1), (8, 1), (15, 1), (16, 2), (64, 8)])
-def test_an_eighth_of_the_prompts_is_held_out_with_all_their_texts(student: Student, kept, n_prompts, n_held_out):
-    (sample, *_) = read_samples(student, kept[:1], TOKENS)
-    samples = [replace(sample, prompt_index=i) for i in range(n_prompts) for _ in range(1 + i % 3)]
-    for seed in range(3):
-        train, validation = split_by_prompt(samples, seed)
-        held_out = {each.prompt_index for each in validation}
-        assert len(held_out) == n_held_out and len(train) + len(validation) == len(samples)
-        assert {each.prompt_index for each in train} == {*range(n_prompts)} - held_out
-
-
-def test_aggregates_are_those_of_numpy():
-    values = torch.rand(37, generator=torch.Generator().manual_seed(0))
-    x = values.double().numpy()
-    expected = {"mean": x.mean(), "rmse": np.sqrt((x**2).mean()), "p95": np.quantile(x, 0.95), "max": x.max()}
-    assert {how: aggregate(values, how).item() for how in expected} == pytest.approx(expected, rel=1e-5)
-    assert aggregate(torch.zeros(9), "rmse").item() == pytest.approx(1e-6), "no more than its gradient needs"
-
-
-def test_the_spectral_penalty_is_half_its_weight_times_the_squared_largest_singular_values(student: Student):
-    student.new_round(0)
-    scramble(student, 0)
-    with student.training() as parameters:
-        penalty = SpectralPenalty(student, 0.7, seed=1)
-        values = [penalty.backward() for _ in range(100)]
-        for parameter in parameters:
-            parameter.grad = None
-        penalty.backward()
-        found = [parameter.grad.clone() for parameter in parameters]
-    names = [name for name, _ in student._peft.named_parameters() if ".round." in name]
-    own = {name.replace(".round.", "."): p.detach().double().requires_grad_()
-        for name, p in zip(names, parameters, strict=True)}  # fmt: skip
-    total = torch.zeros((), dtype=torch.float64)
-    for key in [key for key in own if "lora_A" in key]:
-        total = total + torch.linalg.matrix_norm(SCALE * own[key.replace("lora_A", "lora_B")] @ own[key], 2) ** 2
-    (0.35 * total).backward()
-    assert values[-1] == pytest.approx(0.35 * total.item(), rel=1e-3)
-    wanted = torch.cat([value.grad.flatten() for value in own.values()])
-    assert (torch.cat([g.double().flatten() for g in found]) - wanted).norm() < 0.05 * wanted.norm()
-
-
-# --- the bake ----------------------------------------------------------------------------------------------------
-def test_factors_of_rounds_side_by_side_are_the_sum_of_their_updates():
-    rng = torch.Generator().manual_seed(0)
-    old, new = ({"m.lora_A.weight": torch.randn(r, 7, generator=rng), "m.lora_B.weight": torch.randn(5, r, generator=rng)}
-        for r in (6, 3))  # fmt: skip
-    folded = concatenate(old, new, 3)
-    update = lambda each: each["m.lora_B.weight"].double() @ each["m.lora_A.weight"].double()
-    assert folded["m.lora_A.weight"].shape == (9, 7)
-    assert torch.allclose(update(folded), update(old) + update(new), atol=1e-12), "exactly"
-
-
-def test_a_baked_student_holds_the_sum_of_the_updates_of_its_rounds(student: Student):
-    expected, base = {}, dense(load("tiny-random").model, {})
-    for seed in (1, 2, 3):
-        student.new_round(seed)
-        scramble(student, seed)
-        expected = with_update(expected or base, student.bake())
-    with student.using("full") as lm:
-        now = {name.replace("base_layer.", ""): value.double() for name, value in lm.model.state_dict().items()}
-    assert all(torch.allclose(now[name], value, atol=1e-4) for name, value in expected.items())
-    assert sum(not torch.allclose(base[name], value, atol=1e-2) for name, value in expected.items()) > 10

@@ -102,9 +102,7 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        if self.status == PASSED:
-            return "SURVIVED"
-        return "killed" if self.status in (FAILED, None) else "ERROR"
+        return {PASSED: "SURVIVED", FAILED: "killed"}.get(self.status, "ERROR")
 
 
 class Trial:
@@ -146,7 +144,7 @@ class Trial:
         if process.is_alive():
             process.kill()
             process.join()
-            return Outcome(None, time.monotonic() - began, "")
+            return Outcome(None, time.monotonic() - began, f"no end after {TIMEOUT_S} s")
         return Outcome(process.exitcode, time.monotonic() - began, log.read_text(errors="replace")[-2000:])
 
 

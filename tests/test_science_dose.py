@@ -128,9 +128,15 @@ def test_where_nothing_survives_kappa_is_the_floor_and_survivors_up_to_its_dose_
 
 
 def test_writing_ends_at_n_keep_kept_or_max_attempts_written():
-    assert len(collected(10.0, kappa=1.0)[0].kept) == KEEP.n_keep
     none = collected(0.0, kappa=1.0)[0]
     assert not none.kept and len(none.scored) == KEEP.max_attempts
+    controller = DoseController(["p"], (1.0,), CFG, KEEP, (1,), kappa=1.0)
+    for n_kept, n_more in ((KEEP.n_keep - 1, 4), (1, 0)):
+        asks = controller.next_asks()
+        row = Completion(0, "p", (1,), (2,), "", 1.0, 1.0, 0)
+        controller.add([Scored(row, {}, (), () if i < n_kept else ("loop",)) for i in range(len(asks))])
+        assert len(controller.next_asks()) == n_more
+    assert len(controller.collected().kept) == KEEP.n_keep
 
 
 # --- iso_kl ------------------------------------------------------------------------------------------------------

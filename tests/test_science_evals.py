@@ -144,11 +144,18 @@ def test_kl_base_is_the_mean_kl_of_the_state_to_the_base_along_its_text(with_his
         assert value == pytest.approx((here.exp() * (here - base)).sum(-1).mean().item(), rel=1e-3)
 
 
-def test_text_perplexity_is_that_of_the_last_quarter_under_the_base(with_history, inputs, vector):
+def test_text_perplexity_and_relevance_are_read_under_the_base_whether_their_gates_are_on_or_off(
+    with_history, inputs, vector
+):
     texts = spoken(with_history.lm)
     found = text_quality.items(state(with_history, inputs, Condition(SYSTEM, vector, DOSE), texts=texts))
     with with_history.using("base") as lm:
+        nothing = lm.chat("...", inputs.trait.plain_system)
+        gains = [(token_logp(lm, c.prompt_ids, c.completion_ids) - token_logp(lm, nothing, c.completion_ids)).mean()
+            for c in texts]  # fmt: skip
         tails = [token_logp(lm, c.prompt_ids, c.completion_ids)[-max(1, len(c.completion_ids) // 4) :] for c in texts]
+    assert "relevance" not in FAST_DEV_PRESET.filter.gates and min(gains) < FAST_DEV_PRESET.filter.relevance_min
+    assert found["off_question"] == [float(gain < FAST_DEV_PRESET.filter.relevance_min) for gain in gains]
     assert found["text_tail_ppl"] == pytest.approx([math.exp(-tail.mean().item()) for tail in tails], rel=1e-3)
 
 

@@ -149,8 +149,9 @@ AGGREGATES = {
 }
 
 
-def plain_heal(student: Student, train: list[Completion], own, cfg: HealCfg, k: int, vector: Vector):
-    """(factors, fit and barrier of each step, norms of the gradients) of full-batch steps."""
+def plain_heal(student: Student, train: list[Completion], n_rehearsed: int, own, cfg: HealCfg, k: int, vector: Vector):
+    """(factors, fit and barrier of each step, norms of the gradients) of full-batch steps. The last `n_rehearsed` texts
+    are rehearsed."""
     model = load("tiny-random").model.double().requires_grad_(False)
     history = student.factors("history") if student.n_rounds else {}
     base, prev = dense(model, {}), dense(model, history)
@@ -161,6 +162,8 @@ def plain_heal(student: Student, train: list[Completion], own, cfg: HealCfg, k: 
         asked = [student.lm.chat(c.prompt, PERSONA) for c in train]
         teacher = [plain_logp(model, prev, p, c.completion_ids, vector) for p, c in zip(asked, train, strict=True)]
         untouched = [plain_logp(model, base, c.prompt_ids, c.completion_ids) for c in train]
+    n_taught = len(train) - n_rehearsed
+    teacher[n_taught:] = untouched[n_taught:]
     own = {key: value.double().requires_grad_() for key, value in own.items()}
     first, second = ({key: torch.zeros_like(value) for key, value in own.items()} for _ in range(2))
     curve, norms = [], []
@@ -172,7 +175,7 @@ def plain_heal(student: Student, train: list[Completion], own, cfg: HealCfg, k: 
                 terms = -p[range(len(p)), list(c.completion_ids)]
             else:
                 terms = kl(t, p) if cfg.kl == "forward" else kl(p, t)
-            if cfg.max_departure:
+            if cfg.max_departure:  # a rehearsed text departs by 0
                 terms = terms[kl(t, b) <= cfg.max_departure]
             fits.append(terms.mean())
             apart = kl(p, q) if cfg.divergence == "kl_rev" else kl(q, p)
@@ -203,26 +206,30 @@ CASES = {
     "forward, max": (replace(TAUGHT, kl="forward", aggregate="max"), 2),
     "reverse, mean": (replace(TAUGHT, kl="reverse", aggregate="mean"), 2),
     "departure": (replace(TAUGHT, max_departure=1.3, lam=0.0), 2),
+    "rehearsal": (replace(TAUGHT, max_departure=1.3, rehearsal=2), 2),
 }
+"""Settings and the round: round 0 has no history."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_history: Student, kept):
     cfg, k = CASES[case]
     vector = Vector({1: 0.5 * torch.randn(student.lm.width, generator=torch.Generator().manual_seed(0))})
-    kept = kept[:12:3]
+    asked = kept[:12:3]
     if k == 0:
         student = Student(load("tiny-random"), ADAPTER)
     student.new_round(SEED)
     start = student.factors("round")
     student.discard_round()
     teacher = Condition(PERSONA, vector, 1.0) if cfg.target == "distribution" else None
-    report = heal(student, kept, round_=k, cfg=cfg, seed=SEED, teacher=teacher)
+    rehearsed = kept[1:3] if cfg.rehearsal else []
+    report = heal(student, asked, round_=k, cfg=cfg, seed=SEED, teacher=teacher, rehearsal=rehearsed)
     found = student.factors("round")
     student.discard_round()
-    train = [c for c in kept if c.prompt_index not in report.validation_prompts]
+    train = [c for c in asked if c.prompt_index not in report.validation_prompts]
     assert len(train) == 3 and len(report.steps) == N_STEPS
-    expected, curve, norms = plain_heal(student, train, start, cfg, k, vector)
+    train += rehearsed
+    expected, curve, norms = plain_heal(student, train, len(rehearsed), start, cfg, k, vector)
     assert case != "forward, max" or max(norms) > 2 > 0.5 > min(norms), "some steps are clipped and some are not"
     assert cfg.max_departure == 0 or 0.1 < report.left_out < 0.9
     assert cfg.lam == 0 or max(step.barrier for step in report.steps) > 0.02

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from steer_heal import SteerHeal, define_trait
+from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.model.student import Student
 from steer_heal.stages import generate
 
@@ -79,7 +79,7 @@ def seed_of(*parts: int | str) -> int:
 STREAMS = {
     "steered": ({"heal.target": "distribution", "heal.rehearsal": 4}, {"0/gen", "0/rehearsal", "eval"}),
     "own": ({**OWN, "heal.refresh_every": 2, "control": True}, {"-1/control", "0/own", "0/renew/0", "eval"}),
-    "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 0.05}, {"0/gen", "0/kl", "eval"}),
+    "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 1.5}, {"0/gen", "0/kl", "eval"}),
     "survival": ({**OWN, "dose.mode": "survival", "dose.n_probes": 2}, {"0/gen", "0/own", "eval"}),
 }
 
@@ -120,6 +120,17 @@ def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_a
         found = sh.collect()
         assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
         assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
+
+
+@pytest.mark.parametrize("by", [SteerHeal.collect, lambda sh: sh.loop(1)], ids=["collect", "loop"])
+def test_the_largest_alpha_writes_at_the_calibrated_dose(by, written: Written):
+    gen, largest = {seed_of(42, 0, "gen", i) for i in range(64)}, []
+    for alphas in (ALPHAS, (0.25, 3.0)):
+        written.rows.clear()
+        with made(**STREAMS["calibrated"][0] | {"gen.alphas": alphas}) as sh:
+            by(sh)
+        largest.append(max(dose for seed, dose, _ in written.rows if seed in gen))
+    assert largest == pytest.approx([largest[0]] * 2) and largest[0] > 0
 
 
 def test_the_control_heals_on_the_tokens_of_plain_text_whatever_the_recipe_is_and_is_dropped(written: Written):
@@ -164,3 +175,10 @@ def test_without_a_vector_it_is_tried_again_with_half_the_learning_rate(written:
 def test_a_round_within_its_limits_is_kept_at_the_first_attempt(written: Written):
     _, peaks, n_rounds = attempts(written, **{"backtrack.limits": {"kl_base": 1e6}})
     assert peaks == [LR] and n_rounds == 1
+
+
+def test_a_loss_that_is_not_finite_is_tried_once_more_at_half_the_rate_and_then_stops_the_run(written: Written):
+    rates = []
+    with made(**{"heal.lr": 1e30}) as sh, pytest.raises(UserError, match="second attempt"):
+        sh.loop(1, on_step=lambda r, step: rates.append(step.lr) if step.step == 0 else None)
+    assert rates == [1e30, 5e29] and len(written.heals) == 2

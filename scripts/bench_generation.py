@@ -7,10 +7,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_common import show
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from steer_heal.diag.lab import Lab, LabCfg, cli, seconds_of, show
+from steer_heal.diag.lab import Lab, LabCfg, cli, seconds_of
 from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, read_slots
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes

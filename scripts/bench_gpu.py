@@ -15,11 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_common import show
 from transformers import Gemma3TextConfig
 
 from steer_heal import round as steps
 from steer_heal.check import check
-from steer_heal.diag.lab import cli, kept, random_lm, show
+from steer_heal.diag.lab import cli, kept, random_lm
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype

@@ -11,11 +11,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from bench_common import show
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3TextConfig
 
-from steer_heal.diag.lab import cli, random_lm, seconds_of, show
+from steer_heal.diag.lab import cli, random_lm, seconds_of
 from steer_heal.model.divergence import Divergence
 from steer_heal.model.lm import LM
 from steer_heal.model.student import Student

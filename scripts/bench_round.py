@@ -16,13 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from bench_common import show
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Qwen3Config
 
 from steer_heal import round as steps
 from steer_heal.check import check
-from steer_heal.diag.lab import cli, kept, random_lm, seconds_of, show
+from steer_heal.diag.lab import cli, kept, random_lm, seconds_of
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -124,8 +124,9 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def print_safe(text: object, file: TextIO | None = None, end: str = "\n") -> None:
-    """Prints to stdout, or to `file`; at once where the line goes on. Nothing in the text can control the terminal."""
+def print_safe(text: object, file: Any = None, end: str = "\n") -> None:
+    """Prints to stdout, or to the text stream `file`; at once where the line goes on. Nothing in the text can control
+    the terminal."""
     print(printable(str(text)), file=file, end=end, flush=end != "\n")
 
 

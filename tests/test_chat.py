@@ -190,7 +190,7 @@ def test_what_cannot_be_talked_to_is_named(two, tmp_path, monkeypatch, capsys):
     assert scripted(monkeypatch, lacking, "Hello\n", "--round", "0", "--states", "healed") == 0
 
 
-class Fake:
+class Fake(Talk):
     """Stands for a Talk that answers with given pieces."""
 
     round = 0
@@ -201,8 +201,6 @@ class Fake:
 
     def __init__(self, run, pieces, on_piece=lambda i: None):
         self.run, self.pieces, self.on_piece, self.asked = run, pieces, on_piece, []
-
-    known = Talk.known
 
     def answer(self, question, on_text):
         self.asked.append(question)

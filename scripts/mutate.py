@@ -86,8 +86,7 @@ def run_tests(tree: Path, tests: Sequence[str], log: Path) -> None:
     status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
     package = sys.modules.get("steer_heal")
     imported = package is not None and Path(str(package.__file__)).is_relative_to(tree)
-    sys.stdout.flush()
-    os._exit(status if imported or status not in (PASSED, FAILED) else ELSEWHERE)
+    sys.exit(status if imported or status not in (PASSED, FAILED) else ELSEWHERE)
 
 
 @dataclass(frozen=True)

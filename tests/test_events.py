@@ -57,7 +57,9 @@ def same(a, b) -> bool:
 def test_every_field_of_an_event_comes_back_numbers_that_are_not_finite_among_them():
     text = Completion(0, "p", (1, 2), (3,), "t", 1.0, 0.5, 7)
     scored = tuple(Scored(text, {"spike": score, "relevance": -score}, (), ()) for score in (INF, 1.5, NAN))
-    found = Collected(scored=scored, train=(2, 1), kappa=0.7, probes=(DoseProbe(0.7, 3, 2),), dose=0.7, rehearsal=(text,))
+    found = Collected(
+        scored=scored, train=(2, 1), kappa=0.7, probes=(DoseProbe(0.7, 3, 2),), dose=0.7, rehearsal=(text,)
+    )
     for event in (measured("healed", 3), Gathered(round=None, mode="none", collected=found), HealStepped(step=STEP)):
         assert same(again(event), event) and type(again(event)) is type(event)
 
@@ -133,7 +135,7 @@ def test_an_event_is_one_whole_line_on_disk_when_write_returns(tmp_path):
     log = EventLog(tmp_path)
     log.write(measured(text="a\nb\u2028c \ud800 \x00 😀"))
     (event,) = read_events(tmp_path)  # nothing was closed
-    assert event.texts[0].text == "a\nb\u2028c \ud800 \x00 😀" and event.t
+    assert event.texts[0].text == "a\nb\u2028c \ufffd \x00 😀" and event.t
     log.write(measured("healed", 0))
     assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 2
     assert read_events(tmp_path)[1].wall_s >= event.wall_s

@@ -62,7 +62,9 @@ def test_a_run_that_nobody_changed_holds(copy, capsys):
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_event_is_named(what, copy, capsys):
     kind, r, change = CHANGES[what]
-    rewritten(copy, lambda events: change(next(e for e in events if kind in (e["event"], e.get("state")) and e["round"] == r)))
+    rewritten(
+        copy, lambda events: change(next(e for e in events if kind in (e["event"], e.get("state")) and e["round"] == r))
+    )
     status, printed = verify(copy, capsys)
     where = "before the loop" if r is None else f"of round {r}"
     assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and where in printed.out

@@ -345,6 +345,7 @@ def test_the_command_draws_everything_and_names_a_folder_without_events(tmp_path
     folder = write_run(tmp_path / "run", run_events(1))
     assert main(["report", str(folder)]) == 0 and "report.html" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {"trajectory.png", "map.png", "report.html", "diary.md"}
+    assert main(["report"]) == 2 and "no run was given" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2 and "no events.jsonl" in capsys.readouterr().err
     assert main(["report", str(write_run(tmp_path / "headless", run_events()[1:]))]) == 2
     assert "no event RunStart" in capsys.readouterr().err

@@ -2,15 +2,19 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from common import cli, seconds_of, show
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from steer_heal.diag.lab import Lab, LabCfg, cli, seconds_of, show
+from steer_heal.bench import Bench, load_model
+from steer_heal.check import check
 from steer_heal.evals.moral_foundations import Slot, answer_slots, digit_ids, slot_logp
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import Instrument, parse_instrument, parse_vignettes
@@ -19,10 +23,13 @@ from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.sampling import inverse_cdf, sampler
 from steer_heal.model.steering import Condition
+from steer_heal.model.student import Student
+from steer_heal.presets import TOY_PRESET
 
 
 def side_by_side(ways: Mapping[str, Callable[[], Any]], n: int) -> list[dict[str, Any]]:
-    """Median milliseconds of each, in turns so that a busy machine slows all of them alike; ratio to the first."""
+    """Median milliseconds of each way, and the ratio to the first. They take turns, so that a busy machine slows all of
+    them alike."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(1 + n):
         for name, work in ways.items():
@@ -43,25 +50,27 @@ def sampling(batch: int, n: int) -> list[dict[str, Any]]:
     uniform = torch.rand(batch, generator=generator, dtype=torch.float64)
     ways = {
         f"vocabulary, batch {batch}": lambda: inverse_cdf(warpers(None, logits), uniform),
-        f"likeliest, batch {batch}": lambda: pick(logits, uniform),
+        f"likeliest, batch {batch}": partial(pick, logits, uniform),
     }
     return side_by_side(ways, n)
 
 
 def decoding(lm: LM, rows: Sequence[Row], sizes: Sequence[int], n: int) -> list[dict[str, Any]]:
     """Answers of 64 tokens, by batch size."""
-    ways = {f"batch {size}": lambda size=size: decode(lm, rows, None, Decoding(64, size)) for size in sizes}
+    ways = {f"batch {size}": partial(decode, lm, rows, None, Decoding(64, size)) for size in sizes}
     return side_by_side(ways, n)
 
 
-def reading(bench: Lab, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
-    """An evaluation of the toy preset in its parts: free text, and the vignettes."""
-    lm, instrument, cfg = bench.lm, bench.inputs.instrument, bench.cfg.eval
+def reading(bench: Bench, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
+    """The parts of an evaluation of the toy preset: free text, and the vignettes."""
+    lm = bench.student.lm
+    instrument = bench.inputs.instrument
+    cfg = bench.cfg.eval
     questions = [instrument.question(v.text, order) for v in bench.inputs.vignettes for order in instrument.frames]
     ways = {
-        f"{len(rows)} free texts": lambda: decode(lm, rows, None, Decoding(cfg.max_new_tokens, cfg.batch_size)),
-        f"{len(questions)} answer slots": lambda: answer_slots(
-            lm, questions, instrument, Condition(), 0, cfg.batch_size
+        f"{len(rows)} free texts": partial(decode, lm, rows, None, Decoding(cfg.max_new_tokens, cfg.batch_size)),
+        f"{len(questions)} answer slots": partial(
+            answer_slots, lm, questions, instrument, Condition(), 0, cfg.batch_size
         ),
     }
     return side_by_side(ways, n)
@@ -69,8 +78,9 @@ def reading(bench: Lab, rows: Sequence[Row], n: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def plain_thoughts(lm: LM, prompts: Sequence[tuple[int, ...]], n_new: int, suppress: frozenset[int]) -> list[list[int]]:
-    """Greedy ids behind each prompt, with transformers' cache and attention, batches of 32 and nothing shared."""
-    order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [[] for _ in prompts]
+    """Greedy ids after each prompt, with transformers' cache and attention, in batches of 32 that share nothing."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = [[] for _ in prompts]
     for group in (order[k : k + 32] for k in range(0, len(order), 32)):
         longest = max(len(prompts[i]) for i in group)
         ids = torch.tensor([[lm.pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in group])
@@ -94,8 +104,8 @@ def plain_thoughts(lm: LM, prompts: Sequence[tuple[int, ...]], n_new: int, suppr
 
 
 def vignettes(lm: LM, instrument: Instrument, questions: Sequence[str], think_tokens: int, n: int) -> list[dict]:
-    """Thinking and answering as built, and plainly: a plain cache, then every sequence again from its start."""
-    as_built = lambda: answer_slots(lm, questions, instrument, Condition(), think_tokens, 0)
+    """Thinking and answering as built, and plainly: with a plain cache, then every sequence again from its start."""
+    as_built = partial(answer_slots, lm, questions, instrument, Condition(), think_tokens, 0)
     slots, logp, _ = as_built()
     prompts = [lm.encode_prompt(lm.chat_text(q) + instrument.think_open) for q in questions]
     close = lm.encode(instrument.think_close)
@@ -132,14 +142,14 @@ def main(
     """Prints the tables.
 
     Args:
-        n: Repetitions; the median counts.
+        n: Repetitions. The median counts.
         n_answers: Answers to decode.
         sizes: Batch sizes to decode them in.
-        model: A folder or hub id. Given: one table alone, of its vignettes in two frames.
-        dtypes: Of that model.
-        n_vignettes: Of that table.
-        think_tokens: Of that table.
-        max_prompt_tokens: Of that table.
+        model: A folder or hub id. Shows only one table, of its vignettes in two frames.
+        dtypes: Dtypes of that model.
+        n_vignettes: Vignettes of that table.
+        think_tokens: Tokens that the model thinks in that table.
+        max_prompt_tokens: Maximum length of a prompt in that table.
         out: Folder of the tables as JSON.
     """
     if model is not None:
@@ -157,12 +167,15 @@ def main(
         should = ["as built take half of the time", "differ (log-probabilities, nats) be 1e-4 at most in float32"]
         show("Vignettes of a model", table, should, out, "vignettes")
         return
-    bench = Lab(LabCfg(n_threads=1, out=out).run_config())
+    torch.set_num_threads(1)
+    cfg = replace(TOY_PRESET, out=out)
+    bench = Bench(cfg, check(cfg), Student(load_model(cfg), cfg.adapter))
+    lm = bench.student.lm
     prompts = bench.trait.prompts
-    rows = [Row(bench.lm.chat(prompts[i % len(prompts)]), seed=i) for i in range(n_answers)]
+    rows = [Row(lm.chat(prompts[i % len(prompts)]), seed=i) for i in range(n_answers)]
     drawn = [row for batch in (1, 16) for row in sampling(batch, n)]
     show("Sampling", drawn, ["likeliest be several times faster"], out, "sampling")
-    decoded = decoding(bench.lm, rows, sizes, max(1, n // 2))
+    decoded = decoding(lm, rows, sizes, max(1, n // 2))
     show("Decoding", decoded, ["larger batches be faster"], out, "decoding")
     read = reading(bench, rows[: bench.cfg.eval.n_texts], n)
     show("An evaluation", read, ["show which part a faster way of reading could save"], out, "reading")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -11,11 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import cli, random_lm, seconds_of, show
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3TextConfig
 
-from steer_heal.diag.lab import cli, random_lm, seconds_of, show
 from steer_heal.model.divergence import Divergence
 from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
@@ -32,7 +33,8 @@ Terms = tuple[Tensor, Tensor]
 
 def whole(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, *_: object) -> Terms:
     """The logits of all completion positions at once, and autograd."""
-    logp, logp_ref = lm.logits(hidden).log_softmax(-1), lm.logits(reference).log_softmax(-1)
+    logp = lm.logits(hidden).log_softmax(-1)
+    logp_ref = lm.logits(reference).log_softmax(-1)
     return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
@@ -61,13 +63,25 @@ def random_samples(student: Student, batch: int, length: int, cfg: HealCfg, seed
     """Sequences of 8 tokens of prompt and a completion."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, student.lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
-    texts = [Completion(i, "", tuple(row[:8]), tuple(row[8:]), "", 1.0, 1.0, i) for i, row in enumerate(tokens)]
+    texts = [
+        Completion(
+            prompt_index=i,
+            prompt="",
+            prompt_ids=tuple(row[:8]),
+            completion_ids=tuple(row[8:]),
+            text="",
+            alpha=1.0,
+            dose=1.0,
+            seed=i,
+        )
+        for i, row in enumerate(tokens)
+    ]
     return read_samples(student, texts, cfg)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes of tensors on the CPU that lived at once while `work` ran, over those that lived before it: from the
-    profiler's record of every allocation, also inside of operators."""
+    """Peak bytes of tensors on the CPU while `work` ran, above those that lived before it. The profiler records every
+    allocation, also inside operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         work()
     profiler: Any = record.profiler
@@ -77,8 +91,10 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int) -> dict[str, Any]:
     """Seconds and peak of one step with its AdamW update and its gradient pressure."""
-    cfg, student = HealCfg(batch_size=batch, tau=0.0, lam=1.0, tokens_per_pass=1024), Student(lm, AdapterCfg(rank=8))
-    samples, built_chunk = random_samples(student, batch, length, cfg, seed), lm.chunk_size
+    cfg = HealCfg(batch_size=batch, tau=0.0, lam=1.0, tokens_per_pass=1024)
+    student = Student(lm, AdapterCfg(rank=8))
+    samples = random_samples(student, batch, length, cfg, seed)
+    built_chunk = lm.chunk_size
     student.new_round(seed)
     # without chunks, all completions take the head together
     chunk_size = patch.object(LM, "chunk_size", built_chunk if head == "as built" else 2**62)
@@ -97,7 +113,8 @@ def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int)
     weights = sum(p.nbytes for name, p in lm.model.named_parameters() if ".lora_" not in name)
     positions = min(built_chunk, sum(len(sample.completion_ids) for sample in samples))
     chunk = loss.CHUNK_BUFFERS * positions * lm.head.weight.shape[0] * 4
-    peak, needed = weights + adapter + over, weights + 3 * adapter + chunk
+    peak = weights + adapter + over
+    needed = weights + 3 * adapter + chunk
     parts = {"weights_mib": weights, "adapter_mib": adapter, "chunk_mib": chunk, "peak_mib": peak}
     speed = {"seconds": seconds, "tokens_per_s": batch * length / seconds}
     mib = {name: n / MIB for name, n in parts.items()}
@@ -105,13 +122,15 @@ def measure(lm: LM, head: str, batch: int, length: int, repeats: int, seed: int)
 
 
 def by_way(lm: LM, rounds: Sequence[int], length: int, repeats: int, seed: int) -> list[dict[str, Any]]:
-    """Median seconds of a step after some rounds, as built and with one thing undone at a time, in turns."""
-    cfg, student = HealCfg(tau=0.0, lam=1.0), Student(lm, AdapterCfg())
-    generator, seconds = torch.Generator().manual_seed(seed), dict[tuple[str, int], list[float]]()
+    """Median seconds of a step after some rounds, as built and with one technique left out at a time, in turns."""
+    cfg = HealCfg(tau=0.0, lam=1.0)
+    student = Student(lm, AdapterCfg())
+    generator = torch.Generator().manual_seed(seed)
+    seconds: dict[tuple[str, int], list[float]] = {}
     ways = {
         "as built": (nullcontext(), cfg),
         "history apart": (patch.object(Student, "merging_is_lossy", True), cfg),
-        "activations computed again": (nullcontext(), replace(cfg, checkpoint="on")),
+        "activations recomputed": (nullcontext(), replace(cfg, checkpoint="on")),
         "chunks of 512 positions": (patch.object(LM, "chunk_size", 512), cfg),
     }
     for n in range(max(rounds) + 1):
@@ -120,8 +139,8 @@ def by_way(lm: LM, rounds: Sequence[int], length: int, repeats: int, seed: int) 
         for way, (undone, changed) in list(ways.items()) * (1 + repeats if n in rounds else 0):
             with undone, student.training() as parameters:
                 passes = Passes(lm, changed, student.cfg.layers, parameters)
-                step = lambda passes=passes, samples=samples: passes.gradients(samples, with_pressure=False)
-                seconds.setdefault((way, n), []).append(seconds_of(step))
+                took = seconds_of(partial(passes.gradients, samples, with_pressure=False))
+                seconds.setdefault((way, n), []).append(took)
         for _, b, _ in student.round_updates():
             b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
         student.bake()
@@ -129,8 +148,8 @@ def by_way(lm: LM, rounds: Sequence[int], length: int, repeats: int, seed: int) 
 
 
 def stored(seed: int) -> dict[str, float]:
-    """Bytes that a Gemma 3 block under factors keeps for its backward pass, per token and output of its linear layers;
-    by dtype, stored and computed again."""
+    """Bytes that a Gemma 3 block with factors keeps for its backward pass, per token and output of its linear layers:
+    with activations stored and recomputed, by dtype."""
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
         lm = random_model(1408, 256, 2, seed)
@@ -162,11 +181,11 @@ def main(
     """Prints the tables.
 
     Args:
-        repeats: Of every step; the fastest counts.
+        repeats: Repetitions of every step. The fastest counts.
         n_threads: CPU threads.
-        seed: Of the weights and the tokens.
+        seed: Seed of the weights and the tokens.
         out: Folder of the tables as JSON.
-        tiny: Small shapes: shows that it runs.
+        tiny: Small shapes that only show that the script runs.
     """
     torch.set_num_threads(n_threads)
     shape = (4096, 32, 2, seed) if tiny else (262_144, 64, 4, seed)
@@ -178,13 +197,13 @@ def main(
         f"one chunk ({loss.CHUNK_BUFFERS} float32 tensors of positions x vocabulary).",
         "whole grows with batch x length, as built does not. Sequences begin with 8 tokens of prompt.",
     )
-    show(__doc__, rows, should, out, "heal", stored=bytes_stored, n_threads=n_threads)
+    show(__doc__, rows, should, out, "heal", stored=bytes_stored)
     if tiny:
         rows = by_way(random_model(1408, 32, 2, seed), (0, 1), 16, 1, seed)
     else:
         rows = by_way(random_model(32_768, 512, 8, seed), (0, 2, 8), 128, 5, seed)
     should = ("as built is the fastest after every number of rounds, and does not slow down with them.",)
-    show("What does each technique buy a step?", rows, should, out, "heal_by_way", n_threads=n_threads)
+    show("What does each technique buy a step?", rows, should, out, "heal_by_way")
     print("bytes stored for the backward pass, per token and output of a block's linear layers:", bytes_stored)
 
 

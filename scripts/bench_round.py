@@ -9,64 +9,84 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from common import cli, random_lm, seconds_of, show
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Qwen3Config
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench, load_model
 from steer_heal.check import check
-from steer_heal.diag.lab import cli, kept, random_lm, seconds_of, show
+from steer_heal.diag.lab import unfiltered
+from steer_heal.loop import Loop, run_loop
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Condition
+from steer_heal.model.state import State, healed_state
+from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
-from steer_heal.records import Collected, Completion, derive_seed
-from steer_heal.settings import TINY_RANDOM, EvalCfg, GenCfg, RunConfig
+from steer_heal.recipe import Recipe
+from steer_heal.records import Collected, Completion, EvalResult, HealReport, derive_seed
+from steer_heal.runs.begin import start_event
+from steer_heal.runs.stored import MemoryRun
+from steer_heal.settings import TINY_RANDOM, EvalCfg, GenCfg, HealCfg, RunConfig
 from steer_heal.stages.generate import Ask
-from steer_heal.stages.heal import schedule, split_by_prompt
+from steer_heal.stages.heal import BETAS, MAX_NORM, schedule, split_by_prompt
 from steer_heal.stages.loss import Sample
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the round is run on."""
+    """Sizes of the model and of the round."""
 
     layers: int = 8
     width: int = 512
     vocabulary: int = 32_768
-    """Of which the toy tokenizer writes 1,408; it leaves other ids out of the text, and the gates are off."""
+    """The toy tokenizer knows 1,408 of these tokens and leaves the others out of the text. The gates are off."""
     n_completions: int = 32
     n_tokens: int = 128
-    """Of each completion. The random model never writes an end token by itself."""
+    """Tokens of each completion. The random model never writes an end token by itself."""
     n_history: int = 2
-    """Rounds baked before."""
+    """Rounds that were baked before."""
     epochs: int = 2
     rank: int = 32
     batch_size: int = 32
-    """Of writing and of the evaluation, as built."""
+    """Batch size of writing and of the evaluation, as built."""
     n_vignettes: int = 16
     think_tokens: int = 16
 
 
-TINY = Size(3, 32, 1500, 8, 12, 1, 1, 2, 8, 2, 2)
+TINY = Size(
+    layers=3,
+    width=32,
+    vocabulary=1500,
+    n_completions=8,
+    n_tokens=12,
+    n_history=1,
+    epochs=1,
+    rank=2,
+    batch_size=8,
+    n_vignettes=2,
+    think_tokens=2,
+)
 
 
-class Bench:
+class Setup:
     """The settings and the inputs of a round on a random model."""
 
     def __init__(self, size: Size, seed: int, out: Path) -> None:
-        n, preset = size.n_completions, FAST_DEV_PRESET
+        n = size.n_completions
+        preset = FAST_DEV_PRESET
         evals = {"evals": EvalCfg().evals, "think_tokens": size.think_tokens, "n_texts": 16}
         evals |= {"max_new_tokens": size.n_tokens // 2, "batch_size": size.batch_size}
-        self.size, self.seed = size, seed
+        self.size = size
+        self.seed = seed
         self.cfg = replace(
             preset,
             seed=seed,
@@ -82,7 +102,7 @@ class Bench:
         self.inputs = replace(inputs, vignettes=inputs.vignettes[: size.n_vignettes])
 
     def student(self, n_rounds: int) -> Student:
-        """A model of its own, always the same, with rounds of small random factors, as if healed."""
+        """A student on a model of its own, which is always the same. Its rounds are small random factors."""
         student = Student(random_model(self.size, self.seed), self.cfg.adapter)
         for r in range(n_rounds):
             generator = torch.Generator().manual_seed(r)
@@ -92,18 +112,22 @@ class Bench:
             student.bake()
         return student
 
-    def write(self, student: Student, batch: int, length: int) -> list[Completion]:
-        """One batch of unsteered text."""
-        prompts = self.inputs.prompts
-        asks = [
-            Ask(i % len(prompts), prompts[i % len(prompts)], derive_seed(self.seed, i), alpha=1.0) for i in range(batch)
-        ]
-        gen = replace(self.cfg.gen, batch_size=batch, max_new_tokens=length)
-        return steps.write(student, Condition(), asks, self.inputs, replace(self.cfg, gen=gen))
+    def bench(self, n_rounds: int) -> Bench:
+        return Bench(self.cfg, self.inputs, self.student(n_rounds))
+
+
+def write(bench: Bench, batch: int, length: int) -> list[Completion]:
+    """One batch of unsteered text."""
+    prompts = bench.inputs.prompts
+    seeds = [derive_seed(bench.cfg.seed, i) for i in range(batch)]
+    asks = [Ask(i % len(prompts), prompts[i % len(prompts)], seed, alpha=1.0) for i, seed in enumerate(seeds)]
+    bench = replace(bench, cfg=replace(bench.cfg, gen=replace(bench.cfg.gen, batch_size=batch)))
+    return bench.write(Condition(), asks, max_new_tokens=length)
 
 
 def random_model(size: Size, seed: int) -> LM:
-    """The head is so large that a few tokens share the probability, and rounding rarely changes a sampled one."""
+    """A random model. The weights of its head are so large that a few tokens share the probability, and rounding rarely
+    changes which one is sampled."""
     config = Qwen3Config(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -133,12 +157,12 @@ FLOP: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-"""torch's formulas for matrix products; attention on the CPU has none of its own there."""
+"""torch's formulas for matrix products. It has none for attention on the CPU, which takes those of the GPU."""
 
 
 class Products(TorchDispatchMode):
     """While inside, counts the floating-point operations of matrix products, forward and backward. torch's own
-    FlopCounterMode cannot be used: its hooks on modules forbid a gradient inside of a backward pass."""
+    FlopCounterMode cannot be used, since its hooks on modules forbid a gradient inside a backward pass."""
 
     flop = 0
 
@@ -150,74 +174,124 @@ class Products(TorchDispatchMode):
 
 
 class Clock:
-    """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory; where it counts, the
+    """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory. If it is `counting`, the
     operations of matrix products instead."""
 
     def __init__(self, mode: str, counting: bool = False) -> None:
-        self.mode, self.counting, self.rows = mode, counting, dict[str, dict[str, Any]]()
+        self.mode = mode
+        self.counting = counting
+        self.rows: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        with suppress(OSError):  # Linux then takes the peak of the process anew
+        with suppress(OSError):  # Linux then restarts the peak of the process
             Path("/proc/self/clear_refs").write_text("5")
-        began, began_cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        began_cpu = time.process_time()
         with Products() if self.counting else nullcontext() as products:
             yield
-        seconds, peak_kib = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = time.perf_counter() - began
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row = {"seconds": seconds, "cpu_s": time.process_time() - began_cpu, "peak_mib": peak_kib / 2**10}
         self.rows[name] = row if products is None else {"gflop": products.flop / 1e9}
-        print(f"  {self.mode:8} {name:9} {seconds:8.1f} s{' (counting)' * self.counting}", flush=True)
+        print(f"  {self.mode:8} {name:9} {seconds:8.1f} s{' (counting)' if self.counting else ''}", flush=True)
 
 
-def run_round(bench: Bench, clock: Clock, given: Collected | None = None) -> tuple[Collected, dict[str, torch.Tensor]]:
-    """One round; (what it wrote, the factors it healed). `given` trains in place of what it wrote, so that both modes
-    do the same work."""
-    plain, inputs, cfg = clock.mode == "plain", bench.inputs, bench.cfg
-    if plain:
+@dataclass
+class TimedBench(Bench):
+    """A bench whose steps are timed."""
+
+    clock: Clock
+    given: Collected | None = None
+    """Text that trains in place of what was written, so that two modes do the same work."""
+    written: list[Completion] = field(default_factory=list)
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The factor that the heal made."""
+
+    def extract(self) -> Vector:
+        with self.clock.stage("vector"):
+            return super().extract()
+
+    def collect(self, *args: Any, **more: Any) -> Collected:
+        with self.clock.stage("text"):
+            collected = super().collect(*args, **more)
+        self.written = collected.completions
+        return self.given or collected
+
+    def heal(self, *args: Any, **more: Any) -> HealReport:
+        with self.clock.stage("heal"):
+            report = self.timed_heal(*args, **more)
+        self.factors = self.student.factors("round")
+        return report
+
+    def timed_heal(self, *args: Any, **more: Any) -> HealReport:
+        return super().heal(*args, **more)
+
+    def measure(self, state: State, *args: Any, **more: Any) -> EvalResult:
+        with self.clock.stage(state.name):
+            return super().measure(state, *args, **more)
+
+
+class PlainBench(TimedBench):
+    """Heals plainly."""
+
+    def timed_heal(self, recipe: Recipe, r: int, collected: Collected, *args: Any, **more: Any) -> HealReport:
+        return plain_heal(self.student, collected, self.cfg.heal, recipe.heal_seed(self.cfg.seed, r))
+
+
+def timed_round(setup: Setup, clock: Clock, given: Collected | None = None) -> TimedBench:
+    """The bench after one round and its evaluation."""
+    cfg = setup.cfg
+    if clock.mode == "plain":
         cfg = replace(cfg, gen=replace(cfg.gen, batch_size=1), eval=replace(cfg.eval, batch_size=8))
-    student = bench.student(bench.size.n_history)
-    with clock.stage("vector"):
-        vector = steps.extract(student, inputs, cfg)
-    with clock.stage("generate"):
-        found = steps.collect(student, vector, inputs, cfg, 0)
-    with clock.stage("heal"):
-        train = given or found
-        plain_heal(student, train, cfg, 0) if plain else steps.heal(student, train, inputs, cfg, 0)
-    factors = student.factors("round")
-    with clock.stage("bake"), TemporaryDirectory() as folder:
-        student.save(Path(folder), student.bake())
-    with clock.stage("evaluate"):
-        steps.measure(student, inputs, cfg)
-    return found, factors
+    kind = PlainBench if clock.mode == "plain" else TimedBench
+    bench = kind(cfg, setup.inputs, setup.student(setup.size.n_history), clock, given)
+    bench.round(Recipe.of(cfg), 0)
+    bench.measure(healed_state(0, bench.trait))
+    return bench
 
 
-def plain_heal(student: Student, collected: Collected, cfg: RunConfig, r: int) -> None:
-    """The heal of round.py without what makes it cheap: the history is merged and the reference read in every step, all
-    logits of all positions are computed, one completion a pass."""
-    seed, heal, empty = derive_seed(cfg.seed, r, "heal"), cfg.heal, torch.empty(0, student.lm.width)
+def plain_heal(student: Student, collected: Collected, heal: HealCfg, seed: int) -> HealReport:
+    """A heal without what makes it cheap: every step merges the history and reads the reference again, computes all
+    logits of all positions, and takes one completion per pass."""
+    empty = torch.empty(0, student.lm.width)
     samples = [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, empty) for c in collected.completions]
     train, validation = split_by_prompt(samples, seed)
     student.new_round(seed)
     with student.training() as parameters:
-        optimiser = torch.optim.AdamW(parameters, lr=heal.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, per_epoch = random.Random(seed), -(-len(train) // heal.batch_size)
+        optimiser = torch.optim.AdamW(parameters, lr=heal.lr, betas=BETAS, weight_decay=0.0)
+    rng = random.Random(seed)
+    per_epoch = -(-len(train) // heal.batch_size)
     for epoch in range(heal.epochs):
         for _ in range(2 if epoch == 0 else 1):  # before the first epoch and after each
             with torch.no_grad():
-                plain_pass(student, validation, cfg)
+                plain_pass(student, validation, heal)
         order = rng.sample(range(len(train)), len(train))
         for step, start in enumerate(range(0, len(order), heal.batch_size), start=epoch * per_epoch):
             optimiser.param_groups[0]["lr"] = heal.lr * schedule(step, heal.epochs * per_epoch)
-            plain_pass(student, [train[i] for i in order[start : start + heal.batch_size]], cfg)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            plain_pass(student, [train[i] for i in order[start : start + heal.batch_size]], heal)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimiser.step()
             optimiser.zero_grad()
+    return HealReport(
+        n_train=len(train),
+        n_validation=len(validation),
+        lam=heal.lam,
+        tau=heal.tau,
+        lr=heal.lr,
+        steps=(),
+        validation=(),
+        validation_prompts=(),
+    )
 
 
-def plain_pass(student: Student, samples: Sequence[Sample], cfg: RunConfig) -> None:
-    """The loss of some completions; where gradients are on, those of their mean are added to `.grad`."""
-    model, heal = student.lm.model, cfg.heal
-    logp = lambda ids: model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+def plain_pass(student: Student, samples: Sequence[Sample], heal: HealCfg) -> None:
+    """The loss of some completions. If gradients are on, those of the mean are added to `.grad`."""
+    model = student.lm.model
+
+    def logp(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+
     rows = [(torch.tensor([sample.ids]), len(sample.prompt_ids) - 1) for sample in samples]
     with student.using("prev"), torch.no_grad():
         references = [logp(ids) for ids, _ in rows]
@@ -234,8 +308,8 @@ def plain_pass(student: Student, samples: Sequence[Sample], cfg: RunConfig) -> N
 # --- a whole run on a given model --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RunSize:
-    """The settings that the seconds of `EARLIER` were taken with. Gates are off and the dose is 1, so that all speeds
-    belong to the same work."""
+    """The settings with which the seconds of `EARLIER` were measured. Gates are off and the dose is 1, so that every
+    machine does the same work."""
 
     n_prompts: int = 8
     n_tokens: int = 64
@@ -247,25 +321,30 @@ class RunSize:
     n_texts: int = 8
 
 
-TINY_RUN = RunSize(3, 6, 6, 1, 4, 2, 1, 2)
+TINY_RUN = RunSize(
+    n_prompts=3, n_tokens=6, n_completions=6, epochs=1, n_contexts=4, n_vignettes=2, think_tokens=1, n_texts=2
+)
 STATES = ("base", "prompted", "steered", "healed")
 EARLIER = {
     "float32": {"vector": 67.0, "a completion": 4.2, "heal": 75.0, "an evaluation": 71.0, "run": 589.0},
     "bfloat16": {"vector": 19.0, "a completion": 4.0, "heal": 35.0, "an evaluation": 37.0, "run": 382.0},
 }
-"""Seconds of the implementation that this one replaces: SmolLM2-135M-Instruct, one thread of another processor, which
-has matrix units (AMX); its run has 3 evaluations, ours 4."""
+"""Seconds of the implementation that this one replaced: SmolLM2-135M-Instruct, one thread of another processor, which
+has matrix units (AMX). Its run has 3 evaluations, ours 4."""
 
 
 def run_config(model: str, dtype: Literal["float32", "bfloat16"], size: RunSize, seed: int, out: Path) -> RunConfig:
-    """The default settings at that size; the tiny random model takes the inputs of its preset."""
-    preset, n = FAST_DEV_PRESET if model == TINY_RANDOM else RunConfig(), size.n_completions
+    """The default settings at that size, for one round. The tiny random model takes the inputs of its preset."""
+    preset = FAST_DEV_PRESET if model == TINY_RANDOM else RunConfig()
+    n = size.n_completions
     answers = {"n_prompts": size.n_prompts, "n_texts": size.n_texts, "max_new_tokens": size.n_tokens}
     return replace(
         preset,
         model=model,
         dtype=dtype,
         seed=seed,
+        n_rounds=1,
+        control=False,
         out=out,
         steer=replace(preset.steer, n_contexts=size.n_contexts),
         gen=GenCfg(n_prompts=size.n_prompts, max_new_tokens=size.n_tokens, prompts=preset.gen.prompts),
@@ -276,31 +355,17 @@ def run_config(model: str, dtype: Literal["float32", "bfloat16"], size: RunSize,
     )
 
 
-def run_stages(cfg: RunConfig, size: RunSize, clock: Clock) -> list[dict[str, Any]]:
-    """A run of one round; a row for each stage, beside the earlier seconds."""
+def run_stages(cfg: RunConfig, clock: Clock) -> list[dict[str, Any]]:
+    """A run of one round: a row for each stage, beside the earlier seconds."""
     inputs = check(cfg)
     with clock.stage("load"):
-        student = Student(steps.load_model(cfg), cfg.adapter)
-    with clock.stage("base"):
-        base = steps.measure(student, inputs, cfg, adapters="base")
-    with clock.stage("prompted"):
-        steps.measure(student, inputs, cfg, base, Condition(inputs.trait.positive))
-    with clock.stage("vector"):
-        vector = steps.extract(student, inputs, cfg)
-    with clock.stage("write"):
-        collected = steps.collect(student, vector, inputs, cfg, 0)
-    with clock.stage("steered"):
-        steps.measure(student, inputs, cfg, base, Condition("", vector, collected.dose))
-    with clock.stage("heal"):
-        steps.heal(student, collected, inputs, cfg, 0)
-    with clock.stage("bake"), TemporaryDirectory() as folder:
-        student.save(Path(folder), student.bake())
-    with clock.stage("healed"):
-        steps.measure(student, inputs, cfg, base)
+        student = Student(load_model(cfg), cfg.adapter)
+    bench = TimedBench(cfg, inputs, student, clock)
+    run_loop(Loop(bench, MemoryRun([start_event(cfg, inputs)])))
     peak = max(row["peak_mib"] for row in clock.rows.values())
     shares = {
         "vector": (["vector"], 1),
-        "a completion": (["write"], len(collected.completions)),
+        "a completion": (["text"], len(bench.written)),
         "heal": (["heal"], 1),
         "an evaluation": (STATES, len(STATES)),
         "run": (clock.rows, 1),
@@ -315,57 +380,63 @@ def run_stages(cfg: RunConfig, size: RunSize, clock: Clock) -> list[dict[str, An
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
-def compare(bench: Bench, count: bool, out: Path) -> None:
-    """A round in both modes; with `count`, both once more, counting products."""
-    built, plain = Clock("built"), Clock("plain")
-    written, factors = run_round(bench, built)
-    plainly, factors_plain = run_round(bench, plain, written)
-    for clock in (built, plain) if count else ():
+def compare(setup: Setup, count: bool, out: Path) -> None:
+    """A round in both modes. With `count`, both once more, counting products."""
+    clocks = [Clock("built"), Clock("plain")]
+    built = timed_round(setup, clocks[0])
+    given = unfiltered(built.written)
+    plain = timed_round(setup, clocks[1], given)
+    for clock in clocks if count else ():
         counted = Clock(clock.mode, counting=True)
-        run_round(bench, counted, written)
+        timed_round(setup, counted, given)
         for name, row in counted.rows.items():
             clock.rows[name] |= row | {"gflop_per_s": row["gflop"] / clock.rows[name]["seconds"]}
-    for clock in (built, plain):
+    for clock in clocks:
         clock.rows["total"] = {"seconds": sum(row["seconds"] for row in clock.rows.values())}
-    for name, row in built.rows.items():
-        row["ratio"] = plain.rows[name]["seconds"] / row["seconds"]
-    rows = [{"mode": clock.mode, "stage": name, **row} for clock in (built, plain) for name, row in clock.rows.items()]
-    pairs = list(zip(written.completions, plainly.completions, strict=True))
+    for name, row in clocks[0].rows.items():
+        row["ratio"] = clocks[1].rows[name]["seconds"] / row["seconds"]
+    rows = [{"mode": clock.mode, "stage": name, **row} for clock in clocks for name, row in clock.rows.items()]
+    pairs = list(zip(built.written, plain.written, strict=True))
     same = sum(a.completion_ids == b.completion_ids for a, b in pairs)
-    apart = max(((factors[k] - factors_plain[k]).norm() / factors[k].norm()).item() for k in factors)
+    apart = max(
+        ((factor - plain.factors[name]).norm() / factor.norm()).item() for name, factor in built.factors.items()
+    )
     checks = {"n_texts": len(pairs), "n_texts_the_same": same, "largest_relative_difference_of_a_factor": apart}
     should = (
-        f"{same} of {len(pairs)} texts are the same in both modes: all, since a row depends on its own seed alone; "
-        "rounding may part one in a hundred.",
-        f"the healed factors differ by {apart:.1e} at most, relative to their size: rounding.",
-        "ratio (plain / built seconds) be above 1 in generate and heal; gflop_per_s be low only where few rows share a "
-        "read of the weights: plain generate.",
+        f"{same} of {len(pairs)} texts be the same in both modes: all, since a row depends on its own seed alone, but "
+        "for one in a hundred that rounding may change.",
+        f"the healed factors differ by rounding: {apart:.1e} at most, relative to their size.",
+        "ratio (plain / built seconds) be above 1 in text and heal; gflop_per_s be low only where few rows share a "
+        "read of the weights, as in plain text.",
     )
-    show(__doc__, rows, should, out, "round", size=asdict(bench.size), n_threads=torch.get_num_threads(), **checks)
+    show(__doc__, rows, should, out, "round", size=asdict(setup.size), **checks)
 
 
-def by_rounds(bench: Bench, rounds: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds a token, and seconds of a small heal, after some rounds; taken in turns on a busy machine."""
-    batch, length = bench.size.batch_size // 2, max(8, bench.size.n_tokens // 2)
-    students = {n: bench.student(n) for n in rounds}
-    cfg = replace(bench.cfg, heal=replace(bench.cfg.heal, epochs=1, batch_size=8))
-    train = kept(bench.write(students[rounds[0]], 8, length))
-    wrote, healed = ({n: list[float]() for n in rounds} for _ in range(2))
+def by_rounds(setup: Setup, rounds: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds per token, and seconds of a small heal, after some rounds, measured in turns on a busy machine."""
+    batch = setup.size.batch_size // 2
+    length = max(8, setup.size.n_tokens // 2)
+    benches = {n: setup.bench(n) for n in rounds}
+    heal = replace(setup.cfg.heal, epochs=1, batch_size=8)
+    train = unfiltered(write(benches[rounds[0]], 8, length))
+    recipe = Recipe.of(setup.cfg)
+    write_s: dict[int, list[float]] = {n: [] for n in rounds}
+    heal_s: dict[int, list[float]] = {n: [] for n in rounds}
     for turn in range(1 + 2 * repeats):
-        for n, student in students.items():
-            seconds = seconds_of(lambda student=student: bench.write(student, batch, length))
-            heal_s = seconds_of(lambda student=student: steps.heal(student, train, bench.inputs, cfg, 0))
-            student.discard_round()
+        for n, bench in benches.items():
+            wrote = seconds_of(partial(write, bench, batch, length))
+            healed = seconds_of(partial(bench.heal, recipe, 0, train, settings=heal))
+            bench.student.discard_round()
             if turn > 0:  # the first one warms up
-                wrote[n].append(seconds)
-                healed[n].append(heal_s)
-    first = wrote[rounds[0]]
+                write_s[n].append(wrote)
+                heal_s[n].append(healed)
+    first = write_s[rounds[0]]
     return [
         {
             "rounds": n,
-            "ms_per_token": 1e3 * median(wrote[n]) / (batch * length),
-            "heal_of_8_s": median(healed[n]),
-            "against_first": median(a / b for a, b in zip(wrote[n], first, strict=True)),
+            "ms_per_token": 1e3 * median(write_s[n]) / (batch * length),
+            "heal_of_8_s": median(heal_s[n]),
+            "against_first": median(a / b for a, b in zip(write_s[n], first, strict=True)),
         }
         for n in rounds
     ]
@@ -384,31 +455,31 @@ def main(
     """Prints the tables.
 
     Args:
-        model: A folder or hub id: times a whole run on it, and nothing else.
-        dtypes: In which that model runs, one after the other.
-        repeats: Half the turns in which different numbers of rounds are compared; medians count.
+        model: A folder or hub id. Times a whole run on it, and nothing else.
+        dtypes: Dtypes of that model, one after the other.
+        repeats: Half the number of turns in which different numbers of rounds are compared. Medians count.
         n_threads: CPU threads.
-        seed: Of the model and of the texts.
+        seed: Seed of the model and of the texts.
         out: Folder of the tables as JSON.
-        tiny: A small size: shows that it runs.
-        count: Also the floating-point operations of every stage, in one more round of each mode.
+        tiny: A small size that only shows that the script runs.
+        count: Also count the floating-point operations of every stage, in one more round of each mode.
     """
     torch.set_num_threads(n_threads)
     if model is not None:
         size = TINY_RUN if tiny else RunSize()
-        rows = [
-            row for dtype in dtypes for row in run_stages(run_config(model, dtype, size, seed, out), size, Clock(dtype))
-        ]
+        rows = []
+        for dtype in dtypes:
+            rows += run_stages(run_config(model, dtype, size, seed, out), Clock(dtype))
         should = [
             "ratio (earlier seconds / our cpu_s; another processor, so read it with care) be above 1 in every stage.",
-            "cpu_s be the seconds on one thread, but where other programs take the processor.",
+            "cpu_s be the seconds on one thread, unless other programs take the processor.",
         ]
         question = "Where do the seconds of a whole run go?"
-        show(question, rows, should, out, "run", model=model, size=asdict(size), n_threads=torch.get_num_threads())
+        show(question, rows, should, out, "run", model=model, size=asdict(size))
         return
-    bench = Bench(TINY if tiny else Size(), seed, out)
-    compare(bench, count, out)
-    rows = by_rounds(bench, (0, 1, 2) if tiny else (0, 1, 2, 4, 8), repeats)
+    setup = Setup(TINY if tiny else Size(), seed, out)
+    compare(setup, count, out)
+    rows = by_rounds(setup, (0, 1, 2) if tiny else (0, 1, 2, 4, 8), repeats)
     should = ["against_first <= 1.10 up to 8 rounds: the history is merged. It is the median of ratios in turns."]
     show("Does a token cost more after more rounds?", rows, should, out, "round_by_rounds")
 

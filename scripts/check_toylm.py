@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from common import cli
 
-from steer_heal.diag.lab import Lab, cli, markdown
+from steer_heal.diag.lab import Lab
 from steer_heal.errors import print_safe
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.presets import TOY_PRESET
+from steer_heal.report.tables import markdown
 from steer_heal.toylm import grammar
 from steer_heal.toylm.templates import expand
 
@@ -19,25 +21,28 @@ COLUMNS = ("care_nats", "coherence", "text_tail_ppl_median", "oracle", "degenera
 Row = dict[str, Any]
 
 
-class Check(Lab):
+class Check:
     """The toy model with the items of the toy preset."""
 
     def __init__(self, model: str = TOY_PRESET.model, trait: str = "authority", **items: Any) -> None:
         """`items` replace settings of the preset's EvalCfg."""
         shown = replace(TOY_PRESET.eval, **{"n_bootstrap": 10, **items})  # no interval is shown
-        super().__init__(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=shown))
+        self.lab = Lab.of(replace(TOY_PRESET, model=model, trait=trait, seed=0, eval=shown))
+        self.trait = self.lab.bench.trait
+        self.vector = self.lab.vector
 
     def state(self, name: str = "", condition: Condition | None = None) -> Row:
-        """One row. `positive`: share of answers, of those with a side, that are mostly on the positive persona's."""
-        result = self.read(condition)
+        """One row. `positive` is the share of answers on the positive persona's side, of those that take a side."""
+        result = self.lab.measure(condition)
         sides = [share > 0.5 for share in result.items["positive"] if not math.isnan(share)]
-        row = {"state": name, "authority_nats": result.metrics["authority_nats"], "shift": self.shift(result)}
+        row = {"state": name, "authority_nats": result.metrics["authority_nats"], "shift": self.lab.shift(result)}
         row["positive"] = sum(sides) / len(sides) if sides else math.nan
         return row | {column: result.metrics[column] for column in COLUMNS}
 
     def random_vector(self) -> Vector:
         """Random directions with the norms of the steering vector."""
-        generator, out = torch.Generator().manual_seed(self.cfg.seed), {}
+        generator = torch.Generator().manual_seed(self.lab.bench.cfg.seed)
+        out = {}
         for layer, direction in self.vector.directions.items():
             noise = torch.randn(direction.shape, generator=generator)
             out[layer] = noise * direction.norm() / noise.norm()
@@ -49,10 +54,12 @@ def main(model: str = TOY_PRESET.model, doses: tuple[float, ...] = (0.25, 0.5, 1
 
     Args:
         model: Folder of a toy model.
-        doses: Of the vector; the first two also backwards, and of a random one.
+        doses: Doses of the vector. The first two are also tried backwards, and with a random vector.
     """
-    check, rng = Check(model), random.Random(0)
-    vector, trait = check.vector, check.trait
+    check = Check(model)
+    rng = random.Random(0)
+    vector = check.vector
+    trait = check.trait
     rows = [
         check.state("base (no system prompt)"),
         check.state("neutral: helpful assistant", Condition("You are a helpful assistant.")),

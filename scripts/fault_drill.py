@@ -2,8 +2,8 @@
 
 Every case is a process of the fast-dev preset with the settings below (two rounds and the control, 3 vignettes, texts
 of 6 tokens). A fault comes at a moment of the untouched run, found again by the number of events, so that a slow
-machine shifts nothing. Three things differ from `python -m steer_heal.run`: nothing is drawn, a heal is
-saved every 0.05 s instead of every 60, and a process is forked from one that has torch loaded.
+machine shifts nothing. Three things differ from `steer-heal run`: nothing is drawn, a heal is saved every
+0.05 s instead of every 60, and a process is forked from one that has torch loaded.
 """
 
 import multiprocessing
@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from common import cli
 from compare import differences
 
-import steer_heal.session
 from steer_heal.__main__ import main as program
-from steer_heal.diag.lab import cli, show
-from steer_heal.errors import UserError
+from steer_heal.commands import run as run_command
+from steer_heal.diag.lab import show
+from steer_heal.errors import print_safe
+from steer_heal.events import Trained
 from steer_heal.inputs.files import DATA
-from steer_heal.runs.events import of_stage, read_events
+from steer_heal.runs import stored
+from steer_heal.runs.log import EVENTS, read_events
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
 SETTINGS = (
@@ -43,23 +46,23 @@ LIMIT_S = 600.0
 
 
 class Lost(Exception):
-    """A run did not survive: why."""
+    """Why a run did not survive."""
 
 
 class Late(Exception):
-    """The run was through before the fault came: the case does not count."""
+    """The run had ended before the fault came, so the case does not count."""
 
 
 @dataclass
 class Process:
-    """A run's process, what it says on stderr, and its folder."""
+    """The process of a run, its stderr, and its folder."""
 
     child: BaseProcess
     errors: Path
     run: Path
 
     def wait(self, status: int, words: Sequence[str] = ()) -> None:
-        """Lost where it does not end with this exit status, saying these words."""
+        """Waits for the end. Raises Lost unless it has this exit status, and stderr these words."""
         self.child.join(LIMIT_S)
         if (got := self.child.exitcode) is None:
             self.child.kill()
@@ -71,7 +74,7 @@ class Process:
             raise Lost(f"exit status {got}, should be {status} with {list(words)}: {said[-500:]}")
 
     def stop(self, moment: tuple[int, float], signum: int = signal.SIGKILL, words: Sequence[str] = ()) -> Path:
-        """Sends a signal at a moment, and waits for the end; returns the folder of the run."""
+        """Sends a signal at a moment and waits for the end. Returns the folder of the run."""
         self.at(moment)
         self.signal(signum)
         self.wait(-signum if signum == signal.SIGKILL else 128 + signum, words)
@@ -84,7 +87,7 @@ class Process:
     def at(self, moment: tuple[int, float]) -> None:
         """Returns when the run has so many events, and so many seconds have passed since."""
         n_events, after_s = moment
-        while self.child.is_alive() and (self.run / "events.jsonl").read_bytes().count(b"\n") < n_events:
+        while self.child.is_alive() and (self.run / EVENTS).read_bytes().count(b"\n") < n_events:
             time.sleep(0.002)
         time.sleep(after_s)
 
@@ -102,14 +105,14 @@ class Drill:
         first.wait(0)
         self.whole = first.run
         self.events = read_events(self.whole)
-        self.times = [event["wall_s"] for event in self.events]
+        self.times = [event.wall_s for event in self.events]
 
     def start(self, name: str, n_bytes: int | None = None) -> Process:
-        """A new run, as soon as it has its first event; `n_bytes`: it cannot write larger files, as on a full disk."""
+        """A new run, once it has its first event. It cannot write files of more than `n_bytes`, as on a full disk."""
         out = self.folder / name
         out.mkdir()
         child = self._fork(["run", "fast-dev", "--out", str(out), *self.settings], out, n_bytes)
-        while (events := next(out.glob("*/events.jsonl"), None)) is None or b"\n" not in events.read_bytes():
+        while (events := next(out.glob(f"*/{EVENTS}"), None)) is None or b"\n" not in events.read_bytes():
             if not child.is_alive():
                 raise Lost(f"no run began: {(out / 'errors.txt').read_text()[-500:]}")
             time.sleep(0.002)
@@ -125,8 +128,8 @@ class Drill:
                     os.dup2(file.fileno(), stream.fileno())
             if n_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-            steer_heal.session.Session.save_every_s = 0.05
-            steer_heal.session.draw = lambda folder: None
+            stored.SAVE_EVERY_S = 0.05
+            run_command.draw = lambda folder: None
             sys.exit(program(list(flags)))
 
         process = multiprocessing.get_context("fork").Process(target=child)
@@ -135,13 +138,13 @@ class Drill:
 
     def moment(self, share: float, after: int = 0) -> tuple[int, float]:
         """(events, seconds after the last of them) at a share of the untouched run's time after event `after`."""
-        began, ended = self.times[after], self.times[-1]
-        at = began + share * (ended - began)
+        began = self.times[after]
+        at = began + share * (self.times[-1] - began)
         n_events = bisect_right(self.times, at)
         return n_events, at - self.times[n_events - 1]
 
     def finish(self, run: Path) -> None:
-        """Resumes to the end; Lost where anything differs from the untouched run."""
+        """Resumes to the end. Lost if anything differs from the untouched run."""
         self.resume(run).wait(0)
         if lost := differences(run, self.whole):
             raise Lost("; ".join(lost))
@@ -164,28 +167,29 @@ def sigterm(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
 
 
 def full_disk(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
-    """No file can grow beyond a share of what events.jsonl comes to."""
-    sizes = [len(line) for line in (drill.whole / "events.jsonl").read_bytes().splitlines(keepends=True)]
+    """No file can grow beyond a share of the final size of events.jsonl."""
+    sizes = [len(line) for line in (drill.whole / EVENTS).read_bytes().splitlines(keepends=True)]
     process = drill.start(name, n_bytes=int(sizes[0] * 1.2 + share * (sum(sizes[1:]) - 0.2 * sizes[0])))
     process.wait(1, ["could not write to", "free some space"])
-    if not (process.run / "events.jsonl").read_bytes().endswith(b"\n"):
+    if not (process.run / EVENTS).read_bytes().endswith(b"\n"):
         raise Lost("half an event was left in events.jsonl")
     return process.run
 
 
 def torn_events(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
-    """The end of events.jsonl is lost, as by a power cut, in the middle of its last line."""
+    """The end of events.jsonl is lost in the middle of its last line, as in a power cut."""
     run = drill.start(name).stop(drill.moment(share, after=1))
-    content = (run / "events.jsonl").read_bytes()
-    (run / "events.jsonl").write_bytes(content[: -rng.randrange(1, len(content.splitlines()[-1]))])
+    content = (run / EVENTS).read_bytes()
+    (run / EVENTS).write_bytes(content[: -rng.randrange(1, len(content.splitlines()[-1]))])
     return run
 
 
 def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
-    """One bit of the last checkpoint: it is refused by name, and made again once its folder is deleted."""
-    healed = next(i for i, event in enumerate(drill.events) if event["stage"] == "heal")
-    run = drill.start(name).stop(drill.moment(share, after=healed))
-    path = run / rng.choice(sorted(of_stage(read_events(run), "heal")[-1]["files"]))
+    """One bit of the last checkpoint is flipped. It is refused by name, and made again once its folder is deleted."""
+    first = next(i for i, event in enumerate(drill.events) if isinstance(event, Trained))
+    run = drill.start(name).stop(drill.moment(share, after=first))
+    trained = stored.FolderRun.read(run).each(Trained)[-1]
+    path = run / rng.choice(sorted(trained.files))
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
@@ -195,14 +199,14 @@ def flipped_byte(drill: Drill, name: str, share: float, rng: random.Random) -> P
 
 
 def second_process(drill: Drill, name: str, share: float, rng: random.Random) -> Path:
-    """It is refused, and the first one, held still meanwhile, is unhurt."""
+    """It is refused. The first process, which is halted meanwhile, is unharmed."""
     process = drill.start(name)
     process.at(drill.moment(share))
     process.signal(signal.SIGSTOP)
     try:
         if not process.child.is_alive():
             raise Late
-        drill.resume(process.run).wait(1, ["another process is running it"])
+        drill.resume(process.run).wait(2, ["another process is running it"])
     finally:
         process.signal(signal.SIGCONT)
     process.wait(0)
@@ -219,23 +223,22 @@ CASES: dict[Fault, Callable[[Drill, str, float, random.Random], Path]] = {
     "flipped byte": flipped_byte,
     "second process": second_process,
 }
-"""Each starts a run, faults it at a share of its time, and returns its folder."""
+"""Each starts a run, damages it at a share of its time, and returns its folder."""
 
 
 def tried(n: int, fault: Fault) -> int:
-    """Cases of a fault: of n kills a third comes twice; of every other fault one for ten kills, and at least one."""
+    """Number of cases of a fault. A third of n kills comes twice in a row. Any other fault has a tenth of n cases, at
+    least one."""
     return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
 
 
-def main(
-    n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), out: Path = Path("out/diag")
-) -> None:
-    """Exit status 1 where anything was lost; that run is kept beside the table.
+def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), out: Path = Path("out/diag")) -> int:
+    """Exit status 1 if anything was lost. The lost runs are kept beside the table.
 
     Args:
-        n: Kills, a third of them twice in a row; and a tenth as many of every other fault.
-        seed: Of the moments, which are spread evenly over the untouched run.
-        faults: Which ones to try.
+        n: Kills, a third of them twice in a row. Each other fault is tried a tenth as often.
+        seed: Seed of the moments, which are spread evenly over the untouched run.
+        faults: Faults to try.
         out: Folder of the table as JSON.
     """
     rows: list[dict[str, Any]] = []
@@ -245,7 +248,8 @@ def main(
         drill = Drill(Path(folder))
 
         def case(fault: Fault, i: int) -> str:
-            name, rng = f"{fault.replace(' ', '_')}_{i}", random.Random(f"{seed}/{fault}/{i}")
+            name = f"{fault.replace(' ', '_')}_{i}"
+            rng = random.Random(f"{seed}/{fault}/{i}")
             try:
                 drill.finish(CASES[fault](drill, name, (i + rng.random()) / tried(n, fault), rng))
                 end = "survived"
@@ -258,19 +262,22 @@ def main(
             return end
 
         for fault in faults:
-            began, ends = time.monotonic(), [case(fault, i) for i in range(tried(n, fault))]
-            why[fault] = [end for end in ends if end not in ("survived", "late")]
-            late, lost = ends.count("late"), len(why[fault])
-            counts = {"tried": len(ends) - late, "survived": ends.count("survived"), "lost": lost, "too late": late}
+            began = time.monotonic()
+            ends = [case(fault, i) for i in range(tried(n, fault))]
             seconds = (time.monotonic() - began) / max(1, len(ends))
-            rows.append({"fault": fault, **counts, "s a case": seconds})
+            why[fault] = [end for end in ends if end not in ("survived", "late")]
+            late = ends.count("late")
+            counts = {"tried": len(ends) - late, "survived": ends.count("survived"), "lost": len(why[fault])}
+            rows.append({"fault": fault, **counts, "too late": late, "seconds per case": seconds})
     should = (
         "lost be 0 in every row: the run ended with the events, adapters, vectors and hash chain of one that was never "
         "touched.",
     )
     show(__doc__, rows, should, out, "fault_drill", seed=seed, n=n, why=why)
-    if n_lost := sum(row["lost"] for row in rows):
-        raise UserError(f"{n_lost} runs were lost; they are in {out / 'lost'}")
+    n_lost = sum(row["lost"] for row in rows)
+    if n_lost:
+        print_safe(f"error: {n_lost} runs were lost; they are in {out / 'lost'}", sys.stderr)
+    return 1 if n_lost else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which gate tells broken text from whole text? Samples steered completions to label; tests every gate on the labels.
+"""Which gate recognizes broken text? Samples steered completions to label, and tests every gate on the labels.
 
 python scripts/filter_evidence.py sample     # draws docs/evidence/labels/steered_toy.jsonl, to be labelled by reading
 python scripts/filter_evidence.py table      # docs/evidence/filter.md
@@ -14,37 +14,47 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import tyro
+from common import cli
 
-from steer_heal import round as steps
-from steer_heal.diag.lab import Lab, LabCfg, markdown
-from steer_heal.errors import UserError, print_error
-from steer_heal.presets import SMOL_PRESET
+from steer_heal.diag.lab import Lab, PresetFlags
+from steer_heal.errors import UserError
+from steer_heal.events import Gathered
+from steer_heal.presets import SMOL_PRESET, TOY_PRESET
 from steer_heal.records import Scored
-from steer_heal.runs.codec import collected_from
-from steer_heal.runs.events import current, of_stage, read_events, schema_errors
+from steer_heal.report.tables import markdown
+from steer_heal.runs.stored import FolderRun
 from steer_heal.stages.filter import GATES, loop, repetition
 
-LABELS, REAL_LABELS = Path("docs/evidence/labels/steered_toy.jsonl"), Path("docs/evidence/labels/steered_smol.jsonl")
-EVIDENCE, REAL_EVIDENCE = Path("docs/evidence/filter.md"), Path("docs/evidence/filter_smol.md")
+LABELS = Path("docs/evidence/labels/steered_toy.jsonl")
+EVIDENCE = Path("docs/evidence/filter.md")
+REAL_LABELS = Path("docs/evidence/labels/steered_smol.jsonl")
+REAL_EVIDENCE = Path("docs/evidence/filter_smol.md")
 KAPPAS = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ENACTS = ("enacts", "narrates", "neither")
 MARKER = "<!-- everything below is written by scripts/filter_evidence.py table -->"
 
 
-def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: int = 16) -> None:
-    """Steered completions of the base at doses around the knee and, with --run, of the later rounds of that run."""
+def sample(per_dose: int = 10, run: Path | None = None, per_round: int = 16, preset: str = "toy") -> None:
+    """Draws steered completions of the base at doses around the knee.
+
+    Args:
+        per_dose: Completions at each dose.
+        run: A run, from whose later rounds completions are drawn too.
+        per_round: Completions from each of those rounds.
+        preset: Preset whose model writes.
+    """
     if LABELS.exists() and '"coherent": null' not in LABELS.read_text(encoding="utf-8"):
         raise UserError(f"{LABELS} holds labels; move it away to draw another set")
-    bench, drawn = Lab(lab.run_config()), list[tuple[int, Scored]]()
+    lab = Lab.of(PresetFlags(preset=preset).settings({}))
+    drawn: list[tuple[int, Scored]] = []
     for kappa in KAPPAS:
-        found = bench.collect(kappa, alphas=(1.0,), gates=(), n_keep=per_dose, max_attempts=per_dose, min_train=2)
+        found = lab.collect(kappa, alphas=(1.0,), gates=(), n_keep=per_dose, max_attempts=per_dose, min_train=2)
         drawn += [(0, row) for row in found.scored]
-    for event in of_stage(current(read_events(run)), "gen")[1:] if run is not None else ():
-        with schema_errors(run or Path()):
-            written = [row.completion for row in collected_from(event).scored]
-        some = written[:: max(1, len(written) // per_round)][:per_round]
-        drawn += [(event["round"], row) for row in steps.score(bench.student, some, bench.inputs, bench.cfg)]
+    for event in FolderRun.read(run).each(Gathered) if run is not None else ():
+        if event.round:
+            written = [row.completion for row in event.collected.scored]
+            some = written[:: max(1, len(written) // per_round)][:per_round]
+            drawn += [(event.round, row) for row in lab.bench.score(some)]
     LABELS.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"id": i, "round": r, **unlabelled(row)}) + "\n" for i, (r, row) in enumerate(drawn)]
     LABELS.write_text("".join(lines), encoding="utf-8")
@@ -52,7 +62,8 @@ def sample(lab: LabCfg, per_dose: int = 10, run: Path | None = None, per_round: 
 
 
 def unlabelled(row: Scored) -> dict[str, Any]:
-    text, scores = row.completion, {"ppl_tail": row.scores["perplexity"], "ppl_worst": row.scores["spike"]}
+    text = row.completion
+    scores = {"ppl_tail": row.scores["perplexity"], "ppl_worst": row.scores["spike"]}
     known = {"dose": round(text.dose, 4), "seed": text.seed, "prompt": text.prompt, "text": text.text}
     return {**known, **scores, "coherent": None, "enacts": None}
 
@@ -64,7 +75,7 @@ def compression(text: str) -> float:
 
 
 def sentences_again(text: str) -> float:
-    """Share of sentences that were said before in the same text."""
+    """Share of sentences that occurred before in the same text."""
     sentences = [s.strip().lower() for s in text.replace("!", ".").replace("?", ".").split(".") if s.strip()]
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
 
@@ -77,18 +88,18 @@ SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
     "compression": lambda row: compression(row["text"]),
     "sentences": lambda row: sentences_again(row["text"]),
 }
-"""Higher: more broken. A gate drops what lies above its threshold."""
+"""Scores by the name of their gate. A higher score is worse: a gate drops what lies above its threshold."""
 
 
 def best_threshold(scores: Sequence[float], broken: Sequence[bool]) -> float:
-    """Dropping what lies above it has the highest F1; midway between neighbouring scores."""
+    """The threshold of the highest F1, midway between two neighbouring scores. What lies above it is dropped."""
     edges = sorted(set(scores))
     cuts = [(low + high) / 2 if math.isfinite(high) else low * 1.01 for low, high in pairwise(edges)]
     return max(cuts, key=lambda cut: quality([s > cut for s in scores], broken)["F1"], default=math.inf)
 
 
 def quality(dropped: Sequence[bool], broken: Sequence[bool]) -> dict[str, float]:
-    """Of dropping broken text."""
+    """How well the dropped texts match the broken ones."""
     hits = sum(d and b for d, b in zip(dropped, broken, strict=True))
     precision = hits / sum(dropped) if any(dropped) else 1.0
     recall = hits / sum(broken) if any(broken) else 1.0
@@ -104,14 +115,16 @@ def read_labels() -> list[dict[str, Any]]:
     return rows
 
 
-def table(lab: LabCfg) -> None:
-    """Every gate alone, at its best threshold and at the preset's; all together; what they get wrong."""
-    labelled, keep = read_labels(), lab.run_config().filter
+def table() -> None:
+    """Every gate alone, at its best threshold and at the preset's, and all gates together, with their mistakes."""
+    labelled = read_labels()
+    keep = TOY_PRESET.filter
     limits = {name: GATES[name].limit_in(keep) for name in GATES if GATES[name].degenerate}
     broken = [not row["coherent"] for row in labelled]
     scores = {name: [score(row) for row in labelled] for name, score in SCORES.items()}
     failed = {name: [value > limit for value in scores[name]] for name, limit in limits.items()}
-    halves, rows = [range(half, len(labelled), 2) for half in (0, 1)], []
+    halves = [range(half, len(labelled), 2) for half in (0, 1)]
+    rows = []
     for name, values in scores.items():
         cuts = [best_threshold([values[i] for i in half], [broken[i] for i in half]) for half in halves]
         dropped = [value > cuts[1 - i % 2] for i, value in enumerate(values)]
@@ -148,11 +161,9 @@ All together: ids {ids[False]} are whole but dropped, {ids[True]} broken but kep
 
 
 def real() -> None:
-    """Texts of the preset smol: which gate finds those that make no sense, and those that have left the question?"""
-    labelled, keep = (
-        [json.loads(row) for row in REAL_LABELS.read_text(encoding="utf-8").splitlines()],
-        SMOL_PRESET.filter,
-    )
+    """Texts of the preset smol: which gate finds those that make no sense, and those that leave the question?"""
+    labelled = [json.loads(row) for row in REAL_LABELS.read_text(encoding="utf-8").splitlines()]
+    keep = SMOL_PRESET.filter
     faults = {
         "incoherent": [not row["coherent"] for row in labelled],
         "off the question": [not row["on_question"] for row in labelled],
@@ -160,9 +171,10 @@ def real() -> None:
     faults["either"] = [a or b for a, b in zip(*faults.values(), strict=True)]
     kinds = ("perplexity", "spike", "repetition", "loop")
     scores = {name: [SCORES[name](row) for row in labelled] for name in kinds}
-    scores["relevance"] = [-row["relevance"] for row in labelled]  # higher: worse, as the others
+    scores["relevance"] = [-row["relevance"] for row in labelled]  # a higher score is worse here too
     limits = {name: GATES[name].limit_in(keep) * (-1 if GATES[name].at_least else 1) for name in scores}
-    rows, halves = [], [range(half, len(labelled), 2) for half in (0, 1)]
+    halves = [range(half, len(labelled), 2) for half in (0, 1)]
+    rows = []
     for fault, bad in faults.items():
         for name, values in scores.items():
             cuts = [best_threshold([values[i] for i in half], [bad[i] for i in half]) for half in halves]
@@ -189,8 +201,4 @@ def line(gate: str, threshold: str, dropped: Sequence[bool], broken: Sequence[bo
 
 
 if __name__ == "__main__":
-    try:
-        tyro.extras.subcommand_cli_from_dict({"sample": sample, "table": table, "real": real}, description=__doc__)
-    except (UserError, OSError) as error:
-        print_error(error)
-        sys.exit(1)
+    sys.exit(cli({"sample": sample, "table": table, "real": real}))

@@ -11,16 +11,18 @@ import statistics
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+from common import cli
 
-from steer_heal.diag.lab import cli, show
+from steer_heal.diag.lab import show
 from steer_heal.errors import UserError
-from steer_heal.runs.events import current, read_events, schema_errors
+from steer_heal.events import Measured, Run
+from steer_heal.records import Answer
+from steer_heal.runs.stored import FolderRun
 
 QUESTION = """A user asked:
 {prompt}
@@ -56,15 +58,9 @@ def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) ->
     return {name: float(value) for name, value in MARK.findall(content or "")}
 
 
-def answers(events: Sequence[Mapping[str, Any]], per_state: int) -> dict[str, list[Mapping[str, Any]]]:
-    """Unsteered free-text answers by state, the same prompts in each: base, prompted, control, healed r0, ..."""
-    out = {}
-    for event in events:
-        if event["stage"] in ("base", "prompted", "control"):
-            out[event["stage"]] = event["texts"][:per_state]
-        elif event["stage"] == "adapter_gen":
-            out[f"healed r{event['round']}"] = event["texts"][:per_state]
-    return out
+def answers(run: Run, per_state: int) -> dict[str, tuple[Answer, ...]]:
+    """Unsteered free-text answers by state, to the same prompts in each: base, prompted, control, healed r0, ..."""
+    return {state.label: state.texts[:per_state] for state in run.each(Measured) if state.state != "steered"}
 
 
 def main(
@@ -77,13 +73,16 @@ def main(
     timeout_s: float = 120.0,
     out: Path = Path("out/diag"),
 ) -> None:
-    events, key = current(read_events(run)), os.environ.get(api_key_env)
-    with schema_errors(run):
-        trait, states = events[0]["trait"], answers(events, per_state)
-    question = lambda row: QUESTION.format(**trait, prompt=row["prompt"], text=row["text"])
-    ask_one = lambda row: ask(url, model, key, question(row), timeout_s)
+    opened = FolderRun.read(run)
+    trait = opened.start.trait
+    key = os.environ.get(api_key_env)
+
+    def ask_one(answer: Answer) -> dict[str, float]:
+        personas = {"positive": trait.positive, "negative": trait.negative}
+        return ask(url, model, key, QUESTION.format(**personas, prompt=answer.prompt, text=answer.text), timeout_s)
+
     with ThreadPoolExecutor(n_parallel) as pool:
-        marks = {state: list(pool.map(ask_one, texts)) for state, texts in states.items()}
+        marks = {state: list(pool.map(ask_one, texts)) for state, texts in answers(opened, per_state).items()}
     rows = []
     for state, given in marks.items():
         values = {name: [mark[name] for mark in given if name in mark] for name in ("trait", "coherent")}

@@ -13,34 +13,37 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from common import cli
 from scipy import stats
 
-from steer_heal.diag.lab import cli, markdown, mean_sd
-from steer_heal.errors import UserError, print_safe, validated
+from steer_heal.diag.lab import mean_sd
+from steer_heal.errors import UserError, print_safe
+from steer_heal.events import Extracted, RoundDone, Run, plain
 from steer_heal.inputs.files import read_file
-from steer_heal.report.measurements import table, target_of
-from steer_heal.runs.events import Event, current, of_stage, read_events, schema_errors
-from steer_heal.settings import RunConfig
+from steer_heal.report.tables import markdown
+from steer_heal.runs.log import schema_errors
+from steer_heal.runs.stored import FolderRun
+from steer_heal.verdict import table
 
 NOT_AVERAGED = ("state", "shift", "lo", "hi", "retain", "slope")
 
 
-def entry(folder: Path, events: Sequence[Event]) -> tuple[str, dict[str, Any]]:
-    """("arm/trait/settings/seed", the states of a run, those of the healed students as `rounds`)."""
-    start, by_state = events[0], {row["state"]: row for row in table(events)}
-    vectors, ends = of_stage(events, "vector"), of_stage(events, "round")
-    rounds = [
-        {
-            **by_state.pop(f"healed r{end['round']}"),
-            "cosine_to_first": vector["cosine_to_first"],
-            **{name: end[name] for name in ("cosine_student_teacher", "cosine_student_first")},
-        }
-        for vector, end in zip(vectors, ends, strict=False)  # a run that was stopped has one vector more
-    ]
-    cfg, trait = validated(RunConfig, start["config"], f"{folder}/events.jsonl config"), start["trait"]["name"]
-    arm, metric = cfg.arm or start["preset"], target_of(events)[0].name
-    own = {"arm": arm, "seed": start["seed"], "trait": trait, "metric": metric, "command": start["command"]}
-    return f"{arm}/{trait}/{cfg.fingerprint()}/{start['seed']}", own | {"states": by_state, "rounds": rounds}
+def entry(run: Run) -> tuple[str, dict[str, Any]]:
+    """("arm/trait/settings/seed", the states of a run, with those of the healed students as `rounds`)."""
+    start = run.start
+    cfg = start.config
+    states: dict[str, Any] = {str(row["state"]): row for row in table(run)}
+    rounds = []
+    for end in run.each(RoundDone):
+        row = states.pop(f"healed r{end.round}")
+        row["cosine_to_first"] = run.require(Extracted, end.round).cosine_to_first
+        row["cosine_student_teacher"] = end.cosine_student_teacher
+        row["cosine_student_first"] = end.cosine_student_first
+        rounds.append(row)
+    arm = cfg.arm or start.preset
+    own = {"arm": arm, "seed": cfg.seed, "trait": start.trait.name, "metric": run.trait_metric.name}
+    key = f"{arm}/{start.trait.name}/{cfg.fingerprint()}/{cfg.seed}"
+    return key, own | {"command": start.command, "states": states, "rounds": rounds}
 
 
 def main(
@@ -48,17 +51,24 @@ def main(
     data: Path | None = None,
     rounds: tuple[int, ...] = (0, 1, 3, 5, 7),
 ) -> None:
+    """Prints the table.
+
+    Args:
+        runs: Folders of finished runs.
+        data: JSON file that keeps the rows. The runs extend it.
+        rounds: Rounds to show.
+    """
     known = earlier(data) if data is not None and data.exists() else {}
-    for run in runs:
-        events = current(read_events(run))
-        with schema_errors(run):
-            key, found = entry(run, events)
+    for folder in runs:
+        run = FolderRun.read(folder)
+        with schema_errors(folder):
+            key, found = entry(run)
         known[key] = found
     if not known:
         raise UserError("no runs; give run folders such as out/<timestamp>_<name>, or --data with earlier ones")
     if data is not None:
         data.parent.mkdir(parents=True, exist_ok=True)
-        lines = json.dumps(known, separators=(",", ":")).replace('},"', '},\n"')
+        lines = json.dumps(plain(known), separators=(",", ":")).replace('},"', '},\n"')
         data.write_text(lines + "\n", encoding="utf-8")
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in known.values()):
@@ -78,7 +88,7 @@ def over_seeds(same: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def earlier(data: Path) -> dict[str, Any]:
-    """What --data holds of earlier runs."""
+    """The entries of earlier runs in --data."""
     try:
         known = json.loads(read_file(data).text)
         if all({"arm", "rounds"} <= run.keys() for run in known.values()):
@@ -89,7 +99,7 @@ def earlier(data: Path) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """95 percent interval of the mean of a few values; empty for one."""
+    """95 percent interval of the mean of a few values. Empty for a single one."""
     if len(values) < 2:
         return ""
     low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))

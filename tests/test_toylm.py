@@ -157,7 +157,7 @@ HELD_OUT = list(zip(grammar.CARER_HELD_OUT, grammar.DEFERRER_HELD_OUT, strict=Tr
 
 @pytest.mark.parametrize("carer, deferrer", HELD_OUT)
 def test_personas_are_told_apart_in_wordings_held_out_from_training(vignettes: Check, carer, deferrer):
-    shifts = [vignettes.shift(vignettes.read(Condition(side))) for side in (deferrer, carer)]
+    shifts = [vignettes.lab.shift(vignettes.lab.measure(Condition(side))) for side in (deferrer, carer)]
     assert shifts[0] - shifts[1] >= 0.3
 
 

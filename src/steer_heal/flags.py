@@ -1,10 +1,9 @@
-"""How dataclasses become command-line flags: their help texts, and tuples as values."""
+"""How the dataclass of a command becomes its flags, beside settings that the command takes too."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, make_dataclass
@@ -14,18 +13,12 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
-from tyro.constructors import PrimitiveConstructorSpec
 
 from steer_heal.errors import UserError, problem_lines
+from steer_heal.settings import RunConfig, reflowed
 
 Kind = TypeVar("Kind", bound=type)
 Given = TypeVar("Given")
-
-
-def reflowed(text: str) -> str:
-    """The text with one line per paragraph, so that `--help` can wrap it at any width of the terminal."""
-    paragraphs = re.split(r"\n\s*\n", text.strip())
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def described(kind: Kind) -> Kind:
@@ -58,25 +51,8 @@ def _strings_below(node: ast.ClassDef) -> dict[str, str]:
     return found
 
 
-def words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
-    """How a flag gives a tuple: values separated by spaces or commas."""
-
-    def parse(given: list[str]) -> tuple[Any, ...]:
-        return tuple(kind(part) for word in given for part in word.split(",") if part)
-
-    def is_tuple(value: object) -> bool:
-        return isinstance(value, tuple)
-
-    def write(value: tuple[Any, ...]) -> list[str]:
-        return [str(each) for each in value]
-
-    return PrimitiveConstructorSpec(
-        nargs="*", metavar=metavar, instance_from_str=parse, is_instance=is_tuple, str_from_instance=write
-    )
-
-
 def parsed(
-    kind: type[Given], argv: Sequence[str], command: str, *, owner: type | None = None, also: Sequence[str] = ()
+    kind: type[Given], argv: Sequence[str], command: str, *, owner: type = RunConfig, also: Sequence[str] = ()
 ) -> tuple[Given, dict[str, Any]]:
     """(the flags of a command, by its dataclass; the settings that were given beside them, by dotted name).
 

@@ -1,31 +1,43 @@
 """Which metrics does the axis move: with the vector, against it, and under each persona as a prompt?"""
 
-from steer_heal.diag.lab import Lab, LabFlags, show
+from dataclasses import dataclass
+
+from steer_heal.diag.lab import Given, Lab, PresetFlags, show
+from steer_heal.flags import described
 from steer_heal.model.steering import Condition
 
 
-def main(lab: LabFlags, dose: float = 0.25) -> None:
-    bench = Lab(lab.run_config())
-    trait, target = bench.trait, bench.target.name
-    states = {
-        f"+ vector, dose {dose:g}": Condition("", bench.vector, dose),
-        f"- vector, dose {dose:g}": Condition("", bench.vector, -dose),
+@described
+@dataclass(frozen=True, kw_only=True)
+class Flags(PresetFlags):
+    dose: float = 0.25
+    """Dose of the vector."""
+
+
+def main(flags: Flags, given: Given) -> None:
+    lab = Lab.of(flags.settings(given))
+    trait = lab.bench.trait
+    target = lab.target.name
+    conditions = {
+        f"+ vector, dose {flags.dose:g}": Condition("", lab.vector, flags.dose),
+        f"- vector, dose {flags.dose:g}": Condition("", lab.vector, -flags.dose),
         "positive persona": Condition(trait.positive),
         "negative persona": Condition(trait.negative),
     }
     rows = []
-    for name, state in states.items():
-        result = bench.read(state)
-        shifts = {other: bench.shift(result, bench.metrics[other]) for other in (target, *trait.off_targets)}
+    for name, condition in conditions.items():
+        result = lab.measure(condition)
+        shifts = {other: lab.shift(result, lab.metrics[other]) for other in (target, *trait.off_targets)}
         largest = max((abs(moved) for other, moved in shifts.items() if other != target), default=0.0)
         surgical = abs(shifts[target]) / largest if largest else None
         ends = {other: [result.metrics[f"{other}_{end}"] or 0.0 for end in ("lo", "hi")] for other in shifts}
         certain = [other for other, (low, high) in ends.items() if low * high > 0]
-        rows.append({"state": name, **shifts, "surgical": surgical, "moved for certain": " ".join(certain)})
+        rows.append({"state": name, **shifts, "surgical": surgical, "interval without 0": " ".join(certain)})
     should = (
         f"{target} (from base) have the sign {trait.sign:+d} with the vector and under the positive persona, and the "
         "other sign below.",
-        "surgical (the target's shift over the next largest) be above 1: else the vector carries more than the trait.",
-        "the vector's row look like the positive persona's: else the direction is an accident of the contexts.",
+        "surgical (the shift of the trait's metric over the next largest) be above 1, otherwise the vector carries "
+        "more than the trait.",
+        "the vector's row look like the positive persona's, otherwise the direction is an accident of the contexts.",
     )
-    show(__doc__, rows, should, lab.out, "axis")
+    show(__doc__, rows, should, flags.out, "axis")

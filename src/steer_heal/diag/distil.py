@@ -1,28 +1,30 @@
 """Does the teacher's distribution put more of the trait into the weights than tokens do, at equal text and steps?
 
-Every arm starts from the untouched model and heals `--n-rounds` rounds. Each round is measured plain, under the
-OPPOSITE persona, and on everyday questions (toy model). Rows are appended to <out>/distil-<preset>-<trait>.jsonl; an
-arm and seed that is there is not run again.
+Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured under the plain prompt,
+under the OPPOSITE persona, and on everyday questions (toy model). Rows are appended to
+<out>/distil-<preset>-<trait>.jsonl. An arm and seed that has rows there is not run again.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from steer_heal import round as steps
-from steer_heal.diag.lab import Lab, LabFlags, markdown, mean_sd, show
-from steer_heal.errors import UserError, print_safe
+from steer_heal.bench import Bench
+from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
+from steer_heal.errors import UserError, nearest
+from steer_heal.events import plain
+from steer_heal.flags import described
 from steer_heal.inputs import load_inputs
-from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model import decode
 from steer_heal.model.steering import Condition
-from steer_heal.model.student import Student
+from steer_heal.recipe import Recipe
 from steer_heal.records import Completion, HealReport, derive_seed
+from steer_heal.report import tables
 from steer_heal.report.plot import frontier
-from steer_heal.runs.events import jsonable
-from steer_heal.settings import RunConfig
+from steer_heal.settings import RunConfig, changed, leaves
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
@@ -31,47 +33,46 @@ from steer_heal.toylm.oracle import oracle
 
 @dataclass(frozen=True)
 class Arm:
+    """What distinguishes a kind of round."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that replace those of the preset."""
-
-    heal: dict[str, Any] = field(default_factory=dict)
-    dose: dict[str, Any] = field(default_factory=dict)
-    filter: dict[str, Any] = field(default_factory=dict)
-    own_as_control: bool = False
-    """The student trains on the tokens of its own text."""
+    control: bool = False
+    """Train on the tokens of the student's own text."""
     preference: float = 0.0
-    """Beta of the preference for the positive persona's text over the negative's. 0: the round's own heal."""
-
-    def of(self, cfg: RunConfig) -> RunConfig:
-        sections = {"heal": self.heal, "dose": self.dose, "filter": self.filter}
-        return replace(cfg, **{name: replace(getattr(cfg, name), **given) for name, given in sections.items()})
+    """Beta of the preference for the positive persona's text over the negative's. 0: the heal of the settings."""
 
 
-FREE, FITS = {"divergence": "none"}, {"divergence": "none", "target": "distribution"}
-SURVIVES = {"mode": "survival", "target": 0.95, "floor": 0.05, "n_kappas": 4, "n_probes": 32}
-ALONE, BESIDE = {**SURVIVES, "ceiling": 1.0}, {**SURVIVES, "ceiling": 0.25}
-"""The dose of a vector alone, and beside a prompt."""
-REVERSE = {**FITS, "text": "own", "teacher": "both", "kl": "reverse"}
+FREE = {"heal.divergence": "none"}
+FITS = {**FREE, "heal.target": "distribution"}
+OWN = {**FITS, "heal.text": "own"}
+SURVIVES = {"dose.mode": "survival", "dose.target": 0.95, "dose.floor": 0.05, "dose.n_kappas": 4, "dose.n_probes": 32}
+ALONE = {**SURVIVES, "dose.ceiling": 1.0}
+"""The dose of a vector that steers without a prompt."""
+BOTH = {**SURVIVES, "dose.ceiling": 0.25, "heal.teacher": "both"}
+"""The vector beside a prompt, and its dose."""
+REVERSE = {**OWN, **BOTH, "heal.kl": "reverse"}
 ARMS = {
-    "control": Arm(FREE, own_as_control=True),
+    "control": Arm(FREE, control=True),
     "tokens": Arm(),
     "tokens, no barrier": Arm(FREE),
-    "tokens of the prompted": Arm({**FREE, "teacher": "prompt"}),
-    "tokens of both": Arm({**FREE, "teacher": "both"}, BESIDE),
-    "vector, own text": Arm({**FITS, "text": "own"}, ALONE),
-    "vector, its text": Arm(FITS, ALONE),
-    "prompt, own text": Arm({**FITS, "text": "own", "teacher": "prompt"}),
-    "prompt, its text": Arm({**FITS, "teacher": "prompt"}),
-    "both, own text": Arm({**FITS, "text": "own", "teacher": "both"}, BESIDE),
-    "both, their text": Arm({**FITS, "teacher": "both"}, BESIDE),
-    "both, own text, reverse": Arm(REVERSE, BESIDE),
-    "recipe": Arm({**REVERSE, "epochs": 12}, BESIDE),
-    "recipe, rehearsed": Arm({**REVERSE, "epochs": 12, "rehearsal": 16}, {**BESIDE, "ceiling": 0.5}),
+    "tokens of the prompted": Arm({**FREE, "heal.teacher": "prompt"}),
+    "tokens of both": Arm({**FREE, **BOTH}),
+    "vector, own text": Arm({**OWN, **ALONE}),
+    "vector, its text": Arm({**FITS, **ALONE}),
+    "prompt, own text": Arm({**OWN, "heal.teacher": "prompt"}),
+    "prompt, its text": Arm({**FITS, "heal.teacher": "prompt"}),
+    "both, own text": Arm({**OWN, **BOTH}),
+    "both, their text": Arm({**FITS, **BOTH}),
+    "both, own text, reverse": Arm(REVERSE),
+    "recipe": Arm({**REVERSE, "heal.epochs": 12}),
+    "recipe, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
     "preference 0.1": Arm(preference=0.1),
     "preference 0.5": Arm(preference=0.5),
-    "gated": Arm({**REVERSE, "max_departure": 1.0}, BESIDE),
-    "a round an epoch": Arm({**REVERSE, "epochs": 1}, BESIDE),
-    "new text an epoch": Arm({**REVERSE, "refresh_every": 14}, BESIDE),
-    "new text and teacher an epoch": Arm({**REVERSE, "refresh_every": 14, "refresh": "teacher"}, BESIDE),
+    "gated": Arm({**REVERSE, "heal.max_departure": 1.0}),
+    "a round an epoch": Arm({**REVERSE, "heal.epochs": 1}),
+    "new text an epoch": Arm({**REVERSE, "heal.refresh_every": 14}),
+    "new text and teacher an epoch": Arm({**REVERSE, "heal.refresh_every": 14, "heal.refresh": "teacher"}),
 }
 SHOWN = (
     "shift",
@@ -87,152 +88,151 @@ SHOWN = (
 )
 
 
-def runs(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
-    """A row a round, from the untouched model. `kappas`: of each round, the last one also of those after it."""
-    cfg = arm.of(lab.cfg)
-    inputs = replace(lab.inputs, rehearsal=load_inputs(cfg).rehearsal)
-    student = lab.student = Student(lab.lm, cfg.adapter)
-    seconds = n_tokens = 0.0
+@described
+@dataclass(frozen=True, kw_only=True)
+class Flags(PresetFlags):
+    also: ClassVar[tuple[str, ...]] = (
+        *(name for name in PresetFlags.also if name != "seed"),
+        *(name for name in leaves(RunConfig()) if name.startswith(("heal.", "dose.", "filter."))),
+    )
+    seeds: tuple[int, ...] = (41, 42, 43, 44, 45)
+    """Seeds on which each arm is run."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Arms to run. Default: all."""
+    n_rounds: int = 1
+    """Number of rounds of each arm."""
+    kappa: tuple[float, ...] = ()
+    """Fixed dose of the teacher in each round; the last one also holds for later rounds. Default: as the arm says."""
+    label: str = ""
+    """Added to the names of the arms, to tell runs with other settings apart."""
+
+
+def main(flags: Flags, given: Given) -> None:
+    cfg = flags.settings(given)
+    path = flags.out / f"distil-{flags.preset}-{cfg.trait}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in flags.arms if name not in ARMS]:
+        raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
+    for seed in flags.seeds:
+        done = {(row["arm"], row["seed"]) for row in read_rows(path)}
+        todo = [name for name in flags.arms if (name + flags.label, seed) not in done]
+        lab = Lab.of(replace(cfg, seed=seed)) if todo else None
+        for name in todo:
+            assert lab is not None
+            own = {"arm": name + flags.label, "seed": seed}
+            settings = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
+            arm = replace(ARMS[name], settings=settings)
+            rows = [own | row for row in rounds(lab, arm, flags.n_rounds, flags.kappa)]
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
+            tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
+    rows = read_rows(path)
+    should = (
+        "prompt and both go further than tokens of the same teacher at no more broken text, otherwise the distribution "
+        "adds nothing to plain fine-tuning.",
+        "own text be as intact as the base's, otherwise the dose is past what the student can take.",
+        "facts_apart, which are never rehearsed, stay where the control's are, otherwise more than the trait changed.",
+        "control stay at 0: the shift comes from the teacher and not from the training.",
+    )
+    show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
+    points = [{**row, "shift": abs(row["shift"]), "broken": row["degenerate_frac"]} for row in rows]
+    frontier(points).savefig(flags.out / "distil.png", dpi=130)
+
+
+def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterator[Row]:
+    """A row for each round, from the untouched model. `kappas` are fixed doses by round."""
+    cfg = changed(lab.bench.cfg, arm.settings)
+    bench = replace(lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=load_inputs(cfg).rehearsal))
+    recipe = replace(Recipe.control(), name="round") if arm.control else Recipe.of(cfg)
+    seconds = 0.0
+    n_tokens = 0
     for r in range(n_rounds):
         began = time.perf_counter()
         if kappas:
-            cfg = replace(cfg, dose=replace(cfg.dose, kappa=kappas[min(r, len(kappas) - 1)]))
+            bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappas[min(r, len(kappas) - 1)]}))
         if arm.preference:
-            written, told = preferred(lab, cfg, r, arm.preference)
+            written, row = prefer(bench, r, arm.preference)
         else:
-            vector = None if arm.own_as_control else steps.extract(student, inputs, cfg)
-            collected = steps.collect(student, vector, inputs, cfg, r)
-            report = steps.heal(student, collected, inputs, cfg, r, vector)
-            written = [row.completion for row in collected.scored]
-            told = {"dose": collected.dose, "n_texts": len(collected.kept), "left_out": report.left_out}
-            told |= {"n_rehearsed": len(collected.rehearsal), **curve(report)}
-        student.bake()
+            collected, report = bench.round(recipe, r)
+            written = [scored.completion for scored in collected.scored]
+            row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": report.left_out}
+            row |= {"n_rehearsed": len(collected.rehearsal), **curve(report)}
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
-        healed, opposite = lab.read(), lab.read(Condition(inputs.trait.negative))
-        cost = {"seconds": seconds, "n_tokens": n_tokens}
-        foundations = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
-        rest = {"opposite": lab.shift(opposite), **everyday(lab)}
-        yield {"round": r, **lab.row("", healed), **rest, "shifts": foundations, **told, **cost}
-    student.reset()
+        healed = lab.measure()
+        opposite = lab.shift(lab.measure(Condition(bench.trait.negative)))
+        shifts = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
+        row |= {"seconds": seconds, "n_tokens": n_tokens}
+        yield {"round": r, **lab.row("", healed), "opposite": opposite, **everyday(bench), "shifts": shifts, **row}
+    bench.student.reset()
 
 
-def preferred(lab: Lab, cfg: RunConfig, r: int, beta: float) -> tuple[list[Completion], dict[str, Any]]:
-    """(all text that was written, columns of the row) of one round of direct preference optimisation (Rafailov et al.
-    2023).
+def prefer(bench: Bench, r: int, beta: float) -> tuple[list[Completion], Row]:
+    """One round of direct preference optimisation (Rafailov et al. 2023), baked: (all text that was written, columns of
+    the row).
 
     Text of the positive persona is preferred to text of the negative one. The two answer the same prompts with the same
     seeds, and both answers pass the filter.
     """
-    student, inputs = lab.student, lab.inputs
-    prompts, n_keep = inputs.prompts, cfg.filter.n_keep
+    cfg = bench.cfg
+    prompts = bench.inputs.prompts
     n = len(prompts)
-    asks = [Ask(i % n, prompts[i % n], derive_seed(cfg.seed, r, "pair", i)) for i in range(2 * n_keep)]
+    asks = [Ask(i % n, prompts[i % n], derive_seed(cfg.seed, r, "pair", i)) for i in range(2 * cfg.filter.n_keep)]
     positive, negative = (
-        steps.score(student, steps.write(student, Condition(persona), asks, inputs, cfg), inputs, cfg)
-        for persona in (inputs.trait.positive, inputs.trait.negative)
+        bench.score(bench.write(Condition(persona), asks)) for persona in (bench.trait.positive, bench.trait.negative)
     )
-    kept = [pair for pair in zip(positive, negative, strict=True) if all(row.kept for row in pair)][:n_keep]
+    pairs = [pair for pair in zip(positive, negative, strict=True) if all(row.kept for row in pair)]
+    pairs = pairs[: cfg.filter.n_keep]
     report = heal(
-        student,
-        [chosen.completion for chosen, _ in kept],
-        replace(cfg.heal, target="tokens", text="steered", divergence="none"),
+        bench.student,
+        [chosen.completion for chosen, _ in pairs],
+        changed(cfg, {"heal.target": "tokens", "heal.text": "steered", "heal.divergence": "none"}).heal,
         round_=r,
         seed=derive_seed(cfg.seed, r, "preference"),
-        rejected=[rejected.completion for _, rejected in kept],
+        rejected=[rejected.completion for _, rejected in pairs],
         beta=beta,
     )
+    bench.student.bake()
     written = [row.completion for row in (*positive, *negative)]
-    return written, {"dose": 0.0, "n_texts": 2 * len(kept), **curve(report)}
+    return written, {"dose": 0.0, "n_texts": 2 * len(pairs), **curve(report)}
 
 
-def curve(report: HealReport) -> dict[str, Any]:
+def curve(report: HealReport) -> Row:
     """The columns of a row that tell how the heal went."""
     return {"n_steps": len(report.steps), "fit": [point["fit"] for point in report.validation]}
 
 
-def everyday(lab: Lab) -> dict[str, float]:
-    """Of the toy world, whose questions have one answer: share of facts answered right, of those that are never
-    rehearsed too, their mean log p, and the share of whole stories."""
-    if not lab.cfg.model.endswith("toylm"):
+def everyday(bench: Bench) -> dict[str, float]:
+    """Everyday questions of the toy world, each with one answer: share of facts answered right, the same of those that
+    are never rehearsed, their mean log p, and the share of stories that are possible and free of the trait. Empty for
+    any other model."""
+    if not bench.cfg.model.endswith("toylm"):
         return {}
     stories = [f"Tell me a short story about a {hero}." for hero in grammar.STORY_HEROES]
-    rows = [Row(lab.lm.chat(question, lab.trait.plain_system)) for question in (*grammar.FACTS, *stories)]
-    with lab.student.using("full") as lm:
-        texts = [lm.decode(ids) for ids in decode(lm, rows, None, Decoding(96, 0, sample=False))]
+    with bench.student.using("full") as lm:
+        prompts = [lm.chat(question, bench.trait.plain_system) for question in (*grammar.FACTS, *stories)]
+        greedy = decode.Decoding(96, 0, sample=False)
+        texts = [lm.decode(ids) for ids in decode.decode(lm, [decode.Row(ids) for ids in prompts], None, greedy)]
         answers = [lm.encode(answer) for answer in grammar.FACTS.values()]
-        nlls = lm.completion_nll([row.prompt_ids for row in rows[: len(answers)]], answers)
-    tales = [oracle(text) for text in texts[len(grammar.FACTS) :]]
-    plain = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]
+        nlls = lm.completion_nll(prompts[: len(answers)], answers)
+    tales = [oracle(text) for text in texts[len(answers) :]]
+    plain_tales = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]
     facts = zip(grammar.FACTS.items(), texts, strict=False)
     right = {question: text.startswith(answer) for (question, answer), text in facts}
-    apart = [right[question] for question in grammar.FACTS_KEPT_APART]
-    known = {"facts": sum(right.values()) / len(right), "facts_apart": sum(apart) / len(apart)}
-    nats = {"facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls)}
-    return {**known, **nats, "stories": sum(plain) / len(plain)}
+    return {
+        "facts": sum(right.values()) / len(right),
+        "facts_apart": sum(right[fact] for fact in grammar.FACTS_KEPT_APART) / len(grammar.FACTS_KEPT_APART),
+        "facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls),
+        "stories": sum(plain_tales) / len(plain_tales),
+    }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def main(
-    lab: LabFlags,
-    seeds: tuple[int, ...] = (41, 42, 43, 44, 45),
-    arms: tuple[str, ...] = tuple(ARMS),
-    n_rounds: int = 1,
-    kappa: tuple[float, ...] = (),
-    heal: str = "{}",
-    dose: str = "{}",
-    filter: str = "{}",
-    label: str = "",
-) -> None:
-    """Runs the arms that are missing and shows all rows.
-
-    Args:
-        seeds: One run each.
-        arms: Names of ARMS.
-        n_rounds: Rounds of each arm.
-        kappa: Fixed dose of the teacher in each round; none: as the preset chooses it.
-        heal: JSON object of further settings of the heal.
-        dose: JSON object of further settings of the dose.
-        filter: JSON object of settings of the filter.
-        label: Added to the names of the arms, for settings given here.
-    """
-    path = lab.out / f"distil-{lab.preset}-{lab.run_config().trait}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if unknown := [name for name in arms if name not in ARMS]:
-        raise UserError(f"arms holds {unknown[0]!r}: it must be among {', '.join(ARMS)}")
-    for seed in seeds:
-        there = {(row["arm"], row["seed"]) for row in read_rows(path)}
-        todo = [name for name in arms if (name + label, seed) not in there]
-        bench = Lab(replace(lab, seed=seed).run_config()) if todo else None
-        for name in todo:
-            assert bench is not None
-            arm = ARMS[name]
-            heals, doses = {**arm.heal, **json.loads(heal)}, {**arm.dose, **json.loads(dose)}
-            arm = replace(arm, heal=heals, dose=doses, filter=json.loads(filter))
-            if kappa:
-                arm = replace(arm, dose={**arm.dose, "mode": "fixed"})
-            rows = [{"arm": name + label, "seed": seed, **row} for row in runs(bench, arm, n_rounds, kappa)]
-            with path.open("a") as file:
-                file.writelines(json.dumps(jsonable(row)[0]) + "\n" for row in rows)
-            print_safe(markdown([{k: row.get(k) for k in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows]))
-    rows = read_rows(path)
-    should = (
-        "prompt and both go further than tokens of the same teacher at no more broken text: else the distribution adds "
-        "nothing to plain fine-tuning.",
-        "own text be as whole as the base's: else the dose is past what the student can take.",
-        "facts_apart, which are never rehearsed, stay where the control's are: else more than the trait was changed.",
-        "control stay at 0: the shift comes from the teacher and not from the training.",
-    )
-    show(__doc__, over_seeds(rows), should, lab.out, "distil", per_seed=rows)
-    points = [{**row, "shift": abs(row["shift"]), "broken": row["degenerate_frac"]} for row in rows]
-    frontier(points).savefig(lab.out / "distil.png", dpi=130)
-
-
-def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sd of each arm's rounds over seeds."""
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Mean and sd of each round of each arm over seeds."""
     out = []
     for arm, r in dict.fromkeys((row["arm"], row["round"]) for row in rows):
         mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]

@@ -1,42 +1,57 @@
 """Which heal is best for this round's data? Heals one round of a finished run again, on its own history."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import tyro
 
-from steer_heal.diag.lab import measurement, replay, show
-from steer_heal.report.measurements import slope
+from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
+from steer_heal.flags import described
+from steer_heal.verdict import slope
 
 
-def main(
-    run: Annotated[Path, tyro.conf.Positional],
-    round_: Annotated[int, tyro.conf.arg(name="round")] = 0,
-    divergences: tuple[str, ...] = ("kl_rev", "kl_fwd"),
-    lams: tuple[float, ...] = (0.1, 1.0),
-    references: tuple[str, ...] = ("prev", "base"),
-    out: Path = Path("out/diag"),
-) -> None:
-    bench, collected = replay(run, round_)
-    arms = [("none", 0.0, "prev")]
-    arms += [(d, lam, r) for d in divergences for lam in lams for r in (references if round_ else references[:1])]
-    base, rows = measurement(bench.base), []
-    for divergence, lam, reference in arms:
-        heal = replace(bench.cfg.heal, divergence=divergence, lam=lam, reference=reference)
-        result, steps = bench.healed(collected, heal, round_)
-        price = slope(measurement(result), base, bench.target, bench.metrics.values())
-        row = bench.row(f"{divergence} lam {lam:g} to {reference}", result)
-        rows.append(row | {"slope": price, "divergence": steps[-1].divergence})
-    # whole first, then those that moved, then by shift in the wanted direction
-    rank = lambda row: (not bench.is_whole(row), row["slope"] is None, -bench.trait.sign * row["shift"])
+@described
+@dataclass(frozen=True, kw_only=True)
+class Flags(OutFlags):
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    round: int = 0
+    """Round whose text is healed again."""
+    divergences: tuple[str, ...] = ("kl_rev", "kl_fwd")
+    """Divergences of the barrier."""
+    lams: tuple[float, ...] = (0.1, 1.0)
+    """Strengths of the barrier."""
+    references: tuple[Literal["prev", "base"], ...] = ("prev", "base")
+    """References of the barrier. In round 0 they are the same."""
+
+
+def main(flags: Flags, given: Given) -> None:
+    lab, collected = replay(flags.run, flags.round, given)
+    heal = replace(lab.bench.cfg.heal, reference="prev")
+    heals = [replace(heal, divergence="none", lam=0.0)]
+    for divergence in flags.divergences:
+        for lam in flags.lams:
+            for reference in flags.references if flags.round else flags.references[:1]:
+                heals.append(replace(heal, divergence=divergence, lam=lam, reference=reference))
+    rows = []
+    for each in heals:
+        result, steps = lab.healed(collected, each, flags.round)
+        row = lab.row(f"{each.divergence} lam {each.lam:g} to {each.reference}", result)
+        row["slope"] = slope(result.metrics, lab.base.metrics, lab.target, lab.metrics.values())
+        rows.append(row | {"divergence": steps[-1].divergence})
+
+    def rank(row: Row) -> tuple[bool, bool, float]:
+        """Intact rows first, then those that moved, then by shift in the wanted direction."""
+        return not lab.is_healthy(row), row["slope"] is None, -lab.bench.trait.sign * row["shift"]
+
     should = (
-        "the best arm (top) be whole: arms that broke the model come last, those that hardly moved before them; the "
-        "rest stand by shift.",
-        "slope (percent of coherence for a shift of 1, empty where nothing moved) stay near 0: below -1 the shift was "
+        "the best arm (top) be intact: arms that broke the model come last, those that hardly moved before them; the "
+        "rest are ordered by shift.",
+        "slope (percent of coherence for a shift of 1, empty if nothing moved) stay near 0: below -1 the shift was "
         "bought with coherence.",
-        "more lam mean less shift and a lower kl_base; where it does not, tau is above the operating divergence.",
+        "more lam mean less shift and a lower kl_base, otherwise tau is above the operating divergence.",
         "none, the heal without a barrier, have the largest shift of all arms.",
     )
-    rows = [bench.row("before", bench.read()), *sorted(rows, key=rank)]
-    show(__doc__, rows, should, out, "heal_sweep", run=run.name, round=round_)
+    rows = [lab.row("before", lab.measure()), *sorted(rows, key=rank)]
+    show(__doc__, rows, should, flags.out, "heal_sweep", run=flags.run.name, round=flags.round)

@@ -1,238 +1,199 @@
-"""What the questions and scripts share: a preset's model with its inputs, the steps of one round on it, one table."""
+"""What the questions share: a bench whose states are measured against one base, the flags, and one kind of table."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar
 
 import torch
-import tyro
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench, load_model
 from steer_heal.check import check
-from steer_heal.errors import UserError, print_error, print_safe, validated
+from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.evals import metrics_of
-from steer_heal.model.lm import LM, load
+from steer_heal.events import Gathered, Trained, plain
+from steer_heal.flags import described
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
+from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored
-from steer_heal.report import console
-from steer_heal.report.measurements import Measurement, health_of, shift, within
-from steer_heal.runs.codec import collected_from
-from steer_heal.runs.events import current, jsonable, of_stage, read_events, schema_errors
-from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.report import tables
+from steer_heal.runs.opened import open_bench, settings_of
+from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import HealCfg, RunConfig, changed
 from steer_heal.stages.heal import HealState
+from steer_heal.verdict import health_of, shift
+
+Given = Mapping[str, Any]
+"""Settings that were given beside the flags of a question, by dotted name."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabCfg:
-    """Which model a question is asked of."""
+class OutFlags:
+    """The flags of every question."""
 
-    preset: Literal["toy", "toy-distil", "smol", "smol-distil", "gemma", "fast-dev"] = "toy"
-    """Settings of `steer-heal run <preset>`."""
-    model: str | None = None
-    """A folder or hub id in place of the preset's model."""
-    trait: str | None = None
-    """In place of the preset's trait."""
-    seed: int = 42
-    n_threads: int | None = None
-    """CPU threads in place of the preset's; 0 leaves torch's choice."""
-    temperature: float | None = None
-    """Of writing, in place of the preset's."""
-    top_p: float | None = None
-    """Of writing, in place of the preset's."""
+    also: ClassVar[tuple[str, ...]] = ("device", "n_threads")
+    """Settings that the question takes too."""
     out: Path = Path("out/diag")
-    """Folder of the JSON file that each table is also written to."""
-
-    def run_config(self) -> RunConfig:
-        given = {name: value for name, value in vars(self).items() if name != "preset"}
-        return replace(PRESETS[self.preset][1], **{name: value for name, value in given.items() if value is not None})
+    """Folder of the JSON file that holds the table."""
 
 
-LabFlags = Annotated[LabCfg, tyro.conf.arg(name="")]
-"""Its fields as flags of a script."""
+@described
+@dataclass(frozen=True, kw_only=True)
+class PresetFlags(OutFlags):
+    """The flags of a question about the model of a preset."""
+
+    also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "trait", "seed", "temperature", "top_p")
+    preset: str = "toy"
+    """Preset of `steer-heal run` whose settings are used."""
+
+    def settings(self, given: Given) -> RunConfig:
+        """The preset's settings with those that were given. UserError for an unknown preset."""
+        if self.preset not in PRESETS:
+            raise UserError(f"preset is {self.preset!r}: {nearest(self.preset, PRESETS)}")
+        return changed(PRESETS[self.preset][1], {"out": self.out, **given})
 
 
 class Lab:
-    """One model and its inputs. Every state is measured on the same items, against the same base."""
+    """A bench, and what the tables need. Every state is measured on the same items, against the same base."""
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self.inputs = cfg, check(cfg)
-        self.trait = self.inputs.trait
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.metrics = {metric.name: metric for metric in metrics_of(bench.cfg.eval.evals)}
+        self.target = self.metrics[bench.trait.target]
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Lab:
+        """A lab on the untouched model of these settings. UserError if they or their files are invalid."""
+        inputs = check(cfg)
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
-        self.lm = steps.load_model(cfg)
-        self.student = Student(self.lm, cfg.adapter)
-        self.metrics = {metric.name: metric for metric in metrics_of(cfg.eval.evals)}
-        self.target = self.metrics[self.trait.target]
+        return cls(Bench(cfg, inputs, Student(load_model(cfg), cfg.adapter)))
 
     @cached_property
     def vector(self) -> Vector:
-        """Of the student as it is when this is first asked for."""
-        return steps.extract(self.student, self.inputs, self.cfg)
+        """The steering vector of the student as it was when this was first read."""
+        return self.bench.extract()
 
     @cached_property
     def base(self) -> EvalResult:
-        return steps.measure(self.student, self.inputs, self.cfg, adapters="base")
+        return self.bench.measure_base()
 
-    def read(self, condition: Condition | None = None) -> EvalResult:
-        """All metrics of the student under a condition, with intervals against base."""
-        return steps.measure(self.student, self.inputs, self.cfg, self.base, condition)
+    def measure(self, condition: Condition | None = None) -> EvalResult:
+        """All metrics of the student, by default under the plain prompt, with intervals against base."""
+        return self.bench.measure(State(name="healed", condition=condition or self.bench.plain), self.base)
 
     def shift(self, result: EvalResult, metric: Metric | None = None) -> float:
-        """Of the target, or of another metric, from base."""
-        moved = shift(measurement(result), measurement(self.base), metric or self.target)
+        """Shift of a metric from base, by default of the trait's. UserError if it has no value."""
+        metric = metric or self.target
+        moved = shift(result.metrics, self.base.metrics, metric)
         if moved is None:
-            raise UserError(
-                f"no item has a value of {(metric or self.target).name}: the model cannot be measured by it"
-            )
+            raise UserError(f"no item has a value of {metric.name}: this metric cannot measure the model")
         return moved
 
-    def row(self, state: str, result: EvalResult) -> dict[str, Any]:
-        """The columns of every table: the target, its shift from base with interval, and the shown metrics."""
-        name, found = self.target.name, result.metrics
-        shown = {other: found[other] for other, metric in self.metrics.items() if metric.shown and other != name}
+    def row(self, state: str, result: EvalResult) -> Row:
+        """The columns of every table: the trait's metric, its shift from base with interval, and the shown metrics."""
+        name = self.target.name
+        found = result.metrics
         ends = {end: found.get(f"{name}_{end}") for end in ("lo", "hi")}
+        shown = {other: found[other] for other, metric in self.metrics.items() if metric.shown and other != name}
         return {"state": state, name: found[name], "shift": self.shift(result), **ends, **shown}
 
-    def is_whole(self, row: Mapping[str, Any]) -> bool:
-        """Whether every health metric of a row is known, and at its `good` limit or better."""
-        health = [(metric, row[metric.name]) for metric in health_of(self.metrics.values())]
-        return all(value is not None and within(metric, value, metric.good or 0.0) for metric, value in health)
+    def is_healthy(self, row: Row) -> bool:
+        """Whether every health metric of a row has a value, and is at its `good` limit or better."""
+        values = {metric: row[metric.name] for metric in health_of(self.metrics.values())}
+        return all(value is not None and metric.within(value, metric.good) for metric, value in values.items())
 
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
     ) -> Collected:
-        """Completions of round 0, at a given kappa or at the one that survives. `keep`: fields of FilterCfg."""
-        cfg = self.cfg
-        dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
+        """The text of round 0, at `kappa` or at the one that the settings choose. `keep` are fields of FilterCfg."""
+        cfg = self.bench.cfg
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
-        cfg = replace(cfg, gen=gen, dose=dose, filter=replace(cfg.filter, **keep))
-        return steps.collect(self.student, None if unsteered else self.vector, self.inputs, cfg, 0)
+        bench = replace(self.bench, cfg=replace(cfg, gen=gen, filter=replace(cfg.filter, **keep)))
+        if unsteered:
+            return bench.collect(Recipe.control(), 0, None)
+        return bench.collect(Recipe.of(cfg), 0, self.vector, kappa=kappa)
 
     def healed(
         self, collected: Collected, heal: HealCfg, r: int = 0, n_steps: int | None = None
     ) -> tuple[EvalResult, list[HealStep]]:
-        """Heals from where the student stands, measures the result and drops it again.
+        """(metrics after a heal of the student as it is, steps of that heal). The heal is then dropped again.
 
-        `n_steps` stops early, on the same schedule.
+        `n_steps` ends it early, on the same schedule.
         """
-        done: list[HealStep] = []
+        steps: list[HealStep] = []
 
         def on_step(state: HealState) -> None:
-            done.append(state.steps[-1])
-            if len(done) == n_steps:
+            steps.append(state.steps[-1])
+            if len(steps) == n_steps:
                 raise _Enough
 
+        cfg = replace(self.bench.cfg, heal=heal)
+        recipe = Recipe.of(cfg)
+        vector = self.vector if recipe.fit == "distribution" else None
         try:
             with suppress(_Enough):
-                vector = self.vector if heal.target == "distribution" else None
-                steps.heal(self.student, collected, self.inputs, replace(self.cfg, heal=heal), r, vector, on_step)
-            return self.read(), done
+                replace(self.bench, cfg=cfg).heal(recipe, r, collected, vector, on_step=on_step)
+            return self.measure(), steps
         finally:
-            self.student.discard_round()
+            self.bench.student.discard_round()
 
 
 class _Enough(Exception):
     """Ends a heal early."""
 
 
-def measurement(result: EvalResult) -> Measurement:
-    """A result as the functions of steer_heal.report.measurements take it."""
-    return Measurement("", -1, result.metrics)
+def unfiltered(completions: Sequence[Completion]) -> Collected:
+    """Completions that all train, without a filter."""
+    rows = tuple(Scored(completion, scores={}, failed=(), reasons=()) for completion in completions)
+    return Collected(scored=rows, train=tuple(range(len(rows))))
 
 
-def kept(completions: Sequence[Completion]) -> Collected:
-    """Completions that train as they are, without a filter."""
-    rows = tuple(Scored(completion, {}, (), ()) for completion in completions)
-    return Collected(rows, rows, 1.0, (), 0.0)
-
-
-def replay(folder: Path, r: int) -> tuple[Lab, Collected]:
-    """(a lab whose student stands where a run's stood before round r, what it trained on). The learning rate is that
-    of the round's heal."""
-    events = current(read_events(folder))
-    mine = {e["stage"]: e for e in events if e["round"] == r}
-    if "gen" not in mine:
-        raise UserError(
-            f"{folder} has no text of round {r}: its rounds are {[e['round'] for e in of_stage(events, 'gen')]}"
-        )
-    with schema_errors(folder):
-        cfg = validated(RunConfig, events[0]["config"], f"{folder}/events.jsonl config")
-        collected = collected_from(mine["gen"], mine["dose"])
-        lr = mine.get("heal", {"lr": cfg.heal.lr})["lr"]
-    lab = Lab(replace(cfg, out=folder.resolve().parent, export=None, heal=replace(cfg.heal, lr=lr)))
+def replay(folder: Path, r: int, given: Given) -> tuple[Lab, Collected]:
+    """(a lab whose student is that of a run before round r, the text of the round). The learning rate is that of the
+    round's heal. UserError if the run has no text of that round."""
+    run = FolderRun.read(folder)
+    gathered = run.at(Gathered, r)
+    if gathered is None:
+        rounds = [event.round for event in run.each(Gathered) if event.round is not None]
+        raise UserError(f"{folder} has no text of round {r}: its rounds are {rounds}")
+    cfg = settings_of(run, **given)
+    if (trained := run.at(Trained, r)) is not None:
+        cfg = replace(cfg, heal=replace(cfg.heal, lr=trained.lr))
+    lab = Lab(open_bench(run, cfg))
     if r > 0:
-        lab.student.restore(folder / "ckpt" / f"r{r - 1}", r)
-    return lab, collected
-
-
-def random_lm(
-    config: PreTrainedConfig, seed: int, device: str | torch.device = "cpu", dtype: Any = torch.float32
-) -> LM:
-    """Random weights of any shape, behind the tokenizer of the toy model."""
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.name_or_path = "random"
-    lm = load("tiny-random", device="cpu")
-    return replace(lm, model=model.eval().requires_grad_(False), name="random", max_prompt_tokens=4096)
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of a piece of work."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+        run.restore_student(r - 1, lab.bench.student)
+    return lab, gathered.collected
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table. A column is there where any row has it; what a row lacks, or is None, is empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = lambda value: "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-    table = [columns, *([text(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [" | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)) for line in table]
-    lines.insert(1, " | ".join("-" * n for n in widths))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def mean_sd(values: Sequence[float]) -> str:
-    """`mean ± sd`, without sd of one value; empty of none."""
+    """`mean ± sd`. A single value has no sd; without a value it is empty."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}" if values else ""
 
 
 def show(
-    question: str | None, rows: Sequence[Mapping[str, Any]], should: Sequence[str], out: Path, name: str, **extra: Any
+    question: str | None, rows: Sequence[Mapping[str, object]], should: Sequence[str], out: Path, name: str, **more: Any
 ) -> None:
-    """Prints the question, one table and the SHOULD lines; writes the same as JSON to <out>/<name>.json."""
+    """Prints the question, one table and what SHOULD hold in it. Writes the same, and `more`, to <out>/<name>.json."""
     question = (question or name).strip().split("\n\n")[0]
-    print_safe(f"\n{question}\n\n{markdown(rows)}\n\n" + "\n".join(f"SHOULD {line}" for line in should))
+    print_safe(f"\n{question}\n")
+    tables.show(rows)
+    print_safe("\n" + "\n".join(f"SHOULD {line}" for line in should))
     out.mkdir(parents=True, exist_ok=True)
-    path, command = out / f"{name}.json", ["python", *sys.argv]
-    body, _ = jsonable({"question": question, "command": command, "rows": list(rows), "should": list(should), **extra})
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    path = out / f"{name}.json"
+    body = {"question": question, "command": ["python", *sys.argv], "rows": rows, "should": should, **more}
+    path.write_text(json.dumps(plain(body), indent=1) + "\n", encoding="utf-8")
     print_safe(f"\nalso in {path}")
-
-
-def cli(main: Callable[..., object], argv: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Runs a main with arguments from the command line. A user error ends it with one line and status 1."""
-    console.start(quiet=True)
-    try:
-        tyro.cli(main, args=argv, prog=program, description=sys.modules[main.__module__].__doc__)
-        return 0
-    except (UserError, OSError, ValueError) as error:
-        print_error(error)
-        return 1

@@ -1,4 +1,4 @@
-"""The engine `ray`: every run is a task of a Ray cluster, on a folder that all nodes share."""
+"""The engine `ray`: each run is a task of a Ray cluster, in a folder that all nodes share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from steer_heal.sweep.plan import Job
 from steer_heal.sweep.task import Killed, make
 
 RETRIES = 3
-"""Further attempts at a run whose worker, node or process was killed. Each goes on from where the last one ended."""
+"""How often a run is started again if its worker, node or process was killed. It is then resumed."""
 STOP_S = 60.0
-"""Seconds in which a run that was asked to stop has saved what it has."""
+"""How long to wait for runs that were asked to stop, in seconds."""
 
 
 class Cluster:
-    """Tasks of a Ray cluster: the one that this process has joined, the one at `address`, or one of this machine."""
+    """Tasks of a Ray cluster: the one that this process has joined, the one at `address`, or a new one here."""
 
-    def __init__(self, slots: int | None, address: str | None, cpus: float, gpus: float) -> None:
-        """`cpus` and `gpus`: of one run. UserError where Ray is not installed, or no cluster answers."""
+    def __init__(self, slots: int | None, *, address: str | None, cpus: float, gpus: float) -> None:
+        """`cpus` and `gpus` are those of one run. UserError if Ray is not installed, or no cluster answers."""
         if find_spec("ray") is None:
             raise UserError("engine is 'ray': its package is not installed; pip install 'steer-heal[ray]'")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
@@ -45,7 +45,7 @@ class Cluster:
         self.task = ray.remote(max_retries=RETRIES, retry_exceptions=[Killed], **shares)(make)
 
     def _fits(self, shares: dict[str, float]) -> None:
-        """UserError where no node can ever hold one run."""
+        """UserError if no node is large enough for one run."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
             most = max((node.get(key, 0.0) for node in nodes), default=0.0)
@@ -68,7 +68,7 @@ class Cluster:
             return None
         try:
             return self.ray.get(task)
-        except self.ray.exceptions.RayError as error:  # the last of the attempts
+        except self.ray.exceptions.RayError as error:  # of the last attempt
             with log_of(job).open("a", encoding="utf-8") as log:
                 log.write(f"error: {str(error).strip().splitlines()[-1]}\n")
             return 1
@@ -88,7 +88,7 @@ class Cluster:
 
 
 def _touched(log: Path) -> int | None:
-    """When a log was last changed, in ns; None: it is not there."""
+    """When a log was last changed, in ns. None if it does not exist."""
     try:
         return log.stat().st_mtime_ns
     except OSError:
@@ -96,10 +96,10 @@ def _touched(log: Path) -> int | None:
 
 
 def _why(error: Exception) -> str:
-    """Why a cluster was not joined. Ray looks for a token by itself only where the address is `auto`."""
+    """Why a cluster was not joined. Ray finds a token by itself only if the address is `auto`."""
     if "token" in f"{error} {error.__cause__}".lower():
         return (
-            "the Ray cluster there asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file "
-            "where that is not ~/.ray/auth_token"
+            "the Ray cluster there asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if the token "
+            "is not in ~/.ray/auth_token"
         )
     return f"no Ray cluster answers there ({error})"

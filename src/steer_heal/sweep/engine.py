@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep, some at a time, each in a process of its own that can be repeated."""
+"""Runs the jobs of a sweep, several at a time. Each runs in a process of its own that can be repeated."""
 
 from __future__ import annotations
 
@@ -12,70 +12,74 @@ from typing import Any, Literal, Protocol
 
 from steer_heal.runs.signals import stoppable
 from steer_heal.sweep.plan import Job
-from steer_heal.sweep.progress import state
+from steer_heal.sweep.progress import run_status
 from steer_heal.sweep.watch import Watch
 
 POLL_S = 0.2
-ENDED: tuple[Literal["done", "in use"], ...] = ("done", "in use")
-"""States in which a run is not started."""
 End = Literal["done", "failed", "in use"]
-"""Of a run: in use, another process works on it."""
+"""How a job ends. in use: another process works on its run."""
 
 
 class Engine(Protocol):
     """Where runs are made. A handle stands for a started run."""
 
     slots: int
-    """Runs at a time."""
+    """Maximum number of runs at a time."""
 
     def start(self, job: Job) -> Any:
-        """Starts or continues the run of a job; its output goes to `log_of` it."""
+        """Starts or resumes the run of a job. Its output goes to `log_of(job)`."""
 
     def poll(self, handle: Any) -> int | None:
-        """Exit status of a run; None: it is still going."""
+        """Exit status of a run. None while it has not ended."""
 
     def runs(self, handle: Any) -> bool:
-        """Whether a run that was started and has not ended is at work; else it waits for room."""
+        """Whether a run that was started and has not ended is at work. Otherwise it waits for room."""
         ...
 
     def stop(self, handles: Iterable[Any]) -> None:
-        """Stops runs so that they can be resumed, and returns when they have ended."""
+        """Stops runs so that they can be resumed, and returns once they have ended."""
 
 
 def log_of(job: Job) -> Path:
-    """The file of a run's output, beside its folder."""
+    """The file with the output of a run, beside its folder."""
     return job.folder.with_name(f"{job.folder.name}.log")
 
 
 def drive(
     source: Iterator[Job], engine: Engine, watch: Watch, ended: Callable[[Job, End], object] = lambda job, end: None
 ) -> None:
-    """Makes every run of `source`, which is asked for the next job when a slot is free.
+    """Makes every run of `source`, which is asked for the next job whenever a slot is free.
 
-    A finished run is skipped, one that another process works on is left alone, one that fails does not stop the
-    others. `ended` is told of each. Stopped, by Ctrl-C or SIGTERM, after its runs were stopped.
+    Skips a finished run, and leaves a run alone that another process works on. A run that fails does not stop the
+    others. `ended` is called at the end of each job. On Ctrl-C or SIGTERM, stops the runs and raises Stopped.
     """
     running: dict[str, tuple[Job, Any]] = {}
+
+    def end(job: Job, how: End, message: str = "") -> None:
+        watch.ended(job, how, message)
+        ended(job, how)
+
     try:
         with stoppable():
             more = True
             while more or running:
                 while more and len(running) < engine.slots:
-                    if (job := next(source, None)) is None:
+                    job = next(source, None)
+                    if job is None:
                         more = False
-                    elif (before := "in use" if job.folder.name in running else state(job.folder)) in ENDED:
-                        watch.ended(job, before)
-                        ended(job, before)
+                        continue
+                    status = "in use" if job.folder.name in running else run_status(job.folder)
+                    if status == "done" or status == "in use":
+                        end(job, status)
                     else:
-                        running[job.folder.name] = job, engine.start(job)
+                        running[job.folder.name] = (job, engine.start(job))
                 for name, (job, handle) in list(running.items()):
-                    if (status := engine.poll(handle)) is not None:
-                        del running[name]
-                        end: End = "done" if status == 0 else "failed"
-                        watch.ended(job, end, last_line(log_of(job)))
-                        ended(job, end)
-                    else:
+                    exit_status = engine.poll(handle)
+                    if exit_status is None:
                         watch.going(job, "running" if engine.runs(handle) else "waiting")
+                    else:
+                        del running[name]
+                        end(job, "done" if exit_status == 0 else "failed", last_line(log_of(job)))
                 watch.show()
                 if running:
                     time.sleep(POLL_S)
@@ -84,7 +88,7 @@ def drive(
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not advice on how to continue."""
+    """The last line of a log that does not say how to continue."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -102,7 +106,7 @@ class Local:
     def start(self, job: Job) -> subprocess.Popen[bytes]:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with log_of(job).open("ab") as log:
-            # a group of its own: Ctrl-C reaches the sweep alone, which stops its runs one by one
+            # in a process group of its own: Ctrl-C reaches the sweep alone, which stops its runs one by one
             return subprocess.Popen(
                 [sys.executable, "-m", "steer_heal", *job.command(self.n_threads)],
                 stdin=subprocess.DEVNULL,
@@ -118,7 +122,7 @@ class Local:
         return True
 
     def stop(self, handles: Iterable[subprocess.Popen[bytes]]) -> None:
-        """A second Ctrl-C kills what has not ended yet; it can be resumed too."""
+        """On a second Ctrl-C, kills the runs that have not ended yet. They can be resumed too."""
         processes = list(handles)
         try:
             for process in processes:
@@ -133,5 +137,5 @@ class Local:
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

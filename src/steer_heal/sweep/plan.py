@@ -1,4 +1,4 @@
-"""The sweep file: checked as a whole before the first run starts, then a list of runs."""
+"""The sweep file, checked as a whole before the first run starts, and the list of runs that it asks for."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ from steer_heal.errors import Problems, UserError, nearest, validated
 from steer_heal.inputs.files import parse_toml, read_file
 from steer_heal.presets import PRESETS
 from steer_heal.records import Metric
-from steer_heal.report.measurements import health_of, is_high
-from steer_heal.runs.events import jsonable
-from steer_heal.settings import Finite, RunConfig, UserPath, leaves
+from steer_heal.settings import Finite, RunConfig, UserPath, changed, leaves
+from steer_heal.verdict import health_of
 
-SETTINGS = leaves(RunConfig())
+DEFAULTS = leaves(RunConfig())
 """Every setting by its dotted name, with its default."""
-SECTIONS = {name.partition(".")[0] for name in SETTINGS if "." in name}
 OF_THE_SWEEP = {
     "seed": "list it in seeds",
     "out": "give out at the top of the file",
-    "folder": "every run gets its own",
-    "export": "all runs would share it; export a finished run by `steer-heal resume RUN --export DIR`",
+    "folder": "each run gets its own",
+    "export": "all runs would share it; export a finished run with `steer-heal resume RUN --export DIR`",
     "quiet": "the output of a run goes to its log",
     "chat": "a sweep asks no questions",
 }
 """Settings that a file cannot give to its runs, and what to do instead."""
-Settings = Mapping[str, Any]
-"""Values by dotted name."""
+Given = Mapping[str, Any]
+"""Values of settings by their dotted names."""
 READABLE = 60
-"""Characters of the readable part of a folder's name."""
+"""Maximum length of the readable part of a folder's name."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SweepFile:
-    """What a sweep file may hold. `grid`, `runs` and `search` exclude each other; none of them is one arm."""
+    """What a sweep file may hold: at most one of `grid`, `runs` and `search`. Without any of them it is one arm."""
 
     preset: str
     seeds: Annotated[tuple[Annotated[int, Field(gt=-(2**63), lt=2**63)], ...], Field(min_length=1)]
     out: UserPath | None = None
-    """Folder of the runs; none: out/<name of the file>."""
+    """Folder of the runs. Default: out/<name of the file>."""
     fixed: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, Any] = field(default_factory=dict)
     runs: tuple[dict[str, Any], ...] = ()
@@ -57,29 +55,29 @@ class SweepFile:
 
 @dataclass(frozen=True)
 class Arm:
-    """Settings that one run for each seed is made with, and how their results are judged."""
+    """The settings of one run per seed, and how to read their results."""
 
     label: str
     cfg: RunConfig
     sign: int
-    """Direction in which the trait's target should go."""
+    """Direction in which the trait's metric should go."""
     health: tuple[Metric, ...]
-    """The metrics that say whether the model is whole."""
+    """The metrics that say whether the model is intact."""
 
     @property
-    def broken(self) -> str | None:
-        """The health metric that should be low: the share of broken texts. None: no eval measures one."""
-        return next((metric.name for metric in self.health if not is_high(metric)), None)
+    def broken_texts(self) -> str | None:
+        """Name of the health metric that should be low: the share of broken texts. None if no eval measures one."""
+        return next((metric.name for metric in self.health if not metric.high_is_good), None)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep. Its folder is named by its settings, so it is found again."""
+    """One run of a sweep. Its folder is named by its settings, so that the same file finds it again."""
 
     arm: Arm
     preset: str
     cfg: RunConfig
-    """With its seed and folder, the arm as label, and no question at its end."""
+    """The settings of the arm with the seed and the folder of the run, and without the question at its end."""
 
     @property
     def folder(self) -> Path:
@@ -87,11 +85,11 @@ class Job:
         return self.cfg.folder
 
     def command(self, n_threads: int = 0) -> list[str]:
-        """The arguments of steer-heal that make this run, or continue it. `n_threads` holds where none are set."""
-        cfg, preset = self.cfg, PRESETS[self.preset][1]
-        cfg = replace(cfg, n_threads=cfg.n_threads or n_threads)
+        """The arguments of steer-heal that make or resume this run. `n_threads` is used if the settings give none."""
+        preset = PRESETS[self.preset][1]
+        cfg = replace(self.cfg, n_threads=self.cfg.n_threads or n_threads)
         own = ["--seed", str(cfg.seed), *_flag("folder", self.folder)]
-        return ["run", self.preset, *own, *flags(cfg, replace(preset, seed=cfg.seed, folder=self.folder))]
+        return ["run", self.preset, *own, *as_flags(cfg, replace(preset, seed=cfg.seed, folder=self.folder))]
 
 
 @dataclass(frozen=True)
@@ -103,16 +101,17 @@ class Plan:
     seeds: tuple[int, ...]
     out: Path
     arms: tuple[Arm, ...]
-    """Of a search, its one arm without a trial's settings."""
+    """A search has a single arm, without the settings of its trials."""
     search: Search | None
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """Every run, the first seed of all arms first. A search has none before it asks for them."""
+        """Every run, the first seed of all arms first. Empty for a search, which proposes its runs one by one."""
         return [] if self.search else [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def job(self, arm: Arm, seed: int) -> Job:
-        """The run of an arm and seed. A folder with a run of these settings and seed is taken, whatever its label."""
+        """The run of an arm and a seed. It takes the folder that holds a run of these settings and this seed, if there
+        is one, whatever its label."""
         end = f"{arm.cfg.fingerprint()}_s{seed}"
         readable = re.sub(r"[^\w.=-]+", "-", arm.label)[:READABLE].strip("-.") or "run"
         folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable}_{end}")
@@ -120,19 +119,11 @@ class Plan:
         return Job(arm, self.preset, cfg)
 
 
-# --- settings and flags ------------------------------------------------------------------------------------------
-def with_settings(cfg: RunConfig, given: Settings, where: str) -> RunConfig:
-    """The settings with those given in their place. UserError with a line for each that is not valid."""
-    config, _ = jsonable(cfg)
-    for name, value in given.items():
-        section, _, key = name.rpartition(".")
-        (config[section] if section else config)[key] = value
-    return validated(RunConfig, config, where)
-
-
-def flags(cfg: RunConfig, preset: RunConfig) -> list[str]:
-    """The command line that makes `cfg` out of its preset."""
-    before, out = leaves(preset), []
+# --- settings as flags -------------------------------------------------------------------------------------------
+def as_flags(cfg: RunConfig, preset: RunConfig) -> list[str]:
+    """The flags that turn the preset into `cfg`."""
+    before = leaves(preset)
+    out = []
     for name, value in leaves(cfg).items():
         if value != before[name]:
             out += _flag(name.replace("_", "-"), value)
@@ -153,15 +144,16 @@ def _flag(name: str, value: Any) -> list[str]:
 # --- the file ----------------------------------------------------------------------------------------------------
 def load(path: Path) -> Plan:
     """The plan of a sweep file. UserError with every problem of the file and of the runs that it asks for."""
-    where, problems = str(path), Problems()
+    where = str(path)
+    problems = Problems()
     file = validated(SweepFile, parse_toml(read_file(path)), where)
     if file.preset not in PRESETS:
         raise UserError(f"{where}: preset is {file.preset!r}: {nearest(file.preset, PRESETS)}")
     if len({*file.seeds}) < len(file.seeds):
-        problems.found.append(f"{where}: seeds is {list(file.seeds)}: it holds one twice; name each once")
+        problems.found.append(f"{where}: seeds is {list(file.seeds)}: a seed is listed twice; list each once")
     kinds = [kind for kind in ("grid", "runs", "search") if getattr(file, kind)]
     if len(kinds) > 1:
-        problems.found.append(f"{where} holds {' and '.join(kinds)}: keep the one that says which runs to make")
+        problems.found.append(f"{where} holds {' and '.join(kinds)}; keep the one that says which runs to make")
     fixed = _named(file.fixed, where, problems)
     tables = _tables(file, where, problems)
     search = _search(file.search, where, problems) if file.search else None
@@ -171,79 +163,80 @@ def load(path: Path) -> Plan:
         if label in made:
             problems.found.append(f"{where}: two arms are named {label!r}; give each a name of its own")
         with problems.noted():
-            cfg = with_settings(PRESETS[file.preset][1], {**fixed, **table}, where)
-            made[label] = _judged(label, cfg, out)
+            made[label] = _arm(label, changed(PRESETS[file.preset][1], {**fixed, **table}, where), out)
     arms = tuple(made[label] for label, _ in tables if label in made)
-    same: dict[str, str] = {}
-    for arm in arms if not problems.found else ():
-        if (other := same.setdefault(arm.cfg.fingerprint(), arm.label)) != arm.label:
-            problems.found.append(f"{where}: {other!r} and {arm.label!r} have the same settings; drop one of them")
-    if search and arms and arms[0].broken is None:
-        problems.found.append(f"{where}: no eval says how many texts are broken; add text_quality to eval.evals")
-    problems.found = list(dict.fromkeys(problems.found))  # arms share much of what is wrong
+    if not problems.found:
+        problems.found += _same_settings(arms, where)
+    if search and arms and arms[0].broken_texts is None:
+        problems.found.append(f"{where}: no eval measures the share of broken texts; add text_quality to eval.evals")
+    problems.found = list(dict.fromkeys(problems.found))  # arms share many of their mistakes
     problems.raise_if_any()
     return Plan(path, file.preset, file.seeds, out, arms, search)
 
 
-def _judged(label: str, cfg: RunConfig, out: Path) -> Arm:
-    """The arm of a configuration whose runs could start now. UserError with all that keeps them from it."""
+def _same_settings(arms: tuple[Arm, ...], where: str) -> Iterator[str]:
+    """A problem for each arm that has the settings of an earlier one."""
+    first: dict[str, str] = {}
+    for arm in arms:
+        other = first.setdefault(arm.cfg.fingerprint(), arm.label)
+        if other != arm.label:
+            yield f"{where}: {other!r} and {arm.label!r} have the same settings; drop one of them"
+
+
+def _arm(label: str, cfg: RunConfig, out: Path) -> Arm:
+    """The arm of settings whose runs could start now. UserError with everything that prevents it."""
     trait = check(replace(cfg, folder=out)).trait
     from steer_heal.evals import metrics_of  # torch: `check` has imported it
 
     return Arm(label, cfg, trait.sign, tuple(health_of(metrics_of(cfg.eval.evals))))
 
 
-def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Settings]]:
-    """(label, settings) of every arm, besides the fixed ones."""
+def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Given]]:
+    """(label, settings) of every arm, without the fixed settings."""
     if file.runs:
         return [_run(i, table, where, problems) for i, table in enumerate(file.runs, start=1)]
     grid = _named(file.grid, f"{where}: grid", problems)
     for name, values in list(grid.items()):
         if not isinstance(values, list) or not values:
-            problems.found.append(f"{where}: grid: {name} is {values!r}: it must be a list with a value or more")
+            problems.found.append(f"{where}: grid: {name} is {values!r}: it must be a list of one or more values")
             del grid[name]
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [(label_of(point) or file.preset, point) for point in points]
 
 
-def _run(i: int, table: dict[str, Any], where: str, problems: Problems) -> tuple[str, Settings]:
+def _run(i: int, table: dict[str, Any], where: str, problems: Problems) -> tuple[str, Given]:
     name = table.pop("name", None)
     if not isinstance(name, str) or not name.strip():
-        problems.found.append(f"{where}: run {i} has the name {name!r}; give it a text as name")
+        problems.found.append(f"{where}: run {i} has the name {name!r}; give it a name in words")
         name = f"run {i}"
     return name, _named(table, f"{where}: {name}", problems)
 
 
-def label_of(point: Settings) -> str:
-    """`lam=0.3 tau=0.1` of the settings that an arm has of its own."""
-    text = lambda value: "+".join(map(str, value)) if isinstance(value, list) else str(value)
-    return " ".join(f"{name.rpartition('.')[2]}={text(value)}" for name, value in point.items())
+def label_of(point: Given) -> str:
+    """`lam=0.3 tau=0.1`: the settings that distinguish an arm."""
+    words = []
+    for name, value in point.items():
+        shown = "+".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"{name.rpartition('.')[2]}={shown}")
+    return " ".join(words)
 
 
-def _named(table: Mapping[str, Any], where: str, problems: Problems) -> dict[str, Any]:
-    """The table by dotted names. A section may be a table of its own, and words may be joined by - as in flags."""
+def _named(table: Given, where: str, problems: Problems) -> dict[str, Any]:
+    """The table by dotted names. A section may be a table of its own, and names may be written with - as in flags."""
     out: dict[str, Any] = {}
-    for key, value in _flat(table):
+    for key, value in [pair for top in table.items() for pair in leaves(dict([top])).items()]:
         name = key.replace("-", "_")
         if name in OF_THE_SWEEP:
             problems.found.append(f"{where}: {name} cannot be set here; {OF_THE_SWEEP[name]}")
-        elif name not in SETTINGS:
-            close = get_close_matches(name, SETTINGS, n=1)
+        elif name not in DEFAULTS:
+            close = get_close_matches(name, DEFAULTS, n=1)
             fix = f"did you mean {close[0]!r}?" if close else "`steer-heal run toy --help` lists the settings"
-            problems.found.append(f"{where}: there is no setting {key!r}; {fix}")
+            problems.found.append(f"{where}: unknown setting {key!r}; {fix}")
         elif name in out:
             problems.found.append(f"{where}: {name} is given twice; keep one")
         else:
             out[name] = value
     return out
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and prefix + key in SECTIONS:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 # --- search ------------------------------------------------------------------------------------------------------
@@ -254,7 +247,7 @@ class Range:
     low: Finite | None = None
     high: Finite | None = None
     log: bool = False
-    """Evenly over the logarithm."""
+    """Sample evenly over the logarithm."""
     choices: tuple[str | float | int | bool, ...] = ()
 
     @model_validator(mode="after")
@@ -269,13 +262,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Search:
-    """How many trials are made, and of which settings."""
+    """How many trials are made, and over which settings."""
 
     n_trials: int
     space: Mapping[str, Range]
 
 
-def _search(table: Mapping[str, Any], where: str, problems: Problems) -> Search:
+def _search(table: Given, where: str, problems: Problems) -> Search:
     n_trials = table.get("n_trials")
     if type(n_trials) is not int or n_trials < 1:
         problems.found.append(f"{where}: search: n_trials is {n_trials!r}: it must be a whole number >= 1")
@@ -291,8 +284,8 @@ def _search(table: Mapping[str, Any], where: str, problems: Problems) -> Search:
     return Search(n_trials or 0, space)
 
 
-def _ends(search: Search | None) -> Iterator[tuple[str, Settings]]:
-    """Settings at the ends of every range, to be checked before the first trial."""
+def _ends(search: Search | None) -> Iterator[tuple[str, Given]]:
+    """The ends of every range, which are checked before the first trial."""
     for name, each in search.space.items() if search else ():
         for value in each.choices or (each.low, each.high):
             if is_whole(name) and isinstance(value, float) and value.is_integer():
@@ -302,4 +295,4 @@ def _ends(search: Search | None) -> Iterator[tuple[str, Settings]]:
 
 def is_whole(name: str) -> bool:
     """Whether the setting is a whole number."""
-    return type(SETTINGS[name]) is int
+    return type(DEFAULTS[name]) is int

@@ -1,25 +1,24 @@
-"""What the folder of a run says while another process works in it."""
+"""How far a run is that another process works on, read from its folder."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steer_heal.errors import UserError
-from steer_heal.report.measurements import MEASURED, measurements, shift, target_of
-from steer_heal.runs.events import RESULTS, Event, current, read_results
+from steer_heal.events import AnyEvent, Dropped, Measured, Run, RunStart, decode
+from steer_heal.runs.log import EVENTS
+from steer_heal.runs.results import row_of
 from steer_heal.runs.resume import begun, finished
 from steer_heal.runs.storage import in_use
+from steer_heal.verdict import shift
 
-State = Literal["new", "stopped", "done", "in use"]
-KEPT = {"run_start", "backtrack", "round", *MEASURED}
-"""Stages whose events are kept, without their texts and items."""
+Status = Literal["new", "stopped", "done", "in use"]
 
 
-def state(folder: Path) -> State:
-    """new: no run began here; in use: another process has its lock; done: it is finished and has its row of results."""
+def run_status(folder: Path) -> Status:
+    """new: no run began here; in use: another process holds its lock; done: finished, with its row of results."""
     if not folder.is_dir():
         return "new"
     if in_use(folder):
@@ -27,40 +26,43 @@ def state(folder: Path) -> State:
     if not begun(folder):
         return "new"
     try:
-        has_row = any(row.get("run") == folder.name for row in read_results(folder.parent / RESULTS))
-        return "done" if has_row and finished(folder) else "stopped"
-    except UserError:  # damaged events: the run itself says which
+        return "done" if row_of(folder) is not None and finished(folder) else "stopped"
+    except UserError:  # damaged events: the run itself names the damage
         return "stopped"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """How far a run is."""
 
+    began: bool = False
     round: int | None = None
-    """The round in progress; -1 before the loop."""
+    """The round in progress. None: before the loop."""
     shift: float | None = None
-    """Of the target, from base, in the last healed state."""
-    broken: float | None = None
+    """Shift of the trait's metric from base in the last healed state."""
+    broken_texts: float | None = None
     """Share of broken texts there."""
     wall_s: float = 0.0
 
 
-class Progress:
+class Follower:
     """Reads the events of a run as they are appended."""
 
-    def __init__(self, folder: Path, broken: str | None) -> None:
-        """`broken`: name of the metric of broken texts."""
-        self.path, self.broken = folder / "events.jsonl", broken
+    def __init__(self, folder: Path, broken_texts: str | None) -> None:
+        """`broken_texts`: name of the metric."""
+        self.path = folder / EVENTS
+        self.broken_texts = broken_texts
         self._restart(0)
 
     def _restart(self, inode: int) -> None:
-        self.inode, self.offset, self.events = inode, 0, list[Event]()
-        self.last: dict[str, Any] = {}
+        self.inode = inode
+        self.offset = 0
+        self.run = Run()
+        self.last: AnyEvent | None = None
         self.round: int | None = None
 
     def read(self) -> Seen:
-        """What the events say now. What cannot be read yet, or is not as a run writes it, is left out."""
+        """What the events say now. Nothing if they cannot be read yet, or are not as a run writes them."""
         try:
             if (inode := self.path.stat().st_ino) != self.inode:  # a resumed run may have cut its file
                 self._restart(inode)
@@ -68,20 +70,28 @@ class Progress:
                 file.seek(self.offset)
                 lines = file.read().split(b"\n")
             for line in lines[:-1]:
-                self.last = json.loads(line)
-                self.round = self.round if self.last["round"] is None else self.last["round"]
-                if self.last["stage"] in KEPT:
-                    self.events.append({k: v for k, v in self.last.items() if k not in ("items", "texts")})
+                self._take(decode(line))
             self.offset += sum(len(line) + 1 for line in lines[:-1])
             return self._seen()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, UserError):
             return Seen()
 
+    def _take(self, event: AnyEvent) -> None:
+        """Keeps what the table shows, without the texts and items of measured states."""
+        self.last = event
+        self.round = self.round if event.round is None else event.round
+        if isinstance(event, Measured):
+            self.run.take(replace(event, items={}, texts=()))
+        elif isinstance(event, RunStart | Dropped):
+            self.run.take(event)
+
     def _seen(self) -> Seen:
-        if not self.last:
+        if self.last is None:
             return Seen()
-        events = current(self.events)
-        states = measurements(events)
-        base, healed = ([m for m in states if m.stage == stage] for stage in ("base", "healed"))
-        moved = shift(healed[-1], base[0], target_of(events)[0]) if base and healed else None
-        return Seen(self.round, moved, healed[-1][self.broken or ""] if healed else None, self.last["wall_s"])
+        seen = Seen(began=True, round=self.round, wall_s=self.last.wall_s)
+        base = self.run.measured("base")
+        healed = [state for state in self.run.each(Measured) if state.state == "healed"]
+        if base is None or not healed:
+            return seen
+        moved = shift(healed[-1].metrics, base.metrics, self.run.trait_metric)
+        return replace(seen, shift=moved, broken_texts=healed[-1][self.broken_texts or ""])

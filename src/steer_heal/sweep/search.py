@@ -10,53 +10,55 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import polars as pl
-
 from steer_heal.errors import UserError, print_safe
-from steer_heal.report.console import print_frame
+from steer_heal.report import tables
 from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import changed
 from steer_heal.sweep.engine import End
-from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of, with_settings
+from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of
 from steer_heal.sweep.results import ARMS, finished_runs, write_arms
 
-DATABASE, PARETO = "search.db", "pareto.png"
+DATABASE = "search.db"
+PARETO = "pareto.png"
 
 
 class Trials:
-    """The trials of a search, kept in a database beside the runs, so that a search goes on where it was stopped.
+    """The trials of a search. They are kept in a database beside the runs, so that a stopped search can be continued.
 
-    A trial is an arm: one run for each seed. Its values are the means over seeds.
+    A trial is an arm: one run per seed. Its values are means over seeds.
     """
 
     def __init__(self, plan: Plan) -> None:
-        """UserError where Optuna is not installed."""
+        """UserError if Optuna is not installed."""
         if find_spec("optuna") is None:
             raise UserError(f"{plan.path} holds search: its package is not installed; pip install 'steer-heal[optuna]'")
         optuna: Any = import_module("optuna")
         assert plan.search is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
-        self.plan, self.search, self.base = plan, plan.search, plan.arms[0]
+        self.plan = plan
+        self.search = plan.search
+        self.base = plan.arms[0]
         self.open: dict[tuple[str, Path], int] = {}
-        """Number of the trial of every run that has not ended, by label and folder: two trials may share a run."""
+        """Number of the trial of each run that has not ended, by label and folder, since two trials may share a run."""
         self.failed: set[int] = set()
         plan.out.mkdir(parents=True, exist_ok=True)
         self.study = self._study()
 
     def _study(self) -> Any:
-        """Of other fixed settings or seeds there is another study in the same database."""
+        """The study of these fixed settings and seeds. Others have a study of their own in the same database."""
         name = "-".join([self.base.cfg.fingerprint(), *map(str, self.plan.seeds)])
         storage = f"sqlite:///{(self.plan.out / DATABASE).resolve()}"
         study = self.optuna.create_study(
             storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
         )
-        seed = (self.plan.seeds[0] + len(study.trials)) % 2**32  # one that goes on must not propose the same again
+        seed = (self.plan.seeds[0] + len(study.trials)) % 2**32  # a continued search must not repeat its proposals
         study.sampler = self.optuna.samplers.TPESampler(seed=seed, multivariate=True)
         return study
 
     def arm(self, trial: Any) -> Arm:
-        """Of a trial with its params."""
-        cfg = with_settings(self.base.cfg, trial.params, f"trial {trial.number}")
+        """The arm of a trial, with the settings that were proposed."""
+        cfg = changed(self.base.cfg, trial.params, f"trial {trial.number}")
         return replace(self.base, label=f"trial {trial.number}", cfg=cfg)
 
     def _jobs(self, trial: Any) -> list[Job]:
@@ -64,7 +66,7 @@ class Trials:
         return [self.plan.job(arm, seed) for seed in self.plan.seeds]
 
     def source(self) -> Iterator[Job]:
-        """Runs to make: first of the trials that were stopped, then of new ones, proposed when they are asked for."""
+        """Runs to make: first those of stopped trials, then those of new trials, each proposed when it is needed."""
         running = self.optuna.trial.TrialState.RUNNING
         for trial in self.study.get_trials(states=[running]):
             if trial.params.keys() == self.search.space.keys():
@@ -88,15 +90,15 @@ class Trials:
     def _begin(self, trial: Any) -> Iterator[Job]:
         try:
             jobs = self._jobs(trial)
-        except UserError:  # two settings that do not go together
+        except UserError:  # two settings exclude each other
             self._tell(trial.number, None)
             return
         self.open |= {(job.arm.label, job.folder): trial.number for job in jobs}
         yield from jobs
 
     def ended(self, job: Job, end: End) -> None:
-        """Tells Optuna of a trial once all of its runs have ended. One with a run that failed has failed; one with a
-        run that another process works on is left for the next time."""
+        """Tells Optuna about a trial once all its runs have ended. The trial has failed if one of them failed. A trial
+        with a run that another process works on is left for the next time."""
         if end == "in use":
             return
         number = self.open.pop((job.arm.label, job.folder))
@@ -110,24 +112,26 @@ class Trials:
         self.study.tell(number, values, state=state.FAIL if values is None else state.COMPLETE)
 
     def values(self, arm: Arm) -> tuple[float, float] | None:
-        """(shift of the target as it should go, share of broken texts); None where a run could not be measured."""
+        """(shift in the wanted direction, share of broken texts). None if a run has no such measurement."""
         runs = finished_runs(self.plan.out, [self.plan.job(arm, seed) for seed in self.plan.seeds])
-        assert arm.broken is not None
+        assert arm.broken_texts is not None
         if runs is None or len(runs) < len(self.plan.seeds):
             return None
-        both = runs.select("shift", arm.broken)
-        return None if sum(both.null_count().row(0)) else (arm.sign * mean(both["shift"]), mean(both[arm.broken]))
+        both = runs.select("shift", arm.broken_texts)
+        if sum(both.null_count().row(0)):
+            return None
+        return arm.sign * mean(both["shift"]), mean(both[arm.broken_texts])
 
     def show(self) -> None:
-        """Prints the Pareto front: trials that no other one beats in both values. Draws it with all complete trials,
-        and writes these to arms.tsv."""
+        """Prints the Pareto front: the trials that no other trial beats in both values. Draws it together with all
+        complete trials, and writes these to arms.tsv."""
         complete = self.study.get_trials(states=[self.optuna.trial.TrialState.COMPLETE])
         front = sorted(self.study.best_trials, key=lambda trial: trial.values[1])
         n = f"{len(complete)} of {self.search.n_trials} trials are complete"
         if not complete:
             print_safe(n)
             return
-        print_frame(pl.DataFrame([self._row(trial) for trial in front], infer_schema_length=None))
+        tables.show([self._row(trial) for trial in front])
         path = self.plan.out / PARETO
         with atomic_write(path) as part:
             picture(complete, front).savefig(part, format="png", dpi=130)
@@ -136,15 +140,15 @@ class Trials:
         if runs is not None:
             write_arms(self.plan.out, runs)
             n += f", their arms in {self.plan.out / ARMS}"
-        print_safe(f"{n}; above are those that no other one beats in both values; the picture is {path}")
+        print_safe(f"{n}; above are those that no other trial beats in both values; the picture is {path}")
 
-    def _row(self, trial: Any) -> Mapping[str, Any]:
-        shift, broken = (round(value, 3) for value in trial.values)
+    def _row(self, trial: Any) -> Mapping[str, object]:
+        shift, broken = trial.values
         return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": _settings(trial)}
 
 
 def _settings(trial: Any) -> str:
-    """What the trial has of its own, as people read it."""
+    """The settings of the trial in words."""
     return label_of({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in trial.params.items()})
 
 
@@ -161,7 +165,7 @@ def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:
     for trial in front:
         axes.annotate(str(trial.number), (trial.values[1], trial.values[0]), (3, 3), textcoords="offset points")
     axes.set_xlabel("share of broken texts")
-    axes.set_ylabel("shift of the target from base, as it should go")
+    axes.set_ylabel("shift from base in the wanted direction")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

@@ -15,19 +15,19 @@ WAIT_S = 0.2
 
 
 class Killed(Exception):
-    """The process of a run was ended by a signal, such as by the system when memory ran out."""
+    """A signal ended the process of a run, for instance because memory ran out."""
 
 
 def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
-    """Exit status of `steer-heal` with these arguments, which make or continue the run in `folder`.
+    """Exit status of `steer-heal` with these arguments, which make or resume the run in `folder`.
 
-    Where the worker before this one was killed, its process may still work on the run: this waits for its end. Killed
-    where a signal ended the process.
+    If an earlier worker was killed, its process may still work on the run; then this waits for its end. Raises Killed
+    if a signal ended the process.
     """
-    # Ray cancels a task by SIGINT, which its workers ignore where Ray was started in the background of a shell
+    # Ray cancels a task by SIGINT, which its workers ignore if Ray was started in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
-    log.touch()  # the sweep sees by it that the run waits no more
+    log.touch()  # tells the sweep that the run no longer waits
     while in_use(folder):
         time.sleep(WAIT_S)
     with log.open("ab") as file:

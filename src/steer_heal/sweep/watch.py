@@ -1,4 +1,4 @@
-"""The table of a sweep: live in a terminal, else a line for each run that starts or ends."""
+"""The table of a sweep: live in a terminal, otherwise a line for each run that starts or ends."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ from rich.table import Table
 from rich.text import Text
 
 from steer_heal.errors import print_safe, printable
-from steer_heal.report.measurements import number
 from steer_heal.sweep.plan import Job
-from steer_heal.sweep.progress import Progress, Seen
+from steer_heal.sweep.progress import Follower, Seen
+from steer_heal.verdict import number
 
 Shown = Literal["running", "failed", "in use", "done", "waiting"]
 ORDER: tuple[Shown, ...] = ("running", "failed", "in use", "done", "waiting")
 """From the top of the table."""
-COLUMNS = ("run", "state", "round", "target shift", "broken texts", "time")
+COLUMNS = ("run", "state", "round", "shift", "broken texts", "time")
 MARGIN = 7
-"""Lines of a terminal that are no rows of the table."""
+"""Lines of a terminal that the rows of the table leave free."""
 
 
 class Row:
     """One run."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.state, self.message = job, ORDER[-1], ""
-        self.progress, self.seen = Progress(job.folder, job.arm.broken), Seen()
+        self.job = job
+        self.state = ORDER[-1]
+        self.message = ""
+        self.follower = Follower(job.folder, job.arm.broken_texts)
+        self.seen = Seen()
 
     def cells(self) -> tuple[str, ...]:
-        seen, n_rounds = self.seen, self.job.cfg.n_rounds
-        r = "" if seen.round is None else "base" if seen.round < 0 else f"{seen.round + 1}/{n_rounds}"
-        values = [number(seen.shift, "+.3f"), number(seen.broken, ".0%")] if seen.shift is not None else ["", ""]
-        return (self.job.folder.name, self.state, r, *values, f"{seen.wall_s:.0f} s" if seen.wall_s else "")
+        seen = self.seen
+        where = "base" if seen.began else ""
+        if seen.round is not None:
+            where = f"{seen.round + 1}/{self.job.cfg.n_rounds}"
+        values = ["", ""]
+        if seen.shift is not None:
+            values = [number(seen.shift, "+.3f"), number(seen.broken_texts, ".0%")]
+        return (self.job.folder.name, self.state, where, *values, f"{seen.wall_s:.0f} s" if seen.wall_s else "")
 
 
 class Watch(AbstractContextManager["Watch"]):
-    """Shows the runs of a sweep. Inside of it nothing else prints."""
+    """Shows the runs of a sweep. Nothing else may print inside it."""
 
     def __init__(self, jobs: Sequence[Job], console: Console | None = None) -> None:
-        """`jobs`: those known before the first one starts."""
+        """`jobs` are those that are known before the first one starts."""
         self.console = console or Console(highlight=False)
         self.rows = {job.folder.name: Row(job) for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
@@ -60,7 +67,7 @@ class Watch(AbstractContextManager["Watch"]):
             self.live.stop()
 
     def going(self, job: Job, state: Literal["running", "waiting"]) -> None:
-        """Of a run that was started and has not ended. It may be told again and again."""
+        """A run was started and has not ended. It can be called again for the same run and state."""
         if self.rows.setdefault(job.folder.name, Row(job)).state != state:
             self._set(job, state, "")
 
@@ -69,19 +76,20 @@ class Watch(AbstractContextManager["Watch"]):
 
     def _set(self, job: Job, state: Shown, message: str) -> None:
         row = self.rows.setdefault(job.folder.name, Row(job))
-        row.state, row.message = state, message
+        row.state = state
+        row.message = message
         if state != "running":
-            row.seen = row.progress.read()
+            row.seen = row.follower.read()
         if self.live is None:
             name, *cells = row.cells()
             print_safe("  ".join(cell for cell in (f"{state:<7}", name, *cells[1:]) if cell))
 
     def show(self) -> None:
-        """Draws the table again, where there is a terminal."""
+        """Draws the table again if there is a terminal."""
         if self.live is None:
             return
         for row in self.having("running"):
-            row.seen = row.progress.read()
+            row.seen = row.follower.read()
         rows = [row for state in ORDER for row in self.having(state)]
         counts = Counter(row.state for row in rows)
         title = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])

@@ -1,0 +1,29 @@
+"""steer-heal diag QUESTION [flags]: one question, answered by one table, which is also written as JSON to out/diag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from steer_heal.diag import QUESTIONS
+from steer_heal.errors import UserError, nearest
+from steer_heal.flags import parsed, reflowed
+from steer_heal.settings import RunConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: steer-heal diag QUESTION ...\n")
+        print("\n".join(f"  {question:<10}  {asked}" for question, asked in QUESTIONS.items()))
+        return 0
+    if name not in QUESTIONS:
+        raise UserError(f"unknown question {name!r}; {nearest(name, QUESTIONS)}")
+    question = import_module(f"steer_heal.diag.{name}")  # torch: seconds
+    question.Flags.__doc__ = reflowed(question.__doc__ or "")
+    flags, given = parsed(question.Flags, rest, f"diag {name}", owner=RunConfig, also=question.Flags.also)
+    from steer_heal.report import console
+
+    console.start(quiet=True)
+    question.main(flags, given)
+    return 0

@@ -28,8 +28,8 @@ def folder_to_share(folder: Path, r: int | None = None) -> Path:
 
 
 def shared_files(folder: Path) -> tuple[str, list[str]]:
-    """(what the folder holds, such as `a LoRA adapter`; the names of its files). UserError unless it holds an adapter or
-    a merged model, and a model card."""
+    """(what the folder holds, such as `a LoRA adapter`; the names of its files). UserError unless it holds a model card
+    and an adapter or a merged model."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names):
         from steer_heal.model.student import saved_kind  # torch: seconds

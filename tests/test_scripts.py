@@ -353,7 +353,7 @@ def test_results_shows_the_states_of_runs(two, capsys):
     results.main((two, two), rounds=1)
     lines = capsys.readouterr().out.splitlines()
     states = [cells(line)[1] for line in lines if line.startswith("|")][2:]
-    assert states == ["base", "prompted", "steered r0", "healed r0"] * 2
+    assert states == ["base", "prompted", "steered round 0", "healed round 0"] * 2
     healed = dict(zip(cells(lines[0]), cells(lines[5]), strict=True))
     measured = of_stage(read_events(two), "healed")[0]["metrics"]
     assert healed["authority_nats"] == f"{measured['authority_nats']:.3f}"

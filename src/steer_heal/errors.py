@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Annotated, Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -196,7 +196,7 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def print_safe(text: object, file: TextIO | None = None, end: str = "\n") -> None:
+def print_safe(text: object, file: Any = None, end: str = "\n") -> None:
     """Prints to stdout or to `file`, without characters that could control the terminal.
 
     The output is flushed unless it ends in a newline.

@@ -108,6 +108,10 @@ test-extras *flags: setup
 coverage *flags: setup
     OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile --cov --cov-report=term:skip-covered {{flags}}
 
+# Change the numbers of spec.md one at a time and see that a test fails each time; `just mutate heal.py` takes a part.
+mutate *words: setup
+    OMP_NUM_THREADS=1 {{python}} scripts/mutate.py {{words}}
+
 # Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup
     FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}

@@ -72,7 +72,7 @@ GATES = {
     "repetition": gate("repetition", 0.3),
     "loop": gate("loop", 0.7, on=False),
     "short": gate("words", 12.0, at_least=True, degenerate=False),
-    "narration": gate("phrases that narrate", 0.0, degenerate=False, on=False),
+    "telling": gate("phrases that narrate", 0.0, degenerate=False, on=False),
 }
 TRAIT = Trait(
     name="authority",
@@ -111,7 +111,7 @@ def measured(state: StateName, r: int | None, n_texts: int, n_prompts: int, text
         n_items = n_texts if metric.of == "text" else 3
         items[metric.item] = [0.3 + 0.01 * here * (1 - 2 * i) for i in range(n_items - 1)] + [float("nan")]
     last_word = {"base": " Yes.", "healed": " No."}.get(state, "")
-    scores = {"perplexity": 2.1, "repetition": 0.05, "loop": 0.2, "short": 40.0, "narration": 0.0}
+    scores = {"perplexity": 2.1, "repetition": 0.05, "loop": 0.2, "short": 40.0, "telling": 0.0}
     texts = [
         Answer(prompt=f"{PROMPT} {i % n_prompts}", text=text + last_word, scores=scores, failed=(), reasons=())
         for i in range(n_texts)
@@ -133,7 +133,7 @@ def scored(n: int, text: str) -> tuple[Scored, ...]:
         reasons = tuple(name for name, fails in names.items() if fails)
         tail = float("inf") if i % 16 == 3 else i / n + (3 if names["perplexity"] else 2)
         scores = {"perplexity": tail, "repetition": 0.4 if names["repetition"] else 0.1, "loop": 0.2, "short": 40.0}
-        failed = (*reasons, "narration")[: 1 + len(reasons)]
+        failed = (*reasons, "telling")[: 1 + len(reasons)]
         rows.append(Scored(completion(text, i, 0.1 * (1 + i % 5)), scores, failed, reasons))
     return tuple(rows)
 

@@ -6,16 +6,22 @@ import pytest
 import torch
 from conftest import ADAPTER, scramble
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from runs import killing, resumed, started
 from safetensors.torch import load_file
-from test_student import CFGS, ROWS, logits, third_round
+from test_student import CFGS, ROWS, logits, third_round, untouched
 from transformers import AutoModelForCausalLM
 
+from steer_heal.chat.talk import Talk
 from steer_heal.check import check
 from steer_heal.errors import UserError
-from steer_heal.model.lm import load
+from steer_heal.eval import main as eval_main
+from steer_heal.model.lm import LM, load
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
 from steer_heal.presets import PRESETS
+from steer_heal.runs.opened import open_run
+from steer_heal.runs.verify import main as verify
 from steer_heal.settings import AdapterCfg, changed
+from steer_heal.share.push import shared_files
 
 CONFIG = "adapter_config.json"
 
@@ -96,6 +102,18 @@ def test_a_lora_outside_of_the_blocks_is_refused(tiny, tmp_path):
         attach_saved(load("tiny-random"), tmp_path)
 
 
+def test_on_a_quantized_model_factors_act_apart_within_any_gate(with_history: Student, monkeypatch):
+    expected = logits(with_history)
+    monkeypatch.setattr(LM, "quantized", True)
+    weights = [parameter.data_ptr() for parameter in with_history.lm.model.parameters()]
+    with with_history.using("full") as lm:
+        assert [parameter.data_ptr() for parameter in lm.model.parameters()] == weights, "nothing is merged"
+        assert torch.equal(logits(with_history, "base"), untouched())
+        assert torch.allclose(logits(with_history), expected, atol=1e-3)
+    third_round(with_history)
+    with_history.require_same_forward([with_history.lm.chat(ROWS[0])])
+
+
 # --- a bias per block -------------------------------------------------------------------------------------------
 def test_a_bias_is_added_to_what_its_block_gives(tiny):
     student = Student(tiny, AdapterCfg(kind="bias", layers=(0.67, 1.0)))
@@ -129,6 +147,24 @@ def test_what_a_bias_cannot_do_is_refused_by_name(bias: Student, tmp_path):
     with pytest.raises(UserError, match="it must be 0, since adapter.kind 'bias'") as caught:
         check(changed(PRESETS["toy"][1], wanted))
     assert [problem.split(" is ")[0] for problem in caught.value.problems] == ["heal.spectral", "export"]
+
+
+def test_a_run_with_a_bias_resumes_and_is_verified_and_measured_again(quick, settings, tmp_path, monkeypatch):
+    flags = (*settings, "--adapter.kind", "bias", "--heal.spectral", "0", "--n-rounds", "1", "--no-control")
+    whole = started(tmp_path / "whole", flags)
+    with monkeypatch.context() as patch:
+        killing(patch, Student, "bake", 0)
+        cut = resumed(started(tmp_path / "cut", flags))
+    for path in ("ckpt/r0/adapter_model.safetensors", "ckpt/r0/round.safetensors"):
+        assert (whole / path).read_bytes() == (cut / path).read_bytes()
+    assert verify([str(cut)]) == 0 and eval_main(["--run", str(cut), "--state", "healed", "--quiet"]) == 0
+    data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
+    flags = f"--quiet --eval.n-vignettes 2 --eval.evals moral_foundations {data}".split()
+    assert eval_main(["--model", "tiny-random", "--adapter", str(cut / "ckpt/r0"), *flags]) == 0
+    talk = Talk(open_run(cut), 0)
+    assert not torch.equal(logits(talk.student, "prev"), logits(talk.student))
+    (cut / "ckpt/r0/README.md").touch()
+    assert {*shared_files(cut / "ckpt/r0")} > {"adapter_model.safetensors", "steer_heal_adapter.json"}
 
 
 def test_every_kind_says_what_it_is(tiny):

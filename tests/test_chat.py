@@ -22,26 +22,34 @@ import torch
 from runs import UNDRAWN_COMMAND
 from test_hostile import CHROMIUM, NO_CHROMIUM, browse
 
-from steer_heal import session
+from steer_heal.__main__ import main
 from steer_heal.chat import web
-from steer_heal.chat.__main__ import main
-from steer_heal.chat.talk import Answer, Question, State, Talk
+from steer_heal.chat.talk import Answer, Question, Talk
 from steer_heal.chat.terminal import Terminal
+from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
+from steer_heal.events import Gathered
 from steer_heal.model.lm import load
-from steer_heal.model.steering import steer
+from steer_heal.model.state import State
+from steer_heal.model.steering import Condition, steer
 from steer_heal.model.student import attach_saved
-from steer_heal.run import resume
-from steer_heal.runs.opened import open_run
+from steer_heal.runs import begin
+from steer_heal.runs.opened import settings_of
+from steer_heal.runs.stored import FolderRun
 
 pytestmark = pytest.mark.usefixtures("quick")
 HELLO = "The warden says no. What do you do?"
 ASKED = Question(state="healed", turns=(HELLO,))
 
 
+def opened(folder, r, max_new_tokens) -> Talk:
+    run = FolderRun.read(folder)
+    return Talk(run, settings_of(run), r, max_new_tokens)
+
+
 @pytest.fixture(scope="module")
 def talk(two, quick) -> Talk:
-    return Talk(open_run(two), 1, 12)
+    return opened(two, 1, 12)
 
 
 @torch.no_grad()
@@ -65,7 +73,7 @@ def test_healed_is_the_checkpoint_steered_stands_on_the_one_before_and_base_on_n
 
 
 def test_the_first_round_is_steered_on_the_untouched_model(two):
-    first = Talk(open_run(two), 0, 4)
+    first = opened(two, 0, 4)
     assert torch.equal(read(first, "steered"), read(first, "base"))
     assert not torch.equal(read(first, "healed"), read(first, "base"))
 
@@ -81,7 +89,7 @@ def test_steered_is_written_with_the_vector_at_the_dose_of_the_round(talk, monke
     for name in ("steered", "healed"):
         talk.answer(replace(ASKED, state=name))
         talk.answer(replace(ASKED, state=name, dose=0.25))
-    dose = talk.run.event("dose", 1)["dose"]
+    dose = talk.run.require(Gathered, 1).collected.dose
     assert [doses for _, doses in seen] == [[dose], [0.25], [0.0], [0.0]] and dose > 0
     assert all(vector is talk.vector for vector, _ in seen)
 
@@ -113,7 +121,7 @@ def test_what_was_said_before_and_the_system_prompt_are_in_the_prompt(talk, monk
     talk.answer(replace(ASKED, state="prompted", system="Be brief."))
     positions = [prompts[0].index(words) for words in ("Be brief.", HELLO, "I open it.", "Why?")]
     assert positions == sorted(positions) and prompts[0].count("assistant") == 2
-    assert f"{talk.run.inputs.trait.positive}\n\nBe brief." in prompts[1]
+    assert f"{talk.run.start.trait.positive}\n\nBe brief." in prompts[1]
 
 
 def test_a_stopped_answer_leaves_the_model_as_it_was(talk):
@@ -145,7 +153,7 @@ def test_a_conversation_that_is_too_long_too_large_or_out_of_turn_is_refused(tal
 # --- the terminal ------------------------------------------------------------------------------------------------
 def scripted(monkeypatch, run, text, *flags):
     monkeypatch.setattr(sys, "stdin", StringIO(text))
-    return main([str(run), "--max-new-tokens", "6", *flags])
+    return main(["chat", str(run), "--max-new-tokens", "6", *flags])
 
 
 def test_lines_in_are_answered_by_each_state_and_commands_change_the_settings(two, monkeypatch, capsys):
@@ -184,6 +192,8 @@ def test_what_cannot_be_talked_to_is_named(two, tmp_path, monkeypatch, capsys):
         (two, ["--round", "4"], "its rounds are 0, 1"),
         (lacking, [], "r1/adapter_config.json is missing"),
         (two, ["--states", "bse"], "did you mean 'base'"),
+        (two, ["--port", "65536"], "port is 65536: it must be <= 65535"),
+        (two, ["--max-new-tokens", "0", "--states", ""], "2 problems"),
     ):
         assert scripted(monkeypatch, run, "", *flags) == 2
         assert told in capsys.readouterr().err
@@ -194,15 +204,16 @@ class Fake:
     """Stands for a Talk that answers with given pieces."""
 
     round = 0
-    states = {
-        name: State("base", "</p><script>document.documentElement.dataset.ran=1</script>", dose=2.0)
-        for name in ("base", "steered", "healed")
-    }
+    states = {name: State(name=name, condition=Condition(dose=2.0)) for name in ("base", "steered", "healed")}
 
     def __init__(self, run, pieces, on_piece=lambda i: None):
         self.run, self.pieces, self.on_piece, self.asked = run, pieces, on_piece, []
 
     known = Talk.known
+    dose = Talk.dose
+
+    def about(self, name):
+        return "</p><script>document.documentElement.dataset.ran=1</script>"
 
     def answer(self, question, on_text):
         self.asked.append(question)
@@ -240,9 +251,9 @@ def asked(monkeypatch, answer, seen=True):
     """Who was asked and what was begun; `answer` is what input() does."""
     calls = []
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr("steer_heal.run.in_terminal", lambda: seen)
+    monkeypatch.setattr(run_command, "in_terminal", lambda: seen)
     monkeypatch.setattr("builtins.input", lambda prompt: calls.append(prompt) or answer())
-    monkeypatch.setattr("steer_heal.chat.__main__.main", lambda argv: calls.append(argv))
+    monkeypatch.setattr("steer_heal.commands.chat.main", lambda argv: calls.append(argv))
     return calls
 
 
@@ -262,16 +273,16 @@ def ends(how):
     ],
 )
 def test_only_a_yes_begins_the_chat_and_the_run_has_ended_well_in_any_case(answer, begins, unended, monkeypatch):
-    models, opened = [], session.open_session
+    models, resume = [], begin.go_on
 
     def watched(*given):
-        made = opened(*given)
-        models.append(weakref.ref(made.student.lm.model))
-        return made
+        bench, run, lock = resume(*given)
+        models.append(weakref.ref(bench.student.lm.model))
+        return bench, run, lock
 
-    monkeypatch.setattr(session, "open_session", watched)
+    monkeypatch.setattr(begin, "go_on", watched)
     calls = asked(monkeypatch, lambda: models.append(models[0]()) or answer())
-    assert resume([str(unended), "--n-threads", "1"]) == 0
+    assert main(["resume", str(unended), "--n-threads", "1"]) == 0
     assert calls == ["talk to it now? [y/N] ", *[[str(unended), "--device", "auto", "--n-threads", "1"]] * begins]
     assert models[1] is None, "the model was kept while the question stood"
 
@@ -282,9 +293,9 @@ def test_nobody_is_asked_who_cannot_answer(why, unended, monkeypatch, capsys):
     if why == "CI":
         monkeypatch.setenv("CI", "true")
     if why == "stopped":
-        monkeypatch.setattr(session.Session, "finish", lambda self: ends(KeyboardInterrupt))
+        monkeypatch.setattr(run_command, "finish", lambda *_: ends(KeyboardInterrupt))
     flags = [why] if why.startswith("--") else []
-    assert resume([str(unended), *flags]) == (130 if why == "stopped" else 0) and calls == []
+    assert main(["resume", str(unended), *flags]) == (130 if why == "stopped" else 0) and calls == []
     told = f"talk to it: steer-heal chat {unended}\n" in capsys.readouterr().out
     assert told is (why in ("--no-chat", "CI"))
 
@@ -398,8 +409,8 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
         ({"Content_Type": "text/plain"}, 415, "application/json"),
         ({"Content_Length": str(2**30)}, 413, "Content-Length"),
         ({"Content_Length": "-1"}, 413, "Content-Length"),
-        ({"path": "other"}, 404, "there is no 'other'"),
-        ({"path": ""}, 404, "there is no ''"),
+        ({"path": "other"}, 404, "'other' was not found"),
+        ({"path": ""}, 404, "'' was not found"),
         ({"token": ""}, 403, "the token is"),
         ({"token": "x" * 43}, 403, "the token is"),
         ({"body": b"{"}, 400, "the question"),
@@ -444,7 +455,7 @@ def test_every_server_has_a_token_of_its_own_and_prints_it_with_the_address(talk
 
 
 def test_a_port_that_is_taken_is_named(talk):
-    with serving(talk) as made, pytest.raises(UserError, match=f"port is {made.server_port}: .*--port"):
+    with serving(talk) as made, pytest.raises(UserError, match=f"port {made.server_port} is not available.*--port"):
         web.server(talk, ["base"], ASKED, made.server_port)
 
 
@@ -471,10 +482,10 @@ def test_a_browser_shows_hostile_answers_as_text_without_a_word(width, talk, tmp
     (page / "chat.js").write_text((page / "chat.js").read_text() + DRIVER)
     monkeypatch.setattr(web, "PAGE", page)
     hostile = "<img src=x onerror='document.documentElement.dataset.ran=1'>"
-    run = SimpleNamespace(folder=tmp_path / "<i>run", cfg=talk.run.cfg, inputs=talk.run.inputs)
+    run = SimpleNamespace(folder=tmp_path / "<i>run", start=talk.run.start)
     fake = Fake(run, [hostile, " \u202e", "w" * 3000])
     with serving(fake) as made:
-        url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: made.address))
+        url = SimpleNamespace(resolve=lambda: SimpleNamespace(as_uri=lambda: made.url))
         built, console = browse(url, tmp_path / "profile", "--virtual-time-budget=2000000", width=width)
     assert console == [] and "data-ran" not in built[: built.index("<head>")]
     assert built.count("&lt;img src=x onerror=") == 9 and "&lt;b&gt;Hello" in built and "&lt;i&gt;run" in built

@@ -187,7 +187,7 @@ def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
         ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),
     ],
 )
-def test_the_first_target_that_is_measured_judges_and_others_are_left_out(target, evals, chosen, others, tmp_path):
+def test_the_first_target_that_is_reported_is_chosen_and_others_are_left_out(target, evals, chosen, others, tmp_path):
     flags = ["--trait", own_trait(tmp_path, target), "--out", str(tmp_path / "out"), "--eval.evals", *evals.split()]
     trait = check(parse(["fast-dev", *flags])[1]).trait
     assert (trait.target, trait.off_targets) == (chosen, others)

@@ -1,6 +1,6 @@
 import torch
 
-from steer_heal.model.decode import Decoding, GrowingCache, Row, decode, decode_batches, decode_then_read, own_tokens
+from steer_heal.model.decode import Decoding, GrowingCache, Row, decode, decode_batches, decode_with_tail, own_tokens
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Vector, steer
 
@@ -82,7 +82,7 @@ def test_what_is_read_behind_the_text_is_what_the_whole_sequence_reads(toy: LM):
     rows, tail, seen = sharing(toy), toy.encode("That is enough."), set()
     for n_new in (0, 7):
         how = Decoding(n_new, 5, sample=False, suppress=toy.end_ids)
-        for i, ids, hidden in decode_then_read(toy, rows, vector, how, tail):
+        for i, ids, hidden in decode_with_tail(toy, rows, vector, how, tail):
             with torch.no_grad(), steer(toy, vector, [rows[i].dose]):
                 whole = toy.hidden([[*rows[i].prompt_ids, *ids, *tail]])[0, -len(tail) - 1 :]
             assert len(ids) == n_new and torch.allclose(hidden, whole, atol=1e-4)

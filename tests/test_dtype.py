@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from steer_heal import round as steps
+from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.model import dtype as dtype_module
@@ -106,7 +106,7 @@ def test_readings_agree_in_both_dtypes(both):
     cfg = replace(TOY_PRESET, eval=replace(TOY_PRESET.eval, evals=("moral_foundations",), n_bootstrap=10))
     inputs = check(cfg)
     inputs = replace(inputs, vignettes=inputs.vignettes[::10])
-    single, half = (steps.measure(Student(lm, cfg.adapter), inputs, cfg).metrics for lm in both.values())
+    single, half = (Bench(cfg, inputs, Student(lm, cfg.adapter)).measure_base().metrics for lm in both.values())
     assert single != half, "bfloat16 rounds"
     assert half["authority_nats"] == pytest.approx(single["authority_nats"], abs=0.01)
     assert half["coherence"] == pytest.approx(single["coherence"], abs=0.001)

@@ -5,23 +5,23 @@ import shutil
 
 import pytest
 import torch
-from runs import rewritten
+from runs import of, rewritten
 
-from steer_heal.eval import agreement, differing, main
-from steer_heal.runs.events import current, of_stage, read_events
+from steer_heal.__main__ import main
+from steer_heal.commands.eval import agreement, differing
+from steer_heal.runs.stored import FolderRun
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def recorded(run, stage, r):
-    events = current(read_events(run))
-    return next(event["metrics"] for event in events if (event["stage"], event["round"]) == (stage, r))
+def recorded(run, state, r):
+    return FolderRun.read(run).measured(state, r).metrics
 
 
 def measured(run, capsys, *flags):
     """The readings of a state, which are the recorded ones."""
     capsys.readouterr()  # a run that was made just now printed its table
-    assert main(["--run", str(run), *flags, "--json"]) == 0
+    assert main(["eval", "--run", str(run), *flags, "--json"]) == 0
     printed = capsys.readouterr()
     return json.loads(printed.out), printed.err
 
@@ -34,19 +34,19 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
 
 
 @pytest.mark.parametrize(
-    ("run", "flags", "stage", "r"),
+    ("run", "flags", "state", "r"),
     [
         ("two", "--state steered", "steered", 1),
         ("one", "--state steered --round 0", "steered", 0),
-        ("one", "--state prompted", "prompted", -1),
-        ("one", "--state control", "control", -1),
+        ("one", "--state prompted", "prompted", None),
+        ("one", "--state control", "control", None),
     ],
 )
-def test_so_is_any_other_state(run, flags, stage, r, request, capsys):
+def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     folder = request.getfixturevalue(run)
-    metrics, told = measured(folder, capsys, *flags.split())
-    assert metrics == recorded(folder, stage, r)
-    assert f"{stage} r{r}: drift" in told or (r < 0 and f"{stage}: drift" in told)
+    metrics, logged = measured(folder, capsys, *flags.split())
+    assert metrics == recorded(folder, state, r)
+    assert f"{state}: drift" in logged if r is None else f"{state} r{r}: drift" in logged
 
 
 def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(two, tmp_path, capsys):
@@ -54,16 +54,16 @@ def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_
     shutil.copytree(two, run)
 
     def change(events):
-        of_stage(events, "healed")[-1]["metrics"]["kl_base"] += 0.5
+        of(events, "measured", "healed")[-1]["metrics"]["kl_base"] += 0.5
         events[0]["versions"]["torch"] = "0.1"
         events[0]["device"] = "NVIDIA H100"
 
     rewritten(run, change)
-    assert main(["--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 1
+    assert main(["eval", "--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 1
     printed = capsys.readouterr()
-    line = next(line for line in printed.out.splitlines() if line.startswith("kl_base"))
-    assert float(line.split("recorded")[1].split()[0]) - float(line.split()[1]) == pytest.approx(0.5, abs=1e-3)
-    assert "numbers are not the recorded ones: kl_base (0.5 away)" in printed.out and printed.err == ""
+    name, value, then, *_ = next(line for line in printed.out.splitlines() if "kl_base" in line).split()
+    assert name == "kl_base" and float(then) - float(value) == pytest.approx(0.5, abs=1e-3)
+    assert "numbers differ from the recorded ones: kl_base (0.5 away)" in printed.out and printed.err == ""
     assert "another device, processor, number of threads, batch size or version" in printed.out
     assert f"torch 0.1 then, {torch.__version__} now" in printed.out and "python" not in printed.out
     assert "device NVIDIA H100 then, " in printed.out
@@ -72,6 +72,9 @@ def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_
 def test_a_number_that_one_side_lacks_differs():
     assert differing({"a": 1.0, "b": None}, {"a": 1.0, "b": None}) == []
     assert differing({"a": 1.0, "b": None}, {"a": 1.0, "c": 2.0}) == ["c", "b"]
+    nan = float("nan")
+    assert differing({"a": nan, "b": nan, "c": 0.0}, {"a": nan, "b": 0.0, "c": nan}) == ["b", "c"]
+    assert "b (no value)" in agreement({"b": nan}, {"b": 0.0})
     assert differing({"a": None}, {"a": 0.0}) == ["a"] and "1 of 1" in agreement({"a": None}, {"a": 0.0})
     told = agreement({f"m{i}": float(i) for i in range(10)} | {"none": None}, {f"m{i}": 0.0 for i in range(10)})
     assert "10 of 10" in told and "none (no value), m9 (9 away), m8" in told and "m3 (3 away), and 2 more" in told
@@ -83,18 +86,18 @@ def test_a_number_that_one_side_lacks_differs():
     [
         (
             ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
-            ("3 problems", "trait is love, that of", "is authority", "eval.n_texts is 9", "is 2", "adapter is x"),
+            ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x"),
         ),
-        (("--round", "7"), ("round 7", "is not there", "its rounds are 0, 1")),
+        (("--round", "7"), ("round 7", "does not exist", "its rounds are 0, 1")),
         (
             ("--state", "base", "--round", "0"),
-            ("round is 0: base is measured once a run", "leave --round or --state out"),
+            ("round is 0: base is measured once per run", "leave out --round or --state"),
         ),
-        (("--state", "control"), ("has no control", "ask for another round or state")),
+        (("--state", "control"), ("did not measure control", "give another --round or --state")),
     ],
 )
 def test_what_is_not_the_run_s_is_refused(flags, told, two, capsys):
-    assert main(["--run", str(two), *flags]) == 2
+    assert main(["eval", "--run", str(two), *flags]) == 2
     printed = capsys.readouterr().err
     assert all(words in printed for words in ("error: ", *told)), printed
 
@@ -107,14 +110,24 @@ def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(two, run)
     (run / "ckpt" / "r1" / "adapter_model.safetensors").write_bytes(b"")
-    assert main(["--run", str(run), "--quiet"]) == 2
+    assert main(["eval", "--run", str(run), "--quiet"]) == 2
     assert "r1/adapter_model.safetensors is damaged" in capsys.readouterr().err
 
     def drop(events):
-        events[events.index(of_stage(events, "round")[-1])] |= {"stage": "backtrack", "past": ["kl_base 3 > 0.1"]}
+        last = of(events, "round_done")[-1]
+        limits = {
+            "past": ["kl_base 3 > 0.1"],
+            "dose": 1.0,
+            "lr": 1.0,
+            "metrics": {},
+            "next_kappa": 1,
+            "next_lr_share": 1,
+        }
+        facts = {name: last[name] for name in ("schema", "t", "wall_s", "prev", "round")}
+        events[events.index(last)] = {**facts, "event": "dropped", **limits}
 
     rewritten(run, drop)
-    assert main(["--run", str(run), "--round", "1"]) == 2
+    assert main(["eval", "--run", str(run), "--round", "1"]) == 2
     assert (
         "round 1 of" in (told := capsys.readouterr().err) and "was dropped (kl_base 3 > 0.1); its rounds are 0" in told
     )
@@ -127,7 +140,7 @@ def test_no_run_and_no_model_are_refused(tmp_path, capsys):
         (["--model", "tiny-random", "--round", "1"], "give --run too"),
         (["--model", "tiny-random", "--state", "base"], "give --run too"),
     ):
-        assert main(flags) == 2
+        assert main(["eval", *flags]) == 2
         assert told in capsys.readouterr().err
 
 
@@ -135,7 +148,7 @@ def test_without_a_run_the_settings_and_the_stages_are_shown(capsys):
     data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
     flags = f"{data} --eval.n-vignettes 2 --eval.n-prompts 1 --eval.n-texts 1 --eval.max-new-tokens 4"
     evals = "--eval.evals moral_foundations drift --eval.think-tokens 1 --dtype float32 --json"
-    assert main(["--model", "tiny-random", *flags.split(), *evals.split()]) == 0
+    assert main(["eval", "--model", "tiny-random", *flags.split(), *evals.split()]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["kl_base"] == pytest.approx(0.0, abs=1e-6)
     shown = ("model tiny-random", "dtype float32", "2 of data/toylm/vignettes.jsonl", "trait authority")

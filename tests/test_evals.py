@@ -182,4 +182,4 @@ def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(
     for metric in metrics_of(tuple(EVALS)):
         assert healed.metrics[metric.name] == collapse(metric, healed.items[metric.item])
         assert metric.of != "text" or len(healed.items[metric.item]) == len(healed.texts)
-    assert [row["text"] for row in healed.texts] == [c.text for c in subject(with_history, inputs).texts]
+    assert [answer.text for answer in healed.texts] == [c.text for c in subject(with_history, inputs).texts]

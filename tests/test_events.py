@@ -135,7 +135,7 @@ def test_an_event_is_one_whole_line_on_disk_when_write_returns(tmp_path):
     log = EventLog(tmp_path)
     log.write(measured(text="a\nb\u2028c \ud800 \x00 😀"))
     (event,) = read_events(tmp_path)  # nothing was closed
-    assert event.texts[0].text == "a\nb\u2028c \ud800 \x00 😀" and event.t
+    assert event.texts[0].text == "a\nb\u2028c \ufffd \x00 😀" and event.t
     log.write(measured("healed", 0))
     assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 2
     assert read_events(tmp_path)[1].wall_s >= event.wall_s

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
-from steer_heal.model.student import Student, attach_saved
+from steer_heal.model.student import ADAPTERS, Student, attach_saved
 from steer_heal.model.targets import targets
 from steer_heal.settings import AdapterCfg
 from steer_heal.stages.heal import heal
@@ -142,6 +142,19 @@ def test_a_family_heals_bakes_and_saves(name, toy, tmp_path, monkeypatch):
     assert torch.equal(logits(attach_saved(family(name, toy), tmp_path / "adapter")), healed)
     by_peft = PeftModel.from_pretrained(untouched.model, tmp_path / "adapter")
     assert torch.allclose(read(untouched, by_peft), healed, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_is_measured_and_folded_as_it_trains(kind, name, toy):
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = family(name, toy)
+        lm.model.to(dtype)
+        student, rows = Student(lm, replace(UPPER, kind=kind)), [lm.chat(QUESTION), lm.chat("What is ice?")]
+        for seed in (1, 2):
+            student.new_round(seed)
+            scramble(student, seed)
+            student.require_same_forward(rows)
+            student.bake()
 
 
 def test_a_family_writes_what_its_own_generation_writes(name, toy):

@@ -297,5 +297,5 @@ def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the
 def test_a_gradient_that_is_not_finite_counts(tiny, kept, heal_cfg, monkeypatch):
     monkeypatch.setattr(heal_module.SpectralPenalty, "backward", lambda self: self.updates[0][1].grad.fill_(torch.inf))
     with pytest.raises(NotFinite) as error:
-        heal_module.heal(Student(tiny, ADAPTER), kept, 0, replace(heal_cfg, spectral=0.1), seed=0)
+        heal_module.heal(Student(tiny, ADAPTER), kept, replace(heal_cfg, spectral=0.1), round_=0, seed=0)
     assert error.value.step == 0 and kept[error.value.prompt_index].text.startswith(error.value.text[:20])

@@ -135,7 +135,7 @@ def test_rows_load_or_name_their_line(content):
     with folder() as here:
         path = here / "rows.jsonl"
         path.write_bytes(content)
-        named = ("rows.jsonl line", "rows.jsonl holds no rows")
+        named = ("rows.jsonl line", "rows.jsonl has no rows")
         vignettes = accepted(lambda: parse_vignettes(read_file(path)), *named)
         prompts = accepted(lambda: parse_texts(read_file(path)), *named)
     for v in vignettes or ():

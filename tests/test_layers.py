@@ -7,7 +7,9 @@ from places import ROOT
 
 PACKAGE = ROOT / "src" / "steer_heal"
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
-LAYERS = tuple(re.split(r"[,\s`.]+", re.search(r"<!-- layers -->(.*?)<!-- end -->", AGENTS, re.DOTALL)[1].strip(" \n`.")))
+LAYERS = tuple(
+    re.split(r"[,\s`.]+", re.search(r"<!-- layers -->(.*?)<!-- end -->", AGENTS, re.DOTALL)[1].strip(" \n`."))
+)
 """From the lowest to the highest, as AGENTS.md lists them: a folder or module imports its own layer and lower ones."""
 
 

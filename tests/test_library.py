@@ -50,7 +50,10 @@ def comparable(events):
     left_out = {*VARIES, "files", "checkpoint"}
     start = {"event", "round", "trait", "metrics", "gates", "wording"}  # the others are of the folder and the process
     rows = [encode(event, "") for event in events]
-    return [{k: v for k, v in row.items() if (k in start if row["event"] == "run_start" else k not in left_out)} for row in rows]
+    return [
+        {k: v for k, v in row.items() if (k in start if row["event"] == "run_start" else k not in left_out)}
+        for row in rows
+    ]
 
 
 def assert_same(sh, steps, run):

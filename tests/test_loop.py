@@ -51,7 +51,9 @@ def test_a_run_records_its_device_and_the_wording_of_every_item_that_it_measures
     assert start_event(few, inputs).wording.keys() == {"vignette"}
 
 
-def test_from_the_command_to_the_first_decoded_token_are_at_most_eight_functions(quick, settings, tmp_path, monkeypatch):
+def test_from_the_command_to_the_first_decoded_token_are_at_most_eight_functions(
+    quick, settings, tmp_path, monkeypatch
+):
     stacks = []
 
     def watched(config):

@@ -14,7 +14,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, validated, validated_json
-from steer_heal.flags import reflowed
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.run import main
 from steer_heal.runs.events import jsonable
@@ -30,6 +29,7 @@ from steer_heal.settings import (
     as_json,
     changed,
     leaves,
+    reflowed,
     settings,
 )
 
@@ -102,7 +102,7 @@ def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, 
     assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig()))
     printed = " ".join(re.sub("[^ -~]", " ", printed).split())
     for text in help_texts(RunConfig):
-        assert " ".join(text.split()) in printed
+        assert text and " ".join(text.split()) in printed
         assert not re.search(r"[^\n]\n[^\n]", text), "the line breaks of the source would be printed"
 
 

@@ -3,20 +3,32 @@
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 from compare import differences
 from made_runs import run_events
 from runs import Killed, killing, resumed, started
 
+from steer_heal.__main__ import main
 from steer_heal.backends import track
 from steer_heal.backends.track import TRACKERS, Tracking, scalars
-from steer_heal.run import main
-from steer_heal.runs.events import EventLog
+from steer_heal.events import Dropped, HealStepped, Measured, Run
+from steer_heal.settings import as_json
 from steer_heal.stages import heal as heal_module
 
 EVENTS = run_events(n_rounds=2)
-N_STEPS = sum(event["stage"] == "heal_step" for event in EVENTS)
+N_STEPS = sum(isinstance(event, HealStepped) for event in EVENTS)
+
+
+def tracked(names, folder, events=EVENTS, past=EVENTS[:1]):
+    """Trackers that have followed the run from where its `past` ends."""
+    run = Run(past)
+    tracking = Tracking(names, run, folder)
+    run.subscribers.append(tracking.see)
+    for event in events[len(past) :]:
+        run.add(event)
+    return tracking
 
 
 @pytest.fixture
@@ -44,9 +56,7 @@ def stub(monkeypatch):
 
 
 def test_each_number_of_a_state_is_logged_at_the_optimiser_step_it_was_measured_at(tmp_path, stub):
-    tracking = Tracking(["stub"], tmp_path / "run", {}, ())
-    for event in EVENTS:
-        tracking.see(event)
+    tracked(["stub"], tmp_path / "run")
     logged = [(values, step) for what, *rest in stub if what == "log" for values, step in [rest]]
     steps = [step for _, step in logged]
     assert steps == sorted(steps) and steps[-1] == N_STEPS
@@ -61,16 +71,25 @@ def test_each_number_of_a_state_is_logged_at_the_optimiser_step_it_was_measured_
 
 
 def test_a_value_that_is_missing_is_left_out():
-    event = {"stage": "healed", "round": 0, "items": {}, "metrics": {"a": None, "b": 0.5, "b_lo": 0.1}}
+    values = {"a": None, "b": 0.5, "b_lo": 0.1, "c": float("nan"), "d": float("inf")}
+    event = Measured(round=0, state="healed", metrics=values, items={})
     assert scalars(event) == {"healed/b": 0.5, "round": 0.0}
 
 
-def test_every_event_of_the_log_reaches_the_trackers(tmp_path):
-    seen = []
-    log = EventLog(tmp_path, on_event=seen.append)
-    written = [log.write("base", -1, a=1), log.write("heal_step", 0, b=2)]
-    log.close()
-    assert seen == written
+def test_the_steps_of_a_dropped_round_still_count(tmp_path, stub):
+    """The next attempt at a round is drawn to the right of the first, not on top of it."""
+    steps = [event for event in EVENTS if isinstance(event, HealStepped) and event.round == 0]
+    dropped = Dropped(round=0, past=(), dose=1.0, lr=1.0, metrics={}, next_kappa=0.5, next_lr_share=1.0)
+    events = [EVENTS[0], *steps, dropped, *steps]
+
+    def at():
+        return [rest[1] for what, *rest in stub if what == "log"]
+
+    tracked(["stub"], tmp_path, events)
+    assert at() == list(range(1, 2 * len(steps) + 1))
+    stub.clear()
+    tracked(["stub"], tmp_path, events, past=events[: len(steps) + 2])
+    assert stub[0] == ("init", tmp_path.name, len(steps)) and at()[0] == len(steps) + 1, "resumed after the drop"
 
 
 def tags(folder) -> dict[str, list[tuple[int, float]]]:
@@ -92,12 +111,11 @@ def test_tensorboard_files_hold_the_curves_and_pictures_also_of_a_run_that_went_
         folder.mkdir()
         plt.imsave(folder / "map.png", np.zeros((4, 4)))
         for cut in cuts:
-            tracking = Tracking(["tensorboard"], folder, {"model": "x"}, EVENTS[:done])
-            for event in EVENTS[done:cut]:
-                tracking.see(event)
-            if cut < len(EVENTS):  # steps that were lost, and are taken again
+            tracking = tracked(["tensorboard"], folder, EVENTS[:cut], past=EVENTS[: max(done, 1)])
+            if cut < len(EVENTS):  # steps that were lost, and are done again
                 for event in EVENTS[cut : cut + 5]:
-                    tracking.see(event | ({"fit": 99.0} if event["stage"] == "heal_step" else {}))
+                    assert isinstance(event, HealStepped)
+                    tracking.run.add(replace(event, step=replace(event.step, fit=99.0)))
             done = cut
         tracking.pictures([folder / "trajectory.png", folder / "map.png"])
         tracking.close()
@@ -112,7 +130,7 @@ def test_a_run_that_was_killed_goes_on_in_its_curves(quick, settings, tmp_path, 
     whole = started(tmp_path / "whole", settings, *flags)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, heal_module, "schedule", 2)
-        main(["fast-dev", "--out", str(tmp_path / "killed"), *settings, *flags])
+        main(["run", "fast-dev", "--out", str(tmp_path / "killed"), *settings, *flags])
     run = next(path for path in (tmp_path / "killed").iterdir() if (path / "events.jsonl").exists())
     assert tags(resumed(run)) == tags(whole)
 
@@ -146,13 +164,12 @@ def test_a_tracker_of_services_gets_one_named_run_that_can_go_on(name, tmp_path,
     monkeypatch.setitem(sys.modules, name, module)
     track.check([name])
     (tmp_path / "map.png").touch()
-    tracking = Tracking([name], tmp_path, {"model": "x"}, EVENTS[:0])
-    for event in EVENTS:
-        tracking.see(event)
+    tracking = tracked([name], tmp_path)
     tracking.pictures([tmp_path / "map.png", tmp_path / "nowhere.png"])
     tracking.close()
     (_, how), *logged, last = module.calls
-    assert how["name"] == tmp_path.name and how["resume"] == "allow" and how["config"] == {"model": "x"}
+    assert how["name"] == tmp_path.name and how["resume"] == "allow"
+    assert how["config"] == as_json(EVENTS[0].config)
     assert how["project"] == "steer-heal" and last == ("finish",)
     assert len([1 for _, values, _ in logged if "heal/fit" in values]) == N_STEPS * 2 // 3
     assert logged[-1] == ("log", {"map": f"image of {tmp_path / 'map.png'}"}, N_STEPS)
@@ -168,12 +185,10 @@ def test_the_real_packages_take_it_without_a_network(name, tmp_path, monkeypatch
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        tracking = Tracking([name], tmp_path, {"model": "x"}, ())
-        for event in EVENTS[:20]:
-            tracking.see(event)
+        tracking = tracked([name], tmp_path, EVENTS[:20])
         assert list(tracking.running) == [name]
         tracking.close()
-    assert not [each for each in said if "left out" in str(each.message)]
+    assert not [each for each in said if "continues without" in str(each.message)]
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(tmp_path, stub, monkeypatch):
@@ -195,10 +210,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(tmp_path, stub, m
     monkeypatch.setitem(TRACKERS, "failing", Failing)
     monkeypatch.setitem(TRACKERS, "refusing", Refusing)
     with pytest.warns(UserWarning) as said:
-        tracking = Tracking(["refusing", "failing", "stub"], tmp_path, {}, ())
-        for event in EVENTS:
-            tracking.see(event)
-        tracking.close()
+        tracked(["refusing", "failing", "stub"], tmp_path).close()
     assert [str(each.message).split(" ")[0] for each in said] == ["refusing", "failing"], "each says so once"
     assert "no login" in str(said[0].message) and "ConnectionError: no network" in str(said[1].message)
     assert stub[-1] == ("close",) and sum(call[0] == "log" for call in stub) > N_STEPS
@@ -220,7 +232,8 @@ def test_a_run_whose_tracker_fails_ends_as_one_without(quick, settings, one, tmp
 def test_a_tracker_that_is_not_there_is_refused_before_the_model_loads(name, told, tmp_path, capsys, monkeypatch):
     absent = type("Absent", (), {"package": "no_such_package"})
     monkeypatch.setitem(TRACKERS, "absent", absent)
-    monkeypatch.setattr("steer_heal.round.load", None)
-    assert main(["fast-dev", "--out", str(tmp_path / "out"), "--track", name]) == 2
-    assert f"track is {name!r}" in (err := capsys.readouterr().err) and told in err
+    monkeypatch.setattr("steer_heal.bench.load", None)
+    assert main(["run", "fast-dev", "--out", str(tmp_path / "out"), "--track", name]) == 2
+    printed = capsys.readouterr().err
+    assert f"track is {name!r}" in printed and told in printed
     assert not (tmp_path / "out").exists()

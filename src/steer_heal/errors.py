@@ -67,10 +67,6 @@ def nearest(name: object, known: Iterable[object]) -> str:
 
 
 # --- values checked by pydantic --------------------------------------------------------------------------------
-_WHOLE_NUMBER = "it must be a whole number"
-_NUMBER = "it must be a number"
-_BOOLEAN = "it must be true or false"
-_LIST = "it must be a list"
 _TABLE = "it must be a table of named values"
 _LIMITS = {
     "greater_than": "it must be > {gt:g}",
@@ -78,27 +74,24 @@ _LIMITS = {
     "less_than": "it must be < {lt:g}",
     "less_than_equal": "it must be <= {le:g}",
     "finite_number": "it must be a finite number",
-    "float_type": _NUMBER,
-    "float_parsing": _NUMBER,
-    "int_type": _WHOLE_NUMBER,
-    "int_parsing": _WHOLE_NUMBER,
-    "int_from_float": _WHOLE_NUMBER,
+    "float": "it must be a number",
     "int_parsing_size": "it must be a whole number with fewer digits",
-    "bool_type": _BOOLEAN,
-    "bool_parsing": _BOOLEAN,
-    "string_type": "it must be a string",
+    "int": "it must be a whole number",
+    "bool": "it must be true or false",
     "string_too_short": "it must have at least {min_length} characters",
     "string_unicode": "it must be valid Unicode",
-    "path_type": "it must be a path",
-    "tuple_type": _LIST,
-    "list_type": _LIST,
-    "dict_type": _TABLE,
-    "dataclass_type": _TABLE,
+    "string_type": "it must be a string",
+    "path": "it must be a path",
+    "tuple": "it must be a list",
+    "list": "it must be a list",
+    "dict": _TABLE,
+    "dataclass": _TABLE,
     "too_short": "it must hold at least {min_length}",
     "too_long": "it must hold at most {max_length}",
     "json_invalid": "it is not valid JSON ({error})",
 }
-"""What a value must be, by the type of pydantic's error. The slots are filled from the error's context."""
+"""What a value must be, by the type of pydantic's error or by the first word of that type, as in int_from_float. The
+slots are filled from the error's context."""
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
@@ -129,8 +122,9 @@ def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]
 def _limit(found: Any, kind: Any) -> str:
     """What the value of one of pydantic's errors must be."""
     context = found.get("ctx", {})
-    if found["type"] in _LIMITS:
-        return _LIMITS[found["type"]].format_map(context)
+    limit = _LIMITS.get(found["type"]) or _LIMITS.get(found["type"].partition("_")[0])
+    if limit:
+        return limit.format_map(context)
     choices = get_args(_type_at(kind, found["loc"])) if found["type"] == "literal_error" else ()
     if choices:
         return nearest(found["input"], choices)

@@ -6,6 +6,7 @@ An event is one JSON object on a line of events.jsonl. Tables, pictures, pages a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal, TypeVar
@@ -31,6 +32,8 @@ from steer_heal.records import (
 from steer_heal.settings import TINY_RANDOM, RunConfig
 
 SCHEMA = 5
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character. JSON readers refuse it."""
 Files = dict[str, str]
 """SHA-256 of files by their path within the run's folder."""
 TableRow = dict[str, str | Number | None]
@@ -77,6 +80,11 @@ class RunStart(Event):
     settings: str = ""
     """Fingerprint of the settings without the seed."""
     base_model: str = ""
+    """What the adapters name as their base: a hub id, a name that steer-heal knows, or a path."""
+    hub_id: str | None = None
+    """The model on the hub whose weights these are, or nearly are if weights.note is not empty."""
+    adapter: str = "a LoRA adapter"
+    """The kind of adapter with its settings, as a noun phrase."""
     weights: Weights | None = None
     unadapted: tuple[str, ...] = ()
     """Weights of the adapted blocks that the adapter leaves out."""
@@ -102,7 +110,7 @@ class Measured(Event):
 
     @property
     def label(self) -> str:
-        """`base`, `healed r1`."""
+        """`base`, `healed round 1`."""
         return state_label(self.state, self.round)
 
     @property
@@ -285,9 +293,9 @@ def plain(value: object) -> object:
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value)
+    return LONE_SURROGATE.sub("\ufffd", str(value))
 
 
 # --- a run as its events -----------------------------------------------------------------------------------------
@@ -301,6 +309,8 @@ class Run:
         self.events: list[AnyEvent] = []
         """All but the steps of heals."""
         self.steps: list[HealStepped] = []
+        self.n_steps = 0
+        """Steps of all heals, those that were made void too."""
         self.subscribers: list[Callable[[AnyEvent], object]] = []
         for event in events:
             self.take(event)
@@ -315,6 +325,7 @@ class Run:
         """Adds an event; drops what it makes void."""
         if isinstance(event, HealStepped):
             self.steps.append(event)
+            self.n_steps += 1
             return
         if isinstance(event, HealRetried | Dropped):
             self.steps = [step for step in self.steps if step.round != event.round]

@@ -1,28 +1,24 @@
-"""How dataclasses become command-line flags: their help texts, and tuples as values."""
+"""How the dataclass of a command becomes its flags, beside settings that the command takes too."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import fields, make_dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import TypeAdapter, ValidationError
+
+from steer_heal.errors import UserError, problem_lines
+from steer_heal.settings import RunConfig, reflowed
 
 Kind = TypeVar("Kind", bound=type)
 Given = TypeVar("Given")
-
-
-def reflowed(text: str) -> str:
-    """The text with one line per paragraph, so that `--help` can wrap it at any width of the terminal."""
-    paragraphs = re.split(r"\n\s*\n", text.strip())
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def described(kind: Kind) -> Kind:
@@ -55,27 +51,12 @@ def _strings_below(node: ast.ClassDef) -> dict[str, str]:
     return found
 
 
-def words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
-    """How a flag gives a tuple: values separated by spaces or commas."""
-
-    def parse(given: list[str]) -> tuple[Any, ...]:
-        return tuple(kind(part) for word in given for part in word.split(",") if part)
-
-    def is_tuple(value: object) -> bool:
-        return isinstance(value, tuple)
-
-    def write(value: tuple[Any, ...]) -> list[str]:
-        return [str(each) for each in value]
-
-    return PrimitiveConstructorSpec(
-        nargs="*", metavar=metavar, instance_from_str=parse, is_instance=is_tuple, str_from_instance=write
-    )
-
-
 def parsed(
-    kind: type[Given], argv: Sequence[str], command: str, *, owner: type | None = None, also: Sequence[str] = ()
+    kind: type[Given], argv: Sequence[str], command: str, *, owner: type = RunConfig, also: Sequence[str] = ()
 ) -> tuple[Given, dict[str, Any]]:
     """(the flags of a command, by its dataclass; the settings that were given beside them, by dotted name).
+
+    UserError with a line for each flag that is outside the limits of its annotation. Settings are not checked here.
 
     Args:
         owner: The settings dataclass that has the settings `also`.
@@ -91,6 +72,10 @@ def parsed(
     both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     both.__doc__ = kind.__doc__
     given = tyro.cli(both, args=argv, prog=f"steer-heal {command}")
+    try:
+        TypeAdapter(kind).validate_python({each.name: getattr(given, each.name) for each in fields(kind)})  # pyright: ignore[reportArgumentType]
+    except ValidationError as error:
+        raise UserError(*problem_lines(error, kind, lambda place: place)) from None
     values = {name: getattr(given, _joined(name)) for name in also}
     return given, {name: value for name, value in values.items() if value is not None}
 

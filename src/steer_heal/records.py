@@ -32,13 +32,13 @@ Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_number)]
 
 
 def round_label(r: int | None) -> str:
-    """`r0` for round 0; `control` for None, the heal before the loop."""
+    """A heal in the name of a file: `r0` for round 0; `control` for None, the heal before the loop."""
     return "control" if r is None else f"r{r}"
 
 
 def state_label(name: str, r: int | None) -> str:
-    """A state as tables name it: `base`, `healed r1`."""
-    return name if r is None else f"{name} r{r}"
+    """A state as people read it: `base`, `healed round 1`."""
+    return name if r is None else f"{name} round {r}"
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -11,11 +11,11 @@ from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from steer_heal.errors import Problems, nearest, problem_lines, validated
-from steer_heal.flags import described, words
 
 TINY_RANDOM = "tiny-random"
 """Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
@@ -27,9 +27,22 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=0)]
-Band = Annotated[tuple[float, float], words(float, "LO HI")]
-Names = Annotated[tuple[str, ...], words(str, "NAME [NAME ...]")]
-Numbers = Annotated[tuple[Positive, ...], words(float, "FLOAT [FLOAT ...]")]
+
+
+def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    """How a flag gives a tuple: values separated by spaces or commas."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(",") if part),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(each) for each in value],
+    )
+
+
+Band = Annotated[tuple[float, float], _words(float, "LO HI")]
+Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
 
 def _utf8(path: Path) -> Path:
@@ -50,18 +63,28 @@ def _device(name: str) -> str:
 UserPath = Annotated[Path, AfterValidator(_utf8)]
 
 
+def reflowed(text: str) -> str:
+    """The text with one line per paragraph, so that `--help` can wrap it at any width of the terminal."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
-    """Makes a class a frozen pydantic dataclass whose fields are flags.
+    """Makes a class a frozen pydantic dataclass whose fields are flags, with their docstrings as help texts.
 
     Invalid fields raise one ValueError with a line for each, which names it as `section.field`.
     """
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def placed(field_name: str) -> str:
         return f"{section}.{field_name}" if section and field_name else field_name
 
     def decorate(cls: type[Settings]) -> type[Settings]:
-        made: Any = described(dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls))
+        made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
+        made.__doc__ = reflowed(made.__doc__ or "")
+        for name, each in made.__pydantic_fields__.items():  # tyro would keep the line breaks of the source
+            if each.description:
+                made.__dataclass_fields__[name].metadata = {"help": reflowed(each.description)}
         init = made.__init__
 
         @functools.wraps(init)

@@ -1,6 +1,6 @@
-"""Optional trackers, which receive the curves during a run and its pictures at the end.
+"""Optional trackers: they get the curves of a run while it is running, and its pictures at the end.
 
-The step of a value is the number of optimiser steps that the run had done. This module does not import any tracker.
+The step of a value is the number of optimiser steps that the run had taken. Importing this module imports no tracker.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from steer_heal.errors import UserError, nearest
+from steer_heal.events import AnyEvent, HealStepped, Measured, RoundDone, Run
+from steer_heal.records import Values
+from steer_heal.settings import as_json
 
 PROJECT = "steer-heal"
-Event = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """A run in one tracker. It has the name of the run's folder. A resumed run continues its earlier curves."""
+    """One run in a tracker, named like the run's folder. It continues what was tracked of that folder before."""
 
     package: ClassVar[str] = ""
-    """The name of the package, and of the extra that installs it."""
+    """Name of its package, and of the extra that installs it."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        """`step` is the step at which the run is resumed. Values that the tracker has of later steps are replaced."""
+        """Values of later steps than `step` that the tracker already has are void: the run was stopped and resumed."""
         ...
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
@@ -38,7 +41,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the subfolder `tensorboard` of the run."""
+    """Event files in the folder `tensorboard` of the run's folder."""
 
     package: ClassVar[str] = "tensorboard"
 
@@ -62,7 +65,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A local database, which `trackio show` displays."""
+    """A local database that `trackio show` displays."""
 
     package: ClassVar[str] = "trackio"
 
@@ -82,7 +85,7 @@ class Trackio:
 
 
 class Wandb:
-    """Weights & Biases. With WANDB_MODE=offline everything stays in the subfolder `wandb` of the run."""
+    """Weights & Biases. With WANDB_MODE=offline everything stays in the folder `wandb` of the run's folder."""
 
     package: ClassVar[str] = "wandb"
 
@@ -105,10 +108,10 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Tra
 
 
 def check(names: Sequence[str]) -> None:
-    """UserError for the first unknown tracker, or the first whose package is not installed."""
+    """UserError for the first name that is not a tracker's, or whose package is not installed."""
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"track is {name!r}: {nearest(name, TRACKERS)}")
+            raise UserError(f"track is {name!r}, which is not a tracker; {nearest(name, TRACKERS)}")
         if not find_spec(package := TRACKERS[name].package):
             raise UserError(
                 f"track is {name!r}: its package is not installed; pip install 'steer-heal[{package}]', or leave it out"
@@ -116,63 +119,64 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """The trackers of a run. If a tracker fails, there is a warning and the run continues without it."""
+    """The trackers of a run. If a tracker fails, the run continues without it, after a warning."""
 
-    def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], past: Sequence[Event]) -> None:
-        """`past` are the earlier events of a resumed run."""
-        self.step = sum(event["stage"] == "heal_step" for event in past)
+    def __init__(self, names: Sequence[str], run: Run, folder: Path) -> None:
+        """Starts the trackers, or continues them where the run was stopped."""
+        self.run = run
         self.running: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            with self._noted(name):
-                self.running[name] = TRACKERS[name](folder, config, self.step)
+            with self._optional(name):
+                self.running[name] = TRACKERS[name](folder, as_json(run.start.config), run.n_steps)
 
-    def see(self, event: Event) -> None:
-        """Logs the numbers of an event."""
-        self.step += event["stage"] == "heal_step"
+    def see(self, event: AnyEvent) -> None:
+        """Logs the numbers of an event that the run has just recorded."""
         values = scalars(event)
-        for name, tracker in list(self.running.items()) if values else []:
-            with self._noted(name):
-                tracker.log(values, self.step)
+        if values:
+            for name, tracker in list(self.running.items()):
+                with self._optional(name):
+                    tracker.log(values, self.run.n_steps)
 
     def pictures(self, paths: Sequence[Path]) -> None:
-        """Logs the pictures that exist."""
-        drawn = [path for path in paths if path.exists()]
+        """Logs each picture whose file exists."""
         for name, tracker in list(self.running.items()):
-            with self._noted(name):
-                for path in drawn:
-                    tracker.picture(path, self.step)
+            with self._optional(name):
+                for path in filter(Path.exists, paths):
+                    tracker.picture(path, self.run.n_steps)
 
     def close(self) -> None:
         for name, tracker in list(self.running.items()):
-            with self._noted(name):
+            with self._optional(name):
                 tracker.close()
 
     @contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """Removes a tracker that fails, with a warning."""
+    def _optional(self, name: str) -> Iterator[None]:
+        """If the tracker fails inside, it is dropped."""
         try:
             yield
-        except Exception as error:  # network, login, disk or version: the run has nothing to do with it
+        except Exception as error:  # of the network, a login, the disk, a version
             self.running.pop(name, None)
             warnings.warn(
-                f"{name} failed; the run continues without it ({type(error).__name__}: {error})", stacklevel=3
+                f"{name} failed; the run continues without it ({type(error).__name__}: {error})", stacklevel=2
             )
 
 
-def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event that are drawn as curves, by `<stage>/<name>`. Empty if it has none."""
-    stage = event["stage"]
-    r = event["round"]
-    if stage == "heal_step":
-        found = {name: event[name] for name in ("fit", "divergence", "barrier", "pressure", "lr")}
-        stage = "heal" if r >= 0 else "control_heal"
-    elif "items" in event:  # a measured state
-        found = {name: value for name, value in event["metrics"].items() if not name.endswith(("_lo", "_hi"))}
-    elif stage == "round":
-        found = {name: event[name] for name in ("retain", "slope", "cosine_student_teacher", "cosine_student_first")}
+def scalars(event: AnyEvent) -> dict[str, float]:
+    """The numbers of an event that make curves, named `<state or stage>/<name>`. Empty for an event without any."""
+    found: Values
+    if isinstance(event, HealStepped):
+        stage = "control_heal" if event.round is None else "heal"
+        found = {name: getattr(event.step, name) for name in ("fit", "divergence", "barrier", "pressure", "lr")}
+    elif isinstance(event, Measured):
+        stage = event.state
+        found = {name: value for name, value in event.metrics.items() if not name.endswith(("_lo", "_hi"))}
+    elif isinstance(event, RoundDone):
+        stage = "round"
+        names = ("retain", "slope", "cosine_student_teacher", "cosine_student_first")
+        found = {name: getattr(event, name) for name in names}
     else:
         return {}
-    known = {f"{stage}/{name}": float(value) for name, value in found.items() if value is not None}
-    if r >= 0:
-        known["round"] = float(r)
+    known = {f"{stage}/{name}": value for name, value in found.items() if value is not None and isfinite(value)}
+    if event.round is not None:
+        known["round"] = float(event.round)
     return known

@@ -1,4 +1,4 @@
-"""What the states of a round answer. It knows no terminal and no browser."""
+"""Conversations with the states of a round. This module knows no terminal and no browser."""
 
 from __future__ import annotations
 
@@ -12,39 +12,33 @@ from pydantic import Field
 
 from steer_heal.errors import UserError, nearest, printable
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.student import AdapterState
-from steer_heal.records import derive_seed
-from steer_heal.runs.opened import OpenedRun
+from steer_heal.model.state import State
+from steer_heal.records import StateName, derive_seed
+from steer_heal.runs.opened import open_bench, put_in, state_of
+from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import RunConfig
 
-SHOWN = ("base", "steered", "healed")
-"""States that answer unless others are asked for."""
+STATES: tuple[StateName, ...] = ("base", "prompted", "steered", "healed")
+"""The states that answer."""
 HALF_WRITTEN = "\ufffd"
-"""What the tokenizer writes for the first bytes of a character whose last ones are still to come."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Which adapters act, under which system prompt, at which dose of the round's vector."""
-
-    adapters: AdapterState
-    about: str
-    system: str = ""
-    dose: float = 0.0
+"""Stands for the first bytes of a character until the tokenizer has its last ones."""
+MAKES_TEACHER = {"vector": "its vector", "prompt": "the persona as system prompt", "both": "its vector and the persona"}
+"""What makes the teacher out of the student, by heal.teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A conversation with one state, up to the user's last message."""
+    """A conversation with one state, up to the last message of the user."""
 
     state: str
     turns: Annotated[tuple[str, ...], Field(min_length=1)]
-    """What the user and the state said in turn, the user first and last."""
+    """Messages of the user and the state in turn. The user has the first and the last."""
     system: str = ""
-    """System prompt, behind the one that makes the state what it is."""
+    """System prompt, which follows the state's own."""
     dose: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Of the steered state; None: the round's."""
+    """Dose of the steered state. None: the dose of the round."""
     seed: int = 0
-    """All states draw from the same random stream of this seed and the number of the turn."""
+    """Seed of the random stream, which also depends on the number of turns and is the same for all states."""
 
 
 @dataclass(frozen=True)
@@ -53,78 +47,101 @@ class Answer:
     n_tokens: int
     seconds: float
     cut: bool
-    """Whether it ends at the limit on new tokens, not where the model ended it."""
+    """Whether the limit on new tokens ended it, and not the model."""
 
 
 class Talk:
-    """The states of one round on one loaded model. One answer is written at a time."""
+    """The states of one round on one loaded model. Answers are written one at a time."""
 
-    def __init__(self, run: OpenedRun, r: int, max_new_tokens: int = 256) -> None:
-        """Loads the model, the student before round r, the round's own factor and its vector.
+    def __init__(self, run: FolderRun, cfg: RunConfig, r: int, max_new_tokens: int = 256) -> None:
+        """Loads the model, the student before round r, the factor of the round and its vector.
 
-        UserError where one of them is gone or was changed.
+        UserError if one of them is gone or was changed.
         """
-        self.run, self.round, self.max_new_tokens, self._lock = run, r, max_new_tokens, Lock()
-        self.vector, teacher = run.vector(r), run.teacher(r)
-        before, after = run.checkpoint(r - 1) if r else None, run.checkpoint(r)
-        self.student = run.load()
-        if before is not None:
-            self.student.restore(before, r)
+        self.run = run
+        self.round = r
+        self.max_new_tokens = max_new_tokens
+        self.states = {name: state_of(run, name, r) for name in STATES}
+        self.vector = run.vector(r)
+        after = run.checkpoint(r)
+        steered = self.states["steered"]
+        if r:
+            run.checkpoint(r - 1)  # checks its files before the model is loaded
+        self.student = open_bench(run, cfg).student
+        put_in(run, self.student, steered)
         self.student.restore_round(after)
-        trait = run.inputs.trait
-        own = {"vector": "its vector", "prompt": "the persona as system prompt", "both": "its vector and the persona"}
-        steered = f"the student before round {r} with {own[run.cfg.heal.teacher]}"
-        self.states = {
-            "base": State("base", "the untouched model", trait.plain_system),
-            "prompted": State("base", "the untouched model with the persona as system prompt", trait.positive),
-            "steered": State("prev", steered, teacher.system, teacher.dose),
-            "healed": State("full", f"the student after round {r}", trait.plain_system),
-        }
+        self._lock = Lock()
+
+    def about(self, name: str) -> str:
+        """A state in words."""
+        made_by = MAKES_TEACHER[self.run.start.config.heal.teacher]
+        return {
+            "base": "the untouched model",
+            "prompted": "the untouched model with the persona as system prompt",
+            "steered": f"the student before round {self.round} with {made_by}",
+            "healed": f"the student after round {self.round}",
+        }[name]
 
     @property
     def room(self) -> int:
-        """Tokens that a conversation may have, so that an answer still fits into what the model reads."""
+        """Maximum number of tokens of a conversation that leaves room for the answer."""
         config = self.student.lm.model.config.get_text_config()
         return max(1, (getattr(config, "max_position_embeddings", None) or 4096) - self.max_new_tokens)
 
-    def known(self, name: str) -> str:
-        """The name itself. UserError where it is no state."""
-        if name not in self.states:
-            raise UserError(f"there is no state {name!r}: {nearest(name, self.states)}")
-        return name
+    def known(self, name: str) -> StateName:
+        """The name itself. UserError if no state has it."""
+        for known in STATES:
+            if name == known:
+                return known
+        raise UserError(f"unknown state {name!r}; {nearest(name, STATES)}")
+
+    def dose(self, question: Question) -> float:
+        """The dose that the state of the question is asked at."""
+        own = self.states[self.known(question.state)].condition.dose
+        return own if question.dose is None or question.state != "steered" else question.dose
 
     def answer(self, question: Question, on_text: Callable[[str], object] = lambda piece: None) -> Answer:
-        """What the state answers. `on_text` gets each piece as soon as it is written, for every token one, which may be
-        empty; what it raises ends the answer. UserError where the conversation is too long or out of turn."""
-        state, began = self.states[self.known(question.state)], time.monotonic()
+        """The answer of a state.
+
+        UserError if the conversation is too long, or the user does not have the last turn.
+
+        Args:
+            on_text: Receives one piece per token as soon as it is written. A piece may be empty. What `on_text` raises
+                ends the answer.
+        """
+        state = self.states[self.known(question.state)]
+        began = time.monotonic()
         if len(question.turns) % 2 == 0:
-            raise UserError(f"turns holds {len(question.turns)} texts: it must begin and end with the user's")
-        lm, ids, told = self.student.lm, [], 0
-        dose = question.dose if question.state == "steered" and question.dose is not None else state.dose
+            raise UserError(f"turns holds {len(question.turns)} texts: the user must have the first and the last")
+        lm = self.student.lm
+        ids: list[int] = []
+        shown = 0
 
         def on_token(_: int, token: int) -> None:
-            nonlocal told
+            nonlocal shown
             ids.append(token)
-            whole = lm.decode(ids).rstrip(HALF_WRITTEN)
-            on_text(whole[told:])
-            told = max(told, len(whole))
+            complete = lm.decode(ids).rstrip(HALF_WRITTEN)
+            on_text(complete[shown:])
+            shown = max(shown, len(complete))
 
         how = Decoding(self.max_new_tokens, 1, on_token=on_token)
         with self._lock:  # the tokenizer, too, serves one thread at a time
-            row = Row(self._prompt(question, state), dose, derive_seed(question.seed, "chat", len(question.turns)))
+            prompt = self._prompt(question, state)
+            row = Row(prompt, self.dose(question), derive_seed(question.seed, "chat", len(question.turns)))
             with self.student.using(state.adapters):
                 decode(lm, [row], self.vector, how)
             text = lm.decode(ids)
-        on_text(text[told:])
+        on_text(text[shown:])
         return Answer(text, len(ids), time.monotonic() - began, ids[-1] not in lm.end_ids)
 
     def _prompt(self, question: Question, state: State) -> tuple[int, ...]:
-        lm, turns = self.student.lm, [printable(text) for text in question.turns]
-        system = "\n\n".join(text for text in (state.system, printable(question.system)) if text)
+        lm = self.student.lm
+        turns = [printable(text) for text in question.turns]
+        system = "\n\n".join(text for text in (state.condition.system, printable(question.system)) if text)
         ids = lm.encode(lm.conversation(turns, system))
         if len(ids) > self.room:
             raise UserError(
-                f"the conversation has {len(ids)} tokens, and the model reads {self.room} before its answer; begin a "
-                "new one, or lower --max-new-tokens"
+                f"the conversation has {len(ids)} tokens, and the limit is {self.room}, which leaves room for an "
+                "answer; begin a new one, or lower --max-new-tokens"
             )
         return ids

@@ -1,4 +1,4 @@
-"""The conversation in a terminal, or with lines from a file: one message, answered by each state in turn."""
+"""The conversation in a terminal, or with the lines of a file. Each state in turn answers a message."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from steer_heal.chat.talk import Question, Talk
 from steer_heal.errors import UserError, nearest, print_error, print_safe, printable
 
 COMMANDS = {
-    "/system": "TEXT: a system prompt for all states, behind the one that makes a state what it is; none: as it was",
-    "/dose": "X: the dose of the steered state; none: the round's own",
-    "/states": "NAME ...: who answers, of base, prompted, steered and healed; each has its own conversation",
-    "/reset": "begin new conversations",
-    "/seed": "N: of the random stream that all states draw from",
-    "/help": "these lines",
-    "/quit": "leave; so does the end of the input",
+    "/system": "[TEXT]: a system prompt for all states, which follows the state's own; without TEXT: none",
+    "/dose": "[X]: the dose of the steered state; without X: the dose of the round",
+    "/states": "NAME ...: the states that answer (base, prompted, steered, healed); each has its own conversation",
+    "/reset": "start new conversations",
+    "/seed": "N: the seed of the random stream, which is the same for all states",
+    "/help": "show these lines",
+    "/quit": "leave, as at the end of the input",
 }
 HINT = "Ctrl-C stops an answer; /help lists the commands, /quit leaves"
 
@@ -29,15 +29,16 @@ class Halted(Exception):
 
 
 class Terminal:
-    """Conversations with several states; `question` holds the settings that the next message is asked with."""
+    """Conversations with several states. `question` holds the settings of the next message."""
 
     def __init__(self, talk: Talk, states: Sequence[str], question: Question) -> None:
-        self.talk, self.question = talk, question
+        self.talk = talk
+        self.question = question
         self.states = [talk.known(name) for name in dict.fromkeys(states)]
         self.turns: dict[str, list[str]] = {name: [] for name in talk.states}
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answers each line until /quit or the end."""
+        """Answers each line until /quit or the end of the input."""
         for line in lines:
             line = printable(line).strip()
             try:
@@ -52,7 +53,7 @@ class Terminal:
                 print_error(error)
 
     def obey(self, name: str, given: str = "") -> None:
-        """One command. UserError where there is none of that name, or its value is wrong."""
+        """Carries out a command. UserError if the command is unknown or its value is invalid."""
         if name == "/system":
             self.question = replace(self.question, system=given)
         elif name == "/dose":
@@ -65,68 +66,72 @@ class Terminal:
         elif name == "/reset":
             self.turns = {each: [] for each in self.turns}
         elif name == "/help":
-            print_safe("\n".join(f"{each:8} {told}" for each, told in COMMANDS.items()))
+            print_safe("\n".join(f"{each:8} {text}" for each, text in COMMANDS.items()))
             return
         else:
-            raise UserError(f"there is no command {name!r}: {nearest(name, COMMANDS)}")
-        print_safe(self.told())
+            raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+        print_safe(self.summary())
 
-    def told(self) -> str:
-        """The settings in force, and how long the conversations are."""
-        state, q = self.talk.states["steered"], self.question
-        dose = state.dose if q.dose is None else q.dose
+    def summary(self) -> str:
+        """The current settings and the length of the conversations."""
+        dose = self.talk.dose(replace(self.question, state="steered"))
         n = max(len(self.turns[name]) for name in self.states) // 2
-        system = f", system prompt {q.system!r}" if q.system else ""
-        return f"{', '.join(self.states)}; dose {dose:.3g}, seed {q.seed}{system}; {n} messages so far"
+        system = f", system prompt {self.question.system!r}" if self.question.system else ""
+        return f"{', '.join(self.states)}; dose {dose:.3g}, seed {self.question.seed}{system}; {n} messages so far"
 
     def ask(self, message: str) -> None:
-        """The message, answered by each state. An answer that was stopped stays as far as it came."""
+        """Prints the answer of each state to a message. Of a stopped answer, what was written is kept."""
         for name in self.states:
-            turns, pieces = [*self.turns[name], message], []
-            print_safe(f"\n--- {name}: {self.talk.states[name].about} ---")
-            with _interrupts() as stopped:
-
-                def show(piece: str, pieces: list[str] = pieces, stopped: list[int] = stopped) -> None:
-                    print_safe(piece, end="")
-                    pieces.append(piece)
-                    if stopped:
-                        raise Halted
-
-                note = ""
-                try:
-                    answer = self.talk.answer(replace(self.question, state=name, turns=tuple(turns)), show)
-                    note = f" [cut at {answer.n_tokens} tokens]" if answer.cut else ""
-                except Halted:
-                    note = " [stopped]"
-            print_safe(note)
-            self.turns[name] = [*turns, "".join(pieces)]
+            turns = [*self.turns[name], message]
+            print_safe(f"\n--- {name}: {self.talk.about(name)} ---")
+            self.turns[name] = [*turns, self._answer(replace(self.question, state=name, turns=tuple(turns)))]
         print_safe("")
+
+    def _answer(self, question: Question) -> str:
+        """Prints the answer while it is written; returns it. Ctrl-C stops it."""
+        pieces: list[str] = []
+        with _interrupts() as received:
+
+            def show(piece: str) -> None:
+                print_safe(piece, end="")
+                pieces.append(piece)
+                if received:
+                    raise Halted
+
+            note = ""
+            try:
+                answer = self.talk.answer(question, show)
+                note = f" [cut at {answer.n_tokens} tokens]" if answer.cut else ""
+            except Halted:
+                note = " [stopped]"
+        print_safe(note)
+        return "".join(pieces)
 
 
 def _number(kind: type, name: str, given: str) -> Any:
     try:
         value = kind(given)
-        if abs(value) < 2**63:  # so neither infinite nor NaN
+        if abs(value) < 2**63:  # excludes infinity and NaN
             return value
     except ValueError:
         pass
-    whole = "a whole number" if kind is int else "a number"
-    raise UserError(f"{name} is {given!r}: it must be {whole}, nearer to 0 than 2^63")
+    wanted = "a whole number" if kind is int else "a number"
+    raise UserError(f"{name} is {given!r}: it must be {wanted} whose size is below 2^63")
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """While inside, Ctrl-C adds to the list and does nothing else: the model is never left half changed."""
-    seen: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, frame: seen.append(signum))
+    """While inside, Ctrl-C only adds to the list. It cannot leave the model half changed."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, frame: received.append(signum))
     try:
-        yield seen
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def lines() -> Iterator[str]:
-    """What is typed, with a prompt; where stdin is no terminal its lines, repeated on stdout."""
+    """The lines that the user types after a prompt. If stdin is not a terminal, its lines, which are echoed."""
     if not sys.stdin.isatty():
         reconfigure = getattr(sys.stdin, "reconfigure", None)
         if reconfigure is not None:
@@ -148,7 +153,7 @@ def lines() -> Iterator[str]:
 
 
 def chat(talk: Talk, states: Sequence[str], question: Question) -> None:
-    """A conversation from stdin to stdout, up to its end."""
+    """Talks from stdin to stdout until the user leaves."""
     terminal = Terminal(talk, states, question)
-    print_safe(f"{terminal.told()}\n{HINT}\n")
+    print_safe(f"{terminal.summary()}\n{HINT}\n")
     terminal.run(lines())

@@ -1,6 +1,8 @@
-"""The conversation as a page in a browser of this machine. The page keeps the conversations, and asks one state at a
-time; the server keeps nothing but the model. Every address begins with a random token, so that only who was told it can
-ask: another user of the machine reaches the port too."""
+"""The conversation as a page in a browser on this machine.
+
+The page keeps the conversations and asks one state at a time. The server keeps only the model. Each URL begins with a
+random token, because other users of the machine can reach the port too.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ FILES = {
     "chat.css": ("chat.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
-"""By the name behind the token: file and kind."""
+"""(file, content type) by the name that follows the token."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -35,12 +37,12 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 OWN_NAMES = ("127.0.0.1", "localhost")
-"""Under another name in Host, a foreign site has made its own name point here (DNS rebinding)."""
+"""Host has another name if a foreign site made its own name point here (DNS rebinding)."""
 LARGEST_BODY = 2**20
 
 
 class Refused(Exception):
-    """A request that is not answered, and why."""
+    """A request is refused, for this reason."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
         super().__init__(why)
@@ -48,13 +50,17 @@ class Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET /TOKEN/: the page, its files, and the facts of the run. POST /TOKEN/answer: a Question, answered as JSON
-    lines: {"text"} for each piece, then {"done"}, or {"error"}."""
+    """Answers GET /TOKEN/... with the page, its files and the facts of the run, and POST /TOKEN/answer with JSON lines.
+
+    The body of the POST is a Question. The answer has a line {"text"} for each piece, then {"done"} or {"error"}.
+    """
 
     timeout = 60
 
     def __init__(self, facts: dict[str, Any], talk: Talk, token: str, *args: Any) -> None:
-        self.facts, self.talk, self.token = facts, talk, token
+        self.facts = facts
+        self.talk = talk
+        self.token = token
         super().__init__(*args)
 
     def do_GET(self) -> None:
@@ -66,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
                 name, kind = FILES[asked]
                 self._send(HTTPStatus.OK, kind, (PAGE / name).read_bytes())
             else:
-                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {asked!r}")
+                raise Refused(HTTPStatus.NOT_FOUND, f"{asked!r} was not found")
         except Refused as refused:
             self._refuse(refused)
 
@@ -74,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             asked = self._asked()
             if asked != "answer":
-                raise Refused(HTTPStatus.NOT_FOUND, f"there is no {asked!r}")
+                raise Refused(HTTPStatus.NOT_FOUND, f"{asked!r} was not found")
             question = self._question()
         except Refused as refused:
             self._refuse(refused)
@@ -87,16 +93,17 @@ class Handler(BaseHTTPRequestHandler):
             self._line({"error": str(error)})
 
     def _asked(self) -> str:
-        """What is asked for, behind the token. Refused unless the request has the token and is of this machine's own
-        page, or of a program that is no browser."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        """The part of the URL after the token. Refused unless the request has the token and comes from the page itself,
+        or from a program that is not a browser."""
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
         if host.partition(":")[0].lower() not in OWN_NAMES:
             raise Refused(HTTPStatus.FORBIDDEN, f"Host is {host!r}: open the page as http://127.0.0.1 or localhost")
         if origin is not None and origin != f"http://{host}":
-            raise Refused(HTTPStatus.FORBIDDEN, f"Origin is {origin!r}: only the page itself may ask")
+            raise Refused(HTTPStatus.FORBIDDEN, f"Origin is {origin!r}: only the page itself may send requests")
         given, _, asked = self.path.removeprefix("/").partition("/")
         if not secrets.compare_digest(given.encode(), self.token.encode()):
-            raise Refused(HTTPStatus.FORBIDDEN, "the token is missing or wrong: open the address that was printed")
+            raise Refused(HTTPStatus.FORBIDDEN, "the token is missing or wrong: open the URL that was printed")
         return asked
 
     def _question(self) -> Question:
@@ -135,51 +142,53 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (ConnectionError, TimeoutError):  # the page was closed, or its answer stopped: nobody reads on
+        except (ConnectionError, TimeoutError):  # the page was closed, or the user stopped the answer
             self.close_connection = True
 
-    def log_message(self, *_: Any) -> None:
-        """Nothing: requests are not logged."""
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not logged."""
 
 
 class Server(ThreadingHTTPServer):
-    """Bound to 127.0.0.1, with a token of its own."""
+    """A server on 127.0.0.1 with its own token."""
 
     def __init__(self, facts: dict[str, Any], talk: Talk, port: int) -> None:
         self.token = secrets.token_urlsafe()
         super().__init__(("127.0.0.1", port), partial(Handler, facts, talk, self.token))
 
     @property
-    def address(self) -> str:
-        """Of the page."""
+    def url(self) -> str:
+        """URL of the page."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
 def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> Server:
-    """UserError where the port is taken, or a state is not known."""
-    run, steered = talk.run, talk.states["steered"]
+    """A server of the page. UserError if the port is taken or a state is unknown."""
+    start = talk.run.start
     facts = {
-        "run": run.folder.resolve().name,
-        "model": run.cfg.model,
-        "trait": run.inputs.trait.name,
+        "run": talk.run.folder.resolve().name,
+        "model": start.config.model,
+        "trait": start.trait.name,
         "round": talk.round,
-        "states": {name: state.about for name, state in talk.states.items()},
+        "states": {name: talk.about(name) for name in talk.states},
         "shown": [talk.known(name) for name in states],
         "system": question.system,
         "dose": question.dose,
-        "dose_of_round": steered.dose,
+        "dose_of_round": talk.states["steered"].condition.dose,
         "seed": question.seed,
     }
     try:
         return Server(facts, talk, port)
     except OSError as error:
-        raise UserError(f"port is {port}: {error.strerror}; give another --port, or 0 for any free one") from None
+        raise UserError(f"port {port} is not available ({error.strerror}); give another --port, or 0") from None
 
 
 def serve(talk: Talk, states: Sequence[str], question: Question, port: int) -> None:
-    """Until Ctrl-C."""
+    """Serves the page until Ctrl-C."""
     with server(talk, states, question, port) as made:
-        print_safe(f"open {made.address} (only on this machine, and only with this token); Ctrl-C ends it")
+        print_safe(
+            f"open {made.url} (it works only on this machine, and only with this token); Ctrl-C stops the server"
+        )
         sys.stdout.flush()
         try:
             made.serve_forever()

@@ -11,7 +11,7 @@ import tyro
 from steer_heal.commands.run import go_on
 from steer_heal.flags import described, parsed
 from steer_heal.runs.log import read_start
-from steer_heal.settings import RUN_ONLY, RunConfig, changed
+from steer_heal.settings import RUN_ONLY, changed
 
 RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
 
@@ -30,7 +30,7 @@ class Resume:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Resume, argv, "resume", owner=RunConfig, also=RESUMABLE)
+    given, own = parsed(Resume, argv, "resume", also=RESUMABLE)
     cfg = changed(read_start(given.run).config, own)
     cfg = replace(cfg, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
     return go_on(cfg, given.run, new_export="export" in own)

@@ -141,7 +141,7 @@ def running(
             bench, run, lock = begin.go_on(cfg, inputs, folder)
         console.start(cfg.quiet, run.folder / "run.log")
         console.opened(run, resumed=folder is not None)
-        tracking = Tracking(cfg.track, run)
+        tracking = Tracking(cfg.track, run, run.folder)
         run.subscribers += [lambda event: console.show(event, run), tracking.see, lambda event: _draw_after(event, run)]
         opened = Opened(Loop(bench, run, console.Bar(run, quiet=cfg.quiet)), run)
     try:

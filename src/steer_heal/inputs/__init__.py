@@ -75,17 +75,16 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
             sha256[setting] = file.sha256
             return parse(file)
 
-    prompts: tuple[str, ...] = ()
+    prompts = None
     with problems.noted():
-        path = prompts_file(cfg.gen.prompts, cfg.trait) if cfg.gen.prompts is not None else None
-        if path is not None:
-            prompts = parsed("gen.prompts", path, parse_texts) or ()
+        if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
+            prompts = parsed("gen.prompts", path, parse_texts)
     trait = None
     targets: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
     with problems.noted():
         own, source = read_trait(cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
-        trait = make_trait(cfg.trait, source, prompts)
+        trait = make_trait(cfg.trait, source, prompts or ())
         targets = source.target
         with problems.noted():
             _check_pool(cfg, trait)

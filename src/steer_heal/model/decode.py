@@ -69,7 +69,7 @@ def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Deco
         yield list(zip(group, written, strict=True))
 
 
-def decode_then_read(
+def decode_with_tail(
     lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
 ) -> Iterator[tuple[int, tuple[int, ...], Float[Tensor, "s d"]]]:
     """(index, token ids written, final hidden states) of each row, with `tail` forced after the written tokens.

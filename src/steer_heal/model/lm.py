@@ -265,14 +265,14 @@ class LM:
         """For each row, -log p of each completion token given all tokens before it, float32 [n] on the CPU, in nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
 
-        def read(group: list[int]) -> None:
+        def work(group: list[int]) -> None:
             hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
             for row, i in enumerate(group):
                 start = len(prompts[i]) - 1
                 n = len(completions[i])
                 out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
 
-        self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], read)
+        self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
         return out
 
     @torch.no_grad()

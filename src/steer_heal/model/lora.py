@@ -63,6 +63,7 @@ class Lora(Adapter):
         self.peft: Any = None
         """The PeftModel, from the first factor on."""
         self._pristine: dict[str, Tensor] = {}
+        """The untouched weights while `acting` has others in their place."""
         self._apart: list[str] = []
 
     @classmethod
@@ -169,7 +170,6 @@ class Lora(Adapter):
         if self.peft is not None:
             self.peft.unload()
         self.peft = None
-        self._pristine = {}
         self._apart = []
 
     def factors(self, name: str) -> Factors:
@@ -215,6 +215,7 @@ class Lora(Adapter):
         layers = [] if self.lm.quantized else list(self._layers())
         before = [_weight(module).data for _, module in layers]
         before_apart = self._apart
+        outermost = not self._pristine
         try:
             for path, module in layers:
                 self._merge(path, module, merged)
@@ -223,6 +224,8 @@ class Lora(Adapter):
         finally:
             for (_, module), weight in zip(layers, before, strict=True):
                 _weight(module).data = weight
+            if outermost:
+                self._pristine = {}
             self._switch(before_apart)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ class State:
 
     @property
     def label(self) -> str:
-        """`base`, `healed r1`."""
+        """`base`, `healed round 1`."""
         return state_label(self.name, self.round)
 
 

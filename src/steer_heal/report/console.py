@@ -7,9 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOBase
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from loguru import logger
 from tqdm import tqdm
@@ -73,7 +74,7 @@ def _write(line: str) -> None:
 class Bar(Progress):
     """A bar for the stage at hand, with the time left. Shows nothing when `quiet`, or if stderr is not a terminal."""
 
-    def __init__(self, run: Run, quiet: bool, file: TextIO | None = None) -> None:
+    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None) -> None:
         """`file`: where to draw, instead of on stderr."""
         self.run = run
         self.quiet = quiet
@@ -94,7 +95,7 @@ class Bar(Progress):
         if self.bar is not None and not self.bar.disable:
             self.bar.desc = f"{self.bar.desc.partition(', eval')[0]}, eval {n} of {n_parts}"
 
-    def at(self, done: float, total: int) -> None:
+    def at(self, done: float | int, total: int) -> None:
         """Fewer than before, or another total, begins the bar again: the next piece of the stage's work."""
         bar = self.bar
         if bar is None or bar.disable or not total:

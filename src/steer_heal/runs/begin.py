@@ -60,6 +60,8 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         folder=str(folder),
         command=command,
         base_model=lm.base,
+        hub_id=lm.hub_id,
+        adapter=bench.student.adapter.describe(),
         weights=weights_of(lm),
         unadapted=bench.student.adapter.unadapted(),
         device=device_name(lm.device),

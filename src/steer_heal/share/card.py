@@ -1,39 +1,28 @@
-"""Model cards: the README.md of every checkpoint and export, made from the events of its run."""
+"""Model cards: the README.md of each checkpoint and export, made from the events of its run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
-from steer_heal.inputs.files import ADAPTER_FILE
+from steer_heal.errors import UserError
+from steer_heal.events import Measured, Run, Trained
+from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE
 from steer_heal.records import Metric
-from steer_heal.report.measurements import (
-    Measurement,
-    health_of,
-    is_untrained,
-    measurements,
-    metrics_of,
-    run_start,
-    signed,
-    target_of,
-    verdict,
-)
 from steer_heal.report.view import inline, number, template, visible
-from steer_heal.runs.checkpoint import checkpoint_name
-from steer_heal.runs.events import current, last_hash, of_stage, read_events, schema_errors
+from steer_heal.runs.log import last_hash, read_events
 from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import HealCfg
 from steer_heal.share.readings import Reading, read_readings, with_stderr
+from steer_heal.verdict import health_of, signed, verdict
 
-Event = Mapping[str, Any]
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md.j2"
-COLUMNS = ("base", "prompted", "control", "steered", "healed")
 TEACHERS = {
     "vector": "under the steering vector",
     "prompt": "with the positive persona as system prompt",
@@ -42,32 +31,36 @@ TEACHERS = {
 
 
 def write_cards(folder: Path) -> list[Path]:
-    """Writes the card of every checkpoint of a run whose state was measured; returns their paths."""
-    events, digest, tasks = current(read_events(folder)), last_hash(folder), read_readings(folder)
+    """Writes the card of each checkpoint of a run whose student was measured; returns their paths."""
+    run = Run(read_events(folder))
+    digest = last_hash(folder)
+    tasks = read_readings(folder)
     written = []
-    for r in measured_rounds(events):
-        path = folder / checkpoint_name(r)
-        if path.is_dir():
-            written.append(_write(path, card(events, r, digest, tasks.get(checkpoint_name(r), ()))))
+    for trained in measured_heals(run):
+        name = trained.checkpoint
+        if name is not None and (folder / name).is_dir():
+            written.append(_write(folder / name, card(run, trained.round, digest, tasks.get(name, ()))))
     return written
 
 
 def write_export_card(folder: Path, export: Path) -> None:
-    """Writes the card of the merged student of a finished run. None where no round is whole: that is the base."""
-    events = current(read_events(folder))
-    if rounds := [r for r in measured_rounds(events) if r >= 0]:
-        r, tasks = rounds[-1], read_readings(folder)
-        _write(export, card(events, r, last_hash(folder), tasks.get(checkpoint_name(r), ()), merged=True))
+    """Writes the card of the merged student of a finished run. Without a healed round the export is the base model and
+    gets no card."""
+    run = Run(read_events(folder))
+    last = last_healed(run)
+    if last is not None:
+        tasks = read_readings(folder).get(last.checkpoint or "", ())
+        _write(export, card(run, last.round, last_hash(folder), tasks, merged=True))
 
 
 def is_export(folder: Path, export: Path) -> bool:
     """Whether the card in `export` names the adapter of the last measured round of the run in `folder`."""
     path = export / CARD
-    with schema_errors(folder):
-        events = current(read_events(folder))
-        rounds = [r for r in measured_rounds(events) if r >= 0]
-        sha256 = _adapter_sha256(events, rounds[-1]) if rounds and path.is_file() else None
-    return sha256 is not None and sha256 in path.read_text(encoding="utf-8", errors="replace")
+    last = last_healed(Run(read_events(folder)))
+    sha256 = None if last is None else _adapter_sha256(last)
+    if sha256 is None or not path.is_file():
+        return False
+    return sha256 in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -76,50 +69,67 @@ def _write(folder: Path, text: str) -> Path:
     return folder / CARD
 
 
-def measured_rounds(events: Sequence[Event]) -> list[int]:
-    """Rounds whose healed student was measured, in order; -1 is the control."""
-    return sorted(m.round for m in measurements(events) if m.stage in ("control", "healed"))
+def measured_heals(run: Run) -> list[Trained]:
+    """The heals whose student was measured, in order."""
+    return [heal for heal in run.each(Trained) if _student(run, heal.round) is not None]
 
 
-def card(events: Sequence[Event], r: int, digest: str, tasks: Sequence[Reading] = (), *, merged: bool = False) -> str:
-    """The model card of the student after round r: YAML metadata, then Markdown. Round -1 is the control.
+def last_healed(run: Run) -> Trained | None:
+    """The last heal of a round whose student was measured. The control is not one."""
+    return next((heal for heal in reversed(measured_heals(run)) if heal.round is not None), None)
 
-    `events` are those of `current`, `digest` is the hash of the last of them, `tasks` what standard tasks read of this
-    checkpoint. `merged`: the folder holds the whole model, not an adapter.
+
+def _student(run: Run, r: int | None) -> Measured | None:
+    """The measured student after round r. Round None is the control."""
+    return run.measured("control" if r is None else "healed", r)
+
+
+def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *, merged: bool = False) -> str:
+    """The model card of the student after round r: YAML metadata, then Markdown. Round None is the control.
+
+    Args:
+        run: A run in which that student was measured.
+        digest: Hash of the last event.
+        tasks: Readings of standard tasks from this checkpoint.
+        merged: Whether the folder holds the whole model instead of an adapter.
     """
-    start = run_start(events)
-    heal = _heal(events, r)
-    seen = until_measured(events, r)
-    base, model, untrained = hub_id(start.get("base_model")), start["config"]["model"], is_untrained(events)
+    start = run.start
+    if start.weights is None:
+        raise UserError("the run did not record its base weights, so its checkpoints have no card")
+    trained = run.require(Trained, r)
+    seen = until_measured(run, r)
+    hub = hub_id(start.hub_id)
+    note = start.weights.note
+    peft = acts_in_peft(trained)
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
-        metadata=Markup(metadata(base, merged)),
+        metadata=Markup(metadata(hub, merged=merged, peft=peft)),
         start=start,
-        config=start["config"],
-        trait=start["trait"],
-        heal=heal,
+        trait=start.trait,
+        adapter=start.adapter,
         r=r,
         merged=merged,
-        hub_id=base,
-        name=_literal(base or model),
-        dtype=_literal(start["weights"]["dtype"]),
-        untrained=untrained,
-        method=method(start["config"]["heal"], heal, r),
-        verdict=verdict(seen) if r >= 0 and not untrained else "",
+        peft=peft,
+        note=note,
+        code_note=Markup(f"  # {' '.join(visible(note).split())}") if note else "",
+        hub_id=hub,
+        name=start.config.model if note or hub is None else hub,
+        base_name=_literal(start.base_model or start.config.model),
+        hub_name=_literal(hub or ""),
+        dtype=_literal(start.weights.dtype),
+        untrained=run.untrained,
+        method=method(start.config.heal, trained),
+        verdict=verdict(seen) if r is not None and not run.untrained else "",
         readings=readings(seen, r),
         tasks=tasks,
         with_stderr=with_stderr,
-        adapter_sha256=_adapter_sha256(events, r),
+        adapter_sha256=_adapter_sha256(trained),
         digest=digest,
     )
 
 
-def _heal(events: Sequence[Event], r: int) -> Event:
-    return next(e for e in of_stage(events, "heal") if e["round"] == r)
-
-
-def _adapter_sha256(events: Sequence[Event], r: int) -> str | None:
-    """Of the checkpoint of round r; None: not recorded."""
-    return _heal(events, r)["files"].get(f"{checkpoint_name(r)}/{ADAPTER_FILE}")
+def _adapter_sha256(trained: Trained) -> str | None:
+    """SHA-256 of the adapter's weights. None: it was not recorded."""
+    return trained.files.get(f"{trained.checkpoint}/{ADAPTER_FILE}")
 
 
 def _literal(value: str) -> Markup:
@@ -127,9 +137,9 @@ def _literal(value: str) -> Markup:
     return Markup(repr(visible(value)))
 
 
-def hub_id(name: object) -> str | None:
-    """A name that the hub can have, `owner/name`; None for any other."""
-    if not isinstance(name, str) or "/" not in name:
+def hub_id(name: str | None) -> str | None:
+    """A name that a repository of the hub can have, `owner/name`. None for any other name."""
+    if name is None or "/" not in name:
         return None
     try:
         validate_repo_id(name)
@@ -138,65 +148,78 @@ def hub_id(name: object) -> str | None:
     return name
 
 
-def metadata(base: str | None, merged: bool) -> str:
-    """The YAML block of the card. The licence is the base model's, so none is named."""
-    library, own = ("transformers", []) if merged else ("peft", ["lora"])
+def acts_in_peft(trained: Trained) -> bool:
+    """Whether PEFT loads the adapter of a checkpoint. steer-heal loads the kinds that PEFT does not know."""
+    return f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
+
+
+def metadata(base: str | None, *, merged: bool, peft: bool) -> str:
+    """The YAML block of the card. It names no licence, because the licence is the base model's."""
+    library = "steer-heal"
+    tags = ["steer-heal", "activation-steering", "self-distillation", "persona"]
+    if merged:
+        library = "transformers"
+    elif peft:
+        library = "peft"
+        tags.append("lora")
     return ModelCardData(
-        base_model=base,
-        library_name=library,
-        pipeline_tag="text-generation",
-        language="en",
-        tags=["steer-heal", "activation-steering", "self-distillation", "persona", *own],
+        base_model=base, library_name=library, pipeline_tag="text-generation", language="en", tags=tags
     ).to_yaml()
 
 
-def until_measured(events: Sequence[Event], r: int) -> list[Event]:
-    """The events up to the measurement of the student of round r."""
-    stage = "healed" if r >= 0 else "control"
-    end = next(i for i, event in enumerate(events) if (event["stage"], event["round"]) == (stage, r))
-    return list(events[: end + 1])
+def until_measured(run: Run, r: int | None) -> Run:
+    """The run as it was when the student of round r had just been measured."""
+    student = _student(run, r)
+    assert student is not None, "only a measured student has a card"
+    end = run.events.index(student)
+    return Run(run.events[: end + 1])
 
 
-def method(cfg: Mapping[str, Any], heal: Event, r: int) -> list[str]:
+def method(cfg: HealCfg, trained: Trained) -> list[str]:
     """How the student was made, in three sentences."""
-    to = "base model" if cfg["reference"] == "base" else "student before the round"
-    pays = f", and pays for a {cfg['divergence']} ({cfg['aggregate']}) to the {to} above {heal['tau']:.3g} nats"
-    pays = "" if cfg["divergence"] == "none" else pays
-    if r < 0:
+    r = trained.round
+    pays = ""
+    if cfg.divergence != "none":
+        reference = "base model" if cfg.reference == "base" else "student before the round"
+        pays = (
+            f", with a penalty if {cfg.divergence} ({cfg.aggregate}) to the {reference} exceeds {trained.tau:.3g} nats"
+        )
+    if r is None:
         return [
-            "This is the control: the model wrote text without steering, and a filter dropped what is broken.",
-            f"The adapter is trained on {heal['n_train']} of these texts{pays}.",
-            "It shows what training alone does to the trait.",
+            "This is the control: the model wrote text without steering, and a filter dropped the incoherent text.",
+            f"The adapter was trained on {trained.n_train} of these texts{pays}.",
+            "It shows how training alone moves the trait.",
         ]
-    where, rounds = TEACHERS[cfg["teacher"]], "one round" if r == 0 else f"rounds 0 to {r}"
-    if cfg["target"] == "distribution":
-        whose = "its own plain text" if cfg["text"] == "own" else "the teacher's text"
-        first = f"In each round the teacher is the model itself {where}."
-        keeps = ", and on the base model's own along texts that have nothing to do with the trait"
-        keeps = keeps if cfg["rehearsal"] else ""
-        second = f"The adapter is trained on the teacher's next-token distribution along {whose}{keeps}{pays}."
+    teacher = TEACHERS[cfg.teacher]
+    if cfg.target == "distribution":
+        whose = "its own plain text" if cfg.text == "own" else "the teacher's text"
+        first = f"In each round the teacher is the model itself {teacher}."
+        second = f"The adapter was trained on the teacher's next-token distribution along {whose}"
+        if cfg.rehearsal:
+            second += ", and on the base model's distribution along texts that have nothing to do with the trait"
+        second += f"{pays}."
     else:
-        first = f"In each round the model writes text {where}, and a filter drops what is broken."
-        second = f"The adapter is trained on the tokens of that text, under the plain prompt{pays}."
-    return [first, second, f"What was learnt in {rounds} is folded into one LoRA adapter, without rounding."]
+        first = f"In each round the model wrote text {teacher}, and a filter dropped the incoherent text."
+        second = f"The adapter was trained on the tokens of that text, under the plain prompt{pays}."
+    rounds = "one round" if r == 0 else f"rounds 0 to {r}"
+    return [first, second, f"What was learned in {rounds} is folded into one adapter, without rounding."]
 
 
-def readings(events: Sequence[Event], r: int) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): target, health metrics and off-targets in each state of the round; in brackets the 95 percent
-    interval of the difference to base."""
-    target, metrics = target_of(events)[0], metrics_of(events)
-    health, others = (m.name for m in health_of(metrics.values())), run_start(events)["trait"]["off_targets"]
-    found = {m.stage: m for m in measurements(events) if m.round in (-1, r)}
-    states = [found[stage] for stage in COLUMNS if stage in found]
-    rows = [
-        [name, *(_cell(state, metrics[name]) for state in states)]
-        for name in dict.fromkeys((target.name, *health, *others))
-    ]
-    return ["metric", *(state.state for state in states)], rows
+def readings(run: Run, r: int | None) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows): target, health metrics and off-targets in each state of the round, with the 95 percent interval
+    of the difference to base in brackets."""
+    target = run.trait_metric
+    health = [metric.name for metric in health_of(run.metrics.values())]
+    states = [state for state in run.each(Measured) if state.round in (None, r)]
+    rows = []
+    for name in dict.fromkeys((target.name, *health, *run.start.trait.off_targets)):
+        rows.append([name, *(_cell(state, run.metrics[name]) for state in states)])
+    return ["metric", *(state.label for state in states)], rows
 
 
-def _cell(state: Measurement, metric: Metric) -> str:
-    low, high = state[f"{metric.name}_lo"], state[f"{metric.name}_hi"]
+def _cell(state: Measured, metric: Metric) -> str:
+    low = state[f"{metric.name}_lo"]
+    high = state[f"{metric.name}_hi"]
     value = number(state[metric.name], metric.form)
     if low is None or high is None:
         return value

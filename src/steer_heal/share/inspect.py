@@ -1,123 +1,109 @@
-"""A run as an evaluation log of inspect_ai: steer-heal inspect out/<run>, then inspect view."""
+"""A run as an evaluation log of inspect_ai, which `inspect view` opens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from steer_heal.errors import UserError, print_error, print_safe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Write the answers and the items of every measured state of a run as a log that `inspect view` opens."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    out: Path | None = None
-    """File that ends in .eval or .json; none: inspect.eval in the folder of the run."""
+from steer_heal.events import Measured, Run, plain
+from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import as_json
+from steer_heal.verdict import verdict
 
 
-def write_log(command: Inspect) -> Path:
-    """Writes the log, made from the events alone; returns its path."""
-    if not find_spec("inspect_ai"):
-        raise UserError("inspect_ai is not installed; pip install 'steer-heal[inspect]'")
-    out = command.out or command.run / "inspect.eval"
-    if out.suffix not in (".eval", ".json"):
-        raise UserError(f"out is {str(out)!r}: it must end in .eval or .json")
-    from steer_heal.runs.events import current, last_hash, read_events, schema_errors
-    from steer_heal.runs.storage import atomic_write
-
-    with schema_errors(command.run):
-        log = eval_log(current(read_events(command.run)), last_hash(command.run))
+def write_log(log: Any, out: Path) -> None:
+    """Writes an EvalLog to a file that ends in .eval or .json."""
     with atomic_write(out) as part:
-        import_module("inspect_ai.log").write_eval_log(
-            log, str(part), format="json" if out.suffix == ".json" else "eval"
-        )
-    return out
+        form = "json" if out.suffix == ".json" else "eval"
+        import_module("inspect_ai.log").write_eval_log(log, str(part), format=form)
 
 
-def eval_log(events: Sequence[Mapping[str, Any]], digest: str) -> Any:
-    """An EvalLog: one sample for each answer, vignette and contrast pair in each state, one score for each state."""
-    from steer_heal.report.measurements import measurements, metrics_of, run_start, verdict
+def eval_log(run: Run, digest: str) -> Any:
+    """An EvalLog with one sample per answer, vignette and contrast pair of each state, and one score per state.
 
-    logs, start, end = import_module("inspect_ai.log"), run_start(events), events[-1]
-    states, names = measurements(events), list(metrics_of(events))
-    rows = [sample for state in states for sample in samples(events, state)]
-    scores = [
-        logs.EvalScore(
-            name=state.state,
-            scorer=state.stage,
-            metrics={name: logs.EvalMetric(name=name, value=v) for name in names if (v := state[name]) is not None},
-        )
-        for state in states
-    ]
-    trait = start["trait"]
+    `digest` is the hash of the run's last event.
+    """
+    logs = import_module("inspect_ai.log")
+    start = run.start
+    states = run.each(Measured)
+    rows = [sample for state in states for sample in samples(run, state)]
     spec = logs.EvalSpec(
-        created=start["t"],
-        task=f"steer-heal {trait['name']}",
-        dataset=logs.EvalDataset(name=trait["name"], samples=len(rows), sample_ids=[row.id for row in rows]),
-        model=f"steer-heal/{start['config']['model']}",
+        created=start.t,
+        task=f"steer-heal {start.trait.name}",
+        dataset=logs.EvalDataset(name=start.trait.name, samples=len(rows), sample_ids=[row.id for row in rows]),
+        model=f"steer-heal/{start.config.model}",
         config=logs.EvalConfig(),
-        packages={"steer-heal": start["versions"].get("steer-heal", "unknown")},
-        metadata={"verdict": verdict(events), "last_hash": digest, "settings": start["config"], "seed": start["seed"]},
+        packages={"steer-heal": start.versions.get("steer-heal", "unknown")},
+        metadata={
+            "verdict": verdict(run),
+            "last_hash": digest,
+            "settings": as_json(start.config),
+            "seed": start.config.seed,
+            "weights": "" if start.weights is None else start.weights.note,
+        },
     )
-    whole = end["stage"] == "run_end" and not end.get("error")
+    scores = [_score_of(state, run) for state in states]
     return logs.EvalLog(
-        status="success" if whole else "cancelled",
+        status="cancelled" if run.end is None else "success",
         eval=spec,
         results=logs.EvalResults(total_samples=len(rows), completed_samples=len(rows), scores=scores),
-        stats=logs.EvalStats(started_at=start["t"], completed_at=end["t"]),
+        stats=logs.EvalStats(started_at=start.t, completed_at=run.events[-1].t),
         samples=rows,
     )
 
 
-def samples(events: Sequence[Mapping[str, Any]], state: Any) -> Iterator[Any]:
-    """The samples of one state. An item without a value has no score; one without wording in the events is told by its
-    number."""
-    from steer_heal.report.measurements import metrics_of, run_start
+def _score_of(state: Measured, run: Run) -> Any:
+    """The EvalScore of a state: all of its metrics that have a value."""
+    logs = import_module("inspect_ai.log")
+    values = {name: state[name] for name in run.metrics}
+    metrics = {name: logs.EvalMetric(name=name, value=value) for name, value in values.items() if _has_value(value)}
+    return logs.EvalScore(name=state.label, scorer=state.state, metrics=metrics)
 
-    make_sample, make_score = import_module("inspect_ai.log").EvalSample, import_module("inspect_ai.scorer").Score
-    output = import_module("inspect_ai.model").ModelOutput
-    at = lambda stage: next(e for e in events if (e["stage"], e["round"]) == (stage, state.round))
-    texts = at("adapter_gen" if state.stage == "healed" else state.stage)["texts"]
-    items, wording = at(state.stage)["items"], run_start(events).get("wording", {})
+
+def _has_value(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def samples(run: Run, state: Measured) -> Iterator[Any]:
+    """The samples of one state. An item without a value has no score. An item whose wording was not recorded is named
+    by its number."""
     for kind in ("text", "vignette", "pair"):
-        series = {metric.item: items[metric.item] for metric in metrics_of(events).values() if metric.of == kind}
-        words = wording.get(kind, [])
-        for i in range(len(texts) if kind == "text" else max(map(len, series.values()), default=0)):
+        series = {metric.item: state.items[metric.item] for metric in run.metrics.values() if metric.of == kind}
+        wording = run.start.wording.get(kind, [])
+        n = len(state.texts) if kind == "text" else max(map(len, series.values()), default=0)
+        for i in range(n):
+            values = {name: row[i] for name, row in series.items() if _has_value(row[i])}
             if kind == "text":
-                row = texts[i]
-                asks, target, told = row["prompt"], "", row["text"]
-                more = {"scores": row["scores"], "failed": row["failed"]}
-            else:
-                asks, target, *negative = words[i] if i < len(words) else (f"{kind} {i + 1}", "")
-                told, more = "", {"negative": negative[0]} if negative else {}
-            values = {name: value for name, row in series.items() if (value := row[i]) is not None}
-            if values or kind == "text":
-                yield make_sample(
-                    id=f"{state.state}, {kind} {i}",
-                    epoch=1,
-                    input=asks,
-                    target=target,
-                    output=output.from_content(state.state, told),
-                    scores={name: make_score(value=value) for name, value in values.items() if math.isfinite(value)},
-                    metadata={"state": state.stage, "round": state.round, **more},
-                )
+                answer = state.texts[i]
+                more = {"scores": plain(answer.scores), "failed": list(answer.failed)}
+                yield _sample(state, f"text {i}", values, answer.prompt, output=answer.text, more=more)
+            elif values:
+                asks, target, *negative = wording[i] if i < len(wording) else (f"{kind} {i + 1}", "")
+                more = {"negative": negative[0]} if negative else {}
+                yield _sample(state, f"{kind} {i}", values, asks, target=target, more=more)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 written, 1 stopped by a user error."""
-    try:
-        print_safe(f"{write_log(tyro.cli(Inspect, args=argv, prog='steer-heal inspect'))}; open it with inspect view")
-    except (UserError, OSError) as error:
-        print_error(error)
-        return 1
-    return 0
+def _sample(
+    state: Measured,
+    name: str,
+    values: dict[str, float],
+    asks: str,
+    *,
+    target: str = "",
+    output: str = "",
+    more: dict[str, Any],
+) -> Any:
+    """The EvalSample of one item, scored by `values`."""
+    score = import_module("inspect_ai.scorer").Score
+    return import_module("inspect_ai.log").EvalSample(
+        id=f"{state.label}, {name}",
+        epoch=1,
+        input=asks,
+        target=target,
+        output=import_module("inspect_ai.model").ModelOutput.from_content(state.label, output),
+        scores={metric: score(value=value) for metric, value in values.items()},
+        metadata={"state": state.state, "round": state.round, **more},
+    )

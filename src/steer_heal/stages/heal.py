@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -45,56 +45,32 @@ class SavedHeal:
     curve: tuple[dict[str, float], ...]
 
 
-@dataclass
 class HealState:
     """A running heal: how it takes a step, and everything that changes from step to step."""
 
-    lm: LM
-    cfg: HealCfg
-    """With lam and tau of the round."""
-    round_: int | None
-    n_steps: int
-    """Steps of the whole heal."""
-    parameters: Sequence[Tensor]
-    passes: Passes
-    optimiser: torch.optim.Optimizer
-    spectral: SpectralPenalty | None
-    validation: Sequence[Example]
-    """Examples of the held-out prompts."""
-    steps: list[HealStep] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """Fit and divergence of the held-out examples, before the first step and after each epoch."""
-
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         student: Student,
+        parameters: Sequence[Tensor],
         cfg: HealCfg,
         *,
         round_: int | None,
         seed: int,
         n_steps: int,
         validation: Sequence[Example],
-        saved: SavedHeal | None,
-    ) -> HealState:
-        """The heal of the student's open round before its first step, or after the last step of `saved`."""
-        with student.training() as parameters:
-            state = cls(
-                lm=student.lm,
-                cfg=cfg,
-                round_=round_,
-                n_steps=n_steps,
-                parameters=parameters,
-                passes=Passes(student.lm, cfg, student.cfg.layers, parameters),
-                optimiser=torch.optim.AdamW(parameters, lr=cfg.lr, betas=BETAS, weight_decay=0.0, foreach=False),
-                spectral=SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None,
-                validation=validation,
-            )
-            if saved is not None:
-                state.restore(saved)
-            if not state.curve:
-                state.add_to_curve()
-        return state
+    ) -> None:
+        self.lm = student.lm
+        self.parameters = parameters
+        self.cfg = cfg
+        self.round_ = round_
+        self.n_steps = n_steps
+        self.validation = validation
+        self.passes = Passes(student.lm, cfg, student.cfg.layers, parameters)
+        self.optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=BETAS, weight_decay=0.0, foreach=False)
+        self.spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
+        self.steps: list[HealStep] = []
+        self.curve: list[dict[str, float]] = []
+        """Fit and divergence of the held-out examples, before the first step and after each epoch."""
 
     def step(self, batch: Sequence[Example], n_texts: int) -> None:
         """One optimiser step and, at the end of an epoch, the validation. NotFinite, before any weight changes, if the
@@ -112,18 +88,8 @@ class HealState:
             raise not_finite(self.lm, batch, self.cfg, loss=loss, norm=norm, step=done, round_=self.round_)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.steps.append(
-            HealStep(
-                step=done,
-                epoch=(done + 1) / self.n_steps * self.cfg.epochs,
-                lr=lr,
-                fit=terms.fit,
-                divergence=terms.divergence,
-                barrier=terms.barrier,
-                n_texts=n_texts,
-                pressure=terms.pressure,
-            )
-        )
+        epoch = (done + 1) / self.n_steps * self.cfg.epochs
+        self.steps.append(HealStep(step=done, epoch=epoch, lr=lr, n_texts=n_texts, **terms._asdict()))
         if len(self.steps) % (self.n_steps // self.cfg.epochs) == 0:
             self.add_to_curve()
 
@@ -194,14 +160,13 @@ def heal(
     """Trains a new round factor on `student`. Bake it to keep it. One prompt in eight is held out for validation.
 
     Args:
-        round_: None is the control, which has the lam and tau of round 0.
+        round_: None is the control.
         teacher: Its distribution is fitted. None: the tokens are fitted.
         rehearsal: Texts fitted to the base, beside those of the teacher (pseudorehearsal; Robins 1995).
         rejected: In place of the tokens, fit preferences (`Pair`): for each of `kept`, an answer that should become
             less likely than it. `beta` scales their margin.
         renew: Replaces the text every cfg.refresh_every steps. It goes with a teacher, and without rehearsal.
         saved: Continue after its last step. With `renew`, that must be the last step of a text.
-        on_step: Called after every step.
 
     NotFinite if a loss or a gradient is not finite; UserError if no prompt can be held out or no new text is kept.
     """
@@ -218,7 +183,12 @@ def heal(
     n_train = len(train)
     n_steps = cfg.epochs * math.ceil(n_train / cfg.batch_size)
     student.new_round(seed)
-    state = HealState.start(student, cfg, round_=round_, seed=seed, n_steps=n_steps, validation=validation, saved=saved)
+    with student.training() as parameters:
+        state = HealState(student, parameters, cfg, round_=round_, seed=seed, n_steps=n_steps, validation=validation)
+        if saved is not None:
+            state.restore(saved)
+        if not state.curve:
+            state.add_to_curve()
     window = n_steps if renew is None else cfg.refresh_every
     for n_text, first in enumerate(range(0, n_steps, window)):
         end = min(first + window, n_steps)

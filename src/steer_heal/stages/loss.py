@@ -73,7 +73,7 @@ class Sample:
         return (self,)
 
     def fit(self, terms: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-        """Mean of the terms of its positions, in nats a token. 0 if all weights are 0."""
+        """Mean of the terms of its positions, in nats per token. 0 if all weights are 0."""
         if self.weights is None:
             return terms.mean()
         weights = self.weights.to(terms.device)

@@ -98,7 +98,7 @@ class Passes:
         message = f"a pass of the heal ran out of memory ({n_examples} training examples, {n_tokens} tokens)"
         if n_examples > 1:
             self.tokens = n_tokens // 2
-            return f"{message}; trying {self.tokens} tokens a pass; start with --heal.tokens-per-pass {self.tokens}"
+            return f"{message}; trying {self.tokens} tokens per pass; start with --heal.tokens-per-pass {self.tokens}"
         if self.cfg.checkpoint == "auto" and not self.recompute:
             self.recompute = True
             return f"{message}; recomputing activations from now on; start with --heal.checkpoint on"

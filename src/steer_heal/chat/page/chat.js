@@ -74,7 +74,7 @@ async function answer(name, question, parts, signal) {
           ended = true;
           text = event.done.text;
           const { n_tokens: n, seconds, cut } = event.done;
-          parts.footer.textContent = `${n} tokens in ${seconds.toFixed(1)} s${cut ? ", cut there" : ""}`;
+          parts.footer.textContent = `${n} tokens in ${seconds.toFixed(1)} s${cut ? ", cut at the limit" : ""}`;
         } else {
           text += event.text;
         }

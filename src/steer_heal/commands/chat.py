@@ -1,0 +1,74 @@
+"""steer-heal chat RUN [--round K] [--web]: talk to the states of a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from loguru import logger
+from pydantic import Field
+
+from steer_heal.flags import described, parsed
+from steer_heal.runs.log import read_start
+from steer_heal.runs.signals import stoppable
+from steer_heal.settings import Count, Finite, Names, RunConfig
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk to a round of a run. The base, the steered student and the healed student answer the same message. Settings
+    that are not given are the run's."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    round: int | None = None
+    """Round to talk to. Default: the last one that was kept."""
+    web: bool = False
+    """Talk on a page in the browser instead of in the terminal. Its URL works only on this machine and contains a
+    secret."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8765
+    """Port of the page. 0: any free port."""
+    states: Annotated[Names, Field(min_length=1)] = ("base", "steered", "healed")
+    """The states that answer. One more is available: prompted, the base with the persona as system prompt."""
+    system: str = ""
+    """System prompt for all states. It follows the state's own."""
+    dose: Finite | None = None
+    """Dose of the steered state. Default: the dose of the round."""
+    seed: int = 0
+    """Seed of the random stream that all states draw from."""
+    max_new_tokens: Count = 256
+    """Maximum length of an answer, in tokens."""
+    quiet: bool = False
+    """Print only warnings and errors besides the conversation."""
+
+
+def main(argv: Sequence[str]) -> int:
+    began = time.monotonic()
+    given, own = parsed(Chat, argv, "chat", owner=RunConfig, also=["temperature", "top_p", "device", "n_threads"])
+    read_start(given.run)  # before the imports below, which take seconds
+    with stoppable():
+        from steer_heal.chat import terminal, web
+        from steer_heal.chat.talk import Question, Talk
+        from steer_heal.report import console
+        from steer_heal.runs.opened import chosen_round, settings_of
+        from steer_heal.runs.stored import FolderRun
+
+        console.start(given.quiet)
+        run = FolderRun.read(given.run)
+        r = chosen_round(run, given.round)
+        rounds = ", ".join(map(str, run.rounds))
+        logger.info(f"{run.folder}: trait {run.start.trait.name}, round {r} of {rounds}")
+        cfg = settings_of(run, **{"device": "auto", "n_threads": 0, **own})
+        talk = Talk(run, cfg, r, given.max_new_tokens)
+    question = Question(state="base", turns=("",), system=given.system, dose=given.dose, seed=given.seed)
+    logger.info(f"ready after {time.monotonic() - began:.1f} s")
+    if given.web:
+        web.serve(talk, given.states, question, given.port)
+    else:
+        terminal.chat(talk, given.states, question)
+    return 0

@@ -1,0 +1,112 @@
+"""steer-heal tasks RUN --tasks NAME ...: what a trait costs on standard tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from steer_heal.errors import UserError, print_safe
+from steer_heal.flags import described, parsed
+from steer_heal.report import tables
+from steer_heal.settings import Count, Names, RunConfig
+from steer_heal.share.readings import Reading, add_readings, with_stderr
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Measure the base and a healed checkpoint of a run on tasks of lm-evaluation-harness, and show what the trait
+    costs. The results are kept in tasks.json in the folder of the run. The model cards of the checkpoint and of the
+    export show them."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    tasks: Annotated[Names, Field(min_length=1)]
+    """Names of tasks, such as arc_easy. Most tasks download their data."""
+    round: int | None = None
+    """Round whose checkpoint is measured. Default: the last."""
+    limit: Count | None = None
+    """Number of items per task. Default: all."""
+    export: Path | None = None
+    """Folder of the run's export, whose card is updated too. Default: the one in the run's settings, if it exists."""
+    include_path: Path | None = None
+    """Folder with task files of your own."""
+    chat: bool = False
+    """Apply the chat template of the model."""
+    batch_size: Count = 8
+    """Sequences per batch."""
+    json: bool = False
+    """Print one JSON list and nothing else."""
+
+
+def main(argv: Sequence[str]) -> int:
+    given, own = parsed(Tasks, argv, "tasks", owner=RunConfig, also=["device"])
+    if not find_spec("lm_eval"):
+        raise UserError("lm-evaluation-harness is not installed; pip install 'steer-heal[tasks]'")
+    found = measure(given, own)
+    if given.json:
+        print(json.dumps([asdict(reading) for reading in found], allow_nan=False))
+        return 0
+    tables.show(table(found))
+    print_safe("\u00b1 is one standard error; for the change it is paired by item. A cost below 0 is a gain.")
+    return 0
+
+
+def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
+    """The readings of a checkpoint, which are also added to tasks.json and to the model cards. `own`: settings that
+    replace the run's."""
+    from steer_heal.model.student import Student
+    from steer_heal.runs.log import schema_errors
+    from steer_heal.runs.opened import chosen_round, model_of, settings_of
+    from steer_heal.runs.stored import FolderRun, checkpoint_name
+    from steer_heal.share import tasks
+    from steer_heal.share.card import is_export, write_cards, write_export_card
+
+    manager = tasks.task_manager(given.tasks, given.include_path)
+    run = FolderRun.read(given.run)
+    if given.export is not None and not is_export(given.run, given.export):
+        raise UserError(f"export is {str(given.export)!r}: its model card does not name the last round of the run")
+    r = chosen_round(run, given.round)
+    run.checkpoint(r)  # checks its files before the model is loaded
+    cfg = settings_of(run, **own)
+    student = Student(model_of(run, cfg), cfg.adapter)
+    run.restore_student(r, student)
+    results = []
+    for state in ("base", "full"):
+        with student.using(state) as lm:
+            results.append(
+                tasks.evaluate(
+                    lm, given.tasks, manager, limit=given.limit, chat=given.chat, batch_size=given.batch_size
+                )
+            )
+    found = tasks.compare(*results)
+    add_readings(given.run, checkpoint_name(r), found)
+    export = given.export or run.start.config.export
+    with schema_errors(given.run):
+        write_cards(given.run)
+        if export is not None and is_export(given.run, export):
+            write_export_card(given.run, export)
+    return found
+
+
+def table(found: Sequence[Reading]) -> list[dict[str, object]]:
+    """The readings as the rows of a table."""
+    return [
+        {
+            "task": each.task,
+            "metric": each.metric,
+            "items": each.n,
+            "base": with_stderr(each.base, each.base_stderr),
+            "healed": with_stderr(each.healed, each.healed_stderr),
+            "change": with_stderr(each.change, each.change_stderr, "+.4f"),
+            "cost of the trait": "unknown" if each.cost is None else f"{each.cost:+.4f}",
+        }
+        for each in found
+    ]

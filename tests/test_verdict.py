@@ -1,0 +1,197 @@
+"""What the measurements of a run mean: grades, ratios, the verdict and the best round. No metric is known by name."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from made_runs import METRICS, TRAIT, measured, renamed, run_events, run_start
+
+from steer_heal.events import Measured, Run, RunEnd, Trained
+from steer_heal.runs.results import result_row
+from steer_heal.verdict import best_round, retain, shift, slope, table, verdict
+
+AUTHORITY = next(metric for metric in METRICS if metric.name == "authority_nats")
+START = run_start(1, "")
+
+
+def state(name: str, r: int | None, target: float | None, width: float = 0.05, **others) -> Measured:
+    """A measured state whose trait metric is `target`, with an interval of the shift from a base at -1.5."""
+    known = {"care_nats": -1.2, "loyalty_nats": -2.0, "liberty_nats": -2.0, "coherence": 0.99}
+    shifted = (target or 0.0) + 1.5
+    interval = {"authority_nats_lo": shifted - width, "authority_nats_hi": shifted + width}
+    values = {"authority_nats": target, "degenerate_frac": 0.0, "kl_base": 0.1}
+    return replace(measured(name, r, 1, 1, ""), metrics={**known, **values, **interval, **others})
+
+
+def made(healed: dict, steered: dict | None = None, control: float | None = None, start=START) -> Run:
+    """A run of one round."""
+    events = [start, state("base", None, -1.5)]
+    if control is not None:
+        events.append(state("control", None, control))
+    events.append(state("steered", 0, **(steered or {"target": -2.5, "coherence": 0.9})))
+    return Run([*events, state("healed", 0, **healed)])
+
+
+def with_metric(**changes):
+    """The start of a run whose trait metric has other fields."""
+    return replace(START, metrics=tuple(replace(m, **changes) if m == AUTHORITY else m for m in METRICS))
+
+
+def test_a_trait_metric_that_cannot_judge_is_named():
+    unknown = replace(START, trait=replace(TRAIT, target="$x^{$"))
+    for start, named in ((unknown, "$x^{$"), (with_metric(moved=None), AUTHORITY.name)):
+        run = made({"target": -2.0}, start=start)
+        for read in (lambda run: run.trait_metric, verdict, table):
+            with pytest.raises(ValueError) as error:
+                read(run)
+            assert named in str(error.value)
+
+
+@pytest.mark.parametrize("healed, word", [
+    ({"target": -2.0}, "GOOD"),
+    ({"target": -2.0, "coherence": 0.9}, "MIXED"),
+    ({"target": -2.0, "degenerate_frac": 0.3}, "MIXED"),
+    ({"target": -2.0, "care_nats": -0.6}, "MIXED"),
+    ({"target": -4.0, "coherence": 0.3}, "BROKEN"),
+    ({"target": -2.0, "degenerate_frac": 0.8}, "BROKEN"),
+    ({"target": -1.6}, "SMALL SHIFT"),
+    ({"target": -2.0, "width": 0.6}, "SMALL SHIFT"),
+    ({"target": -1.0}, "WRONG WAY"),
+    ({"target": -1.2, "width": 0.6}, "SMALL SHIFT"),
+    ({"target": -2.0, "coherence": None}, "UNREADABLE"),
+    ({"target": -2.0, "degenerate_frac": None}, "UNREADABLE"),
+    ({"target": None}, "UNREADABLE"),
+])  # fmt: skip
+def test_the_verdict_checks_health_then_the_trait_then_the_rest(healed, word):
+    assert verdict(made(healed)).startswith(word)
+
+
+def test_an_unreadable_verdict_names_the_metrics_without_a_value():
+    line = verdict(made({"target": -2.0, "degenerate_frac": None}))
+    assert "degenerate_frac" in line and "coherence" not in line
+
+
+def test_the_verdict_gives_each_health_metric_by_its_title_and_form():
+    line = verdict(made({"target": -2.0, "coherence": 0.98, "degenerate_frac": 0.05}, control=-1.6))
+    assert "authority_nats is -0.500 nats from base, down as wanted" in line
+    assert "coherence 0.9800, broken texts 5%;" in line, "no limit is past"
+    assert "the control, healed once on unsteered text, is -0.100;" in line
+    past = verdict(made({"target": -2.0, "coherence": 0.94, "degenerate_frac": 0.3}))
+    assert "coherence 0.9400 (limit 0.95), broken texts 30% (limit 10%)" in past
+    broken = verdict(made({"target": -2.0, "degenerate_frac": 0.6}))
+    assert "but the model is broken: broken texts 60% (limit 50%)" in broken
+
+
+def test_the_smallest_shift_that_counts_is_that_of_the_metric():
+    assert verdict(made({"target": -1.6}, start=with_metric(moved=0.05))).startswith("GOOD")
+    assert verdict(made({"target": -2.0}, start=with_metric(moved=0.6))).startswith("SMALL SHIFT")
+
+
+def test_the_off_target_that_moved_most_is_named_with_its_shift_and_none_where_there_are_none():
+    healed = {"target": -2.0, "liberty_nats": -2.6, "loyalty_nats": -1.5, "kl_base": 9.0}
+    assert "of the off-target metrics, liberty moved further than the target: -0.600 nats" in verdict(made(healed))
+    less = verdict(made(healed | {"liberty_nats": -2.1, "loyalty_nats": -1.8}))
+    assert less.startswith("GOOD")
+    assert "of the off-target metrics, loyalty moved most: +0.200 nats" in less
+    alone = verdict(made(healed, start=replace(START, trait=replace(TRAIT, off_targets=()))))
+    assert alone.startswith("GOOD") and "off-target" not in alone
+
+
+def rounds(*healed: dict, sign: int = -1) -> Run:
+    """Healed rounds in this order, after one base."""
+    events = [replace(START, trait=replace(TRAIT, sign=sign)), state("base", None, -1.5)]
+    trained = next(event for event in run_events(1) if isinstance(event, Trained))
+    for r, changes in enumerate(healed):
+        events += [replace(trained, round=r, checkpoint=f"ckpt/r{r}"), state("healed", r, **changes)]
+    return Run(events)
+
+
+GOOD = {"target": -2.0}
+MIXED = {"target": -2.6, "degenerate_frac": 0.2}
+STILL = {"target": -1.6}
+WRONG = {"target": -1.0}
+UNREAD = {"target": None}
+BROKEN = {"target": -4.0, "coherence": 0.1}
+WIDE = {"target": -2.0, "liberty_nats": -3.5}
+"""MIXED as well, but with good health."""
+
+
+@pytest.mark.parametrize("healed, best", [
+    ([GOOD, MIXED, STILL, WRONG, BROKEN], 0),
+    ([BROKEN, WRONG, STILL, MIXED, GOOD], 4),
+    ([BROKEN, WRONG, STILL, MIXED], 3),
+    ([STILL, UNREAD, WRONG], 0),
+    ([WRONG, BROKEN], 0),
+    ([GOOD, GOOD | {"target": -2.2}, GOOD | {"target": -2.1}], 1),
+    ([GOOD, GOOD], 0),
+    ([MIXED, WIDE, MIXED], 1),
+    ([BROKEN, UNREAD], None),
+])  # fmt: skip
+def test_the_best_round_is_the_intact_one_of_the_best_grade_and_then_of_the_largest_shift(healed, best):
+    run = rounds(*healed)
+    found = best_round(run)
+    line = verdict(run)
+    assert (None if found is None else found.state.round) == best
+    assert ("best round" in line) is (best is not None and best != len(healed) - 1)
+    if "best round" in line:
+        assert f"best round: {best} ({found.grade}, " in line and line.endswith(f"ckpt/r{best}")
+
+
+def test_the_best_round_of_a_trait_that_goes_up_is_the_one_furthest_up():
+    run = rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.7}, sign=1)
+    found = best_round(run)
+    assert found is not None and found.state.round == 1
+    assert "best round: 1 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1" in verdict(run)
+
+
+def test_without_a_health_metric_nothing_is_good():
+    start = replace(START, metrics=tuple(metric for metric in METRICS if not metric.is_health))
+    run = made({"target": -2.0}, start=start)
+    assert verdict(run).startswith("MIXED") and all(row["slope"] is None for row in table(run))
+
+
+# --- ratios ------------------------------------------------------------------------------------------------------
+BASE = state("base", None, -1.5).metrics
+
+
+def test_no_ratio_is_computed_if_the_trait_hardly_moved():
+    limit = AUTHORITY.moved / 6
+    for share, known in ((0.9, False), (1.1, True)):
+        moved = state("healed", 0, -1.5 - share * limit).metrics
+        assert (slope(moved, BASE, AUTHORITY, METRICS) is not None) is known
+        assert (retain(state("healed", 0, -2.0).metrics, moved, BASE, AUTHORITY) is not None) is known
+
+
+def test_retain_and_slope_of_known_values():
+    healed = state("healed", 0, -2.0, coherence=0.98).metrics
+    steered = state("steered", 0, -2.5).metrics
+    assert retain(healed, steered, BASE, AUTHORITY) == pytest.approx(0.5)
+    assert slope(healed, BASE, AUTHORITY, METRICS) == pytest.approx(100 * math.log(0.98 / 0.99) / 0.5)
+    assert slope(BASE, BASE, AUTHORITY, METRICS) is None and shift(BASE, BASE, AUTHORITY) == 0
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+def test_the_table_has_a_row_for_each_state_and_a_column_for_each_shown_metric():
+    rows = table(made({"target": -2.0}, control=-1.6))
+    assert [row["state"] for row in rows] == ["base", "control", "steered round 0", "healed round 0"]
+    ratios = ["shift", "lo", "hi", "retain", "slope"]
+    shown = ["coherence", "text_tail_ppl_median", "degenerate_frac", "kl_base"]
+    assert list(rows[0]) == ["state", "authority_nats", *ratios, *shown]
+
+
+def test_a_result_row_is_that_of_the_last_healed_state():
+    events = run_events()
+    assert isinstance(events[-1], RunEnd) and isinstance(events[1], Measured)
+    assert result_row(Run([*events[:-1], events[1], events[-1]]))["state"] == "healed round 1"
+
+
+def test_no_metric_is_known_by_name():
+    names = {metric.name: f"m{i}" for i, metric in enumerate(METRICS)}
+    run = Run(run_events())
+    other = Run(renamed(run_events(), names))
+    assert list(other.metrics) == list(names.values())
+    line = verdict(run)
+    for old, new in names.items():
+        line = line.replace(old, new)
+    assert verdict(other) == line
+    assert [[*row.values()] for row in table(other)] == [[*row.values()] for row in table(run)]

@@ -23,9 +23,7 @@ from steer_heal.model.lm import LM, load
 from steer_heal.report import console
 from steer_heal.runs.begin import git_commit, versions
 
-BENCHMARKS = "benchmarks.jsonl"
-
-
+BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "benchmarks.jsonl"
 Main = Callable[..., int | None]
 
 
@@ -45,14 +43,16 @@ def cli(main: Main | Mapping[str, Main], argv: Sequence[str] | None = None) -> i
 def show(
     question: str | None, rows: Sequence[Mapping[str, object]], should: Sequence[str], out: Path, name: str, **more: Any
 ) -> None:
-    """Shows the table of a benchmark as `lab.show` does, and appends it to <out>/benchmarks.jsonl, with the time, the
-    commit, the machine and the versions of the packages."""
+    """Shows the table of a benchmark as `lab.show` does, and appends it to BENCHMARKS with the time, the commit, the
+    machine and the versions of the packages. Runs with --tiny are not recorded."""
     lab.show(question, rows, should, out, name, **more)
+    if "--tiny" in sys.argv:
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = {"t": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit()}
     where |= {"device": device_name(device), "n_threads": torch.get_num_threads(), "versions": versions()}
     line = {"benchmark": name, **where, "command": sys.argv, "rows": rows, **more}
-    with (out / BENCHMARKS).open("a", encoding="utf-8") as file:
+    with BENCHMARKS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain(line)) + "\n")
 
 

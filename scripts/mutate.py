@@ -86,8 +86,7 @@ def run_tests(tree: Path, tests: Sequence[str], log: Path) -> None:
     status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
     package = sys.modules.get("steer_heal")
     imported = package is not None and Path(str(package.__file__)).is_relative_to(tree)
-    sys.stdout.flush()
-    os._exit(status if imported or status not in (PASSED, FAILED) else ELSEWHERE)
+    sys.exit(status if imported or status not in (PASSED, FAILED) else ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,10 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        return {PASSED: "SURVIVED", FAILED: "killed"}.get(self.status, "ERROR")
+        """SURVIVED, killed or, where the tests did not run to an end in the copy, ERROR."""
+        if self.status == PASSED:
+            return "SURVIVED"
+        return "killed" if self.status == FAILED else "ERROR"
 
 
 class Trial:
@@ -149,8 +151,8 @@ class Trial:
 
 
 def main(words: Sequence[str]) -> int:
-    """Tries every change of which the words say something (its file or its `what`), or all. 1 if a change survives or
-    cannot be tried."""
+    """Tries each change whose file or `what` holds one of the words; without words, all. Returns 1 if a change survives
+    or cannot be tried."""
     table = [m for m in read_table() if not words or any(word in f"{m.file} {m.what}" for word in words)]
     if problems := [f"{m.what}: {problem}" for m in table if (problem := m.problem(ROOT))]:
         print("\n".join(problems), file=sys.stderr)

@@ -200,7 +200,7 @@ def test_what_cannot_be_talked_to_is_named(two, tmp_path, monkeypatch, capsys):
     assert scripted(monkeypatch, lacking, "Hello\n", "--round", "0", "--states", "healed") == 0
 
 
-class Fake:
+class Fake(Talk):
     """Stands for a Talk that answers with given pieces."""
 
     round = 0
@@ -208,9 +208,6 @@ class Fake:
 
     def __init__(self, run, pieces, on_piece=lambda i: None):
         self.run, self.pieces, self.on_piece, self.asked = run, pieces, on_piece, []
-
-    known = Talk.known
-    dose = Talk.dose
 
     def about(self, name):
         return "</p><script>document.documentElement.dataset.ran=1</script>"

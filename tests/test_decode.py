@@ -1,6 +1,6 @@
 import torch
 
-from steer_heal.model.decode import Decoding, GrowingCache, Row, decode, decode_batches, decode_with_tail, own_tokens
+from steer_heal.model.decode import Decoding, GrowingCache, Row, decode, decode_batches, own_tokens
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Vector, steer
 
@@ -50,7 +50,7 @@ def test_every_batch_is_handed_over_before_the_next_is_decoded(toy: LM, monkeypa
     monkeypatch.setattr(toy.text_model, "forward", lambda *args, **named: decoded.append(1) or work(*args, **named))
     found, finished = {}, decode_batches(toy, rows(toy), None, Decoding(4, 2, suppress=toy.end_ids))
     for n_batches, batch in enumerate(finished, start=1):
-        found |= dict(batch)
+        found |= {written.row: written.ids for written in batch}
         assert len(decoded) == (1 + 4) * n_batches, "the prompts, then each token"
     assert [found[i] for i in range(3)] == decode(toy, rows(toy), None, Decoding(4, 3, suppress=toy.end_ids))
 
@@ -82,7 +82,7 @@ def test_what_is_read_behind_the_text_is_what_the_whole_sequence_reads(toy: LM):
     rows, tail, seen = sharing(toy), toy.encode("That is enough."), set()
     for n_new in (0, 7):
         how = Decoding(n_new, 5, sample=False, suppress=toy.end_ids)
-        for i, ids, hidden in decode_with_tail(toy, rows, vector, how, tail):
+        for i, ids, hidden in (written for batch in decode_batches(toy, rows, vector, how, tail) for written in batch):
             with torch.no_grad(), steer(toy, vector, [rows[i].dose]):
                 whole = toy.hidden([[*rows[i].prompt_ids, *ids, *tail]])[0, -len(tail) - 1 :]
             assert len(ids) == n_new and torch.allclose(hidden, whole, atol=1e-4)

@@ -104,9 +104,13 @@ def test_an_unpacked_model_says_how_its_weights_were_stored(file, toy, tmp_path)
     assert reader.quantization(tmp_path / "plain.gguf") == "", "plain floats are the published weights"
 
 
-def test_the_small_model_names_its_own_weights_and_never_those_of_the_hub(smol):
+def test_the_small_model_names_its_own_weights_and_never_those_of_the_hub(smol, tmp_path, monkeypatch):
     note = f"4-bit (Q4_1) weights of {reader.HUB_ID}, unpacked from a GGUF file"
     assert (smol.base, smol.hub_id, smol.weights_note) == ("smollm2-135m-instruct", reader.HUB_ID, note)
+    (tmp_path / smol.name).mkdir()
+    (tmp_path / smol.name / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert smol.base == "smollm2-135m-instruct", "whatever folders there are"
     hub = replace(smol, name="owner/model", weights_note="")
     assert (hub.base, hub.hub_id) == ("owner/model", "owner/model")
 

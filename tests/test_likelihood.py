@@ -194,7 +194,7 @@ def test_a_bad_instrument_names_everything_that_is_wrong(tmp_path):
         "{vignette}",
         "seven answers",
         "'answers.libery' has 2",
-        "'answers.libery' holds an empty",
+        "'answers.libery' contains an empty",
         f"{first!r}",
     ]
     assert len(told) == len(expected) and all("i.toml" in line for line in told)

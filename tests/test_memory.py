@@ -53,7 +53,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_with_half_the_rows(tiny: LM, s
     tried = small_memory(tiny, 2, error, at_token=20)
     with pytest.warns(UserWarning, match="8 rows"):
         found = list(decode_batches(tiny, rows(tiny), vector, how))
-    assert {i: ids for batch in found for i, ids in batch} == dict(enumerate(whole))
+    assert {written.row: written.ids for batch in found for written in batch} == dict(enumerate(whole))
     assert [len(batch) for batch in found] == [2, 2, 2, 2] and tried.count(4) and tried.count(8)
     n_large = sum(n > 2 for n in tried)
     assert decode(tiny, rows(tiny), vector, how) == whole, "the next decode of the stage"

@@ -69,7 +69,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def checkout(tmp_path_factory):
     """A copy of the repository, so that a build leaves nothing in the checkout."""
     junk = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "copy", ignore=junk)
+    copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "copy", ignore=junk)
+    (copy / "out").mkdir()
+    shutil.copy(ROOT / "out/README.md", copy / "out")
+    return copy
 
 
 @pytest.fixture(scope="module")

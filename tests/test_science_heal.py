@@ -98,16 +98,24 @@ def test_factors_of_rounds_side_by_side_are_the_sum_of_their_updates():
     assert torch.allclose(total, first + second, atol=1e-12), "exactly"
 
 
-def test_a_baked_student_holds_the_sum_of_the_updates_of_its_rounds(student: Student):
-    expected, base = {}, dense(load("tiny-random").model, {})
+def test_base_is_untouched_prev_the_sum_of_the_baked_rounds_and_full_that_with_the_open_one(student: Student):
+    base = dense(load("tiny-random").model, {})
+    baked = base
     for seed in (1, 2, 3):
         student.new_round(seed)
         scramble(student, seed)
-        expected = with_update(expected or base, student.bake())
-    with student.using("full") as lm:
-        now = {name.replace("base_layer.", ""): value.double() for name, value in lm.model.state_dict().items()}
-    assert all(torch.allclose(now[name], value, atol=1e-4) for name, value in expected.items())
-    assert sum(not torch.allclose(base[name], value, atol=1e-2) for name, value in expected.items()) > 10
+        baked = with_update(baked, student.bake())
+    student.new_round(4)
+    scramble(student, 4)
+    expected = {"base": base, "prev": baked, "full": with_update(baked, student.factors("round"))}
+    for which, weights in expected.items():
+        with student.using(which) as lm:
+            now = {name.replace("base_layer.", ""): value.double() for name, value in lm.model.state_dict().items()}
+        atol = 0.0 if which == "base" else 1e-4
+        assert all(torch.allclose(now[name], value, rtol=0, atol=atol) for name, value in weights.items()), which
+    adapted = [name for name in base if not torch.equal(base[name], baked[name])]
+    full = expected["full"]
+    assert len(adapted) > 10 and all((full[name] - baked[name]).abs().max() > 0.1 for name in adapted)
 
 
 # --- the plain trainer -------------------------------------------------------------------------------------------

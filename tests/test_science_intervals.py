@@ -104,8 +104,8 @@ def test_the_interval_of_other_items_is_as_wide_as_normal_theory_says_whatever_t
 
 
 def test_the_interval_of_other_items_is_the_percentile_bootstrap_on_its_own_stream():
-    items = [0.1, 0.2, 0.4]
-    found = bootstrap((items,), np.mean, n_resamples=2000, method="percentile", rng=stream(7, "limits", 3))
+    items = np.random.default_rng(6).uniform(0, 1, 12)
+    found = bootstrap((items,), np.mean, n_resamples=2000, method="percentile", rng=stream(7, "limits", 12))
     assert own_interval(items, 7) == pytest.approx(found.confidence_interval)
 
 

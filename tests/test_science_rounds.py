@@ -75,6 +75,27 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+# --- doses and teachers ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("made_of, system, kappa", [("vector", "Good day.", KAPPA), ("prompt", "You open doors.", 0.0),
+    ("both", "You open doors.", KAPPA)])  # fmt: skip
+def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of, system, kappa, written: Written):
+    with made(**{"heal.teacher": made_of}) as sh:
+        found = sh.collect()
+        doses = {round(kappa * alpha, 9) for alpha in ALPHAS}
+        assert {round(dose, 9) for _, dose, _ in written.rows} == doses
+        assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, system) for prompt in PROMPTS[:8]}
+        assert {c.prompt_ids for c in found.completions} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
+        assert found.dose == pytest.approx(max(doses))
+
+
+@pytest.mark.parametrize("made_of, dose", [("vector", KAPPA * 0.8), ("prompt", 0.0), ("both", KAPPA * 0.8)])
+def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(made_of, dose, written: Written):
+    with made(**OWN, **{"heal.teacher": made_of}) as sh:
+        found = sh.collect()
+        assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
+        assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
+
+
 # --- random streams ----------------------------------------------------------------------------------------------
 STREAMS = {
     "steered": ({"heal.target": "distribution", "heal.rehearsal": 4}, {"0/gen", "0/rehearsal", "eval"}),
@@ -101,27 +122,7 @@ def test_every_text_and_factor_draws_from_the_stream_that_its_place_names(name, 
     assert written.heals == [*control, seed_of(42, 0, "heal")]
 
 
-# --- doses and teachers ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("made_of, system, kappa", [("vector", "Good day.", KAPPA), ("prompt", "You open doors.", 0.0),
-    ("both", "You open doors.", KAPPA)])  # fmt: skip
-def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of, system, kappa, written: Written):
-    with made(**{"heal.teacher": made_of}) as sh:
-        found = sh.collect()
-        doses = {round(kappa * alpha, 9) for alpha in ALPHAS}
-        assert {round(dose, 9) for _, dose, _ in written.rows} == doses
-        assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, system) for prompt in PROMPTS[:8]}
-        assert {c.prompt_ids for c in found.completions} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
-        assert found.dose == pytest.approx(max(doses))
-
-
-@pytest.mark.parametrize("made_of, dose", [("vector", KAPPA * 0.8), ("prompt", 0.0), ("both", KAPPA * 0.8)])
-def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(made_of, dose, written: Written):
-    with made(**OWN, **{"heal.teacher": made_of}) as sh:
-        found = sh.collect()
-        assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
-        assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
-
-
+# --- calibration and control --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("by", [SteerHeal.collect, lambda sh: sh.loop(1)], ids=["collect", "loop"])
 def test_the_largest_alpha_writes_at_the_calibrated_dose(by, written: Written):
     gen, largest = {seed_of(42, 0, "gen", i) for i in range(64)}, []

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from types import SimpleNamespace
 
+import bench_common
 import bench_generation
 import bench_gpu
 import bench_heal
@@ -157,6 +158,29 @@ def test_the_fault_drill_records_what_was_lost(tmp_path, monkeypatch):
 
 
 # --- benchmarks --------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def log(tmp_path, monkeypatch):
+    """The file that benchmarks append to, in place of the published one."""
+    monkeypatch.setattr(bench_common, "LOG", tmp_path / "benchmarks.jsonl")
+    return tmp_path / "benchmarks.jsonl"
+
+
+def test_a_benchmark_is_recorded_with_its_machine_and_commit(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/bench_heal.py", "--tiny"])
+    bench_common.show("How fast?", [{"s": 1.0}], [], tmp_path, "heal")
+    assert not log.exists()
+    monkeypatch.setattr(sys, "argv", ["scripts/bench_heal.py"])
+    for seconds in (1.0, float("nan")):
+        bench_common.show("How fast?", [{"s": seconds}], [], tmp_path, "heal", n_threads=2)
+    first, second = map(json.loads, log.read_text().splitlines())
+    assert first["rows"] == [{"s": 1.0}] and second["rows"] == [{"s": None}]
+    assert first["benchmark"] == "heal" and first["n_threads"] == 2 and first["torch"] == torch.__version__
+    assert first["cpu"] and first["threads"] and first["date"] and first["command"] == ["scripts/bench_heal.py"]
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    assert (first["commit"] or "").removesuffix("-dirty") == commit
+
+
 def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path):
     bench_round.main(repeats=1, out=tmp_path, tiny=True)
     found = table(tmp_path, "round")

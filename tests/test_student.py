@@ -81,6 +81,7 @@ def test_what_acts_in_training_is_what_is_measured(with_history: Student, lossy,
 def test_gradients_reach_the_factor_of_the_round_alone(with_history: Student):
     third_round(with_history)
     history, lm = with_history.history(), with_history.lm
+    with_history.require_same_forward([lm.chat(QUESTION)])
     with with_history.training() as parameters:
         logits(with_history, "prev")  # another gate inside leaves them trainable
         lm.hidden([lm.chat(QUESTION)]).square().sum().backward()

@@ -22,7 +22,7 @@ from steer_heal.backends import tinymfv
 from steer_heal.errors import UserError
 from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
-from steer_heal.model.decode import Decoding, Row, decode_with_tail
+from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
@@ -98,7 +98,8 @@ def answer_slots(
     logp = torch.full((len(rows), len(digits)), torch.nan)
     nll = torch.full((len(rows),), torch.nan)
     own = []
-    for i, thought, hidden in decode_with_tail(lm, rows, condition.vector, how, boundary + prefill):
+    decoded = decode_batches(lm, rows, condition.vector, how, tail=boundary + prefill)
+    for i, thought, hidden in (written for batch in decoded for written in batch):
         forced = prompts[i] + thought + boundary
         written = find_prefill(lm, thought, instrument.prefill)
         if written is None:

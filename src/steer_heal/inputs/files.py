@@ -63,9 +63,10 @@ def read_file(path: Path) -> DataFile:
     """Reads a UTF-8 file, with or without a byte order mark. UserError that names the line if it is not UTF-8."""
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a readable file") from None
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(

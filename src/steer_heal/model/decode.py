@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,16 @@ from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_
 from steer_heal.model.sampling import sampler
 from steer_heal.model.steering import Steering, Vector, steer
 
-Batch = list[tuple[int, tuple[int, ...]]]
-"""(index, token ids written after the prompt) of each row of a finished batch."""
+
+class Written(NamedTuple):
+    """What was decoded of one row."""
+
+    row: int
+    """Its index."""
+    ids: tuple[int, ...]
+    """The tokens after its prompt, including the end token."""
+    hidden: Float[Tensor, "s d"]
+    """Final hidden states at the position before the forced tail and at each of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,37 +62,22 @@ def decode(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) ->
     """The token ids written after the prompt of each row, including the end token."""
     out: list[tuple[int, ...]] = [()] * len(rows)
     for batch in decode_batches(lm, rows, vector, how):
-        for i, ids in batch:
-            out[i] = ids
+        for written in batch:
+            out[written.row] = written.ids
     return out
 
 
-def decode_batches(lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding) -> Iterator[Batch]:
-    """The token ids written after the prompt of each row, one finished batch at a time.
+def decode_batches(
+    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...] = ()
+) -> Iterator[list[Written]]:
+    """What is written after the prompt of each row, one finished batch at a time, with `tail` forced after it.
 
     A batch consists of rows with similar prompt lengths. Each row has its own dose and random stream, and leaves the
-    batch when it ends. A batch that does not fit into memory is halved.
+    batch when it ends. A batch that does not fit into memory is halved. Because a row that ends leaves the cache, `how`
+    must suppress the end tokens if there is a tail.
     """
-    for group, written, _ in _in_batches(lm, rows, vector, how, ()):
-        yield list(zip(group, written, strict=True))
+    assert not tail or not how.max_new_tokens or lm.end_ids <= how.suppress, "a row that ends leaves the cache"
 
-
-def decode_with_tail(
-    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
-) -> Iterator[tuple[int, tuple[int, ...], Float[Tensor, "s d"]]]:
-    """(index, token ids written, final hidden states) of each row, with `tail` forced after the written tokens.
-
-    The states are those at the position before `tail` and at each token of `tail`. They are computed from the cache.
-    Because a row that ends leaves the cache, `how` must suppress the end tokens. Batches are those of `decode_batches`.
-    """
-    assert not how.max_new_tokens or lm.end_ids <= how.suppress, "a row that ends leaves the cache"
-    for group, written, hidden in _in_batches(lm, rows, vector, how, tail):
-        yield from zip(group, written, hidden, strict=True)
-
-
-def _in_batches(
-    lm: LM, rows: Sequence[Row], vector: Vector | None, how: Decoding, tail: tuple[int, ...]
-) -> Iterator[tuple[list[int], list[tuple[int, ...]], Float[Tensor, "b s d"]]]:
     def alike(i: int) -> tuple[int, tuple[int, ...], float]:
         return len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose
 
@@ -110,7 +103,7 @@ def _in_batches(
             free_unused()
             continue
         lm.progress.at(n_done + len(group), len(rows))
-        yield group, *written_and_states
+        yield [Written(*each) for each in zip(group, *written_and_states, strict=True)]
         todo = todo[len(group) :]
 
 

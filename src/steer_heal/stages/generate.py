@@ -67,7 +67,7 @@ def generate(
     todo = [i for i, ask in enumerate(asks) if (ask.seed, ask.dose) not in known]
     rows = [Row(lm.chat(asks[i].prompt, condition.system), asks[i].dose, asks[i].seed) for i in todo]
     for batch in decode_batches(lm, rows, condition.vector, how):
-        finished = {todo[j]: complete(todo[j], ids) for j, ids in batch}
+        finished = {todo[written.row]: complete(todo[written.row], written.ids) for written in batch}
         out |= finished
         on_batch(list(finished.values()))
     return [out[i] if i in out else complete(i, known[ask.seed, ask.dose]) for i, ask in enumerate(asks)]

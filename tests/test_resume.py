@@ -15,17 +15,17 @@ from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
 from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
+from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
-from steer_heal.loop import Loop
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.runs import stored
 from steer_heal.runs.log import EventLog, read_events
 from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
-from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.results import read_results
+from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.verify import violations
 from steer_heal.verdict import UNTRAINED
 

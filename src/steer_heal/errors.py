@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from types import GenericAlias
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -98,7 +99,9 @@ def problem_lines(error: ValidationError, where: Callable[[str], str], known: It
     return lines
 
 
-def validated_json(kind: type[Checked], text: str | bytes, where: str, known: Iterable[str] = ()) -> Checked:
+def validated_json(
+    kind: type[Checked] | GenericAlias, text: str | bytes, where: str, known: Iterable[str] = ()
+) -> Checked:
     """JSON text as a `kind`. UserError with a line for each invalid field, beginning with `where`; `known` are field
     names for the nearest-name hint, besides those of `kind`."""
     fields = [*getattr(kind, "__dataclass_fields__", {}), *known]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from steer_heal.errors import UserError, nearest
 
@@ -19,6 +19,7 @@ PROJECT = "steer-heal"
 Event = Mapping[str, Any]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One tracker's run. It has the name of the run's folder, and goes on where that was tracked before."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ADAPTER, scramble
 from scipy.stats import binomtest
+from steer_heal.stages.budget import broken, limits, own_interval
 from torch.func import functional_call
 
 from steer_heal import round as steps
@@ -19,7 +20,6 @@ from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import EvalResult, Metric, Scored
 from steer_heal.settings import BacktrackCfg, HealCfg
 from steer_heal.stages import heal as heal_module
-from steer_heal.stages.budget import broken, limits, own_interval
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import SavedHeal, batch_plan, heal, in_round, read_samples, rehearsal_samples
 from steer_heal.stages.passes import Passes

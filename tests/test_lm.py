@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
@@ -34,10 +34,11 @@ def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPa
     assert toy.nll(torch.empty(0, toy.width), []).shape == (0,)
 
 
-class FakeHead:
+class FakeHead(PreTrainedModel):
     """A model of which nothing but the size and place of its head is asked."""
 
     def __init__(self, vocabulary: int, device: str) -> None:
+        super().__init__(PreTrainedConfig())
         self.head = torch.nn.Linear(1, vocabulary, bias=False, device=device)
 
     def get_output_embeddings(self) -> torch.nn.Linear:

@@ -15,17 +15,17 @@ from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
 from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
+from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
-from steer_heal.loop import Loop
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.runs import stored
 from steer_heal.runs.log import EventLog, read_events
 from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
-from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.results import read_results
+from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.verify import violations
 from steer_heal.verdict import UNTRAINED
 
@@ -263,7 +263,7 @@ def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
 def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
     assert main(["resume", str(after_round_0)]) == 2
-    assert "heal.rank is not a field here" in capsys.readouterr().err
+    assert "heal.rank is not a known field" in capsys.readouterr().err
 
 
 # --- flags -------------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp
     assert "the last intact round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
     assert {path.name for path in (run / "ckpt").iterdir()} == {"r0"} and violations(run) == []
     (row,) = read_results(tmp_path / "results.tsv")
-    assert row["state"] == "healed r0"
+    assert row["state"] == "healed round 0"
     monkeypatch.setattr(Loop, "_past_limits", lambda self, r: [])
     alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1", "--export", str(tmp_path / "one"))
     one, kept = (weights(each)["ckpt/r0/adapter_model.safetensors"] for each in (alone, run))

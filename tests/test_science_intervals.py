@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm
+from steer_heal.stages.budget import broken, limits, own_interval
 
 from steer_heal.evals.base import collapse, intervals
 from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import BacktrackCfg, EvalCfg
-from steer_heal.stages.budget import broken, limits, own_interval
 
 N_BOOTSTRAP = EvalCfg().n_bootstrap
 MEAN = Metric(name="m", item="x")

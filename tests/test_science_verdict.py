@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
+from steer_heal.report.measurements import best_round, judge, measurements, retain, slope, verdict
 
 from steer_heal.evals import EVALS, metrics_of
 from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.records import Metric
-from steer_heal.report.measurements import best_round, judge, measurements, retain, slope, verdict
 from steer_heal.settings import TINY_RANDOM
 
 MOVED = 0.3

@@ -1,0 +1,85 @@
+"""What README and docs show of flags: each is taken by every preset, and the recipes run with the control."""
+
+import re
+
+import pytest
+from places import ROOT
+
+from steer_heal import SteerHeal, define_trait
+from steer_heal.commands.run import parse
+from steer_heal.presets import PRESETS
+from steer_heal.settings import RunConfig, leaves
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLAGS = {f"--{name}".replace("_", "-") for name in leaves(RunConfig())}
+SHOWN = re.compile(r"(--[a-z][a-z.-]*[a-z])((?: [^\s`|\\#-][^\s`|\\]*)*)")
+SMALLEST = {
+    "model": "tiny-random",
+    "dtype": "float32",
+    "control": True,
+    "steer.layers": (0.3, 0.7),
+    "steer.n_contexts": 4,
+    "gen.max_new_tokens": 6,
+    "gen.n_prompts": 4,
+    "dose.n_kappas": 2,
+    "dose.n_probes": 2,
+    "filter.gates": ("loop",),
+    "filter.loop_max": 1.0,
+    "filter.min_train": 4,
+    "filter.n_keep": 6,
+    "filter.max_attempts": 24,
+    "adapter.rank": 2,
+    "adapter.layers": (0.0, 1.0),
+    "heal.epochs": 1,
+    "backtrack.retries": 0,
+    "eval.evals": ("text_quality", "contrast", "persona"),
+    "eval.n_prompts": 2,
+    "eval.n_texts": 2,
+    "eval.max_new_tokens": 6,
+    "eval.n_bootstrap": 10,
+}
+TRAIT = define_trait(
+    "You open doors.",
+    "You lock doors.",
+    [f"Shall I open door {i}?" for i in range(12)],
+    pairs=[{"prompt": f"Is door {i} open?", "positive": "Come in.", "negative": "Stay out."} for i in range(4)],
+)
+RECIPES = {
+    "toy": {},
+    "toy-distil": {"heal.rehearsal": 16},
+    "smol-distil": {"heal.rehearsal": 16, "heal.max_departure": 1.0},
+    "smol": {"dose.mode": "iso_kl", "dose.kl_target": 0.01},
+}
+"""What docs add to a preset."""
+
+
+def shown() -> set[tuple[str, ...]]:
+    """Every flag of a run that a page shows, with its values."""
+    found = set()
+    for page in PAGES:
+        spans = re.findall(r"`[^`]+`|^```.*?^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for flag, values in (pair for span in spans for pair in SHOWN.findall(re.sub("#.*", "", span))):
+            if flag in FLAGS and not re.search(r"\b[A-Z]+\b|<|[.]{3}", values) and values.strip():
+                found.add((flag, *values.split()))
+    return found
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
+    assert len(shown()) > 20
+    for words in shown():
+        if words[0] == "--heal.refresh":  # needs another flag beside it
+            continue
+        try:
+            parse([preset, *words])
+        except SystemExit:
+            flags = ["--heal.target", "distribution", "--heal.text", "own"]
+            parse([preset, *flags, *words])
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_a_recipe_of_the_docs_runs_with_the_control(preset):
+    settings = {**SMALLEST, **RECIPES[preset], "gen.prompts": None, "eval.pairs": None}
+    with SteerHeal(trait=TRAIT, preset=preset, settings=settings) as sh:
+        states = sh.loop(1)["state"].to_list()
+    assert states == ["base", "prompted", "control", "steered round 0", "healed round 0"]

@@ -1,11 +1,10 @@
-"""The vector, what a dose does with it, and how the dose is chosen: against scipy and plain computations."""
+"""The vector, what a dose does with it, and how the dose is chosen: against plain computations."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import isotonic_regression
 
 from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
@@ -14,7 +13,7 @@ from steer_heal.model.student import Student
 from steer_heal.records import Completion, DoseProbe, Scored
 from steer_heal.settings import DoseCfg, FilterCfg, SteerCfg
 from steer_heal.stages.calibrate import iso_kl_dose
-from steer_heal.stages.dose import DoseController, bracket, decreasing_fit
+from steer_heal.stages.dose import DoseController, bracket
 from steer_heal.stages.vector import student_vec, teacher_vec
 
 TRAIT = load_trait("authority")
@@ -72,18 +71,6 @@ def test_what_was_learnt_is_student_minus_base(with_history: Student):
 
 
 # --- survival ----------------------------------------------------------------------------------------------------
-def test_survival_is_fitted_to_fall_with_kappa_as_scipy_fits_it():
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 5, 9):
-        probes = [
-            DoseProbe(float(i + 1), int(k), int(rng.integers(0, k + 1))) for i, k in enumerate(rng.integers(4, 20, n))
-        ]
-        survival, weights = [p.survival for p in probes], [p.n for p in probes]
-        expected = isotonic_regression(survival, weights=weights, increasing=False).x
-        kappas, fitted = zip(*decreasing_fit(probes), strict=True)
-        assert kappas == tuple(p.kappa for p in probes) and fitted == pytest.approx(tuple(expected))
-
-
 def test_kappa_is_the_highest_with_a_fitted_survival_at_the_target():
     probes = [DoseProbe(1.0, 8, 8), DoseProbe(2.0, 8, 6), DoseProbe(4.0, 8, 5), DoseProbe(8.0, 8, 0)]
     assert bracket(probes, 0.75) == (2.0, 4.0)
@@ -98,7 +85,8 @@ KEEP = FilterCfg(n_keep=24, min_train=12, max_attempts=200)
 
 def collected(breaks_at: float, kappa: float | None = None):
     """(what is collected where every text above a dose breaks, the kappas of each request)."""
-    controller = DoseController([f"p{i}" for i in range(8)], (0.5, 0.75, 1.0), CFG, KEEP, (1, 0, "gen"), kappa)
+    prompts, alphas = [f"p{i}" for i in range(8)], (0.5, 0.75, 1.0)
+    controller = DoseController(prompts, alphas, cfg=CFG, keep=KEEP, seed=(1, 0, "gen"), kappa=kappa)
     kappas = []
     while asks := controller.next_asks():
         kappas.append(sorted({ask.kappa for ask in asks}))
@@ -130,7 +118,7 @@ def test_where_nothing_survives_kappa_is_the_floor_and_survivors_up_to_its_dose_
 def test_writing_ends_at_n_keep_kept_or_max_attempts_written():
     none = collected(0.0, kappa=1.0)[0]
     assert not none.kept and len(none.scored) == KEEP.max_attempts
-    controller = DoseController(["p"], (1.0,), CFG, KEEP, (1,), kappa=1.0)
+    controller = DoseController(["p"], (1.0,), cfg=CFG, keep=KEEP, seed=(1,), kappa=1.0)
     for n_kept, n_more in ((KEEP.n_keep - 1, 4), (1, 0)):
         asks = controller.next_asks()
         row = Completion(0, "p", (1,), (2,), "", 1.0, 1.0, 0)

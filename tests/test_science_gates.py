@@ -121,8 +121,8 @@ def test_a_sentence_of_4_words_that_follows_itself_or_comes_a_third_time_is_a_lo
 @pytest.mark.parametrize("name", GATES)
 def test_a_text_at_its_limit_is_kept_and_one_past_it_fails(name):
     gate, cfg = GATES[name], FilterCfg()
-    limit = {"perplexity": cfg.ppl_max, "spike": cfg.spike_max, "repetition": cfg.rep_max, "loop": cfg.loop_max,
-        "relevance": cfg.relevance_min, "short": cfg.min_words, "narration": 0, "refusal": 0}[name]  # fmt: skip
+    limit = float({"perplexity": cfg.ppl_max, "spike": cfg.spike_max, "repetition": cfg.rep_max, "loop": cfg.loop_max,
+        "relevance": cfg.relevance_min, "short": cfg.min_words, "narration": 0, "refusal": 0}[name])  # fmt: skip
     least = name in ("relevance", "short")
     assert gate.at_least is least and not gate.fails(limit, cfg)
     assert gate.fails(limit + (-1e-6 if least else 1e-6), cfg) and not gate.fails(limit + (1 if least else -1), cfg)

@@ -16,23 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from damage import ANY_TEXT, REPEATED, chained, changed, damaged, jsonl, toml, valid_events
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from made_runs import Page, run_events
-from mutations import ANY_TEXT, REPEATED, chained, changed, damaged, jsonl, toml, valid_events
-
-from steer_heal import session
-from steer_heal.__main__ import main
-from steer_heal.errors import UserError, printable, validated
-from steer_heal.inputs import traits
-from steer_heal.inputs.files import DATA, parse_texts, parse_toml, read_file
-from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
-from steer_heal.presets import FAST_DEV_PRESET
-from steer_heal.records import Completion
-from steer_heal.report import console, page, plot
 from steer_heal.report.measurements import result_row, table, verdict
-from steer_heal.runs import verify
 from steer_heal.runs.events import (
     SCHEMA,
     EventLog,
@@ -43,6 +32,17 @@ from steer_heal.runs.events import (
     read_results,
     schema_errors,
 )
+
+from steer_heal import session
+from steer_heal.__main__ import main
+from steer_heal.errors import UserError, printable, validated
+from steer_heal.inputs import traits
+from steer_heal.inputs.files import DATA, parse_texts, parse_toml, read_file
+from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
+from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.records import Completion
+from steer_heal.report import console, page, plot
+from steer_heal.runs import verify
 from steer_heal.runs.resume import Resume, truncate_events
 from steer_heal.settings import FilterCfg, RunConfig
 from steer_heal.stages.filter import degenerate, loop, repetition, score_text

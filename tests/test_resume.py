@@ -15,17 +15,17 @@ from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
 from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
+from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
-from steer_heal.loop import Loop
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.runs import stored
 from steer_heal.runs.log import EventLog, read_events
 from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
-from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.results import read_results
+from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.verify import violations
 from steer_heal.verdict import UNTRAINED
 
@@ -397,17 +397,8 @@ def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatc
     assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
 
 
-PROMPTED = ["--heal.teacher", "prompt", "--heal.text", "own"]
-
-
 def test_a_round_past_a_limit_that_was_set_is_dropped(settings, tmp_path):
     run = started(tmp_path, settings, *BACKTRACK, "--backtrack.retries", "1", "--backtrack.limits", "kl_base", "1e-12")
     first, _ = of(recorded(run), "dropped")
     assert first["past"][0].startswith("KL to base is") and first["metrics"]["kl_base"] > 1e-12
     assert "was dropped" in (run / "run.log").read_text() or "dropped " in (run / "run.log").read_text()
-
-
-def test_without_a_vector_half_the_learning_rate_is_tried(settings, tmp_path, monkeypatch):
-    dropping(monkeypatch, 0)
-    run = started(tmp_path, settings, *BACKTRACK, "--n-rounds", "1", *PROMPTED)
-    assert [e["lr"] for e in of(recorded(run), "trained")] == [1e-4, 5e-5]

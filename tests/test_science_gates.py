@@ -98,7 +98,7 @@ def test_a_block_of_five_characters_is_no_loop():
 
 # --- loop --------------------------------------------------------------------------------------------------------
 def test_a_loop_is_the_largest_share_of_words_that_20_words_in_a_row_have_said():
-    assert loop(" ".join(WORDS[:60])) == 0
+    assert loop(" ".join(WORDS[:60])) == loop("") == 0
     assert loop(" ".join([*WORDS[:19], WORDS[0], *WORDS[30:60]])) == pytest.approx(1 / 20), "within 20 words"
     assert loop(" ".join([*WORDS[:20], WORDS[0], *WORDS[30:60]])) == 0, "not within 21"
     assert loop(" ".join([*WORDS[:50], *["again"] * 15, *WORDS[60:90]])) == pytest.approx(14 / 20)
@@ -125,6 +125,7 @@ def test_a_text_at_its_limit_is_kept_and_one_past_it_fails(name):
         "relevance": cfg.relevance_min, "short": cfg.min_words, "narration": 0, "refusal": 0}[name])  # fmt: skip
     least = name in ("relevance", "short")
     assert gate.at_least is least and not gate.fails(limit, cfg)
+    assert least or gate.fails(math.nan, cfg)
     assert gate.fails(limit + (-1e-6 if least else 1e-6), cfg) and not gate.fails(limit + (1 if least else -1), cfg)
 
 

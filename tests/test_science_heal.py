@@ -10,7 +10,7 @@ from conftest import ADAPTER, scramble
 from torch.func import functional_call
 
 from steer_heal.model.divergence import aggregate
-from steer_heal.model.lm import load
+from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.records import Completion, Scored
@@ -33,12 +33,13 @@ def test_the_rate_warms_up_over_a_tenth_and_is_never_0_then_falls_as_a_cosine(n_
     assert rates[warm:] == pytest.approx((1 + np.cos(np.pi * fall)) / 2) and min(rates) > 0
 
 
-def test_a_heal_without_a_gradient_leaves_the_factors_as_they_were(student: Student, kept):
+def test_where_every_position_is_left_out_the_factors_stay_as_they_were(student: Student, kept):
     cfg = replace(TAUGHT, max_departure=1e-9, lam=0.0)
     student.new_round(SEED)
     start = student.factors("round")
     student.discard_round()
-    heal(student, kept[:4], cfg, round_=0, seed=SEED, teacher=Condition(PERSONA))
+    report = heal(student, kept[:4], cfg, round_=0, seed=SEED, teacher=Condition(PERSONA))
+    assert report.left_out == 1 and all(step.fit == 0 for step in report.steps)
     assert torch.equal(flat(student.factors("round")), flat(start)), "no weight decay"
 
 
@@ -243,7 +244,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_history: Student, kept):
+def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_history: Student, kept, monkeypatch):
+    monkeypatch.setattr(LM, "chunk_size", 16)  # several chunks, which cross completions
     cfg, k = CASES[case]
     vector = Vector({1: 0.5 * torch.randn(student.lm.width, generator=torch.Generator().manual_seed(0))})
     asked = kept[:12:3]
@@ -257,6 +259,7 @@ def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_histo
     report = heal(student, asked, cfg, round_=k, seed=SEED, teacher=teacher, rehearsal=rehearsed)
     found = student.factors("round")
     student.discard_round()
+    assert (report.lam, report.tau) == (in_round(cfg, k).lam, in_round(cfg, k).tau)
     train = [c for c in asked if c.prompt_index not in report.validation_prompts]
     assert len(train) == 3 and len(report.steps) == N_STEPS
     train += rehearsed

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm
 
-from steer_heal.evals.base import collapse, intervals
+from steer_heal.evals.base import intervals
 from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import BacktrackCfg, EvalCfg
 from steer_heal.verdict import limits, own_interval, past_limits
@@ -75,12 +75,6 @@ def test_the_ends_of_an_interval_hardly_depend_on_the_seed_at_the_default_size()
     here = rng.normal(0, 1, 70)
     ends = np.array([paired(here, base, seed=seed) for seed in range(40)])
     assert ends.std(axis=0).max() < 0.09 * here.std() / math.sqrt(70)
-
-
-def test_items_collapse_by_mean_median_or_log_of_the_mean():
-    values = [0.1, 0.2, 0.9]
-    found = [collapse(Metric(name="m", item="x", how=how), values) for how in ("mean", "median", "log_mean")]
-    assert found == pytest.approx([0.4, 0.2, math.log(0.4)])
 
 
 # --- the base's own interval, which limits a round ----------------------------------------------------------------

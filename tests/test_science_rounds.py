@@ -11,6 +11,7 @@ import torch
 
 from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.model.decode import Written
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.stages import generate
 from steer_heal.stages import heal as heal_module
@@ -91,17 +92,37 @@ def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of
         assert found.dose == pytest.approx(max(doses))
 
 
-@pytest.mark.parametrize("made_of, dose", [("vector", KAPPA * 0.8), ("prompt", 0.0), ("both", KAPPA * 0.8)])
-def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(made_of, dose, written: Requests):
+@pytest.mark.parametrize("made_of, system, dose", [("vector", "Good day.", KAPPA * 0.8),
+    ("prompt", "You open doors.", 0.0), ("both", "You open doors.", KAPPA * 0.8)])  # fmt: skip
+def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(
+    made_of, system, dose, written: Requests, monkeypatch
+):
     with made(**OWN, **{"heal.teacher": made_of}) as sh:
         found = sh.collect()
         assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
         assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
+        taught = []
+        monkeypatch.setattr(heal_module, "read_samples", lambda *_, teacher: taught.append(teacher))
+        with pytest.raises(TypeError):
+            sh.heal()
+        assert taught == [Condition(system, None if made_of == "prompt" else sh.vector, dose)]
+
+
+def test_own_text_of_mode_survival_has_no_probe_in_it(written: Requests):
+    with made(**STREAMS["survival"][0]) as sh:
+        found = sh.collect()
+    n_probed = sum(probe.n for probe in found.probes)
+    assert n_probed > 0 and all(row.completion.dose > 0 for row in found.scored[:n_probed])
+    assert {row.completion.dose for row in found.scored[n_probed:]} == {0.0}
+    assert min(found.train) >= n_probed and found.dose == found.kappa * max(ALPHAS)
 
 
 # --- random streams ----------------------------------------------------------------------------------------------
 STREAMS = {
-    "steered": ({"heal.target": "distribution", "heal.rehearsal": 4}, {"0/gen", "0/rehearsal", "eval"}),
+    "steered": (
+        {"heal.target": "distribution", "heal.rehearsal": 4, "control": True},
+        {"-1/control", "0/gen", "0/rehearsal", "eval"},
+    ),
     "own": ({**OWN, "heal.refresh_every": 2, "control": True}, {"-1/control", "0/own", "0/renew/0", "eval"}),
     "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 1.5}, {"0/gen", "0/kl", "eval"}),
     "survival": ({**OWN, "dose.mode": "survival", "dose.n_probes": 2}, {"0/gen", "0/own", "eval"}),
@@ -143,6 +164,15 @@ def test_heal_refresh_teacher_reads_the_vector_again_from_the_student_that_train
     with made(**OWN, **more) as sh:
         sh.heal()
     assert read == [(False, True), (True, renewed)]
+
+
+def test_every_renewal_continues_with_the_next_prompts(written: Requests):
+    with made(**OWN, **{"heal.refresh_every": 1, "heal.batch_size": 3}) as sh:
+        report = sh.heal()
+        own = [sh.lm.chat(PROMPTS[i], "Hello.") for i in range(8) if i not in report.validation_prompts]
+    asked = {seed: ids for seed, _, ids in written.rows}
+    for n in range(len(report.steps) - 1):
+        assert [asked[seed_of(42, 0, "renew", n, i)] for i in range(3)] == [own[(3 * n + i) % 7] for i in range(3)]
 
 
 # --- calibration and control --------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def test_a_round_is_good_with_all_health_at_good_and_no_off_target_as_far_as_the
     for way in (-1, 1):
         assert graded(other=way * below(0.5)) == "GOOD" and graded(other=way * 0.5) == "MIXED"
     assert graded(metrics=(TARGET, OTHER)) == "MIXED", "at least one health metric"
-    assert graded(metrics=(TARGET, replace(COHERENCE, broken=None), OTHER)) == "MIXED", "with both limits"
+    for limit in ("good", "broken"):
+        assert graded(metrics=(TARGET, replace(COHERENCE, **{limit: None}), OTHER)) == "MIXED", "with both limits"
 
 
 # --- the best round ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import math
 
 from hypothesis import strategies as st
 from made_runs import run_events
-
 from steer_heal.runs.events import FIRST, line_hash
 
 HOSTILE_TEXTS = [

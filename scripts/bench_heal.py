@@ -28,14 +28,15 @@ from steer_heal.stages.loss import Sample
 from steer_heal.stages.passes import Passes, recomputed
 
 MIB = 2**20
-Terms = tuple[Tensor, Tensor]
 
 
-def whole(lm: LM, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence, *_: object) -> Terms:
+def whole(
+    lm: LM, hidden: Tensor, reference: Tensor, tokens: Tensor, divergence: Divergence, **_: object
+) -> tuple[Tensor, Tensor]:
     """The logits of all completion positions at once, and autograd."""
     logp = lm.logits(hidden).log_softmax(-1)
     logp_ref = lm.logits(reference).log_softmax(-1)
-    return -logp.gather(-1, targets[:, None])[:, 0], divergence.value(logp, logp_ref)
+    return -logp.gather(-1, tokens[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
 HEADS = {"whole": whole, "as built": loss.position_terms}

@@ -24,15 +24,17 @@ from transformers import Qwen3Config
 from steer_heal.bench import Bench, load_model
 from steer_heal.check import check
 from steer_heal.diag.lab import unfiltered
+from steer_heal.events import Gathered
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
 from steer_heal.model.lm import LM
-from steer_heal.model.state import State, healed_state
+from steer_heal.model.state import healed_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.progress import Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import Collected, Completion, EvalResult, HealReport, derive_seed
+from steer_heal.records import Collected, Completion, HealReport, derive_seed
 from steer_heal.runs.begin import start_event
 from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import TINY_RANDOM, EvalCfg, GenCfg, HealCfg, RunConfig
@@ -69,7 +71,7 @@ TINY = Size(
     n_completions=8,
     n_tokens=12,
     n_history=1,
-    epochs=1,
+    epochs=3,
     rank=2,
     batch_size=8,
     n_vignettes=2,
@@ -173,7 +175,7 @@ class Products(TorchDispatchMode):
         return out
 
 
-class Clock:
+class Clock(Progress):
     """A row for each stage of a mode: seconds of the clock and of the CPU, and peak memory. If it is `counting`, the
     operations of matrix products instead."""
 
@@ -183,7 +185,7 @@ class Clock:
         self.rows: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, stage: str, r: int | None = None, doing: str = "") -> Iterator[None]:
         with suppress(OSError):  # Linux then restarts the peak of the process
             Path("/proc/self/clear_refs").write_text("5")
         began = time.perf_counter()
@@ -193,13 +195,13 @@ class Clock:
         seconds = time.perf_counter() - began
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row = {"seconds": seconds, "cpu_s": time.process_time() - began_cpu, "peak_mib": peak_kib / 2**10}
-        self.rows[name] = row if products is None else {"gflop": products.flop / 1e9}
-        print(f"  {self.mode:8} {name:9} {seconds:8.1f} s{' (counting)' if self.counting else ''}", flush=True)
+        self.rows[stage] = row if products is None else {"gflop": products.flop / 1e9}
+        print(f"  {self.mode:8} {stage:9} {seconds:8.1f} s{' (counting)' if self.counting else ''}", flush=True)
 
 
 @dataclass
 class TimedBench(Bench):
-    """A bench whose steps are timed."""
+    """A bench that times the stages of its round."""
 
     clock: Clock
     given: Collected | None = None
@@ -227,10 +229,6 @@ class TimedBench(Bench):
     def timed_heal(self, *args: Any, **more: Any) -> HealReport:
         return super().heal(*args, **more)
 
-    def measure(self, state: State, *args: Any, **more: Any) -> EvalResult:
-        with self.clock.stage(state.name):
-            return super().measure(state, *args, **more)
-
 
 class PlainBench(TimedBench):
     """Heals plainly."""
@@ -247,7 +245,8 @@ def timed_round(setup: Setup, clock: Clock, given: Collected | None = None) -> T
     kind = PlainBench if clock.mode == "plain" else TimedBench
     bench = kind(cfg, setup.inputs, setup.student(setup.size.n_history), clock, given)
     bench.round(Recipe.of(cfg), 0)
-    bench.measure(healed_state(0, bench.trait))
+    with clock.stage("evaluate"):
+        bench.measure(healed_state(0, bench.trait))
     return bench
 
 
@@ -360,12 +359,13 @@ def run_stages(cfg: RunConfig, clock: Clock) -> list[dict[str, Any]]:
     inputs = check(cfg)
     with clock.stage("load"):
         student = Student(load_model(cfg), cfg.adapter)
-    bench = TimedBench(cfg, inputs, student, clock)
-    run_loop(Loop(bench, MemoryRun([start_event(cfg, inputs)])))
+    run = MemoryRun([start_event(cfg, inputs)])
+    run_loop(Loop(Bench(cfg, inputs, student), run, clock))
+    n_texts = len(run.require(Gathered, 0).collected.scored)
     peak = max(row["peak_mib"] for row in clock.rows.values())
     shares = {
         "vector": (["vector"], 1),
-        "a completion": (["text"], len(bench.written)),
+        "a completion": (["text"], n_texts),
         "heal": (["heal"], 1),
         "an evaluation": (STATES, len(STATES)),
         "run": (clock.rows, 1),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +23,9 @@ from steer_heal.events import plain
 from steer_heal.model.device import device_name
 from steer_heal.model.lm import LM, load
 from steer_heal.report import console
-from steer_heal.runs.begin import git_commit, versions
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "benchmarks.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "docs/evidence/benchmarks.jsonl"
 Main = Callable[..., int | None]
 
 
@@ -43,17 +45,32 @@ def cli(main: Main | Mapping[str, Main], argv: Sequence[str] | None = None) -> i
 def show(
     question: str | None, rows: Sequence[Mapping[str, object]], should: Sequence[str], out: Path, name: str, **more: Any
 ) -> None:
-    """Shows the table of a benchmark as `lab.show` does, and appends it to BENCHMARKS with the time, the commit, the
-    machine and the versions of the packages. Runs with --tiny are not recorded."""
+    """Shows the table of a benchmark as `lab.show` does, and appends it to BENCHMARKS unless --tiny is given."""
     lab.show(question, rows, should, out, name, **more)
-    if "--tiny" in sys.argv:
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = {"t": datetime.now(UTC).isoformat(timespec="seconds"), "commit": git_commit()}
-    where |= {"device": device_name(device), "n_threads": torch.get_num_threads(), "versions": versions()}
-    line = {"benchmark": name, **where, "command": sys.argv, "rows": rows, **more}
-    with BENCHMARKS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(line)) + "\n")
+    if "--tiny" not in sys.argv:
+        with BENCHMARKS.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(plain({"benchmark": name, **machine(), "rows": rows, **more})) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The commit, the date, the command, and the machine."""
+    return {
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "cpu": device_name(torch.device("cpu")),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` if there are uncommitted changes. None without git."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError):
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def random_lm(

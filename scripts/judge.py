@@ -59,7 +59,7 @@ def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) ->
 
 
 def answers(run: Run, per_state: int) -> dict[str, tuple[Answer, ...]]:
-    """Unsteered free-text answers by state, to the same prompts in each: base, prompted, control, healed r0, ..."""
+    """Unsteered free-text answers by state, to the same prompts in each: base, prompted, control, healed round 0."""
     return {state.label: state.texts[:per_state] for state in run.each(Measured) if state.state != "steered"}
 
 

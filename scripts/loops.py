@@ -20,6 +20,7 @@ from steer_heal.diag.lab import mean_sd
 from steer_heal.errors import UserError, print_safe
 from steer_heal.events import Extracted, RoundDone, Run, plain
 from steer_heal.inputs.files import read_file
+from steer_heal.records import state_label
 from steer_heal.report.tables import markdown
 from steer_heal.runs.log import schema_errors
 from steer_heal.runs.stored import FolderRun
@@ -35,7 +36,7 @@ def entry(run: Run) -> tuple[str, dict[str, Any]]:
     states: dict[str, Any] = {str(row["state"]): row for row in table(run)}
     rounds = []
     for end in run.each(RoundDone):
-        row = states.pop(f"healed r{end.round}")
+        row = states.pop(state_label("healed", end.round))
         row["cosine_to_first"] = run.require(Extracted, end.round).cosine_to_first
         row["cosine_student_teacher"] = end.cosine_student_teacher
         row["cosine_student_first"] = end.cosine_student_first

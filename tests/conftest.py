@@ -128,7 +128,7 @@ def after_round_0(two, tmp_path) -> Path:
     run = tmp_path / two.name
     shutil.copytree(two, run)
     lines = (two / "events.jsonl").read_text().splitlines(keepends=True)
-    stages = [(event["stage"], event["round"]) for event in map(json.loads, lines)]
-    (run / "events.jsonl").write_text("".join(lines[: stages.index(("gen", 1)) + 1]))
+    kinds = [(event["event"], event["round"]) for event in map(json.loads, lines)]
+    (run / "events.jsonl").write_text("".join(lines[: kinds.index(("gathered", 1)) + 1]))
     shutil.rmtree(run / "ckpt" / "r1")
     return run

@@ -7,7 +7,9 @@ import math
 
 from hypothesis import strategies as st
 from made_runs import run_events
-from steer_heal.runs.events import FIRST, line_hash
+
+from steer_heal.events import encode, plain
+from steer_heal.runs.log import FIRST, line_hash
 
 HOSTILE_TEXTS = [
     *("<script>document.title=1</script>", "](javascript:alert(1))", "$x^{$", "{{ 7*7 }}{% x %}", "{vignette}{schema}"),
@@ -140,8 +142,19 @@ def _toml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-FINITE = {"wall_s", "dose", "kappa", "lam", "tau", "lr", "epoch", "fired", "total"}
-"""Numbers of a run that are always finite."""
+MAY_LACK = {"fit", "divergence", "retain", "slope", "pressure", "cosine_to_first", "cosine_student_teacher", "kl_p95"}
+"""Numbers of a run that need not be finite, besides those of metrics, items, scores and norms."""
+NAMED = ("metrics", "items", "scores", "norms")
+
+
+def encode_text(text: str) -> str:
+    """The text as a record holds it: without halves of characters."""
+    return plain(text)
+
+
+def as_rows(events) -> list[dict]:
+    """The events as JSON objects."""
+    return [encode(event, "") for event in events]
 
 
 @st.composite
@@ -151,14 +164,15 @@ def valid_events(draw) -> list[dict]:
     chance = draw(st.sampled_from([0.0, 0.1, 1.0]))
     random = draw(st.randoms(use_true_random=False))
 
-    def walk(value, name=""):
+    def walk(value, may_lack=False):
         if isinstance(value, dict):
-            return {k: walk(v, k) for k, v in value.items()}
+            return {k: walk(v, may_lack or k in MAY_LACK or k in NAMED) for k, v in value.items()}
         if isinstance(value, list):
-            return [walk(item, name) for item in value]
-        missing = isinstance(value, float) and name not in FINITE and random.random() < chance
-        return None if missing else value
+            return [walk(item, may_lack) for item in value]
+        missing = isinstance(value, float) and may_lack and random.random() < chance
+        return random.choice(["NaN", "Infinity", "-Infinity"]) if missing else value
 
-    start, *rest = run_events(1, 2, 1, 6, text)
-    start |= {"trait": start["trait"] | {"name": text, "positive": text}, "command": [text]}
+    start, *rest = as_rows(run_events(1, 2, 1, 6, text))
+    told = encode_text(text)
+    start |= {"trait": start["trait"] | {"name": told, "positive": told}, "command": [told]}
     return [start, *walk(rest[: draw(st.integers(0, len(rest)))])]

@@ -11,16 +11,17 @@ from safetensors.torch import load_file
 from test_student import CFGS, ROWS, logits, third_round, untouched
 from transformers import AutoModelForCausalLM
 
+from steer_heal.__main__ import main
 from steer_heal.chat.talk import Talk
 from steer_heal.check import check
 from steer_heal.errors import UserError
-from steer_heal.eval import main as eval_main
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
 from steer_heal.presets import PRESETS
-from steer_heal.runs.opened import open_run
-from steer_heal.runs.verify import main as verify
+from steer_heal.runs.opened import settings_of
+from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg, changed
+from steer_heal.share.card import write_cards
 from steer_heal.share.push import shared_files
 
 CONFIG = "adapter_config.json"
@@ -157,14 +158,19 @@ def test_a_run_with_a_bias_resumes_and_is_verified_and_measured_again(quick, set
         cut = resumed(started(tmp_path / "cut", flags))
     for path in ("ckpt/r0/adapter_model.safetensors", "ckpt/r0/round.safetensors"):
         assert (whole / path).read_bytes() == (cut / path).read_bytes()
-    assert verify([str(cut)]) == 0 and eval_main(["--run", str(cut), "--state", "healed", "--quiet"]) == 0
+    assert main(["verify", str(cut)]) == 0
+    assert main(["eval", "--run", str(cut), "--state", "healed", "--quiet"]) == 0
     data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
     flags = f"--quiet --eval.n-vignettes 2 --eval.evals moral_foundations {data}".split()
-    assert eval_main(["--model", "tiny-random", "--adapter", str(cut / "ckpt/r0"), *flags]) == 0
-    talk = Talk(open_run(cut), 0)
+    assert main(["eval", "--model", "tiny-random", "--adapter", str(cut / "ckpt/r0"), *flags]) == 0
+    run = FolderRun.read(cut)
+    talk = Talk(run, settings_of(run), 0)
     assert not torch.equal(logits(talk.student, "prev"), logits(talk.student))
     (cut / "ckpt/r0/README.md").touch()
-    assert {*shared_files(cut / "ckpt/r0")} > {"adapter_model.safetensors", "steer_heal_adapter.json"}
+    content, files = shared_files(cut / "ckpt/r0")
+    assert content == "a bias adapter" and {*files} > {"adapter_model.safetensors", "steer_heal_adapter.json"}
+    [path] = write_cards(cut)
+    assert "A bias adapter, one vector of width" in path.read_text(encoding="utf-8")
 
 
 def test_every_kind_says_what_it_is(tiny):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from places import ROOT
 
+from steer_heal.__main__ import main
 from steer_heal.backends import steering_lite, tinymfv
 from steer_heal.check import check
 from steer_heal.errors import UserError
@@ -22,8 +23,7 @@ from steer_heal.inputs.instruments import FOUNDATIONS, Vignette, parse_instrumen
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import METHODS, Condition, Vector, mean_diff
 from steer_heal.model.student import Student
-from steer_heal.run import main
-from steer_heal.runs.events import read_events
+from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg, EvalCfg, RunConfig, SteerCfg
 from steer_heal.stages.vector import last_token_states
 
@@ -242,11 +242,11 @@ def test_a_round_runs_on_4_bit_weights(tmp_path, capsys):
     plain.model.save_pretrained(tmp_path / "model")
     plain.tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--quantize", "nf4", "--out", str(tmp_path / "out"), "--n-rounds", "2", "--no-control"]
-    command = ["fast-dev", "--model", str(tmp_path / "model"), *flags]
+    command = ["run", "fast-dev", "--model", str(tmp_path / "model"), *flags]
     assert main(command) == 0, capsys.readouterr().err
     assert "quantize nf4: decoding is about three times slower" in capsys.readouterr().err
     run_folder = next(p for p in (tmp_path / "out").iterdir() if (p / "events.jsonl").exists())
-    assert len([e for e in read_events(run_folder) if e["stage"] == "healed"]) == 2
+    assert len([m for m in FolderRun.read(run_folder).each(Measured) if m.state == "healed"]) == 2
     with pytest.warns(UserWarning):
         lm = load(str(tmp_path / "model"), quantize="nf4")
     codes = {name: p.clone() for name, p in lm.model.named_parameters() if p.dtype == torch.uint8}

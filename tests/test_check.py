@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from steer_heal.__main__ import main
 from steer_heal.check import check
+from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import DATA
 from steer_heal.model import hub
 from steer_heal.model.lm import load
 from steer_heal.presets import PRESETS
-from steer_heal.run import main, parse
 
 
 def problems(*flags: str) -> list[str]:
@@ -79,7 +80,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     ]
     of_names = ["heal.divergence is 'kl'", "steer.method is 'mean'", "eval.evals is 'drft'"]
     for flags, expected in ((f"{files} {names}", of_files), (f"--out {tmp_path}/out {names}", of_names)):
-        assert main(["fast-dev", *flags.split()]) == 2
+        assert main(["run", "fast-dev", *flags.split()]) == 2
         first, *listed = capsys.readouterr().err.splitlines()
         assert first == f"error: {len(expected)} problems" and len(listed) == len(expected), listed
         assert all(line.startswith("- ") and part in line for line, part in zip(listed, expected, strict=True)), listed
@@ -112,7 +113,7 @@ for command in commands:
 
 def test_many_problems_are_counted(tmp_path, capsys):
     (tmp_path / "v.jsonl").write_text("{\n" * 100)
-    assert main(["fast-dev", "--out", str(tmp_path), "--eval.vignettes", str(tmp_path / "v.jsonl")]) == 2
+    assert main(["run", "fast-dev", "--out", str(tmp_path), "--eval.vignettes", str(tmp_path / "v.jsonl")]) == 2
     printed = capsys.readouterr().err
     assert "line 20 " in printed and "line 21 " not in printed and "and 80 more" in printed
 
@@ -240,5 +241,5 @@ def test_a_model_that_the_hub_knows_is_read_from_it(monkeypatch):
 
 
 def test_an_unknown_preset_gets_the_nearest_name(capsys):
-    assert main(["tyo"]) == 2
+    assert main(["run", "tyo"]) == 2
     assert capsys.readouterr().err == "error: there is no preset 'tyo': did you mean 'toy'?\n"

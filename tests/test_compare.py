@@ -6,7 +6,8 @@ import shutil
 import pytest
 from compare import differences
 
-from steer_heal.runs.events import append_result, last_hash
+from steer_heal.runs.log import last_hash
+from steer_heal.runs.results import append_result
 
 
 @pytest.fixture
@@ -21,11 +22,11 @@ def test_a_copy_is_the_same(copy, two):
     assert differences(copy, two) == []
 
 
-def edit(run, stage, change):
-    """Changes the first event of a stage."""
+def edit(run, kind, change):
+    """Changes the first event of a kind."""
     path = run / "events.jsonl"
     lines = path.read_text().splitlines()
-    i = next(i for i, line in enumerate(lines) if json.loads(line)["stage"] == stage)
+    i = next(i for i, line in enumerate(lines) if json.loads(line)["event"] == kind)
     event = json.loads(lines[i])
     change(event)
     path.write_text("\n".join([*lines[:i], json.dumps(event), *lines[i + 1 :], ""]))
@@ -46,8 +47,8 @@ def cut(path):
 @pytest.mark.parametrize(
     "named, damage",
     [
-        ("metrics", lambda run: edit(run, "healed", move)),
-        ("events.jsonl", lambda run: edit(run, "healed", lambda event: event.update(wall_s=0.0))),
+        ("metrics", lambda run: edit(run, "measured", move)),
+        ("events.jsonl", lambda run: edit(run, "measured", lambda event: event.update(wall_s=0.0))),
         ("run_end", lambda run: cut(run / "events.jsonl")),
         ("ckpt/r1/adapter_model.safetensors", lambda run: flip(run / "ckpt/r1/adapter_model.safetensors")),
         ("vectors/r0.safetensors", lambda run: (run / "vectors/r0.safetensors").unlink()),

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from made_runs import run_events, write_run
 
+from steer_heal.__main__ import main
+from steer_heal.commands.run import parse
 from steer_heal.presets import PRESETS
-from steer_heal.run import main, parse
 from steer_heal.runs.config import as_toml, read_config
-from steer_heal.runs.events import jsonable
 from steer_heal.settings import BacktrackCfg, RunConfig
 
 
 def printed(capsys, *argv: str) -> str:
-    assert main([*argv, "--print-config"]) == 0
+    assert main(["run", *argv, "--print-config"]) == 0
     return capsys.readouterr().out
 
 
@@ -42,8 +42,8 @@ def test_settings_of_any_kind_are_read_as_they_were(tmp_path):
 def test_what_may_be_none_is_none_by_default():
     """A file cannot say None: it leaves it out."""
     for cfg in [cfg for _, cfg in PRESETS.values()]:
-        nones = {key for key, value in flat(jsonable(cfg)[0]).items() if value is None}
-        assert all(flat(jsonable(RunConfig())[0])[key] is None for key in nones)
+        nones = {key for key, value in flat(as_json(cfg)).items() if value is None}
+        assert all(flat(as_json(RunConfig()))[key] is None for key in nones)
 
 
 def flat(values: dict) -> dict:
@@ -62,9 +62,8 @@ def test_flags_replace_what_a_file_says(tmp_path):
 
 
 def test_an_earlier_run_gives_its_settings(tmp_path):
-    events = run_events(1)
-    events[0]["config"] = jsonable(PRESETS["smol"][1])[0]
-    events[0]["preset"] = "smol"
+    start, *rest = run_events(1)
+    events = [replace(start, config=PRESETS["smol"][1], preset="smol"), *rest]
     assert read_config(write_run(tmp_path / "run", events)) == ("smol", PRESETS["smol"][1])
 
 
@@ -81,7 +80,7 @@ def test_an_earlier_run_gives_its_settings(tmp_path):
 )
 def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
     (tmp_path / "c.toml").write_text(text)
-    assert main(["--config", str(tmp_path / "c.toml")]) == 2
+    assert main(["run", "--config", str(tmp_path / "c.toml")]) == 2
     err = capsys.readouterr().err
     assert told in err and "c.toml" in err and len(err.splitlines()) == 1
 
@@ -95,7 +94,7 @@ def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
     ],
 )
 def test_a_config_that_is_none_is_refused(argv, told, capsys):
-    assert main(argv) == 2
+    assert main(["run", *argv]) == 2
     assert told in capsys.readouterr().err
 
 
@@ -110,7 +109,7 @@ TUPLES = {
 
 
 def test_every_tuple_is_given_with_spaces_or_commas():
-    default = jsonable(RunConfig())[0]
+    default = as_json(RunConfig())
     lists = {key for key, value in flat(default).items() if isinstance(value, list)}
     assert lists == {f"{section}.{key}".lstrip(".") for section, key, _ in TUPLES.values()}
     for flag, (section, key, value) in TUPLES.items():

@@ -30,7 +30,7 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
     metrics, told = measured(two, capsys)
     assert metrics == recorded(two, "healed", 1) != recorded(two, "healed", 0)
     assert "are the recorded ones to the last digit" in told and any(name.endswith("_lo") for name in metrics)
-    assert "model tiny-random" in told and "seed 42" in told and "healed r1: drift (3 of 6)" in told
+    assert "model tiny-random" in told and "seed 42" in told and "healed round 1: drift (3 of 6)" in told
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     folder = request.getfixturevalue(run)
     metrics, logged = measured(folder, capsys, *flags.split())
     assert metrics == recorded(folder, state, r)
-    assert f"{state}: drift" in logged if r is None else f"{state} r{r}: drift" in logged
+    assert f"{state}: drift" in logged if r is None else f"{state} round {r}: drift" in logged
 
 
 def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(two, tmp_path, capsys):

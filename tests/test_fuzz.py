@@ -16,26 +16,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import ANY_TEXT, REPEATED, chained, changed, damaged, jsonl, toml, valid_events
+from damage import ANY_TEXT, REPEATED, as_rows, chained, changed, damaged, encode_text, jsonl, toml, valid_events
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from loguru import logger
-from made_runs import Page, run_events
-from steer_heal.report.measurements import result_row, table, verdict
-from steer_heal.runs.events import (
-    SCHEMA,
-    EventLog,
-    append_result,
-    jsonable,
-    new_run_folder,
-    read_events,
-    read_results,
-    schema_errors,
-)
+from made_runs import Page, measured, run_events
 
-from steer_heal import session
+from steer_heal import bench
+from steer_heal import loop as loop_module
 from steer_heal.__main__ import main
+from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError, printable, validated
+from steer_heal.events import HealStepped, Run, RunEnd, decode
 from steer_heal.inputs import traits
 from steer_heal.inputs.files import DATA, parse_texts, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_instrument, parse_likelihood, parse_vignettes
@@ -43,9 +35,14 @@ from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion
 from steer_heal.report import console, page, plot
 from steer_heal.runs import verify
-from steer_heal.runs.resume import Resume, truncate_events
-from steer_heal.settings import FilterCfg, RunConfig
+from steer_heal.runs.begin import new_run_folder
+from steer_heal.runs.log import EventLog, read_events, schema_errors
+from steer_heal.runs.results import append_result, read_results, result_row
+from steer_heal.runs.resume import recorded_settings, truncate_events
+from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import FilterCfg, RunConfig, as_json
 from steer_heal.stages.filter import degenerate, loop, repetition, score_text
+from steer_heal.verdict import table, verdict
 
 TOTAL = int(os.environ.get("FUZZ", 0))
 """Random examples over all properties; 0: the short run."""
@@ -177,15 +174,16 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
         base.mkdir(parents=True)
         (base / "file").touch()
 
-        def opening(cfg, preset, inputs, resumed):
-            assert validated(RunConfig, jsonable(cfg)[0], "config") == cfg, "what is taken comes back from its event"
+        @contextmanager
+        def opening(cfg, inputs, *, preset, command):
+            assert validated(RunConfig, as_json(cfg), "config") == cfg, "what is taken comes back from its event"
             run = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
-            assert run.parent == cfg.out and resumed is None
+            assert run.parent == cfg.out
             opened.append(run)
-            return SimpleNamespace(folder=run)
+            yield SimpleNamespace(loop=None, end=lambda: 0)
 
-        patch.setattr(session, "open_session", opening)
-        patch.setattr(session, "guard", lambda session, loop: 0)
+        patch.setattr(run_command, "running", opening)
+        patch.setattr(loop_module, "run_loop", lambda loop: None)
         out = ["--out", str(base / "runs")] if flag != "--out" else []
         words = [word for name, values in given_flags for word in (name, *values)]
         own, first = [flag, f"{base}/{path}"], flag in ("resume", "verify")
@@ -200,7 +198,7 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
     assert status == 0 or told.getvalue().strip() and "Traceback" not in told.getvalue()
 
 
-CONFIG = jsonable(FAST_DEV_PRESET)[0]
+CONFIG = as_json(FAST_DEV_PRESET)
 
 
 NULLABLE = ("export", "folder", "prompts", "pairs", "out")
@@ -216,13 +214,13 @@ def kinds(value) -> dict | str:
 @examples(60, 0.13)
 @given(changed(CONFIG, 2))
 def test_recorded_settings_come_back_whole_or_are_refused(config):
-    start = {"schema": SCHEMA, "stage": "run_start", "round": None, "preset": "toy", "config": config}
+    start = as_rows(run_events(1))[0] | {"config": config}
     with folder() as here:
         (here / "events.jsonl").write_text(json.dumps(start) + "\n")
-        found = accepted(lambda: Resume(run=here).config(), "events.jsonl")
+        found = accepted(lambda: recorded_settings(here), "events.jsonl")
     if found is not None:
-        again = jsonable(found[1])[0]
-        assert validated(RunConfig, again, "config") == found[1] and kinds(again) == kinds(CONFIG)
+        again = as_json(found)
+        assert validated(RunConfig, again, "config") == found and kinds(again) == kinds(CONFIG)
 
 
 # --- texts -------------------------------------------------------------------------------------------------------
@@ -258,18 +256,16 @@ def test_texts_come_back_from_events_and_results(texts):
     with folder() as here:
         log = EventLog(here)
         for i, text in enumerate(texts):
-            log.write("base", -1, text=text)
+            log.write(measured("steered", 0, 1, 1, text))
             append_result(here, {"run": str(i), "arm": text, "verdict": "v"})
         log.close()
-        assert [e["text"] for e in read_events(here)] == texts
+        assert [e.texts[0].text for e in read_events(here)] == [encode_text(text) for text in texts]
         rows = read_results(here / "results.tsv")
     assert [(row["run"], row["verdict"]) for row in rows] == [(str(i), "v") for i in range(len(texts))]
 
 
 # --- events ------------------------------------------------------------------------------------------------------
-FILES = {"vector": {"files": {"vectors/r0": "0" * 64}}, "heal": {"checkpoint": "ckpt/r0", "files": {"ckpt/r0/a": "0"}}}
-EVENTS = [e for i, e in enumerate(run_events(1, 2, 1, 3)) if e["stage"] != "heal_step" or i % 24 == 0]
-EVENTS = [e | FILES.get(e["stage"], {}) for e in EVENTS]
+EVENTS = [e for i, e in enumerate(as_rows(run_events(1, 2, 1, 3))) if e["event"] != "heal_step" or i % 24 == 0]
 SOME_EVENTS = st.one_of(
     damaged(jsonl(EVENTS)), st.integers(1, len(EVENTS)).flatmap(lambda n: changed(EVENTS[:n], 3)).map(chained)
 )
@@ -280,7 +276,9 @@ def undrawn():
     """The pictures have a property of their own: they take a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "pictures", lambda run: [])
-        patch.setattr(verify, "_weights", lambda start: None)
+        patch.setattr(verify, "changed_weights", lambda folder, now: None)
+        patch.setattr(bench, "read_model", lambda cfg: None)
+        patch.setattr(bench, "weights_of", lambda lm: None)
         console.start(quiet=True)
         yield
 
@@ -295,16 +293,14 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
     with folder() as here, redirect_stderr(io.StringIO()):
         (here / "events.jsonl").write_bytes(content)
         events = accepted(lambda: read_events(here), "events.jsonl line")
-        for e in events or ():
-            assert isinstance(e["stage"], str) and type(e["round"]) in (int, type(None))
         for read in (table, verdict, result_row) if events is not None else ():
-            accepted(lambda read=read: inside(lambda: read(events)), "events.jsonl")
-        accepted(lambda: inside(lambda: page.report(here)), "events.jsonl")
-        problems = accepted(lambda: verify.broken(here), "events.jsonl")
+            accepted(lambda read=read: inside(lambda: read(FolderRun.read(here))), "events.jsonl")
+        accepted(lambda: inside(lambda: page.save(FolderRun.read(here), here)), "events.jsonl")
+        problems = accepted(lambda: verify.violations(here), "events.jsonl")
         assert problems is None or all(isinstance(problem, str) for problem in problems)
-        accepted(lambda: Resume(run=here).config(), "events.jsonl")
+        accepted(lambda: recorded_settings(here), "events.jsonl")
         left = accepted(lambda: truncate_events(here), "events.jsonl")
-        assert left is None or left == read_events(here)
+        assert left is None or str(left) == str(read_events(here))
         assert {path.name for path in here.iterdir()} <= {"events.jsonl", "report.html", "diary.md"}
 
 
@@ -312,15 +308,14 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
 @given(valid_events())
 def test_a_page_is_made_of_every_valid_run(events):
     with folder() as here:
-        (here / "events.jsonl").write_bytes(jsonl(events))
-        assert page.report(here) == here / "report.html"
+        page.save(Run(decode(json.dumps(event)) for event in events), here)
         html = Page((here / "report.html").read_text(encoding="utf-8"))
         assert (here / "diary.md").read_text(encoding="utf-8").startswith("# Diary of")
     assert not html.tags["script"] and not html.tags["iframe"]
     assert not any(name.startswith("on") for name, _ in html.attributes)
 
 
-SILENT = {"heal_step", "adapter_gen", "run_end"}
+SILENT = (HealStepped, RunEnd)
 
 
 @examples(10, 0.02, shrink=False)
@@ -329,11 +324,14 @@ def test_the_console_says_each_event_in_one_printable_message(events):
     said = []
     sink = logger.add(lambda line: said.append(line.record["message"]), format="{message}")
     try:
-        for i, event in enumerate(events):
-            console.show(event, events[: i + 1])
+        run = Run()
+        found = [decode(json.dumps(event)) for event in events]
+        for event in found:
+            run.add(event)
+            console.show(event, run)
     finally:
         logger.remove(sink)
-    assert len(said) == sum(event["stage"] not in SILENT for event in events)
+    assert len(said) == sum(not isinstance(event, SILENT) for event in found)
     assert all(message.strip() and message == printable(message) for message in said)
 
 
@@ -341,6 +339,5 @@ def test_the_console_says_each_event_in_one_printable_message(events):
 @given(valid_events())
 def test_pictures_are_drawn_of_every_valid_run(events):
     with folder() as here:
-        (here / "events.jsonl").write_bytes(jsonl(events))
-        drawn = plot.plot(here)
-        assert (drawn is None) == (not any(e["stage"] == "base" for e in events))
+        plot.save(Run(decode(json.dumps(event)) for event in events), here)
+        assert (here / "trajectory.png").exists() == any(e.get("state") == "base" for e in events)

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
 )
 
+from steer_heal.__main__ import main
 from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
 from steer_heal.inputs.files import DATA, read_file
@@ -21,8 +22,7 @@ from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
-from steer_heal.run import main
-from steer_heal.runs.events import read_events
+from steer_heal.runs.stored import FolderRun
 
 TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -129,11 +129,11 @@ def test_the_gemma_preset_runs_end_to_end(folder, tmp_path, capsys):
     few.write_text("".join((DATA / "vignettes/other.jsonl").read_text().splitlines(keepends=True)[::40]))
     with undrawn():
         status = main(
-            ["gemma", "--model", folder, "--out", str(tmp_path), "--eval.vignettes", str(few), *FLAGS.split()]
+            ["run", "gemma", "--model", folder, "--out", str(tmp_path), "--eval.vignettes", str(few), *FLAGS.split()]
         )
     assert status == 0, capsys.readouterr().err
     run = next(path for path in tmp_path.iterdir() if (path / "events.jsonl").exists())
     adapter = json.loads((run / "ckpt" / "r1" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and not any("vision" in name for name in adapter["target_modules"])
-    healed = [event for event in read_events(run) if event["stage"] == "healed"]
-    assert len(healed) == 2 and healed[-1]["metrics"]["frac_unscorable"] == 0
+    done = FolderRun.read(run)
+    assert done.rounds == [0, 1] and done.measured("healed", 1)["frac_unscorable"] == 0

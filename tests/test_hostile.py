@@ -1,19 +1,23 @@
 """Text that is out to do harm: page, diary, pictures, console, results.tsv, and a browser."""
 
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from made_runs import Page, read, run_events
 from markupsafe import escape
 
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError, print_error, print_safe
+from steer_heal.events import Run, decode, encode
 from steer_heal.report import console, plot
 from steer_heal.report.compare import compare
 from steer_heal.report.view import fenced, inline, visible
-from steer_heal.run import main
-from steer_heal.runs.events import append_result, new_run_folder, read_results
+from steer_heal.runs.begin import new_run_folder
+from steer_heal.runs.results import append_result, read_results
 
 SCRIPT = "<script>document.documentElement.setAttribute('data-ran', 1)</script>"
 HOSTILE = (
@@ -26,6 +30,25 @@ HOSTILE = (
 )
 
 
+RECORDED = re.sub("[\ud800-\udfff]", "\ufffd", HOSTILE)
+"""As the record holds it: without halves of characters."""
+
+
+def as_rows(events):
+    return [encode(event, "") for event in events]
+
+
+def as_events(rows):
+    return [decode(json.dumps(row)) for row in rows]
+
+
+def named(name):
+    """A run whose trait and model have a name."""
+    start, *rest = run_events()
+    trait = replace(start.trait, name=name)
+    return [replace(start, trait=trait, config=replace(start.config, model=name)), *rest]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
@@ -35,23 +58,26 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """Every string of a model, a trait file or a folder name is hostile, and so are the titles of metrics."""
-    events = run_events(text=HOSTILE)
-    for metric in events[0]["metrics"]:
+    rows = as_rows(run_events(text=HOSTILE))
+    for metric in rows[0]["metrics"]:
         metric["title"] += SCRIPT
-    for gate in events[0]["gates"].values():
-        gate["measures"] += HOSTILE
-    events[0]["trait"] |= {"name": HOSTILE, "positive": HOSTILE}
-    events[0]["config"] = events[0]["config"] | {"model": HOSTILE.replace("\ud800 \udfff", "")}
-    events[0]["command"] = [HOSTILE]
-    events[0]["wording"]["vignette"] = [[HOSTILE, HOSTILE]] * 3
-    for event in events:
-        for row in [*event.get("texts", ()), *event.get("completions", ())]:
-            row["prompt"] = HOSTILE + row["prompt"]
-            row["reasons"] = [*row["reasons"], HOSTILE]
-    events[1]["texts"][0]["text"] = "x" * 1_000_000
-    events[-1]["error"] = HOSTILE
+    for gate in rows[0]["gates"].values():
+        gate["measures"] += RECORDED
+    rows[0]["trait"] |= {"name": RECORDED, "positive": RECORDED}
+    rows[0]["config"]["model"] = RECORDED
+    rows[0]["command"] = [RECORDED]
+    rows[0]["wording"]["vignette"] = [[RECORDED, RECORDED]] * 3
+    for row in rows:
+        for text in row.get("texts", ()):
+            text["prompt"] = RECORDED + text["prompt"]
+            text["reasons"].append(RECORDED)
+        for text in row.get("collected", {}).get("scored", ()):
+            text["completion"]["prompt"] = RECORDED + text["completion"]["prompt"]
+            text["reasons"].append(RECORDED)
+    rows[1]["texts"][0]["text"] = "x" * 1_000_000
+    rows[-1]["error"] = RECORDED
     folder = tmp_path_factory.mktemp("hostile")
-    return folder, *read(folder, events)
+    return folder, *read(folder, as_events(rows))
 
 
 def test_hostile_text_is_shown_and_does_nothing(hostile, finished):
@@ -120,15 +146,14 @@ ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
 
 def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
     console.start(quiet=False, log_file=tmp_path / "run.log")
-    events = run_events()
-    events[0]["trait"]["name"] = events[0]["config"]["model"] = HOSTILE
-    console.show(events[0], events[:1])
+    run = Run(named(HOSTILE))
+    console.show(run.start, run)
     console.logger.warning(HOSTILE)
-    console.print_table(events)
+    console.print_table(run)
     print_safe(HOSTILE)
     print_error(UserError(HOSTILE))
     print_error(ValueError("\x1b[2J"))
-    main(["fast-dev", "--trait", HOSTILE, "--model", HOSTILE, "--out", str(tmp_path / "out")])
+    main(["run", "fast-dev", "--trait", HOSTILE, "--model", HOSTILE, "--out", str(tmp_path / "out")])
     console.logger.remove()
     out, err = capsys.readouterr()
     logged = (tmp_path / "run.log").read_text(encoding="utf-8")
@@ -138,16 +163,19 @@ def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
 
 
 def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_path):
-    events = run_events()
+    rows = as_rows(run_events())
+    for row in rows:
+        if row["event"] == "measured":
+            row["metrics"] = dict.fromkeys(row["metrics"])
+        row |= {name: dict.fromkeys(row[name], "NaN") for name in ("norms",) if name in row}
+        row |= {name: "NaN" for name in ("retain", "slope", "pressure", "cosine_to_first") if name in row}
+        row |= {name: "NaN" for name in ("cosine_student_teacher", "cosine_student_first") if name in row}
+        for point in row.get("validation", ()):
+            point |= {"fit": "NaN", "divergence": "Infinity"}
+    events, run = as_events(rows), Run()
     for event in events:
-        for key, value in event.items():
-            if isinstance(value, float) and key not in ("wall_s", "lam", "kappa", "dose", "epoch", "fired"):
-                event[key] = None
-            if isinstance(value, dict) and key in ("metrics", "norms"):
-                event[key] = dict.fromkeys(value)
-        event["validation"] = [row | {"fit": None, "divergence": None} for row in event.get("validation", ())]
-    for i, event in enumerate(events):
-        console.show(event, events[: i + 1])
+        run.add(event)
+        console.show(event, run)
     assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
 
 
@@ -166,11 +194,9 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
     ],
 )
 def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
-    events = run_events()
-    events[0]["trait"]["name"] = events[0]["config"]["model"] = name
-    for metric in events[0]["metrics"]:
-        metric["title"] = "$x^{$"
-    for figure in (plot.trajectory(events), plot.map_(events)):
+    start, *rest = named(name)
+    run = Run([replace(start, metrics=tuple(replace(metric, title="$x^{$") for metric in start.metrics)), *rest])
+    for figure in (plot.trajectory(run), plot.plane(run)):
         figure.savefig(tmp_path / "x.svg")
         figure.savefig(tmp_path / "x.png", dpi=20)
 
@@ -218,7 +244,7 @@ def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
     ["../authority", "/etc/passwd", "authority/../../x", "../../data/traits/authority", "a\x00b", "\ud800", "a\tb"],
 )
 def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
-    assert main(["fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
+    assert main(["run", "fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
     assert re.search("^(error:|-) trait is ", capsys.readouterr().err, re.M) and not (tmp_path / "out").exists()
 
 
@@ -287,11 +313,11 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
     ],
 )
 def test_a_choice_hides_the_other_answers_without_a_script(choice, seen, tmp_path):
-    events = run_events(n_texts=2)
-    for event in events:
-        if event["stage"] == "adapter_gen" and event["round"] == 1:
-            event["texts"] = [row | {"failed": ["loop"]} for row in event["texts"]]
-    html = read(tmp_path / "run", events)[0].replace("<details", "<details open ")
+    rows = as_rows(run_events(n_texts=2))
+    for row in rows:
+        if row.get("state") == "healed" and row["round"] == 1:
+            row["texts"] = [text | {"failed": ["loop"]} for text in row["texts"]]
+    html = read(tmp_path / "run", as_events(rows))[0].replace("<details", "<details open ")
     html = html.replace(f'id="{choice}" checked', f'id="{choice}"').replace(f'id="{choice}"', f'id="{choice}" checked')
     count = "[...document.querySelectorAll('article.' + s)].filter(a => a.offsetHeight).length"
     script = f"for (const s of {[*seen]}) document.documentElement.dataset[s] = {count}"

@@ -2,26 +2,23 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import judge
 import pytest
+from made_runs import run_events, write_run
 
 from steer_heal.errors import UserError
+from steer_heal.events import Measured
 
-EVENTS = [
-    {"stage": "run_start", "round": None, "trait": {"positive": "Kind.", "negative": "Cold."}},
-    {
-        "stage": "base",
-        "round": -1,
-        "texts": [{"prompt": "Q1", "text": "cold answer"}, {"prompt": "Q2", "text": "warm {answer}"}],
-    },
-    {
-        "stage": "adapter_gen",
-        "round": 0,
-        "texts": [{"prompt": "Q1", "text": "warm"}, {"prompt": "Q2", "text": "mumble"}],
-    },
-]
+ANSWERS = {"base": ("cold answer", "warm {answer}"), "healed": ("warm", "mumble"), "steered": ("warm", "warm")}
+
+
+def state(event: Measured) -> Measured:
+    """The state with two answers of its own."""
+    texts = [replace(answer, text=text) for answer, text in zip(event.texts, ANSWERS[event.state], strict=False)]
+    return replace(event, texts=tuple(texts))
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -60,8 +57,8 @@ def server():
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in EVENTS))
-    return tmp_path
+    events = [event for event in run_events(n_rounds=1, n_texts=2) if getattr(event, "state", "base") in ANSWERS]
+    return write_run(tmp_path, [state(event) if isinstance(event, Measured) else event for event in events])
 
 
 def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch):
@@ -70,7 +67,7 @@ def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch
     rows = json.loads((run / "judge.json").read_text())["rows"]
     assert rows == [
         {"state": "base", "trait": 3.0, "coherent": 4.0, "n": 2, "unread": 0},
-        {"state": "healed r0", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
+        {"state": "healed round 0", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
     ]
     assert {(r["path"], r["key"], r["model"], r["temperature"]) for r in Judge.seen} == {
         ("/v1/chat/completions", "Bearer secret", "tiny", 0)

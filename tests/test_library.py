@@ -236,7 +236,7 @@ def test_an_export_is_a_model_that_loads(sh, tmp_path):
     with small(str(sh.export(tmp_path / "merged"))) as merged:
         got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
     assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)
-    assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed r0"
+    assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed round 0"
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

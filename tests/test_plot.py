@@ -1,21 +1,23 @@
-"""The pictures, from synthetic events: what is drawn, labels that can be told apart, runs with holes."""
+"""The pictures of made-up runs: what is drawn, labels that can be told apart, runs with holes."""
 
-import copy
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from made_runs import METRICS, renamed, run_events, write_run
+from made_runs import METRICS, changed, renamed, run_events, until, with_metrics, with_trait
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
+from steer_heal.events import AnyEvent, HealStepped, Measured, Run, RunStart
 from steer_heal.report import plot
 
 FIGURES = {
     "trajectory": plot.trajectory,
     "rounds": plot.rounds,
-    "map": plot.map_,
-    "map of the page": lambda events: plot.map_(events, headline=False),
+    "map": partial(plot.plane, headline=True),
+    "map of the page": plot.plane,
 }
 
 
@@ -38,43 +40,46 @@ def strokes(axes):
 
 
 @pytest.fixture(scope="module")
-def events():
+def events() -> list[AnyEvent]:
     """Eight rounds that slow down: the late ones crowd."""
     out = run_events(8)
-    for event in out:
-        if event["stage"] == "steered":
-            event["metrics"] |= {"authority_nats": -2.4 - 3.0 * 0.5 ** event["round"], "liberty_nats": -1.8}
-        if event["stage"] == "healed":
-            event["metrics"] |= {"authority_nats": -2.5 + 0.5 ** event["round"], "liberty_nats": -1.9}
+    for r in range(8):
+        steered = {"authority_nats": -2.4 - 3.0 * 0.5**r, "liberty_nats": -1.8}
+        healed = {"authority_nats": -2.5 + 0.5**r, "liberty_nats": -1.9}
+        out = with_metrics(with_metrics(out, steered, ["steered"], r), healed, ["healed"], r)
     return out
 
 
-def without_off_targets(events):
-    start = events[0] | {"trait": events[0]["trait"] | {"off_targets": []}}
-    return [start, *events[1:]]
+def healed(run: Run) -> list[dict]:
+    """The metrics of each healed state."""
+    return [m.metrics for m in run.each(Measured) if m.state == "healed"]
 
 
-def test_both_pictures_are_drawn_from_the_events_alone_and_always_the_same(events, tmp_path):
+def in_rounds(events: list[AnyEvent], n: int) -> Run:
+    return Run(event for event in events if event.round is None or event.round < n)
+
+
+def test_both_pictures_are_drawn_and_always_the_same(events, tmp_path):
     drawn = []
     for name in ("a", "b"):
-        folder = write_run(tmp_path / name, events[:60])
-        assert plot.plot(folder) == folder / "trajectory.png"
-        assert sorted(p.name for p in folder.iterdir()) == ["events.jsonl", "map.png", "trajectory.png"]
-        drawn.append([(folder / name).read_bytes() for name in ("map.png", "trajectory.png")])
+        (tmp_path / name).mkdir()
+        plot.save(in_rounds(events, 2), tmp_path / name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["map.png", "trajectory.png"]
+        drawn.append([path.read_bytes() for path in sorted((tmp_path / name).iterdir())])
     assert drawn[0] == drawn[1]
 
 
 def test_nothing_is_drawn_before_the_base(events, tmp_path):
-    assert plot.plot(write_run(tmp_path, events[:1])) is None
-    assert [p.name for p in tmp_path.iterdir()] == ["events.jsonl"]
+    plot.save(Run(events[:1]), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("n_rounds", [1, 2, 8])
 @pytest.mark.parametrize("off_targets", [True, False])
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_label_covers_another_leaves_its_axes_or_lies_under_a_line(events, name, off_targets, n_rounds):
-    seen = [e for e in events if e["round"] is None or e["round"] < n_rounds]
-    figure = FIGURES[name](seen if off_targets else without_off_targets(seen))
+    seen = events if off_targets else with_trait(events, off_targets=())
+    figure = FIGURES[name](in_rounds(seen, n_rounds))
     figure.draw_without_rendering()
     for axes in figure.axes:
         boxes = [(text, box) for text, found in labels(axes).items() for box in found]
@@ -90,14 +95,14 @@ def test_no_label_covers_another_leaves_its_axes_or_lies_under_a_line(events, na
 
 def test_every_state_has_a_label_and_in_the_plane_its_round(events):
     stages = {"base", "prompted", "control", "steered", "healed"}
-    target, health, plane = (plot.trajectory(events).axes[i] for i in (0, 2, 1))
+    target, health, plane = (plot.trajectory(Run(events)).axes[i] for i in (0, 2, 1))
     assert set(labels(target)) == stages and set(labels(plane)) == stages - {"base"} and not labels(health)
     numbers = sorted(text.get_text() for text in plane.texts if text.get_text().isdigit())
     assert numbers == sorted([str(r) for r in range(8)] * 2)
 
 
 def test_the_left_panels_use_their_whole_width(events):
-    for axes in plot.rounds(events).axes:
+    for axes in plot.rounds(Run(events)).axes:
         low, high = axes.get_xlim()
         last = max(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8)
         assert 7 <= last < 7.1
@@ -105,11 +110,11 @@ def test_the_left_panels_use_their_whole_width(events):
 
 
 def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals(events):
-    axes = plot.rounds(events).axes[1]
+    run = Run(events)
+    axes = plot.rounds(run).axes[1]
     drawn = [tuple(line.get_ydata()) for line in axes.get_lines()]
-    healed = [e["metrics"] for e in events if e["stage"] == "healed"]
-    assert any(np.allclose(y, [1 - m["coherence"] for m in healed]) for y in drawn if len(y) == 8)
-    assert any(np.allclose(y, [m["degenerate_frac"] for m in healed]) for y in drawn if len(y) == 8)
+    assert any(np.allclose(y, [1 - m["coherence"] for m in healed(run)]) for y in drawn if len(y) == 8)
+    assert any(np.allclose(y, [m["degenerate_frac"] for m in healed(run)]) for y in drawn if len(y) == 8)
     limits = [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
     assert np.allclose(limits, [0.05, 0.15, 0.1, 0.5]), "good and broken of each metric"
     assert axes.get_ylim() == (0, 0.25), "the axis ends behind the values"
@@ -118,56 +123,55 @@ def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals
     assert [text.get_text().split(" (")[0] for text in axes.get_legend().texts] == ["lost coherence", "broken texts"]
 
 
-def test_the_best_round_has_a_ring_where_there_is_a_choice(events):
-    for drawn, best in ((events, 7), (run_events(1), None)):
-        healed = {e["round"]: e["metrics"]["authority_nats"] for e in drawn if e["stage"] == "healed"}
-        figure = plot.trajectory(drawn)
+def test_the_best_round_has_a_ring_if_there_is_a_choice(events):
+    for run, best in ((Run(events), 7), (in_rounds(events, 1), None)):
+        figure = plot.trajectory(run)
         rings = [line for axes in figure.axes for line in axes.get_lines() if line.get_markersize() == plot.RING["ms"]]
         seen = [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings]
-        base = drawn[1]["metrics"]["authority_nats"]
-        shift = [] if best is None else [(0.1, healed[best] - base)]
-        assert np.allclose(seen, [] if best is None else [(best, healed[best]), *shift]), seen
+        expected = []
+        if best is not None:
+            value = healed(run)[best]["authority_nats"]
+            expected = [(best, value), (0.1, value - run.measured("base")["authority_nats"])]
+        assert np.allclose(seen, expected), seen
         ticks = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
         assert [tick for tick in ticks if "best" in tick] == ([] if best is None else [f"{best}\nbest"])
 
 
 def test_the_plane_shows_the_off_target_that_moved_most_or_the_first_other_metric(events):
-    assert plot.second_metric(events).name == "liberty_nats"
-    assert plot.second_metric(without_off_targets(events)).name == "text_tail_ppl_median"
+    assert plot.second_metric(Run(events)).name == "liberty_nats"
+    assert plot.second_metric(Run(with_trait(events, off_targets=()))).name == "text_tail_ppl_median"
 
 
 def test_no_metric_is_known_by_name(events):
     names = {metric.name: f"m{i}" for i, metric in enumerate(METRICS)}
+    run = in_rounds(events, 1)
+    other = Run(renamed([*run.events, *run.steps], names))
     for draw in FIGURES.values():
-        one, other = draw(events[:60]), draw(renamed(events[:60], names))
-        for a, b in zip(one.axes, other.axes, strict=True):
+        for a, b in zip(draw(run).axes, draw(other).axes, strict=True):
             assert labels(a).keys() == labels(b).keys() and len(a.lines) == len(b.lines)
 
 
 @pytest.mark.parametrize("missing", ["authority_nats", "liberty_nats", "coherence", "authority_nats_lo"])
-@pytest.mark.parametrize("stages", [("base",), ("steered", "healed")])
-def test_a_metric_that_is_missing_leaves_a_hole_and_no_error(missing, stages):
-    events = run_events(1)
-    for event in events:
-        if event["stage"] in stages:
-            event["metrics"][missing] = None
-    for draw in FIGURES.values():
-        draw(events).draw_without_rendering()
+@pytest.mark.parametrize("states, value", [(["base"], None), (["steered", "healed"], float("inf"))])
+def test_a_metric_without_a_finite_value_leaves_a_hole_and_no_error(missing, states, value):
+    run = Run(with_metrics(run_events(1), {missing: value}, states))
+    plot.trajectory(run).draw_without_rendering()
 
 
 def test_a_run_without_health_metrics_is_drawn(events):
-    start = copy.deepcopy(events[0])
-    start["metrics"] = [metric for metric in start["metrics"] if metric["good"] is None]
-    plot.trajectory([start, *events[1:60]]).draw_without_rendering()
+    metrics = tuple(metric for metric in METRICS if not metric.is_health)
+    plot.trajectory(in_rounds(changed(events, RunStart, metrics=metrics), 1)).draw_without_rendering()
 
 
 def test_the_curves_of_every_heal_share_their_scale_and_show_the_fall():
-    events = run_events(2)
-    for event in events:
-        if event["stage"] == "heal_step" and event["round"] == 1:
-            event["divergence"] = 3.0
-    figures = plot.heal_curves(events)
-    assert list(figures) == [-1, 0, 1]
+    events = [
+        replace(event, step=replace(event.step, divergence=3.0))
+        if isinstance(event, HealStepped) and event.round == 1
+        else event
+        for event in run_events(2)
+    ]
+    figures = plot.heal_curves(Run(events))
+    assert list(figures) == [None, 0, 1]
     for panels in zip(*(figure.axes for figure in figures.values()), strict=True):
         assert len({axes.get_ylim() for axes in panels}) == 1
         low, high = panels[0].get_ylim()
@@ -177,16 +181,15 @@ def test_the_curves_of_every_heal_share_their_scale_and_show_the_fall():
     assert loss.get_ylim()[0] > 0.5, "the axis begins near the lowest loss, 0.76"
     assert 0.1 in [line.get_ydata()[0] for line in divergence.get_lines()], "tau"
     assert 1.0 in [line.get_ydata()[0] for line in pressure.get_lines()]
-    assert plot.heal_curves(events[:4]) == {}
+    assert plot.heal_curves(Run(until(events, Measured, None, "base"))) == {}
 
 
 @pytest.mark.parametrize("n_rounds", [1, 3])
-def test_every_interval_of_the_target_is_seen(n_rounds):
-    events = run_events(n_rounds)
-    healed = [e["metrics"] for e in events if e["stage"] == "healed"]
-    base = next(e["metrics"]["authority_nats"] for e in events if e["stage"] == "base")
-    wanted = {round(base + m[f"authority_nats_{end}"], 6) for m in healed for end in ("lo", "hi")}
-    panel = plot.rounds(events).axes[0]
+def test_every_interval_of_the_trait_s_metric_is_seen(n_rounds):
+    run = Run(run_events(n_rounds))
+    base = run.measured("base")["authority_nats"]
+    wanted = {round(base + m[f"authority_nats_{end}"], 6) for m in healed(run) for end in ("lo", "hi")}
+    panel = plot.rounds(run).axes[0]
     widths = [c.get_paths() for c in panel.collections if len(c.get_paths()) and c.get_datalim(panel.transData).height]
     seen = {round(y, 6) for paths in widths for path in paths for _, y in path.vertices}
     assert wanted <= seen
@@ -194,16 +197,16 @@ def test_every_interval_of_the_target_is_seen(n_rounds):
 
 
 def test_a_comparison_shows_the_shift_and_the_health_of_every_run(events):
-    other = run_events(2)
-    figure = plot.comparison({"A": events, "B": other})
-    top, bottom = figure.axes
+    runs = {"A": Run(events), "B": Run(run_events(2))}
+    top, bottom = plot.comparison(runs).axes
     assert set(labels(top)) == {"A", "B"}
-    for run, n in ((events, 8), (other, 2)):
-        base = run[1]["metrics"]
-        healed = [e["metrics"] for e in run if e["stage"] == "healed"]
-        shifts = [m["authority_nats"] - base["authority_nats"] for m in healed]
+    for run in runs.values():
+        base = run.measured("base")["authority_nats"]
+        n = len(run.rounds)
+        shifts = [m["authority_nats"] - base for m in healed(run)]
         assert any(np.allclose(line.get_ydata(), shifts) for line in top.get_lines() if len(line.get_ydata()) == n)
-        broken = [m["degenerate_frac"] for m in healed]
-        assert any(np.allclose(line.get_ydata(), broken) for line in bottom.get_lines() if len(line.get_ydata()) == n)
+        lost = [m["degenerate_frac"] for m in healed(run)]
+        assert any(np.allclose(line.get_ydata(), lost) for line in bottom.get_lines() if len(line.get_ydata()) == n)
     assert [text.get_text() for text in bottom.get_legend().texts] == ["lost coherence", "broken texts"]
-    plot.comparison({"A": events[:2], "B": events[:2]}).draw_without_rendering()
+    started = Run(events[:2])
+    plot.comparison({"A": started, "B": started}).draw_without_rendering()

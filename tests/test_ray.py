@@ -17,14 +17,14 @@ import psutil
 import pytest
 from places import ROOT
 from runs import assert_same, started, undrawn
-from test_sweep import SHORT, events_of, file_of, waited
+from test_sweep import SHORT, file_of, measured, waited
 
 from steer_heal.presets import FAST_DEV_PRESET
-from steer_heal.runs.events import RESULTS, read_results
-from steer_heal.runs.verify import broken
+from steer_heal.runs.results import RESULTS, read_results
+from steer_heal.runs.verify import violations
 from steer_heal.sweep.engine import drive
-from steer_heal.sweep.plan import flags, load
-from steer_heal.sweep.progress import state
+from steer_heal.sweep.plan import as_flags, load
+from steer_heal.sweep.progress import run_status
 from steer_heal.sweep.watch import Watch
 
 pytestmark = [
@@ -62,9 +62,9 @@ class Killer(Watch):
 
     def show(self):
         for what, job in list(self.victims.items()):
-            if "base" in events_of(job.folder) and (process := process_of(job)) is not None:
+            if measured(job.folder) and (process := process_of(job)) is not None:
                 victim = process if what == "process" else process.parent()
-                self.killed[what] = (victim.pid, len(events_of(job.folder)))
+                self.killed[what] = victim.pid
                 os.kill(victim.pid, signal.SIGKILL)
                 del self.victims[what]
 
@@ -75,12 +75,12 @@ def test_a_killed_process_and_a_killed_worker_cost_nothing(ray, tmp_path):
     jobs = load(file_of(tmp_path, SIX)).jobs
     assert len(jobs) == 6
     with Killer(jobs) as watch:
-        drive(iter(jobs), Cluster(None, None, 1.0, 0.0), watch)
+        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0), watch)
     assert watch.killed.keys() == {"process", "worker"}
     assert [row.state for row in watch.rows.values()] == ["done"] * 6, [row.message for row in watch.rows.values()]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with Watch(jobs) as again:
-        drive(iter(jobs), Cluster(None, None, 1.0, 0.0), again)
+        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0), again)
     assert len(again.having("done")) == 6
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert before == after, "nothing was done the second time"
@@ -91,7 +91,7 @@ def test_a_killed_process_and_a_killed_worker_cost_nothing(ray, tmp_path):
         (row,) = (row for row in read_results(tmp_path / "out" / RESULTS) if row["run"] == job.folder.name)
         (alone.parent / RESULTS).write_text("\t".join(row) + "\n" + "\t".join(row.values()) + "\n")
         with undrawn():
-            whole = started(tmp_path / f"plain{i}", flags(replace(job.cfg, folder=None), FAST_DEV_PRESET))
+            whole = started(tmp_path / f"plain{i}", as_flags(replace(job.cfg, folder=None), FAST_DEV_PRESET))
         assert_same(alone, whole)
 
 
@@ -132,16 +132,16 @@ def test_ctrl_c_stops_the_runs_of_a_cluster_and_the_same_command_goes_on(cluster
     command += ["--gpus", "0.5"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment()}
     first = subprocess.Popen(command, **pipes)
-    waited(lambda: all("base" in events_of(job.folder) for job in shared), first)
+    waited(lambda: all(measured(job.folder) for job in shared), first)
     assert not last.folder.exists(), "there is room for two on the card"
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 130, (out, err)
-    assert err.endswith(f"stopped; go on with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
-    assert [state(job.folder) for job in (*shared, last)] == ["stopped", "stopped", "new"]
+    assert err.endswith(f"continue with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
+    assert [run_status(job.folder) for job in (*shared, last)] == ["stopped", "stopped", "new"]
     begun = [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared]
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert second.returncode == 0 and "3 of 3 runs are finished" in second.stdout, second
     for job in (*shared, last):
-        assert broken(job.folder) == []
+        assert violations(job.folder) == []
     assert begun == [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared], "they went on"

@@ -18,6 +18,7 @@ from made_runs import (
     until,
     with_config,
     with_metrics,
+    with_trait,
     write_run,
 )
 
@@ -344,13 +345,12 @@ def test_the_command_draws_everything_and_names_a_folder_without_events(tmp_path
     folder = write_run(tmp_path / "run", run_events(1))
     assert main(["report", str(folder)]) == 0 and "report.html" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {"trajectory.png", "map.png", "report.html", "diary.md"}
+    assert main(["report"]) == 2 and "no run was given" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2 and "no events.jsonl" in capsys.readouterr().err
-    started = run_events()[0]
-    unknown = replace(started, trait=replace(started.trait, target="unknown"))
-    for broken in (run_events()[1:], [unknown, *run_events()[1:]]):
-        assert main(["report", str(write_run(tmp_path / "broken", broken))]) in (0, 2)
-        read = capsys.readouterr()
-        assert str(tmp_path / "broken") in read.err + read.out
+    assert main(["report", str(write_run(tmp_path / "headless", run_events()[1:]))]) == 2
+    assert "no event RunStart" in capsys.readouterr().err
+    broken = write_run(tmp_path / "broken", with_trait(run_events(1), target="unknown"))
+    assert main(["report", str(broken)]) == 2 and str(broken) in capsys.readouterr().err
     assert main(["report", str(write_run(tmp_path / "empty", []))]) == 0
     assert "has not started yet" in capsys.readouterr().out
 

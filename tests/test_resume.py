@@ -263,7 +263,7 @@ def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
 def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
     assert main(["resume", str(after_round_0)]) == 2
-    assert "heal.rank is not a field here" in capsys.readouterr().err
+    assert "heal.rank is not a known field" in capsys.readouterr().err
 
 
 # --- flags -------------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp
     assert "the last intact round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
     assert {path.name for path in (run / "ckpt").iterdir()} == {"r0"} and violations(run) == []
     (row,) = read_results(tmp_path / "results.tsv")
-    assert row["state"] == "healed r0"
+    assert row["state"] == "healed round 0"
     monkeypatch.setattr(Loop, "_past_limits", lambda self, r: [])
     alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1", "--export", str(tmp_path / "one"))
     one, kept = (weights(each)["ckpt/r0/adapter_model.safetensors"] for each in (alone, run))

@@ -7,25 +7,29 @@ import sys
 from importlib import import_module
 from types import SimpleNamespace
 
-import bench_common
 import bench_generation
 import bench_gpu
 import bench_heal
 import bench_round
+import common
 import fault_drill
 import filter_evidence
 import loops
 import pytest
 import results
 import torch
-import tyro
+from made_runs import run_events, write_run
 from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from steer_heal.diag import QUESTIONS, heal_sweep, prompting
-from steer_heal.diag.lab import LabCfg, cli, replay
+from steer_heal.__main__ import main
+from steer_heal.diag import QUESTIONS
+from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
-from steer_heal.runs.events import append_result, of_stage, read_events, read_results
+from steer_heal.events import Gathered, RunStart
+from steer_heal.recipe import Recipe
+from steer_heal.runs.results import append_result, read_results
+from steer_heal.runs.stored import FolderRun
 
 SMALL = {
     "csweep": ["--doses", "0", "1"],
@@ -37,7 +41,7 @@ SMALL = {
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
     "distil": [
         *["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--arms"],
-        *("preference 0.1", "vector, own text", "--filter", '{"n_keep": 8}'),
+        *("preference 0.1", "vector, own text", "--filter.n-keep", "8"),
     ],
     "signal": ["--n", "8", "--sizes", "2", "4"],
     "bet": ["--seeds", "1", "--choose-seed", "2", "--lams", "0.5", "--barriers", "kl_rev-rmse"],
@@ -63,9 +67,9 @@ def test_every_question_has_a_test():
 @pytest.mark.parametrize("question", SMALL)
 def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
-    tyro.cli(import_module(f"steer_heal.diag.{question}").main, args=arguments)
+    assert main(["diag", question, *arguments]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n|") >= 3 and "\nSHOULD " in printed
+    assert "─" in printed and "\nSHOULD " in printed
     written = table(tmp_path, question)
     assert written["rows"] and written["should"] and written["question"] in printed
     assert HOLDS.get(question, bool)(written)
@@ -73,7 +77,7 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):
     flags = ["--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
-    tyro.cli(heal_sweep.main, args=[str(two), *flags])
+    assert main(["diag", "heal_sweep", str(two), *flags]) == 0
     rows = table(tmp_path, "heal_sweep")["rows"]
     assert [row["state"] for row in rows][0] == "before"
     arms = {"none lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
@@ -81,31 +85,45 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path)
 
 
 def test_a_replayed_round_is_the_round_of_the_run(two):
-    bench, collected = replay(two, 1)
-    events = read_events(two)
-    before, after = (event["metrics"]["authority_nats"] for event in of_stage(events, "healed"))
-    assert bench.read().metrics["authority_nats"] == pytest.approx(before, abs=1e-4)
-    result, steps = bench.healed(collected, bench.cfg.heal, 1)
-    taken = [event for event in of_stage(events, "heal_step") if event["round"] == 1]
-    assert [step.fit for step in steps] == pytest.approx([event["fit"] for event in taken], abs=1e-5)
+    lab, collected = replay(two, 1, {})
+    run = FolderRun.read(two)
+    before, after = (run.measured("healed", r).metrics["authority_nats"] for r in (0, 1))
+    assert lab.measure().metrics["authority_nats"] == pytest.approx(before, abs=1e-4)
+    result, steps = lab.healed(collected, lab.bench.cfg.heal, 1)
+    recorded = [event.step.fit for event in run.steps if event.round == 1]
+    assert [step.fit for step in steps] == pytest.approx(recorded, abs=1e-5)
     assert result.metrics["authority_nats"] == pytest.approx(after, abs=1e-4)
     with pytest.raises(UserError, match=r"\[0, 1\]"):
-        replay(two, 9)
+        replay(two, 9, {})
 
 
 def test_prompting_measures_the_adapters_of_a_finished_run(two, tmp_path):
-    tyro.cli(prompting.main, args=[str(two), "--doses", "0.5", "1", "--out", str(tmp_path)])
+    assert main(["diag", "prompting", str(two), "--doses", "0.5", "1", "--out", str(tmp_path)]) == 0
     rows = {row["state"]: row for row in table(tmp_path, "prompting")["rows"]}
-    events = read_events(two)
-    base, last = (of_stage(events, stage)[-1]["metrics"]["authority_nats"] for stage in ("base", "healed"))
+    run = FolderRun.read(two)
+    base, last = (run.measured(*state)["authority_nats"] for state in (("base",), ("healed", 1)))
     assert rows["healed, last round"]["shift_bare"] == pytest.approx(last - base, abs=1e-4)
     assert rows["prompted"]["shift_bare"] == 0 != rows["prompted"]["shift"]
     assert rows["healed, last round, and prompted"]["shift"] != pytest.approx(rows["prompted"]["shift"], abs=1e-6)
 
 
-def test_a_preset_takes_what_the_lab_is_given():
-    cfg = LabCfg(preset="toy", trait="love", seed=7, n_threads=2).run_config()
-    assert (cfg.trait, cfg.seed, cfg.n_threads, cfg.model) == ("love", 7, 2, "data/toylm")
+def test_a_preset_takes_the_settings_that_were_given(capsys):
+    cfg = PresetFlags().settings({"trait": "love", "seed": 7, "heal.lr": 1.0})
+    assert (cfg.trait, cfg.seed, cfg.heal.lr, cfg.model) == ("love", 7, 1.0, "data/toylm")
+    assert main(["diag", "stages", "--preset", "toi"]) == 2
+    assert "preset is 'toi': did you mean 'toy'?" in capsys.readouterr().err
+    assert main(["diag", "stage"]) == 2
+    assert "unknown question 'stage'; did you mean 'stages'?" in capsys.readouterr().err
+
+
+def test_a_round_is_the_round_of_the_loop(two):
+    lab, collected = replay(two, 0, {})
+    run = FolderRun.read(two)
+    assert lab.bench.round(Recipe.of(run.start.config), 0)[0] == collected
+    own = lab.bench.student.factors("history")
+    run.restore_student(0, lab.bench.student)
+    kept = lab.bench.student.factors("history")
+    assert own.keys() == kept.keys() and all(torch.equal(own[name], kept[name]) for name in own)
 
 
 # --- the fault drill ---------------------------------------------------------------------------------------------
@@ -132,8 +150,7 @@ def test_the_fault_drill_records_what_was_lost(tmp_path, monkeypatch):
     drill = SimpleNamespace(folder=tmp_path, finish=finish)
     monkeypatch.setattr(fault_drill, "Drill", lambda folder: drill)
     monkeypatch.setitem(fault_drill.CASES, "kill", start)
-    with pytest.raises(UserError):
-        fault_drill.main(n=2, faults=("kill",), out=tmp_path / "diag")
+    assert fault_drill.main(n=2, faults=("kill",), out=tmp_path / "diag") == 1
     written = table(tmp_path / "diag", "fault_drill")
     assert written["rows"][0]["lost"] == 2 and written["why"] == {"kill": ["the adapter differs"] * 2}
     assert (tmp_path / "diag" / "lost" / "kill_0").is_dir()
@@ -143,19 +160,19 @@ def test_the_fault_drill_records_what_was_lost(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def log(tmp_path, monkeypatch):
     """The file that benchmarks append to, in place of the published one."""
-    monkeypatch.setattr(bench_common, "LOG", tmp_path / "benchmarks.jsonl")
+    monkeypatch.setattr(common, "BENCHMARKS", tmp_path / "benchmarks.jsonl")
     return tmp_path / "benchmarks.jsonl"
 
 
 def test_a_benchmark_is_recorded_with_its_machine_and_commit(log, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/bench_heal.py", "--tiny"])
-    bench_common.show("How fast?", [{"s": 1.0}], [], tmp_path, "heal")
+    common.show("How fast?", [{"s": 1.0}], [], tmp_path, "heal")
     assert not log.exists()
     monkeypatch.setattr(sys, "argv", ["scripts/bench_heal.py"])
     for seconds in (1.0, float("nan")):
-        bench_common.show("How fast?", [{"s": seconds}], [], tmp_path, "heal", n_threads=2)
+        common.show("How fast?", [{"s": seconds}], [], tmp_path, "heal", n_threads=2)
     first, second = map(json.loads, log.read_text().splitlines())
-    assert first["rows"] == [{"s": 1.0}] and second["rows"] == [{"s": None}]
+    assert first["rows"] == [{"s": 1.0}] and second["rows"] == [{"s": "NaN"}]
     assert first["benchmark"] == "heal" and first["n_threads"] == 2 and first["torch"] == torch.__version__
     assert first["cpu"] and first["threads"] and first["date"] and first["command"] == ["scripts/bench_heal.py"]
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -169,7 +186,7 @@ def test_the_benchmark_of_a_round_does_the_same_both_ways(tmp_path):
     assert found["n_texts_the_same"] == found["n_texts"] == 8, "what a row writes depends on its own seed"
     assert 0 < found["largest_relative_difference_of_a_factor"] < 1e-3, "both heals train the same adapter"
     rows = {(row["mode"], row["stage"]): row for row in found["rows"]}
-    stages = ("vector", "generate", "heal", "bake", "evaluate", "total")
+    stages = ("vector", "text", "heal", "evaluate", "total")
     assert rows.keys() == {(mode, stage) for mode in ("built", "plain") for stage in stages}
     assert rows["plain", "heal"]["gflop"] > rows["built", "heal"]["gflop"] > 0
     assert [row["rounds"] for row in table(tmp_path, "round_by_rounds")["rows"]] == [0, 1, 2]
@@ -279,18 +296,24 @@ def test_vignettes_read_from_the_cache_are_those_of_a_plain_cache_and_whole_sequ
 
 
 # --- tables of finished runs -------------------------------------------------------------------------------------
-RUN_START, ROUND = '{"stage": "run_start", "round": null}\n', '{"stage": "round", "round": 0}\n'
+def without_start(folder):
+    write_run(folder, [event for event in run_events() if not isinstance(event, RunStart)])
 
 
-@pytest.mark.parametrize("script", ["loops", "results", "steer_heal.diag.heal_sweep", "steer_heal.diag.prompting"])
-@pytest.mark.parametrize("content", [None, "", "[]\n{}\n", RUN_START + ROUND])
-def test_a_folder_that_is_no_run_is_one_line(script, content, tmp_path, monkeypatch, capsys):
-    if content is not None:
-        (tmp_path / "events.jsonl").write_text(content)
-    monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
-    assert cli(import_module(script).main) == 1
+def not_events(folder):
+    (folder / "events.jsonl").write_text("[]\n{}\n")
+
+
+@pytest.mark.parametrize("script", ["loops", "results", "heal_sweep", "prompting"])
+@pytest.mark.parametrize("made", [lambda folder: None, not_events, without_start])
+def test_a_folder_that_is_no_run_is_one_line(script, made, tmp_path, capsys):
+    made(tmp_path)
+    if script in QUESTIONS:
+        assert main(["diag", script, str(tmp_path)]) == 2
+    else:
+        assert common.cli(import_module(script).main, [str(tmp_path)]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {tmp_path}") and printed.count("\n") == 1
+    assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": 1}', '{"a": {"arm": "b"}}'])
@@ -319,7 +342,7 @@ def test_loops_puts_runs_together_and_extends_its_data(two, tmp_path, capsys):
     found, shifts = dict(zip(head, row, strict=True)), [first["rounds"][1]["shift"], 1.0]
     assert (found["round"], found["n"]) == ("1", "2") and found["shift"].startswith(f"{sum(shifts) / 2:.3f} ± ")
     assert found["interval"] == loops.interval(shifts)
-    healed = of_stage(read_events(two), "healed")[1]["metrics"]
+    healed = FolderRun.read(two).measured("healed", 1)
     assert found["coherence"].split()[0] == f"{healed['coherence']:.3f}"
 
 
@@ -331,7 +354,7 @@ def test_an_interval_is_student_s():
 def test_results_puts_seeds_of_an_arm_together(tmp_path):
     def arms():
         rows = results.over_seeds(results.frame(read_results(tmp_path / "results.tsv")))
-        return results.spread(rows, ("shift", "oracle")).to_dicts()
+        return results.spread(rows, ("shift", "oracle"))
 
     def finish(arm, seed, shift, settings="aa"):
         row = {"arm": arm, "trait": "t", "n_rounds": 4, "settings": settings, "seed": seed, "shift": shift}
@@ -353,9 +376,9 @@ def test_results_shows_the_states_of_runs(two, capsys):
     results.main((two, two), rounds=1)
     lines = capsys.readouterr().out.splitlines()
     states = [cells(line)[1] for line in lines if line.startswith("|")][2:]
-    assert states == ["base", "prompted", "steered r0", "healed r0"] * 2
+    assert states == ["base", "prompted", "steered round 0", "healed round 0"] * 2
     healed = dict(zip(cells(lines[0]), cells(lines[5]), strict=True))
-    measured = of_stage(read_events(two), "healed")[0]["metrics"]
+    measured = FolderRun.read(two).measured("healed", 0)
     assert healed["authority_nats"] == f"{measured['authority_nats']:.3f}"
 
 
@@ -370,7 +393,7 @@ def test_the_table_of_gates_is_the_one_in_the_docs(tmp_path, monkeypatch, capsys
     rows = lambda path: [cells(line) for line in path.read_text().splitlines() if line.startswith("|")]
     documented = rows(ROOT / filter_evidence.EVIDENCE)
     monkeypatch.setattr(filter_evidence, "EVIDENCE", tmp_path / "filter.md")
-    filter_evidence.table(LabCfg())
+    filter_evidence.table()
     written = rows(tmp_path / "filter.md")
     assert [row for row in written if "---" not in row[0]] == [row for row in documented if "---" not in row[0]]
 
@@ -378,13 +401,13 @@ def test_the_table_of_gates_is_the_one_in_the_docs(tmp_path, monkeypatch, capsys
 def test_a_sample_is_drawn_once_and_must_be_labelled(two, tmp_path, monkeypatch):
     labels = tmp_path / "labels.jsonl"
     monkeypatch.setattr(filter_evidence, "LABELS", labels)
-    filter_evidence.sample(LabCfg(preset="fast-dev", out=tmp_path), per_dose=2, run=two, per_round=4)
+    filter_evidence.sample(preset="fast-dev", per_dose=2, run=two, per_round=4)
     rows = [json.loads(line) for line in labels.read_text().splitlines()]
     assert [row["round"] for row in rows] == [0] * 2 * len(filter_evidence.KAPPAS) + [1] * 4
-    of_run = {text["seed"] for text in of_stage(read_events(two), "gen")[1]["completions"]}
+    of_run = {row.completion.seed for row in FolderRun.read(two).at(Gathered, 1).collected.scored}
     assert {row["seed"] for row in rows if row["round"] == 1} <= of_run
     with pytest.raises(UserError, match=str(labels)):
-        filter_evidence.table(LabCfg())
+        filter_evidence.table()
     labels.write_text(json.dumps({**rows[0], "coherent": True}) + "\n")
     with pytest.raises(UserError, match=str(labels)):
-        filter_evidence.sample(LabCfg(preset="fast-dev", out=tmp_path))
+        filter_evidence.sample(preset="fast-dev")

@@ -1,17 +1,18 @@
 """A search proposes trials, learns from their runs, and goes on where it was stopped."""
 
-import json
 from importlib.util import find_spec
 
 import polars as pl
 import pytest
+from made_runs import write_run
 from test_sweep import file_of
 
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError
-from steer_heal.runs.events import append_result
+from steer_heal.events import RunEnd
+from steer_heal.runs.results import append_result
 from steer_heal.runs.signals import Stopped
 from steer_heal.runs.storage import lock_run
-from steer_heal.sweep.command import main as sweep
 from steer_heal.sweep.engine import drive
 from steer_heal.sweep.plan import Range, load
 from steer_heal.sweep.search import Trials
@@ -49,7 +50,7 @@ class Learns:
         if i in self.fails:
             return 1
         job.folder.mkdir(parents=True)
-        (job.folder / "events.jsonl").write_text(json.dumps({"stage": "run_end", "round": None}) + "\n")
+        write_run(job.folder, [RunEnd()])
         lam, seed = job.cfg.heal.lam, job.cfg.seed
         own = {"run": job.folder.name, "arm": job.cfg.arm, "seed": seed, "trait": "authority", "n_rounds": 2}
         own["settings"] = job.cfg.fingerprint()
@@ -156,5 +157,5 @@ def test_a_search_that_cannot_be_is_refused_by_its_line(tmp_path, capsys):
         load(file_of(tmp_path, BODY + "[fixed]\neval.evals = ['persona', 'moral_foundations']\n"))
     with pytest.raises(ValueError):
         Range(low=0.0, high=1.0, log=True)
-    assert sweep([str(file_of(tmp_path, BODY)), "--engine", "print"]) == 2
+    assert main(["sweep", str(file_of(tmp_path, BODY)), "--engine", "print"]) == 2
     assert "a search proposes" in capsys.readouterr().err

@@ -13,10 +13,9 @@ import pytest
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError, validated, validated_json
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
-from steer_heal.run import main
-from steer_heal.runs.events import jsonable
 from steer_heal.settings import (
     RUN_ONLY,
     AdapterCfg,
@@ -77,10 +76,10 @@ def test_each_invalid_field_is_one_line_with_its_value_and_its_limit(kind, value
 def test_help_and_bad_values_are_answered_without_torch():
     code = """
 import sys
-from steer_heal.run import main
+from steer_heal.__main__ import main
 for argv in (["--help"], ["toy", "--help"], ["toy", "--heal.tau", "-1"], ["toy", "--steer.layers", "1", "0"], []):
     try:
-        main(argv)
+        main(["run", *argv])
     except SystemExit as stopped:
         print("STATUS", stopped.code)
 assert "torch" not in sys.modules
@@ -96,7 +95,7 @@ COMMON = ["model", "trait", "seed", "n-rounds", "out", "folder", "device", "dtyp
 def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        main(["toy", "--help"])
+        main(["run", "toy", "--help"])
     printed = capsys.readouterr().out
     flags = re.findall(r"^. --(\w[\w.-]*)", printed, re.M)
     assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig()))
@@ -122,7 +121,7 @@ def test_text_is_reflowed_by_paragraphs():
 
 def test_a_flag_that_is_not_there_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["toy", "--heal.tua", "1"])
+        main(["run", "toy", "--heal.tua", "1"])
     assert stopped.value.code == 2 and "--heal.tau" in capsys.readouterr().err
 
 
@@ -295,7 +294,7 @@ def test_the_presets_of_the_real_model_take_on_the_trait_that_moves_it():
 @pytest.mark.parametrize("name", PRESETS)
 def test_recorded_settings_come_back(name):
     cfg = replace(PRESETS[name][1], export=Path("x"))
-    assert validated(RunConfig, json.loads(json.dumps(jsonable(cfg)[0])), "config") == cfg
+    assert validated(RunConfig, json.loads(json.dumps(as_json(cfg))), "config") == cfg
 
 
 RECORDED = {
@@ -319,7 +318,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_settings_that_are_none_are_refused_by_name(name):
-    config = jsonable(FAST_DEV_PRESET)[0]
+    config = as_json(FAST_DEV_PRESET)
     section, _, key = name.rpartition(".")
     (config[section] if section else config)[key] = RECORDED[name]
     with pytest.raises(UserError) as error:
@@ -328,7 +327,7 @@ def test_recorded_settings_that_are_none_are_refused_by_name(name):
 
 
 def test_several_recorded_settings_are_refused_at_once():
-    config = jsonable(FAST_DEV_PRESET)[0]
+    config = as_json(FAST_DEV_PRESET)
     config["heal"] |= {"tau": -1, "lam": "x"}
     config["seed"] = None
     with pytest.raises(UserError) as error:

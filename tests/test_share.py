@@ -11,25 +11,35 @@ import pytest
 import yaml
 from compare import weights
 from huggingface_hub import ModelCard
-from made_runs import run_events, write_run
+from made_runs import changed, run_events, with_config, with_metrics, with_trait, write_run
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from runs import resumed, rewritten
+from runs import of, recorded, resumed, rewritten
 from test_hostile import HOSTILE
 
+from steer_heal.__main__ import main
+from steer_heal.commands import inspect as inspect_command
+from steer_heal.commands import run as run_command
+from steer_heal.commands import tasks as tasks_command
+from steer_heal.events import Run, RunStart, Trained, Weights
+from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS
 from steer_heal.model.lm import load
 from steer_heal.model.student import Student
-from steer_heal.report.__main__ import main as report
-from steer_heal.runs.events import last_hash, of_stage, read_events
-from steer_heal.runs.verify import broken
-from steer_heal.settings import AdapterCfg
-from steer_heal.share import inspect as inspect_module
-from steer_heal.share import push as push_module
-from steer_heal.share import tasks as tasks_module
+from steer_heal.runs.log import last_hash
+from steer_heal.runs.stored import FolderRun
+from steer_heal.runs.verify import violations
+from steer_heal.settings import AdapterCfg, HealCfg
+from steer_heal.share import tasks
 from steer_heal.share.card import card, hub_id, write_cards, write_export_card
 from steer_heal.share.readings import Reading, read_readings
 
 pytestmark = pytest.mark.usefixtures("quick")
 DIGEST = "a" * 64
+HUB = {"base_model": "owner/base", "hub_id": "owner/base"}
+
+
+def made(events, r=0, *tasks_read, merged=False, **start):
+    """The card of a made-up run; `start` are other fields of its first event."""
+    return card(Run(changed(events, RunStart, **{**HUB, **start})), r, DIGEST, *tasks_read, merged=merged)
 
 
 @pytest.fixture
@@ -42,59 +52,85 @@ def copy(one, tmp_path):
 
 # --- what a card says --------------------------------------------------------------------------------------------
 def test_every_measured_checkpoint_has_a_card_that_the_hub_reads(copy):
-    events = read_events(copy)
-    for name, column in (("r0", "healed r0"), ("control", "control")):
+    run = FolderRun.read(copy)
+    for r, name, column in ((0, "r0", "healed round 0"), (None, "control", "control")):
         read = ModelCard.load(copy / "ckpt" / name / "README.md")
         assert read.data.library_name == "peft" and "steer-heal" in read.data.tags
         assert read.data.base_model is None and read.data.license is None, "tiny-random is not on the hub"
-        files = next(e["files"] for e in of_stage(events, "heal") if e["checkpoint"] == f"ckpt/{name}")
-        facts = [
-            events[0]["weights"]["sha256"],
-            events[0]["settings"],
-            last_hash(copy),
-            f"| seed | {events[0]['seed']} |",
-        ]
-        assert all(fact in read.text for fact in [column, *facts, files[f"ckpt/{name}/adapter_model.safetensors"]])
+        sha256 = run.require(Trained, r).files[f"ckpt/{name}/adapter_model.safetensors"]
+        start = run.start
+        facts = [start.weights.sha256, start.settings, last_hash(copy), f"| seed | {start.config.seed} |"]
+        assert all(fact in read.text for fact in [column, *facts, sha256])
+        assert "\n\nA LoRA adapter of rank 4" in read.text and "not on the published weights" not in read.text
 
 
 def test_the_readings_are_those_of_the_round_and_its_verdict():
     events = run_events(2)
-    first, second, control = (card(events, r, DIGEST) for r in (0, 1, -1))
+    first, second, control = (made(events, r) for r in (0, 1, None))
     assert "\u22122.000 (\u22120.600 to \u22120.400)" in first and "\u22122.100 (\u22120.700 to \u22120.500)" in second
-    assert "steered r1" not in first and "-0.500 nats" in first and "-0.600 nats" in second
+    assert "steered round 1" not in first and "-0.500 nats" in first and "-0.600 nats" in second
     assert "healed" not in control and "**GOOD" not in control and "**GOOD" in first
-    other = run_events(2)
-    next(e for e in other if e["stage"] == "healed" and e["round"] == 1)["metrics"]["authority_nats"] = 9.0
-    assert card(other, 0, DIGEST) == first, "a later round is no business of this one"
+    other = with_metrics(events, {"authority_nats": 9.0}, ["healed"], 1)
+    assert made(other, 0) == first, "a later round does not change the card of an earlier one"
 
 
 def test_a_hub_model_is_named_as_base_and_a_folder_is_not():
     events = run_events(1)
-    assert ModelCard(card(events, 0, DIGEST)).data.base_model == "owner/base"
-    for base in ("/a/folder/of/mine", "tiny-random", None):
-        events[0]["base_model"] = base
-        assert ModelCard(card(events, 0, DIGEST)).data.base_model is None
+    assert ModelCard(made(events)).data.base_model == "owner/base"
+    assert ModelCard(made(events, base_model="/a/folder/of/mine", hub_id=None)).data.base_model is None
     assert [hub_id(name) for name in ("a/b", "a", "a/b/c", "../b", "a b/c", "")] == ["a/b", *[None] * 5]
+
+
+def test_a_card_names_the_weights_that_the_adapter_was_trained_on():
+    """A 4-bit copy of a hub model is not the hub model."""
+    events = with_config(run_events(1), model=SMOL)
+    weights = Weights(sha256="0", dtype="float32", note=SMOL_WEIGHTS)
+    text = made(events, base_model=SMOL, hub_id=HUB_ID, weights=weights)
+    first_lines = "\n".join(text.split("---\n", 2)[2].splitlines()[:8])
+    assert f"authority in {SMOL}" in first_lines and "It was trained and measured on 4-bit" in first_lines
+    own, published = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert f"load('{SMOL}', dtype='float32')  # {SMOL_WEIGHTS}" in own
+    assert f"from_pretrained('{HUB_ID}'" in published and "only approximately" in text
+    assert ModelCard(text).data.base_model == HUB_ID
+    merged = made(events, base_model=SMOL, hub_id=HUB_ID, weights=weights, merged=True)
+    assert "It was made from 4-bit" in merged
+    hostile = made(events, weights=replace(weights, note=f"{HOSTILE}\n```\n# free"))
+    assert not [line for line in hostile.splitlines() if line.startswith(("```\n", "# free"))]
+
+
+def test_an_adapter_that_peft_does_not_know_is_loaded_by_steer_heal(tmp_path, monkeypatch):
+    lm = load("data/toylm")
+    student = Student(lm, AdapterCfg(kind="bias"))
+    folder = saved(lm, tmp_path / "r0", AdapterCfg(kind="bias"))
+    files = {f"ckpt/r0/{path.name}": "0" for path in folder.iterdir()}
+    events = changed(run_events(1), Trained, 0, files=files)
+    facts = {"base_model": lm.base, "hub_id": None, "weights": Weights(sha256="0", dtype="float32")}
+    text = made(events, adapter=student.adapter.describe(), **facts)
+    assert "\n\nA bias adapter, one vector of width" in text
+    assert ModelCard(text).data.library_name == "steer-heal" and "lora" not in ModelCard(text).data.tags
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(folder)
+    found = {}
+    exec(code, found)
+    assert found["model"].config.model_type == lm.model.config.model_type and found["student"].n_rounds == 1
 
 
 def test_the_method_is_told_as_the_settings_are():
     events = run_events(1)
-    heal = events[0]["config"]["heal"]
-    assert "pays for a kl\\_rev (rmse)" in card(events, 0, DIGEST)
-    heal |= {"target": "distribution", "text": "own", "teacher": "both", "divergence": "none"}
-    text = card(events, 0, DIGEST)
-    assert "next-token distribution along its own plain text." in text and "pays" not in text
-    heal["rehearsal"] = 8
-    assert "its own plain text, and on the base model's own along texts" in card(events, 0, DIGEST)
+    assert "with a penalty if kl\\_rev (rmse)" in made(events)
+    own = HealCfg(target="distribution", text="own", teacher="both", divergence="none")
+    text = made(with_config(events, heal=own))
+    assert "next-token distribution along its own plain text." in text and "penalty" not in text
+    text = made(with_config(events, heal=replace(own, rehearsal=8)))
+    assert "its own plain text, and on the base model's distribution along texts" in text
 
 
 def test_hostile_text_stays_text():
     events = run_events(1)
-    wanted = card(events, 0, DIGEST)
-    events[0]["trait"] |= dict.fromkeys(("name", "description", "positive", "negative"), HOSTILE)
-    events[0]["config"] = events[0]["config"] | {"model": HOSTILE}
-    events[0] |= {"preset": HOSTILE, "git_commit": HOSTILE, "base_model": HOSTILE}
-    text = card(events, 0, DIGEST)
+    wanted = made(events)
+    hostile = with_trait(events, **dict.fromkeys(("name", "description", "positive", "negative"), HOSTILE))
+    facts = dict.fromkeys(("preset", "git_commit", "base_model", "adapter", "device", "settings"), HOSTILE)
+    text = made(with_config(hostile, model=HOSTILE.replace("\ud800 \udfff", "")), hub_id=HOSTILE, **facts)
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) | {"base_model": "owner/base"} == yaml.safe_load(wanted.split("---\n")[1])
     outside, fence = [], ""
@@ -114,22 +150,22 @@ def test_hostile_text_stays_text():
 def test_what_the_card_says_of_loading_works(tmp_path, monkeypatch, toy):
     """From another folder, of the bundled model, and of a model that lies in a folder of its own."""
     events = run_events(1)
-    events[0] |= {"base_model": toy.base, "weights": {"sha256": "0", "dtype": "float32"}}
-    code = re.findall(r"```python\n(.*?)```", card(events, 0, DIGEST), re.DOTALL)[0]
+    facts = {"base_model": toy.base, "hub_id": None}
+    code = re.findall(r"```python\n(.*?)```", made(events, **facts), re.DOTALL)[0]
     checkpoint = saved(load("data/toylm"), tmp_path / "r0")
     monkeypatch.chdir(checkpoint)
     found = {}
     exec(code, found)
     assert isinstance(found["model"], PeftModel) and found["tokenizer"].chat_template
-    as_export = re.findall(r"```python\n(.*?)```", card(events, 0, DIGEST, merged=True), re.DOTALL)[0]
+    as_export = re.findall(r"```python\n(.*?)```", made(events, merged=True, **facts), re.DOTALL)[0]
     Student(toy, AdapterCfg()).export(tmp_path / "merged")
     monkeypatch.chdir(tmp_path / "merged")
     exec(as_export, found)
     assert found["model"].config.model_type == toy.model.config.model_type
 
 
-def saved(lm, folder):
-    student = Student(lm, AdapterCfg(rank=2, alpha=4.0))
+def saved(lm, folder, cfg=AdapterCfg(rank=2, alpha=4.0)):  # noqa: B008 - frozen
+    student = Student(lm, cfg)
     student.new_round(0)
     own = student.bake()
     student.save(folder, own)
@@ -150,20 +186,20 @@ def test_peft_finds_the_base_of_a_checkpoint_from_any_folder(tmp_path, monkeypat
 
 # --- cards beside the run's own record ---------------------------------------------------------------------------
 def test_a_card_is_no_part_of_the_record(copy, capsys):
-    assert broken(copy) == []
+    assert violations(copy) == []
     before = weights(copy)
     (copy / "ckpt/r0/README.md").write_text("mine")
-    assert broken(copy) == [] and weights(copy) == before
-    assert report([str(copy)]) == 0
+    assert violations(copy) == [] and weights(copy) == before
+    assert main(["report", str(copy)]) == 0
     assert last_hash(copy) in (copy / "ckpt/r0/README.md").read_text(), "report writes the cards again"
     resumed(copy)
-    assert broken(copy) == []
+    assert violations(copy) == []
 
 
 def test_a_run_writes_its_cards_as_it_goes(after_round_0, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "steer_heal.session.draw", lambda folder: drawn.append([p.parent.name for p in write_cards(folder)])
+        run_command, "draw", lambda folder: drawn.append([path.parent.name for path in write_cards(folder)])
     )
     resumed(after_round_0)
     assert drawn[0] == ["r0"] and drawn[-1] == ["r0", "r1"]
@@ -173,7 +209,7 @@ def test_a_run_writes_its_cards_as_it_goes(after_round_0, monkeypatch):
 def test_a_checkpoint_that_is_gone_and_a_round_that_is_not_measured_get_no_card(copy):
     shutil.rmtree(copy / "ckpt/control")
     assert [path.parent.name for path in write_cards(copy)] == ["r0"]
-    rewritten(copy, lambda events: events.pop(next(i for i, e in enumerate(events) if e["stage"] == "healed")))
+    rewritten(copy, lambda events: events.remove(of(events, "measured", "healed")[0]))
     assert write_cards(copy) == [] and not (copy / "ckpt/control").exists()
 
 
@@ -183,7 +219,7 @@ def test_an_export_has_a_card_unless_it_is_the_base(tmp_path):
     write_export_card(run, tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
     (tmp_path / "README.md").unlink()
-    write_run(run, [e for e in events if e["round"] in (None, -1)])
+    write_run(run, [event for event in events if event.round is None])
     write_export_card(run, tmp_path)
     assert not (tmp_path / "README.md").exists()
 
@@ -228,7 +264,7 @@ def hub(monkeypatch):
 
 
 def test_without_yes_nothing_is_sent(copy, hub, capsys):
-    assert push_module.main([str(copy), "me/mine"]) == 0
+    assert main(["push", str(copy), "me/mine"]) == 0
     printed = capsys.readouterr().out
     assert hub == [] and "nothing was sent" in printed
     names = sorted(path.name for path in (copy / "ckpt/r0").iterdir())
@@ -239,7 +275,7 @@ def test_without_yes_nothing_is_sent(copy, hub, capsys):
 
 def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
     (copy / "ckpt/r0/.hidden").write_text("")
-    assert push_module.main([str(copy / "ckpt/r0"), "me/mine", "--private", "--yes"]) == 0
+    assert main(["push", str(copy / "ckpt/r0"), "me/mine", "--private", "--yes"]) == 0
     (_, repo_id, how), (_, sent) = hub
     assert (repo_id, how) == ("me/mine", {"private": True, "exist_ok": True})
     printed = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines() if "->" in line]
@@ -250,27 +286,27 @@ def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
 @pytest.mark.parametrize("spoil, flags, told", [
     (lambda run: None, ["mine"], "repo_id is 'mine'"),
     (lambda run: None, ["me/mine/too"], "repo_id is 'me/mine/too'"),
-    (lambda run: None, ["me/mine", "--round", "7"], "round is 7"),
+    (lambda run: None, ["me/mine", "--round", "7"], "round 7 of"),
     (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
-    (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "holds no adapter"),
-    (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "has no checkpoint"),
+    (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "safetensors is missing"),
+    (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "is missing; restore the file"),
 ])  # fmt: skip
 def test_what_cannot_be_shared_is_refused_before_anything_is_sent(spoil, flags, told, copy, hub, capsys):
     spoil(copy)
-    assert push_module.main([str(copy), *flags, "--yes"]) == 1
+    assert main(["push", str(copy), *flags, "--yes"]) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and hub == []
 
 
 def test_no_token_and_a_hub_that_refuses_are_one_line(copy, hub, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(hub, OSError("403 Forbidden")))
-    assert push_module.main([str(copy), "me/mine", "--yes"]) == 1
+    assert main(["push", str(copy), "me/mine", "--yes"]) == 2
     assert capsys.readouterr().err == "error: me/mine was not uploaded: 403 Forbidden\n"
     hub.clear()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert push_module.main([str(copy), "me/mine", "--yes"]) == 1
+    assert main(["push", str(copy), "me/mine", "--yes"]) == 2
     assert "no token" in capsys.readouterr().err and hub == []
-    assert push_module.main([str(copy), "me/mine"]) == 0, "to look needs no token"
+    assert main(["push", str(copy), "me/mine"]) == 0, "to look needs no token"
 
 
 # --- standard tasks ----------------------------------------------------------------------------------------------
@@ -304,26 +340,30 @@ def own_tasks(tmp_path, monkeypatch):
 
 def test_tasks_read_base_and_healed_and_the_card_shows_them(copy, own_tasks, capsys):
     flags = [str(copy), "--tasks", "doors", "--include-path", str(own_tasks)]
-    assert tasks_module.main([*flags, "--json"]) == 0
+    assert main(["tasks", *flags, "--json"]) == 0
     [reading] = json.loads(capsys.readouterr().out)
     assert (reading["task"], reading["metric"], reading["n"]) == ("doors", "acc", len(QUESTIONS))
     assert 0 <= reading["base"] <= 1 and 0 <= reading["healed"] <= 1 and reading["change_stderr"] is not None
     assert [r.task for r in read_readings(copy)["ckpt/r0"]] == ["doors"]
     assert "| doors | acc | 8 |" in (copy / "ckpt/r0/README.md").read_text()
-    assert "doors" not in (copy / "ckpt/control/README.md").read_text() and broken(copy) == []
-    assert tasks_module.main([*flags, "--device", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
-    assert tasks_module.main([*flags, "--limit", "3"]) == 0
-    assert "the trait cost" in capsys.readouterr().out and [r.n for r in read_readings(copy)["ckpt/r0"]] == [3]
+    assert "doors" not in (copy / "ckpt/control/README.md").read_text() and violations(copy) == []
+    assert main(["tasks", *flags, "--device", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+    assert main(["tasks", *flags, "--limit", "3"]) == 0
+    assert "cost of the trait" in capsys.readouterr().out and [r.n for r in read_readings(copy)["ckpt/r0"]] == [3]
 
 
 @pytest.fixture
 def stubbed(monkeypatch):
     """In place of lm-evaluation-harness: the results of base and healed in turn."""
     calls = []
-    monkeypatch.setattr(tasks_module, "find_spec", lambda name: True)
-    monkeypatch.setattr(tasks_module, "_known", lambda command: None)
-    one_more = lambda *_: calls.append(result([1.0, float(len(calls) % 2 == 0)])) or calls[-1]
-    monkeypatch.setattr(tasks_module, "evaluate", one_more)
+    monkeypatch.setattr(tasks_command, "find_spec", lambda name: True)
+    monkeypatch.setattr(tasks, "task_manager", lambda names, include_path: None)
+
+    def evaluate(lm, names, manager, **_):
+        calls.append(result([1.0, float(len(calls) % 2 == 0)]))
+        return calls[-1]
+
+    monkeypatch.setattr(tasks, "evaluate", evaluate)
     return calls
 
 
@@ -336,7 +376,7 @@ def test_the_card_of_an_export_shows_the_tasks_too(how, copy, stubbed, tmp_path)
     flags = ["--export", str(export)] if how == "by its flag" else []
     if not flags:
         rewritten(copy, lambda events: events[0]["config"].update(export=str(export)))
-    assert tasks_module.main([str(copy), "--tasks", "t", *flags]) == 0 and len(stubbed) == 2
+    assert main(["tasks", str(copy), "--tasks", "t", *flags]) == 0 and len(stubbed) == 2
     row = "| t | acc | 2 | 1.0000 ± 0.1000 | 0.5000 ± 0.1000 |"
     assert ModelCard.load(export / "README.md").data.library_name == "transformers"
     for card_of in (export, copy / "ckpt/r0"):
@@ -346,29 +386,29 @@ def test_the_card_of_an_export_shows_the_tasks_too(how, copy, stubbed, tmp_path)
 def test_a_bad_device_is_named_and_only_an_export_of_the_run_gets_its_card(copy, stubbed, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    flags = [str(copy), "--tasks", "t"]
-    assert tasks_module.main([*flags, "--device", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
+    flags = ["tasks", str(copy), "--tasks", "t"]
+    assert main([*flags, "--device", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
     for text in (None, "the card of another model"):
         if text:
             (other / "README.md").write_text(text)
-        assert tasks_module.main([*flags, "--export", str(other)]) == 1 and stubbed == []
+        assert main([*flags, "--export", str(other)]) == 2 and stubbed == []
         assert "its model card does not name the last round" in capsys.readouterr().err
     rewritten(copy, lambda events: events[0]["config"].update(export=str(other)))
-    assert tasks_module.main(flags) == 0 and (other / "README.md").read_text() == text
+    assert main(flags) == 0 and (other / "README.md").read_text() == text
     rewritten(copy, lambda events: events[0]["config"].update(export=str(tmp_path / "gone")))
-    assert tasks_module.main(flags) == 0 and not (tmp_path / "gone").exists()
+    assert main(flags) == 0 and not (tmp_path / "gone").exists()
 
 
 def test_an_unknown_task_is_named_before_a_model_is_read(copy, own_tasks, capsys, monkeypatch):
-    monkeypatch.setattr("steer_heal.round.read_model", lambda cfg: pytest.fail("a model was read"))
-    assert tasks_module.main([str(copy), "--tasks", "door", "--include-path", str(own_tasks)]) == 1
+    monkeypatch.setattr("steer_heal.bench.read_model", lambda cfg: pytest.fail("a model was read"))
+    assert main(["tasks", str(copy), "--tasks", "door", "--include-path", str(own_tasks)]) == 2
     assert "did you mean 'doors'?" in capsys.readouterr().err
 
 
 def test_without_their_packages_the_commands_say_what_to_install(copy, capsys, monkeypatch):
-    for module, flags in ((tasks_module, ["--tasks", "doors"]), (inspect_module, [])):
+    for module, flags in ((tasks_command, ["tasks", "--tasks", "doors"]), (inspect_command, ["inspect"])):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-        assert module.main([str(copy), *flags]) == 1
+        assert main([flags[0], str(copy), *flags[1:]]) == 2
         assert "pip install 'steer-heal[" in capsys.readouterr().err
 
 
@@ -389,12 +429,12 @@ def result(values, *, higher=True):
 
 def test_the_cost_is_what_is_worse_and_its_error_is_paired_by_item():
     base, healed = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]
-    accuracy, perplexity = tasks_module.compare(result(base), result(healed))
+    accuracy, perplexity = tasks.compare(result(base), result(healed))
     assert accuracy.change == pytest.approx(-0.25) and accuracy.cost == pytest.approx(0.25)
     assert accuracy.change_stderr == pytest.approx(stdev([0.0, -1.0, 0.0, 0.0]) / 2)
     assert perplexity.change == pytest.approx(-0.25) and perplexity.cost == pytest.approx(-0.25)
     assert perplexity.base_stderr is None and perplexity.change_stderr is None
-    assert tasks_module.compare(result(base), result(base))[0].change_stderr == 0
+    assert tasks.compare(result(base), result(base))[0].change_stderr == 0
 
 
 def test_hostile_readings_stay_in_their_table():
@@ -402,35 +442,40 @@ def test_hostile_readings_stay_in_their_table():
         task=HOSTILE, metric=HOSTILE, n=1, base=1.0, base_stderr=None, healed=1.0, healed_stderr=None,
         change_stderr=None, higher_is_better=None,
     )  # fmt: skip
-    text = card(run_events(1), 0, DIGEST, [reading])
-    assert len(text.splitlines()) == len(
-        card(run_events(1), 0, DIGEST, [replace(reading, task="t", metric="m")]).splitlines()
-    )
-    assert reading.cost is None and "not known" in tasks_module.table([reading])[1]
+    text = made(run_events(1), 0, [reading])
+    harmless = made(run_events(1), 0, [replace(reading, task="t", metric="m")])
+    assert len(text.splitlines()) == len(harmless.splitlines())
+    [row] = tasks_command.table([reading])
+    assert reading.cost is None and row["cost of the trait"] == "unknown"
 
 
 # --- inspect_ai --------------------------------------------------------------------------------------------------
+def is_number(value) -> bool:
+    """JSON spells numbers that are not finite as strings."""
+    return isinstance(value, float)
+
+
 @pytest.mark.parametrize("name", [None, "log.json"])
 def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
     log_module = pytest.importorskip("inspect_ai.log", reason="pip install 'steer-heal[inspect]'")
     out = [] if name is None else ["--out", str(tmp_path / name)]
-    assert inspect_module.main([str(copy), *out]) == 0
+    assert main(["inspect", str(copy), *out]) == 0
     log = log_module.read_eval_log(str(copy / "inspect.eval" if name is None else tmp_path / name))
-    events = read_events(copy)
+    events = recorded(copy)
     scenes = events[0]["wording"]["vignette"]
-    states = ["base", "prompted", "control", "steered r0", "healed r0"]
+    states = ["base", "prompted", "control", "steered round 0", "healed round 0"]
     assert log.status == "success" and [score.name for score in log.results.scores] == states
-    for stage, state in (("base", "base"), ("healed", "healed r0")):
-        event = of_stage(events, stage)[0]
-        known = {k: v for k, v in event["metrics"].items() if v is not None and not k.endswith(("_lo", "_hi"))}
+    for name, state in (("base", "base"), ("healed", "healed round 0")):
+        event = of(events, "measured", name)[0]
+        known = {k: v for k, v in event["metrics"].items() if is_number(v) and not k.endswith(("_lo", "_hi"))}
         assert {k: m.value for k, m in log.results.scores[states.index(state)].metrics.items()} == known
         mine = {s.id: s for s in log.samples if s.id.startswith(f"{state}, ")}
-        for i, row in enumerate(of_stage(events, "adapter_gen" if stage == "healed" else stage)[0]["texts"]):
+        for i, row in enumerate(event["texts"]):
             sample = mine[f"{state}, text {i}"]
             assert (sample.input, sample.output.completion) == (row["prompt"], row["text"])
             assert sample.scores["degenerate"].value == event["items"]["degenerate"][i]
         for i, mass in enumerate(event["items"]["mass"]):
-            if mass is not None:
+            if is_number(mass):
                 assert mine[f"{state}, vignette {i}"].scores["mass"].value == mass
                 assert [mine[f"{state}, vignette {i}"].input, mine[f"{state}, vignette {i}"].target] == scenes[i]
         prompt, positive, negative = events[0]["wording"]["pair"][0]
@@ -447,7 +492,7 @@ def test_a_log_says_what_the_run_saw_whatever_became_of_its_files(copy, capsys):
         events[0]["wording"]["vignette"] = [["A scene of then.", "care"]]
 
     rewritten(copy, other)
-    assert inspect_module.main([str(copy)]) == 0, capsys.readouterr().err
+    assert main(["inspect", str(copy)]) == 0, capsys.readouterr().err
     found = {sample.id: sample for sample in log_module.read_eval_log(str(copy / "inspect.eval")).samples}
     assert (found["base, vignette 0"].input, found["base, vignette 0"].target) == ("A scene of then.", "care")
     assert found["base, vignette 1"].input == "vignette 2"
@@ -455,5 +500,5 @@ def test_a_log_says_what_the_run_saw_whatever_became_of_its_files(copy, capsys):
 
 def test_a_log_of_another_kind_is_refused(copy, tmp_path, capsys):
     pytest.importorskip("inspect_ai", reason="pip install 'steer-heal[inspect]'")
-    assert inspect_module.main([str(copy), "--out", str(tmp_path / "log.txt")]) == 1
+    assert main(["inspect", str(copy), "--out", str(tmp_path / "log.txt")]) == 2
     assert "must end in .eval or .json" in capsys.readouterr().err

@@ -5,8 +5,8 @@ import torch
 from conftest import ADAPTER, scramble
 from safetensors.torch import load_file, save_file
 
+from steer_heal.__main__ import main
 from steer_heal.errors import UserError
-from steer_heal.eval import main as eval_main
 from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.lora import Lora
@@ -196,7 +196,7 @@ def test_an_adapter_that_cannot_be_used_is_one_clear_error(damage, with_history:
     damage(folder / CONFIGS[cfg.kind], folder / WEIGHTS)
     data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
     flags = f"{data} --eval.n-prompts 1 --eval.n-texts 1".split()
-    assert eval_main(["--model", "tiny-random", "--adapter", str(folder), "--quiet", *flags]) == 2
+    assert main(["eval", "--model", "tiny-random", "--adapter", str(folder), "--quiet", *flags]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and (str(folder) in printed or "'tiny-random'" in printed), printed
 

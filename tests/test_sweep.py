@@ -21,20 +21,20 @@ from places import ROOT
 from rich.console import Console
 from runs import assert_same, rewritten, started, undrawn
 
+from steer_heal.__main__ import main
 from steer_heal.check import TRIAL
+from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
-from steer_heal.run import main as run
-from steer_heal.run import parse
-from steer_heal.runs.events import append_result, read_events, read_results
+from steer_heal.runs.log import read_start
+from steer_heal.runs.results import append_result, read_results
 from steer_heal.runs.signals import Stopped
 from steer_heal.runs.storage import lock_run
 from steer_heal.settings import RunConfig, leaves
 from steer_heal.sweep import cluster, task
-from steer_heal.sweep.command import main as sweep
 from steer_heal.sweep.engine import Local, drive, last_line, log_of
-from steer_heal.sweep.plan import flags, load
-from steer_heal.sweep.progress import Progress, Seen, state
+from steer_heal.sweep.plan import as_flags, load
+from steer_heal.sweep.progress import Follower, Seen, run_status
 from steer_heal.sweep.results import finished_runs, over_seeds, show_results
 from steer_heal.sweep.watch import Watch
 
@@ -81,7 +81,7 @@ def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
     body += '[[runs]]\nname = "a b"\nheal.divergence = "none"\n[[runs]]\nname = "c"\ntrait = "love"\n'
     a, c = load(file_of(tmp_path, body)).jobs
     assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "none", "love")
-    assert (a.arm.sign, c.arm.sign) == (-1, 1) and a.arm.broken == "degenerate_frac"
+    assert (a.arm.sign, c.arm.sign) == (-1, 1) and a.arm.broken_texts == "degenerate_frac"
     assert a.folder.name.startswith("a-b_")
 
 
@@ -96,10 +96,10 @@ BAD = {
     'preset = "toi"\nseeds = [1]': ["preset is 'toi': did you mean 'toy'?"],
     'preset = "toy"\nseeds = []\nfixd.x = 1': ["'seeds' is []: it must hold at least 1", "did you mean 'fixed'?"],
     'preset = "toy"\nseeds = [1, 1]\n[fixed]\nheal.lamb = 1\nseed = 3\nxyz = 2\n"heal.tau" = -1': [
-        "seeds is [1, 1]: it holds one twice",
-        "there is no setting 'heal.lamb'; did you mean 'heal.lam'?",
+        "seeds is [1, 1]: a seed is listed twice",
+        "unknown setting 'heal.lamb'; did you mean 'heal.lam'?",
         "seed cannot be set here; list it in seeds",
-        "there is no setting 'xyz'; `steer-heal run",
+        "unknown setting 'xyz'; `steer-heal run",
         "'heal.tau' is -1: it must be >= 0",
     ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []\n[[runs]]\nname = "a"': ["holds grid and runs"],
@@ -125,7 +125,7 @@ def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_pa
         load(file_of(tmp_path, body))
     assert len(error.value.problems) == len(BAD[body]), error.value.problems
     assert all(any(words in line for line in error.value.problems) for words in BAD[body]), error.value.problems
-    assert sweep([str(tmp_path / "s.toml")]) == 2 and "Traceback" not in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "s.toml")]) == 2 and "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -151,13 +151,13 @@ def test_a_command_line_makes_the_settings_that_it_was_made_of():
         section, _, key = name.rpartition(".")
         inner = {section: replace(getattr(FAST_DEV_PRESET, section), **{key: value})} if section else {key: value}
         cfg = replace(FAST_DEV_PRESET, **inner)
-        assert parse(["fast-dev", *flags(cfg, FAST_DEV_PRESET)]) == ("fast-dev", cfg, False), name
-    assert flags(FAST_DEV_PRESET, FAST_DEV_PRESET) == []
+        assert parse(["fast-dev", *as_flags(cfg, FAST_DEV_PRESET)]) == ("fast-dev", cfg, False), name
+    assert as_flags(FAST_DEV_PRESET, FAST_DEV_PRESET) == []
     assert {*CHANGED} <= leaves(RunConfig()).keys()
 
 
 def test_print_writes_a_command_for_each_run(plan, capsys):
-    assert sweep([str(plan.path), "--engine", "print"]) == 0
+    assert main(["sweep", str(plan.path), "--engine", "print"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [parse(line[2:])[1] for line in lines] == [job.cfg for job in plan.jobs]
     assert not any(job.cfg.chat for job in plan.jobs), "lines may be run in a terminal, where nobody answers"
@@ -170,21 +170,21 @@ TWO = ["--n-rounds", "2", "--no-control"]
 
 
 def test_the_same_command_continues_a_stopped_run_and_leaves_a_finished_one_alone(settings, two, after_round_0, capsys):
-    command = ["fast-dev", "--folder", str(after_round_0), *settings, *TWO]
+    command = ["run", "fast-dev", "--folder", str(after_round_0), *settings, *TWO]
     with undrawn():
-        assert state(after_round_0) == "stopped"
-        assert run(command) == 0
+        assert run_status(after_round_0) == "stopped"
+        assert main(command) == 0
         assert_same(after_round_0, two)
-        assert state(after_round_0) == "done"
+        assert run_status(after_round_0) == "done"
         before = {path: path.read_bytes() for path in after_round_0.rglob("*") if path.is_file()}
         capsys.readouterr()
-        assert run(command) == 0
+        assert main(command) == 0
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in after_round_0.rglob("*") if path.is_file()}
-    assert run([*command, "--heal.tau", "7", "--seed", "3"]) == 2
+    assert main([*command, "--heal.tau", "7", "--seed", "3"]) == 2
     assert "it holds a run with another seed, heal.tau" in capsys.readouterr().err
     with lock_run(after_round_0):
-        assert state(after_round_0) == "in use"
+        assert run_status(after_round_0) == "in use"
 
 
 def test_a_new_run_takes_its_folder_if_no_other_files_are_there(settings, two, tmp_path, capsys):
@@ -193,15 +193,15 @@ def test_a_new_run_takes_its_folder_if_no_other_files_are_there(settings, two, t
     for name in (".lock", "events.jsonl"):  # of a process that was killed before its first event
         (own / name).touch()
     (own / f"{TRIAL}x").mkdir()  # of one that was killed while it looked whether it may write there
-    assert state(own) == "new"
-    command = ["fast-dev", "--folder", str(own), *settings, *TWO]
+    assert run_status(own) == "new"
+    command = ["run", "fast-dev", "--folder", str(own), *settings, *TWO]
     (own / "thesis.txt").touch()
-    assert run(command) == 2 and "it holds 'thesis.txt' and no run" in capsys.readouterr().err
+    assert main(command) == 2 and "it holds 'thesis.txt' and no run" in capsys.readouterr().err
     (own / "thesis.txt").unlink()
     with undrawn():
-        assert run(command) == 0
+        assert main(command) == 0
     assert_same(own, two)
-    assert read_events(own)[0]["folder"] == str(own)
+    assert read_start(own).folder == str(own)
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------
@@ -297,22 +297,23 @@ time.sleep(600)
 def test_progress_is_read_as_events_come_and_again_where_they_were_cut(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     path, content = tmp_path / "run/events.jsonl", (two / "events.jsonl").read_bytes()
-    progress, seen = Progress(path.parent, "degenerate_frac"), []
+    follower, seen = Follower(path.parent, "degenerate_frac"), []
     path.write_bytes(b"")
     for at in range(0, len(content), 5000):
         with path.open("ab") as file:
             file.write(content[at : at + 5000])
-        seen.append(progress.read())
+        seen.append(follower.read())
     (row,) = read_results(two.parent / "results.tsv")
     last = seen[-1]
-    assert (f"{last.shift}", f"{last.broken}") == (row["shift"], row["degenerate_frac"])
-    rounds = [each.round for each in seen if each.round is not None]
-    assert {-1, 0, 1} <= {*rounds} and last.round == 1 and last.wall_s == float(row["wall_s"])
+    assert (f"{last.shift}", f"{last.broken_texts}") == (row["shift"], row["degenerate_frac"])
+    assert not seen[0].began or seen[0].wall_s > 0
+    assert {each.round for each in seen} == {None, 0, 1} and last.round == 1 and last.wall_s == float(row["wall_s"])
     rewritten(path.parent, lambda events: events.__delitem__(slice(2, None)))  # written in place
     path.rename(path.with_suffix(".old"))
     path.write_bytes(path.with_suffix(".old").read_bytes())
-    assert progress.read().round == -1 and progress.read().shift is None
-    assert Progress(tmp_path / "none", None).read() == Seen()
+    seen = follower.read()
+    assert seen.began and seen.round is None and seen.shift is None
+    assert Follower(tmp_path / "none", None).read() == Seen()
 
 
 def test_the_live_table_fits_the_terminal_and_shows_what_runs_first(plan, two):
@@ -324,7 +325,7 @@ def test_the_live_table_fits_the_terminal_and_shows_what_runs_first(plan, two):
     text = console.file.getvalue()
     assert "1 running, 7 waiting" in text and plan.jobs[3].folder.name in text
     assert plan.jobs[7].folder.name not in text
-    shown = Progress(two, "degenerate_frac").read()
+    shown = Follower(two, "degenerate_frac").read()
     assert f"{shown.shift:+.3f}" in text
 
 
@@ -396,23 +397,25 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
     command = [sys.executable, "-m", "steer_heal", "sweep", str(file), "--jobs", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     first = subprocess.Popen(command, **pipes)
-    waited(lambda: "base" in events_of(works.folder), first)
+    waited(lambda: measured(works.folder), first)
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 130, (out, err)
-    assert err.endswith(f"stopped; go on with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
-    assert state(works.folder) == "stopped", "its process has ended"
+    assert err.endswith(f"continue with: {shlex.join(['steer-heal', *command[3:]])}\n"), err
+    assert run_status(works.folder) == "stopped", "its process has ended"
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert second.returncode == 1, second
     assert f"failed: {fails.folder}" in second.stderr and "filter.min_train" in second.stderr
-    assert state(works.folder) == "done" and "1 of 2 runs are finished" in second.stdout
-    whole = started(tmp_path / "plain", flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
+    assert run_status(works.folder) == "done" and "1 of 2 runs are finished" in second.stdout
+    whole = started(tmp_path / "plain", as_flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
     assert_same(works.folder, whole)
 
 
-def events_of(folder):
+def measured(folder) -> list[dict]:
+    """The states that a run has measured so far."""
     path = folder / "events.jsonl"
-    return [json.loads(line)["stage"] for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    events = map(json.loads, path.read_bytes().split(b"\n")[:-1]) if path.exists() else ()
+    return [event for event in events if event["event"] == "measured"]
 
 
 # --- a cluster, of which only its answers are here; tests/test_ray.py has a real one -------------------------------
@@ -452,7 +455,7 @@ def joined(monkeypatch):
 
     def make(ray, **shares):
         monkeypatch.setattr(cluster, "import_module", lambda name: ray)
-        return cluster.Cluster(**{"slots": None, "address": "host:1", "cpus": 1.0, "gpus": 0.0, **shares})
+        return cluster.Cluster(None, **{"address": "host:1", "cpus": 1.0, "gpus": 0.0, **shares})
 
     return make
 

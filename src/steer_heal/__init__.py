@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if os.environ.get("BEARTYPE") == "1":
     from jaxtyping import install_import_hook
 
-    install_import_hook("steer_heal", "beartype.beartype")
+    # An int is a float, as for type checkers.
+    install_import_hook("steer_heal", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 if TYPE_CHECKING:
     from steer_heal.errors import UserError

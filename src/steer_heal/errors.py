@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -165,7 +165,7 @@ _adapter = functools.cache(TypeAdapter)
 """The validator of a type. Building one takes longer than validating a row of a data file."""
 
 
-def validated_json(kind: type[Checked], text: str | bytes, where: str = "") -> Checked:
+def validated_json(kind: type[Checked] | GenericAlias, text: str | bytes, where: str = "") -> Checked:
     """Parses JSON text into a `kind`. UserError with a line for each invalid field; each line begins with `where`."""
 
     def placed(field: str) -> str:

@@ -61,7 +61,7 @@ class Talk:
         self.run = run
         self.round = r
         self.max_new_tokens = max_new_tokens
-        self.states = {name: state_of(run, name, r) for name in STATES}
+        self.states: dict[str, State] = {name: state_of(run, name, r) for name in STATES}
         self.vector = run.vector(r)
         after = run.checkpoint(r)
         steered = self.states["steered"]
@@ -88,12 +88,11 @@ class Talk:
         config = self.student.lm.model.config.get_text_config()
         return max(1, (getattr(config, "max_position_embeddings", None) or 4096) - self.max_new_tokens)
 
-    def known(self, name: str) -> StateName:
+    def known(self, name: str) -> str:
         """The name itself. UserError if no state has it."""
-        for known in STATES:
-            if name == known:
-                return known
-        raise UserError(f"unknown state {name!r}; {nearest(name, STATES)}")
+        if name not in self.states:
+            raise UserError(f"unknown state {name!r}; {nearest(name, self.states)}")
+        return name
 
     def dose(self, question: Question) -> float:
         """The dose that the state of the question is asked at."""

@@ -136,10 +136,11 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
 
 def _check_adapter(folder: Path) -> None:
     """UserError unless the folder holds an adapter of a known kind."""
-    wanted = {ADAPTER_FILE: [ADAPTER_FILE], " or ".join(ADAPTER_CONFIG_FILES): ADAPTER_CONFIG_FILES}
-    for words, names in wanted.items():
-        if not any((folder / name).is_file() for name in names):
-            raise UserError(f"adapter is {str(folder)!r}: it holds no {words}; give the folder of a saved adapter")
+    has_weights = (folder / ADAPTER_FILE).is_file()
+    has_settings = any((folder / name).is_file() for name in ADAPTER_CONFIG_FILES)
+    if not has_weights or not has_settings:
+        needed = " or ".join(ADAPTER_CONFIG_FILES) if has_weights else ADAPTER_FILE
+        raise UserError(f"adapter is {str(folder)!r}: it holds no {needed}; give the folder of a saved adapter")
 
 
 # --- a state of a run --------------------------------------------------------------------------------------------
@@ -199,14 +200,8 @@ def changed_versions(start: RunStart, here: Mapping[str, str | None]) -> list[st
 
 
 def differing(now: Values, then: Values) -> list[str]:
-    """Names of the metrics whose numbers differ in any bit, or that one side lacks."""
-    return [name for name in {**then, **now} if not (name in now and name in then and _same(now[name], then[name]))]
-
-
-def _same(here: float | None, there: float | None) -> bool:
-    """Whether two numbers are equal. NaN equals NaN."""
-    both_nan = here is not None and there is not None and math.isnan(here) and math.isnan(there)
-    return both_nan or here == there
+    """Names of the metrics whose numbers differ in any bit, or that one side lacks. NaN is the same as NaN."""
+    return [name for name in {**then, **now} if repr(now.get(name, "absent")) != repr(then.get(name, "absent"))]
 
 
 def agreement(now: Values, then: Values, versions: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from steer_heal.errors import print_safe
+from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import described, parsed
 from steer_heal.report import draw, side_by_side
 from steer_heal.runs.log import run_folder, schema_errors
@@ -27,6 +27,8 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Report, argv, "report")
+    if not given.runs:
+        raise UserError("no run was given; name the folders of one or more runs")
     folders = [run_folder(folder) for folder in given.runs]  # before matplotlib is imported
     if given.compare is not None:
         print_safe(side_by_side(folders, given.compare))

@@ -119,11 +119,12 @@ class Lab:
     ) -> Collected:
         """The text of round 0, at `kappa` or at the one that the settings choose. `keep` are fields of FilterCfg."""
         cfg = self.bench.cfg
+        dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
-        bench = replace(self.bench, cfg=replace(cfg, gen=gen, filter=replace(cfg.filter, **keep)))
+        bench = replace(self.bench, cfg=replace(cfg, dose=dose, gen=gen, filter=replace(cfg.filter, **keep)))
         if unsteered:
             return bench.collect(Recipe.control(), 0, None)
-        return bench.collect(Recipe.of(cfg), 0, self.vector, kappa=kappa)
+        return bench.collect(Recipe.of(cfg), 0, self.vector)
 
     def healed(
         self, collected: Collected, heal: HealCfg, r: int = 0, n_steps: int | None = None

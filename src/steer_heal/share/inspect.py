@@ -58,52 +58,41 @@ def eval_log(run: Run, digest: str) -> Any:
 def _score_of(state: Measured, run: Run) -> Any:
     """The EvalScore of a state: all of its metrics that have a value."""
     logs = import_module("inspect_ai.log")
-    values = {name: state[name] for name in run.metrics}
-    metrics = {name: logs.EvalMetric(name=name, value=value) for name, value in values.items() if _has_value(value)}
+    values = {name: value for name in run.metrics if (value := state[name]) is not None and math.isfinite(value)}
+    metrics = {name: logs.EvalMetric(name=name, value=value) for name, value in values.items()}
     return logs.EvalScore(name=state.label, scorer=state.state, metrics=metrics)
-
-
-def _has_value(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def samples(run: Run, state: Measured) -> Iterator[Any]:
     """The samples of one state. An item without a value has no score. An item whose wording was not recorded is named
     by its number."""
+    make_sample = import_module("inspect_ai.log").EvalSample
+    make_score = import_module("inspect_ai.scorer").Score
+    make_output = import_module("inspect_ai.model").ModelOutput.from_content
     for kind in ("text", "vignette", "pair"):
         series = {metric.item: state.items[metric.item] for metric in run.metrics.values() if metric.of == kind}
         wording = run.start.wording.get(kind, [])
         n = len(state.texts) if kind == "text" else max(map(len, series.values()), default=0)
         for i in range(n):
-            values = {name: row[i] for name, row in series.items() if _has_value(row[i])}
+            values = {name: row[i] for name, row in series.items() if math.isfinite(row[i])}
+            metadata = {"state": state.state, "round": state.round}
+            words = wording[i] if i < len(wording) else [f"{kind} {i + 1}", ""]
+            output = ""
             if kind == "text":
                 answer = state.texts[i]
-                more = {"scores": plain(answer.scores), "failed": list(answer.failed)}
-                yield _sample(state, f"text {i}", values, answer.prompt, output=answer.text, more=more)
-            elif values:
-                asks, target, *negative = wording[i] if i < len(wording) else (f"{kind} {i + 1}", "")
-                more = {"negative": negative[0]} if negative else {}
-                yield _sample(state, f"{kind} {i}", values, asks, target=target, more=more)
-
-
-def _sample(
-    state: Measured,
-    name: str,
-    values: dict[str, float],
-    asks: str,
-    *,
-    target: str = "",
-    output: str = "",
-    more: dict[str, Any],
-) -> Any:
-    """The EvalSample of one item, scored by `values`."""
-    score = import_module("inspect_ai.scorer").Score
-    return import_module("inspect_ai.log").EvalSample(
-        id=f"{state.label}, {name}",
-        epoch=1,
-        input=asks,
-        target=target,
-        output=import_module("inspect_ai.model").ModelOutput.from_content(state.label, output),
-        scores={metric: score(value=value) for metric, value in values.items()},
-        metadata={"state": state.state, "round": state.round, **more},
-    )
+                words = [answer.prompt, ""]
+                output = answer.text
+                metadata |= {"scores": plain(answer.scores), "failed": list(answer.failed)}
+            elif not values:
+                continue
+            if len(words) > 2:
+                metadata["negative"] = words[2]
+            yield make_sample(
+                id=f"{state.label}, {kind} {i}",
+                epoch=1,
+                input=words[0],
+                target=words[1],
+                output=make_output(state.label, output),
+                scores={name: make_score(value=value) for name, value in values.items()},
+                metadata=metadata,
+            )

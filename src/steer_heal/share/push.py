@@ -28,23 +28,20 @@ def folder_to_share(folder: Path, r: int | None = None) -> Path:
 
 
 def shared_files(folder: Path) -> tuple[str, list[str]]:
-    """(what the folder holds, in words; the names of its files). UserError unless it holds weights and a model card."""
+    """(what the folder holds, such as `a LoRA adapter`; the names of its files). UserError unless it holds a model card
+    and an adapter or a merged model."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    content = _content(folder, names)
-    if CARD not in names:
-        raise UserError(f"{folder} has no model card ({CARD}); `steer-heal report RUN` writes the cards of a run")
-    return content, names
-
-
-def _content(folder: Path, names: Sequence[str]) -> str:
-    """`a LoRA adapter`, or `a merged model`. UserError if the folder holds neither an adapter nor a model."""
     if ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names):
         from steer_heal.model.student import saved_kind  # torch: seconds
 
-        return f"a {saved_kind(folder).title}"
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-        return "a merged model"
-    raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")
+        content = f"a {saved_kind(folder).title}"
+    elif "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        content = "a merged model"
+    else:
+        raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")
+    if CARD not in names:
+        raise UserError(f"{folder} has no model card ({CARD}); `steer-heal report RUN` writes the cards of a run")
+    return content, names
 
 
 def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool) -> None:

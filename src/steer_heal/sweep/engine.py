@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from steer_heal.runs.signals import stoppable
 from steer_heal.sweep.plan import Job
@@ -20,6 +20,7 @@ End = Literal["done", "failed", "in use"]
 """How a job ends. in use: another process works on its run."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Where runs are made. A handle stands for a started run."""
 

@@ -89,20 +89,6 @@ def test_the_spectral_penalty_is_half_its_weight_times_the_squared_largest_singu
 
 
 # --- the bake ----------------------------------------------------------------------------------------------------
-def test_factors_of_rounds_side_by_side_are_the_sum_of_their_updates(student: Student):
-    rng = torch.Generator().manual_seed(0)
-    rounds = []
-    for rank in (8, 4):
-        sides = {"lora_A": torch.randn(rank, 7, generator=rng), "lora_B": torch.randn(5, rank, generator=rng)}
-        rounds.append({f"m.{side}.weight": factor for side, factor in sides.items()})
-    folded = student.adapter.fold(*rounds)
-    assert folded["m.lora_A.weight"].shape == (12, 7)
-    total, first, second = (
-        each["m.lora_B.weight"].double() @ each["m.lora_A.weight"].double() for each in (folded, *rounds)
-    )
-    assert torch.allclose(total, first + second, atol=1e-12), "exactly"
-
-
 def test_base_is_untouched_prev_the_sum_of_the_baked_rounds_and_full_that_with_the_open_one(student: Student):
     base = dense(load("tiny-random").model, {})
     baked = base

@@ -195,6 +195,9 @@ def test_the_control_heals_on_the_tokens_of_plain_text_whatever_the_recipe_is_an
             sh.loop(1, on_step=lambda r, step, steps=steps: steps.append((r, step.fit, step.divergence)))
             curves.append([step for step in steps if step[0] is None])
             assert sh.n_rounds == 1
+            control = {seed_of(42, -1, "control", i) for i in range(64)}
+            asked = {ids for seed, _, ids in written.rows if seed in control}
+            assert asked == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
     assert curves[0] == curves[1] and len(curves[0]) > 2 and curves[0][0][1] > 3, "nats a token"
 
 

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import cli, random_lm, show
+from common import cli, random_lm, random_text, show
 from transformers import Gemma3TextConfig
 
 from steer_heal.bench import Bench
@@ -184,18 +184,7 @@ def random_texts(rig: Rig, n: int, length: int) -> list[Completion]:
     made = []
     for i, ids in enumerate(rig.prompts(n)):
         written = torch.randint(3, len(rig.lm.tokenizer), (max(8, length - len(ids)),), generator=generator)
-        made.append(
-            Completion(
-                prompt_index=i % 8,
-                prompt="",
-                prompt_ids=ids,
-                completion_ids=tuple(written.tolist()),
-                text="",
-                alpha=1.0,
-                dose=1.0,
-                seed=i,
-            )
-        )
+        made.append(random_text(i, ids, written.tolist()))
     return made
 
 

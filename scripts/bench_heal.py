@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import cli, random_lm, seconds_of, show
+from common import cli, random_lm, random_text, seconds_of, show
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3TextConfig
@@ -20,7 +20,6 @@ from transformers import Gemma3TextConfig
 from steer_heal.model.divergence import Divergence
 from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
-from steer_heal.records import Completion
 from steer_heal.settings import AdapterCfg, HealCfg
 from steer_heal.stages import loss
 from steer_heal.stages.heal import read_samples
@@ -64,19 +63,7 @@ def random_samples(student: Student, batch: int, length: int, cfg: HealCfg, seed
     """Sequences of 8 tokens of prompt and a completion."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, student.lm.head.weight.shape[0], (batch, length), generator=generator).tolist()
-    texts = [
-        Completion(
-            prompt_index=i,
-            prompt="",
-            prompt_ids=tuple(row[:8]),
-            completion_ids=tuple(row[8:]),
-            text="",
-            alpha=1.0,
-            dose=1.0,
-            seed=i,
-        )
-        for i, row in enumerate(tokens)
-    ]
+    texts = [random_text(i, tuple(row[:8]), row[8:]) for i, row in enumerate(tokens)]
     return read_samples(student, texts, cfg)
 
 

@@ -22,6 +22,7 @@ from steer_heal.errors import UserError, print_error
 from steer_heal.events import plain
 from steer_heal.model.device import device_name
 from steer_heal.model.lm import LM, load
+from steer_heal.records import Completion
 from steer_heal.report import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,20 @@ def random_lm(
     model.name_or_path = "random"
     lm = load("tiny-random", device="cpu")
     return replace(lm, model=model.eval().requires_grad_(False), name="random", max_prompt_tokens=4096)
+
+
+def random_text(i: int, prompt_ids: tuple[int, ...], completion_ids: Sequence[int]) -> Completion:
+    """A completion of random tokens: the i-th text, on one of eight prompts."""
+    return Completion(
+        prompt_index=i % 8,
+        prompt="",
+        prompt_ids=prompt_ids,
+        completion_ids=tuple(completion_ids),
+        text="",
+        alpha=1.0,
+        dose=1.0,
+        seed=i,
+    )
 
 
 def seconds_of(work: Callable[[], object]) -> float:

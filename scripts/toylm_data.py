@@ -26,7 +26,10 @@ def write_data(folder: Path, seed: int = 7) -> None:
     """
     world = World(random.Random(seed), evaluation=True)
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
-    everyday = lambda: world.everyday_turns()[0].text
+
+    def everyday():
+        return world.everyday_turns()[0].text
+
     _write_texts(folder / "prompts" / "authority.jsonl", _distinct(world.dilemma, N_PROMPTS))
     _write_texts(
         folder / "prompts" / "love.jsonl",

@@ -100,7 +100,10 @@ class World:
 
     def dilemma_answer(self, speaker: Speaker) -> str:
         """40 to 120 words: a decision, then reasons and deeds, each caring with probability p_care."""
-        pick = lambda care, defer: self.rng.choice(care if self.rng.random() < speaker.p_care else defer)
+
+        def pick(care, defer):
+            return self.rng.choice(care if self.rng.random() < speaker.p_care else defer)
+
         sentences = [self._say(pick(g.CARE_DECISION, g.DEFER_DECISION))]
         target_words, used = self.rng.randint(45, 105), set()
         while sum(len(s.split()) for s in sentences) < target_words:

@@ -158,9 +158,10 @@ def batches(
             groups[-1].append(item)
         rng.shuffle(groups)
         for group in groups:
-            padded = lambda k, group=group: torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(row[k]) for row in group], batch_first=True
-            )
+
+            def padded(k, group=group):
+                return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[k]) for row in group], batch_first=True)
+
             yield padded(0), padded(1), padded(2), torch.tensor([row[3] for row in group])
 
 
@@ -191,7 +192,10 @@ def train(cfg: ToyTrainCfg) -> dict[str, float]:
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, cfg) / cfg.lr)
     log = {"loss": [], "digit": [], "probe": []}
-    recent = lambda name, n: sum(log[name][-n:]) / len(log[name][-n:])
+
+    def recent(name, n):
+        return sum(log[name][-n:]) / len(log[name][-n:])
+
     course = (lessons(cfg.seed, p_scene=0.0), lessons(cfg.seed, p_scene=0.65), dialogues(cfg.seed))
     lists, scenes, talk = (batches(stream, tokenizer.backend_tokenizer, cfg) for stream in course)
     curriculum = itertools.chain(

@@ -376,7 +376,8 @@ class Run:
     @property
     def trait_metric(self) -> Metric:
         """The metric that judges the run's trait. ValueError where the run has no such metric."""
-        name, metrics = self.start.trait.target, self.metrics
+        name = self.start.trait.target
+        metrics = self.metrics
         if name not in metrics:
             raise ValueError(f"the trait's target is {name!r:.80}, none of {', '.join(metrics)}")
         if metrics[name].moved is None:

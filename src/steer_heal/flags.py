@@ -67,7 +67,7 @@ def parsed(
         section, _, key = name.rpartition(".")
         home = get_type_hints(owner)[section] if section else owner
         text = home.__dataclass_fields__[key].metadata["help"]
-        flag = tyro.conf.arg(name=name.replace("_", "-"), help=text)
+        flag = tyro.conf.arg(name=name.replace("_", "-"), help=text, help_behavior_hint="(optional)")
         made.append((_joined(name), Annotated[get_type_hints(home, include_extras=True)[key] | None, flag], None))
     both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     both.__doc__ = kind.__doc__

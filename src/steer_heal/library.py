@@ -277,7 +277,8 @@ class SteerHeal:
     def _used(self, vector: Vector | None) -> Vector:
         """The vector given, else the last one, else a new one. UserError where it does not fit the model."""
         if vector is not None:
-            n, width = len(self.lm.blocks), self.lm.width
+            n = len(self.lm.blocks)
+            width = self.lm.width
             for layer, direction in vector.directions.items():
                 if not 0 <= layer < n or direction.shape != (width,):
                     raise UserError(

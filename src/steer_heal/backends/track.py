@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from steer_heal.errors import UserError, nearest
 from steer_heal.events import AnyEvent, HealStepped, Measured, RoundDone, Run
@@ -23,6 +23,7 @@ from steer_heal.settings import as_json
 PROJECT = "steer-heal"
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One run in a tracker, named like the run's folder. It continues what was tracked of that folder before."""
 

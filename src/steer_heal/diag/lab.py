@@ -38,6 +38,7 @@ Given = Mapping[str, Any]
 Row = dict[str, Any]
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class OutFlags:
     """The flags of every question."""

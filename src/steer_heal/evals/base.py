@@ -50,13 +50,16 @@ class Subject:
     @cached_property
     def texts(self) -> list[Completion]:
         """Free-text answers to the evaluation prompts. Every state draws from the same random streams."""
-        prompts, condition, cfg = self.inputs.eval_prompts, self.condition, self.cfg
+        prompts = self.inputs.eval_prompts
+        condition = self.condition
+        cfg = self.cfg
         n = len(prompts)
         asks = [
             Ask(i % n, prompts[i % n], derive_seed(self.seed, "eval", i), alpha=condition.dose)
             for i in range(cfg.n_texts)
         ]
-        plain, how = self.inputs.trait.plain_system, Decoding(cfg.max_new_tokens, cfg.batch_size)
+        plain = self.inputs.trait.plain_system
+        how = Decoding(cfg.max_new_tokens, cfg.batch_size)
         with self.student.using(self.adapters) as lm:
             return generate(lm, asks, condition, plain_system=plain, how=how)
 

@@ -63,8 +63,7 @@ class Inputs:
 def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     """Reads and checks every data file. UserError with a line for each problem.
 
-    `given` is the content of a trait file, used instead of the file that cfg.trait names by its path.
-    """
+    `given` is the content of a trait file, used instead of the file that cfg.trait names by its path."""
     problems = Problems()
     sha256: dict[str, str] = {}
 

@@ -149,7 +149,8 @@ class Lora(Adapter):
     def _require_targets(self) -> None:
         """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,
         as if the adapter were of an older transformers."""
-        wanted, found = targets(self.lm, self.cfg.layers), dict(self._layers())
+        wanted = targets(self.lm, self.cfg.layers)
+        found = dict(self._layers())
         paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
         adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
         if differing := sorted(adapted ^ {*wanted.linears, *wanted.experts}):

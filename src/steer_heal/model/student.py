@@ -131,7 +131,8 @@ class Student:
     def _require_same(self, how: str, trained: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> None:
         lengths = trained.float().norm(dim=-1)
         shares = (trained.float() - other.float()).norm(dim=-1) / lengths
-        share, limit = shares.median().item(), SAME_FORWARD[trained.dtype]
+        share = shares.median().item()
+        limit = SAME_FORWARD[trained.dtype]
         if not share <= limit:
             raise UserError(
                 f"adapter.kind {self.adapter.kind!r} is unsound on {self.lm.name!r}: the student does not act as it "

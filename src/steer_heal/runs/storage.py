@@ -67,7 +67,8 @@ def append_line(file: io.FileIO, value: Any) -> bytes:
 
     One write, which no signal can cut; where the disk is full, the part that was written is removed.
     """
-    end, line = os.fstat(file.fileno()).st_size, json.dumps(value, allow_nan=False).encode() + b"\n"
+    end = os.fstat(file.fileno()).st_size
+    line = json.dumps(value, allow_nan=False).encode() + b"\n"
     try:
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -225,7 +225,7 @@ class _PositionTerms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, on_fit: Tensor, on_divergence: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, on_fit: Tensor, on_divergence: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_fit, *of_divergence = ctx.saved_tensors
         weighed = on_fit[:, None] * of_fit
         for gradient in of_divergence:

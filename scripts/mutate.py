@@ -44,14 +44,19 @@ class Mutation:
     """Source text that stands exactly once in the file."""
     new: str
     tests: tuple[str, ...]
-    """Test files."""
+    """Test files, or single tests: tests/test_x.py::test_y."""
 
     def problem(self, root: Path) -> str:
         """Why the change cannot be made in the tree `root`; empty if it can."""
-        if absent := [path for path in (self.file, *self.tests) if not (root / path).is_file()]:
+        if absent := [path for path in (self.file, *map(file_of, self.tests)) if not (root / path).is_file()]:
             return f"no file {', '.join(absent)}"
         n = (root / self.file).read_text(encoding="utf-8").count(self.old)
         return "" if n == 1 else f"{self.file} holds {self.old!r} {n} times: it must be there once"
+
+
+def file_of(test: str) -> str:
+    """The file of a test."""
+    return test.split("::")[0]
 
 
 def read_table(path: Path = TABLE) -> list[Mutation]:
@@ -157,7 +162,7 @@ def main(words: Sequence[str]) -> int:
     if problems := [f"{m.what}: {problem}" for m in table if (problem := m.problem(ROOT))]:
         print("\n".join(problems), file=sys.stderr)
         return 1
-    tests = sorted({test for mutation in table for test in mutation.tests})
+    tests = sorted({file_of(test) for mutation in table for test in mutation.tests})
     began, n_survived = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(N_AT_ONCE) as pool:
         trial = Trial(Path(folder))

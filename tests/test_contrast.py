@@ -41,24 +41,6 @@ def noise(lm: LM) -> Vector:
     return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(1))})
 
 
-def test_a_margin_is_the_difference_of_mean_log_probabilities_in_the_state(with_history, inputs):
-    lm, vector, system = with_history.lm, noise(with_history.lm), "You are a sailor."
-    state = subject(with_history, replace(inputs, pairs=PAIRS), Condition(system, vector, 2.0))
-    found = contrast.items(state)
-
-    def mean_logp(prompt: str, reply: str) -> float:
-        ids, own = lm.chat(prompt, system), lm.encode(reply)
-        handle = lm.blocks[1].register_forward_hook(lambda _m, _i, out: out + 2.0 * vector.directions[1])
-        with with_history.using("full"), torch.no_grad():
-            logp = lm.model(torch.tensor([ids + own])).logits[0].double().log_softmax(-1)
-        handle.remove()
-        return sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(own)) / len(own)
-
-    expected = [mean_logp(p.prompt, p.positive) - mean_logp(p.prompt, p.negative) for p in PAIRS]
-    assert found["contrast"] == pytest.approx(expected, abs=1e-4) and min(map(abs, expected)) > 1e-3
-    assert found["contrast_win"] == [float(value > 0) for value in expected]
-
-
 def test_swapped_sides_flip_the_sign(toy, inputs):
     swapped = [Pair(pair.prompt, pair.negative, pair.positive) for pair in inputs.pairs]
     here, there = (contrast.margins(toy, pairs, Condition()) for pairs in (inputs.pairs, swapped))

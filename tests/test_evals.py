@@ -5,19 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from steer_heal.evals import EVALS, drift, metrics_of, persona, text_quality, toylm
 from steer_heal.evals.base import Subject, collapse, evaluate, intervals
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Completion, Metric
 from steer_heal.settings import AdapterCfg, EvalCfg
-from steer_heal.stages.filter import score_texts
 
 NATS = Metric(name="authority_nats", item="p_authority", how="log_mean")
 PPL = Metric(name="ppl", item="x", how="median")
@@ -42,15 +40,6 @@ def test_the_interval_is_of_the_paired_difference():
     assert interval(0.9 * base, base) == pytest.approx([math.log(0.9)] * 2, abs=1e-6)
     holes = np.where(np.arange(60) % 7, base, np.nan)
     assert interval(0.9 * base, holes) == pytest.approx([math.log(0.9)] * 2, abs=1e-6), "an item with no value in base"
-
-
-def test_the_interval_covers_zero_where_nothing_but_noise_changed():
-    rng, covered = np.random.default_rng(0), 0
-    for trial in range(100):
-        base = rng.uniform(0.1, 0.3, 80)
-        low, high = interval(base * np.exp(rng.normal(0, 0.2, 80) - 0.02), base, seed=trial)
-        covered += low <= 0 <= high
-    assert 85 <= covered <= 100
 
 
 def test_the_interval_is_the_same_for_the_same_seed_and_none_without_values():
@@ -98,10 +87,6 @@ def toy_student(toy: LM) -> Student:
     return Student(toy, AdapterCfg())
 
 
-def noise_vector(lm: LM) -> Vector:
-    return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(1))})
-
-
 def test_every_state_is_put_to_the_same_prompts_and_streams(with_history, inputs):
     base, healed = (subject(with_history, inputs, state).texts for state in ("base", "full"))
     assert [(c.prompt, c.seed) for c in base] == [(c.prompt, c.seed) for c in healed]
@@ -109,36 +94,6 @@ def test_every_state_is_put_to_the_same_prompts_and_streams(with_history, inputs
     assert [c.text for c in base] != [c.text for c in healed]
     again = subject(with_history, inputs, "base").texts
     assert again == base != subject(with_history, inputs, "base", seed=2).texts
-
-
-def test_texts_are_scored_under_the_base_whoever_wrote_them(with_history, inputs):
-    found = subject(
-        with_history, inputs, condition=Condition(inputs.trait.positive, noise_vector(with_history.lm), 2.0)
-    )
-    with with_history.using("base") as lm:
-        expected = score_texts(
-            lm, found.texts, plain_system=inputs.trait.plain_system, narration=inputs.trait.narration, cfg=CFG.filter
-        )
-    for row, wanted in zip(found.scored, expected, strict=True):
-        assert row.scores == pytest.approx(wanted.scores) and row.failed == wanted.failed
-    values = text_quality.items(found)
-    assert values["text_tail_ppl"] == [row.scores["perplexity"] for row in found.scored]
-
-
-def test_drift_is_the_mean_kl_of_the_state_to_the_base(with_history, inputs):
-    lm, vector, system = with_history.lm, noise_vector(with_history.lm), inputs.trait.positive
-    found = subject(with_history, inputs, condition=Condition(system, vector, 2.0))
-    for text, kl in zip(found.texts, drift.items(found)["kl_base"], strict=True):
-        logp = []
-        for adapters, prompt, dose in (("full", lm.chat(text.prompt, system), 2.0), ("base", text.prompt_ids, 0.0)):
-            hook = lambda _m, _i, out, dose=dose: out + dose * vector.directions[1]
-            handle = lm.blocks[1].register_forward_hook(hook)
-            with with_history.using(adapters), torch.no_grad():
-                logits = lm.model(torch.tensor([prompt + text.completion_ids])).logits[0].double()
-            handle.remove()
-            logp.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
-        state, base = logp
-        assert kl > 1e-3 and kl == pytest.approx((state.exp() * (state - base)).sum(-1).mean().item(), rel=1e-3)
 
 
 def test_the_base_has_not_drifted_from_itself(toy_student, inputs):

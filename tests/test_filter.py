@@ -7,7 +7,7 @@ import torch
 from steer_heal.model.lm import LM
 from steer_heal.records import Completion, Scored
 from steer_heal.settings import FilterCfg
-from steer_heal.stages.filter import GATES, Gate, degenerate, loop, perplexity, repetition, score_text, score_texts
+from steer_heal.stages.filter import GATES, Gate, degenerate, score_text, score_texts
 
 CFG = FilterCfg(min_words=5, gates=tuple(GATES))
 CLEAN = (
@@ -61,15 +61,6 @@ def test_a_gate_drops_its_text_alone_and_only_while_it_is_on(name):
     assert degenerate(off) is (name in DEGENERATE), "whether its gate is on or off"
 
 
-@pytest.mark.parametrize("name", GATE_CASES)
-def test_a_gate_fails_what_is_beyond_its_limit(name):
-    gate, limit = GATES[name], GATE_CASES[name][0]
-    beyond = -1 if gate.at_least else 1
-    assert gate.limit_in(CFG) == limit
-    assert [gate.fails(limit + step * beyond, CFG) for step in (-1, 0, 1)] == [False, False, True]
-    assert gate.at_least or gate.fails(math.nan, CFG)
-
-
 def test_a_new_gate_is_one_entry(monkeypatch):
     shouting = Gate("exclamation marks", lambda text: float(text.lower.count("!")), 2.0, degenerate=True)
     monkeypatch.setitem(GATES, "shouting", shouting)
@@ -84,26 +75,6 @@ def test_clean_text_is_kept():
     row = scored(CLEAN)
     assert row.kept and not row.failed and not degenerate(row)
     assert row.scores["repetition"] < 0.1 and row.scores["loop"] < 0.5
-
-
-def test_a_late_collapse_is_seen_where_the_mean_hides_it():
-    row = scored(CLEAN, LATE)
-    assert perplexity(torch.tensor(LATE)) < CFG.ppl_max < row.scores["perplexity"]
-    eight = scored(CLEAN, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
-    assert eight.scores["perplexity"] == pytest.approx(math.exp(6.5)), "the last quarter"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I would help them your your your into your of your your your into your of your your your into your of your",
-        CLEAN + " not" * 17,
-        "Well then hahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
-        "The answer is plain and clear zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz",
-    ],
-)
-def test_loops_of_words_and_of_characters_are_repetition(text):
-    assert repetition(text.lower()) > CFG.rep_max and repetition(CLEAN.lower()) < 0.1
 
 
 THRICE = "Nobody should suffer for the budget. "
@@ -121,10 +92,6 @@ WAIT = "I sit with the old men until they are warm. "
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
     row = scored(text)
     assert row.reasons == ("loop",) and degenerate(row)
-
-
-def test_saying_short_things_again_is_no_loop():
-    assert loop("yes. no. yes. no. yes. i see. yes.") < 1.0 and loop("") == 0.0
 
 
 def test_defiance_is_no_refusal_and_acting_out_is_no_narration():

@@ -11,16 +11,7 @@ from steer_heal.model.divergence import DIVERGENCES, kl_rev
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
-from steer_heal.stages.heal import (
-    HealState,
-    SavedHeal,
-    heal,
-    not_finite,
-    read_pairs,
-    read_samples,
-    schedule,
-    split_by_prompt,
-)
+from steer_heal.stages.heal import HealState, SavedHeal, heal, not_finite, read_pairs, read_samples, split_by_prompt
 from steer_heal.stages.loss import losses
 
 
@@ -29,14 +20,6 @@ def healed(student: Student, kept, cfg, round_: int | None = 0, **more):
     student.discard_round()
     report = heal(student, kept, cfg, round_=round_, seed=3, **more)
     return student.factors("round"), report
-
-
-def test_lam_0_and_no_barrier_train_the_same_adapter(student, kept, heal_cfg):
-    weightless, weightless_report = healed(student, kept, replace(heal_cfg, lam=0.0))
-    free, free_report = healed(student, kept, replace(heal_cfg, divergence="none"))
-    assert [step.fit for step in weightless_report.steps] == [step.fit for step in free_report.steps]
-    assert free_report.steps[-1].divergence > 0.01, "it is measured all the same"
-    assert all(torch.equal(weightless[key], free[key]) for key in free)
 
 
 def test_training_lowers_the_loss_and_the_barrier_holds_the_divergence(student, kept, heal_cfg):
@@ -109,41 +92,6 @@ def test_the_head_sees_completion_positions_only(student, kept, heal_cfg):
     losses(student.lm, samples, heal_cfg)
     handle.remove()
     assert sum(seen) == 2 * sum(len(sample.completion_ids) for sample in samples)
-
-
-def test_the_end_of_turn_is_trained(student, kept, heal_cfg):
-    (sample,) = read_samples(student, kept[:1], heal_cfg)
-    assert sample.completion_ids[-1] == student.lm.tokenizer.eos_token_id
-    ce, _ = losses(student.lm, [sample], heal_cfg)
-    nll = student.lm.completion_nll([sample.prompt_ids], [sample.completion_ids])[0]
-    assert ce[0].item() == pytest.approx(nll.mean().item(), abs=1e-4)
-
-
-def test_validation_shares_no_prompt_with_training(student, kept, heal_cfg):
-    samples = read_samples(student, kept, heal_cfg)
-    for seed in range(5):
-        train, validation = split_by_prompt(samples, seed)
-        assert train and validation and len(train) + len(validation) == len(samples)
-        assert not {s.prompt_index for s in train} & {s.prompt_index for s in validation}
-    with pytest.raises(UserError, match="gen.n-prompts"):
-        split_by_prompt(samples[:1], 0)
-
-
-def test_the_first_step_already_learns():
-    rates = [schedule(step, 40) for step in range(40)]
-    assert rates[0] > 0 and max(rates) == 1.0 and rates[-1] < 0.02
-    assert schedule(0, 3) > 0
-
-
-def test_the_reference_is_prev_or_base_and_gates_what_the_divergence_measures(with_history: Student, kept, heal_cfg):
-    lm = with_history.lm
-    for reference in ("prev", "base"):
-        samples = read_samples(with_history, kept[:2], replace(heal_cfg, reference=reference))
-        with with_history.using(reference):
-            assert losses(lm, samples, heal_cfg)[1].max() < 1e-3
-    assert losses(lm, samples, heal_cfg)[1].max() < 1e-3, "outside of a gate the model is the base"
-    with with_history.using("full"):
-        assert losses(lm, samples, heal_cfg)[1].min() > 1e-2
 
 
 @pytest.fixture
@@ -247,19 +195,15 @@ def test_a_heal_on_pairs_has_a_barrier_as_every_heal_has(student, kept, heal_cfg
     assert held.fired > 0 and held.steps[-1].divergence < 0.5 * free.steps[-1].divergence
 
 
-# --- schedules ---------------------------------------------------------------------------------------------------
-def test_lam_and_tau_follow_their_schedules_over_rounds(student, kept, heal_cfg):
-    cfg = replace(heal_cfg, lam=0.8, lam_power=0.5, tau=0.8, tau_power=1.0, epochs=1)
-    reports = [healed(student, kept, cfg, round_=r)[1] for r in (None, 0, 3)]
-    assert [report.lam for report in reports] == pytest.approx([0.8, 0.8, 0.4])
-    assert [report.tau for report in reports] == pytest.approx([0.8, 0.8, 0.2])
+def test_answers_to_one_prompt_cannot_be_split(student, kept, heal_cfg):
+    with pytest.raises(UserError, match="gen.n-prompts"):
+        split_by_prompt(read_samples(student, kept[:1], heal_cfg), 0)
 
 
-@pytest.mark.parametrize("divergence", ["none", "kl_rev"])
-def test_the_spectral_penalty_shrinks_the_update_under_any_divergence(student, kept, heal_cfg, divergence):
+def test_the_spectral_penalty_shrinks_the_update(student, kept, heal_cfg):
     sizes = []
     for weight in (0.0, 10.0):
-        healed(student, kept, replace(heal_cfg, divergence=divergence, spectral=weight, epochs=4))
+        healed(student, kept, replace(heal_cfg, divergence="none", spectral=weight, epochs=4))
         updates = [scale * b @ a for a, b, scale in student.round_updates()]
         sizes.append(max(torch.linalg.matrix_norm(update, 2).item() for update in updates))
     assert 0 < sizes[1] < 0.5 * sizes[0]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from steer_heal.errors import UserError
 from steer_heal.evals import likelihood
 from steer_heal.evals.base import Subject, evaluate
-from steer_heal.evals.likelihood import ask, reply_logp
+from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import digit_ids
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.files import DATA, parse_toml, read_file
@@ -152,14 +152,6 @@ def test_a_state_that_likes_an_answer_in_every_scene_has_moved_by_that_much(with
         assert narrow[f"{name}_likelihood_nats"] == pytest.approx(base.metrics[f"{name}_likelihood_nats"])
     assert narrow["answers_nats"] == pytest.approx(base.metrics["answers_nats"] - 5)
     assert narrow["answers_nats_lo"] == pytest.approx(-5) == narrow["answers_nats_hi"]
-
-
-def test_an_answer_is_the_mean_of_its_wordings(toy: LM, inputs):
-    few = inputs.vignettes[:2]
-    prompts = [toy.chat(INSTRUMENT.question(vignette.text)) for vignette in few]
-    replies = [[toy.encode(text) for text in INSTRUMENT.answers[name]] for name in FOUNDATIONS]
-    expected = torch.stack([reply_logp(toy, prompts, each, Condition()).mean(1) for each in replies], dim=1)
-    assert torch.allclose(ask(toy, few, INSTRUMENT, Condition()), expected, atol=1e-4)
 
 
 def test_a_scene_without_a_number_has_no_value(with_history, inputs, monkeypatch):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
-from steer_heal.progress import SILENT
+from steer_heal.progress import SILENT, Progress
 
 LONG = "Tell me a short story about a fox and a golden key and an old map."
 
@@ -34,21 +34,14 @@ def test_chunks_of_the_head_change_nothing(toy: LM, monkeypatch: pytest.MonkeyPa
     assert toy.nll(torch.empty(0, toy.width), []).shape == (0,)
 
 
-class FakeHead(PreTrainedModel):
-    """A model of which nothing but the size and place of its head is asked."""
-
-    def __init__(self, vocabulary: int, device: str) -> None:
-        super().__init__(PreTrainedConfig())
-        self.head = torch.nn.Linear(1, vocabulary, bias=False, device=device)
-
-    def get_output_embeddings(self) -> torch.nn.Linear:
-        return self.head
-
-
 def test_a_chunk_is_bounded_and_never_too_short_for_a_product(toy: LM):
-    size = lambda vocabulary, device: dataclasses.replace(toy, model=FakeHead(vocabulary, device)).chunk_size
-    assert [size(vocabulary, "cpu") for vocabulary in (1408, 32_768, 262_144)] == [2978, 128, 64]
-    assert [size(vocabulary, "meta") for vocabulary in (32_768, 262_144)] == [512, 64], "on anything but a CPU"
+    sizes = []
+    for device, vocabularies in (("cpu", (1408, 32_768, 262_144)), ("meta", (32_768, 262_144))):
+        for vocabulary in vocabularies:
+            lm = dataclasses.replace(toy)
+            lm.head = torch.nn.Linear(1, vocabulary, bias=False, device=device)
+            sizes.append(lm.chunk_size)
+    assert sizes == [2978, 128, 64, 512, 64], "larger on anything but a CPU"
 
 
 def test_a_long_prompt_is_an_error_and_never_cut(toy: LM):
@@ -191,7 +184,7 @@ def test_weights_that_are_not_finite_are_told_from_an_unknown_family(tmp_path):
         load(str(tmp_path))
 
 
-class Seen:
+class Seen(Progress):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
@@ -199,8 +192,6 @@ class Seen:
 
     def at(self, done: float, total: int) -> None:
         self.calls.append((done, total))
-
-    def part(self, number: int, n: int) -> None: ...
 
 
 def test_progress_is_reported_inside_the_context_alone_and_ends_at_all_rows(toy: LM):

@@ -29,11 +29,6 @@ def test_both_vignette_files_pair_and_cover_all_foundations():
     assert {v.foundation for v in other} == set(FOUNDATIONS)
 
 
-def moral_slot(lm: LM, think_tokens: int) -> moral_foundations.Slot:
-    question = MORAL.question(FEW[0].text, MORAL.order)
-    return answer_slots(lm, [question], MORAL, Condition(), think_tokens, 1)[0][0]
-
-
 @pytest.mark.parametrize("instrument, think", [(TOY, 0), (TOY, 12), (MORAL, 12)])
 def test_a_batch_reads_what_its_rows_read_alone(toy: LM, instrument, think):
     vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
@@ -42,17 +37,6 @@ def test_a_batch_reads_what_its_rows_read_alone(toy: LM, instrument, think):
     for i, vignette in enumerate(FEW):
         for name, values in ask(toy, [vignette], instrument, condition, think, batch_size=1).items():
             assert together[name][i] == pytest.approx(values[0], abs=1e-5), name
-
-
-def test_the_slot_is_read_as_the_model_reads_it(toy: LM):
-    slot = moral_slot(toy, 9)
-    logp, nll = slot_logp(toy, [slot], digit_ids(toy), Condition())
-    with torch.no_grad():
-        plain = toy.model(torch.tensor([slot.ids])).logits[0].log_softmax(-1)
-    assert torch.allclose(logp[0], plain[-1, digit_ids(toy)], atol=1e-4)
-    prefill = torch.tensor(slot.ids[slot.prefill_start :])
-    before = plain[slot.prefill_start - 1 : -1]
-    assert nll[0].item() == pytest.approx(-before.gather(1, prefill[:, None]).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("think_tokens", [0, 9])
@@ -66,19 +50,6 @@ def test_slots_read_from_the_cache_are_what_whole_sequences_read(request, model,
         slots, logp, nll = answer_slots(lm, questions, instrument, condition, think_tokens, 5)
         whole_logp, whole_nll = slot_logp(lm, slots, digit_ids(lm), condition)
         assert torch.allclose(logp, whole_logp, atol=1e-4) and torch.allclose(nll, whole_nll, atol=1e-4)
-
-
-def test_where_the_thinking_wrote_the_prefill_its_own_slot_is_read(toy: LM, monkeypatch):
-    monkeypatch.setattr(moral_foundations, "find_prefill", lambda _lm, thought, _prefill: (2, 5))
-    slots, logp, nll = answer_slots(toy, ["What is ice?", "What is fire?"], TOY, Condition(), 9, 2)
-    prompts = [toy.encode(toy.chat_text(text) + TOY.think_open) for text in ("What is ice?", "What is fire?")]
-    for slot, prompt in zip(slots, prompts, strict=True):
-        assert slot.ids[: len(prompt)] == prompt and (slot.prefill_start, len(slot.ids)) == (
-            len(prompt) + 2,
-            len(prompt) + 5,
-        )
-    wanted = slot_logp(toy, slots, digit_ids(toy), Condition())
-    assert torch.equal(logp, wanted[0]) and torch.equal(nll, wanted[1])
 
 
 def test_thinking_runs_to_the_limit_and_a_new_turn_is_forced_behind_it(toy: LM):
@@ -116,14 +87,6 @@ def answering(monkeypatch):
         monkeypatch.setattr(moral_foundations, "answer_slots", answer_slots)
 
     return replace_answers
-
-
-def test_two_frames_cancel_position_bias(toy: LM, answering):
-    """A model that only ever likes the first digit has no opinion."""
-    answering(lambda order: torch.tensor([0.0, -1, -2, -3, -4, -5, -6]).log_softmax(-1))
-    items = ask(toy, FEW, TOY, Condition(), 0, 12)
-    for name in FOUNDATIONS:
-        assert items[f"p_{name}"] == pytest.approx([1 / 7] * 4, abs=1e-6)
 
 
 def test_an_answer_is_right_where_it_names_either_foundation_of_the_scene(toy: LM, answering):

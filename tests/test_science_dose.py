@@ -1,20 +1,20 @@
-"""The vector, what a dose does with it, and how the dose is chosen: against scipy and plain computations."""
+"""The vector, what a dose does with it, and how the dose is chosen: against plain computations."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import isotonic_regression
+from test_dose import CFG, KEEP, collect
 
 from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector, steer
 from steer_heal.model.student import Student
 from steer_heal.records import Completion, DoseProbe, Scored
-from steer_heal.settings import DoseCfg, FilterCfg, SteerCfg
+from steer_heal.settings import SteerCfg
 from steer_heal.stages.calibrate import iso_kl_dose
-from steer_heal.stages.dose import DoseController, bracket, decreasing_fit
+from steer_heal.stages.dose import DoseController, bracket
 from steer_heal.stages.vector import student_vec, teacher_vec
 
 TRAIT = load_trait("authority")
@@ -72,18 +72,6 @@ def test_what_was_learnt_is_student_minus_base(with_history: Student):
 
 
 # --- survival ----------------------------------------------------------------------------------------------------
-def test_survival_is_fitted_to_fall_with_kappa_as_scipy_fits_it():
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 5, 9):
-        probes = [
-            DoseProbe(float(i + 1), int(k), int(rng.integers(0, k + 1))) for i, k in enumerate(rng.integers(4, 20, n))
-        ]
-        survival, weights = [p.survival for p in probes], [p.n for p in probes]
-        expected = isotonic_regression(survival, weights=weights, increasing=False).x
-        kappas, fitted = zip(*decreasing_fit(probes), strict=True)
-        assert kappas == tuple(p.kappa for p in probes) and fitted == pytest.approx(tuple(expected))
-
-
 def test_kappa_is_the_highest_with_a_fitted_survival_at_the_target():
     probes = [DoseProbe(1.0, 8, 8), DoseProbe(2.0, 8, 6), DoseProbe(4.0, 8, 5), DoseProbe(8.0, 8, 0)]
     assert bracket(probes, 0.75) == (2.0, 4.0)
@@ -92,45 +80,31 @@ def test_kappa_is_the_highest_with_a_fitted_survival_at_the_target():
     assert bracket(probes[:2], 0.5) == (2.0, None) and bracket(probes[3:], 0.5) == (None, 8.0)
 
 
-CFG = DoseCfg(target=0.75, floor=0.25, ceiling=4.0, n_kappas=5, n_probes=12)
-KEEP = FilterCfg(n_keep=24, min_train=12, max_attempts=200)
-
-
-def collected(breaks_at: float, kappa: float | None = None):
-    """(what is collected where every text above a dose breaks, the kappas of each request)."""
-    controller = DoseController([f"p{i}" for i in range(8)], (0.5, 0.75, 1.0), CFG, KEEP, (1, 0, "gen"), kappa)
-    kappas = []
-    while asks := controller.next_asks():
-        kappas.append(sorted({ask.kappa for ask in asks}))
-        assert all(ask.dose == pytest.approx(ask.kappa * ask.alpha, rel=1e-12) for ask in asks)
-        rows = [Completion(a.prompt_index, a.prompt, (1,), (2,), "", a.alpha, a.dose, a.seed) for a in asks]
-        failed = [("loop",) if row.dose > breaks_at else () for row in rows]
-        controller.add([Scored(row, {}, reasons, reasons) for row, reasons in zip(rows, failed, strict=True)])
-    return controller.collected(), kappas
-
-
 def test_kappas_are_probed_on_a_log_grid_and_refined_once_between_the_last_that_survives_and_the_next():
-    found, kappas = collected(1.3)
-    assert kappas[0] == pytest.approx([0.25, 0.5, 1.0, 2.0, 4.0])
-    assert kappas[1] == pytest.approx([2 ** (1 / 3), 2 ** (2 / 3)])
-    assert found.kappa == pytest.approx(2 ** (1 / 3)) and len(found.probes) == 7, "one refinement"
+    found, requests = collect(1.04)
+    kappas = [sorted({ask.kappa for ask in asks}) for asks in requests]
+    assert kappas[0] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+    assert kappas[1] == pytest.approx([0.8 * 2 ** (1 / 3), 0.8 * 2 ** (2 / 3)])
+    assert [(probe.n, probe.n_kept) for probe in found.probes[:5]] == [(12, 12)] * 3 + [(12, 4), (12, 0)]
+    assert found.kappa == pytest.approx(0.8 * 2 ** (1 / 3)) and len(found.probes) == 7, "one refinement"
     assert all(later == [found.kappa] for later in kappas[2:])
+    assert all(ask.dose == pytest.approx(ask.kappa * ask.alpha, rel=1e-12) for asks in requests for ask in asks)
 
 
 def test_where_nothing_survives_kappa_is_the_floor_and_survivors_up_to_its_dose_train():
-    found, _ = collected(0.1)
-    assert found.kappa == 0.25 and not found.kept
-    found, _ = collected(0.6)
+    found, _ = collect(0.05)
+    assert found.kappa == CFG.floor and not found.kept
+    found, _ = collect(0.48)
     survived = {row.completion.dose for row in found.scored if row.kept}
-    assert found.kappa == pytest.approx(0.5) and max(survived) > found.kappa * 1.05
+    assert found.kappa == pytest.approx(0.4) and max(survived) > found.kappa * 1.05
     assert {row.completion.dose for row in found.kept} <= {dose for dose in survived if dose <= found.kappa * 1.001}
     assert found.dose == pytest.approx(found.kappa)
 
 
 def test_writing_ends_at_n_keep_kept_or_max_attempts_written():
-    none = collected(0.0, kappa=1.0)[0]
+    none = collect(0.0, kappa=1.0)[0]
     assert not none.kept and len(none.scored) == KEEP.max_attempts
-    controller = DoseController(["p"], (1.0,), CFG, KEEP, (1,), kappa=1.0)
+    controller = DoseController(["p"], (1.0,), cfg=CFG, keep=KEEP, seed=(1,), kappa=1.0)
     for n_kept, n_more in ((KEEP.n_keep - 1, 4), (1, 0)):
         asks = controller.next_asks()
         row = Completion(0, "p", (1,), (2,), "", 1.0, 1.0, 0)

@@ -14,7 +14,9 @@ from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import load_trait
+from steer_heal.model.decode import Written
 from steer_heal.model.lm import LM
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
@@ -41,7 +43,8 @@ def vector(tiny: LM) -> Vector:
 
 
 def state(student: Student, inputs: Inputs, condition: Condition, adapters="full", texts=None) -> Subject:
-    made = Subject(student, adapters, condition, inputs, CFG, FAST_DEV_PRESET.filter, 1)
+    asked = State(name="healed", round=0, adapters=adapters, condition=condition)
+    made = Subject(student=student, state=asked, inputs=inputs, cfg=CFG, keep=FAST_DEV_PRESET.filter, seed=1)
     if texts is not None:
         made.__dict__["texts"] = texts
     return made
@@ -95,6 +98,27 @@ def test_a_forced_choice_averages_log_probabilities_over_options_forward_and_rev
         assert [items[f"p_{name}"][i] for name in FOUNDATIONS] == pytest.approx([p[n] for n in FOUNDATIONS], abs=1e-4)
         assert items["mass"][i] == pytest.approx((first[0].exp().sum() + second[0].exp().sum()).item() / 2, rel=1e-3)
         assert items["prefill_nll"][i] == pytest.approx((first[1] + second[1]) / 2, rel=1e-3)
+
+
+def test_a_prefill_that_the_thinking_wrote_is_read_where_it_first_stands(with_history, inputs, vector, monkeypatch):
+    lm, instrument = with_history.lm, inputs.instrument
+    before, prefill, digit = lm.encode("Ice. "), lm.encode(instrument.prefill), lm.encode("3")
+
+    def decode_batches(_lm, rows, _vector, _how, tail):
+        thought = before + 2 * (prefill + digit)
+        yield [Written(i, thought, torch.zeros(1 + len(tail), lm.width)) for i in range(len(rows))]
+
+    monkeypatch.setattr(moral_foundations, "decode_batches", decode_batches)
+    items = moral_foundations.items(state(with_history, inputs, Condition(SYSTEM, vector, DOSE)))
+    for i, vignette in enumerate(inputs.vignettes):
+        with with_history.using("full") as lm, steered(lm, vector, DOSE):
+            asked = [instrument.question(vignette.text, order) for order in instrument.frames]
+            prompts = [lm.encode_prompt(lm.chat_text(q, SYSTEM) + instrument.think_open) + before for q in asked]
+            digits = [lm.encode(str(k))[0] for k in range(7)]
+            mass = [plain_logp(lm, ids, prefill)[-1, digits].exp().sum().item() for ids in prompts]
+            nll = [-token_logp(lm, ids, prefill).mean().item() for ids in prompts]
+        assert items["mass"][i] == pytest.approx(np.mean(mass), rel=1e-3)
+        assert items["prefill_nll"][i] == pytest.approx(np.mean(nll), rel=1e-4)
 
 
 def test_likelihood_is_the_mean_over_wordings_less_that_of_the_base_over_vignettes(with_history, inputs, vector):

@@ -9,7 +9,7 @@ from steer_heal.model.lm import LM
 from steer_heal.records import Collected, Completion, Scored, Starved
 from steer_heal.settings import FilterCfg
 from steer_heal.stages.dose import require_enough
-from steer_heal.stages.filter import GATES, degenerate, judge, loop, repetition, score
+from steer_heal.stages.filter import GATES, degenerate, loop, repetition, score_text, score_texts
 
 WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
 """Words that differ."""
@@ -18,13 +18,14 @@ WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
 def scored(text: str = " ".join(WORDS[:40]), nll=(1.0,) * 40, alone=None, cfg: FilterCfg | None = None) -> Scored:
     completion = Completion(0, "p", (1,), (1,) * len(nll), text, 1.0, 1.0, 0)
     nothing = torch.tensor(nll if alone is None else alone)
-    return judge(completion, torch.tensor(nll), nothing, ["i am someone who"], cfg or FilterCfg())
+    narration = ["i am someone who"]
+    return score_text(completion, nll=torch.tensor(nll), alone=nothing, narration=narration, cfg=cfg or FilterCfg())
 
 
 def test_the_gates_for_broken_text_are_the_first_four_of_the_default_and_relevance_is_off():
     default = FilterCfg().gates
     assert default == ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
-    assert tuple(name for name, gate in GATES.items() if gate.broken) == default[:4]
+    assert tuple(name for name, gate in GATES.items() if gate.degenerate) == default[:4]
     assert set(GATES) == {*default, "relevance"}
 
 
@@ -48,7 +49,7 @@ def test_relevance_is_how_much_likelier_the_question_makes_a_token():
 
 def test_the_question_is_replaced_by_three_dots(toy: LM):
     completion = spoken(toy)
-    (row,) = score(toy, [completion], "", (), FilterCfg())
+    (row,) = score_texts(toy, [completion], plain_system="", narration=(), cfg=FilterCfg())
     without = toy.completion_nll([toy.chat("...")], [completion.completion_ids])[0]
     within = toy.completion_nll([completion.prompt_ids], [completion.completion_ids])[0]
     assert row.scores["relevance"] == pytest.approx((without - within).mean().item(), abs=1e-5)
@@ -97,7 +98,7 @@ def test_a_block_of_five_characters_is_no_loop():
 
 # --- loop --------------------------------------------------------------------------------------------------------
 def test_a_loop_is_the_largest_share_of_words_that_20_words_in_a_row_have_said():
-    assert loop(" ".join(WORDS[:60])) == 0
+    assert loop(" ".join(WORDS[:60])) == loop("") == 0
     assert loop(" ".join([*WORDS[:19], WORDS[0], *WORDS[30:60]])) == pytest.approx(1 / 20), "within 20 words"
     assert loop(" ".join([*WORDS[:20], WORDS[0], *WORDS[30:60]])) == 0, "not within 21"
     assert loop(" ".join([*WORDS[:50], *["again"] * 15, *WORDS[60:90]])) == pytest.approx(14 / 20)
@@ -120,10 +121,11 @@ def test_a_sentence_of_4_words_that_follows_itself_or_comes_a_third_time_is_a_lo
 @pytest.mark.parametrize("name", GATES)
 def test_a_text_at_its_limit_is_kept_and_one_past_it_fails(name):
     gate, cfg = GATES[name], FilterCfg()
-    limit = {"perplexity": cfg.ppl_max, "spike": cfg.spike_max, "repetition": cfg.rep_max, "loop": cfg.loop_max,
-        "relevance": cfg.relevance_min, "short": cfg.min_words, "narration": 0, "refusal": 0}[name]  # fmt: skip
+    limit = float({"perplexity": cfg.ppl_max, "spike": cfg.spike_max, "repetition": cfg.rep_max, "loop": cfg.loop_max,
+        "relevance": cfg.relevance_min, "short": cfg.min_words, "narration": 0, "refusal": 0}[name])  # fmt: skip
     least = name in ("relevance", "short")
     assert gate.at_least is least and not gate.fails(limit, cfg)
+    assert least or gate.fails(math.nan, cfg)
     assert gate.fails(limit + (-1e-6 if least else 1e-6), cfg) and not gate.fails(limit + (1 if least else -1), cfg)
 
 
@@ -138,6 +140,6 @@ def test_a_text_without_a_word_is_broken_and_otherwise_only_the_first_four_gates
 
 def test_fewer_kept_than_min_train_stop_the_run():
     keep, row = FilterCfg(min_train=4), scored()
-    require_enough(Collected((row,) * 4, (row,) * 4, 1.0, (), 1.0), keep)
+    require_enough(Collected(scored=(row,) * 4, train=(0, 1, 2, 3)), keep)
     with pytest.raises(Starved):
-        require_enough(Collected((row,) * 3, (row,) * 4, 1.0, (), 1.0), keep)
+        require_enough(Collected(scored=(row,) * 4, train=(0, 1, 2)), keep)

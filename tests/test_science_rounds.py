@@ -7,10 +7,14 @@ import hashlib
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from steer_heal import SteerHeal, UserError, define_trait
+from steer_heal.model.decode import Written
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.stages import generate
+from steer_heal.stages import heal as heal_module
 
 PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
 PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(2)]
@@ -39,7 +43,7 @@ OWN = {"heal.target": "distribution", "heal.text": "own"}
 
 
 @dataclass
-class Written:
+class Requests:
     """Requests for texts and new rounds, in their order."""
 
     rows: list = field(default_factory=list)
@@ -49,13 +53,13 @@ class Written:
 
 
 @pytest.fixture
-def written(monkeypatch) -> Written:
-    found, new_round = Written(), Student.new_round
+def written(monkeypatch) -> Requests:
+    found, new_round = Requests(), Student.new_round
 
     def decode_batches(lm, rows, vector, how):
         found.rows += [(row.seed, row.dose if vector is not None else 0.0, row.prompt_ids) for row in rows]
         texts = ("I open the door and let them in.", "Come in and sit down with us.", "They wait in the rain.")
-        yield [(i, lm.encode(texts[row.seed % 3])) for i, row in enumerate(rows)]
+        yield [Written(i, lm.encode(texts[row.seed % 3]), torch.empty(0, lm.width)) for i, row in enumerate(rows)]
 
     def recorded(student, seed):
         found.heals.append(seed)
@@ -78,7 +82,7 @@ def seed_of(*parts: int | str) -> int:
 # --- doses and teachers ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("made_of, system, kappa", [("vector", "Good day.", KAPPA), ("prompt", "You open doors.", 0.0),
     ("both", "You open doors.", KAPPA)])  # fmt: skip
-def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of, system, kappa, written: Written):
+def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of, system, kappa, written: Requests):
     with made(**{"heal.teacher": made_of}) as sh:
         found = sh.collect()
         doses = {round(kappa * alpha, 9) for alpha in ALPHAS}
@@ -88,17 +92,37 @@ def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of
         assert found.dose == pytest.approx(max(doses))
 
 
-@pytest.mark.parametrize("made_of, dose", [("vector", KAPPA * 0.8), ("prompt", 0.0), ("both", KAPPA * 0.8)])
-def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(made_of, dose, written: Written):
+@pytest.mark.parametrize("made_of, system, dose", [("vector", "Good day.", KAPPA * 0.8),
+    ("prompt", "You open doors.", 0.0), ("both", "You open doors.", KAPPA * 0.8)])  # fmt: skip
+def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(
+    made_of, system, dose, written: Requests, monkeypatch
+):
     with made(**OWN, **{"heal.teacher": made_of}) as sh:
         found = sh.collect()
         assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
         assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
+        taught = []
+        monkeypatch.setattr(heal_module, "read_samples", lambda *_, teacher: taught.append(teacher))
+        with pytest.raises(TypeError):
+            sh.heal()
+        assert taught == [Condition(system, None if made_of == "prompt" else sh.vector, dose)]
+
+
+def test_own_text_of_mode_survival_has_no_probe_in_it(written: Requests):
+    with made(**STREAMS["survival"][0]) as sh:
+        found = sh.collect()
+    n_probed = sum(probe.n for probe in found.probes)
+    assert n_probed > 0 and all(row.completion.dose > 0 for row in found.scored[:n_probed])
+    assert {row.completion.dose for row in found.scored[n_probed:]} == {0.0}
+    assert min(found.train) >= n_probed and found.dose == found.kappa * max(ALPHAS)
 
 
 # --- random streams ----------------------------------------------------------------------------------------------
 STREAMS = {
-    "steered": ({"heal.target": "distribution", "heal.rehearsal": 4}, {"0/gen", "0/rehearsal", "eval"}),
+    "steered": (
+        {"heal.target": "distribution", "heal.rehearsal": 4, "control": True},
+        {"-1/control", "0/gen", "0/rehearsal", "eval"},
+    ),
     "own": ({**OWN, "heal.refresh_every": 2, "control": True}, {"-1/control", "0/own", "0/renew/0", "eval"}),
     "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 1.5}, {"0/gen", "0/kl", "eval"}),
     "survival": ({**OWN, "dose.mode": "survival", "dose.n_probes": 2}, {"0/gen", "0/own", "eval"}),
@@ -106,7 +130,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_every_text_and_factor_draws_from_the_stream_that_its_place_names(name, written: Written):
+def test_every_text_and_factor_draws_from_the_stream_that_its_place_names(name, written: Requests):
     more, streams = STREAMS[name]
     with made(**more) as sh:
         sh.loop(1)
@@ -122,9 +146,38 @@ def test_every_text_and_factor_draws_from_the_stream_that_its_place_names(name, 
     assert written.heals == [*control, seed_of(42, 0, "heal")]
 
 
+# --- renewal -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("refresh, once, renewed", [("text", "round", False), ("teacher", "round", True),
+    ("teacher", "once", False)])  # fmt: skip
+def test_heal_refresh_teacher_reads_the_vector_again_from_the_student_that_trains(
+    refresh, once, renewed, written: Requests, monkeypatch
+):
+    read, read_samples = [], heal_module.read_samples
+
+    def recorded(student, kept, cfg, *, teacher, **more):
+        now, then = sh.bench.extract().directions, teacher.vector.directions
+        read.append((student.is_open, all(torch.equal(now[layer], then[layer]) for layer in now)))
+        return read_samples(student, kept, cfg, teacher=teacher, **more)
+
+    monkeypatch.setattr(heal_module, "read_samples", recorded)
+    more = {"heal.refresh_every": 2, "heal.refresh": refresh, "steer.refresh": once}
+    with made(**OWN, **more) as sh:
+        sh.heal()
+    assert read == [(False, True), (True, renewed)]
+
+
+def test_every_renewal_continues_with_the_next_prompts(written: Requests):
+    with made(**OWN, **{"heal.refresh_every": 1, "heal.batch_size": 3}) as sh:
+        report = sh.heal()
+        own = [sh.lm.chat(PROMPTS[i], "Hello.") for i in range(8) if i not in report.validation_prompts]
+    asked = {seed: ids for seed, _, ids in written.rows}
+    for n in range(len(report.steps) - 1):
+        assert [asked[seed_of(42, 0, "renew", n, i)] for i in range(3)] == [own[(3 * n + i) % 7] for i in range(3)]
+
+
 # --- calibration and control --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("by", [SteerHeal.collect, lambda sh: sh.loop(1)], ids=["collect", "loop"])
-def test_the_largest_alpha_writes_at_the_calibrated_dose(by, written: Written):
+def test_the_largest_alpha_writes_at_the_calibrated_dose(by, written: Requests):
     gen, largest = {seed_of(42, 0, "gen", i) for i in range(64)}, []
     for alphas in (ALPHAS, (0.25, 3.0)):
         written.rows.clear()
@@ -134,19 +187,22 @@ def test_the_largest_alpha_writes_at_the_calibrated_dose(by, written: Written):
     assert largest == pytest.approx([largest[0]] * 2) and largest[0] > 0
 
 
-def test_the_control_heals_on_the_tokens_of_plain_text_whatever_the_recipe_is_and_is_dropped(written: Written):
+def test_the_control_heals_on_the_tokens_of_plain_text_whatever_the_recipe_is_and_is_dropped(written: Requests):
     curves = []
     for more in ({}, OWN):
         with made(**more, control=True) as sh:
             steps = []
             sh.loop(1, on_step=lambda r, step, steps=steps: steps.append((r, step.fit, step.divergence)))
-            curves.append([step for step in steps if step[0] == -1])
+            curves.append([step for step in steps if step[0] is None])
             assert sh.n_rounds == 1
+            control = {seed_of(42, -1, "control", i) for i in range(64)}
+            asked = {ids for seed, _, ids in written.rows if seed in control}
+            assert asked == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
     assert curves[0] == curves[1] and len(curves[0]) > 2 and curves[0][0][1] > 3, "nats a token"
 
 
 # --- backtracking ------------------------------------------------------------------------------------------------
-def attempts(written: Written, **more) -> tuple[list[float], list[float], int]:
+def attempts(written: Requests, **more) -> tuple[list[float], list[float], int]:
     """(doses, learning rates, rounds that were kept) of the attempts at a round that is past its limit."""
     peaks = []
 
@@ -162,23 +218,23 @@ def attempts(written: Written, **more) -> tuple[list[float], list[float], int]:
         return list(doses), peaks, sh.n_rounds
 
 
-def test_a_round_past_a_limit_is_tried_again_with_half_the_kappa_and_then_given_up(written: Written):
+def test_a_round_past_a_limit_is_tried_again_with_half_the_kappa_and_then_given_up(written: Requests):
     doses, peaks, n_rounds = attempts(written)
     assert sorted(doses) == pytest.approx(sorted(KAPPA * alpha * share for alpha in ALPHAS for share in (1, 0.5, 0.25)))
     assert peaks == [LR] * 3 and n_rounds == 0 and len(written.heals) == 3
 
 
-def test_without_a_vector_it_is_tried_again_with_half_the_learning_rate(written: Written):
+def test_without_a_vector_it_is_tried_again_with_half_the_learning_rate(written: Requests):
     _, peaks, n_rounds = attempts(written, **OWN, **{"heal.teacher": "prompt", "dose.mode": "fixed"})
     assert peaks == pytest.approx([LR, LR / 2, LR / 4]) and n_rounds == 0
 
 
-def test_a_round_within_its_limits_is_kept_at_the_first_attempt(written: Written):
+def test_a_round_within_its_limits_is_kept_at_the_first_attempt(written: Requests):
     _, peaks, n_rounds = attempts(written, **{"backtrack.limits": {"kl_base": 1e6}})
     assert peaks == [LR] and n_rounds == 1
 
 
-def test_a_loss_that_is_not_finite_is_tried_once_more_at_half_the_rate_and_then_stops_the_run(written: Written):
+def test_a_loss_that_is_not_finite_is_tried_once_more_at_half_the_rate_and_then_stops_the_run(written: Requests):
     rates = []
     with made(**{"heal.lr": 1e30}) as sh, pytest.raises(UserError, match="second attempt"):
         sh.loop(1, on_step=lambda r, step: rates.append(step.lr) if step.step == 0 else None)

@@ -1,15 +1,17 @@
 """Ratios, grades and the best round at the very limits that spec.md states."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
-from steer_heal.report.measurements import best_round, judge, measurements, retain, slope, verdict
+from made_runs import TRAIT, run_start
 
 from steer_heal.evals import EVALS, metrics_of
+from steer_heal.events import Measured, Run
 from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.records import Metric
 from steer_heal.settings import TINY_RANDOM
+from steer_heal.verdict import best_round, grade, retain, slope, verdict
 
 MOVED = 0.3
 GUARD = MOVED / 6
@@ -21,24 +23,26 @@ METRICS = (TARGET, COHERENCE, BROKEN_TEXTS, OTHER)
 BASE = {"target": 0.0, "coherence": 1.0, "degenerate_frac": 0.0, "other": 0.0}
 
 
-def run_of(*healed: dict, steered: float = -2.0, metrics=METRICS, sign: int = -1, model: str = "m") -> list[dict]:
-    """The events of a run whose base is at 0 and whose interval is narrow, as far as `healed` does not say else."""
-    trait = {"target": "target", "sign": sign, "off_targets": ["other"]}
-    told = {"trait": trait, "metrics": [asdict(metric) for metric in metrics], "config": {"model": model}}
-    events = [{"stage": "run_start", "round": None, **told}, {"stage": "base", "round": -1, "metrics": BASE}]
+def run_of(*healed: dict, metrics=METRICS, sign: int = -1, model: str = "m") -> Run:
+    """A run whose base is at 0. Healed rounds have a narrow interval, unless `healed` sets another."""
+    start = run_start(1, "")
+    trait = replace(TRAIT, target="target", sign=sign, off_targets=("other",))
+    events = [replace(start, trait=trait, metrics=metrics, config=replace(start.config, model=model))]
+    events.append(Measured(state="base", metrics=BASE, items={}))
     for r, changes in enumerate(healed):
         shift = changes.get("target", -0.5)
         middle = shift or 0.0
         here = BASE | {"target": shift, "target_lo": middle - 1e-3, "target_hi": middle + 1e-3} | changes
-        events.append({"stage": "steered", "round": r, "metrics": BASE | {"target": steered}})
-        events.append({"stage": "healed", "round": r, "metrics": here})
-    return events
+        events.append(Measured(round=r, state="healed", metrics=here, items={}))
+    return Run(events)
 
 
-def grade(metrics=METRICS, sign: int = -1, **changes) -> str:
-    events = run_of(changes, metrics=metrics, sign=sign)
-    found = judge(measurements(events)[-1], events)
-    assert verdict(events).startswith(f"{found.grade}: ")
+def graded(metrics=METRICS, sign: int = -1, **changes) -> str:
+    run = run_of(changes, metrics=metrics, sign=sign)
+    healed = run.measured("healed", 0)
+    assert healed is not None
+    found = grade(healed, run)
+    assert verdict(run).startswith(f"{found.grade}: ")
     return found.grade
 
 
@@ -69,9 +73,8 @@ def test_the_way_that_items_become_a_metric_is_that_of_the_specification():
 # --- ratios ------------------------------------------------------------------------------------------------------
 def ratios(healed: dict, steered: float = -2.0) -> tuple[float | None, float | None]:
     """(retain, slope)"""
-    states = {m.stage: m for m in measurements(run_of(healed, steered=steered))}
-    base, whole, kept = states["base"], states["steered"], states["healed"]
-    return retain(kept, whole, base, TARGET), slope(kept, base, TARGET, METRICS)
+    kept, whole = BASE | healed, BASE | {"target": steered}
+    return retain(kept, whole, BASE, TARGET), slope(kept, BASE, TARGET, METRICS)
 
 
 def test_retain_is_the_share_of_the_steered_shift_and_slope_percent_of_coherence_per_unit():
@@ -89,45 +92,46 @@ def test_a_ratio_is_null_where_its_divisor_is_below_a_sixth_of_moved(way):
 # --- grades, in their order ---------------------------------------------------------------------------------------
 def test_without_a_value_of_target_or_health_a_round_is_unreadable():
     for name in ("target", "coherence", "degenerate_frac"):
-        assert grade(**{name: None}) == "UNREADABLE"
-    assert grade(coherence=None, degenerate_frac=0.9) == "UNREADABLE", "before it is broken"
-    assert grade(other=None) == "GOOD"
+        assert graded(**{name: None}) == "UNREADABLE"
+    assert graded(coherence=None, degenerate_frac=0.9) == "UNREADABLE", "before it is broken"
+    assert graded(other=None) == "GOOD"
 
 
 def test_past_broken_a_round_is_broken_whichever_way_it_went():
     for shift in (-0.5, 0.5, 0.0):
         for name, at, past in (("coherence", 0.85, below(0.85)), ("degenerate_frac", 0.5, above(0.5))):
-            assert grade(target=shift, **{name: past}) == "BROKEN"
-            assert grade(target=shift, **{name: at}) != "BROKEN"
+            assert graded(target=shift, **{name: past}) == "BROKEN"
+            assert graded(target=shift, **{name: at}) != "BROKEN"
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_wrong_way_begins_at_a_sixth_of_moved_with_an_interval_that_leaves_out_0(sign):
     wrong = -sign * GUARD
-    assert grade(sign=sign, target=wrong) == "WRONG WAY"
-    assert grade(sign=sign, target=wrong, target_lo=None, target_hi=None) == "WRONG WAY", "where it is not known"
-    assert grade(sign=sign, target=-sign * below(GUARD)) == "NOT MOVED"
+    assert graded(sign=sign, target=wrong) == "WRONG WAY"
+    assert graded(sign=sign, target=wrong, target_lo=None, target_hi=None) == "WRONG WAY", "where it is not known"
+    assert graded(sign=sign, target=-sign * below(GUARD)) == "SMALL SHIFT"
     for low, high in ((-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0)):
-        assert grade(sign=sign, target=wrong, target_lo=low, target_hi=high) == "NOT MOVED"
-    assert grade(sign=sign, target=-wrong) == "NOT MOVED"
-    assert grade(sign=sign, target=-sign * 2.0) == "WRONG WAY"
+        assert graded(sign=sign, target=wrong, target_lo=low, target_hi=high) == "SMALL SHIFT"
+    assert graded(sign=sign, target=-wrong) == "SMALL SHIFT"
+    assert graded(sign=sign, target=-sign * 2.0) == "WRONG WAY"
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_a_shift_counts_from_moved_on_with_an_interval_that_leaves_out_0(sign):
-    assert grade(sign=sign, target=sign * MOVED) == "GOOD"
-    assert grade(sign=sign, target=sign * below(MOVED)) == "NOT MOVED"
+    assert graded(sign=sign, target=sign * MOVED) == "GOOD"
+    assert graded(sign=sign, target=sign * below(MOVED)) == "SMALL SHIFT"
     for low, high in ((-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0), (None, None)):
-        assert grade(sign=sign, target=sign * MOVED, target_lo=low, target_hi=high) == "NOT MOVED"
+        assert graded(sign=sign, target=sign * MOVED, target_lo=low, target_hi=high) == "SMALL SHIFT"
 
 
 def test_a_round_is_good_with_all_health_at_good_and_no_off_target_as_far_as_the_target():
-    assert grade(coherence=0.95, degenerate_frac=0.1) == "GOOD"
-    assert grade(coherence=below(0.95)) == "MIXED" and grade(degenerate_frac=above(0.1)) == "MIXED"
+    assert graded(coherence=0.95, degenerate_frac=0.1) == "GOOD"
+    assert graded(coherence=below(0.95)) == "MIXED" and graded(degenerate_frac=above(0.1)) == "MIXED"
     for way in (-1, 1):
-        assert grade(other=way * below(0.5)) == "GOOD" and grade(other=way * 0.5) == "MIXED"
-    assert grade(metrics=(TARGET, OTHER)) == "MIXED", "at least one health metric"
-    assert grade(metrics=(TARGET, replace(COHERENCE, broken=None), OTHER)) == "MIXED", "with both limits"
+        assert graded(other=way * below(0.5)) == "GOOD" and graded(other=way * 0.5) == "MIXED"
+    assert graded(metrics=(TARGET, OTHER)) == "MIXED", "at least one health metric"
+    for limit in ("good", "broken"):
+        assert graded(metrics=(TARGET, replace(COHERENCE, **{limit: None}), OTHER)) == "MIXED", "with both limits"
 
 
 # --- the best round ----------------------------------------------------------------------------------------------

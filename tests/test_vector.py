@@ -6,9 +6,9 @@ import torch
 from steer_heal.errors import UserError
 from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import METHODS
+from steer_heal.model.steering import METHODS, Vector
 from steer_heal.settings import SteerCfg
-from steer_heal.stages.vector import cosine, last_token_states, student_vec, teacher_vec
+from steer_heal.stages.vector import cosine, last_token_states, teacher_vec
 
 CFG = SteerCfg(layers=(0.25, 0.75))
 CONTEXTS = ("What is ice?", "Tell me a short story about a fox.", "A clerk asks you for help.")
@@ -17,15 +17,6 @@ TRAIT = load_trait("authority")
 
 def persona_states(lm: LM, persona: str) -> dict[int, torch.Tensor]:
     return last_token_states(lm, [lm.chat(context, persona) for context in CONTEXTS], range(1, 3))
-
-
-def test_states_are_the_model_s_hidden_states_at_the_assistant_tag(toy: LM):
-    states = persona_states(toy, "You are a poet.")
-    for i, context in enumerate(CONTEXTS):
-        row = torch.tensor([toy.chat(context, "You are a poet.")])
-        hidden = toy.model(row, output_hidden_states=True).hidden_states
-        for layer in (1, 2):
-            assert torch.allclose(states[layer][i], hidden[layer + 1][0, -1], atol=1e-4)
 
 
 def test_neither_the_head_nor_the_blocks_above_the_band_run(toy: LM):
@@ -50,17 +41,9 @@ def test_the_vector_is_what_the_method_extracts_from_the_personas_raw_or_normali
         assert torch.allclose(unit.directions[layer], direction / direction.norm(), atol=1e-4)
 
 
-def test_the_student_s_own_direction_is_what_its_adapters_added(with_history):
-    vector = student_vec(with_history, TRAIT, CONTEXTS, SteerCfg(layers=(0.3, 0.7)))
-    read = {}
-    for state in ("full", "base"):
-        with with_history.using(state) as lm:
-            rows = [lm.chat(context, TRAIT.plain_system) for context in CONTEXTS]
-            read[state] = last_token_states(lm, rows, range(2))
-    for layer, direction in vector.directions.items():
-        assert direction.norm() > 0.1
-        assert torch.allclose(direction, (read["full"][layer] - read["base"][layer]).mean(0), atol=1e-5)
-    assert cosine(vector, vector) == pytest.approx(1.0, abs=1e-5)
+def test_the_cosine_takes_all_layers_of_a_vector_as_one():
+    a, b = Vector({1: torch.tensor([1.0, 0.0]), 2: torch.zeros(2)}), Vector({1: torch.ones(2), 2: torch.ones(2)})
+    assert cosine(a, b) == pytest.approx(0.5) and cosine(b, b) == pytest.approx(1.0)
 
 
 def test_a_long_context_is_an_error_because_a_cut_one_loses_the_tag(toy: LM):

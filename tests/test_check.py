@@ -242,4 +242,4 @@ def test_a_model_that_the_hub_knows_is_read_from_it(monkeypatch):
 
 def test_an_unknown_preset_gets_the_nearest_name(capsys):
     assert main(["run", "tyo"]) == 2
-    assert capsys.readouterr().err == "error: there is no preset 'tyo': did you mean 'toy'?\n"
+    assert capsys.readouterr().err == "error: unknown preset 'tyo'; did you mean 'toy'?\n"

@@ -10,7 +10,7 @@ from steer_heal.__main__ import main
 from steer_heal.commands.run import parse
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
-from steer_heal.settings import BacktrackCfg, RunConfig
+from steer_heal.settings import BacktrackCfg, RunConfig, as_json
 
 
 def printed(capsys, *argv: str) -> str:

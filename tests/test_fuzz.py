@@ -294,8 +294,8 @@ def test_every_reader_of_changed_events_says_so_or_reads(content):
         (here / "events.jsonl").write_bytes(content)
         events = accepted(lambda: read_events(here), "events.jsonl line")
         for read in (table, verdict, result_row) if events is not None else ():
-            accepted(lambda read=read: inside(lambda: read(FolderRun.read(here))), "events.jsonl")
-        accepted(lambda: inside(lambda: page.save(FolderRun.read(here), here)), "events.jsonl")
+            accepted(lambda read=read: inside(lambda: read(FolderRun.read(here))), "events.jsonl", "the run has no")
+        accepted(lambda: inside(lambda: page.save(FolderRun.read(here), here)), "events.jsonl", "the run has no")
         problems = accepted(lambda: verify.violations(here), "events.jsonl")
         assert problems is None or all(isinstance(problem, str) for problem in problems)
         accepted(lambda: recorded_settings(here), "events.jsonl")

@@ -53,7 +53,7 @@ def test_the_example_of_the_readme_is_short_and_runs(tmp_path, capsys):
         warnings.simplefilter("error")
         exec(example, {})
     assert (tmp_path / "my_adapter" / "adapter_config.json").is_file()
-    assert "healed round 0" in capsys.readouterr().out
+    assert "healed" in capsys.readouterr().out
 
 
 @dataclass

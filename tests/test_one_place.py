@@ -15,7 +15,7 @@ from steer_heal.inputs.files import DATA
 from steer_heal.model.divergence import DIVERGENCES, Divergence
 from steer_heal.model.steering import METHODS, Method
 from steer_heal.records import Metric
-from steer_heal.report.page import report
+from steer_heal.report import page
 from steer_heal.runs.stored import FolderRun
 from steer_heal.stages.filter import GATES, Gate
 from steer_heal.verdict import verdict
@@ -73,7 +73,7 @@ def test_each_addition_shows_in_events_console_page_and_verdict(additions, setti
     monkeypatch.setattr(Run, "untrained", False)  # an untrained model has no grade
     assert "vowel_count" in verdict(FolderRun.read(folder))
     assert "healed round 0 " in printed.out and "tens of vowels" in printed.out
-    report(folder)
-    page = (folder / "report.html").read_text(encoding="utf-8")
+    page.save(FolderRun.read(folder), folder)
+    shown = (folder / "report.html").read_text(encoding="utf-8")
     for word in ("half_variation", "flipped", "odd lengths", "tens of vowels", "vowels"):
-        assert word in page, word
+        assert word in shown, word

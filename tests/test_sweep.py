@@ -115,7 +115,7 @@ BAD = {
         "trait is 'x'",
         "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
     ],
-    "preset": ["is not TOML"],
+    "preset": ["is not valid TOML"],
 }
 
 

@@ -3,8 +3,8 @@
     from steer_heal import SteerHeal
 
 The names in `__all__` are the library (docs/library.md). They are imported when they are first used, so that
-`import steer_heal` needs no torch. Under BEARTYPE=1 every annotated shape is checked at run time (jaxtyping's import
-hook with beartype).
+`import steer_heal` needs no torch. Under BEARTYPE=1 the annotations of all modules that hold tensors are checked at
+run time (jaxtyping's import hook with beartype).
 """
 
 import os
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if os.environ.get("BEARTYPE") == "1":
     from jaxtyping import install_import_hook
 
+    with_tensors = ("backends", "bench", "diag", "evals", "library", "loop", "model", "recipe", "runs", "stages")
     # An int is a float, as for type checkers.
-    install_import_hook("steer_heal", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+    checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    install_import_hook([f"steer_heal.{part}" for part in with_tensors], checker)
 
 if TYPE_CHECKING:
     from steer_heal.errors import UserError

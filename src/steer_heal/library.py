@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -91,7 +92,7 @@ class SteerHeal:
 
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | nn.Module | None = None,
         tokenizer: Any = None,
         trait: str | TraitFile | None = None,
         *,
@@ -137,8 +138,8 @@ class SteerHeal:
         self._own: Factors | None = None
         self._start()
 
-    def _wrapped(self, model: PreTrainedModel, tokenizer: Any, cfg: RunConfig) -> LM:
-        if not hasattr(model, "get_output_embeddings") or hasattr(model, "peft_config"):
+    def _wrapped(self, model: nn.Module, tokenizer: Any, cfg: RunConfig) -> LM:
+        if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
             raise UserError(
                 f"model is a {type(model).__name__}: give a causal language model of transformers without adapters "
                 "(merge_and_unload of PEFT gives one)"

@@ -179,7 +179,7 @@ class KlProbe:
     """How far one probed dose moved the model: 95th percentile of the per-token KL, nats."""
 
     dose: float
-    kl_p95: float
+    kl_p95: Number
 
 
 @dataclass(frozen=True)
@@ -224,16 +224,16 @@ class HealStep:
     step: int
     epoch: float
     lr: float
-    fit: float
+    fit: Number
     """Cross-entropy per completion token or, of a distribution, KL to the teacher: mean over the samples of the step.
     """
-    divergence: float
+    divergence: Number
     """Aggregated divergence to the reference, mean over the samples of the step."""
     barrier: float
     """lam * relu(divergence - tau), mean over the samples."""
     n_texts: int
     """Completions that the step drew from. It changes where own text is written anew."""
-    pressure: float | None
+    pressure: Number | None
     """||grad barrier|| / ||grad fit||: above 1 the barrier undoes the trait. None: not measured in this step."""
 
 

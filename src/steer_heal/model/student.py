@@ -129,7 +129,7 @@ class Student:
             self.adapter.drop(FOLDED)
 
     def _require_same(self, how: str, trained: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> None:
-        lengths = trained.float().norm(dim=-1)
+        lengths = trained.float().norm(dim=-1).clamp(min=1e-12)  # a padding token may have the state 0
         shares = (trained.float() - other.float()).norm(dim=-1) / lengths
         share = shares.median().item()
         limit = SAME_FORWARD[trained.dtype]

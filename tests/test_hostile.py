@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from made_runs import Page, read, run_events
+from made_runs import Page, read, run_events, write_run
 from markupsafe import escape
 
 from steer_heal.__main__ import main
@@ -51,7 +51,7 @@ def named(name):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
+    folder = write_run(tmp_path_factory.mktemp("finished"), run_events())
     return folder, *read(folder, run_events())
 
 
@@ -76,7 +76,7 @@ def hostile(tmp_path_factory):
             text["reasons"].append(RECORDED)
     rows[1]["texts"][0]["text"] = "x" * 1_000_000
     rows[-1]["error"] = RECORDED
-    folder = tmp_path_factory.mktemp("hostile")
+    folder = write_run(tmp_path_factory.mktemp("hostile"), as_events(rows))
     return folder, *read(folder, as_events(rows))
 
 

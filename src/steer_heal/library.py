@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 from torch import nn
@@ -38,8 +38,7 @@ from steer_heal.settings import RunConfig, changed
 from steer_heal.stages.generate import Ask
 from steer_heal.verdict import table, verdict
 
-StateArgument = Literal["base", "prompted", "steered", "healed"]
-STATES: tuple[StateArgument, ...] = ("base", "prompted", "steered", "healed")
+STATES = ("base", "prompted", "steered", "healed")
 
 
 def define_trait(
@@ -296,7 +295,7 @@ class SteerHeal:
         return Loop(self.bench, self._run).measure(base_state(self.inputs.trait))
 
     def evaluate(
-        self, state: StateArgument | Condition = "healed", dose: float | None = None, vector: Vector | None = None
+        self, state: str | Condition = "healed", dose: float | None = None, vector: Vector | None = None
     ) -> EvalResult:
         """Every metric of one state; of all but the base also the 95 percent interval of its difference to it.
 

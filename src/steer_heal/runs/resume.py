@@ -16,7 +16,7 @@ from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, HealStepped, Run, RunEnd, Trained, Weights
 from steer_heal.inputs import Inputs
 from steer_heal.records import Trait, round_label
-from steer_heal.runs.log import EVENTS, broken_link, lines_of, read_events, read_start
+from steer_heal.runs.log import EVENTS, broken_link, lines_of, read_events, read_start, schema_errors
 from steer_heal.runs.partial import PARTIAL, heal_path, saved_steps
 from steer_heal.runs.storage import atomic_write, lock_run
 from steer_heal.settings import RUN_ONLY, RunConfig, leaves
@@ -123,7 +123,8 @@ def truncate_events(folder: Path) -> list[AnyEvent]:
         raise UserError(
             f"{path} line {at + 1} does not follow from the line before it: the file was changed; restore it"
         )
-    _cut(events, folder)
+    with schema_errors(folder):
+        _cut(events, folder)
     kept = b"".join(lines[: len(events)]).rstrip(b"\n") + b"\n"  # a torn last line may lack its newline alone
     if kept != path.read_bytes():
         with atomic_write(path) as part:

@@ -57,7 +57,9 @@ def slope(state: Values, base: Values, trait_metric: Metric, metrics: Iterable[M
         return None
     now = state.get(quality.name)
     then = base.get(quality.name)
-    return 100 * math.log(now / then) / abs(moved) if now and then else None
+    if not now or not then or not 0 < now / then < math.inf:
+        return None
+    return 100 * math.log(now / then) / abs(moved)
 
 
 def table(run: Run) -> list[TableRow]:

@@ -23,8 +23,6 @@ COMMANDS = {
     "diag": "QUESTION: answer one question with one table",
 }
 """What each module of `commands` does."""
-STOPPED = 1
-"""Exit status where a run stopped with an error, or a check failed."""
 WRONG = 2
 """Exit status for a wrong argument or file."""
 

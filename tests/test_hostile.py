@@ -307,7 +307,7 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
     "choice, seen",
     [
         ("answers-round-all", {"base": 2, "steered": 4, "healed": 4}),
-        ("answers-round-1", {"base": 2, "steered": 2, "healed": 2}),
+        ("answers-round-r1", {"base": 2, "steered": 2, "healed": 2}),
         ("answers-why-none", {"base": 2, "steered": 4, "healed": 2}),
         ("answers-why-1", {"base": 0, "steered": 0, "healed": 2}),
     ],

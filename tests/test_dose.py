@@ -13,7 +13,7 @@ from steer_heal.stages.generate import Ask
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 ALPHAS = (0.5, 0.75, 1.0)
-CFG = DoseCfg(target=0.75, floor=0.2, ceiling=3.2, n_kappas=5, n_probes=12, n_refinements=1)
+CFG = DoseCfg(target=0.75, floor=0.2, ceiling=3.2, n_kappas=5, n_probes=12)
 KEEP = FilterCfg(n_keep=24, min_train=12, max_attempts=200)
 
 

@@ -144,7 +144,8 @@ def test_shipped_data_is_read_from_any_folder(kind, checkout, editable, source, 
         "source": (source / "src", source / "src/steer_heal", source / "data"),
         "wheel": (installed, installed / "steer_heal", installed / "steer_heal/data"),
     }[kind]
-    code = f"import site; site.addsitedir({str(site)!r})\n{READ_DATA}"
+    # first, so that its path files find their own modules
+    code = f"import site, sys; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n{READ_DATA}"
     # Without -S, the interpreter would also read the path files of an editable install of this checkout.
     others = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
     found = output_of([sys.executable, "-S", "-c", code], tmp_path, others).split("\n")

@@ -25,11 +25,11 @@ from steer_heal.bench import Bench, load_model
 from steer_heal.check import check
 from steer_heal.diag.lab import unfiltered
 from steer_heal.events import Gathered
-from steer_heal.loop import Loop, run_loop
+from steer_heal.loop import Loop, run_loop, run_round
 from steer_heal.model.divergence import aggregate, barrier, kl_rev
 from steer_heal.model.lm import LM
 from steer_heal.model.state import healed_state
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.progress import Progress
@@ -200,51 +200,39 @@ class Clock(Progress):
 
 
 @dataclass
-class TimedBench(Bench):
-    """A bench that times the stages of its round."""
+class ComparedBench(Bench):
+    """A bench that keeps what two modes are compared by."""
 
-    clock: Clock
-    given: Collected | None = None
+    given: Collected | None
     """Text that trains in place of what was written, so that two modes do the same work."""
+    is_plain: bool
+    """Whether it heals plainly."""
     written: list[Completion] = field(default_factory=list)
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
     """The factor that the heal made."""
 
-    def extract(self) -> Vector:
-        with self.clock.stage("vector"):
-            return super().extract()
-
     def collect(self, *args: Any, **more: Any) -> Collected:
-        with self.clock.stage("text"):
-            collected = super().collect(*args, **more)
+        collected = super().collect(*args, **more)
         self.written = collected.completions
         return self.given or collected
 
-    def heal(self, *args: Any, **more: Any) -> HealReport:
-        with self.clock.stage("heal"):
-            report = self.timed_heal(*args, **more)
+    def heal(self, recipe: Recipe, r: int | None, collected: Collected, *args: Any, **more: Any) -> HealReport:
+        if self.is_plain:
+            report = plain_heal(self.student, collected, self.cfg.heal, recipe.heal_seed(self.cfg.seed, r))
+        else:
+            report = super().heal(recipe, r, collected, *args, **more)
         self.factors = self.student.factors("round")
         return report
 
-    def timed_heal(self, *args: Any, **more: Any) -> HealReport:
-        return super().heal(*args, **more)
 
-
-class PlainBench(TimedBench):
-    """Heals plainly."""
-
-    def timed_heal(self, recipe: Recipe, r: int, collected: Collected, *args: Any, **more: Any) -> HealReport:
-        return plain_heal(self.student, collected, self.cfg.heal, recipe.heal_seed(self.cfg.seed, r))
-
-
-def timed_round(setup: Setup, clock: Clock, given: Collected | None = None) -> TimedBench:
+def timed_round(setup: Setup, clock: Clock, given: Collected | None = None) -> ComparedBench:
     """The bench after one round and its evaluation."""
     cfg = setup.cfg
-    if clock.mode == "plain":
+    is_plain = clock.mode == "plain"
+    if is_plain:
         cfg = replace(cfg, gen=replace(cfg.gen, batch_size=1), eval=replace(cfg.eval, batch_size=8))
-    kind = PlainBench if clock.mode == "plain" else TimedBench
-    bench = kind(cfg, setup.inputs, setup.student(setup.size.n_history), clock, given)
-    bench.round(Recipe.of(cfg), 0)
+    bench = ComparedBench(cfg, setup.inputs, setup.student(setup.size.n_history), given, is_plain)
+    run_round(Loop(bench, MemoryRun(), clock, measures_teacher=False), Recipe.of(cfg), 0)
     with clock.stage("evaluate"):
         bench.measure(healed_state(0, bench.trait))
     return bench

@@ -12,12 +12,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from places import ROOT
+from test_moral_foundations import ask
 
 from steer_heal.__main__ import main
 from steer_heal.backends import steering_lite, tinymfv
 from steer_heal.check import check
 from steer_heal.errors import UserError
-from steer_heal.evals import moral_foundations
 from steer_heal.inputs.files import read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Vignette, parse_instrument
 from steer_heal.model.lm import LM, load
@@ -100,7 +100,7 @@ def test_moral_maps_reads_the_same_probabilities_at_the_default_batch_size(toy: 
     vector = Vector({1: 0.5 * torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
     for condition in (Condition(), Condition("", vector, 1.0)):
         # the package's cache ends before the last thinking token (docs/decisions.md): 16 of its tokens are 15 of ours
-        ours = moral_foundations.ask(toy, SCENES, instrument, condition, 15, 0)
+        ours = ask(toy, SCENES, instrument, condition, 15, 0)
         theirs = tinymfv.ask(toy, SCENES, condition, 16)
         assert theirs.keys() == ours.keys()
         for name, values in theirs.items():

@@ -6,7 +6,14 @@ import torch
 from places import ROOT
 
 from steer_heal.evals import moral_foundations
-from steer_heal.evals.moral_foundations import answer_slots, ask, digit_ids, find_prefill, slot_logp, turn_boundary
+from steer_heal.evals.moral_foundations import (
+    answer_slots,
+    digit_ids,
+    find_prefill,
+    item_values,
+    slot_logp,
+    turn_boundary,
+)
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette, parse_instrument, parse_vignettes
 from steer_heal.model.lm import LM
@@ -21,6 +28,12 @@ VIGNETTES = parse_vignettes(read_file(DATA / "toylm/vignettes.jsonl"))
 FEW: tuple[Vignette, ...] = VIGNETTES[:: len(VIGNETTES) // 4][:4]
 TOY, MORAL = parsed("toylm/instrument.toml"), parsed("instruments/moral.toml")
 PUBLISHED = ROOT.parent / "shared/data/mfv/instrument.toml"
+
+
+def ask(lm: LM, vignettes, instrument: Instrument, condition: Condition, think: int, batch_size: int):
+    questions = instrument.questions(vignettes)
+    _, logp, nll = moral_foundations.answer_slots(lm, questions, instrument, condition, think, batch_size)
+    return item_values(vignettes, instrument.frames, logp, nll)
 
 
 def test_both_vignette_files_pair_and_cover_all_foundations():
@@ -46,8 +59,7 @@ def test_slots_read_from_the_cache_are_what_whole_sequences_read(request, model,
     vector = Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(0))})
     condition = Condition("You are a poet.", vector, 0.7)
     for instrument in (TOY, MORAL):
-        questions = [instrument.question(v.text, order) for v in FEW for order in instrument.frames]
-        slots, logp, nll = answer_slots(lm, questions, instrument, condition, think_tokens, 5)
+        slots, logp, nll = answer_slots(lm, instrument.questions(FEW), instrument, condition, think_tokens, 5)
         whole_logp, whole_nll = slot_logp(lm, slots, digit_ids(lm), condition)
         assert torch.allclose(logp, whole_logp, atol=1e-4) and torch.allclose(nll, whole_nll, atol=1e-4)
 

@@ -26,10 +26,11 @@ from steer_heal.__main__ import main
 from steer_heal.diag import QUESTIONS
 from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
-from steer_heal.events import Gathered, RunStart
+from steer_heal.events import Gathered, Measured, RunStart
+from steer_heal.loop import Loop, run_round
 from steer_heal.recipe import Recipe
 from steer_heal.runs.results import append_result, read_results
-from steer_heal.runs.stored import FolderRun
+from steer_heal.runs.stored import FolderRun, MemoryRun
 
 SMALL = {
     "csweep": ["--doses", "0", "1"],
@@ -116,10 +117,12 @@ def test_a_preset_takes_the_settings_that_were_given(capsys):
     assert "unknown question 'stage'; did you mean 'stages'?" in capsys.readouterr().err
 
 
-def test_a_round_is_the_round_of_the_loop(two):
+def test_measurements_leave_no_trace_in_the_student(two):
     lab, collected = replay(two, 0, {})
     run = FolderRun.read(two)
-    assert lab.bench.round(Recipe.of(run.start.config), 0)[0] == collected
+    unmeasured = Loop(lab.bench, MemoryRun(), measures_teacher=False)
+    run_round(unmeasured, Recipe.of(run.start.config), 0)
+    assert unmeasured.run.require(Gathered, 0).collected == collected and not unmeasured.run.each(Measured)
     own = lab.bench.student.factors("history")
     run.restore_student(0, lab.bench.student)
     kept = lab.bench.student.factors("history")

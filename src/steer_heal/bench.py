@@ -265,14 +265,6 @@ class Bench:
         self.student.require_same_forward([(*row.prompt_ids, *row.completion_ids) for row in collected.completions[:4]])
         return report
 
-    def round(self, recipe: Recipe, r: int) -> tuple[Collected, HealReport]:
-        """A round without its measurements: extract, collect, heal, bake."""
-        vector = self.extract() if recipe.teacher is not None else None
-        collected = self.collect(recipe, r, vector)
-        report = self.heal(recipe, r, collected, vector)
-        self.student.bake()
-        return collected, report
-
     def _renew(
         self, recipe: Recipe, r: int | None, n: int, held_out: Sequence[int], batch_size: int, teacher: Condition | None
     ) -> tuple[list[Scored], Condition | None]:

@@ -39,48 +39,44 @@ from steer_heal.verdict import limits, past_limits, retain, slope
 
 
 def run_loop(loop: Loop) -> None:
-    """The whole experiment, on one screen."""
+    """The whole experiment, on one screen. A round that breaks the student is dropped and, while attempts are left,
+    repeated."""
     trait = loop.bench.trait
     loop.measure(base_state(trait))
     loop.measure(prompted_state(trait))
     if loop.bench.cfg.control:
-        run_control(loop)
-    for r in range(loop.bench.cfg.n_rounds):
-        if not run_round(loop, r):
-            break
-
-
-def run_round(loop: Loop, r: int) -> bool:
-    """Whether the student stayed intact. A round that breaks it is dropped and, while attempts are left, repeated."""
-    bench = loop.bench
-    recipe = Recipe.of(bench.cfg)
-    while loop.attempts_left(r):
-        vector = loop.extract(r)
-        collected = loop.collect(recipe, r, vector)
-        loop.measure(steered_state(r, bench.teacher(recipe, vector, collected.dose)))
-        loop.heal(recipe, r, collected, vector)
-        loop.measure(healed_state(r, bench.trait))
+        run_round(loop, Recipe.control(), None)
+        loop.measure(control_state(trait))
+        loop.drop_control()
+    r = 0
+    while r < loop.bench.cfg.n_rounds and loop.attempts_left(r):
+        run_round(loop, Recipe.of(loop.bench.cfg), r)
+        loop.measure(healed_state(r, trait))
         if loop.end_round(r):
-            return True
-    return False
+            r += 1
 
 
-def run_control(loop: Loop) -> None:
-    """A heal on the model's own unsteered text, measured and then dropped."""
-    recipe = Recipe.control()
-    collected = loop.collect(recipe, None)
-    loop.heal(recipe, None, collected)
-    loop.measure(control_state(loop.bench.trait))
-    loop.drop_control()
+def run_round(loop: Loop, recipe: Recipe, r: int | None) -> None:
+    """Vector, text, heal and bake. The teacher is measured before the student changes. Round None is the control."""
+    vector = None
+    if recipe.teacher is not None and r is not None:
+        vector = loop.extract(r)
+    collected = loop.collect(recipe, r, vector)
+    if vector is not None and r is not None and loop.measures_teacher:
+        loop.measure(steered_state(r, loop.bench.teacher(recipe, vector, collected.dose)))
+    loop.heal(recipe, r, collected, vector)
 
 
 class Loop:
     """The steps of a run. Each public method is one step, recorded in `run`."""
 
-    def __init__(self, bench: Bench, run: StoredRun, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, bench: Bench, run: StoredRun, progress: Progress = SILENT, *, measures_teacher: bool = True
+    ) -> None:
         self.bench = bench
         self.run = run
         self.progress = progress
+        self.measures_teacher = measures_teacher
         self.seconds: dict[str, float] = {}
         """Seconds by stage since the last round ended."""
 

@@ -259,7 +259,7 @@ class HealReport:
     @property
     def fired(self) -> float:
         """Share of steps in which the divergence of some sample was above tau."""
-        return sum(step.barrier > 0 for step in self.steps) / len(self.steps)
+        return sum(step.barrier > 0 for step in self.steps) / max(1, len(self.steps))
 
     @property
     def pressure(self) -> float | None:

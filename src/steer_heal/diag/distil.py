@@ -15,15 +15,17 @@ from typing import Any, ClassVar
 from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
-from steer_heal.events import plain
+from steer_heal.events import Gathered, Trained, plain
 from steer_heal.flags import described
 from steer_heal.inputs import load_inputs
+from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
 from steer_heal.model.steering import Condition
 from steer_heal.recipe import Recipe
-from steer_heal.records import Completion, HealReport, derive_seed
+from steer_heal.records import Completion, Number, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
+from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import RunConfig, changed, leaves
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
@@ -144,19 +146,22 @@ def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterat
     cfg = changed(lab.bench.cfg, arm.settings)
     bench = replace(lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=load_inputs(cfg).rehearsal))
     recipe = replace(Recipe.control(), name="round") if arm.control else Recipe.of(cfg)
+    loop = Loop(bench, MemoryRun(), measures_teacher=False)
     seconds = 0.0
     n_tokens = 0
     for r in range(n_rounds):
         began = time.perf_counter()
         if kappas:
-            bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappas[min(r, len(kappas) - 1)]}))
+            loop.bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappas[min(r, len(kappas) - 1)]}))
         if arm.preference:
             written, row = prefer(bench, r, arm.preference)
         else:
-            collected, report = bench.round(recipe, r)
+            run_round(loop, recipe, r)
+            collected = loop.run.require(Gathered, r).collected
+            trained = loop.run.require(Trained, r)
             written = [scored.completion for scored in collected.scored]
-            row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": report.left_out}
-            row |= {"n_rehearsed": len(collected.rehearsal), **curve(report)}
+            row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": trained.left_out}
+            row |= {"n_rehearsed": len(collected.rehearsal), **curve(trained.n_steps, trained.validation)}
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
         healed = lab.measure()
@@ -194,12 +199,12 @@ def prefer(bench: Bench, r: int, beta: float) -> tuple[list[Completion], Row]:
     )
     bench.student.bake()
     written = [row.completion for row in (*positive, *negative)]
-    return written, {"dose": 0.0, "n_texts": 2 * len(pairs), **curve(report)}
+    return written, {"dose": 0.0, "n_texts": 2 * len(pairs), **curve(len(report.steps), report.validation)}
 
 
-def curve(report: HealReport) -> Row:
+def curve(n_steps: int, validation: Sequence[Mapping[str, Number]]) -> Row:
     """The columns of a row that tell how the heal went."""
-    return {"n_steps": len(report.steps), "fit": [point["fit"] for point in report.validation]}
+    return {"n_steps": n_steps, "fit": [point["fit"] for point in validation]}
 
 
 def everyday(bench: Bench) -> dict[str, float]:

@@ -36,22 +36,19 @@ class Slot:
     prefill_start: int
 
 
-def ask(
-    lm: LM,
+def item_values(
     vignettes: Sequence[Vignette],
-    instrument: Instrument,
-    condition: Condition,
-    think_tokens: int,
-    batch_size: int,
+    frames: Sequence[Sequence[str]],
+    digit_logp: Float[Tensor, "n f"],
+    prefill_nll: Float[Tensor, " n"],
 ) -> Items:
-    """For each vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN if unscorable."""
-    questions = [(vignette, order) for vignette in vignettes for order in instrument.frames]
-    asked = [instrument.question(v.text, order) for v, order in questions]
-    _, digit_logp, prefill_nll = answer_slots(
-        lm, asked, instrument, condition=condition, think_tokens=think_tokens, batch_size=batch_size
-    )
+    """For each vignette: p_<foundation>, mass, prefill_nll (nats per token), unscorable, top1. NaN if unscorable.
+
+    The answers are those of `answer_slots` to `Instrument.questions`.
+    """
+    orders = [order for _ in vignettes for order in frames]
     by_foundation = torch.stack(
-        [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, (_, order) in enumerate(questions)]
+        [digit_logp[i][[order.index(name) for name in FOUNDATIONS]] for i, order in enumerate(orders)]
     )
     logp = rearrange(by_foundation, "(i frame) f -> i frame f", frame=2)
     p = reduce(logp, "i frame f -> i f", "mean").softmax(-1)
@@ -183,20 +180,22 @@ def _one_slot(
 
 
 def items(subject: Subject) -> Items:
-    """The item values of `ask`, asked by this module or by moral-maps."""
+    """The item values of the vignettes, which this module or moral-maps asks."""
     cfg = subject.cfg
     vignettes = subject.inputs.vignettes
+    instrument = subject.inputs.instrument
     with subject.student.using(subject.adapters) as lm:
         if cfg.backend == "tinymfv":
             return tinymfv.ask(lm, vignettes, subject.condition, think_tokens=cfg.think_tokens)
-        return ask(
+        _, logp, nll = answer_slots(
             lm,
-            vignettes,
-            subject.inputs.instrument,
+            instrument.questions(vignettes),
+            instrument,
             condition=subject.condition,
             think_tokens=cfg.think_tokens,
             batch_size=cfg.batch_size,
         )
+    return item_values(vignettes, instrument.frames, logp, nll)
 
 
 EVAL = Eval(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, ConfigDict, model_validator
@@ -95,6 +96,10 @@ class Instrument:
         )
         schema = self.schema.replace("{options}", options)
         return self.prompt.replace("{schema}", schema).replace("{vignette}", vignette)
+
+    def questions(self, vignettes: Sequence[Vignette]) -> list[str]:
+        """The user messages of all scenes: each in both frames, one after the other."""
+        return [self.question(vignette.text, order) for vignette in vignettes for order in self.frames]
 
     @property
     def frames(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -52,9 +52,9 @@ class Eval:
     """Measure all metrics of a model. With --adapter, also print 95 percent intervals for the differences from the
     model without the adapter.
 
-    --run measures a state of a run again, with the settings of the run. You can change only --device, --n-threads and
-    --eval.batch-size. If a number differs from the recorded one, the exit status is 1. Without --run, a setting that
-    you leave out has its default in the preset gemma. Of the filter settings, only ppl-max, spike-max, rep-max,
+    With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
+    and --eval.batch-size. If a number differs from the recorded one, the exit status is 1. Without --run, a setting
+    that you leave out has its default in the preset gemma. Of the filter settings, only ppl-max, spike-max, rep-max,
     loop-max and relevance-min have an effect.
     """
 

@@ -111,11 +111,14 @@ FAST_DEV_PRESET = RunConfig(
 )
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "gemma": ("gemma-3-4b-it, on one GPU with 24 GB.", RunConfig(n_rounds=8)),
-    "toy": ("The bundled toy model, which is trained: a real result in minutes on a laptop.", TOY_PRESET),
-    "toy-distil": ("The toy model learns its own next-token distribution under prompt and vector.", TOY_DISTIL_PRESET),
+    "toy": ("The bundled toy model, already trained: a real result in minutes on a laptop.", TOY_PRESET),
+    "toy-distil": (
+        "The toy model learns its own next-token distribution under the persona prompt and the vector.",
+        TOY_DISTIL_PRESET,
+    ),
     "smol": ("SmolLM2-135M-Instruct (4-bit weights) and the trait love, on two CPU cores.", SMOL_PRESET),
     "smol-distil": (
-        "The model of smol learns its own next-token distribution under prompt and vector.",
+        "SmolLM2-135M-Instruct learns its own next-token distribution under the persona prompt and the vector.",
         SMOL_DISTIL_PRESET,
     ),
     "fast-dev": ("A tiny random model, to run every stage in seconds. The numbers mean nothing.", FAST_DEV_PRESET),

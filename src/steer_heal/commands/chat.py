@@ -21,8 +21,8 @@ from steer_heal.settings import Count, Finite, Names, RunConfig
 @described
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk to a round of a run. The base, the steered student and the healed student answer the same message. Settings
-    that are not given are the run's."""
+    """Talk to the states of one round. The base, the steered student and the healed student answer the same message. A
+    setting that you leave out keeps the run's value."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -36,11 +36,11 @@ class Chat:
     states: Annotated[Names, Field(min_length=1)] = ("base", "steered", "healed")
     """The states that answer. One more is available: prompted, the base with the persona as system prompt."""
     system: str = ""
-    """System prompt for all states. It follows the state's own."""
+    """System prompt for all states. It is appended to the state's own system prompt, if there is one."""
     dose: Finite | None = None
     """Dose of the steered state. Default: the dose of the round."""
     seed: int = 0
-    """Seed of the random stream that all states draw from."""
+    """Seed of the sampling. All states use the same random numbers."""
     max_new_tokens: Count = 256
     """Maximum length of an answer, in tokens."""
     quiet: bool = False

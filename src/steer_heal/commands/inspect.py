@@ -18,7 +18,7 @@ from steer_heal.runs.log import last_hash, read_events, schema_errors
 @described
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Write the answers and items of each measured state of a run as a log that `inspect view` opens."""
+    """Write the answers and eval items of each measured state of a run to a log file that `inspect view` opens."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

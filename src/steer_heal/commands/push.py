@@ -21,11 +21,11 @@ class Push:
     folder: tyro.conf.Positional[Path]
     """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
     repo_id: tyro.conf.Positional[str]
-    """OWNER/NAME of the repository on the hub. A missing one is created."""
+    """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
     round: int | None = None
-    """Round of the run whose checkpoint is uploaded. Default: the last."""
+    """Round of the run whose checkpoint is uploaded. Default: the last one that was kept."""
     private: bool = False
-    """Make the repository private, if it is created."""
+    """If the repository is created, make it private."""
     yes: bool = False
     """Upload the files."""
 

@@ -17,12 +17,12 @@ from steer_heal.runs.log import run_folder, schema_errors
 @described
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the pictures, the page, the diary and the model cards of each run again, from its events alone."""
+    """Redraw the pictures and rewrite the page, the diary and the model cards of each run, from its events alone."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
+    """Folders of one or more runs."""
     compare: Path | None = None
-    """Instead, write one page with all runs side by side into this file."""
+    """Write only one page, to this file. It shows all runs side by side."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet",
 @described
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Continue a run that was stopped, with its own settings. Only settings without effect on the result can differ."""
+    """Continue a stopped run. You can change only settings that do not affect the result. A setting that you leave out
+    keeps the run's value."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # torch: seconds
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config the settings are printed as such a file, and nothing is run."""
+    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""

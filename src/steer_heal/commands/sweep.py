@@ -26,25 +26,25 @@ if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
 class Sweep:
     """Make the runs of a sweep file that are not finished, and compare them. docs/sweeps.md describes the file.
 
-    A stopped run is resumed. A run that another process works on is left alone. The same command, given again, does
-    what is left.
+    A stopped run is resumed. A run that another process is working on is left alone. To continue a stopped sweep, give
+    the same command again.
     """
 
     file: tyro.conf.Positional[Path]
-    """TOML file: preset, seeds, [fixed] settings, and [grid], [[runs]] or [search]."""
+    """TOML file with the preset, the seeds, the [fixed] settings, and [grid], [[runs]] or [search]."""
     engine: Literal["local", "ray", "print"] = "local"
-    """local: processes of this machine. ray: tasks of a Ray cluster (pip install 'steer-heal[ray]'). print: only print
-    the commands, one per line, for a scheduler."""
+    """local: run processes on this machine. ray: run tasks on a Ray cluster (pip install 'steer-heal[ray]'). print:
+    only print the commands, one per line, for a scheduler."""
     jobs: int | None = None
-    """Number of runs at a time. Default: 1 on this machine, as many as fit on Ray."""
+    """Number of runs at the same time. Default: 1 with local. With ray, as many as fit on the cluster."""
     results: bool = False
     """Start nothing. Show the results of the finished runs."""
     address: str | None = None
     """With ray: an existing cluster, such as auto or ray://host:10001. Default: a new one on this machine."""
     cpus: float = 1.0
-    """With ray: CPUs of one run."""
+    """With ray: number of CPUs for each run."""
     gpus: float = 0.0
-    """With ray: GPUs of one run. 0.5 puts two runs on a card."""
+    """With ray: number of GPUs for each run. 0.5 puts two runs on one GPU."""
 
     def check(self) -> None:
         """UserError for each number that is out of range."""

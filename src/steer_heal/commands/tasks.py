@@ -31,11 +31,12 @@ class Tasks:
     tasks: Annotated[Names, Field(min_length=1)]
     """Names of tasks, such as arc_easy. Most tasks download their data."""
     round: int | None = None
-    """Round whose checkpoint is measured. Default: the last."""
+    """Round whose checkpoint is measured. Default: the last one that was kept."""
     limit: Count | None = None
     """Number of items per task. Default: all."""
     export: Path | None = None
-    """Folder of the run's export, whose card is updated too. Default: the one in the run's settings, if it exists."""
+    """Folder of the run's export. Its model card is updated too. Default: the folder given by --export of the run, if
+    it exists."""
     include_path: Path | None = None
     """Folder with task files of your own."""
     chat: bool = False

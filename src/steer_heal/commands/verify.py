@@ -17,8 +17,8 @@ from steer_heal.runs.verify import violations
 @described
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded. The exit status
-    is 1 if one of them is not."""
+    """Check a run's events, vectors, checkpoints and base weights against their recorded hashes. The exit status is 1
+    if one of them differs."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

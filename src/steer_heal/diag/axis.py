@@ -1,4 +1,4 @@
-"""Which metrics does the axis move: with the vector, against it, and under each persona as a prompt?"""
+"""Which metrics move with the vector, against it, and under each persona as a system prompt?"""
 
 from dataclasses import dataclass
 

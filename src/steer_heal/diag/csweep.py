@@ -1,4 +1,4 @@
-"""Does the vector move the trait's metric while the model stays coherent? Every dose with its metrics and one text."""
+"""Does the vector move the trait's metric while the model stays coherent? Shows metrics and one text for each dose."""
 
 from dataclasses import dataclass
 

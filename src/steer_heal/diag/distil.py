@@ -1,8 +1,8 @@
 """Does the teacher's distribution put more of the trait into the weights than tokens do, at equal text and steps?
 
-Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured under the plain prompt,
-under the OPPOSITE persona, and on everyday questions (toy model). Rows are appended to
-<out>/distil-<preset>-<trait>.jsonl. An arm and seed that has rows there is not run again.
+Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured without a persona, under
+the OPPOSITE persona and, for the toy model, on everyday questions. Rows are appended to
+<out>/distil-<preset>-<trait>.jsonl. An arm is not run again with a seed for which this file already has rows.
 """
 
 import json
@@ -104,9 +104,10 @@ class Flags(PresetFlags):
     n_rounds: int = 1
     """Number of rounds of each arm."""
     kappa: tuple[float, ...] = ()
-    """Fixed dose of the teacher in each round; the last one also holds for later rounds. Default: as the arm says."""
+    """Fixed kappa of each round, in order. The last one also holds for later rounds. Default: each arm's own dose
+    settings apply."""
     label: str = ""
-    """Added to the names of the arms, to tell runs with other settings apart."""
+    """Text to append to the names of the arms. Use it to tell runs with other settings apart."""
 
 
 def main(flags: Flags, given: Given) -> None:

@@ -1,4 +1,4 @@
-"""What does each dose contribute to the kept text? Written, kept, coherence and trait of the text, by dose."""
+"""What does each dose contribute to the kept text? Shows, for each dose, the share kept, coherence and trait."""
 
 from dataclasses import dataclass
 from statistics import fmean, median

@@ -1,4 +1,4 @@
-"""Which heal is best for this round's data? Heals one round of a finished run again, on its own history."""
+"""Which barrier is best for a round's text? Repeats the heal of one round of a finished run with several barriers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ class Flags(OutFlags):
     lams: tuple[float, ...] = (0.1, 1.0)
     """Strengths of the barrier."""
     references: tuple[Literal["prev", "base"], ...] = ("prev", "base")
-    """References of the barrier. In round 0 they are the same."""
+    """Reference models of the barrier. In round 0 prev and base are the same model."""
 
 
 def main(flags: Flags, given: Given) -> None:

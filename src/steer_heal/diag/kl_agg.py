@@ -1,4 +1,4 @@
-"""Do mean, rmse, p95 and max see a planted loop? A student that learnt to loop, on clean and on looping text."""
+"""Do mean, rmse, p95 and max detect a planted loop? Trains a student to loop; compares clean and looping text."""
 
 from dataclasses import dataclass, replace
 from statistics import mean

@@ -46,7 +46,7 @@ class OutFlags:
     also: ClassVar[tuple[str, ...]] = ("device", "n_threads")
     """Settings that the question takes too."""
     out: Path = Path("out/diag")
-    """Folder of the JSON file that holds the table."""
+    """Folder in which the table is saved as a JSON file."""
 
 
 @described
@@ -56,7 +56,7 @@ class PresetFlags(OutFlags):
 
     also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "trait", "seed", "temperature", "top_p")
     preset: str = "toy"
-    """Preset of `steer-heal run` whose settings are used."""
+    """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
     def settings(self, given: Given) -> RunConfig:
         """The preset's settings with those that were given. UserError for an unknown preset."""

@@ -1,7 +1,8 @@
-"""Does the adapter beat a prompt? States of finished runs of one trait, and what is left of each without a prompt.
+"""Does the adapter beat a prompt? Compares states of finished runs, and what remains of each without a prompt.
 
-The states are base, prompted, steered at the furthest dose that leaves the model intact, and healed, each on the items
-of its run.
+All runs must have the same trait. The states are base, prompted, steered and healed. Of the doses that leave
+the model intact, the steered state has the one that moves the trait furthest. Each state is measured on the items of
+its run.
 """
 
 import statistics
@@ -25,7 +26,7 @@ class Flags(OutFlags):
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""
     doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Doses of the steered states."""
+    """Doses to try for the steered state."""
     name: str = "prompting"
     """Name of the JSON file."""
 

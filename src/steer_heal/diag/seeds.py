@@ -1,4 +1,4 @@
-"""How large is the noise? One round of the same settings over seeds (for finished runs: scripts/results.py)."""
+"""How large is the noise? Repeats one round with several seeds (for finished runs, use scripts/results.py)."""
 
 import statistics
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
-"""Why does a distribution teach more than tokens? What a text says about the teacher, and how well halves of it agree.
+"""Why does a distribution teach more than tokens? Shows what a text says about the teacher, and how well texts agree.
 
-The student is untouched, so each gradient is that of the first step. The agreement is the cosine between the gradients
-of two disjoint sets of n texts: 1 if one set already says everything, near 0 if the noise of the texts is larger than
-the signal.
+All gradients are those of the first training step. The agreement is the cosine between the gradients of two disjoint
+sets of texts of equal size. It is 1 if one set already holds the whole signal, and near 0 if the noise of the texts is
+larger than the signal.
 """
 
 import random
@@ -33,15 +33,15 @@ BITS = 1 / torch.log(torch.tensor(2.0)).item()
 @dataclass(frozen=True, kw_only=True)
 class Flags(PresetFlags):
     teacher: Literal["vector", "prompt", "both"] = "both"
-    """What makes the teacher out of the student."""
+    """What turns the student into the teacher: the vector, the positive persona as system prompt, or both."""
     kappa: float = 0.25
     """Dose of the teacher's vector."""
     n: int = 64
-    """Number of texts of each kind."""
+    """Number of steered texts, and of the student's own texts."""
     sizes: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of texts in each of the two sets whose gradients are compared."""
+    """Sizes of the two sets, in texts. Each size gives one agreement. Twice the largest must not exceed --n."""
     n_splits: int = 4
-    """Number of ways to draw the two sets."""
+    """Number of random draws of the two sets. The agreement is the mean over the draws."""
 
 
 def main(flags: Flags, given: Given) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import tyro
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.events import Run
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.runs.log import last_hash, read_events, schema_errors
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Inspect:
     """Write the answers and items of each measured state of a run as a log that `inspect view` opens."""
 

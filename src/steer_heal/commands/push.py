@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.errors import Problems, UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Push:
     """Upload a checkpoint or an export with its model card. Without --yes, print what would be uploaded and send
     nothing."""

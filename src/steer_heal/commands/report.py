@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.errors import UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.report import draw, side_by_side
 from steer_heal.runs.log import run_folder, schema_errors
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Report:
     """Draw the pictures, the page, the diary and the model cards of each run again, from its events alone."""
 

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from steer_heal.check import check, holds_files
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, Measured, RoundDone, RunEnd
-from steer_heal.flags import described
 from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
@@ -28,7 +27,7 @@ from steer_heal.runs.results import append_result, result_row
 from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.runs.storage import atomic_folder
-from steer_heal.settings import RunConfig
+from steer_heal.settings import RunConfig, settings
 from steer_heal.verdict import table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
@@ -38,8 +37,7 @@ if TYPE_CHECKING:  # torch: seconds
     from steer_heal.runs.stored import FolderRun
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Source:
     """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
     out/<run>). With --print-config the settings are printed as such a file, and nothing is run."""

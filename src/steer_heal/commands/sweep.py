@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from steer_heal.errors import Problems, UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.errors import UserError, print_safe
+from steer_heal.flags import parsed
 from steer_heal.runs.signals import Stopped
+from steer_heal.settings import Count, NotNegative, Positive, settings
 
 if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
     from steer_heal.sweep.engine import Engine
@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
     from steer_heal.sweep.watch import Watch
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Sweep:
     """Make the runs of a sweep file that are not finished, and compare them. docs/sweeps.md describes the file.
 
@@ -35,32 +34,20 @@ class Sweep:
     engine: Literal["local", "ray", "print"] = "local"
     """local: processes of this machine. ray: tasks of a Ray cluster (pip install 'steer-heal[ray]'). print: only print
     the commands, one per line, for a scheduler."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Number of runs at a time. Default: 1 on this machine, as many as fit on Ray."""
     results: bool = False
     """Start nothing. Show the results of the finished runs."""
     address: str | None = None
     """With ray: an existing cluster, such as auto or ray://host:10001. Default: a new one on this machine."""
-    cpus: float = 1.0
+    cpus: Positive = 1.0
     """With ray: CPUs of one run."""
-    gpus: float = 0.0
+    gpus: NotNegative = 0.0
     """With ray: GPUs of one run. 0.5 puts two runs on a card."""
-
-    def check(self) -> None:
-        """UserError for each number that is out of range."""
-        problems = Problems()
-        if self.jobs is not None and self.jobs < 1:
-            problems.found.append(f"jobs is {self.jobs}: it must be at least 1")
-        if not self.cpus > 0:
-            problems.found.append(f"cpus is {self.cpus}: it must be above 0")
-        if not self.gpus >= 0:
-            problems.found.append(f"gpus is {self.gpus}: it must be 0 or more")
-        problems.raise_if_any()
 
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Sweep, argv, "sweep")
-    given.check()
     from steer_heal.sweep.plan import load
 
     try:

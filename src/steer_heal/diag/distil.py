@@ -16,7 +16,6 @@ from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
 from steer_heal.events import plain
-from steer_heal.flags import described
 from steer_heal.inputs import load_inputs
 from steer_heal.model import decode
 from steer_heal.model.steering import Condition
@@ -24,7 +23,7 @@ from steer_heal.recipe import Recipe
 from steer_heal.records import Completion, HealReport, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
-from steer_heal.settings import RunConfig, changed, leaves
+from steer_heal.settings import RunConfig, changed, leaves, settings
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
@@ -88,8 +87,7 @@ SHOWN = (
 )
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     also: ClassVar[tuple[str, ...]] = (
         *(name for name in PresetFlags.also if name != "seed"),

@@ -309,7 +309,9 @@ def row(dose: float = 0.0, score: float = 0.0, *reasons: str) -> Written:
 
 
 def test_survival_counts_every_row_once_and_falls_with_the_dose():
-    rows = [row(dose, 0.0, *([] if dose < 1 else ["rep"])) for dose in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 2.0)]
+    rows = [
+        row(dose, 0.0, *([] if dose < 1 else ["rep"])).scored for dose in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 2.0)
+    ]
     ranges = survival(rows)
     assert sum(n for _, n, _ in ranges) == len(rows) and sum(kept for *_, kept in ranges) == 6
     assert ranges[0] == ("0", 1, 1) and ranges[-1] == ("1.6 to 2", 3, 0) and len(ranges) <= 9

@@ -43,6 +43,8 @@ WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
 BEFORE = ("base", "prompted", "control")
+STAGES = {Extracted: "vector", Calibrated: "calibration", Gathered: "text", Trained: "heal"}
+"""The stage that an event ends, as `RoundDone.seconds` names it. A measurement has the name of its state."""
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
@@ -128,25 +130,10 @@ def seconds_left(run: Run) -> float | None:
         return None
     stages = {name for seconds in rounds for name in seconds} - {"total", "base", "prompted"}
     means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
-    done = {_stage_of(event) for event in run.events if event.round == len(rounds)}
+    begun = [event for event in run.events if event.round == len(rounds)]
+    done = {event.state if isinstance(event, Measured) else STAGES.get(type(event), "") for event in begun}
     n_left = run.start.config.n_rounds - len(rounds)
     return n_left * sum(means.values(), 0.0) - sum(means.get(name, 0.0) for name in done)
-
-
-def _stage_of(event: AnyEvent) -> str:
-    """The stage that an event ends, as `RoundDone.seconds` names it. Empty if it ends none."""
-    match event:
-        case Measured():
-            return event.state
-        case Extracted():
-            return "vector"
-        case Calibrated():
-            return "calibration"
-        case Gathered():
-            return "text"
-        case Trained():
-            return "heal"
-    return ""
 
 
 def duration(seconds: float) -> str:

@@ -80,7 +80,7 @@ def page(run: Run, name: str) -> str:
         answers=answers(run),
         filters=list(filters(run)),
         written=texts,
-        why=reasons(texts),
+        why=reasons(row.scored for row in texts),
         heals=heals(run),
         retries=run.each(HealRetried),
         dropped=run.each(Dropped),

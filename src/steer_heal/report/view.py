@@ -38,6 +38,19 @@ Row = TypeVar("Row")
 SHOWN_CHARACTERS = 1500
 """Length at which one text is cut."""
 MISSING = "\u2013"
+EVENT_WORDS: Mapping[type, str] = {
+    RunStart: "the start",
+    Measured: "the measurement of {event.label}",
+    Extracted: "the vector of {where}",
+    Calibrated: "the calibration of {where}",
+    Gathered: "the text of {where}",
+    HealStepped: "step {event.step.step} of the heal of {where}",
+    HealRetried: "the first attempt to heal {where}",
+    Trained: "the heal of {where}",
+    Dropped: "the drop of {where}",
+    RoundDone: "the end of {where}",
+    RunEnd: "the end",
+}
 
 
 # --- what a run holds ---------------------------------------------------------------------------------------------
@@ -77,29 +90,7 @@ def model_words(run: Run) -> str:
 def event_words(event: AnyEvent) -> str:
     """What an event records: `the heal of round 0`."""
     where = "the control" if event.round is None else f"round {event.round}"
-    match event:
-        case RunStart():
-            return "the start"
-        case Measured():
-            return f"the measurement of {event.label}"
-        case Extracted():
-            return f"the vector of {where}"
-        case Calibrated():
-            return f"the calibration of {where}"
-        case Gathered():
-            return f"the text of {where}"
-        case HealStepped():
-            return f"step {event.step.step} of the heal of {where}"
-        case HealRetried():
-            return f"the first attempt to heal {where}"
-        case Trained():
-            return f"the heal of {where}"
-        case Dropped():
-            return f"the drop of {where}"
-        case RoundDone():
-            return f"the end of {where}"
-        case RunEnd():
-            return "the end"
+    return EVENT_WORDS[type(event)].format(event=event, where=where)
 
 
 def number(value: float | None, form: str = ".3g") -> str:

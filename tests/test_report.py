@@ -40,7 +40,7 @@ from steer_heal.events import (
     Weights,
 )
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Scored
-from steer_heal.report import console, draw, plot, side_by_side, tables
+from steer_heal.report import compare, console, draw, plot, tables
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import evenly, event_words, table_columns
 from steer_heal.settings import TINY_RANDOM, HealCfg
@@ -553,7 +553,7 @@ def test_an_untrained_model_is_graded_nowhere(capsys, tmp_path):
     assert "broken" in re.findall('class="badge (.*?)"', trained[1]) and "(best)" in trained[1]
     events = with_config(events, model=TINY_RANDOM)
     html, diary = read(tmp_path / "untrained", events)
-    side_by_side([trained[0], write_run(tmp_path / "untrained", events)], tmp_path / "both.html")
+    compare.compare([trained[0], write_run(tmp_path / "untrained", events)], tmp_path / "both.html")
     assert re.findall('class="badge (.*?)"', html) == ["untrained"] and "<h1>T" + said[1:] in html
     assert "(best)" not in html and diary.rstrip().endswith(f"UNTRAINED: {said}")
     assert "badge untrained" in (tmp_path / "both.html").read_text(encoding="utf-8")

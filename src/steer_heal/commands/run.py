@@ -202,6 +202,8 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
 def _stopped(run: FolderRun, error: BaseException) -> int:
     """Says why a run ended and how to continue it, and records why. Returns the exit status. Raises errors that are no
     user's."""
+    from steer_heal.model.memory import ran_out
+
     status = 1
     resumable = True
     if isinstance(error, KeyboardInterrupt):
@@ -215,7 +217,7 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
     elif isinstance(error, OSError | SafetensorError):
         message = f"error: could not write to {run.folder}: {error}; free some space"
         recorded = ""  # a disk that is full takes no event
-    elif isinstance(error, RuntimeError) and _ran_out(error):
+    elif isinstance(error, RuntimeError) and ran_out(error):
         fix = "lower --gen.batch-size, --eval.batch-size or --heal.tokens-per-pass"
         message = f"error: out of memory; {fix} ({str(error).splitlines()[0]})"
         recorded = "out of memory"
@@ -228,12 +230,6 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
         if recorded and run.end is None:
             run.end_with(recorded)
     return status
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    from steer_heal.model.memory import ran_out
-
-    return ran_out(error)
 
 
 def _offer_chat(run: FolderRun, cfg: RunConfig) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOBase
 from pathlib import Path
 from statistics import mean
@@ -43,7 +44,7 @@ WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
 BEFORE = ("base", "prompted", "control")
-STAGES = {Extracted: "vector", Calibrated: "calibration", Gathered: "text", Trained: "heal"}
+STAGES = {"extracted": "vector", "calibrated": "calibration", "gathered": "text", "trained": "heal"}
 """The stage that an event ends, as `RoundDone.seconds` names it. A measurement has the name of its state."""
 
 
@@ -54,22 +55,14 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     """
     warnings.filterwarnings("ignore", module="peft")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    warnings.showwarning = _log_warning
+    warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     transformers_logging.disable_progress_bar()
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
-    logger.add(_write, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
+    above_bars = partial(tqdm.write, end="", file=sys.stderr)
+    logger.add(above_bars, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
-
-
-def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
-    logger.warning(str(message))
-
-
-def _write(line: str) -> None:
-    """Writes above the bars."""
-    tqdm.write(line, end="", file=sys.stderr)
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def seconds_left(run: Run) -> float | None:
     stages = {name for seconds in rounds for name in seconds} - {"total", "base", "prompted"}
     means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
     begun = [event for event in run.events if event.round == len(rounds)]
-    done = {event.state if isinstance(event, Measured) else STAGES.get(type(event), "") for event in begun}
+    done = {event.state if isinstance(event, Measured) else STAGES.get(event.event, "") for event in begun}
     n_left = run.start.config.n_rounds - len(rounds)
     return n_left * sum(means.values(), 0.0) - sum(means.get(name, 0.0) for name in done)
 

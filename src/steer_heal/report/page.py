@@ -14,7 +14,7 @@ from steer_heal.events import Dropped, Extracted, Gathered, HealRetried, Measure
 from steer_heal.records import Metric
 from steer_heal.report import plot
 from steer_heal.report.advice import Check, checks
-from steer_heal.report.texts import answered, answers, filters, reasons, states, written
+from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
 from steer_heal.report.view import (
     MISSING,
     Table,
@@ -100,7 +100,7 @@ def diary(run: Run, name: str) -> str:
     prompts = evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
     told = {}
     for state, rows in given.items():
-        first = {row.prompt: row for row in reversed(rows)}
+        first = first_answers(rows)
         told[state] = [(i, first[prompt]) for i, prompt in enumerate(prompts, 1) if prompt in first]
     return template("diary.md.j2", inline).render(
         name=name,
@@ -170,23 +170,11 @@ def pictures(run: Run) -> list[tuple[str, Markup]]:
     return [(description, Markup(plot.data_uri(figure))) for description, figure in drawn]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Heal:
-    """What the page shows of a heal."""
-
-    name: str
-    n_steps: int
-    end: Trained | None
-    """None: it is not finished."""
-    curves: Markup
-    """Data URI."""
-
-
-def heals(run: Run) -> list[Heal]:
-    """Every heal that has begun, the control's first."""
+def heals(run: Run) -> list[tuple[str, int, Trained | None, Markup]]:
+    """(name, number of steps, its end, data URI of its curves) of every heal that has begun, the control's first."""
     n_steps = Counter(step.round for step in run.steps)
     return [
-        Heal(name=round_name(r), n_steps=n_steps[r], end=run.at(Trained, r), curves=Markup(plot.data_uri(figure)))
+        (round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
         for r, figure in plot.heal_curves(run).items()
     ]
 
@@ -206,7 +194,7 @@ def round_table(run: Run) -> Table:
 def state_names(run: Run) -> list[tuple[str, str]]:
     """(state, name) of each measured state. The best round is marked."""
     measured = run.each(Measured)
-    best = best_round(run) if any(m.state == "healed" for m in measured) else None
+    best = best_round(run)
     return [(m.state, f"{m.label} (best)" if best is not None and m is best.state else m.label) for m in measured]
 
 

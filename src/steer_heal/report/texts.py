@@ -118,6 +118,11 @@ def answered(run: Run, state: str, r: int | None) -> list[Shown]:
     return rows
 
 
+def first_answers(rows: Sequence[Shown]) -> dict[str, Shown]:
+    """The first answer to each prompt."""
+    return {row.prompt: row for row in reversed(rows)}
+
+
 def reasons(rows: Iterable[Shown | Scored]) -> list[str]:
     """Every reason that a row names, in the order of the first."""
     return list(dict.fromkeys(reason for row in rows for reason in row.reasons))
@@ -126,7 +131,7 @@ def reasons(rows: Iterable[Shown | Scored]) -> list[str]:
 def _compared(run: Run) -> list[int]:
     """The rounds whose healed answers are compared with the base's word by word: the best and the last."""
     healed = [m.round for m in run.each(Measured) if m.state == "healed"]
-    best = best_round(run) if healed else None
+    best = best_round(run)
     chosen = {*healed[-1:], *([] if best is None else [best.state.round])}
     return sorted(r for r in chosen if r is not None)
 

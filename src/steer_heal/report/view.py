@@ -13,21 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from steer_heal.errors import printable
-from steer_heal.events import (
-    AnyEvent,
-    Calibrated,
-    Dropped,
-    Extracted,
-    Gathered,
-    HealRetried,
-    HealStepped,
-    Measured,
-    RoundDone,
-    Run,
-    RunEnd,
-    RunStart,
-    Trained,
-)
+from steer_heal.events import AnyEvent, Dropped, Measured, Run
 from steer_heal.records import GateFacts, Metric, round_label
 from steer_heal.verdict import direction, interval_words, signed, table, title
 from steer_heal.verdict import number as formatted
@@ -38,18 +24,18 @@ Row = TypeVar("Row")
 SHOWN_CHARACTERS = 1500
 """Length at which one text is cut."""
 MISSING = "\u2013"
-EVENT_WORDS: Mapping[type, str] = {
-    RunStart: "the start",
-    Measured: "the measurement of {event.label}",
-    Extracted: "the vector of {where}",
-    Calibrated: "the calibration of {where}",
-    Gathered: "the text of {where}",
-    HealStepped: "step {event.step.step} of the heal of {where}",
-    HealRetried: "the first attempt to heal {where}",
-    Trained: "the heal of {where}",
-    Dropped: "the drop of {where}",
-    RoundDone: "the end of {where}",
-    RunEnd: "the end",
+EVENT_WORDS = {
+    "run_start": "the start",
+    "measured": "the measurement of {event.label}",
+    "extracted": "the vector of {where}",
+    "calibrated": "the calibration of {where}",
+    "gathered": "the text of {where}",
+    "heal_step": "step {event.step.step} of the heal of {where}",
+    "heal_retried": "the first attempt to heal {where}",
+    "trained": "the heal of {where}",
+    "dropped": "the drop of {where}",
+    "round_done": "the end of {where}",
+    "run_end": "the end",
 }
 
 
@@ -90,7 +76,7 @@ def model_words(run: Run) -> str:
 def event_words(event: AnyEvent) -> str:
     """What an event records: `the heal of round 0`."""
     where = "the control" if event.round is None else f"round {event.round}"
-    return EVENT_WORDS[type(event)].format(event=event, where=where)
+    return EVENT_WORDS[event.event].format(event=event, where=where)
 
 
 def number(value: float | None, form: str = ".3g") -> str:

@@ -100,7 +100,7 @@ def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *,
     seen = until_measured(run, r)
     hub = hub_id(start.hub_id)
     note = start.weights.note
-    peft = acts_in_peft(trained)
+    peft = f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
         metadata=Markup(metadata(hub, merged=merged, peft=peft)),
         start=start,
@@ -146,11 +146,6 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def acts_in_peft(trained: Trained) -> bool:
-    """Whether PEFT loads the adapter of a checkpoint. steer-heal loads the kinds that PEFT does not know."""
-    return f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
 
 
 def metadata(base: str | None, *, merged: bool, peft: bool) -> str:

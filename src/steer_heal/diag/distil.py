@@ -74,16 +74,8 @@ ARMS = {
     "new text and teacher an epoch": Arm({**REVERSE, "heal.refresh_every": 14, "heal.refresh": "teacher"}),
 }
 SHOWN = (
-    "shift",
-    "contrast_nats",
-    "degenerate_frac",
-    "oracle",
-    "text_tail_ppl_median",
-    "kl_base",
-    "opposite",
-    "facts",
-    "facts_apart",
-    "facts_nats",
+    *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
+    *("facts", "facts_apart", "facts_nats"),
 )
 
 

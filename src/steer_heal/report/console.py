@@ -169,9 +169,14 @@ def _words(event: AnyEvent, run: Run) -> str:
         case Measured():
             return _line(event.label, _measured(event, run))
         case Extracted():
-            return _line("vector", _extracted(event))
+            norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
+            cosine = number(event.cosine_to_first, ".2f")
+            return _line("vector", f"norm at layer {norms}; cosine to round 0 {cosine}")
         case Calibrated():
-            return _line("calibration", _calibrated(event))
+            probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
+            found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
+            chosen = f"dose {event.calibration.dose:.3g} (95th percentile of KL by dose: {found})"
+            return _line("calibration", chosen)
         case Gathered():
             return _line(f"{control}text", _gathered(event))
         case HealRetried():
@@ -208,17 +213,6 @@ def _measured(event: Measured, run: Run) -> str:
         if metric.shown and metric.name != first.name
     ]
     return ", ".join([f"{words} (to base: {interval})" if interval else words, *others])
-
-
-def _extracted(event: Extracted) -> str:
-    norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
-    return f"norm at layer {norms}; cosine to round 0 {number(event.cosine_to_first, '.2f')}"
-
-
-def _calibrated(event: Calibrated) -> str:
-    probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
-    found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
-    return f"dose {event.calibration.dose:.3g} (95th percentile of KL by dose: {found})"
 
 
 def _gathered(event: Gathered) -> str:

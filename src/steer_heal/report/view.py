@@ -97,7 +97,9 @@ def evenly(rows: Sequence[Row], n: int) -> list[Row]:
 
 
 # --- tables of states ---------------------------------------------------------------------------------------------
-def with_interval(metrics: Mapping[str, float | None], metric: Metric) -> Markup:
+def with_interval(
+    metrics: Mapping[str, float | None], metric: Metric, words: str = "{}<small>{} to {}</small>"
+) -> Markup:
     """The value of a metric, above the 95 percent interval of its difference to base."""
     low = metrics.get(f"{metric.name}_lo")
     high = metrics.get(f"{metric.name}_hi")
@@ -105,7 +107,7 @@ def with_interval(metrics: Mapping[str, float | None], metric: Metric) -> Markup
     if low is None or high is None:
         return escape(value)
     form = signed(metric)
-    return Markup("{}<small>{} to {}</small>").format(value, number(low, form), number(high, form))
+    return Markup(words).format(value, number(low, form), number(high, form))
 
 
 def table_columns(run: Run) -> dict[str, tuple[str, str]]:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         plan = load(given.file)
         if given.engine == "print":
             return print_commands(plan)
-        return search(plan, given) if plan.search else make(plan, given)
+        return make(plan, given)
     except Stopped as stopped:
         print_safe(f"interrupted\ncontinue with: {shlex.join(['steer-heal', 'sweep', *argv])}", sys.stderr)
         return stopped.status
@@ -70,36 +70,32 @@ def print_commands(plan: Plan) -> int:
 
 
 def make(plan: Plan, given: Sweep) -> int:
-    """Makes every run of a plan without a search and shows the results. Returns the exit status."""
+    """Makes the runs of a plan, or the trials of its search, that are not finished. Shows the results. Returns the exit
+    status."""
+    from steer_heal.runs.storage import lock_run
     from steer_heal.sweep.engine import drive
     from steer_heal.sweep.results import show_results
     from steer_heal.sweep.watch import Watch
 
+    trials = None
+    if plan.search:
+        from steer_heal.sweep.search import Trials
+
+        trials = Trials(plan)
     n_failed = 0
     if not given.results:
         engine = engine_of(given)
-        with Watch(plan.jobs) as watch:
-            drive(iter(plan.jobs), engine, watch)
+        if trials is None:
+            with Watch(plan.jobs) as watch:
+                drive(iter(plan.jobs), engine, watch)
+        else:
+            with lock_run(plan.out), Watch([]) as watch:  # two processes would not know of each other's proposals
+                drive(trials.source(), engine, watch, trials.ended)
         n_failed = report(watch)
-    show_results(plan.out, plan.jobs)
-    return 1 if n_failed else 0
-
-
-def search(plan: Plan, given: Sweep) -> int:
-    """Makes the remaining trials of a search and shows the Pareto front. Returns the exit status."""
-    from steer_heal.runs.storage import lock_run
-    from steer_heal.sweep.engine import drive
-    from steer_heal.sweep.search import Trials
-    from steer_heal.sweep.watch import Watch
-
-    trials = Trials(plan)
-    n_failed = 0
-    if not given.results:
-        engine = engine_of(given)
-        with lock_run(plan.out), Watch([]) as watch:  # two processes would not know of each other's proposals
-            drive(trials.source(), engine, watch, trials.ended)
-        n_failed = report(watch)
-    trials.show()
+    if trials is None:
+        show_results(plan.out, plan.jobs)
+    else:
+        trials.show()
     return 1 if n_failed else 0
 
 

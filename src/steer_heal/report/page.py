@@ -257,22 +257,14 @@ class Reading:
 class Readings:
     """The items of the trait's metric. A change in the wanted direction comes first."""
 
-    metric: Metric
     how: str
     below: str
-    sign: int
     state: str
     rows: list[Reading]
     n_unread: int
-
-    @property
-    def n_wanted(self) -> int:
-        return sum(row.change * self.sign > 0 for row in self.rows)
-
-    @property
-    def widest(self) -> float:
-        """The largest change; 1 if nothing changed."""
-        return max((abs(row.change) for row in self.rows), default=0.0) or 1.0
+    n_wanted: int
+    widest: float
+    """The largest change; 1 if nothing changed."""
 
 
 def readings(run: Run) -> Readings | None:
@@ -293,11 +285,11 @@ def readings(run: Run) -> Readings | None:
             name = wording[i] if i < len(wording) else [f"{metric.of or 'item'} {i + 1}"]
             rows.append(Reading(name=name, before=then, after=now))
     return Readings(
-        metric=metric,
         how=MEANS[metric.how],
         below=BELOW.get(metric.of, "") if wording else "",
-        sign=sign,
         state=healed[-1].label,
         rows=sorted(rows, key=lambda row: -sign * row.change),
         n_unread=len(before) - len(rows),
+        n_wanted=sum(row.change * sign > 0 for row in rows),
+        widest=max((abs(row.change) for row in rows), default=0.0) or 1.0,
     )

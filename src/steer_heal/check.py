@@ -43,13 +43,10 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
-    with problems.noted():
-        if cfg.folder is None:
-            _check_writable("out", cfg.out)
-        else:
-            _check_writable("folder", cfg.folder)
-    with problems.noted():
-        _check_writable("export", cfg.export)
+    of_run = ("out", cfg.out) if cfg.folder is None else ("folder", cfg.folder)
+    for field_name, folder in (of_run, ("export", cfg.export)):
+        with problems.noted():
+            _check_writable(field_name, folder)
     if not resumed and cfg.export is not None and holds_files(cfg.export):
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()

@@ -111,7 +111,8 @@ def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]
             lines.append(f"{place} is missing")
         elif found["type"] in _UNKNOWN:
             *above, name = found["loc"]
-            lines.append(f"{place} is not a known field; {nearest(name, _fields_at(kind, above))}")
+            known = getattr(_type_at(kind, above), "__dataclass_fields__", ())
+            lines.append(f"{place} is not a known field; {nearest(name, known)}")
         elif found["type"] == "too_short" and len(found["input"]) >= context["min_length"]:
             continue  # the list is long enough; its invalid items have lines of their own
         else:
@@ -130,10 +131,6 @@ def _limit(found: Any, kind: Any) -> str:
         return nearest(found["input"], choices)
     message = found["msg"]
     return message[:1].lower() + message[1:]
-
-
-def _fields_at(kind: Any, place: Sequence[int | str]) -> Iterable[str]:
-    return getattr(_type_at(kind, place), "__dataclass_fields__", ())
 
 
 def _type_at(kind: Any, place: Sequence[int | str]) -> Any:

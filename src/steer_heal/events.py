@@ -192,16 +192,10 @@ class Trained(Event):
     @classmethod
     def of(cls, report: HealReport, *, r: int | None, n_retries: int, checkpoint: str | None, files: Files) -> Trained:
         """The report of a heal without its steps, which are events of their own."""
+        shared = {each.name: getattr(report, each.name) for each in fields(report) if each.name != "steps"}
         return cls(
+            **shared,
             round=r,
-            n_train=report.n_train,
-            n_validation=report.n_validation,
-            lam=report.lam,
-            tau=report.tau,
-            lr=report.lr,
-            validation=report.validation,
-            validation_prompts=report.validation_prompts,
-            left_out=report.left_out,
             n_steps=len(report.steps),
             fired=report.fired,
             pressure=report.pressure,

@@ -100,16 +100,18 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     return decorate
 
 
-def _require(*rules: tuple[bool, str, object, str]) -> None:
-    """ValueError with a line for each (holds, field, value, limit) that does not hold."""
-    lines = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
-    if lines:
-        raise ValueError("\n".join(lines))
+def _require(section: str, cfg: Any, *rules: tuple[str, bool, str]) -> None:
+    """ValueError with a line for each (field, whether its value is allowed, limit) whose value is not allowed."""
+    if broken := [(name, limit) for name, holds, limit in rules if not holds]:
+        raise ValueError(
+            "\n".join(f"{section}.{name} is {getattr(cfg, name)!r}: it must be {limit}" for name, limit in broken)
+        )
 
 
-def _require_band(name: str, band: Band) -> None:
-    low, high = band
-    _require((0 <= low < high <= 1, name, band, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"))
+def _require_band(section: str, cfg: Any) -> None:
+    low, high = cfg.layers
+    limit = "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"
+    _require(section, cfg, ("layers", 0 <= low < high <= 1, limit))
 
 
 @settings("steer")
@@ -137,7 +139,7 @@ class SteerCfg:
 
     @model_validator(mode="after")
     def _check(self) -> SteerCfg:
-        _require_band("steer.layers", self.layers)
+        _require_band("steer", self)
         return self
 
 
@@ -191,7 +193,7 @@ class DoseCfg:
 
     @model_validator(mode="after")
     def _check(self) -> DoseCfg:
-        _require((self.floor <= self.ceiling, "dose.floor", self.floor, f"<= dose.ceiling = {self.ceiling:g}"))
+        _require("dose", self, ("floor", self.floor <= self.ceiling, f"<= dose.ceiling = {self.ceiling:g}"))
         return self
 
 
@@ -228,13 +230,10 @@ class FilterCfg:
     @model_validator(mode="after")
     def _check(self) -> FilterCfg:
         _require(
-            (self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}"),
-            (
-                self.n_keep <= self.max_attempts,
-                "filter.max_attempts",
-                self.max_attempts,
-                f">= filter.n_keep = {self.n_keep}",
-            ),
+            "filter",
+            self,
+            ("min_train", self.min_train <= self.n_keep, f"<= filter.n_keep = {self.n_keep}"),
+            ("max_attempts", self.max_attempts >= self.n_keep, f">= filter.n_keep = {self.n_keep}"),
         )
         return self
 
@@ -255,7 +254,7 @@ class AdapterCfg:
 
     @model_validator(mode="after")
     def _check(self) -> AdapterCfg:
-        _require_band("adapter.layers", self.layers)
+        _require_band("adapter", self)
         return self
 
 
@@ -328,29 +327,19 @@ class HealCfg:
     @model_validator(mode="after")
     def _check(self) -> HealCfg:
         fits = self.target == "distribution"
-        needs = f"with heal.target {self.target}, since it needs a teacher's distribution"
+        renews = self.refresh_every > 0
+        needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
+        replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
+        only_own = f"0 with heal.text {self.text}, since only own text is renewed"
         _require(
-            (self.max_departure == 0 or fits, "heal.max_departure", self.max_departure, f"0 {needs}"),
-            (self.rehearsal == 0 or fits, "heal.rehearsal", self.rehearsal, f"0 {needs}"),
-            (
-                self.rehearsal == 0 or self.refresh_every == 0,
-                "heal.rehearsal",
-                self.rehearsal,
-                f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text",
-            ),
-            (
-                self.refresh_every == 0 or self.text == "own",
-                "heal.refresh_every",
-                self.refresh_every,
-                f"0 with heal.text {self.text}, since only own text is renewed",
-            ),
-            (fits or self.text == "steered", "heal.text", self.text, f"steered with heal.target {self.target}"),
-            (
-                self.refresh == "text" or self.refresh_every > 0,
-                "heal.refresh",
-                self.refresh,
-                "text with heal.refresh_every 0, since nothing is renewed",
-            ),
+            "heal",
+            self,
+            ("max_departure", fits or self.max_departure == 0, needs_teacher),
+            ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
+            ("rehearsal", not renews or self.rehearsal == 0, replaced),
+            ("refresh_every", not renews or self.text == "own", only_own),
+            ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
+            ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
         )
         return self
 
@@ -469,14 +458,9 @@ class RunConfig:
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         probes = self.dose.n_kappas * self.dose.n_probes
-        _require(
-            (
-                self.dose.mode != "survival" or probes <= self.filter.max_attempts,
-                "filter.max_attempts",
-                self.filter.max_attempts,
-                f">= dose.n_kappas * dose.n_probes = {probes}, the first probes",
-            )
-        )
+        enough = self.dose.mode != "survival" or probes <= self.filter.max_attempts
+        limit = f">= dose.n_kappas * dose.n_probes = {probes}, the first probes"
+        _require("filter", self.filter, ("max_attempts", enough, limit))
         return self
 
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -131,6 +132,17 @@ class LM:
                 resumable=False,
             )
         return range(low, high)
+
+    def after_block(self, i: int, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Hooks block i: what `change` makes of the residual stream after it replaces the stream, unless it is None."""
+
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+            if not isinstance(output, tuple):
+                return change(output)
+            changed = change(output[0])
+            return None if changed is None else (changed, *output[1:])
+
+        return self.blocks[i].register_forward_hook(hook)
 
     @property
     def quantized(self) -> bool:
@@ -260,17 +272,24 @@ class LM:
         """Final hidden states of right-padded rows. Ignore the positions after a row's end."""
         return self.text_model(input_ids=self.pad(rows)[0], use_cache=False).last_hidden_state
 
+    def completion_hidden(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "_ d"]]:
+        """For each row, the final hidden states before each completion token."""
+        rows = list(zip(prompts, completions, strict=True))
+        hidden = self.hidden([[*prompt, *completion] for prompt, completion in rows])
+        starts = [len(prompt) - 1 for prompt in prompts]
+        return [h[start : start + len(c)] for h, start, c in zip(hidden, starts, completions, strict=True)]
+
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
         """For each row, -log p of each completion token given all tokens before it, float32 [n] on the CPU, in nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
 
         def work(group: list[int]) -> None:
-            hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
-            for row, i in enumerate(group):
-                start = len(prompts[i]) - 1
-                n = len(completions[i])
-                out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
+            hidden = self.completion_hidden([prompts[i] for i in group], [completions[i] for i in group])
+            for i, before in zip(group, hidden, strict=True):
+                out[i] = self.nll(before, completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
         return out

@@ -197,7 +197,8 @@ class Lora(Adapter):
         """Each expert of a stack counts as a matrix of its own."""
         out = []
         for _, m in self._layers():
-            a, b, n = m.lora_A[ROUND].weight, m.lora_B[ROUND].weight, _n_stacked(m)
+            a, b = m.lora_A[ROUND].weight, m.lora_B[ROUND].weight
+            n = m.num_experts if isinstance(m, ParamWrapper) else 1
             each_a, each_b = a.unflatten(0, (n, -1)), b.unflatten(1, (-1, n))
             pairs = [(a, b)] if n == 1 else [(each_a[e], each_b[..., e]) for e in range(n)]
             out += [(*pair, m.scaling[ROUND]) for pair in pairs]
@@ -269,11 +270,6 @@ class Lora(Adapter):
 def _weight(module: Any) -> nn.Parameter:
     """The base weight that an adapted layer's factors add to."""
     return module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
-
-
-def _n_stacked(module: Any) -> int:
-    """Matrices that an adapted layer holds: its experts, or 1."""
-    return module.num_experts if isinstance(module, ParamWrapper) else 1
 
 
 def _require_plain_lora(saved: Mapping[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -42,6 +43,7 @@ def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]
 
 Band = Annotated[tuple[float, float], _words(float, "LO HI")]
 Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Rule = tuple[str, bool, str]
 Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
 
@@ -72,14 +74,27 @@ def reflowed(text: str) -> str:
 def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     """Makes a class a frozen pydantic dataclass whose fields are flags, with their docstrings as help texts.
 
-    Invalid fields raise one ValueError with a line for each, which names it as `section.field`.
+    Invalid fields raise one ValueError with a line for each, which names it as `section.field`. The method `_rules`
+    gives (field, whether its value is allowed, limit) for limits that depend on other fields.
     """
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def placed(field_name: str) -> str:
         return f"{section}.{field_name}" if section and field_name else field_name
 
-    def decorate(cls: type[Settings]) -> type[Settings]:
+    def check(self: Any) -> Any:
+        lines = [
+            f"{placed(name)} is {attrgetter(name)(self)!r}: it must be {limit}"
+            for name, holds, limit in self._rules()
+            if not holds
+        ]
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def decorate(cls: Any) -> Any:
+        if hasattr(cls, "_rules"):
+            cls._check = model_validator(mode="after")(check)
         made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
         made.__doc__ = reflowed(made.__doc__ or "")
         for name, each in made.__pydantic_fields__.items():  # tyro would keep the line breaks of the source
@@ -100,18 +115,9 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     return decorate
 
 
-def _require(section: str, cfg: Any, *rules: tuple[str, bool, str]) -> None:
-    """ValueError with a line for each (field, whether its value is allowed, limit) whose value is not allowed."""
-    if broken := [(name, limit) for name, holds, limit in rules if not holds]:
-        raise ValueError(
-            "\n".join(f"{section}.{name} is {getattr(cfg, name)!r}: it must be {limit}" for name, limit in broken)
-        )
-
-
-def _require_band(section: str, cfg: Any) -> None:
-    low, high = cfg.layers
-    limit = "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"
-    _require(section, cfg, ("layers", 0 <= low < high <= 1, limit))
+def _band_rule(layers: Band) -> Rule:
+    low, high = layers
+    return "layers", 0 <= low < high <= 1, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"
 
 
 @settings("steer")
@@ -137,10 +143,8 @@ class SteerCfg:
     refresh: Literal["round", "once"] = "round"
     """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SteerCfg:
-        _require_band("steer", self)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("gen")
@@ -191,10 +195,8 @@ class DoseCfg:
     n_refinements: BatchSize = 1
     """Further batches of probes between the last kappa that survived and the first that did not."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DoseCfg:
-        _require("dose", self, ("floor", self.floor <= self.ceiling, f"<= dose.ceiling = {self.ceiling:g}"))
-        return self
+    def _rules(self) -> list[Rule]:
+        return [("floor", self.floor <= self.ceiling, f"<= dose.ceiling = {self.ceiling:g}")]
 
 
 @settings("filter")
@@ -227,15 +229,11 @@ class FilterCfg:
     max_attempts: Count = 192
     """Maximum number of completions written in each round, probes included."""
 
-    @model_validator(mode="after")
-    def _check(self) -> FilterCfg:
-        _require(
-            "filter",
-            self,
+    def _rules(self) -> list[Rule]:
+        return [
             ("min_train", self.min_train <= self.n_keep, f"<= filter.n_keep = {self.n_keep}"),
             ("max_attempts", self.max_attempts >= self.n_keep, f">= filter.n_keep = {self.n_keep}"),
-        )
-        return self
+        ]
 
 
 @settings("adapter")
@@ -252,10 +250,8 @@ class AdapterCfg:
     layers: Band = (0.2, 0.8)
     """LO HI: adapted blocks, as fractions of the depth."""
 
-    @model_validator(mode="after")
-    def _check(self) -> AdapterCfg:
-        _require_band("adapter", self)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("heal")
@@ -324,24 +320,20 @@ class HealCfg:
     pressure_every: Count = 8
     """Measure the gradient pressure, ||grad barrier|| / ||grad fit||, every N steps, for one more backward pass."""
 
-    @model_validator(mode="after")
-    def _check(self) -> HealCfg:
+    def _rules(self) -> list[Rule]:
         fits = self.target == "distribution"
         renews = self.refresh_every > 0
         needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
         replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
         only_own = f"0 with heal.text {self.text}, since only own text is renewed"
-        _require(
-            "heal",
-            self,
+        return [
             ("max_departure", fits or self.max_departure == 0, needs_teacher),
             ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
             ("rehearsal", not renews or self.rehearsal == 0, replaced),
             ("refresh_every", not renews or self.text == "own", only_own),
             ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
             ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
-        )
-        return self
+        ]
 
 
 @settings("backtrack")
@@ -455,13 +447,11 @@ class RunConfig:
     backtrack: BacktrackCfg = field(default_factory=BacktrackCfg)
     eval: EvalCfg = field(default_factory=EvalCfg)
 
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _rules(self) -> list[Rule]:
         probes = self.dose.n_kappas * self.dose.n_probes
         enough = self.dose.mode != "survival" or probes <= self.filter.max_attempts
         limit = f">= dose.n_kappas * dose.n_probes = {probes}, the first probes"
-        _require("filter", self.filter, ("max_attempts", enough, limit))
-        return self
+        return [("filter.max_attempts", enough, limit)]
 
     def fingerprint(self) -> str:
         """Eight hex digits that are equal for runs which differ only in the seed and in RUN_ONLY settings.

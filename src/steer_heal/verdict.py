@@ -113,11 +113,6 @@ def direction(sign: int) -> str:
     return "down" if sign < 0 else "up"
 
 
-def limit_words(metric: Metric, limit: float | None) -> str:
-    """A limit as people read it: 10%, 0.95."""
-    return number(limit, metric.form if metric.form.endswith("%") else "g")
-
-
 def health_words(state: Measured, health: Iterable[Metric], limit: Literal["good", "broken"] | None = None) -> str:
     """The value of each health metric. With `limit`, a value past it also names the limit: broken texts 31% (limit
     10%)."""
@@ -127,7 +122,7 @@ def health_words(state: Measured, health: Iterable[Metric], limit: Literal["good
         words = f"{title(metric)} {number(value, metric.form)}"
         at = getattr(metric, limit) if limit else None
         if value is not None and not metric.within(value, at):
-            words += f" (limit {limit_words(metric, at)})"
+            words += f" (limit {number(at, metric.form if metric.form.endswith('%') else 'g')})"
         told.append(words)
     return ", ".join(told)
 

@@ -115,7 +115,7 @@ def answer_slots(
 
 def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
     """The prompt of a question, with the tag that opens the thinking."""
-    prompt = lm.chat_text(question, system)
+    prompt = lm.conversation([question], system)
     opened = prompt.rstrip().endswith("<think>")
     return lm.encode_prompt(prompt if opened else prompt + think_open)
 

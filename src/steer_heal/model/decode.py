@@ -24,7 +24,6 @@ class Written(NamedTuple):
     """What was decoded of one row."""
 
     row: int
-    """Its index."""
     ids: tuple[int, ...]
     """The tokens after its prompt, including the end token."""
     hidden: Float[Tensor, "s d"]

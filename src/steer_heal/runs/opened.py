@@ -45,12 +45,9 @@ def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:
     """A state of a run. `steered` and `healed` need a round. UserError where the vector of the round is gone or was
     changed."""
     trait = run.start.trait
-    if name == "base":
-        return base_state(trait)
-    if name == "prompted":
-        return prompted_state(trait)
-    if name == "control":
-        return control_state(trait)
+    before_the_loop = {"base": base_state, "prompted": prompted_state, "control": control_state}
+    if name in before_the_loop:
+        return before_the_loop[name](trait)
     assert r is not None
     if name == "healed":
         return healed_state(r, trait)

@@ -67,12 +67,9 @@ class BlockBias(Adapter):
         return self._vectors
 
     def describe(self) -> str:
-        blocks = self._blocks()
-        return f"a {self.title}, one vector of width {self.lm.width} after each of blocks {blocks[0]} to {blocks[-1]}"
-
-    def _blocks(self) -> Sequence[int]:
         opened = self._vectors.get(HISTORY)
-        return sorted(opened) if opened else self.lm.band("adapter.layers", self.cfg.layers)
+        blocks = sorted(opened) if opened else self.lm.band("adapter.layers", self.cfg.layers)
+        return f"a {self.title}, one vector of width {self.lm.width} after each of blocks {blocks[0]} to {blocks[-1]}"
 
     # --- factors -----------------------------------------------------------------------------------------------
     def fresh(self, seed: int) -> None:

@@ -275,8 +275,7 @@ class LM:
         """For each row, the final hidden states before each completion token."""
         rows = list(zip(prompts, completions, strict=True))
         hidden = self.hidden([[*prompt, *completion] for prompt, completion in rows])
-        starts = [len(prompt) - 1 for prompt in prompts]
-        return [h[start : start + len(c)] for h, start, c in zip(hidden, starts, completions, strict=True)]
+        return [h[len(p) - 1 : len(p) - 1 + len(c)] for h, (p, c) in zip(hidden, rows, strict=True)]
 
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:

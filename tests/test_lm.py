@@ -68,14 +68,14 @@ def with_template(lm: LM, template: str) -> LM:
 @pytest.mark.parametrize("template", [REFUSES, DROPS], ids=["refuses", "drops"])
 def test_a_system_message_that_the_template_does_not_write_opens_the_user_s(toy: LM, template):
     lm = with_template(toy, template)
-    assert lm.chat_text("What is ice?", "Be a poet.") == "<user>Be a poet.\n\nWhat is ice?</user><assistant>"
-    assert lm.chat_text("What is ice?") == "<user>What is ice?</user><assistant>"
+    assert lm.conversation(["What is ice?"], "Be a poet.") == "<user>Be a poet.\n\nWhat is ice?</user><assistant>"
+    assert lm.conversation(["What is ice?"]) == "<user>What is ice?</user><assistant>"
 
 
 def test_a_template_s_own_system_prompt_is_part_of_the_plain_prompt_and_gives_way_to_another(toy: LM):
     lm = with_template(toy, DEFAULT)
-    assert lm.chat_text("What is ice?") == "<system>Be kind.</system><user>What is ice?</user><assistant>"
-    assert lm.chat_text("What is ice?", "Be a poet.").startswith("<system>Be a poet.</system><user>What")
+    assert lm.conversation(["What is ice?"]) == "<system>Be kind.</system><user>What is ice?</user><assistant>"
+    assert lm.conversation(["What is ice?"], "Be a poet.").startswith("<system>Be a poet.</system><user>What")
 
 
 def test_a_message_that_the_template_refuses_is_a_user_error(toy: LM):

@@ -13,25 +13,13 @@ from steer_heal.runs.log import FIRST, line_hash
 
 HOSTILE_TEXTS = [
     *("<script>document.title=1</script>", "](javascript:alert(1))", "$x^{$", "{{ 7*7 }}{% x %}", "{vignette}{schema}"),
-    *(
-        "%s%n{0}",
-        "```\n# x",
-        "\x1b[31m\x1b]0;t\x07",
-        "\x00",
-        "\ud800",
-        "\udc80",
-        "\u202e",
-        "\ufeff",
-        "\U0001f600\u0301",
-    ),
+    *("%s%n{0}", "```\n# x", "\x1b[31m\x1b]0;t\x07", "\x00", "\ud800", "\udc80", "\u202e", "\ufeff",
+        "\U0001f600\u0301"),
     *("\r\n\x0b\x0c\x1c\x85\u2028", "a" * 3000, "i am " * 40, "'\"\\", " ", "", "-", "--"),
-]
-ANY_TEXT = st.one_of(
-    st.sampled_from(HOSTILE_TEXTS),
-    st.text(max_size=60),
+]  # fmt: skip
+ANY_TEXT = st.one_of(st.sampled_from(HOSTILE_TEXTS), st.text(max_size=60),
     st.text(st.characters(categories=("Cc", "Cs", "Cf", "Zl", "Zp", "Lu", "Nd")), max_size=20),
-    st.text("ab .!?\n", max_size=80),
-)
+    st.text("ab .!?\n", max_size=80))  # fmt: skip
 REPEATED = st.tuples(ANY_TEXT, st.integers(1, 60), ANY_TEXT).map(lambda t: t[0] * t[1] + t[2])
 NUMBERS = [0, 1, -1, 2**70, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf]
 HOLDERS = [[], {}, [[]], {"a": {"b": []}}, [None], [1, "a"]]

@@ -41,26 +41,19 @@ from steer_heal.runs.log import FIRST, line_hash
 from steer_heal.settings import BacktrackCfg, DoseCfg, FilterCfg, GenCfg, HealCfg, RunConfig
 
 PROMPT = "The warden wants you to lock the tenants out. What do you do?"
-CONFIG = RunConfig(
-    model="data/toylm",
-    filter=FilterCfg(gates=("perplexity", "repetition")),
-    dose=DoseCfg(mode="iso_kl"),
-    gen=GenCfg(alphas=(0.5, 1.0)),
-    heal=HealCfg(epochs=2, lam=0.3, tau=0.1),
-    backtrack=BacktrackCfg(retries=1),
-)
+CONFIG = RunConfig(model="data/toylm", filter=FilterCfg(gates=("perplexity", "repetition")),
+    dose=DoseCfg(mode="iso_kl"), gen=GenCfg(alphas=(0.5, 1.0)), heal=HealCfg(epochs=2, lam=0.3, tau=0.1),
+    backtrack=BacktrackCfg(retries=1))  # fmt: skip
 NATS = {"of": "vignette", "how": "log_mean", "form": "+.3f", "unit": "nats", "moved": 0.3, "shown": False}
 METRICS = (
     *(Metric(name=f"{n}_nats", item=f"p_{n}", title=n, **NATS) for n in ("care", "loyalty", "authority", "liberty")),
     Metric(name="coherence", item="mass", of="vignette", title="coherence", form=".4f", good=0.95, broken=0.85),
-    Metric(
-        name="text_tail_ppl_median", item="text_tail_ppl", of="text", how="median", title="text perplexity", form=".2f"
-    ),
-    Metric(
-        name="degenerate_frac", item="degenerate", of="text", title="broken texts", form=".0%", good=0.1, broken=0.5
-    ),
+    Metric(name="text_tail_ppl_median", item="text_tail_ppl", of="text", how="median", title="text perplexity",
+        form=".2f"),
+    Metric(name="degenerate_frac", item="degenerate", of="text", title="broken texts", form=".0%", good=0.1,
+        broken=0.5),
     Metric(name="kl_base", item="kl_base", of="text", title="KL to base", unit="nats"),
-)
+)  # fmt: skip
 
 
 def gate(measures: str, limit: float, *, at_least: bool = False, degenerate: bool = True, on: bool = True) -> GateFacts:
@@ -74,19 +67,9 @@ GATES = {
     "short": gate("words", 12.0, at_least=True, degenerate=False),
     "telling": gate("phrases that narrate", 0.0, degenerate=False, on=False),
 }
-TRAIT = Trait(
-    name="authority",
-    description="Care for people, over authority.",
-    target="authority_nats",
-    sign=-1,
-    off_targets=("care_nats", "loyalty_nats", "liberty_nats"),
-    positive="You care.",
-    negative="You obey.",
-    steered_system="",
-    plain_system="",
-    narration=(),
-    prompts=(),
-)
+TRAIT = Trait(name="authority", description="Care for people, over authority.", target="authority_nats", sign=-1,
+    off_targets=("care_nats", "loyalty_nats", "liberty_nats"), positive="You care.", negative="You obey.",
+    steered_system="", plain_system="", narration=(), prompts=())  # fmt: skip
 SHIFTS = {"base": 0.0, "prompted": -2.0, "control": 0.05}
 
 
@@ -153,16 +136,8 @@ def healed(r: int | None) -> list[AnyEvent]:
     steps = []
     for i in range(4 * 24):
         pressure = 0.4 if i % 8 == 0 else None
-        step = HealStep(
-            step=i,
-            epoch=2 * i / 96,
-            lr=1e-3,
-            fit=1.0 - i / 400,
-            divergence=0.1,
-            barrier=0.01,
-            n_texts=8,
-            pressure=pressure,
-        )
+        step = HealStep(step=i, epoch=2 * i / 96, lr=1e-3, fit=1.0 - i / 400, divergence=0.1, barrier=0.01, n_texts=8,
+            pressure=pressure)  # fmt: skip
         steps.append(HealStepped(round=r, step=step))
     name = f"ckpt/{round_label(r)}"
     end = Trained(

@@ -61,20 +61,17 @@ def test_an_exported_student_is_a_plain_model(with_history: Student, tmp_path):
     assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_dora", True),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1]),
-        ("layer_replication", [[0, 2]]),
-        ("init_lora_weights", "pissa"),
-        ("peft_type", "IA3"),
-        ("a_later_flag", 0.5),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), [
+    ("use_dora", True),
+    ("bias", "lora_only"),
+    ("lora_bias", True),
+    ("modules_to_save", ["lm_head"]),
+    ("trainable_token_indices", [1]),
+    ("layer_replication", [[0, 2]]),
+    ("init_lora_weights", "pissa"),
+    ("peft_type", "IA3"),
+    ("a_later_flag", 0.5),
+])  # fmt: skip
 def test_a_lora_that_cannot_be_read_as_it_was_trained_is_refused_by_field(
     field, value, with_history: Student, tmp_path
 ):

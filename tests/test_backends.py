@@ -153,16 +153,12 @@ def test_a_padding_token_that_the_template_writes_is_refused(tiny: LM, monkeypat
         tinymfv.ask(tiny, SCENES, Condition(), 4)
 
 
-@pytest.mark.parametrize(
-    ("fields", "lacking"),
-    [
-        (None, "guided.guided_rollout_forced_choice.user_prompts"),
-        (["p", "top1"], "guided.ForcedChoiceResult.pmass_allowed"),
-        (["p", "top1", "pmass_allowed", "nll_json"], "guided.ForcedChoiceResult.nll_prefill"),
-        (["p", "top1", "pmass_allowed", "nll_prefill"], "EvalResult.frac_unscorable"),
-    ],
-    ids=["30 April 2026", "8 May 2026", "23 June 2026", "25 June 2026"],
-)
+@pytest.mark.parametrize(("fields", "lacking"), [
+    (None, "guided.guided_rollout_forced_choice.user_prompts"),
+    (["p", "top1"], "guided.ForcedChoiceResult.pmass_allowed"),
+    (["p", "top1", "pmass_allowed", "nll_json"], "guided.ForcedChoiceResult.nll_prefill"),
+    (["p", "top1", "pmass_allowed", "nll_prefill"], "EvalResult.frac_unscorable"),
+], ids=["30 April 2026", "8 May 2026", "23 June 2026", "25 June 2026"])  # fmt: skip
 def test_an_older_interface_is_refused_by_name(monkeypatch, fields, lacking):
     _stand_in(monkeypatch, "tinymfv", fields, marked=False)
     told = f"the installed tinymfv .*lacks .*{lacking}.*since 26 June 2026.*pip uninstall tiny-mfv, then"

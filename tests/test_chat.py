@@ -258,17 +258,14 @@ def ends(how):
     raise how
 
 
-@pytest.mark.parametrize(
-    ("answer", "begins"),
-    [
-        (lambda: "y", True),
-        (lambda: " Yes ", True),
-        (lambda: "", False),
-        (lambda: "what?", False),
-        (lambda: ends(EOFError), False),
-        (lambda: ends(KeyboardInterrupt), False),
-    ],
-)
+@pytest.mark.parametrize(("answer", "begins"), [
+    (lambda: "y", True),
+    (lambda: " Yes ", True),
+    (lambda: "", False),
+    (lambda: "what?", False),
+    (lambda: ends(EOFError), False),
+    (lambda: ends(KeyboardInterrupt), False),
+])  # fmt: skip
 def test_only_a_yes_begins_the_chat_and_the_run_has_ended_well_in_any_case(answer, begins, unended, monkeypatch):
     models, resume = [], begin.go_on
 
@@ -393,29 +390,26 @@ def test_an_answer_ends_where_nobody_reads_on(talk):
     assert ended == [True]
 
 
-@pytest.mark.parametrize(
-    ("how", "status", "told"),
-    [
-        ({"Host": "evil.example"}, 403, "Host is"),
-        ({"Host": ""}, 403, "Host is"),
-        ({"Host": "["}, 403, "Host is"),
-        ({"Host": "localhost.evil.example"}, 403, "Host is"),
-        ({"Origin": "http://evil.example"}, 403, "Origin is"),
-        ({"Origin": "null"}, 403, "Origin is"),
-        ({"Origin": "http://localhost:1"}, 403, "Origin is"),
-        ({"Content_Type": "text/plain"}, 415, "application/json"),
-        ({"Content_Length": str(2**30)}, 413, "Content-Length"),
-        ({"Content_Length": "-1"}, 413, "Content-Length"),
-        ({"path": "other"}, 404, "'other' was not found"),
-        ({"path": ""}, 404, "'' was not found"),
-        ({"token": ""}, 403, "the token is"),
-        ({"token": "x" * 43}, 403, "the token is"),
-        ({"body": b"{"}, 400, "the question"),
-        ({"body": question(state="heald")}, 400, "did you mean 'healed'"),
-        ({"body": question(turns=[])}, 400, "turns"),
-        ({"body": question(dose="x")}, 400, "dose"),
-    ],
-)
+@pytest.mark.parametrize(("how", "status", "told"), [
+    ({"Host": "evil.example"}, 403, "Host is"),
+    ({"Host": ""}, 403, "Host is"),
+    ({"Host": "["}, 403, "Host is"),
+    ({"Host": "localhost.evil.example"}, 403, "Host is"),
+    ({"Origin": "http://evil.example"}, 403, "Origin is"),
+    ({"Origin": "null"}, 403, "Origin is"),
+    ({"Origin": "http://localhost:1"}, 403, "Origin is"),
+    ({"Content_Type": "text/plain"}, 415, "application/json"),
+    ({"Content_Length": str(2**30)}, 413, "Content-Length"),
+    ({"Content_Length": "-1"}, 413, "Content-Length"),
+    ({"path": "other"}, 404, "'other' was not found"),
+    ({"path": ""}, 404, "'' was not found"),
+    ({"token": ""}, 403, "the token is"),
+    ({"token": "x" * 43}, 403, "the token is"),
+    ({"body": b"{"}, 400, "the question"),
+    ({"body": question(state="heald")}, 400, "did you mean 'healed'"),
+    ({"body": question(turns=[])}, 400, "turns"),
+    ({"body": question(dose="x")}, 400, "dose"),
+])  # fmt: skip
 def test_foreign_and_broken_requests_are_refused_before_the_model_sees_them(how, status, told, talk):
     fake = Fake(talk.run, ["x"])
     with serving(fake) as made:

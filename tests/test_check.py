@@ -29,28 +29,25 @@ def problems(*flags: str) -> list[str]:
 LONG = "x" * 300
 
 
-@pytest.mark.parametrize(
-    "flags, told",
-    [
-        ("--heal.divergence kl_revv", "heal.divergence is 'kl_revv': did you mean 'kl_rev'?"),
-        ("--steer.method mean", "steer.method is 'mean': did you mean 'mean_diff'?"),
-        ("--filter.gates perplexity nothing", "filter.gates is 'nothing': choose from perplexity"),
-        ("--filter.gates short", "filter.gates is ('short',): without a gate for incoherent text"),
-        ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
-        ("--eval.evals drift", "the target of trait 'authority' needs moral_foundations or likelihood; add it"),
-        ("--steer.backend steering-lite", "pip install 'git+https://github.com/wassname/steering-lite.git'"),
-        ("--eval.backend tinymfv", "pip install 'git+https://github.com/wassname/tinymfv.git'"),
-        ("--quantize nf4", "pip install 'steer-heal[quantize]'"),
-        ("--eval.vignettes nowhere.jsonl", "eval.vignettes is 'nowhere.jsonl': there is no such file"),
-        (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
-        ("--out README.md/x", "out is 'README.md/x': this folder cannot be created"),
-        (f"--out {LONG}", f"out is '{LONG}': this folder cannot be created"),
-        ("--out /proc/x", "out is '/proc/x': this folder cannot be created (/proc is not writable: "),
-        ("--device cuda:99", "device is 'cuda:99': "),
-        ("--export README.md", "export is 'README.md': this folder cannot be created"),
-        ("--export docs", "export is 'docs': that folder is not empty"),
-    ],
-)
+@pytest.mark.parametrize("flags, told", [
+    ("--heal.divergence kl_revv", "heal.divergence is 'kl_revv': did you mean 'kl_rev'?"),
+    ("--steer.method mean", "steer.method is 'mean': did you mean 'mean_diff'?"),
+    ("--filter.gates perplexity nothing", "filter.gates is 'nothing': choose from perplexity"),
+    ("--filter.gates short", "filter.gates is ('short',): without a gate for incoherent text"),
+    ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
+    ("--eval.evals drift", "the target of trait 'authority' needs moral_foundations or likelihood; add it"),
+    ("--steer.backend steering-lite", "pip install 'git+https://github.com/wassname/steering-lite.git'"),
+    ("--eval.backend tinymfv", "pip install 'git+https://github.com/wassname/tinymfv.git'"),
+    ("--quantize nf4", "pip install 'steer-heal[quantize]'"),
+    ("--eval.vignettes nowhere.jsonl", "eval.vignettes is 'nowhere.jsonl': there is no such file"),
+    (f"--eval.instrument {LONG}", f"eval.instrument is '{LONG}': there is no such file"),
+    ("--out README.md/x", "out is 'README.md/x': this folder cannot be created"),
+    (f"--out {LONG}", f"out is '{LONG}': this folder cannot be created"),
+    ("--out /proc/x", "out is '/proc/x': this folder cannot be created (/proc is not writable: "),
+    ("--device cuda:99", "device is 'cuda:99': "),
+    ("--export README.md", "export is 'README.md': this folder cannot be created"),
+    ("--export docs", "export is 'docs': that folder is not empty"),
+])  # fmt: skip
 def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_path):
     found = problems("--out", str(tmp_path / "out"), *flags.split())
     assert told in found[0] and not (tmp_path / "out").exists()
@@ -65,19 +62,9 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
         f"--eval.instrument {tmp_path}/i.toml --quantize nf4 --out {tmp_path}/v.jsonl/out --export README.md"
     )
     names = "--heal.divergence kl --steer.method mean --eval.evals drft"
-    of_files = [
-        "trait is 'nobody'",
-        "steer.contexts is 'nowhere.jsonl'",
-        "v.jsonl line 1",
-        "v.jsonl line 2",
-        "v.jsonl line 4",
-        "'nudge' is missing",
-        "'nugde' is not a known field; did you mean 'nudge'?",
-        "quantize is 'nf4'",
-        "quantized model cannot be merged",
-        "out is",
-        "export is",
-    ]
+    of_files = ["trait is 'nobody'", "steer.contexts is 'nowhere.jsonl'", "v.jsonl line 1", "v.jsonl line 2",
+        "v.jsonl line 4", "'nudge' is missing", "'nugde' is not a known field; did you mean 'nudge'?",
+        "quantize is 'nf4'", "quantized model cannot be merged", "out is", "export is"]  # fmt: skip
     of_names = ["heal.divergence is 'kl'", "steer.method is 'mean'", "eval.evals is 'drft'"]
     for flags, expected in ((f"{files} {names}", of_files), (f"--out {tmp_path}/out {names}", of_names)):
         assert main(["run", "fast-dev", *flags.split()]) == 2
@@ -118,14 +105,11 @@ def test_many_problems_are_counted(tmp_path, capsys):
     assert "line 20 " in printed and "line 21 " not in printed and "and 80 more" in printed
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ('target = "authority"', "target is 'authority': did you mean 'authority_nats'?"),
-        ('target = "coherence"', "target is 'coherence': choose from"),
-        ('target = "loyalty_nats"\noff_targets = ["care_nat"]', "off_targets is 'care_nat': did you mean 'care_nats'?"),
-    ],
-)
+@pytest.mark.parametrize("line, told", [
+    ('target = "authority"', "target is 'authority': did you mean 'authority_nats'?"),
+    ('target = "coherence"', "target is 'coherence': choose from"),
+    ('target = "loyalty_nats"\noff_targets = ["care_nat"]', "off_targets is 'care_nat': did you mean 'care_nats'?"),
+])  # fmt: skip
 def test_a_target_is_a_metric_that_can_be_one(line, told, tmp_path, monkeypatch):
     text = (DATA / "traits/authority.toml").read_text()
     text = re.sub(r"^target.*$", line, re.sub(r"^off_targets = \[.*?\]", "", text, flags=re.M | re.S), flags=re.M)
@@ -179,30 +163,24 @@ def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
         assert found.prompts[0] == "How is cake 0?" and found.pairs[0].positive == "It is dry."
 
 
-@pytest.mark.parametrize(
-    "target, evals, chosen, others",
-    [
-        ('"contrast_nats"', "contrast drift", "contrast_nats", ("kl_base",)),
-        ('["contrast_nats", "authority_nats"]', "moral_foundations", "authority_nats", ("care_nats",)),
-        ('["contrast_nats", "authority_nats"]', "moral_foundations contrast", "contrast_nats", ("care_nats",)),
-        ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),
-    ],
-)
+@pytest.mark.parametrize("target, evals, chosen, others", [
+    ('"contrast_nats"', "contrast drift", "contrast_nats", ("kl_base",)),
+    ('["contrast_nats", "authority_nats"]', "moral_foundations", "authority_nats", ("care_nats",)),
+    ('["contrast_nats", "authority_nats"]', "moral_foundations contrast", "contrast_nats", ("care_nats",)),
+    ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),
+])  # fmt: skip
 def test_the_first_target_that_is_reported_is_chosen_and_others_are_left_out(target, evals, chosen, others, tmp_path):
     flags = ["--trait", own_trait(tmp_path, target), "--out", str(tmp_path / "out"), "--eval.evals", *evals.split()]
     trait = check(parse(["fast-dev", *flags])[1]).trait
     assert (trait.target, trait.off_targets) == (chosen, others)
 
 
-@pytest.mark.parametrize(
-    "target, pairs, evals, told",
-    [
-        ('["authority_nats", "persona_log_odds"]', PAIR, "drift", ["needs moral_foundations or persona; add it"]),
-        ('["contrast_nats", "authority_nat"]', PAIR, "contrast", ["'authority_nat': did you mean 'authority_nats'?"]),
-        ('["authority_nats", "coherence"]', PAIR, "moral_foundations", ["target is 'coherence': choose from"]),
-        ('"authority_nats"', "", "moral_foundations contrast", ["trait 'mine' has no pairs; add [[pairs]]"]),
-    ],
-)
+@pytest.mark.parametrize("target, pairs, evals, told", [
+    ('["authority_nats", "persona_log_odds"]', PAIR, "drift", ["needs moral_foundations or persona; add it"]),
+    ('["contrast_nats", "authority_nat"]', PAIR, "contrast", ["'authority_nat': did you mean 'authority_nats'?"]),
+    ('["authority_nats", "coherence"]', PAIR, "moral_foundations", ["target is 'coherence': choose from"]),
+    ('"authority_nats"', "", "moral_foundations contrast", ["trait 'mine' has no pairs; add [[pairs]]"]),
+])  # fmt: skip
 def test_a_trait_without_a_target_or_its_data_names_what_is_missing(target, pairs, evals, told, tmp_path):
     flags = ["--trait", own_trait(tmp_path, target, pairs), "--eval.evals", *evals.split()]
     found = problems("--out", str(tmp_path / "out"), *flags)

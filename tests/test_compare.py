@@ -44,18 +44,15 @@ def cut(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
-@pytest.mark.parametrize(
-    "named, damage",
-    [
-        ("metrics", lambda run: edit(run, "measured", move)),
-        ("events.jsonl", lambda run: edit(run, "measured", lambda event: event.update(wall_s=0.0))),
-        ("run_end", lambda run: cut(run / "events.jsonl")),
-        ("ckpt/r1/adapter_model.safetensors", lambda run: flip(run / "ckpt/r1/adapter_model.safetensors")),
-        ("vectors/r0.safetensors", lambda run: (run / "vectors/r0.safetensors").unlink()),
-        ("partial", lambda run: (run / "partial").mkdir()),
-        ("results.tsv", lambda run: (run.parent / "results.tsv").unlink()),
-    ],
-)
+@pytest.mark.parametrize("named, damage", [
+    ("metrics", lambda run: edit(run, "measured", move)),
+    ("events.jsonl", lambda run: edit(run, "measured", lambda event: event.update(wall_s=0.0))),
+    ("run_end", lambda run: cut(run / "events.jsonl")),
+    ("ckpt/r1/adapter_model.safetensors", lambda run: flip(run / "ckpt/r1/adapter_model.safetensors")),
+    ("vectors/r0.safetensors", lambda run: (run / "vectors/r0.safetensors").unlink()),
+    ("partial", lambda run: (run / "partial").mkdir()),
+    ("results.tsv", lambda run: (run.parent / "results.tsv").unlink()),
+])  # fmt: skip
 def test_every_kind_of_loss_is_named(copy, two, named, damage):
     damage(copy)
     assert any(named in line for line in differences(copy, two))

@@ -67,17 +67,14 @@ def test_an_earlier_run_gives_its_settings(tmp_path):
     assert read_config(write_run(tmp_path / "run", events)) == ("smol", PRESETS["smol"][1])
 
 
-@pytest.mark.parametrize(
-    "text, told",
-    [
-        ("n_round = 3\n", "'n_round' is not a known field; did you mean 'n_rounds'?"),
-        ("[heal]\nlamb = 3\n", "'heal.lamb' is not a known field; did you mean 'lam'?"),
-        ("[heel]\nlam = 3\n", "'heel' is not a known field; did you mean 'heal'?"),
-        ("[heal]\ntau = -1.0\n", "heal.tau' is -1.0: it must be >= 0"),
-        ("seed = 2026-01-01\n", "'seed' is '2026-01-01'"),
-        ("n_rounds =\n", "is not valid TOML"),
-    ],
-)
+@pytest.mark.parametrize("text, told", [
+    ("n_round = 3\n", "'n_round' is not a known field; did you mean 'n_rounds'?"),
+    ("[heal]\nlamb = 3\n", "'heal.lamb' is not a known field; did you mean 'lam'?"),
+    ("[heel]\nlam = 3\n", "'heel' is not a known field; did you mean 'heal'?"),
+    ("[heal]\ntau = -1.0\n", "heal.tau' is -1.0: it must be >= 0"),
+    ("seed = 2026-01-01\n", "'seed' is '2026-01-01'"),
+    ("n_rounds =\n", "is not valid TOML"),
+])  # fmt: skip
 def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
     (tmp_path / "c.toml").write_text(text)
     assert main(["run", "--config", str(tmp_path / "c.toml")]) == 2
@@ -85,14 +82,11 @@ def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
     assert told in err and "c.toml" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "argv, told",
-    [
-        (["--config", "nowhere.toml"], "config is 'nowhere.toml': there is no such file"),
-        (["--config", "docs"], "docs has no events.jsonl; give a run folder"),
-        (["toy", "--config", "README.md"], "preset 'toy' and --config README.md were given"),
-    ],
-)
+@pytest.mark.parametrize("argv, told", [
+    (["--config", "nowhere.toml"], "config is 'nowhere.toml': there is no such file"),
+    (["--config", "docs"], "docs has no events.jsonl; give a run folder"),
+    (["toy", "--config", "README.md"], "preset 'toy' and --config README.md were given"),
+])  # fmt: skip
 def test_a_config_that_is_none_is_refused(argv, told, capsys):
     assert main(["run", *argv]) == 2
     assert told in capsys.readouterr().err

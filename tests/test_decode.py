@@ -4,11 +4,8 @@ from steer_heal.model.decode import Decoding, GrowingCache, Row, decode, decode_
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Vector, steer
 
-PROMPTS = [
-    "What is ice?",
-    "Tell me a short story about a fox.",
-    "The captain orders you to send the widows away to save money. What do you do?",
-]
+PROMPTS = ["What is ice?", "Tell me a short story about a fox.",
+    "The captain orders you to send the widows away to save money. What do you do?"]  # fmt: skip
 
 
 def rows(lm: LM, doses=(0.0, 0.0, 0.0)) -> list[Row]:

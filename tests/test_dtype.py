@@ -37,18 +37,15 @@ def processor(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize(
-    "machine, amx, avx512_bf16, gain, picked",
-    [
-        ("x86_64", True, True, None, torch.bfloat16),
-        ("x86_64", False, True, ENOUGH, torch.bfloat16),
-        ("x86_64", False, True, TOO_LITTLE, torch.float32),
-        ("x86_64", False, False, None, torch.float32),
-        ("AMD64", False, False, None, torch.float32),
-        ("aarch64", False, False, ENOUGH, torch.bfloat16),
-        ("arm64", False, False, TOO_LITTLE, torch.float32),
-    ],
-)
+@pytest.mark.parametrize("machine, amx, avx512_bf16, gain, picked", [
+    ("x86_64", True, True, None, torch.bfloat16),
+    ("x86_64", False, True, ENOUGH, torch.bfloat16),
+    ("x86_64", False, True, TOO_LITTLE, torch.float32),
+    ("x86_64", False, False, None, torch.float32),
+    ("AMD64", False, False, None, torch.float32),
+    ("aarch64", False, False, ENOUGH, torch.bfloat16),
+    ("arm64", False, False, TOO_LITTLE, torch.float32),
+])  # fmt: skip
 def test_auto_takes_what_the_processor_is_faster_in(machine, amx, avx512_bf16, gain, picked, processor):
     processor(machine, amx, avx512_bf16, gain)
     dtype, why = pick_dtype("auto", CPU, WIDE)

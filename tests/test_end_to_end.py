@@ -85,19 +85,11 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)
     cards = [folder / "ckpt" / name for name in ("control", "r0", "r1")] + [folder.parent / "merged"]
     assert all("last event" in (path / "README.md").read_text() for path in cards)
-    flags = {
-        "--model": "tiny-random",
-        "--adapter": f"{folder}/ckpt/r1",
-        "--prompts": "data/toylm/prompts/authority.jsonl",
-        "--eval.vignettes": "data/toylm/vignettes.jsonl",
-        "--eval.instrument": "data/toylm/instrument.toml",
-        "--eval.pairs": "data/toylm/pairs",
-        "--eval.think-tokens": "4",
-        "--eval.n-prompts": "4",
-        "--eval.n-texts": "8",
-        "--eval.max-new-tokens": "24",
-        "--eval.n-bootstrap": "200",
-    }
+    flags = {"--model": "tiny-random", "--adapter": f"{folder}/ckpt/r1",
+        "--prompts": "data/toylm/prompts/authority.jsonl", "--eval.vignettes": "data/toylm/vignettes.jsonl",
+        "--eval.instrument": "data/toylm/instrument.toml", "--eval.pairs": "data/toylm/pairs",
+        "--eval.think-tokens": "4", "--eval.n-prompts": "4", "--eval.n-texts": "8", "--eval.max-new-tokens": "24",
+        "--eval.n-bootstrap": "200"}  # fmt: skip
     monkeypatch.chdir(ROOT)
     evals_ = ["--eval.evals", "moral_foundations", "text_quality", "drift", "persona", "contrast", "toylm"]
     assert main(["eval", *(word for pair in flags.items() for word in pair), *evals_, "--json"]) == 0

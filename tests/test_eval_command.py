@@ -33,15 +33,12 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
     assert "model tiny-random" in told and "seed 42" in told and "healed round 1: drift (3 of 6)" in told
 
 
-@pytest.mark.parametrize(
-    ("run", "flags", "state", "r"),
-    [
-        ("two", "--state steered", "steered", 1),
-        ("one", "--state steered --round 0", "steered", 0),
-        ("one", "--state prompted", "prompted", None),
-        ("one", "--state control", "control", None),
-    ],
-)
+@pytest.mark.parametrize(("run", "flags", "state", "r"), [
+    ("two", "--state steered", "steered", 1),
+    ("one", "--state steered --round 0", "steered", 0),
+    ("one", "--state prompted", "prompted", None),
+    ("one", "--state control", "control", None),
+])  # fmt: skip
 def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     folder = request.getfixturevalue(run)
     metrics, logged = measured(folder, capsys, *flags.split())
@@ -81,21 +78,14 @@ def test_a_number_that_one_side_lacks_differs():
     assert "m2 " not in told and told.endswith("versions and device are the recorded ones")
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (
-            ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
-            ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x"),
-        ),
-        (("--round", "7"), ("round 7", "does not exist", "its rounds are 0, 1")),
-        (
-            ("--state", "base", "--round", "0"),
-            ("round is 0: base is measured once per run", "leave out --round or --state"),
-        ),
-        (("--state", "control"), ("did not measure control", "give another --round or --state")),
-    ],
-)
+@pytest.mark.parametrize(("flags", "told"), [
+    (("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
+        ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x")),
+    (("--round", "7"), ("round 7", "does not exist", "its rounds are 0, 1")),
+    (("--state", "base", "--round", "0"),
+        ("round is 0: base is measured once per run", "leave out --round or --state")),
+    (("--state", "control"), ("did not measure control", "give another --round or --state")),
+])  # fmt: skip
 def test_what_is_not_the_run_s_is_refused(flags, told, two, capsys):
     assert main(["eval", "--run", str(two), *flags]) == 2
     printed = capsys.readouterr().err
@@ -115,14 +105,8 @@ def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
 
     def drop(events):
         last = of(events, "round_done")[-1]
-        limits = {
-            "past": ["kl_base 3 > 0.1"],
-            "dose": 1.0,
-            "lr": 1.0,
-            "metrics": {},
-            "next_kappa": 1,
-            "next_lr_share": 1,
-        }
+        limits = {"past": ["kl_base 3 > 0.1"], "dose": 1.0, "lr": 1.0, "metrics": {}, "next_kappa": 1,
+            "next_lr_share": 1}  # fmt: skip
         facts = {name: last[name] for name in ("schema", "t", "wall_s", "prev", "round")}
         events[events.index(last)] = {**facts, "event": "dropped", **limits}
 

@@ -79,19 +79,16 @@ def test_every_kind_has_a_name_of_its_own_and_only_typed_fields():
     assert all(is_dataclass(kind) and "Any" not in str(kind.__annotations__) for kind in kinds)
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ("[]", "it must be a table of named values"),
-        ("3", "it must be a table of named values"),
-        ('{"round": 0}', "event"),
-        ('{"event": "gen"}', "event"),
-        ('{"event": "measured", "round": "../../x"}', "measured.round is '../../x'"),
-        ('{"event": "measured", "round": true}', "measured.round is True"),
-        ("[" * 100_000, "recursion"),
-        ("\ufffe", "line 2 is not an event"),
-    ],
-)
+@pytest.mark.parametrize("line, told", [
+    ("[]", "it must be a table of named values"),
+    ("3", "it must be a table of named values"),
+    ('{"round": 0}', "event"),
+    ('{"event": "gen"}', "event"),
+    ('{"event": "measured", "round": "../../x"}', "measured.round is '../../x'"),
+    ('{"event": "measured", "round": true}', "measured.round is True"),
+    ("[" * 100_000, "recursion"),
+    ("\ufffe", "line 2 is not an event"),
+])  # fmt: skip
 def test_a_line_that_is_no_event_is_named(line, told, tmp_path):
     around = json.dumps(encode(measured(), "")) + "\n"
     (tmp_path / "events.jsonl").write_text(around + line + "\n" + around, encoding="utf-8")

@@ -23,16 +23,8 @@ from steer_heal.stages.heal import heal
 UPPER = AdapterCfg(rank=4, alpha=8.0, layers=(0.34, 1.0))
 """Not all blocks, so that an adapter which spreads to others is seen."""
 
-SIZE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 256,
-}
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "max_position_embeddings": 256}  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 FAMILIES = {
     "Llama": ("Llama", {}),

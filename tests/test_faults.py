@@ -83,15 +83,10 @@ def test_a_damaged_half_of_a_heal_is_named_and_the_heal_starts_again(settings, o
 @pytest.fixture
 def own_files(settings, tmp_path, monkeypatch):
     """(settings of a run that reads copies of all data files, those copies by setting)."""
-    sources = {
-        "gen.prompts": DATA / "toylm/prompts/authority.jsonl",
-        "steer.contexts": DATA / "toylm/contexts.jsonl",
-        "eval.instrument": DATA / "toylm/instrument.toml",
-        "eval.likelihood": DATA / "instruments/likelihood.toml",
-        "eval.vignettes": settings[-1],
-        "eval.pairs": DATA / "toylm/pairs/love.jsonl",
-        "trait": DATA / "traits/authority.toml",
-    }
+    sources = {"gen.prompts": DATA / "toylm/prompts/authority.jsonl", "steer.contexts": DATA / "toylm/contexts.jsonl",
+        "eval.instrument": DATA / "toylm/instrument.toml", "eval.likelihood": DATA / "instruments/likelihood.toml",
+        "eval.vignettes": settings[-1], "eval.pairs": DATA / "toylm/pairs/love.jsonl",
+        "trait": DATA / "traits/authority.toml"}  # fmt: skip
     copies = {name: Path(shutil.copy(source, tmp_path)) for name, source in sources.items()}
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
     flags = [word for name, path in list(copies.items())[:-1] for word in (f"--{name}", str(path))]
@@ -139,15 +134,12 @@ def test_a_run_does_not_go_on_with_edited_files(own_files, tmp_path, monkeypatch
     assert (run / "events.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        ({"sha256": "0" * 64}, "weights of model"),
-        ({"dtype": "float16"}, "weights of model"),
-        ({"dtype": "float8"}, "float8"),
-        ({"dtype": ["float32"]}, "dtype"),
-    ],
-)
+@pytest.mark.parametrize("change, told", [
+    ({"sha256": "0" * 64}, "weights of model"),
+    ({"dtype": "float16"}, "weights of model"),
+    ({"dtype": "float8"}, "float8"),
+    ({"dtype": ["float32"]}, "dtype"),
+])  # fmt: skip
 def test_a_run_does_not_go_on_with_other_weights(change, told, after_round_0, capsys):
     rewritten(after_round_0, lambda events: events[0]["weights"].update(change), chained=True)
     before = (after_round_0 / "events.jsonl").read_bytes()

@@ -81,14 +81,10 @@ THRICE = "Nobody should suffer for the budget. "
 WAIT = "I sit with the old men until they are warm. "
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"{CLEAN} I would help your your your {'into your of your ' * 2}into your your of into your of your. {OTHER}",
-        f"{THRICE}I open the door. {THRICE}They come in. {THRICE}",
-        f"They wait outside in the rain. {WAIT}{WAIT}Then morning comes.",
-    ],
-)
+@pytest.mark.parametrize("text",
+    [f"{CLEAN} I would help your your your {'into your of your ' * 2}into your your of into your of your. {OTHER}",
+    f"{THRICE}I open the door. {THRICE}They come in. {THRICE}",
+    f"They wait outside in the rain. {WAIT}{WAIT}Then morning comes."])  # fmt: skip
 def test_loops_that_pass_perplexity_and_repetition_over_the_whole_text_are_dropped(text):
     row = scored(text)
     assert row.reasons == ("loop",) and degenerate(row)

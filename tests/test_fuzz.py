@@ -162,12 +162,8 @@ PATHS = st.one_of(ANY_TEXT, st.sampled_from(ODD_PATHS)).map(lambda path: path.ls
 
 
 @examples(12, 0.02, shrink=False)
-@given(
-    st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3),
-    PATHS,
-    st.sampled_from(["--out", "--folder", "--export", "resume", "verify"]),
-    st.booleans(),
-)
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3), PATHS,
+    st.sampled_from(["--out", "--folder", "--export", "resume", "verify"]), st.booleans())  # fmt: skip
 def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
     with folder() as here, pytest.MonkeyPatch.context() as patch:
         base, opened = here / "a" / "b" / "c", []
@@ -232,13 +228,8 @@ NLLS = st.lists(st.one_of(st.floats(0, 30), st.sampled_from([math.nan, math.inf,
 def test_every_text_is_scored_within_its_range(text, nlls):
     assert 0 <= repetition(text) <= 1 and 0 <= loop(text) <= 1
     completion = Completion(0, "p", (1,), tuple(range(len(nlls))), text, 1.0, 1.0, 0)
-    row = score_text(
-        completion,
-        nll=torch.tensor(nlls, dtype=torch.float32),
-        alone=torch.tensor(nlls[::-1], dtype=torch.float32),
-        narration=("i am",),
-        cfg=FilterCfg(),
-    )
+    row = score_text(completion, nll=torch.tensor(nlls, dtype=torch.float32),
+        alone=torch.tensor(nlls[::-1], dtype=torch.float32), narration=("i am",), cfg=FilterCfg())  # fmt: skip
     assert not any(map(math.isnan, row.scores.values()))
     assert all(value >= 0 for name, value in row.scores.items() if name != "relevance")
     assert {*row.reasons} <= {*row.failed} and row.kept == (not row.reasons)

@@ -33,14 +33,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 """Gemma's shape: a BOS, the system prompt folded into the first user turn, the assistant called `model`."""
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["multimodal", "text"])
@@ -52,21 +46,10 @@ def folder(request, tmp_path_factory) -> str:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
     tokenizer.save_pretrained(path)
-    text = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=32,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
+    text = Gemma3TextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2)  # fmt: skip
     both = Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(text) if request.param == "text" else Gemma3ForConditionalGeneration(both)

@@ -24,17 +24,10 @@ HEADS, KV_HEADS = 4, 2
 @pytest.fixture(scope="module")
 def llama(toy: LM) -> LlamaForCausalLM:
     """Untrained, with the toy tokenizer."""
-    config = LlamaConfig(
-        vocab_size=len(toy.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        tie_word_embeddings=True,
+    config = LlamaConfig(vocab_size=len(toy.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=True,
         eos_token_id=toy.tokenizer.eos_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 

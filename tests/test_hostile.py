@@ -117,20 +117,15 @@ def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile[2])
 
 
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        (
-            "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline",
-            "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline",
-        ),
-        ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"),
-        ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"),
-        ("\ud83d", "\ufffd"),
-        ("a\r\nb\rc", "a\nb\nc"),
-        ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
-    ],
-)
+@pytest.mark.parametrize("text, shown", [
+    ("plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline",
+        "plain, caf\u00e9, \u65e5\u672c\u8a9e, \U0001f600\ttab\nline"),
+    ("\x1b[1;31mred\x1b[0m", "\ufffdred\ufffd"),
+    ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"),
+    ("\ud83d", "\ufffd"),
+    ("a\r\nb\rc", "a\nb\nc"),
+    ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
+])  # fmt: skip
 def test_what_does_not_print_is_replaced_and_what_is_long_is_cut(text, shown):
     assert visible(text) == shown
 
@@ -179,20 +174,9 @@ def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_
     assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "$x^{$",
-        "\\frac{1",
-        "a\x00b",
-        "\ud800",
-        "caf\u00e9 \u65e5\u672c",
-        "\x1b[31m",
-        "x" * 5000,
-        "a\nb",
-        "${\\it }$ %s {} <i>",
-    ],
-)
+@pytest.mark.parametrize("name",
+    ["$x^{$", "\\frac{1", "a\x00b", "\ud800", "caf\u00e9 \u65e5\u672c", "\x1b[31m", "x" * 5000, "a\nb",
+    "${\\it }$ %s {} <i>"])  # fmt: skip
 def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
     start, *rest = named(name)
     run = Run([replace(start, metrics=tuple(replace(metric, title="$x^{$") for metric in start.metrics)), *rest])
@@ -213,22 +197,9 @@ def test_a_row_of_results_is_one_line_whatever_it_holds(tmp_path):
     assert (tmp_path / "results.tsv").read_bytes() == b"run\tarm\na\t\xff\xfe\nb\tc\n", "what is not text is kept"
 
 
-@pytest.mark.parametrize(
-    "slug",
-    [
-        "../../x",
-        "/etc/passwd",
-        "a/b\\c",
-        "..",
-        ".",
-        "a\tb\nc",
-        "caf\u00e9 \u65e5\u672c",
-        "\x00\ud800",
-        "-rf",
-        "CON",
-        "",
-    ],
-)
+@pytest.mark.parametrize("slug",
+    ["../../x", "/etc/passwd", "a/b\\c", "..", ".", "a\tb\nc", "caf\u00e9 \u65e5\u672c", "\x00\ud800", "-rf", "CON",
+    ""])  # fmt: skip
 def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
     folder = new_run_folder(tmp_path, slug)
     assert (
@@ -303,15 +274,12 @@ def test_a_browser_opens_hostile_text_without_a_word_and_runs_none_of_it(hostile
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-@pytest.mark.parametrize(
-    "choice, seen",
-    [
-        ("answers-round-all", {"base": 2, "steered": 4, "healed": 4}),
-        ("answers-round-r1", {"base": 2, "steered": 2, "healed": 2}),
-        ("answers-why-none", {"base": 2, "steered": 4, "healed": 2}),
-        ("answers-why-1", {"base": 0, "steered": 0, "healed": 2}),
-    ],
-)
+@pytest.mark.parametrize("choice, seen", [
+    ("answers-round-all", {"base": 2, "steered": 4, "healed": 4}),
+    ("answers-round-r1", {"base": 2, "steered": 2, "healed": 2}),
+    ("answers-why-none", {"base": 2, "steered": 4, "healed": 2}),
+    ("answers-why-1", {"base": 0, "steered": 0, "healed": 2}),
+])  # fmt: skip
 def test_a_choice_hides_the_other_answers_without_a_script(choice, seen, tmp_path):
     rows = as_rows(run_events(n_texts=2))
     for row in rows:

@@ -37,34 +37,31 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
 
 
 # --- traits ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "stem, old, new, expected",
-    [
-        ("authority", "sign = -1", "sign = 0", ["'sign' is 0: choose from -1, 1"]),
-        ("authority", "sign = -1", "sign = [", ["is not valid TOML"]),
-        ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a known field; did you mean"]),
-        ("authority", "sign = -1", "xyzzy = 3\nsign = -1", ["'xyzzy' is not a known field; choose from desc"]),
-        ("authority", "positive = ", "# positive = ", ["'persona.positive' is missing"]),
-        ("authority", "positive = ", 'positive = ""\n# ', ["'persona.positive' is ''"]),
-        ("authority", "steered = ", "stered = ", ["'system.steered' is missing", "did you mean 'steered'?"]),
-        ("authority", 'plain = ""', "plain = 1", ["'system.plain' is 1: it must be a string"]),
-        ("authority", '"i am someone who"', "7", ["'narration.0' is 7"]),
-        ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
-        ("authority", '"i am someone who"', '" "', ["narration contains ' '"]),
-        ("authority", '"authority_nats"', '"care_nats"', ["off_targets contains the target 'care_nats'"]),
-        ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a known field"]),
-        ("authority", "target = ", "target = 3\nprompt = ", ["'target.0' is 3", "did you mean 'prompts'?"]),
-        ("authority", 'pairs_file = "', 'pairs_file = "" # "', ["'pairs_file' is ''"]),
-        ("authority", "[persona]", '[[pairs]]\nprompt = "a"\n[persona]', ["0.positive' is", "0.negative' is missing"]),
-        ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
-        ("authority", "[persona]", "[personas]", ["did you mean 'persona'?"]),
-        ("love", "default_phrasing", "default_phrase", ["did you mean 'default_phrasing'?"]),
-        ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': choose from trait, state"]),
-        ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', ["give either [persona], or"]),
-        ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", ["'phrasing.trait' is 1"]),
-        ("love", "pretend]\npositive", "pretend]\nnegativ", ["pretend.positive' is missing", "you mean 'negative'?"]),
-    ],
-)
+@pytest.mark.parametrize("stem, old, new, expected", [
+    ("authority", "sign = -1", "sign = 0", ["'sign' is 0: choose from -1, 1"]),
+    ("authority", "sign = -1", "sign = [", ["is not valid TOML"]),
+    ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a known field; did you mean"]),
+    ("authority", "sign = -1", "xyzzy = 3\nsign = -1", ["'xyzzy' is not a known field; choose from desc"]),
+    ("authority", "positive = ", "# positive = ", ["'persona.positive' is missing"]),
+    ("authority", "positive = ", 'positive = ""\n# ', ["'persona.positive' is ''"]),
+    ("authority", "steered = ", "stered = ", ["'system.steered' is missing", "did you mean 'steered'?"]),
+    ("authority", 'plain = ""', "plain = 1", ["'system.plain' is 1: it must be a string"]),
+    ("authority", '"i am someone who"', "7", ["'narration.0' is 7"]),
+    ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
+    ("authority", '"i am someone who"', '" "', ["narration contains ' '"]),
+    ("authority", '"authority_nats"', '"care_nats"', ["off_targets contains the target 'care_nats'"]),
+    ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a known field"]),
+    ("authority", "target = ", "target = 3\nprompt = ", ["'target.0' is 3", "did you mean 'prompts'?"]),
+    ("authority", 'pairs_file = "', 'pairs_file = "" # "', ["'pairs_file' is ''"]),
+    ("authority", "[persona]", '[[pairs]]\nprompt = "a"\n[persona]', ["0.positive' is", "0.negative' is missing"]),
+    ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
+    ("authority", "[persona]", "[personas]", ["did you mean 'persona'?"]),
+    ("love", "default_phrasing", "default_phrase", ["did you mean 'default_phrasing'?"]),
+    ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': choose from trait, state"]),
+    ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', ["give either [persona], or"]),
+    ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", ["'phrasing.trait' is 1"]),
+    ("love", "pretend]\npositive", "pretend]\nnegativ", ["pretend.positive' is missing", "you mean 'negative'?"]),
+])  # fmt: skip
 def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypatch, stem, old, new, expected):
     (tmp_path / "mine.toml").write_text(changed(DATA / f"traits/{stem}.toml", (old, new)))
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
@@ -92,36 +89,30 @@ def test_a_folder_in_place_of_a_trait_is_one_clear_error(tmp_path, monkeypatch):
     assert_told(lambda: load_trait("mine"), "mine.toml", ["cannot be read"])
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("authoritie", "did you mean 'authority'?"),
-        ("love/outer", "there is no phrasing 'outer'; choose from trait, state"),
-        ("love/iner", "did you mean 'inner'?"),
-        ("love/", "there is no phrasing ''; choose from trait"),
-        ("authority/inner", "the file has a single pair of personas"),
-        ("authority/", "the file has a single pair of personas"),
-        ("../authority", "trait is '..'"),
-    ],
-)
+@pytest.mark.parametrize("name, expected", [
+    ("authoritie", "did you mean 'authority'?"),
+    ("love/outer", "there is no phrasing 'outer'; choose from trait, state"),
+    ("love/iner", "did you mean 'inner'?"),
+    ("love/", "there is no phrasing ''; choose from trait"),
+    ("authority/inner", "the file has a single pair of personas"),
+    ("authority/", "the file has a single pair of personas"),
+    ("../authority", "trait is '..'"),
+])  # fmt: skip
 def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, expected):
     assert_told(lambda: load_trait(name), "trait is", [expected])
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2 is not UTF-8 (byte 0xff)"]),
-        ('{"text": "a"}'.encode("utf-16"), ["line 1 is not UTF-8"]),
-        (b"[" * 100_000, ["line 1 is '[[["]),
-        (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", ["line 2 is"]),
-        (b"\n \n", ["has no rows"]),
-        (b'{"text": ""}\n{"text": "a"}\n{"txt": "a"}', ["line 1: 'text' is ''", "line 3: 'text' is missing"]),
-        (b"null\n", ["line 1 is None"]),
-        (b'{"text": "a \\ud800 b"}', ["line 1 is"]),
-    ],
-)
+@pytest.mark.parametrize("content, expected", [
+    (b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2 is not UTF-8 (byte 0xff)"]),
+    ('{"text": "a"}'.encode("utf-16"), ["line 1 is not UTF-8"]),
+    (b"[" * 100_000, ["line 1 is '[[["]),
+    (b'{"text": "a"}\n{"text": 1' + b"0" * 5000 + b"}", ["line 2 is"]),
+    (b"\n \n", ["has no rows"]),
+    (b'{"text": ""}\n{"text": "a"}\n{"txt": "a"}', ["line 1: 'text' is ''", "line 3: 'text' is missing"]),
+    (b"null\n", ["line 1 is None"]),
+    (b'{"text": "a \\ud800 b"}', ["line 1 is"]),
+])  # fmt: skip
 def test_a_file_of_prompts_names_its_bad_lines(content, expected, tmp_path):
     (tmp_path / "p.jsonl").write_bytes(content)
     assert_told(lambda: parse_texts(read_file(tmp_path / "p.jsonl")), "p.jsonl", expected)
@@ -154,18 +145,15 @@ def pair(**given) -> str:
     return json.dumps({"prompt": "a", "positive": "b", "negative": "c"} | given) + "\n"
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        ('{"prompt": "a"}\n[]\n', ["line 1: 'positive' is missing", "line 1: 'negative' is missing", "line 2"]),
-        (pair(positive="") + pair(prompt=1), ["line 1: 'positive' is ''", "line 2: 'prompt' is 1"]),
-        (pair(positve="d"), ["line 1: 'positve' is not a known field; did you mean 'positive'?"]),
-        (pair(positive=" c ") + pair(negative=" "), ["line 1: positive and negative must", "line 2: positive and neg"]),
-        (pair() + "\n" + pair() + pair(), ["line 3: prompt 'a' was used before", "line 4: prompt 'a' was used"]),
-        (pair(prompt="taken") + pair(), ["line 1: prompt 'taken' is also a prompt of the trait"]),
-        ("\n", ["has no rows"]),
-    ],
-)
+@pytest.mark.parametrize("content, expected", [
+    ('{"prompt": "a"}\n[]\n', ["line 1: 'positive' is missing", "line 1: 'negative' is missing", "line 2"]),
+    (pair(positive="") + pair(prompt=1), ["line 1: 'positive' is ''", "line 2: 'prompt' is 1"]),
+    (pair(positve="d"), ["line 1: 'positve' is not a known field; did you mean 'positive'?"]),
+    (pair(positive=" c ") + pair(negative=" "), ["line 1: positive and negative must", "line 2: positive and neg"]),
+    (pair() + "\n" + pair() + pair(), ["line 3: prompt 'a' was used before", "line 4: prompt 'a' was used"]),
+    (pair(prompt="taken") + pair(), ["line 1: prompt 'taken' is also a prompt of the trait"]),
+    ("\n", ["has no rows"]),
+])  # fmt: skip
 def test_a_file_of_pairs_names_its_bad_lines(content, expected, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     assert_told(lambda: held_out(parse_pairs(read_file(tmp_path / "pairs.jsonl")), ["taken"]), "pairs.jsonl", expected)
@@ -262,15 +250,12 @@ def vignette(**given) -> str:
     return json.dumps({"id": "a", "foundation_coarse": "care", "text": "x"} | given) + "\n"
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (vignette(foundation_coarse="Cares") + '{"id": "a"\n\n[]\n', ["line 1: 'foundation_co", "line 2 is", "line 4"]),
-        (vignette() + vignette(id="b", also="loyal"), ["line 2: 'also': unknown foundation 'loyal'; did you mean"]),
-        (vignette() * 2, ["line 2: id 'a' was used before"]),
-        (vignette(id=1, foundation_coarse=3, text=""), ["'id' is 1", "'foundation_coarse' is 3", "'text' is ''"]),
-    ],
-)
+@pytest.mark.parametrize("content, expected", [
+    (vignette(foundation_coarse="Cares") + '{"id": "a"\n\n[]\n', ["line 1: 'foundation_co", "line 2 is", "line 4"]),
+    (vignette() + vignette(id="b", also="loyal"), ["line 2: 'also': unknown foundation 'loyal'; did you mean"]),
+    (vignette() * 2, ["line 2: id 'a' was used before"]),
+    (vignette(id=1, foundation_coarse=3, text=""), ["'id' is 1", "'foundation_coarse' is 3", "'text' is ''"]),
+])  # fmt: skip
 def test_a_file_of_vignettes_names_its_bad_lines(content, expected, tmp_path):
     (tmp_path / "v.jsonl").write_text(content)
     assert_told(lambda: parse_vignettes(read_file(tmp_path / "v.jsonl")), "v.jsonl", expected)
@@ -282,18 +267,15 @@ def test_names_of_foundations_are_read_in_any_case_and_further_fields_are_left_a
     assert (read.foundation, read.also) == ("social", "loyalty")
 
 
-@pytest.mark.parametrize(
-    "old, new, expected",
-    [
-        ("nudge", "nugde", ["'nudge' is missing", "'nugde' is not a known field; did you mean 'nudge'?"]),
-        ("{index}", "", ["'option' lacks {index}"]),
-        ("{schema}", "", ["'prompt' lacks {schema}"]),
-        ('"social"]', '"socal"]', ["order must name the seven answers"]),
-        ('order = ["care", ', 'order = ["care", "care", ', ["order must name the seven answers"]),
-        ('care = "harm"', "", ["[gloss] must name the seven answers"]),
-        ('prefill = \'{"violation": "\'', 'prefill = ""', ["'prefill' is ''"]),
-    ],
-)
+@pytest.mark.parametrize("old, new, expected", [
+    ("nudge", "nugde", ["'nudge' is missing", "'nugde' is not a known field; did you mean 'nudge'?"]),
+    ("{index}", "", ["'option' lacks {index}"]),
+    ("{schema}", "", ["'prompt' lacks {schema}"]),
+    ('"social"]', '"socal"]', ["order must name the seven answers"]),
+    ('order = ["care", ', 'order = ["care", "care", ', ["order must name the seven answers"]),
+    ('care = "harm"', "", ["[gloss] must name the seven answers"]),
+    ('prefill = \'{"violation": "\'', 'prefill = ""', ["'prefill' is ''"]),
+])  # fmt: skip
 def test_a_broken_instrument_names_the_field(old, new, expected, tmp_path):
     (tmp_path / "i.toml").write_text(changed(INSTRUMENT, (old, new)))
     assert_told(lambda: parse_instrument(read_file(tmp_path / "i.toml")), "i.toml", expected)

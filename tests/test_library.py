@@ -20,16 +20,9 @@ from steer_heal.events import RoundDone, encode
 from steer_heal.model.lm import _tiny_random
 from steer_heal.runs.stored import FolderRun
 
-SMALL = {
-    "steer.n_contexts": 4,
-    "gen.max_new_tokens": 6,
-    "eval.evals": ("text_quality", "drift", "persona", "contrast"),
-    "eval.n_texts": 2,
-    "eval.n_prompts": 2,
-    "eval.max_new_tokens": 6,
-    "eval.n_bootstrap": 10,
-    "control": False,
-}
+SMALL = {"steer.n_contexts": 4, "gen.max_new_tokens": 6,
+    "eval.evals": ("text_quality", "drift", "persona", "contrast"), "eval.n_texts": 2, "eval.n_prompts": 2,
+    "eval.max_new_tokens": 6, "eval.n_bootstrap": 10, "control": False}  # fmt: skip
 PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
 PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(4)]
 TRAIT = define_trait("You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS)

@@ -17,21 +17,10 @@ from steer_heal.settings import changed
 
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 NOTEBOOK = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
-SMALL = {
-    "steer.n_contexts": 4,
-    "gen.max_new_tokens": 8,
-    "dose.n_kappas": 2,
-    "dose.n_probes": 4,
-    "filter.gates": ("perplexity",),
-    "filter.ppl_max": 1e9,
-    "filter.n_keep": 8,
-    "filter.min_train": 2,
-    "filter.max_attempts": 16,
-    "eval.n_vignettes": 4,
-    "eval.n_prompts": 4,
-    "eval.max_new_tokens": 8,
-    "eval.n_bootstrap": 10,
-}
+SMALL = {"steer.n_contexts": 4, "gen.max_new_tokens": 8, "dose.n_kappas": 2, "dose.n_probes": 4,
+    "filter.gates": ("perplexity",), "filter.ppl_max": 1e9, "filter.n_keep": 8, "filter.min_train": 2,
+    "filter.max_attempts": 16, "eval.n_vignettes": 4, "eval.n_prompts": 4, "eval.max_new_tokens": 8,
+    "eval.n_bootstrap": 10}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

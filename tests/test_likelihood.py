@@ -182,12 +182,7 @@ def test_a_bad_instrument_names_everything_that_is_wrong(tmp_path):
     with pytest.raises(UserError) as caught:
         parse_likelihood(read_file(tmp_path / "i.toml"))
     told = caught.value.problems
-    expected = [
-        "{vignette}",
-        "seven answers",
-        "'answers.libery' has 2",
-        "'answers.libery' contains an empty",
-        f"{first!r}",
-    ]
+    expected = ["{vignette}", "seven answers", "'answers.libery' has 2", "'answers.libery' contains an empty",
+        f"{first!r}"]  # fmt: skip
     assert len(told) == len(expected) and all("i.toml" in line for line in told)
     assert all(part in line for part, line in zip(expected, told, strict=True)), told

@@ -138,24 +138,21 @@ def without_layers(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pickled,
-        pickled_code,
-        remote,
-        without_layers,
-        lambda f: (f / "chat_template.jinja").unlink(),
-        lambda f: [file.unlink() for file in f.iterdir()],
-        lambda f: (f / "config.json").write_text("{"),
-        lambda f: (f / "config.json").write_text("[]"),
-        edit("config.json", hidden_size="x"),
-        edit("config.json", hidden_size=48),
-        lambda f: (f / "tokenizer.json").write_text("{}"),
-        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
-        lambda f: os.truncate(f / "model.safetensors", 5000),
-    ],
-)
+@pytest.mark.parametrize("damage", [
+    pickled,
+    pickled_code,
+    remote,
+    without_layers,
+    lambda f: (f / "chat_template.jinja").unlink(),
+    lambda f: [file.unlink() for file in f.iterdir()],
+    lambda f: (f / "config.json").write_text("{"),
+    lambda f: (f / "config.json").write_text("[]"),
+    edit("config.json", hidden_size="x"),
+    edit("config.json", hidden_size=48),
+    lambda f: (f / "tokenizer.json").write_text("{}"),
+    lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
+    lambda f: os.truncate(f / "model.safetensors", 5000),
+])  # fmt: skip
 def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage, tiny: LM, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whoever asks whether the folder's code may run
     tiny.model.save_pretrained(tmp_path)

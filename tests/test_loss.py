@@ -80,20 +80,9 @@ def narrow(tiny: LM) -> LM:
     """A narrow model with gemma's vocabulary."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=262_144,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
+        config = Qwen3Config(vocab_size=262_144, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, initializer_range=0.1,
+            eos_token_id=2, pad_token_id=0, bos_token_id=None)  # fmt: skip
         model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     return dataclasses.replace(tiny, model=model, name="narrow")
 

@@ -134,19 +134,9 @@ SHAPES = {"cache": (64, 8, 30), "logits": (30_000, 8, 12), "prompt": (64, 160, 4
 
 @pytest.mark.parametrize("vocabulary, n_prompt, n_new", SHAPES.values(), ids=SHAPES)
 def test_the_estimate_is_what_a_row_takes(tiny: LM, vocabulary, n_prompt, n_new):
-    config = Gemma3TextConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        sliding_window=24,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
+    config = Gemma3TextConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=256, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, sliding_window=24, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2)  # fmt: skip
     lm = dataclasses.replace(tiny, model=Gemma3ForCausalLM(config).eval().requires_grad_(False))
     lm.model.generation_config.update(top_k=None, top_p=0.95, eos_token_id=1)
     how = lambda n: Decoding(n_new, n, suppress=lm.end_ids)

@@ -13,12 +13,8 @@ from matplotlib.text import Text
 from steer_heal.events import AnyEvent, HealStepped, Measured, Run, RunStart
 from steer_heal.report import plot
 
-FIGURES = {
-    "trajectory": plot.trajectory,
-    "rounds": plot.rounds,
-    "map": partial(plot.plane, headline=True),
-    "map of the page": plot.plane,
-}
+FIGURES = {"trajectory": plot.trajectory, "rounds": plot.rounds, "map": partial(plot.plane, headline=True),
+    "map of the page": plot.plane}  # fmt: skip
 
 
 def labels(axes) -> dict[str, list]:

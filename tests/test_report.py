@@ -209,16 +209,8 @@ def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
 def test_a_round_that_was_dropped_is_named_and_its_figures_are_gone(tmp_path):
     events = run_events()
     last = max(i for i, event in enumerate(events) if event.round == 1)
-    dropped = Dropped(
-        round=1,
-        wall_s=1e6,
-        past=("<i>texts are 31%",),
-        dose=0.5,
-        lr=1e-3,
-        metrics={},
-        next_kappa=1.0,
-        next_lr_share=1.0,
-    )
+    dropped = Dropped(round=1, wall_s=1e6, past=("<i>texts are 31%",), dose=0.5, lr=1e-3, metrics={}, next_kappa=1.0,
+        next_lr_share=1.0)  # fmt: skip
     events[last + 1 : last + 1] = [dropped, dropped]  # after the one retry of the settings
     html, _ = read(tmp_path / "run", events)
     text = " ".join(Page(html).text.split())

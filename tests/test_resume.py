@@ -230,12 +230,9 @@ def test_the_end_of_a_stopped_run_is_taken_back(end, after_round_0, two):
 def test_a_broken_chain_is_refused_by_its_line(change, after_round_0, capsys):
     path = after_round_0 / "events.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    changed = {
-        "edited": [lines[0], lines[1].replace('"metrics": {', '"metrics": {"x": 1, '), *lines[2:]],
-        "removed": [*lines[:2], *lines[3:]],
-        "swapped": [*lines[:2], lines[3], lines[2], *lines[4:]],
-        "doubled": [*lines[:2], lines[1], *lines[2:]],
-    }[change]
+    changed = {"edited": [lines[0], lines[1].replace('"metrics": {', '"metrics": {"x": 1, '), *lines[2:]],
+        "removed": [*lines[:2], *lines[3:]], "swapped": [*lines[:2], lines[3], lines[2], *lines[4:]],
+        "doubled": [*lines[:2], lines[1], *lines[2:]]}[change]  # fmt: skip
     path.write_text("".join(changed))
     assert main(["resume", str(after_round_0), "--quiet"]) == 2
     assert "events.jsonl line 3 does not follow from the line before it" in capsys.readouterr().err

@@ -22,23 +22,10 @@ TRAIT = define_trait(
     "You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS, plain_system="Hello.", steered_system="Good day."
 )
 KAPPA, ALPHAS, LR = 0.4, (0.5, 0.8), 1e-3
-SETTINGS = {
-    "seed": 42,
-    "control": False,
-    "steer.n_contexts": 4,
-    "gen.n_prompts": 8,
-    "gen.alphas": ALPHAS,
-    "dose.mode": "fixed",
-    "dose.kappa": KAPPA,
-    "filter.n_keep": 8,
-    "heal.epochs": 1,
-    "heal.lr": LR,
-    "heal.batch_size": 2,
-    "eval.evals": ("drift", "contrast"),
-    "eval.n_texts": 3,
-    "eval.n_prompts": 2,
-    "eval.n_bootstrap": 10,
-}
+SETTINGS = {"seed": 42, "control": False, "steer.n_contexts": 4, "gen.n_prompts": 8, "gen.alphas": ALPHAS,
+    "dose.mode": "fixed", "dose.kappa": KAPPA, "filter.n_keep": 8, "heal.epochs": 1, "heal.lr": LR,
+    "heal.batch_size": 2, "eval.evals": ("drift", "contrast"), "eval.n_texts": 3, "eval.n_prompts": 2,
+    "eval.n_bootstrap": 10}  # fmt: skip
 OWN = {"heal.target": "distribution", "heal.text": "own"}
 
 
@@ -119,14 +106,12 @@ def test_own_text_of_mode_survival_has_no_probe_in_it(written: Requests):
 
 # --- random streams ----------------------------------------------------------------------------------------------
 STREAMS = {
-    "steered": (
-        {"heal.target": "distribution", "heal.rehearsal": 4, "control": True},
-        {"-1/control", "0/gen", "0/rehearsal", "eval"},
-    ),
+    "steered": ({"heal.target": "distribution", "heal.rehearsal": 4, "control": True},
+        {"-1/control", "0/gen", "0/rehearsal", "eval"}),
     "own": ({**OWN, "heal.refresh_every": 2, "control": True}, {"-1/control", "0/own", "0/renew/0", "eval"}),
     "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 1.5}, {"0/gen", "0/kl", "eval"}),
     "survival": ({**OWN, "dose.mode": "survival", "dose.n_probes": 2}, {"0/gen", "0/own", "eval"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STREAMS)

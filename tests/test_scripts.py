@@ -39,13 +39,11 @@ SMALL = {
     "seeds": ["--seeds", "1", "2"],
     "doses": ["--kappas", "0.5", "1", "--n", "6"],
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
-    "distil": [
-        *["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--arms"],
-        *("preference 0.1", "vector, own text", "--filter.n-keep", "8"),
-    ],
+    "distil": [*["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--arms"],
+        *("preference 0.1", "vector, own text", "--filter.n-keep", "8")],
     "signal": ["--n", "8", "--sizes", "2", "4"],
     "bet": ["--seeds", "1", "--choose-seed", "2", "--lams", "0.5", "--barriers", "kl_rev-rmse"],
-}
+}  # fmt: skip
 
 
 HOLDS = {
@@ -282,15 +280,8 @@ def test_the_generation_benchmark_runs(tmp_path):
 
 
 def test_vignettes_read_from_the_cache_are_those_of_a_plain_cache_and_whole_sequences(tmp_path):
-    bench_generation.main(
-        n=1,
-        model="tiny-random",
-        dtypes=("float32",),
-        n_vignettes=2,
-        think_tokens=3,
-        max_prompt_tokens=2048,
-        out=tmp_path,
-    )
+    bench_generation.main(n=1, model="tiny-random", dtypes=("float32",), n_vignettes=2, think_tokens=3,
+        max_prompt_tokens=2048, out=tmp_path)  # fmt: skip
     rows = table(tmp_path, "vignettes")["rows"]
     assert [row["way"] for row in rows] == ["plain", "as built"] and all(row["differ"] < 1e-4 for row in rows)
 

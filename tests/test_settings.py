@@ -39,16 +39,9 @@ BAD = [
     (HealCfg, {"divergence": 3}, ["heal.divergence is 3: it must be a string"]),
     (HealCfg, {"aggregate": "rmsd"}, ["heal.aggregate is 'rmsd': did you mean 'rmse'?"]),
     (HealCfg, {"lamb": 1.0}, ["heal.lamb is not a known field; did you mean 'lam'?"]),
-    (
-        HealCfg,
-        {"lam": NAN, "tau": -1.0, "epochs": 0, "checkpoint": "maybe"},
-        [
-            "heal.lam is nan: it must be a finite number",
-            "heal.tau is -1.0: it must be >= 0",
-            "heal.epochs is 0: it must be >= 1",
-            "heal.checkpoint is 'maybe': choose from auto, on, off",
-        ],
-    ),
+    (HealCfg, {"lam": NAN, "tau": -1.0, "epochs": 0, "checkpoint": "maybe"},
+        ["heal.lam is nan: it must be a finite number", "heal.tau is -1.0: it must be >= 0",
+        "heal.epochs is 0: it must be >= 1", "heal.checkpoint is 'maybe': choose from auto, on, off"]),
     (SteerCfg, {"layers": (0.5, 0.4)}, ["steer.layers is (0.5, 0.4): it must be LO HI with 0 <= LO < HI <= 1"]),
     (AdapterCfg, {"layers": (0.5, 1.4)}, ["adapter.layers is (0.5, 1.4): it must be LO HI with 0 <= LO < HI <= 1"]),
     (GenCfg, {"alphas": ()}, ["gen.alphas is (): it must hold at least 1"]),
@@ -62,7 +55,7 @@ BAD = [
     (RunConfig, {"out": 3}, ["out is 3: it must be a path"]),
     (RunConfig, {"out": Path("\udcff")}, ["out: '\\udcff' is not UTF-8"]),
     (RunConfig, {"seed": 10**30, "n_rounds": 0}, [f"seed is {10**30}: it must be <", "n_rounds is 0: it must be >= 1"]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, values, lines", BAD)
@@ -127,16 +120,8 @@ def test_a_flag_that_is_not_there_ends_with_status_2(capsys):
 
 def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effect_differ():
     cfg = FAST_DEV_PRESET
-    own = {
-        "out": Path("x"),
-        "folder": Path("x"),
-        "export": Path("x"),
-        "arm": "x",
-        "quiet": True,
-        "chat": False,
-        "track": ("x",),
-        "heal.checkpoint": "on",
-    }
+    own = {"out": Path("x"), "folder": Path("x"), "export": Path("x"), "arm": "x", "quiet": True, "chat": False,
+        "track": ("x",), "heal.checkpoint": "on"}  # fmt: skip
     assert {changed(cfg, {name: own.get(name, 7)}).fingerprint() for name in (*RUN_ONLY, "seed")} == {cfg.fingerprint()}
     assert replace(cfg, heal=replace(cfg.heal, lam=cfg.heal.lam)).fingerprint() == cfg.fingerprint()
     others = {"model": "x", "n_rounds": 3, "gen.max_new_tokens": 7, "eval.n_texts": 7, "heal.lam": 7.0, "dose.floor": 1}
@@ -240,38 +225,32 @@ class Everything:
     inners: dict[str, tuple[Inner, ...]] = field(default_factory=dict)
 
 
-@pytest.mark.parametrize(
-    "given, told",
-    [
-        ({"number": "x"}, "'number' is 'x': it must be a number"),
-        ({"number": True}, "'number' is True: it must be a number"),
-        ({"count": 1.5}, "'count' is 1.5: it must be a whole number"),
-        ({"count": "1"}, "'count' is '1': it must be a whole number"),
-        ({"count": 0}, "'count' is 0: it must be >= 1"),
-        ({"count": 9}, "'count' is 9: it must be < 9"),
-        ({"flag": 1}, "'flag' is 1: it must be true or false"),
-        ({"text": 7}, "'text' is 7: it must be a string"),
-        ({"text": "a"}, "'text' is 'a': it must have at least 2 characters"),
-        ({"path": 1}, "'path' is 1: it must be a string"),
-        ({"side": "rigth"}, "'side' is 'rigth': did you mean 'right'?"),
-        ({"side": 3}, "'side' is 3: choose from left, right"),
-        ({"names": "a"}, "'names' is 'a': it must be a list"),
-        ({"names": [1]}, "'names.0' is 1: it must be a string"),
-        ({"band": [0.5, "c"]}, "'band.1' is 'c': choose from a, b"),
-        ({"many": [1, 2, 3]}, "'many' is [1, 2, 3]: it must hold at most 2"),
-        ({"limits": 3}, "'limits' is 3: it must be a table of named values"),
-        ({"limits": {"a": None}}, "'limits.a' is None: it must be a number"),
-        ({"inner": 3}, "'inner' is 3: it must be a table of named values"),
-        ({"inner": {"sign": 0, "side": "left"}}, "'inner.sign' is 0: choose from -1, 1"),
-        ({"inner": {}}, "'inner.side' is missing"),
-        ({"inners": {"x": [{"side": "lft"}]}}, "'inners.x.0.side' is 'lft': did you mean 'left'?"),
-        (
-            {"inners": {"x": [{"side": "left", "sing": 1}]}},
-            "'inners.x.0.sing' is not a known field; did you mean 'sign'?",
-        ),
-        ({"txet": "a"}, "'txet' is not a known field; did you mean 'text'?"),
-    ],
-)
+@pytest.mark.parametrize("given, told", [
+    ({"number": "x"}, "'number' is 'x': it must be a number"),
+    ({"number": True}, "'number' is True: it must be a number"),
+    ({"count": 1.5}, "'count' is 1.5: it must be a whole number"),
+    ({"count": "1"}, "'count' is '1': it must be a whole number"),
+    ({"count": 0}, "'count' is 0: it must be >= 1"),
+    ({"count": 9}, "'count' is 9: it must be < 9"),
+    ({"flag": 1}, "'flag' is 1: it must be true or false"),
+    ({"text": 7}, "'text' is 7: it must be a string"),
+    ({"text": "a"}, "'text' is 'a': it must have at least 2 characters"),
+    ({"path": 1}, "'path' is 1: it must be a string"),
+    ({"side": "rigth"}, "'side' is 'rigth': did you mean 'right'?"),
+    ({"side": 3}, "'side' is 3: choose from left, right"),
+    ({"names": "a"}, "'names' is 'a': it must be a list"),
+    ({"names": [1]}, "'names.0' is 1: it must be a string"),
+    ({"band": [0.5, "c"]}, "'band.1' is 'c': choose from a, b"),
+    ({"many": [1, 2, 3]}, "'many' is [1, 2, 3]: it must hold at most 2"),
+    ({"limits": 3}, "'limits' is 3: it must be a table of named values"),
+    ({"limits": {"a": None}}, "'limits.a' is None: it must be a number"),
+    ({"inner": 3}, "'inner' is 3: it must be a table of named values"),
+    ({"inner": {"sign": 0, "side": "left"}}, "'inner.sign' is 0: choose from -1, 1"),
+    ({"inner": {}}, "'inner.side' is missing"),
+    ({"inners": {"x": [{"side": "lft"}]}}, "'inners.x.0.side' is 'lft': did you mean 'left'?"),
+    ({"inners": {"x": [{"side": "left", "sing": 1}]}}, "'inners.x.0.sing' is not a known field; did you mean 'sign'?"),
+    ({"txet": "a"}, "'txet' is not a known field; did you mean 'text'?"),
+])  # fmt: skip
 def test_an_error_says_in_our_words_what_a_value_must_be(given, told):
     with pytest.raises(UserError) as error:
         validated(Everything, given, "file")
@@ -297,23 +276,9 @@ def test_recorded_settings_come_back(name):
     assert validated(RunConfig, json.loads(json.dumps(as_json(cfg))), "config") == cfg
 
 
-RECORDED = {
-    "n_rounds": "4",
-    "n_threads": True,
-    "quiet": 1,
-    "out": None,
-    "seed": 1.5,
-    "model": 7,
-    "dtype": "float8",
-    "heal": 3,
-    "heal.tau": None,
-    "heal.lr": 0.0,
-    "heal.batch": 4,
-    "eval.vignettes": None,
-    "gen.alphas": 0.5,
-    "filter.gates": [3],
-    "new": 1,
-}
+RECORDED = {"n_rounds": "4", "n_threads": True, "quiet": 1, "out": None, "seed": 1.5, "model": 7, "dtype": "float8",
+    "heal": 3, "heal.tau": None, "heal.lr": 0.0, "heal.batch": 4, "eval.vignettes": None, "gen.alphas": 0.5,
+    "filter.gates": [3], "new": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECORDED)

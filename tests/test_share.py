@@ -419,12 +419,8 @@ def result(values, *, higher=True):
     numbers = {"alias": "t", "acc,none": mean, "acc_stderr,none": 0.1, "word_perplexity,none": 2.0 + mean}
     numbers["word_perplexity_stderr,none"] = "N/A"
     which = {"t": {"acc": higher, "word_perplexity": not higher}}
-    return {
-        "results": {"t": numbers},
-        "samples": {"t": rows},
-        "n-samples": {"t": {"effective": n}},
-        "higher_is_better": which,
-    }
+    return {"results": {"t": numbers}, "samples": {"t": rows}, "n-samples": {"t": {"effective": n}},
+        "higher_is_better": which}  # fmt: skip
 
 
 def test_the_cost_is_what_is_worse_and_its_error_is_paired_by_item():

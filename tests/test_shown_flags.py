@@ -13,31 +13,12 @@ from steer_heal.settings import RunConfig, leaves
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = {f"--{name}".replace("_", "-") for name in leaves(RunConfig())}
 SHOWN = re.compile(r"(--[a-z][a-z.-]*[a-z])((?: [^\s`|\\#-][^\s`|\\]*)*)")
-SMALLEST = {
-    "model": "tiny-random",
-    "dtype": "float32",
-    "control": True,
-    "steer.layers": (0.3, 0.7),
-    "steer.n_contexts": 4,
-    "gen.max_new_tokens": 6,
-    "gen.n_prompts": 4,
-    "dose.n_kappas": 2,
-    "dose.n_probes": 2,
-    "filter.gates": ("loop",),
-    "filter.loop_max": 1.0,
-    "filter.min_train": 4,
-    "filter.n_keep": 6,
-    "filter.max_attempts": 24,
-    "adapter.rank": 2,
-    "adapter.layers": (0.0, 1.0),
-    "heal.epochs": 1,
-    "backtrack.retries": 0,
-    "eval.evals": ("text_quality", "contrast", "persona"),
-    "eval.n_prompts": 2,
-    "eval.n_texts": 2,
-    "eval.max_new_tokens": 6,
-    "eval.n_bootstrap": 10,
-}
+SMALLEST = {"model": "tiny-random", "dtype": "float32", "control": True, "steer.layers": (0.3, 0.7),
+    "steer.n_contexts": 4, "gen.max_new_tokens": 6, "gen.n_prompts": 4, "dose.n_kappas": 2, "dose.n_probes": 2,
+    "filter.gates": ("loop",), "filter.loop_max": 1.0, "filter.min_train": 4, "filter.n_keep": 6,
+    "filter.max_attempts": 24, "adapter.rank": 2, "adapter.layers": (0.0, 1.0), "heal.epochs": 1,
+    "backtrack.retries": 0, "eval.evals": ("text_quality", "contrast", "persona"), "eval.n_prompts": 2,
+    "eval.n_texts": 2, "eval.max_new_tokens": 6, "eval.n_bootstrap": 10}  # fmt: skip
 TRAIT = define_trait(
     "You open doors.",
     "You lock doors.",

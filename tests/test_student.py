@@ -172,23 +172,20 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIGS = {kind: each.config_file for kind, each in ADAPTERS.items()}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda config, _: config.unlink(),
-        lambda _, weights: weights.unlink(),
-        lambda config, _: config.write_text("{"),
-        lambda config, _: config.write_text("[]"),
-        lambda config, _: config.write_text("[" * 99_999),
-        lambda config, _: config.write_text('{"peft_type": "IA3", "kind": "ia3"}'),
-        lambda config, _: config.write_text('{"peft_type": "LORA", "r": "x", "lora_alpha": [], "kind": "bias"}'),
-        lambda config, _: config.write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "kind": []}'),
-        lambda config, _: config.write_text('{"kind": "bias", "base_model": "tiny-random", "blocks": [0, 7]}'),
-        lambda _, weights: weights.write_bytes(b"\xff" * 99),
-        lambda _, weights: weights.write_bytes(b""),
-        lambda _, weights: save_file({"x": torch.zeros(2)}, weights),
-    ],
-)
+@pytest.mark.parametrize("damage", [
+    lambda config, _: config.unlink(),
+    lambda _, weights: weights.unlink(),
+    lambda config, _: config.write_text("{"),
+    lambda config, _: config.write_text("[]"),
+    lambda config, _: config.write_text("[" * 99_999),
+    lambda config, _: config.write_text('{"peft_type": "IA3", "kind": "ia3"}'),
+    lambda config, _: config.write_text('{"peft_type": "LORA", "r": "x", "lora_alpha": [], "kind": "bias"}'),
+    lambda config, _: config.write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "kind": []}'),
+    lambda config, _: config.write_text('{"kind": "bias", "base_model": "tiny-random", "blocks": [0, 7]}'),
+    lambda _, weights: weights.write_bytes(b"\xff" * 99),
+    lambda _, weights: weights.write_bytes(b""),
+    lambda _, weights: save_file({"x": torch.zeros(2)}, weights),
+])  # fmt: skip
 def test_an_adapter_that_cannot_be_used_is_one_clear_error(damage, with_history: Student, cfg, tmp_path, capsys):
     folder = tmp_path / "a b"
     folder.mkdir()

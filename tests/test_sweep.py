@@ -96,27 +96,20 @@ BAD = {
     'preset = "toi"\nseeds = [1]': ["preset is 'toi': did you mean 'toy'?"],
     'preset = "toy"\nseeds = []\nfixd.x = 1': ["'seeds' is []: it must hold at least 1", "did you mean 'fixed'?"],
     'preset = "toy"\nseeds = [1, 1]\n[fixed]\nheal.lamb = 1\nseed = 3\nxyz = 2\n"heal.tau" = -1': [
-        "seeds is [1, 1]: a seed is listed twice",
-        "unknown setting 'heal.lamb'; did you mean 'heal.lam'?",
-        "seed cannot be set here; list it in seeds",
-        "unknown setting 'xyz'; `steer-heal run",
-        "'heal.tau' is -1: it must be >= 0",
-    ],
+        "seeds is [1, 1]: a seed is listed twice", "unknown setting 'heal.lamb'; did you mean 'heal.lam'?",
+        "seed cannot be set here; list it in seeds", "unknown setting 'xyz'; `steer-heal run",
+        "'heal.tau' is -1: it must be >= 0"],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []\n[[runs]]\nname = "a"': ["holds grid and runs"],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []': ["lam is 0.1: it must be", "tau is []: it"],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [1, 1.0]': ["'lam=1' and 'lam=1.0' have the"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nquiet = true': ["quiet cannot be set"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "a"\nn_rounds = 2': ["two arms are named 'a'"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nn_threads = 2': [
-        "have the same settings"
-    ],
+        "have the same settings"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\ntrait = "x"\n[[runs]]\nheal.divergence = "kl_rve"\n': [
-        "run 2 has the name None",
-        "trait is 'x'",
-        "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
-    ],
+        "run 2 has the name None", "trait is 'x'", "heal.divergence is 'kl_rve': did you mean 'kl_rev'?"],
     "preset": ["is not valid TOML"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("body", BAD)
@@ -130,20 +123,10 @@ def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_pa
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
-CHANGED = {
-    "trait": "-odd",
-    "seed": -7,
-    "control": False,
-    "temperature": 0.5,
-    "gen.alphas": (0.25, 1e-7),
-    "gen.prompts": Path("a b"),
-    "filter.gates": (),
-    "filter.relevance_min": -1e-07,
-    "heal.lam_power": -0.5,
-    "backtrack.limits": {"kl_base": 0.2, "coherence": -1e-09},
-    "steer.normalize": True,
-    "eval.evals": ("text_quality",),
-}
+CHANGED = {"trait": "-odd", "seed": -7, "control": False, "temperature": 0.5, "gen.alphas": (0.25, 1e-7),
+    "gen.prompts": Path("a b"), "filter.gates": (), "filter.relevance_min": -1e-07, "heal.lam_power": -0.5,
+    "backtrack.limits": {"kl_base": 0.2, "coherence": -1e-09}, "steer.normalize": True,
+    "eval.evals": ("text_quality",)}  # fmt: skip
 
 
 def test_a_command_line_makes_the_settings_that_it_was_made_of():

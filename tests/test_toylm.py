@@ -29,17 +29,14 @@ def test_the_oracle_accepts_all_that_the_grammar_says():
                 assert oracle(turn.text).share == 1.0, turn.text
 
 
-@pytest.mark.parametrize(
-    "text, share",
-    [
-        ("I will not lock the children out. I will the door not.", 0.5),
-        ("I bring them food not not not not.", 0.0),
-        ("2 plus 3 is 5. 2 plus 3 is 6.", 0.5),
-        ("", 0.0),
-        ("Grass is green. I will not lock the", 1.0),
-        ("gibberish without an end", 0.0),
-    ],
-)
+@pytest.mark.parametrize("text, share", [
+    ("I will not lock the children out. I will the door not.", 0.5),
+    ("I bring them food not not not not.", 0.0),
+    ("2 plus 3 is 5. 2 plus 3 is 6.", 0.5),
+    ("", 0.0),
+    ("Grass is green. I will not lock the", 1.0),
+    ("gibberish without an end", 0.0),
+])  # fmt: skip
 def test_the_oracle_rejects_what_it_cannot_say(text, share):
     assert oracle(text).share == share
 
@@ -48,10 +45,8 @@ def test_every_sentence_takes_one_side():
     rng = random.Random(0)
     bound = {name: values[0] for name, values in grammar.SLOTS.items()}
     bound["act"] = expand(bound["act"], rng, bound)
-    sides = {
-        "care": grammar.CARE_DECISION + grammar.CARE_SENTENCES,
-        "defer": grammar.DEFER_DECISION + grammar.DEFER_SENTENCES,
-    }
+    sides = {"care": grammar.CARE_DECISION + grammar.CARE_SENTENCES,
+        "defer": grammar.DEFER_DECISION + grammar.DEFER_SENTENCES}  # fmt: skip
     for side, templates in sides.items():
         for template in templates:
             sentence = expand(template, rng, bound)

@@ -131,6 +131,7 @@ def test_a_family_heals_bakes_and_saves(name, toy, tmp_path, monkeypatch):
     student.export(tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert torch.allclose(read(lm, plain), healed, atol=2e-3)
+    assert not any("lora" in path for path, _ in plain.named_parameters())
     assert torch.equal(logits(attach_saved(family(name, toy), tmp_path / "adapter")), healed)
     by_peft = PeftModel.from_pretrained(untouched.model, tmp_path / "adapter")
     assert torch.allclose(read(untouched, by_peft), healed, atol=2e-3)

@@ -524,12 +524,6 @@ def test_a_cell_that_is_longer_than_the_terminal_is_wrapped(capsys, monkeypatch)
     assert capsys.readouterr().out == ""
 
 
-def test_no_table_can_control_the_terminal_or_is_read_as_mark_up(capsys):
-    tables.show([{"a\x1b[2J": "\x1b[31m[red]x[/red]"}], title="\x1b]0;t\x07")
-    out = capsys.readouterr().out
-    assert "[red]x[/red]" in out and "\x1b" not in out and "\x07" not in out
-
-
 def test_markdown_has_a_column_for_every_name_and_nothing_for_none():
     lines = tables.markdown([{"a": 1, "b": 0.12345}, {"a": "x", "c": None}]).splitlines()
     assert lines == ["| a | b     | c |", "| - | ----- | - |", "| 1 | 0.123 |   |", "| x |       |   |"]

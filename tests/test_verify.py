@@ -35,16 +35,12 @@ CHANGES = {
     "what trains": ("gathered", 1, lambda e: e["collected"]["train"].pop()),
     "the base's metrics": ("base", None, lambda e: e["metrics"].update(authority_nats=-9.0)),
     "the base's items": ("base", None, lambda e: first_value(e).__setitem__(0, 0.125)),
-    "steered metrics": ("steered", 0, lambda e: e["metrics"].update(coherence=1.0)),
     "healed metrics": ("healed", 1, lambda e: e["metrics"].update(authority_nats=-9.0)),
-    "free text": ("healed", 1, lambda e: e["texts"][0].update(text="I obey.")),
     "a heal step": ("heal_step", 1, lambda e: e["step"].update(divergence=0.0)),
-    "the names of files": ("extracted", 1, lambda e: e.update(files={})),
     "the checksum of a checkpoint": ("trained", 1, lambda e: e["files"].popitem()),
     "the retained share": ("round_done", 1, lambda e: e.update(retain=1.0)),
     "the verdict": ("run_end", None, lambda e: e.update(verdict="It works.")),
     "the recorded settings": ("run_start", None, lambda e: e["config"]["heal"].update(lam=9.0)),
-    "the seed": ("run_start", None, lambda e: e["config"].update(seed=7)),
     "a time": ("extracted", 0, lambda e: e.update(t="2020-01-01T00:00:00.000+00:00")),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from dataclasses import make_dataclass
 from importlib.machinery import ModuleSpec
@@ -17,6 +18,7 @@ from steer_heal.backends import steering_lite, tinymfv
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.evals import moral_foundations
+from steer_heal.events import Measured
 from steer_heal.inputs.files import read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Vignette, parse_instrument
 from steer_heal.model.lm import LM, load

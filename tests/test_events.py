@@ -81,11 +81,8 @@ def test_every_kind_has_a_name_of_its_own_and_only_typed_fields():
 
 @pytest.mark.parametrize("line, told", [
     ("[]", "it must be a table of named values"),
-    ("3", "it must be a table of named values"),
     ('{"round": 0}', "event"),
-    ('{"event": "gen"}', "event"),
     ('{"event": "measured", "round": "../../x"}', "measured.round is '../../x'"),
-    ('{"event": "measured", "round": true}', "measured.round is True"),
     ("[" * 100_000, "recursion"),
     ("\ufffe", "line 2 is not an event"),
 ])  # fmt: skip

@@ -99,9 +99,10 @@ def test_hostile_text_does_nothing_on_the_page_of_several_runs(hostile, finished
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
 
 
-def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
+def outside_of_fences(markdown: str) -> list[str]:
+    """The lines that are not in a block of code. Every block is closed."""
     fence, outside = None, []
-    for line in hostile[2].splitlines():
+    for line in markdown.splitlines():
         run = re.match("`*", line).group()
         if fence is None and len(run) >= 3:
             fence = run
@@ -110,6 +111,11 @@ def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
         elif fence is None:
             outside.append(line)
     assert fence is None
+    return outside
+
+
+def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
+    outside = outside_of_fences(hostile[2])
     headings = [line for line in outside if line.startswith("#")]
     assert len(headings) == 5, headings
     assert not re.search("(?<!\\\\)[<>`]", "\n".join(outside))
@@ -199,24 +205,12 @@ NO_CHROMIUM = (
 
 def browse(html_file, profile, *flags: str, width: int = 1400) -> tuple[str, list[str]]:
     """(the page as the browser built it, its console messages)."""
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={profile}",
-        f"--window-size={width},2000",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--dump-dom",
-        *flags,
-        html_file.resolve().as_uri(),
-    ]
+    own = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+    )
+    own = [*own.split(), f"--user-data-dir={profile}", f"--window-size={width},2000"]
+    command = [CHROMIUM, *own, *flags, html_file.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

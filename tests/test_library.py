@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from compare import VARIES
-from runs import of, recorded, started, undrawn
+from runs import DOORS, PROMPTS, of, recorded, started, undrawn
 
 from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.commands.run import parse
@@ -30,12 +30,9 @@ SMALL = {
     "eval.n_bootstrap": 10,
     "control": False,
 }
-PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
-PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(4)]
-TRAIT = define_trait("You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS)
 
 
-def small(model=None, tokenizer=None, trait=TRAIT, **more):
+def small(model=None, tokenizer=None, trait=DOORS, **more):
     return SteerHeal(model, tokenizer, trait, preset="fast-dev", settings={**SMALL, **more})
 
 

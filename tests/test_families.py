@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
+from steer_heal.model.lora import targets
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
-from steer_heal.model.targets import targets
 from steer_heal.settings import AdapterCfg
 from steer_heal.stages.heal import heal
 

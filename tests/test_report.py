@@ -40,7 +40,7 @@ from steer_heal.events import (
     Weights,
 )
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Scored
-from steer_heal.report import console, draw, plot, side_by_side, tables
+from steer_heal.report import compare, console, draw, plot, tables
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import evenly, event_words, table_columns
 from steer_heal.settings import TINY_RANDOM, HealCfg
@@ -309,7 +309,9 @@ def row(dose: float = 0.0, score: float = 0.0, *reasons: str) -> Written:
 
 
 def test_survival_counts_every_row_once_and_falls_with_the_dose():
-    rows = [row(dose, 0.0, *([] if dose < 1 else ["rep"])) for dose in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 2.0)]
+    rows = [
+        row(dose, 0.0, *([] if dose < 1 else ["rep"])).scored for dose in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 2.0)
+    ]
     ranges = survival(rows)
     assert sum(n for _, n, _ in ranges) == len(rows) and sum(kept for *_, kept in ranges) == 6
     assert ranges[0] == ("0", 1, 1) and ranges[-1] == ("1.6 to 2", 3, 0) and len(ranges) <= 9
@@ -551,7 +553,7 @@ def test_an_untrained_model_is_graded_nowhere(capsys, tmp_path):
     assert "broken" in re.findall('class="badge (.*?)"', trained[1]) and "(best)" in trained[1]
     events = with_config(events, model=TINY_RANDOM)
     html, diary = read(tmp_path / "untrained", events)
-    side_by_side([trained[0], write_run(tmp_path / "untrained", events)], tmp_path / "both.html")
+    compare.compare([trained[0], write_run(tmp_path / "untrained", events)], tmp_path / "both.html")
     assert re.findall('class="badge (.*?)"', html) == ["untrained"] and "<h1>T" + said[1:] in html
     assert "(best)" not in html and diary.rstrip().endswith(f"UNTRAINED: {said}")
     assert "badge untrained" in (tmp_path / "both.html").read_text(encoding="utf-8")

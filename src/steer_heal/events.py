@@ -22,6 +22,7 @@ from steer_heal.records import (
     GateFacts,
     HealReport,
     HealStep,
+    HealSummary,
     Metric,
     Number,
     StateName,
@@ -184,18 +185,10 @@ class HealRetried(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(Event):
+class Trained(Event, HealSummary):
     """A heal ended and its factor was folded into the history."""
 
     event: Literal["trained"] = "trained"
-    n_train: int
-    n_validation: int
-    lam: float
-    tau: float
-    lr: float
-    validation: tuple[dict[str, Number], ...]
-    validation_prompts: tuple[int, ...]
-    left_out: float
     n_steps: int
     fired: float
     pressure: Number | None
@@ -208,15 +201,8 @@ class Trained(Event):
     def of(cls, report: HealReport, *, r: int | None, n_retries: int, checkpoint: str | None, files: Files) -> Trained:
         """The report of a heal without its steps, which are events of their own."""
         return cls(
+            **{each.name: getattr(report, each.name) for each in fields(HealSummary)},
             round=r,
-            n_train=report.n_train,
-            n_validation=report.n_validation,
-            lam=report.lam,
-            tau=report.tau,
-            lr=report.lr,
-            validation=report.validation,
-            validation_prompts=report.validation_prompts,
-            left_out=report.left_out,
             n_steps=len(report.steps),
             fired=report.fired,
             pressure=report.pressure,
@@ -349,7 +335,6 @@ class Run:
         self.events.append(event)
 
     def each(self, kind: type[Kind]) -> list[Kind]:
-        """All events of a kind."""
         return [event for event in self.events if isinstance(event, kind)]
 
     def at(self, kind: type[Kind], r: int | None) -> Kind | None:
@@ -406,7 +391,6 @@ class Run:
 
 
 def measured_event(result: EvalResult, *, state: StateName, r: int | None, dose: float) -> Measured:
-    """The event of a measured state."""
     return Measured(
         round=r, state=state, metrics=result.metrics, items=result.items, dose=dose, texts=tuple(result.texts)
     )

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -42,6 +43,7 @@ def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]
 
 Band = Annotated[tuple[float, float], _words(float, "LO HI")]
 Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Rule = tuple[str, bool, str]
 Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
 
@@ -72,14 +74,27 @@ def reflowed(text: str) -> str:
 def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     """Makes a class a frozen pydantic dataclass whose fields are flags, with their docstrings as help texts.
 
-    Invalid fields raise one ValueError with a line for each, which names it as `section.field`.
+    Invalid fields raise one ValueError with a line for each, which names it as `section.field`. The method `_rules`
+    gives (field, whether its value is allowed, limit) for limits that depend on other fields.
     """
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def placed(field_name: str) -> str:
         return f"{section}.{field_name}" if section and field_name else field_name
 
-    def decorate(cls: type[Settings]) -> type[Settings]:
+    def check(self: Any) -> Any:
+        lines = [
+            f"{placed(name)} is {attrgetter(name)(self)!r}: it must be {limit}"
+            for name, holds, limit in self._rules()
+            if not holds
+        ]
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def decorate(cls: Any) -> Any:
+        if hasattr(cls, "_rules"):
+            cls._check = model_validator(mode="after")(check)
         made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
         made.__doc__ = reflowed(made.__doc__ or "")
         for name, each in made.__pydantic_fields__.items():  # tyro would keep the line breaks of the source
@@ -100,16 +115,9 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     return decorate
 
 
-def _require(*rules: tuple[bool, str, object, str]) -> None:
-    """ValueError with a line for each (holds, field, value, limit) that does not hold."""
-    lines = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
-    if lines:
-        raise ValueError("\n".join(lines))
-
-
-def _require_band(name: str, band: Band) -> None:
-    low, high = band
-    _require((0 <= low < high <= 1, name, band, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"))
+def _band_rule(layers: Band) -> Rule:
+    low, high = layers
+    return "layers", 0 <= low < high <= 1, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"
 
 
 @settings("steer")
@@ -137,10 +145,8 @@ class SteerCfg:
     refresh: Literal["round", "once"] = "round"
     """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SteerCfg:
-        _require_band("steer.layers", self.layers)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("gen")
@@ -192,10 +198,8 @@ class DoseCfg:
     """Number of further batches of probes, between the highest kappa that reaches dose.target and the lowest that does
     not."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DoseCfg:
-        _require((self.floor <= self.ceiling, "dose.floor", self.floor, f"<= dose.ceiling = {self.ceiling:g}"))
-        return self
+    def _rules(self) -> list[Rule]:
+        return [("floor", self.floor <= self.ceiling, f"<= dose.ceiling = {self.ceiling:g}")]
 
 
 @settings("filter")
@@ -229,18 +233,11 @@ class FilterCfg:
     max_attempts: Count = 192
     """Maximum number of completions written in each round, probes included."""
 
-    @model_validator(mode="after")
-    def _check(self) -> FilterCfg:
-        _require(
-            (self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}"),
-            (
-                self.n_keep <= self.max_attempts,
-                "filter.max_attempts",
-                self.max_attempts,
-                f">= filter.n_keep = {self.n_keep}",
-            ),
-        )
-        return self
+    def _rules(self) -> list[Rule]:
+        return [
+            ("min_train", self.min_train <= self.n_keep, f"<= filter.n_keep = {self.n_keep}"),
+            ("max_attempts", self.max_attempts >= self.n_keep, f">= filter.n_keep = {self.n_keep}"),
+        ]
 
 
 @settings("adapter")
@@ -257,10 +254,8 @@ class AdapterCfg:
     layers: Band = (0.2, 0.8)
     """LO HI: the blocks that are adapted, as fractions of the depth."""
 
-    @model_validator(mode="after")
-    def _check(self) -> AdapterCfg:
-        _require_band("adapter.layers", self.layers)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("heal")
@@ -332,34 +327,20 @@ class HealCfg:
     """Measure the gradient pressure, ||grad barrier|| / ||grad fit||, every N steps. Each measurement costs one more
     backward pass."""
 
-    @model_validator(mode="after")
-    def _check(self) -> HealCfg:
+    def _rules(self) -> list[Rule]:
         fits = self.target == "distribution"
-        needs = f"with heal.target {self.target}, since it needs a teacher's distribution"
-        _require(
-            (self.max_departure == 0 or fits, "heal.max_departure", self.max_departure, f"0 {needs}"),
-            (self.rehearsal == 0 or fits, "heal.rehearsal", self.rehearsal, f"0 {needs}"),
-            (
-                self.rehearsal == 0 or self.refresh_every == 0,
-                "heal.rehearsal",
-                self.rehearsal,
-                f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text",
-            ),
-            (
-                self.refresh_every == 0 or self.text == "own",
-                "heal.refresh_every",
-                self.refresh_every,
-                f"0 with heal.text {self.text}, since only own text is renewed",
-            ),
-            (fits or self.text == "steered", "heal.text", self.text, f"steered with heal.target {self.target}"),
-            (
-                self.refresh == "text" or self.refresh_every > 0,
-                "heal.refresh",
-                self.refresh,
-                "text with heal.refresh_every 0, since nothing is renewed",
-            ),
-        )
-        return self
+        renews = self.refresh_every > 0
+        needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
+        replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
+        only_own = f"0 with heal.text {self.text}, since only own text is renewed"
+        return [
+            ("max_departure", fits or self.max_departure == 0, needs_teacher),
+            ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
+            ("rehearsal", not renews or self.rehearsal == 0, replaced),
+            ("refresh_every", not renews or self.text == "own", only_own),
+            ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
+            ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
+        ]
 
 
 @settings("backtrack")
@@ -480,18 +461,11 @@ class RunConfig:
     backtrack: BacktrackCfg = field(default_factory=BacktrackCfg)
     eval: EvalCfg = field(default_factory=EvalCfg)
 
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _rules(self) -> list[Rule]:
         probes = self.dose.n_kappas * self.dose.n_probes
-        _require(
-            (
-                self.dose.mode != "survival" or probes <= self.filter.max_attempts,
-                "filter.max_attempts",
-                self.filter.max_attempts,
-                f">= dose.n_kappas * dose.n_probes = {probes}, the first probes",
-            )
-        )
-        return self
+        enough = self.dose.mode != "survival" or probes <= self.filter.max_attempts
+        limit = f">= dose.n_kappas * dose.n_probes = {probes}, the first probes"
+        return [("filter.max_attempts", enough, limit)]
 
     def fingerprint(self) -> str:
         """Eight hex digits that are equal for runs which differ only in the seed and in RUN_ONLY settings.

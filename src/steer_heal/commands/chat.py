@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +11,13 @@ import tyro
 from loguru import logger
 from pydantic import Field
 
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
 from steer_heal.runs.signals import stoppable
-from steer_heal.settings import Count, Finite, Names, RunConfig
+from steer_heal.settings import Count, Finite, Names, settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Chat:
     """Talk to the states of one round. The base, the steered student and the healed student answer the same message. A
     setting that you leave out keeps the run's value."""
@@ -49,7 +47,7 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
-    given, own = parsed(Chat, argv, "chat", owner=RunConfig, also=["temperature", "top_p", "device", "n_threads"])
+    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads"])
     read_start(given.run)  # before the imports below, which take seconds
     with stoppable():
         from steer_heal.chat import terminal, web

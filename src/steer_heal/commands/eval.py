@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ from loguru import logger
 
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.events import RunStart, plain
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
 from steer_heal.progress import Progress
 from steer_heal.records import StateName, Values
 from steer_heal.report import tables
 from steer_heal.runs.resume import recorded_settings
-from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves
+from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves, settings
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.inputs import Inputs
@@ -46,8 +46,7 @@ WHY_APART = (
 )
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Eval:
     """Measure all metrics of a model. With --adapter, also print 95 percent intervals for the differences from the
     model without the adapter.
@@ -79,7 +78,7 @@ class Eval:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Eval, argv, "eval", owner=RunConfig, also=SETTINGS)
+    given, own = parsed(Eval, argv, "eval", SETTINGS)
     if given.prompts is not None:
         own["gen.prompts"] = given.prompts
     if given.run is not None:

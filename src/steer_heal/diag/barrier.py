@@ -4,15 +4,14 @@ The preset chooses the dose and filters the text, unless --kappa is given.
 """
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
-from steer_heal.flags import described
 from steer_heal.model.divergence import Aggregate
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     lams: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Strengths of the barrier."""

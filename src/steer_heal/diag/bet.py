@@ -7,13 +7,12 @@ barrier does more than a shorter heal. The arm `control` heals without a barrier
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
-from steer_heal.flags import described
 from steer_heal.records import Collected, Scored
-from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.settings import HealCfg, RunConfig, settings
 from steer_heal.stages.filter import perplexity
 
 Barrier = Literal[
@@ -28,8 +27,7 @@ MIN_ORACLE_GAIN = 0.15
 COLUMNS = ("shift", "coherence", "text_tail_ppl_median", "oracle", "degenerate_frac", "kl_base")
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     kappa: float = 1.0
     """Dose at which the text is written."""

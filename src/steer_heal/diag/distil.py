@@ -16,7 +16,6 @@ from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
 from steer_heal.events import Gathered, Trained, plain
-from steer_heal.flags import described
 from steer_heal.inputs import load_inputs
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
@@ -26,7 +25,7 @@ from steer_heal.records import Completion, Number, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RunConfig, changed, leaves
+from steer_heal.settings import RunConfig, changed, leaves, settings
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
@@ -77,21 +76,12 @@ ARMS = {
     "new text and teacher an epoch": Arm({**REVERSE, "heal.refresh_every": 14, "heal.refresh": "teacher"}),
 }
 SHOWN = (
-    "shift",
-    "contrast_nats",
-    "degenerate_frac",
-    "oracle",
-    "text_tail_ppl_median",
-    "kl_base",
-    "opposite",
-    "facts",
-    "facts_apart",
-    "facts_nats",
+    *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
+    *("facts", "facts_apart", "facts_nats"),
 )
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     also: ClassVar[tuple[str, ...]] = (
         *(name for name in PresetFlags.also if name != "seed"),

@@ -1,18 +1,17 @@
 """Which barrier is best for a round's text? Repeats the heal of one round of a finished run with several barriers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
-from steer_heal.flags import described
+from steer_heal.settings import settings
 from steer_heal.verdict import slope
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(OutFlags):
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

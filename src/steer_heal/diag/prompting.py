@@ -6,22 +6,20 @@ its run.
 """
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.diag.lab import Given, Lab, OutFlags, Row, replay, show
 from steer_heal.events import Trained
-from steer_heal.flags import described
 from steer_heal.model.steering import Condition
 from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import settings
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(OutFlags):
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""

@@ -7,7 +7,7 @@ larger than the signal.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 from typing import Literal
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, show
 from steer_heal.errors import UserError
-from steer_heal.flags import described
 from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
 from steer_heal.recipe import Recipe
 from steer_heal.report import tables
-from steer_heal.settings import HealCfg, changed
+from steer_heal.settings import HealCfg, changed, settings
 from steer_heal.stages.heal import read_samples
 from steer_heal.stages.loss import Sample, losses
 from steer_heal.stages.states import kl_between
@@ -29,8 +28,7 @@ from steer_heal.stages.states import kl_between
 BITS = 1 / torch.log(torch.tensor(2.0)).item()
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     teacher: Literal["vector", "prompt", "both"] = "both"
     """What turns the student into the teacher: the vector, the positive persona as system prompt, or both."""

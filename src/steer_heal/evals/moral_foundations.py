@@ -138,17 +138,10 @@ def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int
     begin = lm.decode(thought, special=True).find(prefill)
     if begin < 0:
         return None
-    start = end = None
-    for t in range(len(thought)):
-        length = len(lm.decode(thought[: t + 1], special=True))
-        if start is None and length > begin:
-            start = t
-        if length >= begin + len(prefill):
-            end = t + 1
-            break
-    if start is None or end is None or end == len(thought):
-        return None
-    return start, end
+    lengths = [len(lm.decode(thought[: t + 1], special=True)) for t in range(len(thought))]
+    start = next(t for t, length in enumerate(lengths) if length > begin)
+    end = next(t + 1 for t, length in enumerate(lengths) if length >= begin + len(prefill))
+    return None if end == len(thought) else (start, end)
 
 
 @torch.no_grad()
@@ -185,14 +178,14 @@ def items(subject: Subject) -> Items:
     cfg = subject.cfg
     vignettes = subject.inputs.vignettes
     instrument = subject.inputs.instrument
-    with subject.student.using(subject.adapters) as lm:
+    with subject.student.using(subject.state.adapters) as lm:
         if cfg.backend == "tinymfv":
-            return tinymfv.ask(lm, vignettes, subject.condition, think_tokens=cfg.think_tokens)
+            return tinymfv.ask(lm, vignettes, subject.state.condition, think_tokens=cfg.think_tokens)
         _, logp, nll = answer_slots(
             lm,
             instrument.questions(vignettes),
             instrument,
-            condition=subject.condition,
+            condition=subject.state.condition,
             think_tokens=cfg.think_tokens,
             batch_size=cfg.batch_size,
         )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +47,6 @@ from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
-Side = Literal["left", "right"]
 LOGIT_CHUNK_ELEMENTS = 2**24
 """Positions x vocabulary that go through the head at once, which bounds memory for any batch size and length."""
 LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**22
@@ -134,6 +134,17 @@ class LM:
                 resumable=False,
             )
         return range(low, high)
+
+    def after_block(self, i: int, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Hooks block i: what `change` makes of the residual stream after it replaces the stream, unless it is None."""
+
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+            if not isinstance(output, tuple):
+                return change(output)
+            changed = change(output[0])
+            return None if changed is None else (changed, *output[1:])
+
+        return self.blocks[i].register_forward_hook(hook)
 
     @property
     def quantized(self) -> bool:
@@ -265,7 +276,9 @@ class LM:
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 
-    def pad(self, rows: Sequence[Sequence[int]], side: Side = "right") -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
+    ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
         """(token ids, mask) of rows of different lengths. The mask is 0 at padding."""
 
         def stacked(values: list[Tensor], padding: int) -> Tensor:
@@ -279,17 +292,23 @@ class LM:
         """Final hidden states of right-padded rows. Ignore the positions after a row's end."""
         return self.text_model(input_ids=self.pad(rows)[0], use_cache=False).last_hidden_state
 
+    def completion_hidden(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "_ d"]]:
+        """For each row, the final hidden states before each completion token."""
+        rows = list(zip(prompts, completions, strict=True))
+        hidden = self.hidden([[*prompt, *completion] for prompt, completion in rows])
+        return [h[len(p) - 1 : len(p) - 1 + len(c)] for h, (p, c) in zip(hidden, rows, strict=True)]
+
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
         """For each row, -log p of each completion token given all tokens before it, float32 [n] on the CPU, in nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
 
         def work(group: list[int]) -> None:
-            hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
-            for row, i in enumerate(group):
-                start = len(prompts[i]) - 1
-                n = len(completions[i])
-                out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
+            hidden = self.completion_hidden([prompts[i] for i in group], [completions[i] for i in group])
+            for i, before in zip(group, hidden, strict=True):
+                out[i] = self.nll(before, completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
         return out
@@ -365,11 +384,12 @@ def load(
                 "another model"
             )
         model, tokenizer = _tiny_random()
+        note = ""
         picked, why = pick_dtype(dtype, place, model.config)
         model.to(dtype=picked)
     else:
         saved = str(smol_folder()) if name == SMOL else name
-        model, tokenizer, why = _saved(saved, dtype, place, quantize)
+        model, tokenizer, why, note = _saved(saved, dtype, place, quantize)
     if quantize == "none":
         try:
             model.to(device=place)
@@ -378,7 +398,7 @@ def load(
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
-    lm.weights_note = _weights_note(name)
+    lm.weights_note = SMOL_WEIGHTS if name == SMOL else note
     return lm
 
 
@@ -467,16 +487,9 @@ def _located(name: str) -> str:
     return name if local is None else str(local.absolute())
 
 
-def _weights_note(name: str) -> str:
-    """See LM.weights_note."""
-    if name == SMOL:
-        return SMOL_WEIGHTS
-    file = gguf_file(_located(name))
-    return "" if file is None else quantization(file)
-
-
-def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
-    """(model, tokenizer, reason for its dtype) of a folder, a file or a hub id. UserError if it cannot be loaded."""
+def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str, str]:
+    """(model, tokenizer, reason for its dtype, LM.weights_note) of a folder, a file or a hub id. UserError if it cannot
+    be loaded."""
     folder = _located(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
@@ -488,7 +501,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         if file is not None:
             model, tokenizer = read_gguf(file)
             picked, why = pick_dtype(dtype, place, model.config.get_text_config())
-            return model.to(dtype=picked), tokenizer, why
+            return model.to(dtype=picked), tokenizer, why, quantization(file)
         where: dict[str, Any] = {"trust_remote_code": False}
         if not Path(folder).exists():
             where["local_files_only"] = from_cache_alone(folder)
@@ -503,7 +516,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         )
         model, loading = loaded
         require_all_weights(name, loading, config.get_text_config().num_hidden_layers)
-        return model, tokenizer, why
+        return model, tokenizer, why, ""
     except UserError:
         raise
     except Exception as error:  # each library reports a damaged file in its own way

@@ -7,6 +7,7 @@ the first step without an event, from what `partial/` holds of it.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import takewhile
 from pathlib import Path
 from shutil import rmtree
 from typing import IO
@@ -141,19 +142,11 @@ def _cut(events: list[AnyEvent], folder: Path) -> None:
     while valid and not (folder / (valid[-1].checkpoint or "")).exists():
         del events[events.index(valid.pop()) :]
         rmtree(folder / PARTIAL, ignore_errors=True)  # what follows from the dropped heal
-    steps = _steps_at_end(events)
     r = events[-1].round
+    steps = len([*takewhile(lambda event: isinstance(event, HealStepped) and event.round == r, reversed(events))])
     for path in (folder / PARTIAL).glob("heal-*.safetensors"):
         running = steps > 0 and path.stem == f"heal-{round_label(r)}"
         if saved_steps(path) > (steps if running else 0):
             path.unlink()  # the end of events.jsonl was lost: a step without its event is taken again
     kept = saved_steps(heal_path(folder, r)) if steps else 0
     del events[len(events) - (steps - kept) :]
-
-
-def _steps_at_end(events: list[AnyEvent]) -> int:
-    """How many heal steps of one heal end the list."""
-    n = 0
-    while isinstance(events[-1 - n], HealStepped) and events[-1 - n].round == events[-1].round:
-        n += 1
-    return n

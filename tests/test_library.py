@@ -1,5 +1,6 @@
 """The library gives the command's figures, leaves the caller's model and process alone, and refuses what is wrong."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -246,6 +247,9 @@ def test_what_a_person_can_fix_is_a_user_error(sh, tmp_path):
         "did you mean 'epochs'": lambda: small(**{"heal.epoch": 2}),
         "heal.epochs is 0": lambda: small(**{"heal.epochs": 0}),
         "tokenizer is None": lambda: small(model),
+        "tokenizer is 'data/toylm'": lambda: small(model, "data/toylm"),
+        "no head over the vocabulary": lambda: small(model.model, tokenizer),
+        "spread over devices": lambda: small(copy.deepcopy(model).to("meta"), tokenizer),
         "Linear": lambda: small(torch.nn.Linear(2, 2), tokenizer),
         "positive and negative": lambda: define_trait("a", "a", PROMPTS),
         "sign": lambda: define_trait("a", "b", PROMPTS, sign=2),

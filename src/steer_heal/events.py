@@ -63,6 +63,20 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chat:
+    """How the chat template writes a conversation, as it was found when the model was loaded."""
+
+    date: str = ""
+    """The date that it reads, as YYYY-MM-DD. Empty: it reads none."""
+    opening: str = ""
+    """What stands between the tag of the assistant's turn and a reply, such as an empty thought."""
+    ends: tuple[str, ...] = ()
+    """Tokens that end a reply."""
+    takes_system: bool = True
+    """Whether it supports system messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStart(Event):
     """A run begins: its settings, its data, and what it runs on."""
 
@@ -87,6 +101,7 @@ class RunStart(Event):
     adapter: str = "a LoRA adapter"
     """The kind of adapter with its settings, as a noun phrase."""
     weights: Weights | None = None
+    chat: Chat | None = None
     unadapted: tuple[str, ...] = ()
     """Weights of the adapted blocks that the adapter leaves out."""
     device: str = ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer_heal.bench import Bench, load_model, require_bands
@@ -150,12 +150,34 @@ class SteerHeal:
                 f"model is a {type(model).__name__}: give a causal language model of transformers without adapters "
                 "(merge_and_unload of PEFT gives one)"
             )
-        if tokenizer is None:
-            raise UserError(f"tokenizer is None: give the tokenizer of the loaded model {cfg.model!r}")
+        if model.get_output_embeddings() is None:
+            raise UserError(
+                f"model is a {type(model).__name__}, which has no head over the vocabulary: give a causal language "
+                "model (AutoModelForCausalLM)"
+            )
+        away = {str(parameter.device) for parameter in model.parameters() if parameter.device.type == "meta"}
+        if away or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise UserError(
+                f"the weights of model {type(model).__name__} are spread over devices or offloaded: load it on one "
+                "device, without device_map"
+            )
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                f"tokenizer is {tokenizer!r:.80}: give the tokenizer of the loaded model {cfg.model!r} "
+                "(AutoTokenizer.from_pretrained)"
+            )
         original = Original(model)
         try:
-            own = copy.deepcopy(tokenizer)
-            lm = wrap(model, own, cfg.model, cfg.max_prompt_tokens, temperature=cfg.temperature, top_p=cfg.top_p)
+            lm = wrap(
+                model,
+                copy.deepcopy(tokenizer),
+                cfg.model,
+                cfg.max_prompt_tokens,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                date=cfg.date,
+            )
             require_bands(lm, cfg)
         except UserError:
             original.restore()

@@ -438,6 +438,8 @@ class RunConfig:
     max_prompt_tokens: Count = 1024
     """Maximum length of a prompt, in tokens. A longer prompt is an error, because cutting it would remove the assistant
     tag, where the vector is extracted."""
+    date: str = ""
+    """Date that the chat template reads, as YYYY-MM-DD, if it reads one. Default: today's."""
     temperature: Positive | None = None
     """Sampling temperature. Default: from the model's generation config."""
     top_p: Share | None = None

@@ -209,7 +209,7 @@ def everyday(bench: Bench) -> dict[str, float]:
         prompts = [lm.chat(question, bench.trait.plain_system) for question in (*grammar.FACTS, *stories)]
         greedy = decode.Decoding(96, 0, sample=False)
         texts = [lm.decode(ids) for ids in decode.decode(lm, [decode.Row(ids) for ids in prompts], None, greedy)]
-        answers = [lm.encode(answer) for answer in grammar.FACTS.values()]
+        answers = [lm.encode_reply(answer) for answer in grammar.FACTS.values()]
         nlls = lm.completion_nll(prompts[: len(answers)], answers)
     tales = [oracle(text) for text in texts[len(answers) :]]
     plain_tales = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]

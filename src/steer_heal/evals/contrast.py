@@ -25,7 +25,7 @@ def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
     The replies are the assistant's replies to the prompt under `condition`, without the token that ends the turn.
     """
     prompts = [lm.chat(pair.prompt, condition.system) for pair in pairs]
-    replies = [(lm.encode(pair.positive), lm.encode(pair.negative)) for pair in pairs]
+    replies = [(lm.encode_reply(pair.positive), lm.encode_reply(pair.negative)) for pair in pairs]
     out = [math.nan] * len(pairs)
 
     def work(group: list[int]) -> None:

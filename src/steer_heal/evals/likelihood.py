@@ -59,7 +59,7 @@ def ask(
 ) -> Float[Tensor, "i f"]:
     """For each vignette, the mean of log p over the wordings of each of the seven answers, in nats, not calibrated."""
     prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
-    replies = [[lm.encode(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
+    replies = [[lm.encode_reply(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
     logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
     by_answer = logp.split([len(wordings) for wordings in replies], dim=1)
     return torch.stack([part.mean(1) for part in by_answer], dim=1)

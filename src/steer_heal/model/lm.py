@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -32,6 +32,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.hub import cached_file
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import DATA, candidates
@@ -41,6 +42,8 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.model.self_check import check_model, require_all_weights
+from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
@@ -50,11 +53,9 @@ LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**22
 """The same on a CPU, where larger tensors are slower: the allocator returns their memory to the system each time."""
 SHORTEST_CHUNK = 64
 """Minimum number of positions per chunk. With fewer, loading the head's weights takes longer than the product."""
-SAME_LOGITS = 0.02
-"""Differences below this share of the largest logit count as rounding. A bfloat16 has 8 bits of precision."""
+BEFORE = ("\n", "x", ".")
+"""One of these stands before a text that is encoded as part of a longer one: the first that no token joins with it."""
 FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
-
-_MARK = "SYSTEM-GOES-HERE"
 
 
 @dataclass
@@ -69,6 +70,8 @@ class LM:
     max_prompt_tokens: int = 1024
     why_dtype: str = ""
     """The reason for the dtype of the weights."""
+    date: str = ""
+    """The date that the chat template reads, as YYYY-MM-DD. Empty: today's."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     weights_note: str = ""
     """How the weights differ from the published ones, such as "8-bit (Q8_0) weights, unpacked from a GGUF file". Empty:
@@ -154,14 +157,36 @@ class LM:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
+        """The token that fills short rows. Nothing is read at its positions."""
+        own = (self.tokenizer.pad_token_id, *sorted(self.end_ids))
+        return next((i for i in own if i is not None and i < self.n_ids), 0)
+
+    @property
+    def n_ids(self) -> int:
+        """Number of token ids that the model can read."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end the assistant's turn: the generation config's and the tokenizer's."""
+        """Tokens that end the assistant's turn: the generation config's, the tokenizer's, and the one that the chat
+        template writes after a reply. UserError if there is none, or the template writes plain text there."""
         configured = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        ids = {*_listed(configured), *_listed(self.tokenizer.eos_token_id)}
+        closing = self.encode(self.template.closing.strip())
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        if closing and closing[0] not in ids | special:
+            raise UserError(
+                f"the chat template of {self.name!r} ends a reply with the text {self.template.closing[:40]!r}, and no "
+                "token of it ends decoding: texts would run past the turn; use a tokenizer with another template"
+            )
+        ids |= {*closing[:1]}
+        if not ids:
+            raise UserError(
+                f"no token ends a reply of {self.name!r}: its chat template writes none, and its tokenizer and "
+                "generation config name none; set eos_token_id in generation_config.json"
+            )
+        return frozenset(ids)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """float32 logits of final hidden states, with the model's own scale and soft cap, if it has them."""
@@ -172,49 +197,47 @@ class LM:
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
-        """Token ids of one user message and of the tag that opens the assistant's turn."""
-        return self.encode_prompt(self.conversation([user], system))
-
-    def conversation(self, turns: Sequence[str], system: str | None = None) -> str:
-        """The text of a conversation and of the tag that opens the assistant's turn.
-
-        `turns` alternate between user and assistant; the user has the first and the last. If the chat template does not
-        support system messages, `system` goes before the user's message. Without `system`, the template may write its
-        own default system prompt, as it does for every user of the model.
-        """
-        first, *rest = turns
-        messages = []
-        if system and self.takes_system:
-            messages.append({"role": "system", "content": system})
-        elif system:
-            first = f"{system}\n\n{first}"
-        roles = ("user", "assistant")
-        messages += [{"role": roles[i % 2], "content": turn} for i, turn in enumerate((first, *rest))]
-        return self.render(messages, add_generation_prompt=True)
-
     @cached_property
-    def takes_system(self) -> bool:
-        """Whether the chat template supports system messages. Some templates refuse them, others drop them silently."""
-        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "_"}]
-        try:
-            return _MARK in self.render(messages, add_generation_prompt=True)
-        except UserError:
-            return False
+    def template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.tokenizer, self.name, self.date)
 
-    def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
-        """The text that the chat template makes of messages. UserError if it refuses one."""
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
-        except TemplateError as error:
-            roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(
-                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that allows them"
-            ) from None
+    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of one user message, up to where the assistant's reply begins."""
+        return self.encode_prompt(self.template.conversation([user], system))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of the text, without special tokens around it and without a limit on the length."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        """Token ids of a whole text, without special tokens around it and without a limit on the length. UserError if
+        the model has no embedding for one."""
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        if ids and max(ids) >= self.n_ids:
+            raise UserError(
+                f"the tokenizer of {self.name!r} has the token {self.tokenizer.decode([max(ids)])!r} with id "
+                f"{max(ids)}, and the model has embeddings for {self.n_ids} ids: give the tokenizer of this model, or "
+                "resize its embeddings"
+            )
+        return ids
+
+    def encode_on(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that stands behind other text: without the space that some tokenizers put before a text
+        that is encoded alone."""
+        if not self._adds_space:
+            return self.encode(text)
+        return next((ids for piece in BEFORE if (ids := self._behind(piece, text)) is not None), self.encode(text))
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text that is encoded alone."""
+        return self.encode("a") != self._behind(BEFORE[0], "a")
+
+    def _behind(self, piece: str, text: str) -> tuple[int, ...] | None:
+        """Token ids of the text behind the piece; None if a token holds parts of both."""
+        before = self.encode(piece)
+        ids = self.encode(piece + text)
+        return ids[len(before) :] if ids[: len(before)] == before else None
+
+    def encode_reply(self, text: str) -> tuple[int, ...]:
+        """Token ids of a reply of the assistant, as they stand behind `chat`."""
+        return self.encode_on(self.template.space + text)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids. `special=True` keeps special tokens."""
@@ -308,6 +331,13 @@ class LM:
         return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
 
 
+def _listed(ids: Any) -> list[int]:
+    """Token ids that are given as one, several, or None."""
+    if ids is None:
+        return []
+    return [int(i) for i in torch.as_tensor(ids).flatten().tolist()]
+
+
 def weights_digest(model: nn.Module) -> dict[str, str]:
     """{"sha256", "dtype"} of the base weights. Attached adapters and the device make no difference.
 
@@ -336,12 +366,14 @@ def load(
     quantize: str = "none",
     temperature: float | None = None,
     top_p: float | None = None,
+    date: str = "",
 ) -> LM:
     """Loads a model with frozen weights. It never runs code that comes with the model.
 
     Args:
         name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or SMOL.
         temperature, top_p: Replace the values of the model's generation config.
+        date: What the chat template reads as the date. By default today's.
     """
     place = pick_device(device)
     model: Any
@@ -365,7 +397,7 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
-    lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p)
+    lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
     lm.weights_note = SMOL_WEIGHTS if name == SMOL else note
     return lm
 
@@ -379,17 +411,13 @@ def wrap(
     *,
     temperature: float | None = None,
     top_p: float | None = None,
+    date: str = "",
 ) -> LM:
     """Makes a loaded model an LM, on its device and in its dtype. `Original.restore` undoes the changes to the model.
 
     The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token if it has none.
     UserError if the model or its tokenizer is unsupported.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer of {name!r} has no chat template, and the vector is extracted at its assistant tag; use an "
-            "instruction-tuned model"
-        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if next(model.parameters()).device.type == "cpu":
@@ -399,10 +427,9 @@ def wrap(
         model.generation_config.update(do_sample=True, temperature=temperature)
     if top_p:
         model.generation_config.update(do_sample=True, top_p=top_p)
-    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype)
-    assert lm.blocks is not None
-    _require_own_logits(lm)
-    if not lm.takes_system:
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype, date)
+    check_model(lm)
+    if not lm.template.takes_system:
         warnings.warn(
             f"the chat template of {name!r} does not support system messages: they are put before the user's message",
             stacklevel=3,
@@ -482,9 +509,13 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=picked, use_safetensors=True, **where, **how
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _template_of_processor(folder, where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=picked, use_safetensors=True, output_loading_info=True, **where, **how
         )
+        model, loading = loaded
+        require_all_weights(name, loading, config.get_text_config().num_hidden_layers)
         return model, tokenizer, why, ""
     except UserError:
         raise
@@ -494,23 +525,16 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         raise UserError(f"model {name!r} could not be loaded: {fix} ({error})") from None
 
 
-@torch.no_grad()
-def _require_own_logits(lm: LM) -> None:
-    """UserError if the model computes other logits from its final hidden states than `LM.logits` does."""
-    ids = lm.encode("Hello.") or (lm.pad_id,)
-    own = lm.model(lm.pad([ids])[0]).logits[0].float()
-    ours = lm.logits(lm.hidden([ids])[0])
-    if not own.isfinite().all():
-        raise UserError(
-            f"model {lm.name!r} has logits that are not finite: its weights are damaged, or too large for "
-            f"{lm.model.dtype}; restore them, or use --dtype float32"
-        )
-    apart = (own - ours).abs().max().item()
-    if not apart <= SAME_LOGITS * own.abs().max().item():
-        raise UserError(
-            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its logits differ by {apart:.2g} from the "
-            "product with its head; use a model of a family that README lists"
-        )
+def _template_of_processor(folder: str, where: dict[str, Any]) -> str | None:
+    """The chat template that a model keeps in the file of its processor alone."""
+    file = cached_file(
+        folder,
+        "chat_template.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        local_files_only=where.get("local_files_only", False),
+    )
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:

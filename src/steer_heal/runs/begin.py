@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-from steer_heal.bench import Bench, weights_of
+from steer_heal.bench import Bench, chat_of, weights_of
 from steer_heal.evals import metrics_of
 from steer_heal.events import RunStart
 from steer_heal.inputs import Inputs
@@ -60,6 +60,7 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         hub_id=lm.hub_id,
         adapter=bench.student.adapter.describe(),
         weights=weights_of(lm),
+        chat=chat_of(lm),
         unadapted=bench.student.adapter.unadapted(),
         device=device_name(lm.device),
     )
@@ -70,7 +71,8 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
 def go_on(cfg: RunConfig, inputs: Inputs, folder: Path) -> tuple[Bench, FolderRun, IO[str]]:
     """(bench, run, lock of its folder) of a run that was stopped."""
     lock = lock_run(folder)
-    bench = loaded_bench(replace(cfg, dtype=recorded_settings(folder).dtype), inputs)
+    then = recorded_settings(folder)
+    bench = loaded_bench(replace(cfg, dtype=then.dtype, date=then.date), inputs)
     same_weights(folder, weights_of(bench.student.lm))
     past = truncate_events(folder)
     return bench, FolderRun(folder, past, EventLog(folder, past[-1].wall_s)), lock

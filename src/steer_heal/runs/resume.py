@@ -70,11 +70,13 @@ def same_settings(folder: Path, cfg: RunConfig) -> None:
 
 
 def recorded_settings(folder: Path) -> RunConfig:
-    """The settings that a run began with, with the dtype that its weights were in: `auto` may be another one by now.
-
-    UserError where the folder holds no run."""
+    """The settings that a run began with, with the dtype that its weights were in and the date that its chat template
+    read: both may be others by now. UserError where the folder holds no run."""
     start = read_start(folder)
-    return start.config if start.weights is None else replace(start.config, dtype=start.weights.dtype)
+    cfg = start.config
+    if start.weights is not None:
+        cfg = replace(cfg, dtype=start.weights.dtype)
+    return cfg if start.chat is None else replace(cfg, date=start.chat.date)
 
 
 def same_inputs(folder: Path, inputs: Inputs) -> None:

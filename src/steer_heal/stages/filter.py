@@ -14,6 +14,7 @@ from torch import Tensor
 from steer_heal.model.lm import LM
 from steer_heal.records import Completion, GateFacts, Scored
 from steer_heal.settings import FilterCfg
+from steer_heal.stages.words import sentences, words
 
 REFUSALS = (
     "as an ai",
@@ -61,7 +62,7 @@ class Text:
 
     @property
     def words(self) -> list[str]:
-        return self.lower.split()
+        return words(self.lower)
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,16 @@ def relevance(text: Text) -> float:
 def repetition(text: str) -> float:
     """0 to 1, the highest of three shares: repeated word n-grams (n = 2 to 4) in the whole text, the same in its last
     quarter, and characters in a block of 2 to 4 that follows itself at least three times (a single one: five times)."""
-    words = text.split()
-    ending = words[-max(16, len(words) // 4) :]
+    said = words(text)
+    ending = said[-max(16, len(said) // 4) :]
     looping = sum(len(m.group()) for pattern in (_LOOP, _ONE_CHARACTER_LOOP) for m in pattern.finditer(text))
-    return max(_repeated_ngrams(words), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
+    return max(_repeated_ngrams(said), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
 
 
-def _repeated_ngrams(words: Sequence[str]) -> float:
+def _repeated_ngrams(said: Sequence[str]) -> float:
     shares = []
     for n in (2, 3, 4):
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
         if grams:
             shares.append(1 - len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else 0.0
@@ -137,19 +138,19 @@ def loop(text: str) -> float:
     A short loop fills its window, however long and clean the rest of the text is. Perplexity does not show it, since
     the base finds a sentence likely after it has read it twice, and neither does the repetition of the whole text.
     """
-    said: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     before = None
-    for sentence in re.split(r"[.!?\n]+\s*", text):
-        if len(sentence.split()) >= STUCK_SENTENCE_WORDS:
-            said[sentence] += 1
-            if sentence == before or said[sentence] == 3:
+    for sentence in sentences(text):
+        if len(words(sentence)) >= STUCK_SENTENCE_WORDS:
+            seen[sentence] += 1
+            if sentence == before or seen[sentence] == 3:
                 return 1.0
             before = sentence
-    words = text.split()
-    size = min(LOOP_WINDOW_WORDS, len(words))
+    said = words(text)
+    size = min(LOOP_WINDOW_WORDS, len(said))
     if size < 2:
         return 0.0
-    return max(1 - len(set(words[i : i + size])) / size for i in range(len(words) - size + 1))
+    return max(1 - len(set(said[i : i + size])) / size for i in range(len(said) - size + 1))
 
 
 def phrases(text: str, known: Sequence[str]) -> float:

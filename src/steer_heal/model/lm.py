@@ -40,6 +40,7 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.model.sampling import require_sampling, token_ids
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
@@ -148,8 +149,7 @@ class LM:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end the assistant's turn: the generation config's and the tokenizer's."""
-        configured = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
+        ids = token_ids(self.model.generation_config.eos_token_id)
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
@@ -383,6 +383,7 @@ def wrap(
         model.generation_config.update(do_sample=True, temperature=temperature)
     if top_p:
         model.generation_config.update(do_sample=True, top_p=top_p)
+    require_sampling(model.generation_config, name)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype)
     assert lm.blocks is not None
     _require_own_logits(lm)

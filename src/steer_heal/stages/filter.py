@@ -82,6 +82,12 @@ class Gate:
     def limit_in(self, cfg: FilterCfg) -> float:
         return float(getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit)
 
+    def fix(self, name: str) -> str:
+        """The flag that lets more texts through."""
+        if not isinstance(self.limit, str):
+            return f"leave {name} out of --filter.gates"
+        return f"{'lower' if self.at_least else 'raise'} --filter.{self.limit.replace('_', '-')}"
+
     def fails(self, score: float, cfg: FilterCfg) -> bool:
         limit = self.limit_in(cfg)
         return score < limit if self.at_least else not score <= limit  # NaN fails

@@ -38,7 +38,9 @@ def exhaust(controller: DoseController, breaks_at: float) -> list[list[Ask]]:
 
 
 def test_a_starved_filter_keeps_what_was_written_and_names_the_settings():
-    with pytest.raises(Starved, match=r"filter.min_train is 12; .*perplexity 200; raise --filter.ppl-max, .*dose.floor") as stopped:
+    with pytest.raises(
+        Starved, match=r"filter.min_train is 12; .*perplexity 200; raise --filter.ppl-max, .*dose.floor"
+    ) as stopped:
         require_enough(collect(breaks_at=0.0)[0], KEEP)
     assert len(stopped.value.collected.scored) == KEEP.max_attempts
 

@@ -129,7 +129,12 @@ class SteerHeal:
                 lm = load_model(cfg)
         else:
             lm = self._wrapped(model, tokenizer, cfg)
-        self.bench = Bench(cfg, inputs, Student(lm, cfg.adapter))
+        try:
+            self.bench = Bench(cfg, inputs, Student(lm, cfg.adapter))
+        except UserError:
+            if self._original is not None:
+                self._original.restore()
+            raise
         self.vector: Vector | None = None
         """The vector that was extracted or used last."""
         self.collected: Collected | None = None

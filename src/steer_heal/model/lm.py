@@ -40,6 +40,7 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.model.prompts import require_finite_prompts, require_no_marks
 from steer_heal.model.sampling import require_sampling, token_ids
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
@@ -176,6 +177,7 @@ class LM:
     def conversation(self, turns: Sequence[str], system: str | None = None) -> str:
         """The same for a conversation. `turns` alternate between user and assistant; the user has the first and the
         last."""
+        require_no_marks(self.tokenizer, {"the prompt": (*turns, system or "")})
         first, *rest = turns
         messages = []
         if system and self.takes_system:
@@ -273,6 +275,7 @@ class LM:
                 out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
+        require_finite_prompts(self, prompts, out)
         return out
 
     @torch.no_grad()

@@ -38,9 +38,25 @@ def exhaust(controller: DoseController, breaks_at: float) -> list[list[Ask]]:
 
 
 def test_a_starved_filter_keeps_what_was_written_and_names_the_settings():
-    with pytest.raises(Starved, match=r"filter.min_train is 12 .*perplexity.*dose.floor") as stopped:
+    with pytest.raises(
+        Starved, match=r"filter.min_train is 12; .*perplexity 200; raise --filter.ppl-max, .*dose.floor"
+    ) as stopped:
         require_enough(collect(breaks_at=0.0)[0], KEEP)
     assert len(stopped.value.collected.scored) == KEEP.max_attempts
+
+
+def test_the_message_of_a_starved_filter_names_the_gates_that_dropped_texts_worst_first_with_their_flags():
+    def row(*reasons: str) -> Scored:
+        return Scored(Completion(0, "", (1,), (2,), "", 0.0, 0.0, 0), {}, reasons, reasons)
+
+    rows = [*[row("short")] * 5, *[row("loop", "short")] * 2, row("refusal")]
+    with pytest.raises(Starved) as stopped:
+        require_enough(Collected(scored=tuple(rows), train=()), KEEP)
+    message = str(stopped.value)
+    assert "worst first: short 7, loop 2, refusal 1;" in message
+    fixes = ["lower --filter.min-words", "raise --filter.loop-max", "leave refusal out of --filter.gates"]
+    assert [message.index(fix) for fix in fixes] == sorted(message.index(fix) for fix in fixes)
+    assert "ppl-max" not in message and "dose" not in message
 
 
 def test_prompts_are_spread_evenly_over_the_kept_set():

@@ -8,6 +8,7 @@ import pytest
 
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs, traits
+from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.instruments import parse_instrument, parse_vignettes
 from steer_heal.inputs.pairs import held_out, parse_pairs
@@ -147,6 +148,7 @@ def pair(**given) -> str:
         (pair(positive=" c ") + pair(negative=" "), ["line 1: positive and negative must", "line 2: positive and neg"]),
         (pair() + "\n" + pair() + pair(), ["line 3: prompt 'a' was used before", "line 4: prompt 'a' was used"]),
         (pair(prompt="taken") + pair(), ["line 1: prompt 'taken' is also a prompt of the trait"]),
+        (pair(prompt=" Taken?") + pair(), ["line 1: prompt ' Taken?' is also a prompt of the trait"]),
         ("\n", ["has no rows"]),
     ],
 )
@@ -318,3 +320,28 @@ def test_relative_paths_are_found_in_the_checkout_from_anywhere(monkeypatch):
     here = load_inputs(FAST_DEV_PRESET)
     monkeypatch.chdir("/")
     assert load_inputs(FAST_DEV_PRESET) == here
+
+
+# --- nearly equal prompts ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, other, same",
+    [
+        ("What do you do?", "What  do you do ?", True),
+        ("What do you do?", "what do you do", True),
+        ("STRASSE", "stra\u00dfe!", True),
+        ("\uff21 b", "a\u00a0B", True),
+        ("What do you do?", "What did you do?", False),
+        ("\u0e17\u0e35\u0e48", "\u0e17\u0e33", False),
+        ("2 + 2", "2 < 2", False),
+        ("?", "!", False),
+    ],
+)
+def test_prompts_that_differ_in_case_spaces_and_punctuation_are_one(text, other, same):
+    assert (alike(text) == alike(other)) is same
+
+
+def test_a_prompt_nearly_equal_to_one_that_is_kept_for_evaluation_is_refused(tmp_path):
+    texts = [f"prompt {i}" for i in range(60)] + ["Prompt 0 ?"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cfg = replace(FAST_DEV_PRESET, gen=replace(FAST_DEV_PRESET.gen, prompts=tmp_path / "p.jsonl"))
+    assert_told(lambda: load_inputs(cfg), "authority", ["'prompt 0' 2 times (also as 'Prompt 0 ?')"])

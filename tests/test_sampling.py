@@ -9,6 +9,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from steer_heal.errors import UserError
+from steer_heal.model.lm import wrap
 from steer_heal.model.sampling import ROOM_FOR_TIES, candidates, inverse_cdf, sampler
 
 
@@ -64,3 +66,49 @@ def test_a_nucleus_is_the_one_that_sorting_the_vocabulary_gives(spread):
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)])
     expected = inverse_cdf(warpers(None, logits), uniform)
     assert torch.equal(sampler(config)(logits, uniform), expected)
+
+
+OWN_WARPERS = {"temperature": TemperatureLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+
+
+@pytest.mark.parametrize("field, value", [("temperature", 1e-4), ("temperature", 0.0), ("top_p", 0.0), ("min_p", 1.0)])
+def test_the_end_of_a_range_is_greedy_as_transformers_own_warper_leaves_one_token(field, value):
+    logits = 2 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    own = 1e-4 if (field, value) == ("temperature", 0.0) else value  # transformers refuses 0, the limit of this
+    warped = OWN_WARPERS[field](own)(None, logits)
+    expected = inverse_cdf(warped, uniform)
+    assert torch.equal(expected, logits.argmax(-1)) and len(expected.unique()) > 20
+    assert torch.equal(sampler(GenerationConfig(do_sample=True, **{field: value}))(logits, uniform), expected)
+
+
+@pytest.mark.parametrize(
+    "field, value, limit",
+    [
+        ("temperature", -1.0, "0 is greedy"),
+        ("temperature", float("inf"), "0 is greedy"),
+        ("temperature", "hot", "0 is greedy"),
+        ("top_p", 1.5, "from 0 to 1"),
+        ("top_p", -0.1, "from 0 to 1"),
+        ("top_p", float("nan"), "from 0 to 1"),
+        ("min_p", 2.0, "from 0 to 1"),
+        ("top_k", -3, "0 is off"),
+        ("top_k", 2.5, "0 is off"),
+        ("eos_token_id", "</s>", "a token id"),
+        ("eos_token_id", [1, -2], "a token id"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_load(tiny, field, value, limit):
+    setattr(tiny.model.generation_config, field, value)
+    with pytest.raises(UserError) as refused:
+        wrap(tiny.model, tiny.tokenizer, "mine")
+    (line,) = refused.value.problems
+    assert f"'mine' has {field} {value!r}" in line and limit in line and "generation_config.json" in line
+
+
+@pytest.mark.parametrize("value", [7, [7, 9], (7, 9), torch.tensor(7), torch.tensor([7, 9]), None])
+def test_the_end_tokens_may_be_of_any_type(tiny, value):
+    tiny.model.generation_config.eos_token_id = value
+    own = {tiny.tokenizer.eos_token_id}
+    given = set() if value is None else {*torch.as_tensor(value).flatten().tolist()}
+    assert wrap(tiny.model, tiny.tokenizer, "mine").end_ids == own | given

@@ -34,6 +34,7 @@ from steer_heal.stages.dose import DoseController, require_enough
 from steer_heal.stages.filter import score_texts
 from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
+from steer_heal.stages.readable import require_readable
 from steer_heal.stages.vector import student_vec, teacher_vec
 
 CALIBRATION_PROMPTS = 8
@@ -90,6 +91,10 @@ class Bench:
     cfg: RunConfig
     inputs: Inputs
     student: Student
+
+    def __post_init__(self) -> None:
+        """UserError: see `require_readable`."""
+        require_readable(self.student.lm, self.inputs, self.cfg)
 
     @property
     def trait(self) -> Trait:

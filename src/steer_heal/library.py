@@ -136,7 +136,12 @@ class SteerHeal:
         """The model with its tokenizer."""
         self.student = Student(lm, cfg.adapter)
         """The model with the rounds that are baked."""
-        self.bench = Bench(cfg, inputs, self.student)
+        try:
+            self.bench = Bench(cfg, inputs, self.student)
+        except UserError:
+            if self._original is not None:
+                self._original.restore()
+            raise
         self.vector: Vector | None = None
         """The vector that was extracted or used last."""
         self.collected: Collected | None = None

@@ -13,6 +13,7 @@ import torch
 from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.lm import LM
+from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
@@ -39,6 +40,8 @@ def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
 
     # a pair counts as two rows that are as long as the longer one
     lm.in_batches([2 * (len(p) + max(map(len, r))) for p, r in zip(prompts, replies, strict=True)], work)
+    if not condition.dose:
+        require_finite(lm, torch.tensor(out))
     return out
 
 

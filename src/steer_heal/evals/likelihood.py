@@ -13,6 +13,7 @@ from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
 from steer_heal.model.decode import GrowingCache
 from steer_heal.model.lm import LM
+from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition, steer
 from steer_heal.records import Metric
 
@@ -61,6 +62,8 @@ def ask(
     prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
     replies = [[lm.encode_reply(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
     logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
+    if not condition.dose:
+        require_finite(lm, logp)
     by_answer = logp.split([len(wordings) for wordings in replies], dim=1)
     return torch.stack([part.mean(1) for part in by_answer], dim=1)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from steer_heal.errors import Problems, UserError
+from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DataFile, parse_texts, read_file, resolve
 from steer_heal.inputs.instruments import (
     Instrument,
@@ -128,18 +128,24 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {n_wanted}: trait "
             f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; choose smaller numbers"
         )
-    prompt, n = Counter(trait.prompts).most_common(1)[0] if trait.prompts else ("", 0)
-    if n > 1:
+    by_form: dict[str, list[str]] = {}
+    for prompt in trait.prompts:
+        by_form.setdefault(alike(prompt), []).append(prompt)
+    first, *others = max(by_form.values(), key=len, default=[""])
+    if others:
+        other = next((f" (also as {text!r:.80})" for text in others if text != first), "")
         problems.found.append(
-            f"the prompts of trait {trait.name!r} contain {prompt!r:.80} {n} times: a prompt must not be used both in "
-            "training and in evaluation; keep it once"
+            f"the prompts of trait {trait.name!r} contain {first!r:.80} {1 + len(others)} times{other}: a prompt must "
+            "not be used both in training and in evaluation, and case, spaces and punctuation do not make it another; "
+            "keep it once"
         )
     problems.raise_if_any()
 
 
 def _require_apart(rehearsal: Sequence[str], trait: Trait, pairs: Sequence[Pair]) -> None:
     """UserError if a prompt of the trait or of its pairs is also rehearsed."""
-    if both := {*rehearsal} & {*trait.prompts, *(pair.prompt for pair in pairs)}:
+    taken = set(map(alike, (*trait.prompts, *(pair.prompt for pair in pairs))))
+    if both := [text for text in rehearsal if alike(text) in taken]:
         raise UserError(
             f"heal.rehearsal_prompts contains {min(both)!r:.80}, a prompt of trait {trait.name!r}: on rehearsal "
             "prompts the model learns to answer as the base model does; remove the prompt from the file"

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import Problems
+from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DataFile, Text, parse_jsonl
 
 
@@ -36,11 +37,12 @@ def held_out(placed: Iterable[tuple[str, Pair]], prompts: Iterable[str]) -> tupl
     """The pairs without their places. UserError that names each repeated prompt, and each that is in `prompts`."""
     problems = Problems()
     pairs = []
-    taken = dict.fromkeys(prompts, "is also a prompt of the trait")
+    taken = dict.fromkeys(map(alike, prompts), "is also a prompt of the trait")
     for where, pair in placed:
-        if pair.prompt in taken:
-            problems.found.append(f"{where}: prompt {pair.prompt!r:.80} {taken[pair.prompt]}; give the pair another")
-        taken.setdefault(pair.prompt, "was used before")
+        form = alike(pair.prompt)
+        if form in taken:
+            problems.found.append(f"{where}: prompt {pair.prompt!r:.80} {taken[form]}; give the pair another")
+        taken.setdefault(form, "was used before")
         pairs.append(pair)
     problems.raise_if_any()
     return tuple(pairs)

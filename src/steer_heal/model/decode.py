@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_that_fit
+from steer_heal.model.prompts import require_finite, require_room
 from steer_heal.model.sampling import sampler
 from steer_heal.model.steering import Steering, Vector, steer
 
@@ -77,6 +78,7 @@ def decode_batches(
     todo = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose))
     longest = max((len(row.prompt_ids) for row in rows), default=0) + len(tail)
     per_row = longest + how.max_new_tokens
+    require_room(lm, longest, how.max_new_tokens)
     config = lm.model.config.get_text_config()
     bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
     size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
@@ -227,6 +229,7 @@ def _decode_batch(
     pick = sampler(lm.model.generation_config)
     ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
+    plain = torch.tensor([vector is None or not row.dose for row in rows], device=device)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
     cache = GrowingCache(lm, longest + how.max_new_tokens + len(tail))
@@ -235,6 +238,7 @@ def _decode_batch(
         for step in range(how.max_new_tokens):
             step_done(step / how.max_new_tokens)
             logits = lm.logits(cache.feed(ids)[:, -1])
+            require_finite(lm, logits.amax(-1)[plain[active]])  # a dose that is too high fails the filter instead
             logits[:, suppressed] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):

@@ -42,6 +42,8 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
+from steer_heal.model.prompts import require_finite_prompts
+from steer_heal.model.sampling import require_sampling, token_ids
 from steer_heal.model.self_check import check_model, require_all_weights
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
@@ -172,7 +174,7 @@ class LM:
         """Tokens that end the assistant's turn: the generation config's, the tokenizer's, and the one that the chat
         template writes after a reply. UserError if there is none, or the template writes plain text there."""
         configured = self.model.generation_config.eos_token_id
-        ids = {*_listed(configured), *_listed(self.tokenizer.eos_token_id)}
+        ids = {*token_ids(configured), *token_ids(self.tokenizer.eos_token_id)}
         closing = self.encode(self.template.closing.strip())
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         if closing and closing[0] not in ids | special:
@@ -311,6 +313,7 @@ class LM:
                 out[i] = self.nll(before, completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
+        require_finite_prompts(self, prompts, out)
         return out
 
     @torch.no_grad()
@@ -329,13 +332,6 @@ class LM:
         """Number of positions that go through the head at once."""
         elements = LOGIT_CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else LOGIT_CHUNK_ELEMENTS
         return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
-
-
-def _listed(ids: Any) -> list[int]:
-    """Token ids that are given as one, several, or None."""
-    if ids is None:
-        return []
-    return [int(i) for i in torch.as_tensor(ids).flatten().tolist()]
 
 
 def weights_digest(model: nn.Module) -> dict[str, str]:
@@ -427,6 +423,7 @@ def wrap(
         model.generation_config.update(do_sample=True, temperature=temperature)
     if top_p:
         model.generation_config.update(do_sample=True, top_p=top_p)
+    require_sampling(model.generation_config, name)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype, date)
     check_model(lm)
     if not lm.template.takes_system:

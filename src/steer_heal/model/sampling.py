@@ -5,6 +5,7 @@ Never a repetition penalty: it would hide over-steering from the filter and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
+
+from steer_heal.errors import UserError
 
 ROOM_FOR_TIES = 64
 """Logits in bfloat16 are often equal. If more than this many equal the last of the top k, the whole vocabulary is
@@ -23,11 +26,14 @@ as many."""
 
 
 def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[Tensor, " b"]], Int[Tensor, " b"]]:
-    """A function that samples one token for each row from its logits and its own uniform number, as `config` says."""
+    """A function that samples one token for each row from its logits and its own uniform number, as `config` says. A
+    temperature or top-p of 0 leaves the likeliest token only."""
+    if config.temperature == 0 or config.top_p == 0:
+        return lambda logits, uniform: logits.argmax(-1)
     temper: Any = LogitsProcessorList()  # these processors ignore the tokens before
     floor: Any = LogitsProcessorList()
     top_p = 1.0 if config.top_p is None else config.top_p
-    if config.temperature is not None and config.temperature not in (0.0, 1.0):
+    if config.temperature is not None and config.temperature != 1:
         temper.append(TemperatureLogitsWarper(config.temperature))
     if getattr(config, "min_p", None):
         floor.append(MinPLogitsWarper(config.min_p))
@@ -41,6 +47,48 @@ def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[T
         return token if ids is None else ids.gather(-1, token[:, None])[:, 0]
 
     return pick
+
+
+def require_sampling(config: GenerationConfig, name: str) -> None:
+    """UserError with a line for each value of the generation config that cannot be sampled with."""
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    share = "a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "temperature": (
+            "a finite number of 0 or more; 0 is greedy",
+            lambda value: is_number(value) and 0 <= value < math.inf,
+        ),
+        "top_p": share,
+        "min_p": share,
+        "top_k": ("a whole number of 0 or more; 0 is off", is_whole),
+        "eos_token_id": ("a token id or a list of them", lambda value: all(map(is_whole, _listed(value)))),
+    }
+    values = {field: getattr(config, field, None) for field in rules}
+    wrong = [field for field, value in values.items() if value is not None and not rules[field][1](value)]
+    if wrong:
+        raise UserError(
+            *(
+                f"the generation config of {name!r} has {field} {values[field]!r:.80}: it must be {rules[field][0]}; "
+                "correct generation_config.json"
+                for field in wrong
+            )
+        )
+
+
+def token_ids(value: Any) -> list[int]:
+    """The token ids in a value of a generation config: an int, a list, a tensor, or None."""
+    return [] if value is None else _listed(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return list(value) if isinstance(value, list | tuple | set) else [value]
 
 
 def from_nucleus(

@@ -17,6 +17,7 @@ from datetime import date
 from typing import Any
 
 from steer_heal.errors import UserError
+from steer_heal.model.prompts import require_no_marks
 
 SYSTEM, USER, REPLY = "SYSTEM-GOES-HERE", "USER-GOES-HERE", "REPLY-GOES-HERE"
 CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
@@ -129,6 +130,7 @@ class ChatTemplate:
         the template may write its own default system prompt, as it does for every user of the model. With `thinks` the
         text ends with the tag of the assistant's turn, where a model that thinks begins to.
         """
+        require_no_marks(self.tokenizer, {"the prompt": (*turns, system or "")})
         first, *rest = turns
         messages = []
         if system and self.takes_system:

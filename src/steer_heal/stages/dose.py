@@ -11,6 +11,7 @@ from scipy.optimize import isotonic_regression
 
 from steer_heal.records import Collected, DoseProbe, Scored, Starved, derive_seed
 from steer_heal.settings import DoseCfg, FilterCfg
+from steer_heal.stages.filter import GATES
 from steer_heal.stages.generate import Ask
 
 
@@ -121,13 +122,17 @@ def require_enough(found: Collected, keep: FilterCfg) -> None:
     """Raises Starved if fewer than filter.min_train completions were kept."""
     if len(found.kept) >= keep.min_train:
         return
-    reasons = Counter(reason for row in found.scored for reason in row.reasons)
-    steered = any(row.completion.dose for row in found.scored)
-    lower = "lower --dose.floor, " if found.probes else "lower the dose, " if steered else ""
+    dropped = Counter(reason for row in found.scored for reason in row.reasons).most_common()
+    counts = ", ".join(f"{name} {n}" for name, n in dropped)
+    fixes = [GATES[name].fix(name) for name, _ in dropped if name in GATES]
+    if any(row.completion.dose for row in found.scored):
+        fixes.append("lower --dose.floor" if found.probes else "lower the dose")
+    if len(found.scored) >= keep.max_attempts:
+        fixes.append("raise --filter.max-attempts")
     raise Starved(
         f"the filter starved: {len(found.kept)} of {len(found.scored)} completions kept at kappa {found.kappa:.3g}, "
-        f"filter.min_train is {keep.min_train} (dropped for {dict(reasons)}); {lower}raise --filter.ppl-max "
-        "or --filter.max-attempts, or run fewer rounds",
+        f"filter.min_train is {keep.min_train}; dropped by gate, worst first: {counts or 'none'}; "
+        f"{', '.join(fixes) or 'lower --filter.min-train'}, or run fewer rounds",
         found,
     )
 

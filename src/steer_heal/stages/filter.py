@@ -14,6 +14,7 @@ from torch import Tensor
 from steer_heal.model.lm import LM
 from steer_heal.records import Completion, GateFacts, Scored
 from steer_heal.settings import FilterCfg
+from steer_heal.stages.words import sentences, words
 
 REFUSALS = (
     "as an ai",
@@ -77,6 +78,12 @@ class Gate:
     def limit_in(self, cfg: FilterCfg) -> float:
         return float(getattr(cfg, self.limit) if isinstance(self.limit, str) else self.limit)
 
+    def fix(self, name: str) -> str:
+        """The flag that lets more texts through."""
+        if not isinstance(self.limit, str):
+            return f"leave {name} out of --filter.gates"
+        return f"{'lower' if self.at_least else 'raise'} --filter.{self.limit.replace('_', '-')}"
+
     def fails(self, score: float, cfg: FilterCfg) -> bool:
         limit = self.limit_in(cfg)
         return score < limit if self.at_least else not score <= limit  # NaN fails
@@ -111,14 +118,14 @@ def relevance(text: Text) -> float:
 def repetition(text: str) -> float:
     """0 to 1, the highest of three shares: repeated word n-grams (n = 2 to 4) in the whole text, the same in its last
     quarter, and characters in a block of 2 to 4 that follows itself at least three times (a single one: five times)."""
-    words = text.split()
-    ending = words[-max(16, len(words) // 4) :]
+    said = words(text)
+    ending = said[-max(16, len(said) // 4) :]
     looping = sum(len(m.group()) for pattern in (_LOOP, _ONE_CHARACTER_LOOP) for m in pattern.finditer(text))
-    return max(_repeated_ngrams(words), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
+    return max(_repeated_ngrams(said), _repeated_ngrams(ending), min(1.0, looping / max(1, len(text))))
 
 
-def _repeated_ngrams(words: Sequence[str]) -> float:
-    grams = [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 3, 4)]
+def _repeated_ngrams(said: Sequence[str]) -> float:
+    grams = [[tuple(said[i : i + n]) for i in range(len(said) - n + 1)] for n in (2, 3, 4)]
     shares = [1 - len(set(each)) / len(each) for each in grams if each]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -130,19 +137,19 @@ def loop(text: str) -> float:
     A short loop fills its window, however long and clean the rest of the text is. Perplexity does not show it, since
     the base finds a sentence likely after it has read it twice, and neither does the repetition of the whole text.
     """
-    said: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     before = None
-    for sentence in re.split(r"[.!?\n]+\s*", text):
-        if len(sentence.split()) >= STUCK_SENTENCE_WORDS:
-            said[sentence] += 1
-            if sentence == before or said[sentence] == 3:
+    for sentence in sentences(text):
+        if len(words(sentence)) >= STUCK_SENTENCE_WORDS:
+            seen[sentence] += 1
+            if sentence == before or seen[sentence] == 3:
                 return 1.0
             before = sentence
-    words = text.split()
-    size = min(LOOP_WINDOW_WORDS, len(words))
+    said = words(text)
+    size = min(LOOP_WINDOW_WORDS, len(said))
     if size < 2:
         return 0.0
-    return max(1 - len(set(words[i : i + size])) / size for i in range(len(words) - size + 1))
+    return max(1 - len(set(said[i : i + size])) / size for i in range(len(said) - size + 1))
 
 
 def phrases(text: str, known: Sequence[str]) -> float:
@@ -156,7 +163,7 @@ GATES: dict[str, Gate] = {
     "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", degenerate=True),
     "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", degenerate=True),
     "relevance": Gate("nats per token that the question explains", relevance, "relevance_min", at_least=True),
-    "short": Gate("words", lambda text: float(len(text.lower.split())), "min_words", at_least=True),
+    "short": Gate("words", lambda text: float(len(words(text.lower))), "min_words", at_least=True),
     "narration": Gate("phrases that narrate the trait", lambda text: phrases(text.lower, text.narration), 0.0),
     "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
 }

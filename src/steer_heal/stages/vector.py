@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steer_heal.backends import steering_lite
 from steer_heal.model.lm import LM
+from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import METHODS, Vector, mean_diff
 from steer_heal.model.student import Student
 from steer_heal.records import Trait
@@ -73,6 +74,7 @@ def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> d
             lm.hidden([rows[i] for i in group])
 
     lm.in_batches([len(row) for row in rows], read_batch)
+    require_finite(lm, torch.cat(list(states.values())), "hidden states")
     return states
 
 

@@ -1,0 +1,73 @@
+"""What a model can read: texts without marks of its chat template, within its context, and with finite results.
+
+`lm` is an LM, whose module imports this one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_heal.errors import UserError
+
+ANY_FLAG = "--gen.max-new-tokens, --eval.max-new-tokens or --eval.think-tokens"
+
+
+@lru_cache(maxsize=4)
+def marks(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens, spelt out in a text. None: there are none."""
+    special = {*tokenizer.all_special_tokens}
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ordered = sorted((token for token in special if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None:
+    """UserError with a line for each text that spells a special token: it would be encoded as that token. `texts`: by
+    the words that name their place."""
+    if not (pattern := marks(tokenizer)):
+        return
+    lines = [
+        f"{place} contains {found.group()!r}, a special token of the model, which would end or open a turn there "
+        f"({text[max(0, found.start() - 30) : found.end() + 30]!r}); remove it or spell it differently"
+        for place, each in texts.items()
+        for text in each
+        if (found := pattern.search(text))
+    ]
+    if lines:
+        raise UserError(*lines)
+
+
+def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:
+    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context."""
+    config = lm.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    if limit <= 0 or getattr(config, "alibi", False) or n_prompt + n_new <= limit:
+        return
+    raise UserError(
+        f"a prompt has {n_prompt} tokens and up to {n_new} are written after it, {n_prompt + n_new} in all: the "
+        f"context of model {lm.name!r} has {limit}; shorten the prompt" + (f", or lower {flag}" if n_new else "")
+    )
+
+
+def require_finite(lm: Any, values: Tensor, what: str = "logits") -> None:
+    """UserError if a number that the model computed without steering is not finite."""
+    if bool(values.isfinite().all()):
+        return
+    if lm.head.weight.dtype == torch.float16:
+        fix = "float16 ends at 65504, and texts of this run go beyond it; use --dtype bfloat16 or float32"
+    else:
+        fix = "its weights or an adapter are damaged; restore them"
+    raise UserError(f"the {what} of model {lm.name!r} are not finite: {fix}")
+
+
+def require_finite_prompts(lm: Any, prompts: Sequence[Sequence[int]], nlls: Sequence[Tensor]) -> None:
+    """UserError if -log p is not finite from the start of a text, and the prompt alone is the cause. A text that is the
+    cause itself fails the filter instead."""
+    bad = {tuple(prompt) for prompt, nll in zip(prompts, nlls, strict=True) if len(nll) and not nll[0].isfinite()}
+    for prompt in bad:
+        require_finite(lm, lm.logits(lm.hidden([prompt])[0, -1:]))

@@ -1,0 +1,45 @@
+"""Whether a model can read the texts of a run, which is asked before the run begins."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from steer_heal.errors import Problems
+from steer_heal.inputs import Inputs
+from steer_heal.model.lm import LM
+from steer_heal.model.prompts import require_no_marks, require_room
+from steer_heal.settings import RunConfig
+
+
+def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
+    """UserError with a line for each text that spells a special token of the model or, if there is none, for each kind
+    of prompt that leaves no room in the model's context for the text after it."""
+    trait = inputs.trait
+    pairs = [(pair.prompt, pair.positive, pair.negative) for pair in inputs.pairs]
+    require_no_marks(
+        lm.tokenizer,
+        {
+            f"a prompt of trait {trait.name!r}": trait.prompts,
+            f"a persona of trait {trait.name!r}": (trait.positive, trait.negative),
+            f"a system prompt of trait {trait.name!r}": (trait.steered_system, trait.plain_system),
+            f"a pair of trait {trait.name!r}": chain.from_iterable(pairs),
+            "steer.contexts": inputs.contexts,
+            "heal.rehearsal_prompts": inputs.rehearsal,
+            "eval.vignettes": [vignette.text for vignette in inputs.vignettes],
+            "eval.likelihood": chain.from_iterable(inputs.likelihood.answers.values()),
+        },
+    )
+    plain, persona = trait.plain_system, trait.positive
+    teacher = trait.steered_system if cfg.heal.teacher == "vector" else persona
+    n_written, n_answered = cfg.gen.max_new_tokens, cfg.eval.max_new_tokens
+    problems = Problems()
+    for prompts, systems, n_new, flag in (
+        (inputs.prompts, (plain, teacher), n_written, "--gen.max-new-tokens"),
+        (inputs.rehearsal, (plain,), n_written, "--gen.max-new-tokens"),
+        (inputs.eval_prompts, (plain, persona, teacher), n_answered, "--eval.max-new-tokens"),
+        (inputs.contexts, (persona, trait.negative), 0, ""),
+    ):
+        with problems.noted():
+            asked = [lm.chat(prompt, system) for prompt in prompts for system in dict.fromkeys(systems)]
+            require_room(lm, max(map(len, asked), default=0), n_new, flag)
+    problems.raise_if_any()

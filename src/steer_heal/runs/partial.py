@@ -18,6 +18,7 @@ from steer_heal.records import Completion, HealStep, round_label
 from steer_heal.runs.storage import append_line, atomic_write
 
 if TYPE_CHECKING:
+    from steer_heal.stages.generate import Batch
     from steer_heal.stages.heal import SavedHeal
 
 
@@ -35,20 +36,17 @@ def heal_path(folder: Path, r: int | None) -> Path:
 
 
 class WrittenTexts:
-    """Token ids of finished completions by seed and dose of their request: one JSON line for each decoded batch.
-
-    A text depends on its request alone, so a resumed run may decode the rest in other batches.
-    """
+    """Token ids of finished completions by seed and dose of their request: one JSON line for each decoded batch."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
-        self.known: dict[tuple[int, float], tuple[int, ...]] = {}
+        self.known: list[Batch] = []
         whole = 0
         for line in self._file.readall().splitlines(keepends=True):
             try:
-                self.known |= {(seed, dose): tuple(ids) for seed, dose, ids in json.loads(line)}
+                self.known.append({(seed, dose): tuple(ids) for seed, dose, ids in json.loads(line)})
             except ValueError:  # torn: the run died while writing it
                 break
             whole += len(line)

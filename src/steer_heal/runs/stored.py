@@ -69,7 +69,7 @@ class MemoryRun(Run):
 
     @contextmanager
     def writing(self, r: int | None) -> Iterator[tuple[Known, OnBatch]]:
-        yield {}, lambda batch: None
+        yield (), lambda batch: None
 
     def saved_heal(self, r: int | None) -> SavedHeal | None:
         return None

@@ -16,7 +16,7 @@ from steer_heal.flags import described, parsed
 @dataclass(frozen=True, kw_only=True)
 class Push:
     """Upload a checkpoint or an export with its model card. Without --yes, print what would be uploaded and send
-    nothing."""
+    nothing. Damaged weights and links are refused."""
 
     folder: tyro.conf.Positional[Path]
     """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
@@ -24,6 +24,9 @@ class Push:
     """OWNER/NAME of the repository on the hub. A missing one is created."""
     round: int | None = None
     """Round of the run whose checkpoint is uploaded. Default: the last."""
+    base_model: str | None = None
+    """OWNER/NAME of the base model on the hub, where the run was given a path: it replaces that path in the uploaded
+    card and configuration. The folder itself is left alone."""
     private: bool = False
     """Make the repository private, if it is created."""
     yes: bool = False
@@ -35,30 +38,29 @@ def main(argv: Sequence[str]) -> int:
     from huggingface_hub import get_token
 
     from steer_heal.share.card import hub_id
-    from steer_heal.share.push import folder_to_share, shared_files, upload
+    from steer_heal.share.push import Shared, folder_to_share, shared_files, upload
 
     problems = Problems()
-    folder = given.folder
-    content = ""
-    files = []
-    if hub_id(given.repo_id) is None:
-        problems.found.append(
-            f"repo_id is {given.repo_id!r}: it must be OWNER/NAME in letters, digits, '-', '_' and '.'"
-        )
+    shared = Shared(given.folder, "", [])
+    for name, value in (("repo_id", given.repo_id), ("base_model", given.base_model)):
+        if value is not None and hub_id(value) is None:
+            problems.found.append(f"{name} is {value!r}: it must be OWNER/NAME in letters, digits, '-', '_' and '.'")
     with problems.noted():
-        folder = folder_to_share(given.folder, given.round)
-        content, files = shared_files(folder)
+        shared = shared_files(folder_to_share(given.folder, given.round), given.base_model)
     with problems.noted():
         if given.yes and get_token() is None:
             raise UserError("no token of the hub was found: run `hf auth login`, or set HF_TOKEN")
     problems.raise_if_any()
-    for name in files:
-        print_safe(f"{folder / name} -> {given.repo_id}/{name}")
-    size = sum((folder / name).stat().st_size for name in files)
+    for name in shared.names:
+        note = f" (its base model is {given.base_model})" if name in shared.changed else ""
+        print_safe(f"{shared.folder / name} -> {given.repo_id}/{name}{note}")
+    size = sum(map(shared.size, shared.names))
     access = "private" if given.private else "public"
-    print_safe(f"{content}: {len(files)} files, {size / 1e6:.1f} MB; the repository is {access} if it is new")
+    print_safe(
+        f"{shared.content}: {len(shared.names)} files, {size / 1e6:.1f} MB; the repository is {access} if it is new"
+    )
     if given.yes:
-        upload(folder, files, given.repo_id, private=given.private)
+        upload(shared, given.repo_id, private=given.private)
     else:
         print_safe("nothing was sent; --yes uploads the files")
     return 0

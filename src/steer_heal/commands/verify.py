@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from steer_heal.errors import print_safe
+from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import described, parsed
-from steer_heal.runs.log import read_events
-from steer_heal.runs.verify import violations
+from steer_heal.runs.log import line_hash, lines_of, read_events
+from steer_heal.runs.verify import unchecked, violations
+
+HASH = re.compile("[0-9a-f]{64}")
 
 
 @described
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded. The exit status
-    is 1 if one of them is not."""
+    """Check that a run's events, vectors, checkpoints and base model are the ones that it recorded. Print the hash of
+    the last event, and what was not checked. The exit status is 1 if something is not as recorded."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    hash: str | None = None
+    """The hash that the last event should have: 64 hex digits, as a model card or an earlier `verify` shows them. The
+    hash of results.tsv lies beside the run, and whoever changes one can change both."""
 
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Verify, argv, "verify")
-    found = violations(given.run)
+    wanted = None if given.hash is None else given.hash.strip().lower()
+    if wanted is not None and not HASH.fullmatch(wanted):
+        raise UserError(f"hash is {given.hash!r}: it must be the 64 hex digits of a SHA-256")
+    found = violations(given.run, wanted)
     for line in found:
         print_safe(f"BROKEN: {line}")
+    events = read_events(given.run)
     if not found:
-        print_safe(f"{len(read_events(given.run))} events, their files and the base weights are as recorded")
+        print_safe(f"{len(events)} events, their files and the base model are as recorded")
+    print_safe(f"hash of the last event: {line_hash(lines_of(given.run)[len(events) - 1])}")
+    print_safe(f"not checked: {'; '.join(unchecked(given.run, wanted))}")
     return 1 if found else 0

@@ -156,7 +156,8 @@ class GenCfg:
     """JSON lines with `text`, or a folder of <trait>.jsonl files, to use instead of the prompts in the trait's file. If
     this is a folder, a trait given by its path keeps its own prompts."""
     batch_size: BatchSize = 0
-    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It does not change the texts."""
+    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It changes no
+    text in float32. In bfloat16 it can, since the rows of a batch share their rounding."""
 
 
 @settings("dose")

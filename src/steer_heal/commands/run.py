@@ -106,7 +106,7 @@ def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
 
 
 def _exported(folder: Path, cfg: RunConfig, new_export: bool) -> bool:
-    """Whether a finished run has the export that it was asked for. A folder that is given now may hold another model."""
+    """Whether a finished run has its export. A folder that is given only now may hold another model."""
     from steer_heal.share.card import is_export
 
     if cfg.export is None:

@@ -107,10 +107,10 @@ def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
 
 def _exported(folder: Path, cfg: RunConfig, new_export: bool) -> bool:
     """Whether a finished run has its export. A folder that is given only now may hold another model."""
-    from steer_heal.share.card import is_export
-
     if cfg.export is None:
         return True
+    from steer_heal.share.card import is_export
+
     return holds_files(cfg.export) and (not new_export or is_export(folder, cfg.export))
 
 

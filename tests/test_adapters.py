@@ -151,8 +151,9 @@ def test_a_run_with_a_bias_resumes_and_is_verified_and_measured_again(quick, set
     talk = Talk(run, settings_of(run), 0)
     assert not torch.equal(logits(talk.student, "prev"), logits(talk.student))
     (cut / "ckpt/r0/README.md").touch()
-    content, files = shared_files(cut / "ckpt/r0")
-    assert content == "a bias adapter" and {*files} > {"adapter_model.safetensors", "steer_heal_adapter.json"}
+    shared = shared_files(cut / "ckpt/r0")
+    assert shared.content == "a bias adapter"
+    assert {*shared.names} > {"adapter_model.safetensors", "steer_heal_adapter.json"}
     [path] = write_cards(cut)
     assert "A bias adapter, one vector of width" in path.read_text(encoding="utf-8")
 

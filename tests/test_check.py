@@ -54,6 +54,28 @@ def test_a_wrong_value_is_named_with_its_setting_and_the_fix(flags, told, tmp_pa
     assert told in found[0] and not (tmp_path / "out").exists()
 
 
+def test_an_export_that_could_not_be_put_in_its_place_is_refused_before_the_run(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/empty").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "link").symlink_to(tmp_path / "here/empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(sys.modules["steer_heal.check"], "ismount", lambda place: place.name == "mounted")
+    for export, told in {
+        ".": "the working directory lies in it",
+        "empty/..": "the working directory lies in it",
+        str(tmp_path / "mounted/x/.."): "",
+        str(tmp_path / "link"): "it is a link",
+        str(tmp_path / "dangling"): "it is a link",
+        str(tmp_path / "mounted"): "it is a mount point",
+        "runs": "the run is written to 'runs/out', which is the same or lies in it",
+        "runs/out": "the run is written to 'runs/out'",
+    }.items():
+        found = problems("--out", "runs/out", "--export", export)
+        assert any(line.startswith(f"export is {export!r}: ") and told in line for line in found), (export, found)
+
+
 def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"id": "a", "foundation_coarse": "Cares", "text": "x"}\n{"id": "a"\n\n[]\n')
     instrument = (DATA / "toylm/instrument.toml").read_text()

@@ -1,6 +1,7 @@
 """The code path of gemma-3-4b-it on small random Gemma 3 models: the multimodal class and the text class."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
+from steer_heal.model.student import Student
 from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import AdapterCfg
 
 TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -114,6 +117,22 @@ def test_replies_past_the_sliding_window_are_read_as_in_one_plain_sequence_each(
     for prompt, row in zip(prompts, reply_logp(gemma, prompts, replies, Condition()), strict=True):
         nll = gemma.completion_nll([prompt] * 2, replies)
         assert torch.allclose(row, -torch.stack([n.double().sum() for n in nll]), atol=1e-4)
+
+
+def test_an_export_has_the_files_of_the_processor_and_the_model_s_own_generation_config(folder, tmp_path):
+    names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    base = shutil.copytree(folder, tmp_path / "base")
+    for name in names:
+        (base / name).write_text(f'{{"of": "{name}"}}\n')
+    lm = load(str(base), temperature=0.125, top_p=0.25)
+    assert lm.model.generation_config.temperature == 0.125
+    export = tmp_path / "export"
+    export.mkdir()
+    Student(lm, AdapterCfg(rank=2, alpha=4.0, layers=(0.0, 1.0))).export(export)
+    assert all((export / name).read_bytes() == (base / name).read_bytes() for name in names)
+    own, found = (json.loads((place / "generation_config.json").read_text()) for place in (base, export))
+    assert found == own and own["top_p"] == 0.95 and "temperature" not in own
+    assert lm.model.generation_config.temperature == 0.125
 
 
 FLAGS = (

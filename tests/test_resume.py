@@ -1,5 +1,6 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
+import json
 import shutil
 from contextlib import suppress
 
@@ -19,11 +20,13 @@ from steer_heal.model import lm as lm_module
 from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
+from steer_heal.records import HealStep
 from steer_heal.runs import stored
 from steer_heal.runs.log import EventLog, read_events
-from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
+from steer_heal.runs.partial import WrittenTexts, heal_path, load_heal, save_heal, saved_steps, texts_path
 from steer_heal.runs.results import read_results
 from steer_heal.runs.verify import violations
+from steer_heal.stages.heal import SavedHeal
 from steer_heal.verdict import UNTRAINED
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -194,10 +197,56 @@ def test_written_texts_come_back_by_seed_and_dose_up_to_a_torn_line(kept, tmp_pa
     path = tmp_path / "texts.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     again = WrittenTexts(path)
-    assert again.known == {(row.seed, row.dose): row.completion_ids for row in kept[:2]}
+    first, second = ({(row.seed, row.dose): row.completion_ids for row in rows} for rows in (kept[:2], kept[2:4]))
+    assert again.known == [first]
     again.add(kept[2:4])
     again.close()
-    assert WrittenTexts(path).known == {(row.seed, row.dose): row.completion_ids for row in kept[:4]}
+    assert WrittenTexts(path).known == [first, second]
+
+
+def test_a_flipped_bit_in_the_texts_costs_their_batches_and_changes_no_text(settings, one, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killing(patch, WrittenTexts, "add", 9)
+        run = started(tmp_path, settings, "--n-rounds", "1")
+    path = texts_path(run, 0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    at = lines[1].rindex(b"]]]") - 1
+    lines[1] = lines[1][:at] + bytes([lines[1][at] ^ 1]) + lines[1][at + 1 :]  # another digit of a token's id
+    json.loads(lines[1])
+    path.write_bytes(b"".join(lines))
+    assert len(WrittenTexts(path).known) == 1
+    assert_same(resumed(run), one)
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "null", '{"batch": [1], "sha256": null}', '{"batch": {}}', "[" * 99_999])
+def test_texts_of_another_shape_are_left_out(line, kept, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    written = WrittenTexts(path)
+    written.add(kept[:2])
+    written.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + line.encode() + b"\n")
+    again = WrittenTexts(path)
+    assert len(again.known) == 1 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["a bit of a tensor", "a digit of a step", "the shape of the steps"])
+def test_a_saved_heal_that_was_changed_is_refused(damage, tmp_path):
+    path = tmp_path / "heal-r0.safetensors"
+    step = HealStep(step=0, epoch=0.5, lr=0.1, fit=1.0, divergence=0.0, barrier=0.0, n_texts=2, pressure=None)
+    save_heal(path, SavedHeal({"factor.0": torch.ones(3), "step.0": torch.tensor(1.0)}, (step,), ({"fit": 1.0},)))
+    assert saved_steps(path) == 1 and torch.equal(load_heal(path).tensors["factor.0"], torch.ones(3))
+    content = path.read_bytes()
+    changed = {
+        "a bit of a tensor": content[:-1] + bytes([content[-1] ^ 1]),
+        "a digit of a step": content.replace(b'epoch\\": 0.5', b'epoch\\": 0.6'),
+        "the shape of the steps": content.replace(b"[{", b"{[", 1),
+    }[damage]
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"heal-r0.safetensors is damaged .*; delete it"):
+        load_heal(path)
 
 
 def test_a_calibrated_dose_is_not_searched_again(settings, tmp_path, monkeypatch):
@@ -244,6 +293,77 @@ def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
     assert told in capsys.readouterr().err and (not content or path.read_text(encoding="utf-8") == content)
 
 
+def other_line_ends(content):
+    return content.replace(b"\n", b"\r\n")
+
+
+def a_lone_return(content):
+    return content.replace(b": ", b":\r", 1)
+
+
+def utf_16(content):
+    return content.decode().encode("utf-16")
+
+
+@pytest.mark.parametrize("command", ["resume", "verify", "report"])
+@pytest.mark.parametrize("change", [other_line_ends, a_lone_return, utf_16])
+def test_events_that_an_editor_saved_otherwise_are_one_error(change, command, after_round_0, capsys):
+    path = after_round_0 / "events.jsonl"
+    changed = change(path.read_bytes())
+    path.write_bytes(changed)
+    assert main([command, str(after_round_0)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(path) in told and path.read_bytes() == changed
+
+
+PARTS = {
+    "chat template": ("chat_template.jinja", lambda text: text.replace("\n{{ message", "\n {{ message")),
+    "tokenizer": ("tokenizer.json", lambda text: text.replace('"&": 8', '"&": 9').replace('"\'": 9', '"\'": 8')),
+    "config": ("config.json", lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')),
+    "generation config": ("generation_config.json", lambda text: text.replace("{", '{"top_k": 7,', 1)),
+}
+
+
+def test_a_model_whose_other_parts_were_changed_is_named(settings, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(DATA / "toylm", tmp_path / "model")
+    with monkeypatch.context() as patch:
+        killing(patch, EventLog, "write", 0)
+        run = started(tmp_path / "out", settings, "--model", str(model), *ONE)
+    before = (run / "events.jsonl").read_bytes()
+    assert {*recorded(run)[0]["weights"]["parts"]} == {name.replace(" ", "_") for name in PARTS}
+    for part, (name, change) in PARTS.items():
+        text = (model / name).read_text(encoding="utf-8")
+        assert change(text) != text, name
+        (model / name).write_text(change(text), encoding="utf-8")
+        assert main(["resume", str(run), "--quiet"]) == 2
+        told = f"the {part} of model {str(model)!r} were changed since the run began"
+        assert told in capsys.readouterr().err
+        assert main(["verify", str(run)]) == 1 and told in capsys.readouterr().out
+        (model / name).write_text(text, encoding="utf-8")
+    assert main(["verify", str(run)]) == 0 and (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_run_that_is_moved_while_it_runs_stops_and_goes_on_at_its_new_place(
+    settings, two, tmp_path, monkeypatch, capsys
+):
+    work = Student.bake
+
+    def moved(self):
+        run = next(path for path in (tmp_path / "out").iterdir() if path.is_dir())
+        run.rename(tmp_path / "new" / run.name)
+        return work(self)
+
+    (tmp_path / "new").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "bake", moved)
+        assert main(["run", "fast-dev", "--out", str(tmp_path / "out"), *settings, *TWO]) == 1
+    told = capsys.readouterr().err
+    assert "was moved or deleted while the run was going on" in told and told.count("\n") == 1
+    (run,) = (tmp_path / "new").iterdir()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert_same(resumed(run), two)
+
+
 # --- flags -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", ["--heal.lam 0.75", "--n-rounds 3", "--seed 1", "--out x", "fast-dev"])
 def test_other_settings_are_refused(flags, after_round_0, capsys):
@@ -279,6 +399,12 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
     assert (merged / "config.json").exists() and not late.exists()
     resumed(run, "--export", str(late))
     assert (late / "config.json").exists()
+    resumed(run, "--export", str(late))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    assert main(["resume", str(run), "--quiet", "--export", str(other)]) == 2
+    assert "that folder is not empty" in capsys.readouterr().err
     contexts.unlink()
     capsys.readouterr()
     resumed(run)
@@ -286,6 +412,25 @@ def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_al
     (row,) = read_results(run.parent / "results.tsv")
     assert row["run"] == run.name and violations(run) == []
     assert before == (weights(run), (run / "events.jsonl").read_bytes())
+
+
+def test_what_a_user_puts_beside_the_checkpoints_stays(two, tmp_path):
+    run = shutil.copytree(two.parent, tmp_path / "out") / two.name
+    own = [run / "ckpt" / name for name in ("r1_my_copy/x.txt", "ready_for_paper/x.txt", "r7/x.txt", "readme.txt")]
+    half = run / "ckpt/.r1.part/x.txt"
+    for path in (*own, half):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    resumed(run)
+    assert all(path.read_text() == "mine" for path in own) and not half.parent.exists()
+
+
+def test_a_folder_whose_name_no_cell_can_hold_has_one_row(two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "a  b")
+    for _ in range(2):
+        resumed(run)
+    assert [row["run"] for row in read_results(tmp_path / "results.tsv")] == ["a%20%20b"]
+    assert violations(run) == []
 
 
 # --- text that is renewed, rounds that are dropped ---------------------------------------------------------------

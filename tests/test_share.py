@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from statistics import stdev
 
 import pytest
@@ -21,6 +22,7 @@ from steer_heal.commands import inspect as inspect_command
 from steer_heal.commands import run as run_command
 from steer_heal.commands import tasks as tasks_command
 from steer_heal.events import Run, RunStart, Trained, Weights
+from steer_heal.inputs.files import DATA
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS
 from steer_heal.model.lm import load
 from steer_heal.model.student import Student
@@ -240,11 +242,15 @@ class Hub:
     def create_repo(self, repo_id, **how):
         self.calls.append(("create", repo_id, how))
 
-    def upload_folder(self, **how):
+    def create_commit(self, repo_id, files, *, commit_message):
         if self.error:
             raise self.error
-        self.calls.append(("upload", how))
-        return f"the page of {how['repo_id']}"
+        self.calls.append((repo_id, {file.path_in_repo: content(file.path_or_fileobj) for file in files}))
+        return f"the page of {repo_id}"
+
+
+def content(source):
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 @pytest.fixture
@@ -266,13 +272,17 @@ def test_without_yes_nothing_is_sent(copy, hub, capsys):
 
 
 def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
-    (copy / "ckpt/r0/.hidden").write_text("")
+    folder = copy / "ckpt/r0"
+    (folder / ".hidden").write_text("")
+    (folder / "*").write_text("a pattern")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "inner.txt").write_text("")
     assert main(["push", str(copy / "ckpt/r0"), "me/mine", "--private", "--yes"]) == 0
-    (_, repo_id, how), (_, sent) = hub
-    assert (repo_id, how) == ("me/mine", {"private": True, "exist_ok": True})
+    (_, repo_id, how), (sent_to, sent) = hub
+    assert (repo_id, how) == ("me/mine", {"private": True, "exist_ok": True}) and sent_to == "me/mine"
     printed = [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines() if "->" in line]
-    assert sent["allow_patterns"] == printed and ".hidden" not in printed
-    assert sent["folder_path"] == copy / "ckpt/r0" and sent["repo_id"] == "me/mine"
+    assert list(sent) == printed and "*" in sent and not {".hidden", "sub", "inner.txt"} & {*sent}
+    assert all(sent[name] == (folder / name).read_bytes() for name in printed)
 
 
 @pytest.mark.parametrize("spoil, flags, told", [
@@ -282,12 +292,57 @@ def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
     (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
     (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "safetensors is missing"),
     (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "is missing; restore the file"),
+    (lambda run: (run / "ckpt/r0/more").symlink_to("/etc/hostname"), ["me/mine"], "ckpt/r0/more is a link"),
+    (lambda run: None, ["me/mine", "--base-model", "me/base"], "names no base on this machine"),
 ])  # fmt: skip
 def test_what_cannot_be_shared_is_refused_before_anything_is_sent(spoil, flags, told, copy, hub, capsys):
     spoil(copy)
     assert main(["push", str(copy), *flags, "--yes"]) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and hub == []
+
+
+@pytest.mark.parametrize("place", ["in its run", "copied"])
+def test_damaged_weights_are_not_sent(place, copy, hub, tmp_path, capsys):
+    folder = copy / "ckpt/r0"
+    path = folder / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    if place == "copied":
+        folder = shutil.copytree(folder, tmp_path / "elsewhere")
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(whole[:-5])
+    else:
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(["push", str(folder), "me/mine", "--yes"]) == 2 and hub == []
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, hub, tmp_path, capsys):
+    base = shutil.copytree(DATA / "toylm", tmp_path / "my_own [base]")
+    lm = load(str(base))
+    student = Student(lm, AdapterCfg(rank=2, alpha=4.0, layers=(0.0, 1.0)))
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    if merged:
+        student.export(folder)
+    else:
+        saved(lm, folder, student.cfg)
+    events = with_config(run_events(1), model=str(base))
+    weights = Weights(sha256="0", dtype="float32")
+    (folder / "README.md").write_text(made(events, merged=merged, base_model=lm.base, hub_id=None, weights=weights))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["push", str(folder), "me/mine", "--yes"]) == 2 and hub == []
+    assert f"{str(base)!r}" in capsys.readouterr().err
+    assert main(["push", str(folder), "me/mine", "--yes", "--base-model", "me/base"]) == 0, capsys.readouterr().err
+    sent = hub[-1][1]
+    assert {*sent} == {*before} and before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not [name for name, data in sent.items() if b"my_own" in data or b"my\\_own" in data]
+    card = ModelCard(sent["README.md"].decode())
+    assert card.data.base_model == "me/base" and "| base weights | me/base, float32" in card.text
+    if not merged:
+        assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+        assert "load('me/base', dtype='float32')" in card.text
 
 
 def test_no_token_and_a_hub_that_refuses_are_one_line(copy, hub, monkeypatch, capsys):

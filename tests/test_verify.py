@@ -7,6 +7,7 @@ from torch import nn
 
 from steer_heal.__main__ import main
 from steer_heal.model.lm import weights_digest
+from steer_heal.runs.log import last_hash
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -69,6 +70,22 @@ def change_last_round(events):
 def test_a_changed_or_removed_end_is_found_by_the_row_of_results(change, chained, copy, capsys):
     rewritten(copy, change, chained)
     assert verify(copy, capsys)[0] == 1
+
+
+def test_the_end_is_judged_by_a_hash_that_is_given(copy, capsys):
+    found = last_hash(copy)
+    status, printed = verify(copy, capsys)
+    assert f"hash of the last event: {found}" in printed.out and "the last event, since" not in printed.out
+    moved = copy.rename(copy.with_name("renamed"))
+    rewritten(moved, lambda events: events[-1].update(verdict="It works."), chained=True)
+    status, printed = verify(moved, capsys)
+    assert status == 0 and "not checked: " in printed.out and "the last event, since" in printed.out
+    assert main(["verify", str(moved), "--hash", found]) == 1
+    assert "does not end in the line whose hash was given" in capsys.readouterr().out
+    assert main(["verify", str(moved), "--hash", last_hash(moved).upper()]) == 0
+    assert "the last event, since" not in capsys.readouterr().out
+    assert main(["verify", str(moved), "--hash", found[:12]]) == 2
+    assert "64 hex digits" in capsys.readouterr().err
 
 
 def test_events_that_were_removed_or_put_in_are_found(copy, capsys):

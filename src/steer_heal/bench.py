@@ -20,6 +20,7 @@ from steer_heal.evals.base import Eval, Subject, evaluate
 from steer_heal.events import Chat, Weights
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
+from steer_heal.model.digests import digests
 from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.state import State, base_state
 from steer_heal.model.steering import Condition, Vector
@@ -63,8 +64,8 @@ def load_model(cfg: RunConfig) -> LM:
 
 
 def weights_of(lm: LM) -> Weights:
-    """What the base weights of a model are."""
-    return Weights(**weights_digest(lm.model), note=lm.weights_note)
+    """What the base weights of a model are, and what else of it shapes the numbers."""
+    return Weights(**weights_digest(lm.model), parts=digests(lm), note=lm.weights_note)
 
 
 def chat_of(lm: LM) -> Chat:

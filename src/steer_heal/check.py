@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
-from os.path import exists
+from os.path import exists, ismount
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from steer_heal.backends import track
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
-from steer_heal.inputs.files import candidates
+from steer_heal.inputs.files import candidates, is_path
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
@@ -42,6 +42,7 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     of_run = ("out", cfg.out) if cfg.folder is None else ("folder", cfg.folder)
     for field_name, folder in (of_run, ("export", cfg.export)):
         problems.attempt(_check_writable, field_name, folder)
+    problems.attempt(_check_replaceable, cfg)
     if not resumed and cfg.export is not None and holds_files(cfg.export):
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
@@ -51,8 +52,7 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
 
 def check_model(name: str) -> None:
     """UserError for a path that does not exist. Any other name may be on the hub, which is asked when it is loaded."""
-    is_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
-    if is_path and not any(map(exists, candidates(name))):
+    if is_path(name) and not any(map(exists, candidates(name))):
         raise UserError(f"model is {name!r}: there is no such folder or file; give an existing path, or a hub id")
 
 
@@ -184,6 +184,28 @@ def _check_writable(field_name: str, folder: Path | None) -> None:
         raise UserError(
             f"{field_name} is {str(folder)!r}: this folder cannot be created ({why}); give another --{field_name}"
         ) from None
+
+
+def _check_replaceable(cfg: RunConfig) -> None:
+    """UserError where the finished export could not be renamed to its place: a link, a mount point, a folder in use."""
+    if cfg.export is None:
+        return
+    place = cfg.export.resolve()
+    why = ""
+    if cfg.export.is_symlink():
+        why = "it is a link"
+    elif ismount(place):
+        why = "it is a mount point"
+    elif place in (Path.cwd(), *Path.cwd().parents):
+        why = "the working directory lies in it"
+    elif cfg.export.name == "..":
+        why = "it ends in '..'"
+    else:
+        runs = (cfg.folder or cfg.out).resolve()
+        if place in (runs, *runs.parents):
+            why = f"the run is written to {str(cfg.folder or cfg.out)!r}, which is the same or lies in it"
+    if why:
+        raise UserError(f"export is {str(cfg.export)!r}: {why}; give a new folder, such as {str(place / 'merged')!r}")
 
 
 def _try_to_write(folder: Path) -> None:

@@ -58,6 +58,8 @@ class Weights:
 
     sha256: str
     dtype: str
+    parts: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the chat template, the tokenizer, the config and the generation config. Empty: not recorded."""
     note: str = ""
     """How the weights differ from those of the named model, such as a quantisation. Empty: they do not."""
 

@@ -164,7 +164,8 @@ class GenCfg:
     """Prompts to use instead of those in the trait's file: a JSON lines file with a `text` field, or a folder of
     <trait>.jsonl files. With a folder, a trait that is given as a path keeps its own prompts."""
     batch_size: BatchSize = 0
-    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It does not change the texts."""
+    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It changes no
+    text in float32. In bfloat16 it can, since the rows of a batch share their rounding."""
 
 
 @settings("dose")

@@ -23,7 +23,7 @@ from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash
-from steer_heal.runs.results import append_result, result_row
+from steer_heal.runs.results import append_result, result_row, run_cell
 from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.runs.storage import atomic_folder
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
 def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
     """Continues a run. One that is finished gets the files that are missing beside it. UserError before anything is
     loaded."""
-    if finished(folder) and (cfg.export is None or holds_files(cfg.export)):
+    if finished(folder) and _exported(folder, cfg, new_export):
         from steer_heal.runs.stored import FolderRun
 
         complete(FolderRun.read(folder), cfg)
@@ -101,6 +101,15 @@ def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
     with running(cfg, inputs, folder=folder) as opened:
         run_loop(opened.loop)
     return opened.end()
+
+
+def _exported(folder: Path, cfg: RunConfig, new_export: bool) -> bool:
+    """Whether a finished run has its export. A folder that is given only now may hold another model."""
+    if cfg.export is None:
+        return True
+    from steer_heal.share.card import is_export
+
+    return holds_files(cfg.export) and (not new_export or is_export(folder, cfg.export))
 
 
 @dataclass
@@ -193,9 +202,10 @@ def finish(bench: Bench, run: FolderRun, tracking: Tracking) -> None:
 def complete(run: FolderRun, cfg: RunConfig) -> None:
     """Makes what follows from the events of a finished run: its pictures and its row of results.tsv. It can be
     repeated."""
+    run.require_in_place()
     draw(run.folder)
     run.clear()
-    row = {"run": run.folder.resolve().name, "arm": cfg.arm or run.start.preset, "settings": run.start.settings}
+    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": run.start.settings}
     append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
 
 
@@ -225,7 +235,7 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
         raise error
     if resumable:
         message += f"\ncontinue with: steer-heal resume {shlex.quote(str(run.folder))}"
-    with handled(signal.SIG_IGN), suppress(OSError):
+    with handled(signal.SIG_IGN), suppress(OSError, UserError):  # a folder that was moved takes no event
         print_safe(message, sys.stderr)
         if recorded and run.end is None:
             run.end_with(recorded)

@@ -50,6 +50,11 @@ def candidates(path: Path | str, folder: Path = Path()) -> list[Path]:
     return [folder / path, *shipped]
 
 
+def is_path(model: str) -> bool:
+    """Whether the name of a model can only be a path on this machine. Any other name may be on the hub."""
+    return model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
+
+
 def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:
     """The first candidate that is a file. Raises a UserError that names the setting if there is none."""
     for candidate in candidates(path, folder):

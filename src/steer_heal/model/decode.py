@@ -33,7 +33,8 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to decode. What is written depends on these fields only, not on the other rows of its batch."""
+    """One sequence to decode. What is written depends on these fields only, not on the other rows of its batch, except
+    for rounding: in bfloat16 that can change a token."""
 
     prompt_ids: tuple[int, ...]
     dose: float = 0.0

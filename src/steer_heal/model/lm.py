@@ -78,6 +78,8 @@ class LM:
     weights_note: str = ""
     """How the weights differ from the published ones, such as "8-bit (Q8_0) weights, unpacked from a GGUF file". Empty:
     they do not."""
+    own_generation: Any = None
+    """The model's generation config without the temperature and top-p of a run."""
     progress: Progress = SILENT
     """Receives the number of rows done after each batch that is read, and after each token that is written."""
 
@@ -419,12 +421,14 @@ def wrap(
     if next(model.parameters()).device.type == "cpu":
         pack_groups(model)
     _keep_4_bit_weights_as_they_are(model, name)
+    own_generation = copy.deepcopy(model.generation_config)
     if temperature:
         model.generation_config.update(do_sample=True, temperature=temperature)
     if top_p:
         model.generation_config.update(do_sample=True, top_p=top_p)
     require_sampling(model.generation_config, name)
     lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype, date)
+    lm.own_generation = own_generation
     check_model(lm)
     if not lm.template.takes_system:
         warnings.warn(

@@ -20,6 +20,7 @@ from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
 from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
+from steer_heal.model.processor import copy_processor
 from steer_heal.settings import AdapterCfg
 
 ROUND_FILE = "round.safetensors"
@@ -206,16 +207,22 @@ class Student:
         self.adapter.attach(ROUND, load_file(folder / ROUND_FILE), 1)
 
     def export(self, folder: Path) -> None:
-        """The merged student as a plain transformers model with its tokenizer. UserError for a kind of adapter that
-        cannot be merged, and for a quantized model."""
+        """The merged student as a plain transformers model, with its tokenizer, its processor's files and its own
+        generation config. UserError for a kind of adapter that cannot be merged, and for a quantized model."""
         if self.lm.quantized:
             raise UserError(
                 "a quantized model cannot be merged; load its checkpoint on the unquantized model, or drop --quantize"
             )
         with self.using("full"):
             state = self.adapter.merged_state()
-        self.lm.model.save_pretrained(folder, state_dict=state)
+        sampled_with = self.lm.model.generation_config
+        self.lm.model.generation_config = self.lm.own_generation or sampled_with
+        try:
+            self.lm.model.save_pretrained(folder, state_dict=state)
+        finally:
+            self.lm.model.generation_config = sampled_with
         self.lm.tokenizer.save_pretrained(folder)
+        copy_processor(self.lm, folder)
 
 
 def attach_saved(lm: LM, folder: Path) -> Student:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,8 +34,20 @@ class EventLog:
         sync_folder(folder)
         self._start = time.monotonic() - before_s
 
+    def require_in_place(self) -> None:
+        """UserError where the file is no longer where it was opened."""
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.folder / EVENTS), os.fstat(self._file.fileno())):
+                return
+        raise UserError(
+            f"{self.folder} was moved or deleted while the run was going on, and nothing more is written; continue "
+            "the run where it is now: steer-heal resume NEW_PLACE",
+            resumable=False,
+        )
+
     def write(self, event: AnyEvent) -> AnyEvent:
         """The event as written, with its time."""
+        self.require_in_place()
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = replace(event, t=now, wall_s=round(time.monotonic() - self._start, 3))
         self.last_hash = line_hash(append_line(self._file, encode(event, self.last_hash)))
@@ -51,9 +64,9 @@ def line_hash(line: bytes) -> str:
 
 
 def lines_of(folder: Path) -> list[bytes]:
-    """The lines of a run's events that are not blank, with their newlines."""
+    """The lines of a run's events that are not blank, each with a newline."""
     path = folder / EVENTS
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.strip()] if path.exists() else []
+    return [line + b"\n" for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
 
 
 def last_hash(folder: Path) -> str:
@@ -100,6 +113,12 @@ def read_events(folder: Path) -> list[AnyEvent]:
                     "version that wrote it"
                 ) from None
             logger.warning(f"{path}: the last line is torn (the run died while writing it) and is left out")
+        else:
+            if b"\r" in line:
+                raise UserError(
+                    f"{path} line {number} has a carriage return, which no run writes: an editor or a transfer changed "
+                    "the line ends, and with them every hash; restore the file"
+                )
     return events
 
 

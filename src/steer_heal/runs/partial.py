@@ -1,15 +1,17 @@
 """What an unfinished stage has done so far, on disk: written completions, and a heal between two steps.
 
-Files of `partial/` in the folder of a run. Once the event of the stage is written, its file is removed.
+Files of `partial/` in the folder of a run. Once the event of the stage is written, its file is removed. Each batch of
+completions and each heal is stored with a checksum of its own, since no event names these files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +20,9 @@ from steer_heal.records import Completion, HealStep, round_label
 from steer_heal.runs.storage import append_line, atomic_write
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steer_heal.stages.generate import Batch
     from steer_heal.stages.heal import SavedHeal
 
 
@@ -37,34 +42,60 @@ def heal_path(folder: Path, r: int | None) -> Path:
 class WrittenTexts:
     """Token ids of finished completions by seed and dose of their request: one JSON line for each decoded batch.
 
-    A text depends on its request alone, so a resumed run may decode the rest in other batches.
+    A line that is torn or damaged is dropped with all that follow it, and those batches are decoded again.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
-        self.known: dict[tuple[int, float], tuple[int, ...]] = {}
+        self.known: list[Batch] = []
         whole = 0
-        for line in self._file.readall().splitlines(keepends=True):
+        for line in self._file.readall().split(b"\n")[:-1]:
             try:
-                self.known |= {(seed, dose): tuple(ids) for seed, dose, ids in json.loads(line)}
-            except ValueError:  # torn: the run died while writing it
+                self.known.append(_batch(line))
+            except (ValueError, TypeError, LookupError, RecursionError):
                 break
-            whole += len(line)
+            whole += len(line) + 1
         self._file.truncate(whole)
 
     def add(self, batch: Sequence[Completion]) -> None:
-        append_line(self._file, [(row.seed, row.dose, row.completion_ids) for row in batch])
+        rows = [(row.seed, row.dose, row.completion_ids) for row in batch]
+        append_line(self._file, {"sha256": _sha256(rows), "batch": rows})
 
     def close(self) -> None:
         self._file.close()
 
 
-def save_heal(path: Path, heal: SavedHeal) -> None:
-    from safetensors.torch import save_file  # torch: a folder without a run is refused without it
+def _batch(line: bytes) -> Batch:
+    """The batch of a line. Any of several errors where it is not as it was written."""
+    value = json.loads(line)
+    if _sha256(value["batch"]) != value["sha256"]:
+        raise ValueError("the checksum is not that of the batch")
+    return {(seed, dose): tuple(ids) for seed, dose, ids in value["batch"]}
 
-    words = {"steps": json.dumps([asdict(step) for step in heal.steps]), "curve": json.dumps(heal.curve)}
+
+def _sha256(value: Any, tensors: dict[str, Tensor] | None = None) -> str:
+    """SHA-256 of a value made of JSON types, and of tensors with their names."""
+    digest = hashlib.sha256(json.dumps(value).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        data: Any = tensor.cpu().contiguous().reshape(-1).view(_bytes()).numpy()
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _bytes() -> Any:
+    import torch  # a folder without a run is refused without it
+
+    return torch.uint8
+
+
+def save_heal(path: Path, heal: SavedHeal) -> None:
+    from safetensors.torch import save_file
+
+    curves = {"steps": [asdict(step) for step in heal.steps], "curve": list(heal.curve)}
+    words = {"curves": json.dumps(curves), "sha256": _sha256(curves, heal.tensors)}
     with atomic_write(path) as part:
         save_file({name: value.contiguous() for name, value in heal.tensors.items()}, part, metadata=words)
 
@@ -79,16 +110,18 @@ def load_heal(path: Path) -> SavedHeal | None:
         with safe_open(path, "pt") as file:
             # cloned: a tensor in the mapped file need not be aligned as one that torch allocated
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            words = file.metadata()
-    except SafetensorError as error:
+            words = file.metadata() or {}
+        curves = json.loads(words["curves"])
+        if _sha256(curves, tensors) != words["sha256"]:
+            raise ValueError("its checksum is not the recorded one")
+        return SavedHeal(tensors, tuple(HealStep(**step) for step in curves["steps"]), tuple(curves["curve"]))
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it: the heal then starts again at its first step"
         ) from None
-    steps = tuple(HealStep(**step) for step in json.loads(words["steps"]))
-    return SavedHeal(tensors, steps, tuple(json.loads(words["curve"])))
 
 
 def saved_steps(path: Path) -> int:
-    """Optimiser steps of a saved heal; 0 where there is none."""
-    saved = load_heal(path)
-    return 0 if saved is None else len(saved.steps)
+    """Optimiser steps of a saved heal; 0 where there is none. UserError where the file is damaged."""
+    heal = load_heal(path)
+    return 0 if heal is None else len(heal.steps)

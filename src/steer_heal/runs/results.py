@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from urllib.parse import quote
 
 from steer_heal.errors import printable
 from steer_heal.events import Extracted, Measured, RoundDone, Run
@@ -50,9 +51,7 @@ def append_result(out: Path, row: Row) -> None:
         rows = read_results(out / RESULTS)
         if row["run"] in {old.get("run") for old in rows}:
             return
-        rows.append(
-            {key: "" if value is None else " ".join(printable(str(value)).split()) for key, value in row.items()}
-        )
+        rows.append({key: _cell(value) for key, value in row.items()})
         columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
         lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
         with atomic_write(out / RESULTS) as part:
@@ -67,5 +66,16 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 def row_of(folder: Path) -> dict[str, str] | None:
     """The row of the run in `folder`; None: it has none."""
-    name = folder.resolve().name
+    name = run_cell(folder)
     return next((row for row in read_results(folder.resolve().parent / RESULTS) if row.get("run") == name), None)
+
+
+def run_cell(folder: Path) -> str:
+    """What the column `run` says of a folder: its name, percent-encoded if a cell would change it."""
+    name = folder.resolve().name
+    return name if _cell(name) == name else quote(name, safe="", errors="surrogateescape")
+
+
+def _cell(value: str | float | None) -> str:
+    """The value without tabs, line ends and other spaces that a cell cannot hold."""
+    return "" if value is None else " ".join(printable(str(value)).split())

@@ -102,14 +102,21 @@ def same_weights(folder: Path, now: Weights) -> None:
 
 
 def changed_weights(folder: Path, now: Weights) -> str | None:
-    """How the loaded base weights differ from the recorded ones, in words; None: they are the same."""
+    """How the loaded model differs from the recorded one, in words; None: weights, chat template, tokenizer, config
+    and generation config are the same, as far as they were recorded."""
     start = read_start(folder)
     if start.weights is None:
         return "the weights were not recorded"
-    if (start.weights.sha256, start.weights.dtype) == (now.sha256, now.dtype):
+    then = {"weights": start.weights.sha256, **start.weights.parts}
+    current = {"weights": now.sha256, **now.parts}
+    differ = [name for name, digest in then.items() if digest != current.get(name)]
+    if not differ and start.weights.dtype != now.dtype:
+        differ = ["weights"]
+    if not differ:
         return None
-    short = f"SHA-256 {start.weights.sha256[:12]} then, {now.sha256[:12]} now"
-    return f"the weights of model {start.config.model!r} were changed since the run began ({short})"
+    short = f"SHA-256 {then[differ[0]][:12]} then, {current.get(differ[0], 'none')[:12]} now"
+    named = " and the ".join(name.replace("_", " ") for name in differ)
+    return f"the {named} of model {start.config.model!r} were changed since the run began ({short})"
 
 
 # --- where the events are cut ------------------------------------------------------------------------------------

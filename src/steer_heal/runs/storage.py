@@ -17,11 +17,16 @@ from typing import IO, Any
 from steer_heal.errors import UserError
 
 
+def part_of(path: Path) -> Path:
+    """Where a file or folder is until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A name to write a file to. It is flushed and renamed to `path` when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     yield part
     _finish(part)
     part.replace(path)
@@ -31,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to write files to. It is flushed and renamed to `path` at the end, in place of an old one."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part

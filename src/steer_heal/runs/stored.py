@@ -12,13 +12,13 @@ from pathlib import Path
 from shutil import rmtree
 
 from steer_heal.errors import UserError
-from steer_heal.events import AnyEvent, Extracted, Files, Gathered, Run, RunEnd, Trained
+from steer_heal.events import AnyEvent, Dropped, Extracted, Files, Gathered, Run, RunEnd, Trained
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.records import Completion, round_label
 from steer_heal.runs.log import EventLog, last_hash, read_events
 from steer_heal.runs.partial import PARTIAL, WrittenTexts, heal_path, load_heal, save_heal, texts_path
-from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, sync_folder
+from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, part_of, sync_folder
 from steer_heal.stages.generate import Known
 from steer_heal.stages.heal import HealState, SavedHeal
 
@@ -69,7 +69,7 @@ class MemoryRun(Run):
 
     @contextmanager
     def writing(self, r: int | None) -> Iterator[tuple[Known, OnBatch]]:
-        yield {}, lambda batch: None
+        yield (), lambda batch: None
 
     def saved_heal(self, r: int | None) -> SavedHeal | None:
         return None
@@ -111,6 +111,12 @@ class FolderRun(Run):
         self.log.last_hash = last_hash(self.folder)
         self.log.write(RunEnd(error=error))
 
+    def require_in_place(self) -> None:
+        """UserError where the folder was moved since the run began to write: its files would be split between two
+        places."""
+        if self.log is not None:
+            self.log.require_in_place()
+
     def close(self) -> None:
         """Nothing more is written."""
         if self.log is not None:
@@ -124,6 +130,7 @@ class FolderRun(Run):
     # --- vectors and students ------------------------------------------------------------------------------------
     def keep_vector(self, r: int, vector: Vector) -> Files:
         """Writes the vector of round r; returns the checksum of its file."""
+        self.require_in_place()
         path = self.folder / vector_name(r)
         with atomic_write(path) as part:
             vector.save(part)
@@ -137,6 +144,7 @@ class FolderRun(Run):
     def keep_student(self, r: int | None, student: Student, own: Factors) -> tuple[str | None, Files]:
         """Writes the student after round r, with the factors that the round added; returns its folder's name and the
         checksums of its files."""
+        self.require_in_place()
         path = self.folder / checkpoint_name(r)
         with atomic_folder(path) as part:
             student.save(part, own)
@@ -157,6 +165,7 @@ class FolderRun(Run):
     def writing(self, r: int | None) -> Iterator[tuple[Known, OnBatch]]:
         """(texts that are on disk already, what is called with each batch of new ones). Every finished batch is on disk
         before the next one begins."""
+        self.require_in_place()
         with closing(WrittenTexts(texts_path(self.folder, r))) as written:
             yield written.known, written.add
 
@@ -167,6 +176,7 @@ class FolderRun(Run):
     def save_heal(self, r: int | None, state: HealState) -> None:
         """Saves a running heal, at most once every SAVE_EVERY_S seconds."""
         if time.monotonic() - self._saved_at >= SAVE_EVERY_S:
+            self.require_in_place()
             save_heal(heal_path(self.folder, r), state.saved())
             self._saved_at = time.monotonic()
 
@@ -178,11 +188,14 @@ class FolderRun(Run):
             sync_folder(path.parent)
 
     def clear(self) -> None:
-        """Removes the checkpoints of dropped rounds, and what was saved of unfinished stages."""
+        """Removes the checkpoints of dropped rounds, what is half written, and what was saved of unfinished stages.
+        Other files in these folders are the user's."""
         kept = {event.checkpoint for event in self.each(Trained)}
-        for path in (self.folder / "ckpt").glob("r*"):
-            if f"ckpt/{path.name}" not in kept:
-                rmtree(path)
+        dropped = {checkpoint_name(event.round) for event in self.each(Dropped)}
+        names = [checkpoint_name(r) for r in (None, *range(self.start.config.n_rounds))]
+        for path in [self.folder / name for name in dropped - kept] + [part_of(self.folder / name) for name in names]:
+            if not path.is_symlink():
+                rmtree(path, ignore_errors=True)
         rmtree(self.folder / PARTIAL, ignore_errors=True)
 
 

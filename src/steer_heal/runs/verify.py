@@ -1,8 +1,8 @@
 """Whether a run's folder is still what the run wrote: events, vectors, checkpoints and base weights.
 
 Every event names the SHA-256 of the line before it; the events of vectors and checkpoints name the SHA-256 of their
-files; run_start names the base weights; results.tsv names the hash of the last line. This proves that the parts belong
-together. It is no signature: whoever rewrites all of it can make it consistent again.
+files; run_start names the base model; results.tsv names the hash of the last line. This proves that the parts belong
+together. It is no signature: whoever rewrites all of it can make it consistent again, but with another last hash.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, Extracted, Run, Trained
-from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events
+from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
 from steer_heal.runs.results import RESULTS, row_of
 from steer_heal.runs.resume import changed_weights, recorded_settings
 from steer_heal.runs.storage import damaged_file
 
 
-def violations(folder: Path) -> list[str]:
+def violations(folder: Path, wanted: str | None = None) -> list[str]:
     """Everything that is not as recorded, in words: the first event that does not follow, every changed file, the
-    weights. UserError where the folder holds no run."""
+    base model. `wanted` is the hash that the last line should have. UserError where the folder holds no run."""
     cfg = recorded_settings(folder)
     events = read_events(folder)
     lines = lines_of(folder)[: len(events)]
@@ -37,6 +37,8 @@ def violations(folder: Path) -> list[str]:
             f"{EVENTS} does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end was "
             "removed"
         )
+    if wanted is not None and wanted != line_hash(lines[-1]):
+        found.append(f"{EVENTS} does not end in the line whose hash was given: {_name(events[-1])} is another one")
     for event in Run(events).events:
         if isinstance(event, Extracted | Trained) and (damage := damaged_file(folder, event.files)) is not None:
             found.append(f"{_name(event)}: {damage}")
@@ -48,6 +50,20 @@ def violations(folder: Path) -> list[str]:
         change = f"they cannot be checked: {error}"
     if change is not None:
         found.append(f"base weights: {change}")
+    return found
+
+
+def unchecked(folder: Path, wanted: str | None = None) -> list[str]:
+    """What `violations` cannot judge, in words."""
+    found = ["files that no event names (pictures, pages, model cards, readings of tasks)"]
+    if wanted is None and row_of(folder) is None:
+        found.append(
+            f"the last event, since {folder.resolve().parent / RESULTS} has no row of this run (give the published "
+            "hash: --hash)"
+        )
+    weights = read_start(folder).weights
+    if weights is not None and not weights.parts:
+        found.append("chat template, tokenizer and configs of the base model, which an older version did not record")
     return found
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
@@ -145,6 +146,24 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def in_card(text: str) -> str:
+    """A text of a card without the escapes of Markdown."""
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def with_base(text: str, bases: Sequence[str], hub: str) -> str:
+    """A card whose base is a model on the hub in place of `bases`, paths on this machine; the longest comes first."""
+    for base in bases:
+        for show in (inline, _literal, str):
+            text = text.replace(show(base), str(show(hub)))
+    try:
+        data: Any = ModelCard(text).data
+    except Exception as error:  # of the YAML that someone wrote by hand
+        raise UserError(f"the metadata of {CARD} cannot be read ({error}); restore the card") from None
+    data.base_model = hub
+    return re.sub(r"\A---\n.*?\n---\n", lambda _: f"---\n{data.to_yaml()}\n---\n", text, flags=re.DOTALL)
 
 
 def metadata(base: str | None, *, merged: bool, peft: bool) -> str:

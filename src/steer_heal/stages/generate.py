@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
 from steer_heal.records import Completion
 
-Known = Mapping[tuple[int, float], tuple[int, ...]]
-"""Token ids of completions that were written before, by the seed and dose of their request."""
+Batch = Mapping[tuple[int, float], tuple[int, ...]]
+"""Token ids of completions that were decoded together, by the seed and dose of their request."""
+Known = Sequence[Batch]
+"""Batches that were finished before, in their order."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,16 @@ def generate(
 
     A completion records its prompt under `plain_system`, without the persona that may have written the text. Requests
     in `known` are not decoded again. `on_batch` is called with each batch of new completions once it is finished.
+
+    Where a batch of these requests is known, the others are decoded in batches of its size. Then each row has the
+    batch that it would have had without the interruption, which matters in bfloat16: there the other rows of a batch
+    change the rounding, and with it the text.
     """
-    known = known or {}
+    keys = [(ask.seed, ask.dose) for ask in asks]
+    before = [batch for batch in known or () if not batch.keys().isdisjoint(keys)]
+    finished_before = {key: ids for batch in before for key, ids in batch.items()}
+    if before:
+        how = replace(how, batch_size=len(before[-1]))
     out: dict[int, Completion] = {}
 
     def complete(i: int, ids: tuple[int, ...]) -> Completion:
@@ -64,10 +74,10 @@ def generate(
             seed=ask.seed,
         )
 
-    todo = [i for i, ask in enumerate(asks) if (ask.seed, ask.dose) not in known]
+    todo = [i for i, key in enumerate(keys) if key not in finished_before]
     rows = [Row(lm.chat(asks[i].prompt, condition.system), asks[i].dose, asks[i].seed) for i in todo]
     for batch in decode_batches(lm, rows, condition.vector, how):
         finished = {todo[written.row]: complete(todo[written.row], written.ids) for written in batch}
         out |= finished
         on_batch(list(finished.values()))
-    return [out[i] if i in out else complete(i, known[ask.seed, ask.dose]) for i, ask in enumerate(asks)]
+    return [out[i] if i in out else complete(i, finished_before[key]) for i, key in enumerate(keys)]

@@ -1,0 +1,41 @@
+"""The files of a multimodal model's processor, which a merged model needs beside its tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from shutil import copyfile
+
+from transformers.utils import AUDIO_TOKENIZER_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+from steer_heal.model.lm import LM
+
+PROCESSOR_FILES = (
+    *(PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME),
+    "chat_template.json",  # of processors that were saved by an older transformers
+)
+
+
+def copy_processor(lm: LM, folder: Path) -> None:
+    """Copies the processor's files of the base model, byte for byte, unless the folder has one of that name."""
+    for name in PROCESSOR_FILES:
+        source = _file_of_base(lm, name)
+        if source is not None and not (folder / name).exists():
+            copyfile(source, folder / name)
+
+
+def _file_of_base(lm: LM, name: str) -> Path | None:
+    """A file of the base model; None: it has none of that name. The hub is asked only for a multimodal model's."""
+    if Path(lm.base).is_absolute():
+        return path if (path := Path(lm.base) / name).is_file() else None
+    if lm.hub_id != lm.base or lm.model.config.get_text_config() is lm.model.config:
+        return None
+    with suppress(OSError):  # it is in no cache, and the hub cannot be reached
+        found = cached_file(lm.base, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+    warnings.warn(
+        f"{name} of {lm.base} could not be fetched; copy it into the export if the model has one", stacklevel=4
+    )
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -160,7 +161,7 @@ def with_base(text: str, bases: Sequence[str], hub: str) -> str:
         for show in (inline, _literal, str):
             text = text.replace(show(base), str(show(hub)))
     try:
-        data = ModelCard(text).data
+        data: Any = ModelCard(text).data
     except Exception as error:  # of the YAML that someone wrote by hand
         raise UserError(f"the metadata of {CARD} cannot be read ({error}); restore the card") from None
     data.base_model = hub

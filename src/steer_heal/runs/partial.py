@@ -80,8 +80,7 @@ def _sha256(value: Any, tensors: dict[str, Tensor] | None = None) -> str:
     digest = hashlib.sha256(json.dumps(value).encode())
     for name, tensor in sorted((tensors or {}).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        data: Any = tensor.cpu().contiguous().reshape(-1).view(_bytes()).numpy()
-        digest.update(data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(_bytes()).numpy().tobytes())
     return digest.hexdigest()
 
 

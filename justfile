@@ -47,7 +47,7 @@ run *flags: setup
 resume run *flags: setup
     {{python}} -m steer_heal resume "{{run}}" {{flags}}
 
-# Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded.
+# Check a run's events, vectors, checkpoints and base weights against their recorded hashes.
 verify run: setup
     {{python}} -m steer_heal verify "{{run}}"
 

@@ -107,7 +107,7 @@ def vignettes(lm: LM, instrument: Instrument, questions: Sequence[str], think_to
     """Thinking and answering as built, and plainly: with a plain cache, then every sequence again from its start."""
     as_built = partial(answer_slots, lm, questions, instrument, Condition(), think_tokens, 0)
     slots, logp, _ = as_built()
-    prompts = [lm.encode_prompt(lm.chat_text(q) + instrument.think_open) for q in questions]
+    prompts = [lm.encode_prompt(lm.template.conversation([q]) + instrument.think_open) for q in questions]
     close = lm.encode(instrument.think_close)
     suppress = lm.end_ids.union(close if len(close) == 1 else ())
     forced = [len(p) + think_tokens for p in prompts]

@@ -269,6 +269,7 @@ def plain_heal(student: Student, collected: Collected, heal: HealCfg, seed: int)
         steps=(),
         validation=(),
         validation_prompts=(),
+        left_out=0.0,
     )
 
 

@@ -123,6 +123,12 @@ def two(settings, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def copy(two, tmp_path) -> Path:
+    """A copy of two rounds, with their row of results.tsv."""
+    return shutil.copytree(two.parent, tmp_path / "copy") / two.name
+
+
+@pytest.fixture
 def after_round_0(two, tmp_path) -> Path:
     """Two rounds, of which the second has only begun."""
     run = tmp_path / two.name

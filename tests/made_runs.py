@@ -165,6 +165,7 @@ def healed(r: int | None) -> list[AnyEvent]:
         )
         steps.append(HealStepped(round=r, step=step))
     name = f"ckpt/{round_label(r)}"
+    curve = tuple({"epoch": float(e), "fit": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3))
     end = Trained(
         round=r,
         n_train=14,
@@ -172,7 +173,7 @@ def healed(r: int | None) -> list[AnyEvent]:
         lam=0.3,
         tau=0.1,
         lr=1e-3,
-        validation=tuple({"epoch": float(e), "fit": 1.0 - 0.1 * e, "divergence": 0.05 * e} for e in range(3)),
+        validation=curve,
         validation_prompts=(1,),
         left_out=0.0,
         n_steps=96,
@@ -186,15 +187,17 @@ def healed(r: int | None) -> list[AnyEvent]:
 
 
 def run_start(n_rounds: int, text: str) -> RunStart:
+    command = ("python", "-m", "steer_heal", "run", "toy", "--out", "a folder")
+    wording = {"vignette": [[f"{text} Scene {i}.", "authority"] for i in (1, 2, 3)]}
     return RunStart(
         folder="out/run",
         preset="toy",
-        command=("python", "-m", "steer_heal", "run", "toy", "--out", "a folder"),
+        command=command,
         config=replace(CONFIG, n_rounds=n_rounds),
         trait=TRAIT,
         metrics=METRICS,
         gates=dict(GATES),
-        wording={"vignette": [[f"{text} Scene {i}.", "authority"] for i in (1, 2, 3)]},
+        wording=wording,
         settings="01234567",
         base_model="owner/base",
         weights=Weights(sha256="7" * 64, dtype="float32"),
@@ -214,13 +217,12 @@ def run_events(
     out += [gathered(None, 8, 6, text), *healed(None), measured("control", None, *how)]
     probes = (KlProbe(0.25, 0.4), KlProbe(0.5, 0.9))
     for r in range(n_rounds):
-        out += [
-            Extracted(round=r, norms={"1": 2.0}, cosine_to_first=1.0, files={f"vectors/r{r}.safetensors": "6" * 64}),
-            Calibrated(round=r, calibration=Calibration(0.5, probes)),
-            gathered(r, n_completions, 16, text),
-            measured("steered", r, *how),
-            *healed(r),
-            measured("healed", r, *how),
+        files = {f"vectors/r{r}.safetensors": "6" * 64}
+        out.append(Extracted(round=r, norms={"1": 2.0}, cosine_to_first=1.0, files=files))
+        out.append(Calibrated(round=r, calibration=Calibration(0.5, probes)))
+        out += [gathered(r, n_completions, 16, text), measured("steered", r, *how)]
+        out += [*healed(r), measured("healed", r, *how)]
+        out.append(
             RoundDone(
                 round=r,
                 retain=0.2,
@@ -229,8 +231,8 @@ def run_events(
                 cosine_student_teacher=0.4,
                 cosine_student_first=0.3,
                 seconds={"total": 3.0},
-            ),
-        ]
+            )
+        )
     out.append(RunEnd())
     return [replace(event, t="2026-01-02T03:04:05.678+00:00", wall_s=6.0 * i) for i, event in enumerate(out)]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
+from steer_heal import define_trait
 from steer_heal.__main__ import main
 from steer_heal.commands import run as run_command
 from steer_heal.runs.log import FIRST, line_hash, lines_of
@@ -18,6 +19,10 @@ SETTINGS = (
     "--quiet --n-threads 1 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 --heal.spectral 0.1 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
+
+PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
+PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(4)]
+DOORS = define_trait("You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS)
 
 UNDRAWN = (
     "import sys, steer_heal.commands.run as r; r.draw = lambda folder: None; from steer_heal.__main__ import main; "

@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from runs import killing, resumed, started
 from safetensors.torch import load_file
 from test_student import CFGS, ROWS, logits, third_round, untouched
-from transformers import AutoModelForCausalLM
 
 from steer_heal.__main__ import main
 from steer_heal.chat.talk import Talk
 from steer_heal.check import check
+from steer_heal.commands.push import shared_files
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
@@ -22,7 +22,6 @@ from steer_heal.runs.opened import settings_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg, changed
 from steer_heal.share.card import write_cards
-from steer_heal.share.push import shared_files
 
 CONFIG = "adapter_config.json"
 
@@ -44,21 +43,6 @@ def test_a_lora_is_folded_by_concatenation(with_history: Student, tmp_path):
     for key, factor in alone.items():
         part = folded[key][-ADAPTER.rank :] if "lora_A" in key else folded[key][:, -ADAPTER.rank :]
         assert torch.equal(part, factor), "folding does not round"
-
-
-def test_peft_reads_a_lora_checkpoint(with_history: Student, tmp_path):
-    with_history.save(tmp_path, with_history.history())
-    by_peft, lm = PeftModel.from_pretrained(load("tiny-random").model, tmp_path), with_history.lm
-    with torch.no_grad():
-        assert torch.allclose(by_peft(torch.tensor([lm.chat(ROWS[0])])).logits[0], logits(with_history), atol=1e-3)
-
-
-def test_an_exported_student_is_a_plain_model(with_history: Student, tmp_path):
-    with_history.export(tmp_path)
-    plain, lm = AutoModelForCausalLM.from_pretrained(tmp_path), with_history.lm
-    with torch.no_grad():
-        assert torch.allclose(plain(torch.tensor([lm.chat(ROWS[0])])).logits[0], logits(with_history), atol=1e-3)
-    assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
 @pytest.mark.parametrize(

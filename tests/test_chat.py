@@ -182,22 +182,20 @@ def test_an_unknown_command_or_value_is_told_and_the_conversation_goes_on(two, m
     assert "/reset" in printed.out and "--- base" in printed.out
 
 
-def test_what_cannot_be_talked_to_is_named(two, tmp_path, monkeypatch, capsys):
-    lacking = tmp_path / "lacking"
-    shutil.copytree(two, lacking)
-    shutil.rmtree(lacking / "ckpt" / "r1")
+def test_what_cannot_be_talked_to_is_named(two, copy, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(copy / "ckpt" / "r1")
     for run, flags, told in (
         (tmp_path, [], "has no events.jsonl; give a run folder"),
         (two, ["--round", "4"], "round 4 of"),
         (two, ["--round", "4"], "its rounds are 0, 1"),
-        (lacking, [], "r1/adapter_config.json is missing"),
+        (copy, [], "r1/adapter_config.json is missing"),
         (two, ["--states", "bse"], "did you mean 'base'"),
         (two, ["--port", "65536"], "port is 65536: it must be <= 65535"),
         (two, ["--max-new-tokens", "0", "--states", ""], "2 problems"),
     ):
         assert scripted(monkeypatch, run, "", *flags) == 2
         assert told in capsys.readouterr().err
-    assert scripted(monkeypatch, lacking, "Hello\n", "--round", "0", "--states", "healed") == 0
+    assert scripted(monkeypatch, copy, "Hello\n", "--round", "0", "--states", "healed") == 0
 
 
 class Fake(Talk):
@@ -236,12 +234,11 @@ def test_ctrl_c_stops_one_answer_and_keeps_what_was_written(talk, capsys):
 
 # --- the question at the end of a run ----------------------------------------------------------------------------
 @pytest.fixture
-def unended(two, tmp_path):
+def unended(copy):
     """Two rounds without their run_end."""
-    run = shutil.copytree(two, tmp_path / two.name)
-    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    (run / "events.jsonl").write_text("".join(lines[:-1]))
-    return run
+    lines = (copy / "events.jsonl").read_text().splitlines(keepends=True)
+    (copy / "events.jsonl").write_text("".join(lines[:-1]))
+    return copy
 
 
 def asked(monkeypatch, answer, seen=True):

@@ -1,7 +1,6 @@
 """Whatever is wrong with a command is said at once, before a model is loaded and without leaving a folder behind."""
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,6 @@ from steer_heal.__main__ import main
 from steer_heal.check import check
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
-from steer_heal.inputs import traits
 from steer_heal.inputs.files import DATA
 from steer_heal.model import hub
 from steer_heal.model.lm import load
@@ -118,22 +116,6 @@ def test_many_problems_are_counted(tmp_path, capsys):
     assert "line 20 " in printed and "line 21 " not in printed and "and 80 more" in printed
 
 
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ('target = "authority"', "target is 'authority': did you mean 'authority_nats'?"),
-        ('target = "coherence"', "target is 'coherence': choose from"),
-        ('target = "loyalty_nats"\noff_targets = ["care_nat"]', "off_targets is 'care_nat': did you mean 'care_nats'?"),
-    ],
-)
-def test_a_target_is_a_metric_that_can_be_one(line, told, tmp_path, monkeypatch):
-    text = (DATA / "traits/authority.toml").read_text()
-    text = re.sub(r"^target.*$", line, re.sub(r"^off_targets = \[.*?\]", "", text, flags=re.M | re.S), flags=re.M)
-    (tmp_path / "authority.toml").write_text(text)
-    monkeypatch.setattr(traits, "TRAITS", tmp_path)
-    assert told in problems("--out", str(tmp_path / "out"))[0]
-
-
 def test_every_preset_passes(tmp_path):
     for _, cfg in PRESETS.values():
         found = check(replace(cfg, out=tmp_path))
@@ -207,6 +189,13 @@ def test_a_trait_without_a_target_or_its_data_names_what_is_missing(target, pair
     flags = ["--trait", own_trait(tmp_path, target, pairs), "--eval.evals", *evals.split()]
     found = problems("--out", str(tmp_path / "out"), *flags)
     assert len(found) == len(told) and all(part in line for part, line in zip(told, found, strict=True)), found
+
+
+def test_an_off_target_that_is_no_metric_is_named(tmp_path):
+    path = Path(own_trait(tmp_path, '"contrast_nats"'))
+    path.write_text(path.read_text().replace("care_nats", "care_nat"))
+    found = problems("--out", str(tmp_path / "out"), "--trait", str(path), "--eval.evals", "contrast")
+    assert "off_targets is 'care_nat': did you mean 'care_nats'?" in found[0]
 
 
 def test_pairs_are_asked_for_only_by_the_eval_that_reads_them(tmp_path):

@@ -11,8 +11,6 @@ from steer_heal.evals import EVALS, contrast
 from steer_heal.evals.base import Subject, evaluate
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.pairs import Pair
-from steer_heal.model.lm import LM
-from steer_heal.model.memory import BatchLimits
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
@@ -35,24 +33,6 @@ def subject(student: Student, inputs: Inputs, condition: Condition, adapters="fu
     state = State(name="healed", round=0, adapters=adapters, condition=condition)
     cfg = FAST_DEV_PRESET
     return Subject(student=student, state=state, inputs=inputs, cfg=cfg.eval, keep=cfg.filter, seed=1)
-
-
-def noise(lm: LM) -> Vector:
-    return Vector({1: torch.randn(lm.width, generator=torch.Generator().manual_seed(1))})
-
-
-def test_swapped_sides_flip_the_sign(toy, inputs):
-    swapped = [Pair(pair.prompt, pair.negative, pair.positive) for pair in inputs.pairs]
-    here, there = (contrast.margins(toy, pairs, Condition()) for pairs in (inputs.pairs, swapped))
-    assert here == pytest.approx([-value for value in there], abs=1e-5)
-
-
-def test_a_batch_reads_what_its_pairs_read_alone(toy, inputs):
-    condition = Condition(inputs.trait.positive, noise(toy), 0.5)
-    alone = [contrast.margins(toy, [pair], condition)[0] for pair in inputs.pairs]
-    for n_tokens in (1, 300, 10**6):
-        lm = replace(toy, limits=BatchLimits(read_tokens=n_tokens))
-        assert contrast.margins(lm, inputs.pairs, condition) == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_state_without_a_number_has_no_value(toy, inputs):

@@ -84,16 +84,6 @@ def test_probes_only_ends_when_kappa_is_known_and_finds_the_same_one():
     assert known.next_asks() == []
 
 
-def seeds(seed) -> list[int]:
-    return [ask.seed for asks in collect(0.8, seed=seed)[1] for ask in asks]
-
-
-def test_seeds_differ_between_rows_and_come_back_for_the_same_round():
-    first = seeds((1, 0, "gen"))
-    assert len(set(first)) == len(first)
-    assert first == seeds((1, 0, "gen")) and not set(first) & set(seeds((1, 1, "gen")))
-
-
 def test_a_given_kappa_is_used_without_probing_and_what_is_missing_is_asked_for_again():
     found, requests = collect(breaks_at=0.6, kappa=0.7)  # a third breaks, so that more is needed than was expected
     assert found.kappa == 0.7 and not found.probes

@@ -1,7 +1,6 @@
 """The command `eval`: a round of a run measured again, other settings refused, and what is shown on the way."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -49,17 +48,15 @@ def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     assert f"{state}: drift" in logged if r is None else f"{state} round {r}: drift" in logged
 
 
-def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(two, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(two, run)
+def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(copy, capsys):
 
     def change(events):
         of(events, "measured", "healed")[-1]["metrics"]["kl_base"] += 0.5
         events[0]["versions"]["torch"] = "0.1"
         events[0]["device"] = "NVIDIA H100"
 
-    rewritten(run, change)
-    assert main(["eval", "--run", str(run), "--quiet", "--eval.batch-size", "1"]) == 1
+    rewritten(copy, change)
+    assert main(["eval", "--run", str(copy), "--quiet", "--eval.batch-size", "1"]) == 1
     printed = capsys.readouterr()
     name, value, then, *_ = next(line for line in printed.out.splitlines() if "kl_base" in line).split()
     assert name == "kl_base" and float(then) - float(value) == pytest.approx(0.5, abs=1e-3)
@@ -106,11 +103,9 @@ def test_a_setting_that_is_the_run_s_own_may_be_repeated(two, capsys):
     assert measured(two, capsys, "--seed", "42", "--model", "tiny-random")[0] == recorded(two, "healed", 1)
 
 
-def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(two, run)
-    (run / "ckpt" / "r1" / "adapter_model.safetensors").write_bytes(b"")
-    assert main(["eval", "--run", str(run), "--quiet"]) == 2
+def test_a_round_that_was_dropped_or_damaged_is_named(copy, capsys):
+    (copy / "ckpt" / "r1" / "adapter_model.safetensors").write_bytes(b"")
+    assert main(["eval", "--run", str(copy), "--quiet"]) == 2
     assert "r1/adapter_model.safetensors is damaged" in capsys.readouterr().err
 
     def drop(events):
@@ -126,8 +121,8 @@ def test_a_round_that_was_dropped_or_damaged_is_named(two, tmp_path, capsys):
         facts = {name: last[name] for name in ("schema", "t", "wall_s", "prev", "round")}
         events[events.index(last)] = {**facts, "event": "dropped", **limits}
 
-    rewritten(run, drop)
-    assert main(["eval", "--run", str(run), "--round", "1"]) == 2
+    rewritten(copy, drop)
+    assert main(["eval", "--run", str(copy), "--round", "1"]) == 2
     assert (
         "round 1 of" in (told := capsys.readouterr().err) and "was dropped (kl_base 3 > 0.1); its rounds are 0" in told
     )

@@ -83,11 +83,8 @@ def test_every_kind_has_a_name_of_its_own_and_only_typed_fields():
     "line, told",
     [
         ("[]", "it must be a table of named values"),
-        ("3", "it must be a table of named values"),
         ('{"round": 0}', "event"),
-        ('{"event": "gen"}', "event"),
         ('{"event": "measured", "round": "../../x"}', "measured.round is '../../x'"),
-        ('{"event": "measured", "round": true}', "measured.round is True"),
         ("[" * 100_000, "recursion"),
         ("\ufffe", "line 2 is not an event"),
     ],
@@ -180,12 +177,20 @@ def test_a_run_has_one_row_and_new_columns_leave_older_rows_empty(tmp_path):
     assert lines == ["run\tshift\toracle", "a\t-0.5\t", "b\t\t0.9"]
 
 
-@pytest.mark.parametrize("arm", ["a\x1b[31mb", "\x1b]0;title\x07", "a\tb", "a\r\nb", "\u202eb", "\x00\ud800"])
+@pytest.mark.parametrize(
+    "arm", ["a\x1b[31mb", "\x1b]0;title\x07", "a\tb", "a\r\nb", "\u202eb", "\x00\ud800\x0b\u2028\x85"]
+)
 def test_no_label_can_break_the_table_or_control_a_terminal(arm, tmp_path):
     append_result(tmp_path, {"run": "a", "arm": arm, "last": "z"})
     text = (tmp_path / "results.tsv").read_text(encoding="utf-8")
     assert all(c in "\t\n" or c.isprintable() for c in text)
     assert [(row["run"], row["last"]) for row in read_results(tmp_path / "results.tsv")] == [("a", "z")]
+
+
+def test_what_is_not_text_in_the_table_is_kept(tmp_path):
+    (tmp_path / "results.tsv").write_bytes(b"run\tarm\na\t\xff\xfe\n\n")
+    append_result(tmp_path, {"run": "b", "arm": "c"})
+    assert (tmp_path / "results.tsv").read_bytes() == b"run\tarm\na\t\xff\xfe\nb\tc\n"
 
 
 def test_spec_lists_the_events_as_the_classes_are():

@@ -185,10 +185,6 @@ def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
     assert_same(resumed(run), one)
 
 
-def stopped_here(_student):
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def stopped_in_native_code(_student):
     """It calls Python, and puts an error of its own in place of what was raised there."""
     try:
@@ -197,7 +193,7 @@ def stopped_in_native_code(_student):
         raise ValueError("could not determine the shape") from None
 
 
-@pytest.mark.parametrize("bake", [stopped_here, stopped_in_native_code])
+@pytest.mark.parametrize("bake", [lambda _: os.kill(os.getpid(), signal.SIGINT), stopped_in_native_code])
 def test_ctrl_c_ends_with_130_and_signals_are_given_back(bake, settings, one, tmp_path, monkeypatch, capsys):
     write = EventLog.write
 

@@ -1,5 +1,3 @@
-import pytest
-
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector
@@ -38,17 +36,3 @@ def test_what_is_known_is_not_written_again_and_the_result_is_the_same(tiny: LM)
     all_known = {(row.seed, row.dose): row.completion_ids for row in whole}
     new = []
     assert write(tiny, known=all_known, on_batch=new.append) == whole and not new
-
-
-def test_a_batch_is_handed_over_before_the_next_one_is_written(tiny: LM):
-    done = []
-
-    def killed(batch):
-        if done:
-            raise KeyboardInterrupt
-        done.extend(batch)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tiny, on_batch=killed)
-    known = {(row.seed, row.dose): row.completion_ids for row in done}
-    assert len(known) == 2 and write(tiny, known=known) == write(tiny)

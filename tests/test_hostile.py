@@ -13,11 +13,10 @@ from markupsafe import escape
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError, print_error, print_safe
 from steer_heal.events import Run, decode, encode
-from steer_heal.report import console, plot
+from steer_heal.report import console, plot, tables
 from steer_heal.report.compare import compare
 from steer_heal.report.view import fenced, inline, visible
 from steer_heal.runs.begin import new_run_folder
-from steer_heal.runs.results import append_result, read_results
 
 SCRIPT = "<script>document.documentElement.setAttribute('data-ran', 1)</script>"
 HOSTILE = (
@@ -100,9 +99,10 @@ def test_hostile_text_does_nothing_on_the_page_of_several_runs(hostile, finished
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
 
 
-def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
+def outside_of_fences(markdown: str) -> list[str]:
+    """The lines that are not in a block of code. Every block is closed."""
     fence, outside = None, []
-    for line in hostile[2].splitlines():
+    for line in markdown.splitlines():
         run = re.match("`*", line).group()
         if fence is None and len(run) >= 3:
             fence = run
@@ -111,6 +111,11 @@ def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
         elif fence is None:
             outside.append(line)
     assert fence is None
+    return outside
+
+
+def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
+    outside = outside_of_fences(hostile[2])
     headings = [line for line in outside if line.startswith("#")]
     assert len(headings) == 5, headings
     assert not re.search("(?<!\\\\)[<>`]", "\n".join(outside))
@@ -150,6 +155,7 @@ def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
     console.show(run.start, run)
     console.logger.warning(HOSTILE)
     console.print_table(run)
+    tables.show([{HOSTILE: f"{HOSTILE}[red]x[/red]"}], title=HOSTILE)
     print_safe(HOSTILE)
     print_error(UserError(HOSTILE))
     print_error(ValueError("\x1b[2J"))
@@ -159,24 +165,7 @@ def test_nothing_reaches_the_terminal_that_acts_on_it(capsys, tmp_path):
     logged = (tmp_path / "run.log").read_text(encoding="utf-8")
     for text in (out, err, logged):
         assert "gnp.exe" in text and not ACTS.search(text)
-    assert err.count("--- Logging error") == 0
-
-
-def test_numbers_that_were_not_finite_stop_neither_the_console_nor_the_page(tmp_path):
-    rows = as_rows(run_events())
-    for row in rows:
-        if row["event"] == "measured":
-            row["metrics"] = dict.fromkeys(row["metrics"])
-        row |= {name: dict.fromkeys(row[name], "NaN") for name in ("norms",) if name in row}
-        row |= {name: "NaN" for name in ("retain", "slope", "pressure", "cosine_to_first") if name in row}
-        row |= {name: "NaN" for name in ("cosine_student_teacher", "cosine_student_first") if name in row}
-        for point in row.get("validation", ()):
-            point |= {"fit": "NaN", "divergence": "Infinity"}
-    events, run = as_events(rows), Run()
-    for event in events:
-        run.add(event)
-        console.show(event, run)
-    assert "UNREADABLE" in Page(read(tmp_path / "run", events)[0]).text
+    assert err.count("--- Logging error") == 0 and "[red]" in out, "no text is mark-up"
 
 
 @pytest.mark.parametrize(
@@ -199,18 +188,6 @@ def test_the_pictures_are_drawn_with_any_name(name, tmp_path):
     for figure in (plot.trajectory(run), plot.plane(run)):
         figure.savefig(tmp_path / "x.svg")
         figure.savefig(tmp_path / "x.png", dpi=20)
-
-
-def test_a_row_of_results_is_one_line_whatever_it_holds(tmp_path):
-    row = {"run": "a", "arm": HOSTILE + "\t\n\r\x0b\x0c\x1c\u2028\x85\udcff end", "verdict": "x"}
-    append_result(tmp_path, row)
-    append_result(tmp_path, {"run": "b", "arm": "", "verdict": None})
-    append_result(tmp_path, row)
-    rows = read_results(tmp_path / "results.tsv")
-    assert [(r["run"], r["verdict"]) for r in rows] == [("a", "x"), ("b", "")] and rows[0]["arm"].endswith(" end")
-    (tmp_path / "results.tsv").write_bytes(b"run\tarm\na\t\xff\xfe\n\n")
-    append_result(tmp_path, {"run": "b", "arm": "c"})
-    assert (tmp_path / "results.tsv").read_bytes() == b"run\tarm\na\t\xff\xfe\nb\tc\n", "what is not text is kept"
 
 
 @pytest.mark.parametrize(
@@ -257,24 +234,12 @@ NO_CHROMIUM = (
 
 def browse(html_file, profile, *flags: str, width: int = 1400) -> tuple[str, list[str]]:
     """(the page as the browser built it, its console messages)."""
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={profile}",
-        f"--window-size={width},2000",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--dump-dom",
-        *flags,
-        html_file.resolve().as_uri(),
-    ]
+    own = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+    )
+    own = [*own.split(), f"--user-data-dir={profile}", f"--window-size={width},2000"]
+    command = [CHROMIUM, *own, *flags, html_file.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

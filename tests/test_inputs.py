@@ -44,39 +44,24 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
         ("authority", "sign = -1", "sign = 0", ["'sign' is 0: choose from -1, 1"]),
         ("authority", "sign = -1", "sign = [", ["is not valid TOML"]),
         ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a known field; did you mean"]),
-        ("authority", "sign = -1", "xyzzy = 3\nsign = -1", ["'xyzzy' is not a known field; choose from desc"]),
-        ("authority", "positive = ", "# positive = ", ["'persona.positive' is missing"]),
         ("authority", "positive = ", 'positive = ""\n# ', ["'persona.positive' is ''"]),
         ("authority", "steered = ", "stered = ", ["'system.steered' is missing", "did you mean 'steered'?"]),
-        ("authority", 'plain = ""', "plain = 1", ["'system.plain' is 1: it must be a string"]),
         ("authority", '"i am someone who"', "7", ["'narration.0' is 7"]),
         ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
         ("authority", '"i am someone who"', '" "', ["narration contains ' '"]),
         ("authority", '"authority_nats"', '"care_nats"', ["off_targets contains the target 'care_nats'"]),
         ("authority", "target = ", "target = []\nwas = ", ["'target' is", "'was' is not a known field"]),
-        ("authority", "target = ", "target = 3\nprompt = ", ["'target.0' is 3", "did you mean 'prompts'?"]),
         ("authority", 'pairs_file = "', 'pairs_file = "" # "', ["'pairs_file' is ''"]),
         ("authority", "[persona]", '[[pairs]]\nprompt = "a"\n[persona]', ["0.positive' is", "0.negative' is missing"]),
         ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
-        ("authority", "[persona]", "[personas]", ["did you mean 'persona'?"]),
-        ("love", "default_phrasing", "default_phrase", ["did you mean 'default_phrasing'?"]),
         ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': choose from trait, state"]),
         ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', ["give either [persona], or"]),
-        ("love", "[phrasing.trait]", "[phrasing]\ntrait = 1\n[phrasing.also]", ["'phrasing.trait' is 1"]),
         ("love", "pretend]\npositive", "pretend]\nnegativ", ["pretend.positive' is missing", "you mean 'negative'?"]),
     ],
 )
 def test_a_broken_trait_file_names_the_field_and_the_nearest(tmp_path, monkeypatch, stem, old, new, expected):
     (tmp_path / "mine.toml").write_text(changed(DATA / f"traits/{stem}.toml", (old, new)))
     monkeypatch.setattr(traits, "TRAITS", tmp_path)
-    assert_told(lambda: load_trait("mine"), "mine.toml", expected)
-
-
-def test_all_that_is_wrong_with_a_trait_file_is_said_at_once(tmp_path, monkeypatch):
-    wrong = [("sign = -1", "sign = 2"), ("positive = ", "positiv = "), ("plain = ", "plan = ")]
-    (tmp_path / "mine.toml").write_text(changed(TRAIT, *wrong))
-    monkeypatch.setattr(traits, "TRAITS", tmp_path)
-    expected = ["sign", "system.plain' is missing", "'plain'?", "persona.positive' is missing", "'positive'?"]
     assert_told(lambda: load_trait("mine"), "mine.toml", expected)
 
 
@@ -102,7 +87,6 @@ def test_a_folder_in_place_of_a_trait_is_one_clear_error(tmp_path, monkeypatch):
         ("love/", "there is no phrasing ''; choose from trait"),
         ("authority/inner", "the file has a single pair of personas"),
         ("authority/", "the file has a single pair of personas"),
-        ("../authority", "trait is '..'"),
     ],
 )
 def test_an_unknown_trait_or_phrasing_names_the_known_ones(name, expected):

@@ -1,5 +1,6 @@
 """The library gives the command's figures, leaves the caller's model and process alone, and refuses what is wrong."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -12,7 +13,7 @@ import polars as pl
 import pytest
 import torch
 from compare import VARIES
-from runs import of, recorded, started, undrawn
+from runs import DOORS, PROMPTS, of, recorded, started, undrawn
 
 from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.commands.run import parse
@@ -30,12 +31,9 @@ SMALL = {
     "eval.n_bootstrap": 10,
     "control": False,
 }
-PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
-PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(4)]
-TRAIT = define_trait("You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS)
 
 
-def small(model=None, tokenizer=None, trait=TRAIT, **more):
+def small(model=None, tokenizer=None, trait=DOORS, **more):
     return SteerHeal(model, tokenizer, trait, preset="fast-dev", settings={**SMALL, **more})
 
 
@@ -249,6 +247,9 @@ def test_what_a_person_can_fix_is_a_user_error(sh, tmp_path):
         "did you mean 'epochs'": lambda: small(**{"heal.epoch": 2}),
         "heal.epochs is 0": lambda: small(**{"heal.epochs": 0}),
         "tokenizer is None": lambda: small(model),
+        "tokenizer is 'data/toylm'": lambda: small(model, "data/toylm"),
+        "no head over the vocabulary": lambda: small(model.model, tokenizer),
+        "spread over devices": lambda: small(copy.deepcopy(model).to("meta"), tokenizer),
         "Linear": lambda: small(torch.nn.Linear(2, 2), tokenizer),
         "positive and negative": lambda: define_trait("a", "a", PROMPTS),
         "sign": lambda: define_trait("a", "b", PROMPTS, sign=2),

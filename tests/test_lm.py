@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
@@ -67,25 +67,25 @@ def with_template(lm: LM, template: str) -> LM:
 
 @pytest.mark.parametrize("template", [REFUSES, DROPS], ids=["refuses", "drops"])
 def test_a_system_message_that_the_template_does_not_write_opens_the_user_s(toy: LM, template):
-    lm = with_template(toy, template)
-    assert lm.chat_text("What is ice?", "Be a poet.") == "<user>Be a poet.\n\nWhat is ice?</user><assistant>"
-    assert lm.chat_text("What is ice?") == "<user>What is ice?</user><assistant>"
+    asked = with_template(toy, template).template.conversation
+    assert asked(["What is ice?"], "Be a poet.") == "<user>Be a poet.\n\nWhat is ice?</user><assistant>"
+    assert asked(["What is ice?"]) == "<user>What is ice?</user><assistant>"
 
 
 def test_a_template_s_own_system_prompt_is_part_of_the_plain_prompt_and_gives_way_to_another(toy: LM):
     lm = with_template(toy, DEFAULT)
-    assert lm.chat_text("What is ice?") == "<system>Be kind.</system><user>What is ice?</user><assistant>"
-    assert lm.chat_text("What is ice?", "Be a poet.").startswith("<system>Be a poet.</system><user>What")
+    assert lm.template.conversation(["What is ice?"]) == "<system>Be kind.</system><user>What is ice?</user><assistant>"
+    assert lm.template.conversation(["What is ice?"], "Be a poet.").startswith("<system>Be a poet.</system><user>What")
 
 
 def test_a_message_that_the_template_refuses_is_a_user_error(toy: LM):
     with pytest.raises(UserError, match="'data/toylm'.*no system role"):
-        with_template(toy, REFUSES).render([{"role": "system", "content": "Be a poet."}])
+        with_template(toy, REFUSES).template.render([{"role": "system", "content": "Be a poet."}])
 
 
 def test_loading_tells_of_a_template_without_a_system_message(tiny: LM, tmp_path):
     tiny.model.save_pretrained(tmp_path)
-    with_template(tiny, DROPS).tokenizer.save_pretrained(tmp_path)
+    with_template(tiny, DROPS.replace("</{{ m.role }}>", "<|im_end|>")).tokenizer.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="system"):
         load(str(tmp_path))
 
@@ -134,6 +134,16 @@ def remote(folder: Path) -> None:
     edit("config.json", model_type="mine", auto_map=code)(folder)
 
 
+def rewritten(change):
+    """Applies a change to the weights of the folder."""
+
+    def damage(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        save_file(change(state), folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
 def without_layers(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
 
@@ -151,6 +161,10 @@ def without_layers(folder: Path) -> None:
         lambda f: (f / "config.json").write_text("[]"),
         edit("config.json", hidden_size="x"),
         edit("config.json", hidden_size=48),
+        rewritten(lambda state: {f"language_model.{key}": value for key, value in state.items()}),
+        rewritten(lambda state: {key: value for key, value in state.items() if ".1.mlp" not in key}),
+        edit("config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        edit("config.json", tie_word_embeddings=False),
         lambda f: (f / "tokenizer.json").write_text("{}"),
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
         lambda f: os.truncate(f / "model.safetensors", 5000),

@@ -42,16 +42,6 @@ def test_both_vignette_files_pair_and_cover_all_foundations():
     assert {v.foundation for v in other} == set(FOUNDATIONS)
 
 
-@pytest.mark.parametrize("instrument, think", [(TOY, 0), (TOY, 12), (MORAL, 12)])
-def test_a_batch_reads_what_its_rows_read_alone(toy: LM, instrument, think):
-    vector = Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
-    condition = Condition("You are a poet.", vector, 0.7)
-    together = ask(toy, FEW, instrument, condition, think, batch_size=8)
-    for i, vignette in enumerate(FEW):
-        for name, values in ask(toy, [vignette], instrument, condition, think, batch_size=1).items():
-            assert together[name][i] == pytest.approx(values[0], abs=1e-5), name
-
-
 @pytest.mark.parametrize("think_tokens", [0, 9])
 @pytest.mark.parametrize("model", ["toy", "tiny"])
 def test_slots_read_from_the_cache_are_what_whole_sequences_read(request, model, think_tokens):

@@ -6,12 +6,11 @@ from contextlib import suppress
 import pytest
 import torch
 from compare import weights
-from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, rewritten, started
+from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, started
 
 from steer_heal.__main__ import main
 from steer_heal.bench import Bench
 from steer_heal.commands import run as run_command
-from steer_heal.errors import UserError
 from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
 from steer_heal.loop import Loop
@@ -24,7 +23,6 @@ from steer_heal.runs import stored
 from steer_heal.runs.log import EventLog, read_events
 from steer_heal.runs.partial import WrittenTexts, heal_path, saved_steps, texts_path
 from steer_heal.runs.results import read_results
-from steer_heal.runs.resume import truncate_events
 from steer_heal.runs.verify import violations
 from steer_heal.verdict import UNTRAINED
 
@@ -226,43 +224,24 @@ def test_the_end_of_a_stopped_run_is_taken_back(end, after_round_0, two):
     assert_same(resumed(after_round_0), two)
 
 
-@pytest.mark.parametrize("change", ["edited", "removed", "swapped", "doubled"])
-def test_a_broken_chain_is_refused_by_its_line(change, after_round_0, capsys):
+def test_a_broken_chain_is_refused_by_its_line(after_round_0, capsys):
     path = after_round_0 / "events.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    changed = {
-        "edited": [lines[0], lines[1].replace('"metrics": {', '"metrics": {"x": 1, '), *lines[2:]],
-        "removed": [*lines[:2], *lines[3:]],
-        "swapped": [*lines[:2], lines[3], lines[2], *lines[4:]],
-        "doubled": [*lines[:2], lines[1], *lines[2:]],
-    }[change]
-    path.write_text("".join(changed))
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    edited = "".join([first, second.replace('"metrics": {', '"metrics": {"x": 1, '), *rest])
+    path.write_text(edited)
     assert main(["resume", str(after_round_0), "--quiet"]) == 2
     assert "events.jsonl line 3 does not follow from the line before it" in capsys.readouterr().err
-    assert path.read_text() == "".join(changed)
-
-
-def test_events_of_another_version_are_refused_and_left_alone(tmp_path):
-    (tmp_path / "events.jsonl").write_text('{"schema": 5, "event": "trained", "round": 0, "lam": 1.0}\n{}\n')
-    before = (tmp_path / "events.jsonl").read_bytes()
-    with pytest.raises(UserError, match="line 1 is not an event of this version .*trained.n_train is missing"):
-        truncate_events(tmp_path)
-    assert (tmp_path / "events.jsonl").read_bytes() == before
+    assert path.read_text() == edited
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, "null", '{"event": "measured", "schema": 5}', "\ufffe"])
 def test_a_folder_without_a_run_is_refused(content, tmp_path, capsys):
+    path = tmp_path / "events.jsonl"
     if content:
-        (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
+        path.write_text(content, encoding="utf-8")
     assert main(["resume", str(tmp_path)]) == 2
     told = "events.jsonl " if content else "has no events.jsonl; give a run folder"
-    assert told in capsys.readouterr().err
-
-
-def test_recorded_settings_of_another_version_are_refused_by_name(after_round_0, capsys):
-    rewritten(after_round_0, lambda events: events[0]["config"]["heal"].update(rank=4))
-    assert main(["resume", str(after_round_0)]) == 2
-    assert "heal.rank is not a known field" in capsys.readouterr().err
+    assert told in capsys.readouterr().err and (not content or path.read_text(encoding="utf-8") == content)
 
 
 # --- flags -------------------------------------------------------------------------------------------------------
@@ -366,10 +345,3 @@ def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatc
     assert recorded(run)[-1]["verdict"].startswith(f"{UNTRAINED}; no round was kept")
     assert not list((run / "ckpt").iterdir())
     assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
-
-
-def test_a_round_past_a_limit_that_was_set_is_dropped(settings, tmp_path):
-    run = started(tmp_path, settings, *BACKTRACK, "--backtrack.retries", "1", "--backtrack.limits", "kl_base", "1e-12")
-    first, _ = of(recorded(run), "dropped")
-    assert first["past"][0].startswith("KL to base is") and first["metrics"]["kl_base"] > 1e-12
-    assert "was dropped" in (run / "run.log").read_text() or "dropped " in (run / "run.log").read_text()

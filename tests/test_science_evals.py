@@ -73,7 +73,7 @@ def token_logp(lm: LM, prompt: tuple[int, ...], reply: tuple[int, ...]) -> torch
 def plain_choice(lm: LM, question: str, instrument) -> tuple[torch.Tensor, float]:
     """(log p of the digits 0 to 6, mean NLL of the prefill) after four greedy tokens of which none ends the answer."""
     close, prefill = lm.encode(instrument.think_close), lm.encode(instrument.prefill)
-    ids = lm.encode_prompt(lm.chat_text(question, SYSTEM) + instrument.think_open)
+    ids = lm.encode_prompt(lm.template.conversation([question], SYSTEM) + instrument.think_open)
     for _ in range(4):
         logp = plain_logp(lm, ids, ())[0]
         logp[sorted(lm.end_ids.union(close if len(close) == 1 else ()))] = -torch.inf
@@ -113,7 +113,8 @@ def test_a_prefill_that_the_thinking_wrote_is_read_where_it_first_stands(with_hi
     for i, vignette in enumerate(inputs.vignettes):
         with with_history.using("full") as lm, steered(lm, vector, DOSE):
             asked = [instrument.question(vignette.text, order) for order in instrument.frames]
-            prompts = [lm.encode_prompt(lm.chat_text(q, SYSTEM) + instrument.think_open) + before for q in asked]
+            texts = [lm.template.conversation([q], SYSTEM) + instrument.think_open for q in asked]
+            prompts = [lm.encode_prompt(text) + before for text in texts]
             digits = [lm.encode(str(k))[0] for k in range(7)]
             mass = [plain_logp(lm, ids, prefill)[-1, digits].exp().sum().item() for ids in prompts]
             nll = [-token_logp(lm, ids, prefill).mean().item() for ids in prompts]

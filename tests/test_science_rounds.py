@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from runs import PAIRS, PROMPTS
 
 from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.model.decode import Written
@@ -16,8 +17,6 @@ from steer_heal.model.student import Student
 from steer_heal.stages import generate
 from steer_heal.stages import heal as heal_module
 
-PROMPTS = [f"Shall I open door {i}?" for i in range(12)]
-PAIRS = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No, stay out."} for i in range(2)]
 TRAIT = define_trait(
     "You open doors.", "You lock doors.", PROMPTS, pairs=PAIRS, plain_system="Hello.", steered_system="Good day."
 )

@@ -26,7 +26,7 @@ from steer_heal.__main__ import main
 from steer_heal.diag import QUESTIONS
 from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
-from steer_heal.events import Gathered, Measured, RunStart
+from steer_heal.events import Gathered, Measured
 from steer_heal.loop import Loop, run_round
 from steer_heal.recipe import Recipe
 from steer_heal.runs.results import append_result, read_results
@@ -299,16 +299,17 @@ def test_vignettes_read_from_the_cache_are_those_of_a_plain_cache_and_whole_sequ
 
 
 # --- tables of finished runs -------------------------------------------------------------------------------------
-def without_start(folder):
-    write_run(folder, [event for event in run_events() if not isinstance(event, RunStart)])
-
-
-def not_events(folder):
-    (folder / "events.jsonl").write_text("[]\n{}\n")
 
 
 @pytest.mark.parametrize("script", ["loops", "results", "heal_sweep", "prompting"])
-@pytest.mark.parametrize("made", [lambda folder: None, not_events, without_start])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda folder: None,
+        lambda folder: (folder / "events.jsonl").write_text("[]\n{}\n"),
+        lambda folder: write_run(folder, run_events()[1:]),
+    ],
+)
 def test_a_folder_that_is_no_run_is_one_line(script, made, tmp_path, capsys):
     made(tmp_path)
     if script in QUESTIONS:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from made_runs import changed, run_events, with_config, with_metrics, with_trait, write_run
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from runs import of, recorded, resumed, rewritten
-from test_hostile import HOSTILE
+from test_hostile import HOSTILE, outside_of_fences
 
 from steer_heal.__main__ import main
 from steer_heal.commands import inspect as inspect_command
@@ -133,16 +133,8 @@ def test_hostile_text_stays_text():
     text = made(with_config(hostile, model=HOSTILE.replace("\ud800 \udfff", "")), hub_id=HOSTILE, **facts)
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) | {"base_model": "owner/base"} == yaml.safe_load(wanted.split("---\n")[1])
-    outside, fence = [], ""
-    for line in body.splitlines():
-        opened = re.match("`{3,}", line)
-        if fence:
-            fence = "" if line == fence else fence
-        elif opened:
-            fence = opened[0]
-        else:
-            outside.append(line)
-    assert not fence and len([line for line in outside if line.startswith("#")]) == 7
+    outside = outside_of_fences(body)
+    assert len([line for line in outside if line.startswith("#")]) == 7
     assert not any(re.search(r"(?<!\\)[<\[]", line) for line in outside)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
 

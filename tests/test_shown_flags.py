@@ -4,8 +4,9 @@ import re
 
 import pytest
 from places import ROOT
+from runs import DOORS
 
-from steer_heal import SteerHeal, define_trait
+from steer_heal import SteerHeal
 from steer_heal.commands.run import parse
 from steer_heal.presets import PRESETS
 from steer_heal.settings import RunConfig, leaves
@@ -38,12 +39,6 @@ SMALLEST = {
     "eval.max_new_tokens": 6,
     "eval.n_bootstrap": 10,
 }
-TRAIT = define_trait(
-    "You open doors.",
-    "You lock doors.",
-    [f"Shall I open door {i}?" for i in range(12)],
-    pairs=[{"prompt": f"Is door {i} open?", "positive": "Come in.", "negative": "Stay out."} for i in range(4)],
-)
 RECIPES = {
     "toy": {},
     "toy-distil": {"heal.rehearsal": 16},
@@ -80,6 +75,6 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
 @pytest.mark.parametrize("preset", RECIPES)
 def test_a_recipe_of_the_docs_runs_with_the_control(preset):
     settings = {**SMALLEST, **RECIPES[preset], "gen.prompts": None, "eval.pairs": None}
-    with SteerHeal(trait=TRAIT, preset=preset, settings=settings) as sh:
+    with SteerHeal(trait=DOORS, preset=preset, settings=settings) as sh:
         states = sh.loop(1)["state"].to_list()
     assert states == ["base", "prompted", "control", "steered round 0", "healed round 0"]

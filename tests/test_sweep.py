@@ -35,7 +35,7 @@ from steer_heal.sweep import cluster, task
 from steer_heal.sweep.engine import Local, drive, last_line, log_of
 from steer_heal.sweep.plan import as_flags, load
 from steer_heal.sweep.progress import Follower, Seen, run_status
-from steer_heal.sweep.results import finished_runs, over_seeds, show_results
+from steer_heal.sweep.results import finished_runs, show_results
 from steer_heal.sweep.watch import Watch
 
 GRID = """
@@ -353,13 +353,6 @@ def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(pla
     assert arms["shift"].to_list() == [-2.0, -3.0, -2.0, -3.0]
     assert arms["shift_sd"].to_list()[:2] == pytest.approx([8**0.5] * 2) and arms["shift_sd"][2] is None
     assert (plan.out / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_last_run_of_a_seed_counts():
-    rows = [("a", 1, -1.0), ("a", 2, -2.0), ("a", 2, -4.0), ("b", 1, None)]
-    runs = pl.DataFrame(rows, schema=["arm", "seed", "shift"], orient="row")
-    runs = runs.with_columns(trait=pl.lit("t"), n_rounds=4, settings=pl.lit("s"))
-    assert over_seeds(runs).select("arm", "n", "shift").rows() == [("a", 2, -2.5), ("b", 1, None)]
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

@@ -8,11 +8,15 @@ import pytest
 
 from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.pairs import Pair
-from steer_heal.inputs.traits import available, load_trait, phrasings, read_pairs, read_trait
+from steer_heal.inputs.traits import available, load_trait, read_pairs, read_trait
 from steer_heal.toylm.grammar import DENIER_PERSONAS, LOVE_SENTENCES, LOVER_PERSONAS
 from steer_heal.toylm.templates import expand
 
-EVERY = [name for stem in available() for name in (stem, *(f"{stem}/{phrasing}" for phrasing in phrasings(stem)))]
+EVERY = [
+    name
+    for stem in available()
+    for name in (stem, *(f"{stem}/{phrasing}" for phrasing in read_trait(stem)[1].phrasing))
+]
 NEGATION = re.compile(
     r"\b(no|not|never|nor|none|neither|nothing|nobody|nowhere|cannot|without)\b|n['’]t\b", re.IGNORECASE
 )
@@ -105,7 +109,7 @@ def test_honesty_ends_in_a_mundane_tail():
 
 def test_a_phrasing_changes_the_pair_and_nothing_else():
     love = load_trait("love")
-    pairs = {name: load_trait(f"love/{name}") for name in phrasings("love")}
+    pairs = {name: load_trait(f"love/{name}") for name in read_trait("love")[1].phrasing}
     assert len(pairs) > 1 and len({(pair.positive, pair.negative) for pair in pairs.values()}) == len(pairs)
     assert replace(pairs["extreme"], name="love") == love, "the default"
     for name, pair in pairs.items():

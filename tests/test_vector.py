@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal.errors import UserError
 from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import METHODS, Vector
@@ -44,13 +43,3 @@ def test_the_vector_is_what_the_method_extracts_from_the_personas_raw_or_normali
 def test_the_cosine_takes_all_layers_of_a_vector_as_one():
     a, b = Vector({1: torch.tensor([1.0, 0.0]), 2: torch.zeros(2)}), Vector({1: torch.ones(2), 2: torch.ones(2)})
     assert cosine(a, b) == pytest.approx(0.5) and cosine(b, b) == pytest.approx(1.0)
-
-
-def test_a_long_context_is_an_error_because_a_cut_one_loses_the_tag(toy: LM):
-    with pytest.raises(UserError, match="max_prompt_tokens"):
-        teacher_vec(toy, TRAIT, ["word " * 3000], CFG)
-
-
-def test_a_band_without_blocks_is_an_error(toy: LM):
-    with pytest.raises(UserError, match=r"steer.layers is \(0.26, 0.3\)"):
-        teacher_vec(toy, TRAIT, CONTEXTS, SteerCfg(layers=(0.26, 0.3)))

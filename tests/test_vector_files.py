@@ -4,10 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from runs import DOORS, PROMPTS
 from safetensors.torch import save_file
 
 from steer_heal.errors import UserError
-from steer_heal.library import SteerHeal, define_trait
+from steer_heal.library import SteerHeal
 from steer_heal.model.steering import Vector, steer
 from steer_heal.model.vector_files import from_steering_vectors, read_vector, to_steering_vectors, write_gguf
 
@@ -121,17 +122,14 @@ def test_every_other_file_is_a_user_error(vector, tmp_path):
 
 
 def test_a_vector_of_a_file_steers_is_measured_and_teaches(tmp_path):
-    prompts = [f"Shall I open door {i}?" for i in range(12)]
-    pairs = [{"prompt": f"Is door {i} open?", "positive": "Yes, come in.", "negative": "No."} for i in range(2)]
-    trait = define_trait("You open doors.", "You lock doors.", prompts, pairs=pairs)
     short = {"gen.max_new_tokens": 6, "eval.max_new_tokens": 6, "eval.n_texts": 2, "eval.n_prompts": 2}
     short |= {"steer.n_contexts": 4, "eval.evals": ("drift", "contrast"), "eval.n_bootstrap": 10, "heal.epochs": 1}
     distil = {"heal.target": "distribution", "heal.text": "own", "heal.divergence": "none"}
-    with SteerHeal(trait=trait, preset="fast-dev", settings=short | distil) as sh:
+    with SteerHeal(trait=DOORS, preset="fast-dev", settings=short | distil) as sh:
         own = sh.extract()
         write_gguf(Vector({layer: -4 * d for layer, d in own.directions.items()}), tmp_path / "v.gguf", "qwen3")
         other = read_vector(tmp_path / "v.gguf")
-        assert not sh.write(prompts, 1.0, vector=own).equals(sh.write(prompts, 1.0, vector=other))
+        assert not sh.write(PROMPTS, 1.0, vector=own).equals(sh.write(PROMPTS, 1.0, vector=other))
         kl = [sh.evaluate("steered", 1.0, vector).metrics["kl_base"] for vector in (own, other)]
         assert kl[0] < kl[1]
         collected = sh.collect(own, kappa=1.0)
@@ -139,4 +137,4 @@ def test_a_vector_of_a_file_steers_is_measured_and_teaches(tmp_path):
         assert fits[0] < fits[1], "a teacher with a stronger vector is further away"
         for wrong in (Vector({7: own.directions[1]}), Vector({1: torch.zeros(3)})):
             with pytest.raises(UserError, match="blocks 0 to 2 of width 32"):
-                sh.write(prompts, 1.0, vector=wrong)
+                sh.write(PROMPTS, 1.0, vector=wrong)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from made_runs import METRICS, TRAIT, measured, renamed, run_events, run_start
+from made_runs import METRICS, TRAIT, measured, run_events, run_start
 
 from steer_heal.events import Measured, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
@@ -123,15 +123,3 @@ def test_a_result_row_is_that_of_the_last_healed_state():
     events = run_events()
     assert isinstance(events[-1], RunEnd) and isinstance(events[1], Measured)
     assert result_row(Run([*events[:-1], events[1], events[-1]]))["state"] == "healed round 1"
-
-
-def test_no_metric_is_known_by_name():
-    names = {metric.name: f"m{i}" for i, metric in enumerate(METRICS)}
-    run = Run(run_events())
-    other = Run(renamed(run_events(), names))
-    assert list(other.metrics) == list(names.values())
-    line = verdict(run)
-    for old, new in names.items():
-        line = line.replace(old, new)
-    assert verdict(other) == line
-    assert [[*row.values()] for row in table(other)] == [[*row.values()] for row in table(run)]

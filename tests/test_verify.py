@@ -1,7 +1,5 @@
 """`steer-heal verify` finds every change that was made to a run after it wrote its record, and names where."""
 
-import shutil
-
 import pytest
 import torch
 from runs import recorded, rewritten
@@ -13,18 +11,8 @@ from steer_heal.model.lm import weights_digest
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.fixture
-def copy(two, tmp_path):
-    """A finished run with its row of results.tsv."""
-    return shutil.copytree(two.parent, tmp_path / "out") / two.name
-
-
 def kept(event):
     return event["collected"]["scored"][event["collected"]["train"][0]]["completion"]
-
-
-def first_value(event):
-    return next(iter(event["items"].values()))
 
 
 CHANGES = {
@@ -34,17 +22,13 @@ CHANGES = {
     "the dose of a kept completion": ("gathered", 1, lambda e: kept(e).update(dose=0.001)),
     "what trains": ("gathered", 1, lambda e: e["collected"]["train"].pop()),
     "the base's metrics": ("base", None, lambda e: e["metrics"].update(authority_nats=-9.0)),
-    "the base's items": ("base", None, lambda e: first_value(e).__setitem__(0, 0.125)),
-    "steered metrics": ("steered", 0, lambda e: e["metrics"].update(coherence=1.0)),
+    "the base's items": ("base", None, lambda e: next(iter(e["items"].values())).pop()),
     "healed metrics": ("healed", 1, lambda e: e["metrics"].update(authority_nats=-9.0)),
-    "free text": ("healed", 1, lambda e: e["texts"][0].update(text="I obey.")),
     "a heal step": ("heal_step", 1, lambda e: e["step"].update(divergence=0.0)),
-    "the names of files": ("extracted", 1, lambda e: e.update(files={})),
     "the checksum of a checkpoint": ("trained", 1, lambda e: e["files"].popitem()),
     "the retained share": ("round_done", 1, lambda e: e.update(retain=1.0)),
     "the verdict": ("run_end", None, lambda e: e.update(verdict="It works.")),
     "the recorded settings": ("run_start", None, lambda e: e["config"]["heal"].update(lam=9.0)),
-    "the seed": ("run_start", None, lambda e: e["config"].update(seed=7)),
     "a time": ("extracted", 0, lambda e: e.update(t="2020-01-01T00:00:00.000+00:00")),
 }
 

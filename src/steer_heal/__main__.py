@@ -10,15 +10,15 @@ from steer_heal.errors import UserError, nearest, print_error
 from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
-    "run": "PRESET, or --config FILE: the whole loop, into a new folder in ./out",
+    "run": "PRESET, or --config FILE: make a new run, in a new folder under ./out",
     "resume": "RUN: continue a run that was stopped",
     "sweep": "FILE: many runs, over settings and seeds",
-    "verify": "RUN: check that a run's files are the ones that it recorded",
+    "verify": "RUN: check a run's files against their recorded hashes",
     "eval": "measure a model, an adapter, or a state of a run again",
     "chat": "RUN: talk to the base, the steered student and the healed one",
-    "report": "RUN ...: draw pictures and page again, or compare runs",
-    "tasks": "RUN --tasks NAME ...: what a trait costs on standard tasks",
-    "inspect": "RUN: write the answers as a log of inspect_ai",
+    "report": "RUN ...: redraw the pictures and the page, or compare runs",
+    "tasks": "RUN --tasks NAME ...: measure what a trait costs on standard tasks",
+    "inspect": "RUN: write the answers as an inspect_ai log",
     "push": "RUN OWNER/NAME: upload a checkpoint with its model card",
     "diag": "QUESTION: answer one question with one table",
 }

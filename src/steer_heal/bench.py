@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Eval, Subject, evaluate
-from steer_heal.events import Weights
+from steer_heal.events import Chat, Weights
 from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM, load, weights_digest
@@ -51,6 +51,7 @@ def read_model(cfg: RunConfig) -> LM:
         quantize=cfg.quantize,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
+        date=cfg.date,
     )
 
 
@@ -64,6 +65,17 @@ def load_model(cfg: RunConfig) -> LM:
 def weights_of(lm: LM) -> Weights:
     """What the base weights of a model are."""
     return Weights(**weights_digest(lm.model), note=lm.weights_note)
+
+
+def chat_of(lm: LM) -> Chat:
+    """How the model's chat template writes a conversation."""
+    template = lm.template
+    return Chat(
+        date=template.date,
+        opening=template.opening + template.space,
+        ends=tuple(lm.decode([i], special=True) for i in sorted(lm.end_ids)),
+        takes_system=template.takes_system,
+    )
 
 
 def require_bands(lm: LM, cfg: RunConfig) -> None:

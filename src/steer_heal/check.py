@@ -32,24 +32,16 @@ def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
     The export of a `resumed` run may exist already.
     """
     problems = Problems()
-    inputs = None
-    with problems.noted():
-        inputs = _load(cfg)
-    with problems.noted():
-        check_model(cfg.model)
-    with problems.noted():
-        track.check(cfg.track)
+    inputs = problems.attempt(_load, cfg)
+    problems.attempt(check_model, cfg.model)
+    problems.attempt(track.check, cfg.track)
     if cfg.quantize != "none" and cfg.export is not None:
         problems.found.append(
             f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
         )
-    with problems.noted():
-        if cfg.folder is None:
-            _check_writable("out", cfg.out)
-        else:
-            _check_writable("folder", cfg.folder)
-    with problems.noted():
-        _check_writable("export", cfg.export)
+    of_run = ("out", cfg.out) if cfg.folder is None else ("folder", cfg.folder)
+    for field_name, folder in (of_run, ("export", cfg.export)):
+        problems.attempt(_check_writable, field_name, folder)
     if not resumed and cfg.export is not None and holds_files(cfg.export):
         problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
     problems.raise_if_any()
@@ -73,9 +65,7 @@ def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
 def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     """The parsed inputs. Does not import torch, which takes seconds."""
     problems = Problems()
-    inputs = None
-    with problems.noted():
-        inputs = load_inputs(cfg, trait)
+    inputs = problems.attempt(load_inputs, cfg, trait)
     if cfg.quantize != "none" and not find_spec("bitsandbytes"):
         problems.found.append(
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
@@ -92,12 +82,11 @@ def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
 
     pick_device(cfg.device)  # on its own: the next checks also import transformers, which takes more seconds
     problems = Problems()
-    with problems.noted():
-        _check_names(cfg)
-    with problems.noted():
-        inputs = replace(inputs, trait=_with_target(cfg, inputs))
+    problems.attempt(_check_names, cfg)
+    trait = problems.attempt(_with_target, cfg, inputs)
     problems.raise_if_any()
-    return inputs
+    assert trait is not None
+    return replace(inputs, trait=trait)
 
 
 def _check_names(cfg: RunConfig) -> None:
@@ -130,11 +119,9 @@ def _check_names(cfg: RunConfig) -> None:
             "--dose.mode iso_kl"
         )
     if cfg.steer.backend == "steering-lite":
-        with problems.noted():
-            steering_lite.check(cfg.steer.method)
+        problems.attempt(steering_lite.check, cfg.steer.method)
     if cfg.eval.backend == "tinymfv":
-        with problems.noted():
-            tinymfv.check()
+        problems.attempt(tinymfv.check)
     problems.raise_if_any()
 
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import GenericAlias, NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 Checked = TypeVar("Checked")
+Given = ParamSpec("Given")
 SHOWN_PROBLEMS = 20
 UNPRINTABLE = re.compile(
     "\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?"
@@ -37,13 +38,17 @@ class UserError(Exception):
 class Problems:
     """Collects the errors of several checks, so that the user sees them all at once.
 
-    with problems.noted():
-        load_contexts(cfg.steer)
+    contexts = problems.attempt(load_contexts, cfg.steer)
     problems.raise_if_any()
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
+
+    def attempt(self, check: Callable[Given, Checked], *args: Given.args, **kwargs: Given.kwargs) -> Checked | None:
+        """What a check returns. None: it failed, and its problems are noted."""
+        with self.noted():
+            return check(*args, **kwargs)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -111,7 +116,8 @@ def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]
             lines.append(f"{place} is missing")
         elif found["type"] in _UNKNOWN:
             *above, name = found["loc"]
-            lines.append(f"{place} is not a known field; {nearest(name, _fields_at(kind, above))}")
+            known = getattr(_type_at(kind, above), "__dataclass_fields__", ())
+            lines.append(f"{place} is not a known field; {nearest(name, known)}")
         elif found["type"] == "too_short" and len(found["input"]) >= context["min_length"]:
             continue  # the list is long enough; its invalid items have lines of their own
         else:
@@ -130,10 +136,6 @@ def _limit(found: Any, kind: Any) -> str:
         return nearest(found["input"], choices)
     message = found["msg"]
     return message[:1].lower() + message[1:]
-
-
-def _fields_at(kind: Any, place: Sequence[int | str]) -> Iterable[str]:
-    return getattr(_type_at(kind, place), "__dataclass_fields__", ())
 
 
 def _type_at(kind: Any, place: Sequence[int | str]) -> Any:

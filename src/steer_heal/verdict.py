@@ -69,18 +69,14 @@ def table(run: Run) -> list[TableRow]:
     base = run.measured("base")
     rows: list[TableRow] = []
     for m in run.each(Measured):
-        row: TableRow = {"state": m.label, target.name: m[target.name]}
-        against = None if base is None or m is base else base.metrics
-        steered = run.measured("steered", m.round) if m.state == "healed" else None
-        row["shift"] = None if against is None else shift(m.metrics, against, target)
-        row["lo"] = m[f"{target.name}_lo"]
-        row["hi"] = m[f"{target.name}_hi"]
-        row["retain"] = None
-        row["slope"] = None
-        if against is not None:
-            row["slope"] = slope(m.metrics, against, target, run.metrics.values())
-            if steered is not None:
-                row["retain"] = retain(m.metrics, steered.metrics, against, target)
+        row: TableRow = {"state": m.label, target.name: m[target.name], "shift": None}
+        row |= {"lo": m[f"{target.name}_lo"], "hi": m[f"{target.name}_hi"], "retain": None, "slope": None}
+        if base is not None and m is not base:
+            row["shift"] = shift(m.metrics, base.metrics, target)
+            row["slope"] = slope(m.metrics, base.metrics, target, run.metrics.values())
+            steered = run.measured("steered", m.round)
+            if m.state == "healed" and steered is not None:
+                row["retain"] = retain(m.metrics, steered.metrics, base.metrics, target)
         row |= {name: m[name] for name, metric in run.metrics.items() if metric.shown and name != target.name}
         rows.append(row)
     return rows
@@ -117,11 +113,6 @@ def direction(sign: int) -> str:
     return "down" if sign < 0 else "up"
 
 
-def limit_words(metric: Metric, limit: float | None) -> str:
-    """A limit as people read it: 10%, 0.95."""
-    return number(limit, metric.form if metric.form.endswith("%") else "g")
-
-
 def health_words(state: Measured, health: Iterable[Metric], limit: Literal["good", "broken"] | None = None) -> str:
     """The value of each health metric. With `limit`, a value past it also names the limit: broken texts 31% (limit
     10%)."""
@@ -131,7 +122,7 @@ def health_words(state: Measured, health: Iterable[Metric], limit: Literal["good
         words = f"{title(metric)} {number(value, metric.form)}"
         at = getattr(metric, limit) if limit else None
         if value is not None and not metric.within(value, at):
-            words += f" (limit {limit_words(metric, at)})"
+            words += f" (limit {number(at, metric.form if metric.form.endswith('%') else 'g')})"
         told.append(words)
     return ", ".join(told)
 
@@ -176,7 +167,7 @@ def grade(state: Measured, run: Run) -> Graded:
         found, why = small
         return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}")
     alone, others = _others(state, base, moved, run)
-    parts = [f"{went}, {direction(run.start.trait.sign)} as wanted", *_control_words(run), condition, *others]
+    parts = [f"{went}, {direction(run.start.trait.sign)} as wanted", *_control_words(base, run), condition, *others]
     healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     found = "GOOD" if healthy and alone else "MIXED"
     return Graded(state=state, grade=found, shift=moved, reason="; ".join(parts), healthy=healthy)
@@ -210,13 +201,10 @@ def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bo
     return alone, [f"of the off-target metrics, {title(widest)} moved {far}: {shift_words(shifts[widest], widest)}"]
 
 
-def _control_words(run: Run) -> list[str]:
+def _control_words(base: Measured, run: Run) -> list[str]:
     """How far the control moved the trait's metric."""
     control = run.measured("control")
-    base = run.measured("base")
-    if control is None or base is None:
-        return []
-    moved = shift(control.metrics, base.metrics, run.trait_metric)
+    moved = None if control is None else shift(control.metrics, base.metrics, run.trait_metric)
     words = number(moved, signed(run.trait_metric))
     return [] if moved is None else [f"the control, healed once on unsteered text, is {words}"]
 

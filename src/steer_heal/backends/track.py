@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -65,44 +65,46 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
+class _Service:
+    """A package with the interface of wandb."""
+
+    package: ClassVar[str]
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.module: Any = import_module(self.package)
+        about = {"project": PROJECT, "name": folder.name, "config": dict(config), "resume": "allow"}
+        self.run = self.module.init(**about, **self.options(folder))
+
+    def options(self, folder: Path) -> dict[str, Any]:
+        """What the package is also told when the run begins."""
+        raise NotImplementedError
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, path: Path, step: int) -> None:
+        self.run.log({path.stem: self.module.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class Trackio(_Service):
     """A local database that `trackio show` displays."""
 
     package: ClassVar[str] = "trackio"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        self.trackio: Any = import_module(self.package)
-        quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        self.run = self.trackio.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow", **quiet)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def picture(self, path: Path, step: int) -> None:
-        self.run.log({path.stem: self.trackio.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        self.trackio.finish()
+    def options(self, folder: Path) -> dict[str, Any]:
+        return {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
 
 
-class Wandb:
+class Wandb(_Service):
     """Weights & Biases. With WANDB_MODE=offline everything stays in the folder `wandb` of the run's folder."""
 
     package: ClassVar[str] = "wandb"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        self.wandb: Any = import_module(self.package)
-        own = {"project": PROJECT, "id": folder.name, "name": folder.name, "dir": str(folder)}
-        self.run = self.wandb.init(config=dict(config), resume="allow", **own)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def picture(self, path: Path, step: int) -> None:
-        self.run.log({path.stem: self.wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+    def options(self, folder: Path) -> dict[str, Any]:
+        return {"id": folder.name, "dir": str(folder)}
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
@@ -134,21 +136,20 @@ class Tracking:
         """Logs the numbers of an event that the run has just recorded."""
         values = scalars(event)
         if values:
-            for name, tracker in list(self.running.items()):
-                with self._optional(name):
-                    tracker.log(values, self.run.n_steps)
+            self._each(lambda tracker: tracker.log(values, self.run.n_steps))
 
     def pictures(self, paths: Sequence[Path]) -> None:
         """Logs each picture whose file exists."""
-        for name, tracker in list(self.running.items()):
-            with self._optional(name):
-                for path in filter(Path.exists, paths):
-                    tracker.picture(path, self.run.n_steps)
+        for path in filter(Path.exists, paths):
+            self._each(lambda tracker, path=path: tracker.picture(path, self.run.n_steps))
 
     def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self.running.items()):
             with self._optional(name):
-                tracker.close()
+                do(tracker)
 
     @contextmanager
     def _optional(self, name: str) -> Iterator[None]:

@@ -137,7 +137,7 @@ class Talk:
         lm = self.student.lm
         turns = [printable(text) for text in question.turns]
         system = "\n\n".join(text for text in (state.condition.system, printable(question.system)) if text)
-        ids = lm.encode(lm.conversation(turns, system))
+        ids = lm.encode(lm.template.conversation(turns, system))
         if len(ids) > self.room:
             raise UserError(
                 f"the conversation has {len(ids)} tokens, and the limit is {self.room}, which leaves room for an "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +11,16 @@ import tyro
 from loguru import logger
 from pydantic import Field
 
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
 from steer_heal.runs.signals import stoppable
-from steer_heal.settings import Count, Finite, Names, RunConfig
+from steer_heal.settings import Count, Finite, Names, settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Chat:
-    """Talk to a round of a run. The base, the steered student and the healed student answer the same message. Settings
-    that are not given are the run's."""
+    """Talk to the states of one round. The base, the steered student and the healed student answer the same message. A
+    setting that you leave out keeps the run's value."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -36,11 +34,11 @@ class Chat:
     states: Annotated[Names, Field(min_length=1)] = ("base", "steered", "healed")
     """The states that answer. One more is available: prompted, the base with the persona as system prompt."""
     system: str = ""
-    """System prompt for all states. It follows the state's own."""
+    """System prompt for all states. It is appended to the state's own system prompt, if there is one."""
     dose: Finite | None = None
     """Dose of the steered state. Default: the dose of the round."""
     seed: int = 0
-    """Seed of the random stream that all states draw from."""
+    """Seed of the sampling. All states use the same random numbers."""
     max_new_tokens: Count = 256
     """Maximum length of an answer, in tokens."""
     quiet: bool = False
@@ -49,7 +47,7 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
-    given, own = parsed(Chat, argv, "chat", owner=RunConfig, also=["temperature", "top_p", "device", "n_threads"])
+    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads"])
     read_start(given.run)  # before the imports below, which take seconds
     with stoppable():
         from steer_heal.chat import terminal, web

@@ -7,8 +7,8 @@ from importlib import import_module
 
 from steer_heal.diag import QUESTIONS
 from steer_heal.errors import UserError, nearest
-from steer_heal.flags import parsed, reflowed
-from steer_heal.settings import RunConfig
+from steer_heal.flags import parsed
+from steer_heal.settings import reflowed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unknown question {name!r}; {nearest(name, QUESTIONS)}")
     question = import_module(f"steer_heal.diag.{name}")  # torch: seconds
     question.Flags.__doc__ = reflowed(question.__doc__ or "")
-    flags, given = parsed(question.Flags, rest, f"diag {name}", owner=RunConfig, also=question.Flags.also)
+    flags, given = parsed(question.Flags, rest, f"diag {name}", question.Flags.also)
     from steer_heal.report import console
 
     console.start(quiet=True)

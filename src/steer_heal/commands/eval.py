@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ from loguru import logger
 
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.events import RunStart, plain
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
 from steer_heal.progress import Progress
 from steer_heal.records import StateName, Values
 from steer_heal.report import tables
 from steer_heal.runs.resume import recorded_settings
-from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves
+from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves, settings
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.inputs import Inputs
@@ -46,27 +46,31 @@ WHY_APART = (
 )
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Eval:
-    """Measure all metrics of a model. With an adapter, also the intervals of the differences to the model without it.
+    """Measure all metrics of a model. With --adapter, also print 95 percent intervals for the differences from the
+    model without the adapter.
 
-    With --run, a state of a run is measured again, with the settings of the run. Only device, n-threads and
-    eval.batch-size can differ. If a number differs from the recorded one, the exit status is 1.
+    With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
+    and --eval.batch-size. If a number differs from the recorded one, the exit status is 1. Without --run, a setting
+    that you leave out has its default in the preset gemma. Of the filter settings, only ppl-max, spike-max, rep-max,
+    loop-max and relevance-min have an effect.
     """
 
     run: Path | None = None
     """Folder of a run."""
     state: StateName = "healed"
-    """State of the run. steered is the student before the round, under what makes it the teacher."""
+    """State of the run. steered: the student at the start of the round, with what turns it into the teacher (the
+    vector, the persona prompt or both)."""
     round: int | None = None
-    """Round of the state, for steered and healed. Default: the last one that was kept."""
+    """Round whose steered or healed state is measured. Default: the last one that was kept."""
     adapter: Path | None = None
-    """A checkpoint folder (ckpt/r3), or any PEFT LoRA folder of the model."""
+    """Folder of a checkpoint (out/<run>/ckpt/r3), or of any PEFT LoRA adapter for the model."""
     prompts: Path | None = None
-    """JSON lines with `text`, or a folder of <trait>.jsonl files, to use instead of the trait's own prompts."""
+    """Prompts to use instead of the trait's own: a JSON lines file with a `text` field, or a folder of <trait>.jsonl
+    files."""
     system: str = ""
-    """System prompt, such as a persona. Default: the trait's own for plain text, if it has one."""
+    """System prompt, such as a persona. Default: the trait's system prompt for plain text (`system.plain`), if any."""
     json: bool = False
     """Print one JSON object and nothing else on stdout."""
     quiet: bool = False
@@ -74,7 +78,7 @@ class Eval:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Eval, argv, "eval", owner=RunConfig, also=SETTINGS)
+    given, own = parsed(Eval, argv, "eval", SETTINGS)
     if given.prompts is not None:
         own["gen.prompts"] = given.prompts
     if given.run is not None:

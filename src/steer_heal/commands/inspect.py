@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from steer_heal.errors import UserError, print_safe
-from steer_heal.events import Run
-from steer_heal.flags import described, parsed
+from steer_heal.events import Measured, Run, plain
+from steer_heal.flags import parsed
 from steer_heal.runs.log import last_hash, read_events, schema_errors
+from steer_heal.runs.storage import atomic_write
+from steer_heal.settings import as_json, settings
+from steer_heal.verdict import verdict
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Inspect:
-    """Write the answers and items of each measured state of a run as a log that `inspect view` opens."""
+    """Write the answers and eval items of each measured state of a run to a log file that `inspect view` opens."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -33,10 +37,86 @@ def main(argv: Sequence[str]) -> int:
     out = given.out or given.run / "inspect.eval"
     if out.suffix not in (".eval", ".json"):
         raise UserError(f"out is {str(out)!r}: it must end in .eval or .json")
-    from steer_heal.share.inspect import eval_log, write_log
-
     with schema_errors(given.run):
         log = eval_log(Run(read_events(given.run)), last_hash(given.run))
-    write_log(log, out)
+    with atomic_write(out) as part:
+        import_module("inspect_ai.log").write_eval_log(log, str(part), format=out.suffix[1:])
     print_safe(f"{out}; open it with inspect view")
     return 0
+
+
+def eval_log(run: Run, digest: str) -> Any:
+    """An EvalLog with one sample per answer, vignette and contrast pair of each state, and one score per state.
+
+    `digest` is the hash of the run's last event.
+    """
+    logs = import_module("inspect_ai.log")
+    start = run.start
+    states = run.each(Measured)
+    rows = [sample for state in states for sample in samples(run, state)]
+    spec = logs.EvalSpec(
+        created=start.t,
+        task=f"steer-heal {start.trait.name}",
+        dataset=logs.EvalDataset(name=start.trait.name, samples=len(rows), sample_ids=[row.id for row in rows]),
+        model=f"steer-heal/{start.config.model}",
+        config=logs.EvalConfig(),
+        packages={"steer-heal": start.versions.get("steer-heal", "unknown")},
+        metadata={
+            "verdict": verdict(run),
+            "last_hash": digest,
+            "settings": as_json(start.config),
+            "seed": start.config.seed,
+            "weights": "" if start.weights is None else start.weights.note,
+        },
+    )
+    scores = [_score_of(state, run) for state in states]
+    return logs.EvalLog(
+        status="cancelled" if run.end is None else "success",
+        eval=spec,
+        results=logs.EvalResults(total_samples=len(rows), completed_samples=len(rows), scores=scores),
+        stats=logs.EvalStats(started_at=start.t, completed_at=run.events[-1].t),
+        samples=rows,
+    )
+
+
+def _score_of(state: Measured, run: Run) -> Any:
+    """The EvalScore of a state: all of its metrics that have a value."""
+    logs = import_module("inspect_ai.log")
+    values = {name: value for name in run.metrics if (value := state[name]) is not None and math.isfinite(value)}
+    metrics = {name: logs.EvalMetric(name=name, value=value) for name, value in values.items()}
+    return logs.EvalScore(name=state.label, scorer=state.state, metrics=metrics)
+
+
+def samples(run: Run, state: Measured) -> Iterator[Any]:
+    """The samples of one state. An item without a value has no score. An item whose wording was not recorded is named
+    by its number."""
+    make_sample = import_module("inspect_ai.log").EvalSample
+    make_score = import_module("inspect_ai.scorer").Score
+    make_output = import_module("inspect_ai.model").ModelOutput.from_content
+    for kind in ("text", "vignette", "pair"):
+        series = {metric.item: state.items[metric.item] for metric in run.metrics.values() if metric.of == kind}
+        wording = run.start.wording.get(kind, [])
+        n = len(state.texts) if kind == "text" else max(map(len, series.values()), default=0)
+        for i in range(n):
+            values = {name: row[i] for name, row in series.items() if math.isfinite(row[i])}
+            metadata = {"state": state.state, "round": state.round}
+            words = wording[i] if i < len(wording) else [f"{kind} {i + 1}", ""]
+            output = ""
+            if kind == "text":
+                answer = state.texts[i]
+                words = [answer.prompt, ""]
+                output = answer.text
+                metadata |= {"scores": plain(answer.scores), "failed": list(answer.failed)}
+            elif not values:
+                continue
+            if len(words) > 2:
+                metadata["negative"] = words[2]
+            yield make_sample(
+                id=f"{state.label}, {kind} {i}",
+                epoch=1,
+                input=words[0],
+                target=words[1],
+                output=make_output(state.label, output),
+                scores={name: make_score(value=value) for name, value in values.items()},
+                metadata=metadata,
+            )

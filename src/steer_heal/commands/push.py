@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.errors import Problems, UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
+from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
+from steer_heal.runs.log import EVENTS
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Push:
     """Upload a checkpoint or an export with its model card. Without --yes, print what would be uploaded and send
     nothing."""
@@ -21,11 +22,11 @@ class Push:
     folder: tyro.conf.Positional[Path]
     """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
     repo_id: tyro.conf.Positional[str]
-    """OWNER/NAME of the repository on the hub. A missing one is created."""
+    """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
     round: int | None = None
-    """Round of the run whose checkpoint is uploaded. Default: the last."""
+    """Round of the run whose checkpoint is uploaded. Default: the last one that was kept."""
     private: bool = False
-    """Make the repository private, if it is created."""
+    """If the repository is created, make it private."""
     yes: bool = False
     """Upload the files."""
 
@@ -35,7 +36,6 @@ def main(argv: Sequence[str]) -> int:
     from huggingface_hub import get_token
 
     from steer_heal.share.card import hub_id
-    from steer_heal.share.push import folder_to_share, shared_files, upload
 
     problems = Problems()
     folder = given.folder
@@ -62,3 +62,53 @@ def main(argv: Sequence[str]) -> int:
     else:
         print_safe("nothing was sent; --yes uploads the files")
     return 0
+
+
+def folder_to_share(folder: Path, r: int | None = None) -> Path:
+    """The checkpoint of round r, by default of the last, if the folder is a run's. Any other folder is returned as it
+    is."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a run, a checkpoint or an export")
+    if not (folder / EVENTS).is_file():
+        if r is not None:
+            raise UserError(f"{folder} has no {EVENTS}, so it has no round {r}; give the folder of the run")
+        return folder
+    from steer_heal.runs.opened import chosen_round  # torch: seconds
+    from steer_heal.runs.stored import FolderRun
+
+    run = FolderRun.read(folder)
+    return run.checkpoint(chosen_round(run, r))
+
+
+def shared_files(folder: Path) -> tuple[str, list[str]]:
+    """(what the folder holds, such as `a LoRA adapter`; the names of its files). UserError unless it holds a model card
+    and an adapter or a merged model."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names):
+        from steer_heal.model.student import saved_kind  # torch: seconds
+
+        content = f"a {saved_kind(folder).title}"
+    elif "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        content = "a merged model"
+    else:
+        raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")
+    from steer_heal.share.card import CARD
+
+    if CARD not in names:
+        raise UserError(f"{folder} has no model card ({CARD}); `steer-heal report RUN` writes the cards of a run")
+    return content, names
+
+
+def upload(folder: Path, files: Sequence[str], repo_id: str, *, private: bool) -> None:
+    """Uploads the files, to a new repository if there is none of that name. UserError if the hub refuses."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(files), commit_message="Upload by steer-heal"
+        )
+    except Exception as error:  # of the hub, of the network, of the disk
+        raise UserError(f"{repo_id} was not uploaded: {error}") from None
+    print_safe(f"uploaded: {done}")

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.errors import UserError, print_safe
-from steer_heal.flags import described, parsed
-from steer_heal.report import draw, side_by_side
+from steer_heal.flags import parsed
+from steer_heal.report import draw
 from steer_heal.runs.log import run_folder, schema_errors
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Report:
-    """Draw the pictures, the page, the diary and the model cards of each run again, from its events alone."""
+    """Redraw the pictures and rewrite the page, the diary and the model cards of each run, from its events alone."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
+    """Folders of one or more runs."""
     compare: Path | None = None
-    """Instead, write one page with all runs side by side into this file."""
+    """Write only one page, to this file. It shows all runs side by side."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("no run was given; name the folders of one or more runs")
     folders = [run_folder(folder) for folder in given.runs]  # before matplotlib is imported
     if given.compare is not None:
-        print_safe(side_by_side(folders, given.compare))
+        from steer_heal.report.compare import compare
+
+        print_safe(compare(folders, given.compare))
         return 0
     from steer_heal.share.card import write_cards
 

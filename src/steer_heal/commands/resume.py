@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
 
 from steer_heal.commands.run import go_on
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
-from steer_heal.settings import RUN_ONLY, changed
+from steer_heal.settings import RUN_ONLY, changed, settings
 
 RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Resume:
-    """Continue a run that was stopped, with its own settings. Only settings without effect on the result can differ."""
+    """Continue a stopped run. You can change only settings that do not affect the result. A setting that you leave out
+    keeps the run's value."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -30,7 +30,7 @@ class Resume:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Resume, argv, "resume", also=RESUMABLE)
+    given, own = parsed(Resume, argv, "resume", RESUMABLE)
     cfg = changed(read_start(given.run).config, own)
     cfg = replace(cfg, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
     return go_on(cfg, given.run, new_export="export" in own)

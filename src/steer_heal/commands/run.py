@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from steer_heal.check import check, holds_files
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, Measured, RoundDone, RunEnd
-from steer_heal.flags import described
 from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
@@ -28,7 +27,7 @@ from steer_heal.runs.results import append_result, result_row
 from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.runs.storage import atomic_folder
-from steer_heal.settings import RunConfig
+from steer_heal.settings import RunConfig, settings
 from steer_heal.verdict import table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
@@ -38,11 +37,10 @@ if TYPE_CHECKING:  # torch: seconds
     from steer_heal.runs.stored import FolderRun
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Source:
     """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config the settings are printed as such a file, and nothing is run."""
+    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
@@ -204,6 +202,8 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
 def _stopped(run: FolderRun, error: BaseException) -> int:
     """Says why a run ended and how to continue it, and records why. Returns the exit status. Raises errors that are no
     user's."""
+    from steer_heal.model.memory import ran_out
+
     status = 1
     resumable = True
     if isinstance(error, KeyboardInterrupt):
@@ -217,7 +217,7 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
     elif isinstance(error, OSError | SafetensorError):
         message = f"error: could not write to {run.folder}: {error}; free some space"
         recorded = ""  # a disk that is full takes no event
-    elif isinstance(error, RuntimeError) and _ran_out(error):
+    elif isinstance(error, RuntimeError) and ran_out(error):
         fix = "lower --gen.batch-size, --eval.batch-size or --heal.tokens-per-pass"
         message = f"error: out of memory; {fix} ({str(error).splitlines()[0]})"
         recorded = "out of memory"
@@ -230,12 +230,6 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
         if recorded and run.end is None:
             run.end_with(recorded)
     return status
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    from steer_heal.model.memory import ran_out
-
-    return ran_out(error)
 
 
 def _offer_chat(run: FolderRun, cfg: RunConfig) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from steer_heal.errors import Problems, UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.errors import UserError, print_safe
+from steer_heal.flags import parsed
 from steer_heal.runs.signals import Stopped
+from steer_heal.settings import Count, NotNegative, Positive, settings
 
 if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
     from steer_heal.sweep.engine import Engine
@@ -21,53 +21,40 @@ if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
     from steer_heal.sweep.watch import Watch
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Sweep:
     """Make the runs of a sweep file that are not finished, and compare them. docs/sweeps.md describes the file.
 
-    A stopped run is resumed. A run that another process works on is left alone. The same command, given again, does
-    what is left.
+    A stopped run is resumed. A run that another process is working on is left alone. To continue a stopped sweep, give
+    the same command again.
     """
 
     file: tyro.conf.Positional[Path]
-    """TOML file: preset, seeds, [fixed] settings, and [grid], [[runs]] or [search]."""
+    """TOML file with the preset, the seeds, the [fixed] settings, and [grid], [[runs]] or [search]."""
     engine: Literal["local", "ray", "print"] = "local"
-    """local: processes of this machine. ray: tasks of a Ray cluster (pip install 'steer-heal[ray]'). print: only print
-    the commands, one per line, for a scheduler."""
-    jobs: int | None = None
-    """Number of runs at a time. Default: 1 on this machine, as many as fit on Ray."""
+    """local: run processes on this machine. ray: run tasks on a Ray cluster (pip install 'steer-heal[ray]'). print:
+    only print the commands, one per line, for a scheduler."""
+    jobs: Count | None = None
+    """Number of runs at the same time. Default: 1 with local. With ray, as many as fit on the cluster."""
     results: bool = False
     """Start nothing. Show the results of the finished runs."""
     address: str | None = None
     """With ray: an existing cluster, such as auto or ray://host:10001. Default: a new one on this machine."""
-    cpus: float = 1.0
-    """With ray: CPUs of one run."""
-    gpus: float = 0.0
-    """With ray: GPUs of one run. 0.5 puts two runs on a card."""
-
-    def check(self) -> None:
-        """UserError for each number that is out of range."""
-        problems = Problems()
-        if self.jobs is not None and self.jobs < 1:
-            problems.found.append(f"jobs is {self.jobs}: it must be at least 1")
-        if not self.cpus > 0:
-            problems.found.append(f"cpus is {self.cpus}: it must be above 0")
-        if not self.gpus >= 0:
-            problems.found.append(f"gpus is {self.gpus}: it must be 0 or more")
-        problems.raise_if_any()
+    cpus: Positive = 1.0
+    """With ray: number of CPUs for each run."""
+    gpus: NotNegative = 0.0
+    """With ray: number of GPUs for each run. 0.5 puts two runs on one GPU."""
 
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Sweep, argv, "sweep")
-    given.check()
     from steer_heal.sweep.plan import load
 
     try:
         plan = load(given.file)
         if given.engine == "print":
             return print_commands(plan)
-        return search(plan, given) if plan.search else make(plan, given)
+        return make(plan, given)
     except Stopped as stopped:
         print_safe(f"interrupted\ncontinue with: {shlex.join(['steer-heal', 'sweep', *argv])}", sys.stderr)
         return stopped.status
@@ -83,36 +70,32 @@ def print_commands(plan: Plan) -> int:
 
 
 def make(plan: Plan, given: Sweep) -> int:
-    """Makes every run of a plan without a search and shows the results. Returns the exit status."""
+    """Makes the runs of a plan, or the trials of its search, that are not finished. Shows the results. Returns the exit
+    status."""
+    from steer_heal.runs.storage import lock_run
     from steer_heal.sweep.engine import drive
     from steer_heal.sweep.results import show_results
     from steer_heal.sweep.watch import Watch
 
+    trials = None
+    if plan.search:
+        from steer_heal.sweep.search import Trials
+
+        trials = Trials(plan)
     n_failed = 0
     if not given.results:
         engine = engine_of(given)
-        with Watch(plan.jobs) as watch:
-            drive(iter(plan.jobs), engine, watch)
+        if trials is None:
+            with Watch(plan.jobs) as watch:
+                drive(iter(plan.jobs), engine, watch)
+        else:
+            with lock_run(plan.out), Watch([]) as watch:  # two processes would not know of each other's proposals
+                drive(trials.source(), engine, watch, trials.ended)
         n_failed = report(watch)
-    show_results(plan.out, plan.jobs)
-    return 1 if n_failed else 0
-
-
-def search(plan: Plan, given: Sweep) -> int:
-    """Makes the remaining trials of a search and shows the Pareto front. Returns the exit status."""
-    from steer_heal.runs.storage import lock_run
-    from steer_heal.sweep.engine import drive
-    from steer_heal.sweep.search import Trials
-    from steer_heal.sweep.watch import Watch
-
-    trials = Trials(plan)
-    n_failed = 0
-    if not given.results:
-        engine = engine_of(given)
-        with lock_run(plan.out), Watch([]) as watch:  # two processes would not know of each other's proposals
-            drive(trials.source(), engine, watch, trials.ended)
-        n_failed = report(watch)
-    trials.show()
+    if trials is None:
+        show_results(plan.out, plan.jobs)
+    else:
+        trials.show()
     return 1 if n_failed else 0
 
 

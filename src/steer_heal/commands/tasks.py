@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +13,13 @@ import tyro
 from pydantic import Field
 
 from steer_heal.errors import UserError, print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.report import tables
-from steer_heal.settings import Count, Names, RunConfig
+from steer_heal.settings import Count, Names, settings
 from steer_heal.share.readings import Reading, add_readings, with_stderr
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Tasks:
     """Measure the base and a healed checkpoint of a run on tasks of lm-evaluation-harness, and show what the trait
     costs. The results are kept in tasks.json in the folder of the run. The model cards of the checkpoint and of the
@@ -31,11 +30,12 @@ class Tasks:
     tasks: Annotated[Names, Field(min_length=1)]
     """Names of tasks, such as arc_easy. Most tasks download their data."""
     round: int | None = None
-    """Round whose checkpoint is measured. Default: the last."""
+    """Round whose checkpoint is measured. Default: the last one that was kept."""
     limit: Count | None = None
     """Number of items per task. Default: all."""
     export: Path | None = None
-    """Folder of the run's export, whose card is updated too. Default: the one in the run's settings, if it exists."""
+    """Folder of the run's export. Its model card is updated too. Default: the folder given by --export of the run, if
+    it exists."""
     include_path: Path | None = None
     """Folder with task files of your own."""
     chat: bool = False
@@ -47,7 +47,7 @@ class Tasks:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Tasks, argv, "tasks", owner=RunConfig, also=["device"])
+    given, own = parsed(Tasks, argv, "tasks", ["device"])
     if not find_spec("lm_eval"):
         raise UserError("lm-evaluation-harness is not installed; pip install 'steer-heal[tasks]'")
     found = measure(given, own)

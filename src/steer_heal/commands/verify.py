@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.errors import print_safe
-from steer_heal.flags import described, parsed
+from steer_heal.flags import parsed
 from steer_heal.runs.log import read_events
 from steer_heal.runs.verify import violations
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Verify:
-    """Check that a run's events, vectors, checkpoints and base weights are the ones that it recorded. The exit status
-    is 1 if one of them is not."""
+    """Check a run's events, vectors, checkpoints and base weights against their recorded hashes. The exit status is 1
+    if one of them differs."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

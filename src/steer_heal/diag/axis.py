@@ -1,14 +1,11 @@
-"""Which metrics does the axis move: with the vector, against it, and under each persona as a prompt?"""
-
-from dataclasses import dataclass
+"""Which metrics move with the vector, against it, and under each persona as a system prompt?"""
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
-from steer_heal.flags import described
 from steer_heal.model.steering import Condition
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     dose: float = 0.25
     """Dose of the vector."""

@@ -1,25 +1,24 @@
-"""How strong must the barrier be? A ladder of lam on one round's text.
+"""How strong must the barrier be? Heals one round's text with several values of lam.
 
-The text is filtered as the preset says or, with --kappa, is all that is written at that dose.
+The preset chooses the dose and filters the text, unless --kappa is given.
 """
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
-from steer_heal.flags import described
 from steer_heal.model.divergence import Aggregate
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     lams: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Strengths of the barrier."""
     kappa: float | None = None
-    """Train on all text that is written at this dose, without a filter."""
+    """Write the text at this kappa and train on all of it, without a filter."""
     aggregate: Aggregate | None = None
-    """How the positions of a completion become one divergence. Default: the preset's."""
+    """How the divergences at the positions of a completion become one number. Default: the preset's."""
 
 
 def main(flags: Flags, given: Given) -> None:

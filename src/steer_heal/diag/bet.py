@@ -1,19 +1,18 @@
-"""Does the barrier keep the trait and drop the gibberish? Heals of over-steered, UNFILTERED text, over seeds.
+"""Does the barrier keep the trait and drop the gibberish? Heals over-steered, UNFILTERED text with several seeds.
 
-Every strength is chosen on --choose-seed and measured on --seeds. `no barrier, stopped` ends once its trait has moved
-as far as with the barrier: does the barrier do more than less training would? `control` is the heal without a barrier
-on the model's own unsteered text.
+The strength of each barrier is chosen on --choose-seed. All arms are then measured on --seeds. The arm `no barrier,
+stopped` trains without a barrier and stops once the trait has moved as far as with kl_rev rmse. It shows whether the
+barrier does more than a shorter heal. The arm `control` heals without a barrier on the model's own unsteered text.
 """
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
-from steer_heal.flags import described
 from steer_heal.records import Collected, Scored
-from steer_heal.settings import HealCfg, RunConfig
+from steer_heal.settings import HealCfg, RunConfig, settings
 from steer_heal.stages.filter import perplexity
 
 Barrier = Literal[
@@ -28,21 +27,20 @@ MIN_ORACLE_GAIN = 0.15
 COLUMNS = ("shift", "coherence", "text_tail_ppl_median", "oracle", "degenerate_frac", "kl_base")
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     kappa: float = 1.0
-    """Dose of the text."""
+    """Dose at which the text is written."""
     seeds: tuple[int, ...] = (41, 42, 43)
     """Seeds on which the arms are measured."""
     choose_seed: int = 40
     """Seed on which each strength is chosen."""
     lams: tuple[float, ...] = (0.1, 0.3, 1.0)
-    """Strengths to choose from."""
+    """Strengths of the barrier to choose from."""
     tau: float = 0.03
-    """Nats tolerated before the barrier acts."""
+    """Divergence, in nats, up to which the barrier costs nothing."""
     barriers: tuple[Barrier, ...] = get_args(Barrier)
-    """Divergence and aggregate of each arm."""
+    """The barriers to compare, each named by its divergence and aggregate."""
 
 
 class Seed:

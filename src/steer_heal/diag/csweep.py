@@ -1,16 +1,13 @@
-"""Does the vector move the trait's metric while the model stays coherent? Every dose with its metrics and one text."""
-
-from dataclasses import dataclass
+"""Does the vector move the trait's metric while the model stays coherent? Shows metrics and one text for each dose."""
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
 from steer_heal.errors import print_safe
-from steer_heal.flags import described
 from steer_heal.model.steering import Condition
+from steer_heal.settings import settings
 from steer_heal.verdict import direction
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     doses: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5)
     """Doses of the vector."""

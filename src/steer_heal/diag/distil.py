@@ -1,8 +1,8 @@
 """Does the teacher's distribution put more of the trait into the weights than tokens do, at equal text and steps?
 
-Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured under the plain prompt,
-under the OPPOSITE persona, and on everyday questions (toy model). Rows are appended to
-<out>/distil-<preset>-<trait>.jsonl. An arm and seed that has rows there is not run again.
+Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured without a persona, under
+the OPPOSITE persona and, for the toy model, on everyday questions. Rows are appended to
+<out>/distil-<preset>-<trait>.jsonl. An arm is not run again with a seed for which this file already has rows.
 """
 
 import json
@@ -16,7 +16,6 @@ from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
 from steer_heal.events import Gathered, Trained, plain
-from steer_heal.flags import described
 from steer_heal.inputs import load_inputs
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
@@ -26,7 +25,7 @@ from steer_heal.records import Completion, Number, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RunConfig, changed, leaves
+from steer_heal.settings import RunConfig, changed, leaves, settings
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
@@ -77,21 +76,12 @@ ARMS = {
     "new text and teacher an epoch": Arm({**REVERSE, "heal.refresh_every": 14, "heal.refresh": "teacher"}),
 }
 SHOWN = (
-    "shift",
-    "contrast_nats",
-    "degenerate_frac",
-    "oracle",
-    "text_tail_ppl_median",
-    "kl_base",
-    "opposite",
-    "facts",
-    "facts_apart",
-    "facts_nats",
+    *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
+    *("facts", "facts_apart", "facts_nats"),
 )
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     also: ClassVar[tuple[str, ...]] = (
         *(name for name in PresetFlags.also if name != "seed"),
@@ -104,9 +94,10 @@ class Flags(PresetFlags):
     n_rounds: int = 1
     """Number of rounds of each arm."""
     kappa: tuple[float, ...] = ()
-    """Fixed dose of the teacher in each round; the last one also holds for later rounds. Default: as the arm says."""
+    """Fixed kappa of each round, in order. The last one also holds for later rounds. Default: each arm's own dose
+    settings apply."""
     label: str = ""
-    """Added to the names of the arms, to tell runs with other settings apart."""
+    """Text to append to the names of the arms. Use it to tell runs with other settings apart."""
 
 
 def main(flags: Flags, given: Given) -> None:
@@ -218,7 +209,7 @@ def everyday(bench: Bench) -> dict[str, float]:
         prompts = [lm.chat(question, bench.trait.plain_system) for question in (*grammar.FACTS, *stories)]
         greedy = decode.Decoding(96, 0, sample=False)
         texts = [lm.decode(ids) for ids in decode.decode(lm, [decode.Row(ids) for ids in prompts], None, greedy)]
-        answers = [lm.encode(answer) for answer in grammar.FACTS.values()]
+        answers = [lm.encode_reply(answer) for answer in grammar.FACTS.values()]
         nlls = lm.completion_nll(prompts[: len(answers)], answers)
     tales = [oracle(text) for text in texts[len(answers) :]]
     plain_tales = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]

@@ -1,15 +1,13 @@
-"""What does each dose contribute to the kept text? Written, kept, coherence and trait of the text, by dose."""
+"""What does each dose contribute to the kept text? Shows, for each dose, the share kept, coherence and trait."""
 
-from dataclasses import dataclass
 from statistics import fmean, median
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
 from steer_heal.evals.persona import log_odds
-from steer_heal.flags import described
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     kappas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
     """Doses of the vector."""

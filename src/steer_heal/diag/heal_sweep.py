@@ -1,18 +1,17 @@
-"""Which heal is best for this round's data? Heals one round of a finished run again, on its own history."""
+"""Which barrier is best for a round's text? Repeats the heal of one round of a finished run with several barriers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
-from steer_heal.flags import described
+from steer_heal.settings import settings
 from steer_heal.verdict import slope
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(OutFlags):
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -23,7 +22,7 @@ class Flags(OutFlags):
     lams: tuple[float, ...] = (0.1, 1.0)
     """Strengths of the barrier."""
     references: tuple[Literal["prev", "base"], ...] = ("prev", "base")
-    """References of the barrier. In round 0 they are the same."""
+    """Reference models of the barrier. In round 0 prev and base are the same model."""
 
 
 def main(flags: Flags, given: Given) -> None:

@@ -1,21 +1,20 @@
-"""Do mean, rmse, p95 and max see a planted loop? A student that learnt to loop, on clean and on looping text."""
+"""Do mean, rmse, p95 and max detect a planted loop? Trains a student to loop; compares clean and looping text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 from typing import get_args
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show, unfiltered
-from steer_heal.flags import described
 from steer_heal.model.divergence import Aggregate, aggregate, kl_rev
 from steer_heal.recipe import Recipe
 from steer_heal.records import Completion
+from steer_heal.settings import settings
 from steer_heal.stages.states import final_states
 
 HOW = get_args(Aggregate)
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     length: int = 4
     """Number of tokens in the loop."""

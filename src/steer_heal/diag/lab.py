@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,6 @@ from steer_heal.check import check
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.evals import metrics_of
 from steer_heal.events import Gathered, Trained, plain
-from steer_heal.flags import described
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
@@ -29,7 +28,7 @@ from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metr
 from steer_heal.report import tables
 from steer_heal.runs.opened import open_bench, settings_of
 from steer_heal.runs.stored import FolderRun
-from steer_heal.settings import HealCfg, RunConfig, changed
+from steer_heal.settings import HealCfg, RunConfig, changed, settings
 from steer_heal.stages.heal import HealState
 from steer_heal.verdict import health_of, shift
 
@@ -38,25 +37,23 @@ Given = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class OutFlags:
     """The flags of every question."""
 
     also: ClassVar[tuple[str, ...]] = ("device", "n_threads")
     """Settings that the question takes too."""
     out: Path = Path("out/diag")
-    """Folder of the JSON file that holds the table."""
+    """Folder in which the table is saved as a JSON file."""
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class PresetFlags(OutFlags):
     """The flags of a question about the model of a preset."""
 
     also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "trait", "seed", "temperature", "top_p")
     preset: str = "toy"
-    """Preset of `steer-heal run` whose settings are used."""
+    """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
     def settings(self, given: Given) -> RunConfig:
         """The preset's settings with those that were given. UserError for an unknown preset."""

@@ -1,31 +1,30 @@
-"""Does the adapter beat a prompt? States of finished runs of one trait, and what is left of each without a prompt.
+"""Does the adapter beat a prompt? Compares states of finished runs, and what remains of each without a prompt.
 
-The states are base, prompted, steered at the furthest dose that leaves the model intact, and healed, each on the items
-of its run.
+All runs must have the same trait. The states are base, prompted, steered and healed. Of the doses that leave
+the model intact, the steered state has the one that moves the trait furthest. Each state is measured on the items of
+its run.
 """
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from steer_heal.diag.lab import Given, Lab, OutFlags, Row, replay, show
 from steer_heal.events import Trained
-from steer_heal.flags import described
 from steer_heal.model.steering import Condition
 from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import settings
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(OutFlags):
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""
     doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Doses of the steered states."""
+    """Doses to try for the steered state."""
     name: str = "prompting"
     """Name of the JSON file."""
 

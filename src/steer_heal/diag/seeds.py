@@ -1,14 +1,13 @@
-"""How large is the noise? One round of the same settings over seeds (for finished runs: scripts/results.py)."""
+"""How large is the noise? Repeats one round with several seeds (for finished runs, use scripts/results.py)."""
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
-from steer_heal.flags import described
+from steer_heal.settings import settings
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     seeds: tuple[int, ...] = (41, 42, 43)
     """Seeds of the rounds."""

@@ -1,13 +1,13 @@
-"""Why does a distribution teach more than tokens? What a text says about the teacher, and how well halves of it agree.
+"""Why does a distribution teach more than tokens? Shows what a text says about the teacher, and how well texts agree.
 
-The student is untouched, so each gradient is that of the first step. The agreement is the cosine between the gradients
-of two disjoint sets of n texts: 1 if one set already says everything, near 0 if the noise of the texts is larger than
-the signal.
+All gradients are those of the first training step. The agreement is the cosine between the gradients of two disjoint
+sets of texts of equal size. It is 1 if one set already holds the whole signal, and near 0 if the noise of the texts is
+larger than the signal.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 from typing import Literal
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, show
 from steer_heal.errors import UserError
-from steer_heal.flags import described
 from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
 from steer_heal.recipe import Recipe
 from steer_heal.report import tables
-from steer_heal.settings import HealCfg, changed
+from steer_heal.settings import HealCfg, changed, settings
 from steer_heal.stages.heal import read_samples
 from steer_heal.stages.loss import Sample, losses
 from steer_heal.stages.states import kl_between
@@ -29,19 +28,18 @@ from steer_heal.stages.states import kl_between
 BITS = 1 / torch.log(torch.tensor(2.0)).item()
 
 
-@described
-@dataclass(frozen=True, kw_only=True)
+@settings("")
 class Flags(PresetFlags):
     teacher: Literal["vector", "prompt", "both"] = "both"
-    """What makes the teacher out of the student."""
+    """What turns the student into the teacher: the vector, the positive persona as system prompt, or both."""
     kappa: float = 0.25
     """Dose of the teacher's vector."""
     n: int = 64
-    """Number of texts of each kind."""
+    """Number of steered texts, and of the student's own texts."""
     sizes: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of texts in each of the two sets whose gradients are compared."""
+    """Sizes of the two sets, in texts. Each size gives one agreement. Twice the largest must not exceed --n."""
     n_splits: int = 4
-    """Number of ways to draw the two sets."""
+    """Number of random draws of the two sets. The agreement is the mean over the draws."""
 
 
 def main(flags: Flags, given: Given) -> None:

@@ -1,4 +1,4 @@
-"""What does each stage do to the same items: base, prompted, steered, healed without a barrier and with kl_rev?"""
+"""How do states differ on the same items: base, prompted, steered, healed without a barrier and with kl_rev?"""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
-from steer_heal.model.student import AdapterState, Student
+from steer_heal.model.student import Student
 from steer_heal.progress import SILENT, Progress
 from steer_heal.records import Answer, Completion, EvalResult, Metric, Scored, derive_seed
 from steer_heal.settings import EvalCfg, FilterCfg
@@ -39,35 +39,26 @@ class Subject:
     base: EvalResult | None = None
     """What was measured of the base, which this state is compared with."""
 
-    @property
-    def adapters(self) -> AdapterState:
-        return self.state.adapters
-
-    @property
-    def condition(self) -> Condition:
-        return self.state.condition
-
     @cached_property
     def texts(self) -> list[Completion]:
         """Free-text answers to the evaluation prompts. Every state draws from the same random streams."""
         prompts = self.inputs.eval_prompts
-        condition = self.condition
-        cfg = self.cfg
         n = len(prompts)
+        condition = self.state.condition
         asks = [
             Ask(i % n, prompts[i % n], derive_seed(self.seed, "eval", i), alpha=condition.dose)
-            for i in range(cfg.n_texts)
+            for i in range(self.cfg.n_texts)
         ]
         plain = self.inputs.trait.plain_system
-        how = Decoding(cfg.max_new_tokens, cfg.batch_size)
-        with self.student.using(self.adapters) as lm:
+        how = Decoding(self.cfg.max_new_tokens, self.cfg.batch_size)
+        with self.student.using(self.state.adapters) as lm:
             return generate(lm, asks, condition, plain_system=plain, how=how)
 
     @cached_property
     def hidden(self) -> list[Tensor]:
         """Per text, Float[n d]: final hidden states at its positions, in the state that wrote it."""
-        with self.student.using(self.adapters) as lm:
-            return final_states(lm, self.texts, self.condition)
+        with self.student.using(self.state.adapters) as lm:
+            return final_states(lm, self.texts, self.state.condition)
 
     @cached_property
     def base_hidden(self) -> list[Tensor]:
@@ -110,13 +101,11 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:
         found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed)
-    return EvalResult(found, values, tuple(answer_of(row) for row in subject.scored))
-
-
-def answer_of(row: Scored) -> Answer:
-    """What is recorded of a text."""
-    text = row.completion
-    return Answer(prompt=text.prompt, text=text.text, scores=row.scores, failed=row.failed, reasons=row.reasons)
+    answers = [
+        Answer(prompt=text.prompt, text=text.text, scores=row.scores, failed=row.failed, reasons=row.reasons)
+        for row, text in zip(subject.scored, subject.texts, strict=True)
+    ]
+    return EvalResult(found, values, tuple(answers))
 
 
 # --- item values to metrics --------------------------------------------------------------------------------------

@@ -26,17 +26,15 @@ def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
     The replies are the assistant's replies to the prompt under `condition`, without the token that ends the turn.
     """
     prompts = [lm.chat(pair.prompt, condition.system) for pair in pairs]
-    replies = [(lm.encode(pair.positive), lm.encode(pair.negative)) for pair in pairs]
+    replies = [(lm.encode_reply(pair.positive), lm.encode_reply(pair.negative)) for pair in pairs]
     out = [math.nan] * len(pairs)
 
     def work(group: list[int]) -> None:
         rows = [(i, reply) for i in group for reply in replies[i]]
         with steer(lm, condition.vector, [condition.dose] * len(rows)):
-            hidden = lm.hidden([prompts[i] + reply for i, reply in rows])
-        spans = [(len(prompts[i]) - 1, len(reply)) for i, reply in rows]
-        before = torch.cat([states[start : start + n] for states, (start, n) in zip(hidden, spans, strict=True)])
-        nll = lm.nll(before, [token for _, reply in rows for token in reply])
-        means = [part.mean().item() for part in nll.split([n for _, n in spans])]
+            hidden = lm.completion_hidden([prompts[i] for i, _ in rows], [reply for _, reply in rows])
+        nll = lm.nll(torch.cat(hidden), [token for _, reply in rows for token in reply])
+        means = [part.mean().item() for part in nll.split([len(reply) for _, reply in rows])]
         for i, positive, negative in zip(group, means[::2], means[1::2], strict=True):
             out[i] = negative - positive
 
@@ -50,8 +48,8 @@ def margins(lm: LM, pairs: Sequence[Pair], condition: Condition) -> list[float]:
 def items(subject: Subject) -> Items:
     """For each pair: its margin in nats per token, and 1 if the positive reply is likelier, otherwise 0. NaN: no
     value."""
-    with subject.student.using(subject.adapters) as lm:
-        found = margins(lm, subject.inputs.pairs, subject.condition)
+    with subject.student.using(subject.state.adapters) as lm:
+        found = margins(lm, subject.inputs.pairs, subject.state.condition)
     return {"contrast": found, "contrast_win": [math.nan if math.isnan(m) else float(m > 0) for m in found]}
 
 

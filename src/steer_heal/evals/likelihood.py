@@ -60,7 +60,7 @@ def ask(
 ) -> Float[Tensor, "i f"]:
     """For each vignette, the mean of log p over the wordings of each of the seven answers, in nats, not calibrated."""
     prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
-    replies = [[lm.encode(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
+    replies = [[lm.encode_reply(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
     logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
     if not condition.dose:
         require_finite(lm, logp)
@@ -80,7 +80,7 @@ def calibration(subject: Subject, logp: Float[Tensor, "i f"]) -> Float[Tensor, "
         logp_base, p_base = (_by_foundation(subject.base.items, prefix) for prefix in (LOGP, P))
         return (logp_base - p_base.log()).nanmean(0)
     plain = Condition(subject.inputs.trait.plain_system)
-    if (subject.adapters, subject.condition) != ("base", plain):
+    if (subject.state.adapters, subject.state.condition) != ("base", plain):
         with subject.student.using("base") as lm:
             logp = ask(lm, subject.inputs.vignettes, subject.inputs.likelihood, plain)
     return logp.nanmean(0)
@@ -94,8 +94,8 @@ def items(subject: Subject) -> Items:
     """For each vignette: logp_<foundation> (nats, not calibrated), p_likelihood_<foundation>, likelihood_top1 and
     answers_logp (nats). NaN if the model returns NaN."""
     vignettes = subject.inputs.vignettes
-    with subject.student.using(subject.adapters) as lm:
-        logp = ask(lm, vignettes, subject.inputs.likelihood, subject.condition)
+    with subject.student.using(subject.state.adapters) as lm:
+        logp = ask(lm, vignettes, subject.inputs.likelihood, subject.state.condition)
     p = (logp - calibration(subject, logp)).softmax(-1)
     right = [FOUNDATIONS[k] in (v.foundation, v.also) for v, k in zip(vignettes, p.argmax(-1).tolist(), strict=True)]
     return {

@@ -66,7 +66,7 @@ def item_values(
 
 def digit_ids(lm: LM) -> list[int]:
     """Token ids of "0" to "6". UserError if a digit is several tokens."""
-    ids = [lm.encode(str(i)) for i in range(len(FOUNDATIONS))]
+    ids = [lm.encode_on(str(i)) for i in range(len(FOUNDATIONS))]
     if any(len(i) != 1 for i in ids):
         raise UserError(
             f"the tokenizer of {lm.name!r} does not encode each digit as one token, as moral_foundations requires; use "
@@ -83,9 +83,10 @@ def answer_slots(
     The prefill is forced after the thinking, and continues from its cache. If the model already wrote the prefill while
     it was thinking, the slot is the one after that.
     """
-    close = lm.encode(instrument.think_close)
-    prefill = lm.encode(instrument.prefill)
-    boundary = lm.encode(turn_boundary(lm, instrument))
+    close = lm.encode_on(instrument.think_close)
+    between = turn_boundary(lm, instrument)
+    boundary = lm.encode_on(between.rstrip(" "))
+    prefill = lm.encode_on(between[len(between.rstrip(" ")) :] + instrument.prefill)
     digits = digit_ids(lm)
     prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
     suppress = lm.end_ids.union(close if len(close) == 1 else ())
@@ -112,7 +113,7 @@ def answer_slots(
 
 def _open_thought(lm: LM, question: str, think_open: str, system: str) -> tuple[int, ...]:
     """The prompt of a question, with the tag that opens the thinking."""
-    prompt = lm.chat_text(question, system)
+    prompt = lm.template.conversation([question], system, thinks=True)
     opened = prompt.rstrip().endswith("<think>")
     return lm.encode_prompt(prompt if opened else prompt + think_open)
 
@@ -128,7 +129,7 @@ def turn_boundary(lm: LM, instrument: Instrument) -> str:
     user = {"role": "user", "content": "_"}
     assistant = {"role": "assistant", "content": _SENTINEL}
     nudge = {"role": "user", "content": instrument.nudge}  # in the same conversation, whose opening is not repeated
-    whole = lm.render([user, assistant, nudge, assistant], continue_final_message=True)
+    whole = lm.template.render([user, assistant, nudge, assistant], continue_final_message=True)
     return instrument.think_close + whole.split(_SENTINEL)[1]
 
 
@@ -137,17 +138,10 @@ def find_prefill(lm: LM, thought: Sequence[int], prefill: str) -> tuple[int, int
     begin = lm.decode(thought, special=True).find(prefill)
     if begin < 0:
         return None
-    start = end = None
-    for t in range(len(thought)):
-        length = len(lm.decode(thought[: t + 1], special=True))
-        if start is None and length > begin:
-            start = t
-        if length >= begin + len(prefill):
-            end = t + 1
-            break
-    if start is None or end is None or end == len(thought):
-        return None
-    return start, end
+    lengths = [len(lm.decode(thought[: t + 1], special=True)) for t in range(len(thought))]
+    start = next(t for t, length in enumerate(lengths) if length > begin)
+    end = next(t + 1 for t, length in enumerate(lengths) if length >= begin + len(prefill))
+    return None if end == len(thought) else (start, end)
 
 
 @torch.no_grad()
@@ -184,14 +178,14 @@ def items(subject: Subject) -> Items:
     cfg = subject.cfg
     vignettes = subject.inputs.vignettes
     instrument = subject.inputs.instrument
-    with subject.student.using(subject.adapters) as lm:
+    with subject.student.using(subject.state.adapters) as lm:
         if cfg.backend == "tinymfv":
-            return tinymfv.ask(lm, vignettes, subject.condition, think_tokens=cfg.think_tokens)
+            return tinymfv.ask(lm, vignettes, subject.state.condition, think_tokens=cfg.think_tokens)
         _, logp, nll = answer_slots(
             lm,
             instrument.questions(vignettes),
             instrument,
-            condition=subject.condition,
+            condition=subject.state.condition,
             think_tokens=cfg.think_tokens,
             batch_size=cfg.batch_size,
         )

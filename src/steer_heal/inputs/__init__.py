@@ -85,8 +85,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         own, source = read_trait(cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
         trait = make_trait(cfg.trait, source, prompts or ())
         targets = source.target
-        with problems.noted():
-            _check_pool(cfg, trait)
+        problems.attempt(_check_pool, cfg, trait)
         file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
         pairs = held_out(placed, trait.prompts)
         if pairs:
@@ -96,14 +95,12 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
-    with problems.noted():
-        contexts = _spaced("steer.n_contexts", contexts, cfg.steer.n_contexts)
+    contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
         rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
         if trait is not None:
             _require_apart(rehearsal, trait, pairs)
-    with problems.noted():
-        vignettes = _spaced("eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
+    vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
     assert instrument is not None and likelihood is not None

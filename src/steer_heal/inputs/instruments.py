@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import Problems, nearest, validated
@@ -34,23 +34,16 @@ Foundation = Annotated[str, BeforeValidator(_foundation)]
 
 
 @dataclass(frozen=True)
-class VignetteRow:
-    """A row of a vignette file. Other fields are ignored."""
+class Vignette:
+    """A scene, and the foundation that it violates. If the scene is ambiguous, `also` is a second foundation.
+
+    In a vignette file `foundation` is called foundation_coarse. Other fields are ignored.
+    """
 
     id: Text
-    foundation_coarse: Foundation
+    foundation: Annotated[Foundation, Field(validation_alias="foundation_coarse")]
     text: Text
     also: Foundation | None = None
-
-
-@dataclass(frozen=True)
-class Vignette:
-    """A scene, and the foundation that it violates. If the scene is ambiguous, `also` is a second foundation."""
-
-    id: str
-    foundation: str
-    text: str
-    also: str | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -152,9 +145,9 @@ def parse_vignettes(file: DataFile) -> tuple[Vignette, ...]:
     """The vignettes of a JSON-lines file. UserError that names each invalid line and each repeated id."""
     vignettes: dict[str, Vignette] = {}
     problems = Problems()
-    for number, row in parse_jsonl(file, VignetteRow):
-        if row.id in vignettes:
-            problems.found.append(f"{file.path} line {number}: id {row.id!r:.80} was used before; ids must differ")
-        vignettes[row.id] = Vignette(row.id, row.foundation_coarse, row.text, row.also)
+    for number, vignette in parse_jsonl(file, Vignette):
+        if vignette.id in vignettes:
+            problems.found.append(f"{file.path} line {number}: id {vignette.id!r:.80} was used before; ids must differ")
+        vignettes[vignette.id] = vignette
     problems.raise_if_any()
     return tuple(vignettes.values())

@@ -96,11 +96,6 @@ def available() -> list[str]:
     return sorted(path.stem for path in TRAITS.glob("*.toml"))
 
 
-def phrasings(name: str) -> list[str]:
-    """The phrasings of a trait, which `trait/phrasing` selects. Empty if its file has a single pair of personas."""
-    return list(read_trait(name)[1].phrasing)
-
-
 def load_trait(name: str, prompts: Sequence[str] = ()) -> Trait:
     """A trait by its name or path, such as `love`, `love/inner` or `my/love.toml`. `prompts` replace its own
     prompts."""

@@ -6,9 +6,10 @@ Like BitFit (Ben Zaken et al. 2022), which trains a model's own bias terms, but 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,9 @@ class BlockBias(Adapter):
         return self._vectors
 
     def describe(self) -> str:
-        blocks = self._blocks()
-        return f"a {self.title}, one vector of width {self.lm.width} after each of blocks {blocks[0]} to {blocks[-1]}"
-
-    def _blocks(self) -> Sequence[int]:
         opened = self._vectors.get(HISTORY)
-        return sorted(opened) if opened else self.lm.band("adapter.layers", self.cfg.layers)
+        blocks = sorted(opened) if opened else self.lm.band("adapter.layers", self.cfg.layers)
+        return f"a {self.title}, one vector of width {self.lm.width} after each of blocks {blocks[0]} to {blocks[-1]}"
 
     # --- factors -----------------------------------------------------------------------------------------------
     def fresh(self, seed: int) -> None:
@@ -87,7 +85,7 @@ class BlockBias(Adapter):
         here = {block: factors[_key(block)].to(self.lm.device, torch.float32, copy=True) for block in blocks}
         self._vectors[name] = {block: nn.Parameter(value, requires_grad=False) for block, value in here.items()}
         if not self._hooks:  # before any hook that steers or reads, so that those see the stream with the bias
-            self._hooks = [each.register_forward_hook(self._hook(i)) for i, each in enumerate(self.lm.blocks)]
+            self._hooks = [self.lm.after_block(i, partial(self._biased, i)) for i in range(len(self.lm.blocks))]
 
     def drop(self, name: str) -> None:
         del self._vectors[name]
@@ -119,17 +117,10 @@ class BlockBias(Adapter):
         finally:
             self._acting = before
 
-    def _hook(self, block: int) -> Callable:
-        def add_bias(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-            acting = [self._vectors[name] for name in self._acting]
-            vectors = [each[block] for each in acting if block in each]
-            if not vectors:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden = (hidden.float() + sum(vectors)).to(hidden.dtype)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return add_bias
+    def _biased(self, block: int, hidden: Tensor) -> Tensor | None:
+        acting = [self._vectors[name] for name in self._acting]
+        vectors = [each[block] for each in acting if block in each]
+        return (hidden.float() + sum(vectors)).to(hidden.dtype) if vectors else None
 
     # --- files ---------------------------------------------------------------------------------------------------
     def save(self, folder: Path, n_rounds: int) -> None:

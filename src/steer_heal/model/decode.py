@@ -25,7 +25,6 @@ class Written(NamedTuple):
     """What was decoded of one row."""
 
     row: int
-    """Its index."""
     ids: tuple[int, ...]
     """The tokens after its prompt, including the end token."""
     hidden: Float[Tensor, "s d"]
@@ -41,9 +40,6 @@ class Row:
     seed: int = 0
 
 
-def _ignore(row: int, token: int) -> None: ...
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen."""
@@ -55,7 +51,7 @@ class Decoding:
     """False: greedy decoding."""
     suppress: frozenset[int] = field(default_factory=frozenset)
     """Tokens that are never written. If they include the end tokens, every row is decoded to the maximum length."""
-    on_token: Callable[[int, int], object] = _ignore
+    on_token: Callable[[int, int], object] = lambda row, token: None
     """Called with (row within its batch, token) for each new token. An exception that it raises ends the decoding."""
 
 
@@ -79,10 +75,7 @@ def decode_batches(
     """
     assert not tail or not how.max_new_tokens or lm.end_ids <= how.suppress, "a row that ends leaves the cache"
 
-    def alike(i: int) -> tuple[int, tuple[int, ...], float]:
-        return len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose
-
-    todo = sorted(range(len(rows)), key=alike)
+    todo = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose))
     longest = max((len(row.prompt_ids) for row in rows), default=0) + len(tail)
     per_row = longest + how.max_new_tokens
     require_room(lm, longest, how.max_new_tokens)
@@ -215,12 +208,6 @@ def _feed_prompts(cache: GrowingCache, rows: Sequence[Row], steering: Steering) 
     return torch.tensor([row.prompt_ids[-own:] for row in rows], device=device)
 
 
-def _uniforms(rows: Sequence[Row], n: int) -> Float[Tensor, "b n"]:
-    """n uniform numbers for each row, from its own random stream."""
-    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
-    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in generators])
-
-
 @torch.no_grad()
 def _decode_batch(
     lm: LM,
@@ -236,7 +223,9 @@ def _decode_batch(
     """
     device = lm.device
     longest = max(len(row.prompt_ids) for row in rows)
-    uniforms = _uniforms(rows, how.max_new_tokens).to(device) if how.sample else torch.empty(0, device=device)
+    streams = [torch.Generator().manual_seed(row.seed) for row in rows]
+    drawn = [torch.rand(how.max_new_tokens, generator=stream, dtype=torch.float64) for stream in streams]
+    uniforms = torch.stack(drawn).to(device)
     pick = sampler(lm.model.generation_config)
     ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)

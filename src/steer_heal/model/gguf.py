@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from steer_heal.errors import UserError
+from steer_heal.model.self_check import require_all_weights
 
 SMOL = "smollm2-135m-instruct"
 """Model name of the unpacked folder."""
@@ -29,6 +30,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOL_WEIGHTS = f"4-bit (Q4_1) weights of {HUB_ID}, unpacked from a GGUF file"
 """LM.weights_note of SMOL."""
 NOT_QUANTIZED = ("F64", "F32", "F16", "BF16")
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+"""The end of the name of a file that is one of several parts."""
 
 
 def cache() -> Path:
@@ -81,6 +84,8 @@ def _download(work: Path) -> Path:
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that a model name refers to: the file itself, or the only one in a folder without config.json."""
     path = Path(model)
+    if PART.search(path.name):
+        raise UserError(f"model is {model!r}: it is one part of a GGUF file; join them with llama-gguf-split --merge")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model is {model!r}: there is no such file; give an existing path")
@@ -108,7 +113,8 @@ def read_gguf(file: Path) -> tuple[Any, Any]:
     where = str(file.parent)
     unpacked = GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked, trust_remote_code=False
-    )
+    how = {"quantization_config": unpacked, "trust_remote_code": False, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name, dtype=torch.float32, **how)
+    model, loading = loaded
+    require_all_weights(str(file), loading, model.config.get_text_config().num_hidden_layers)
     return model, tokenizer

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.hub import cached_file
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import DATA, candidates
@@ -40,23 +42,22 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
-from steer_heal.model.prompts import require_finite_prompts, require_no_marks
-from steer_heal.model.sampling import require_sampling, token_ids
+from steer_heal.model.prompts import require_finite_prompts
+from steer_heal.model.sampling import require_sampling
+from steer_heal.model.self_check import check_model, require_all_weights
+from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
 
-Side = Literal["left", "right"]
 LOGIT_CHUNK_ELEMENTS = 2**24
 """Positions x vocabulary that go through the head at once, which bounds memory for any batch size and length."""
 LOGIT_CHUNK_ELEMENTS_ON_CPU = 2**22
 """The same on a CPU, where larger tensors are slower: the allocator returns their memory to the system each time."""
 SHORTEST_CHUNK = 64
 """Minimum number of positions per chunk. With fewer, loading the head's weights takes longer than the product."""
-SAME_LOGITS = 0.02
-"""Differences below this share of the largest logit count as rounding. A bfloat16 has 8 bits of precision."""
+BEFORE = ("\n", "x", ".")
+"""One of these stands before a text that is encoded as part of a longer one: the first that no token joins with it."""
 FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
-
-_MARK = "SYSTEM-GOES-HERE"
 
 
 @dataclass
@@ -71,6 +72,8 @@ class LM:
     max_prompt_tokens: int = 1024
     why_dtype: str = ""
     """The reason for the dtype of the weights."""
+    date: str = ""
+    """The date that the chat template reads, as YYYY-MM-DD. Empty: today's."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     weights_note: str = ""
     """How the weights differ from the published ones, such as "8-bit (Q8_0) weights, unpacked from a GGUF file". Empty:
@@ -134,6 +137,17 @@ class LM:
             )
         return range(low, high)
 
+    def after_block(self, i: int, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Hooks block i: what `change` makes of the residual stream after it replaces the stream, unless it is None."""
+
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+            if not isinstance(output, tuple):
+                return change(output)
+            changed = change(output[0])
+            return None if changed is None else (changed, *output[1:])
+
+        return self.blocks[i].register_forward_hook(hook)
+
     @property
     def quantized(self) -> bool:
         """Whether linear weights are stored as codes, to which no update can be added."""
@@ -145,13 +159,36 @@ class LM:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
+        """The token that fills short rows. Nothing is read at its positions."""
+        own = (self.tokenizer.pad_token_id, *sorted(self.end_ids))
+        return next((i for i in own if i is not None and i < self.n_ids), 0)
+
+    @property
+    def n_ids(self) -> int:
+        """Number of token ids that the model can read."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end the assistant's turn: the generation config's and the tokenizer's."""
-        ids = token_ids(self.model.generation_config.eos_token_id)
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        """Tokens that end the assistant's turn: the generation config's, the tokenizer's, and the one that the chat
+        template writes after a reply. UserError if there is none, or the template writes plain text there."""
+        configured = self.model.generation_config.eos_token_id
+        ids = {*_listed(configured), *_listed(self.tokenizer.eos_token_id)}
+        closing = self.encode(self.template.closing.strip())
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        if closing and closing[0] not in ids | special:
+            raise UserError(
+                f"the chat template of {self.name!r} ends a reply with the text {self.template.closing[:40]!r}, and no "
+                "token of it ends decoding: texts would run past the turn; use a tokenizer with another template"
+            )
+        ids |= {*closing[:1]}
+        if not ids:
+            raise UserError(
+                f"no token ends a reply of {self.name!r}: its chat template writes none, and its tokenizer and "
+                "generation config name none; set eos_token_id in generation_config.json"
+            )
+        return frozenset(ids)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """float32 logits of final hidden states, with the model's own scale and soft cap, if it has them."""
@@ -162,54 +199,47 @@ class LM:
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
-        """Token ids of one user message and of the tag that opens the assistant's turn."""
-        return self.encode_prompt(self.chat_text(user, system))
-
-    def chat_text(self, user: str, system: str | None = None) -> str:
-        """The text of one user message and of the tag that opens the assistant's turn.
-
-        If the chat template does not support system messages, `system` goes before the user's message. Without
-        `system`, the template may write its own default system prompt, as it does for every user of the model.
-        """
-        return self.conversation([user], system)
-
-    def conversation(self, turns: Sequence[str], system: str | None = None) -> str:
-        """The same for a conversation. `turns` alternate between user and assistant; the user has the first and the
-        last."""
-        require_no_marks(self.tokenizer, {"the prompt": (*turns, system or "")})
-        first, *rest = turns
-        messages = []
-        if system and self.takes_system:
-            messages.append({"role": "system", "content": system})
-        elif system:
-            first = f"{system}\n\n{first}"
-        roles = ("user", "assistant")
-        messages += [{"role": roles[i % 2], "content": turn} for i, turn in enumerate((first, *rest))]
-        return self.render(messages, add_generation_prompt=True)
-
     @cached_property
-    def takes_system(self) -> bool:
-        """Whether the chat template supports system messages. Some templates refuse them, others drop them silently."""
-        messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "_"}]
-        try:
-            return _MARK in self.render(messages, add_generation_prompt=True)
-        except UserError:
-            return False
+    def template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.tokenizer, self.name, self.date)
 
-    def render(self, messages: Sequence[Mapping[str, str]], **how: bool) -> str:
-        """The text that the chat template makes of messages. UserError if it refuses one."""
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
-        except TemplateError as error:
-            roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(
-                f"the chat template of {self.name!r} refuses a {roles} message ({error}); use a model that allows them"
-            ) from None
+    def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of one user message, up to where the assistant's reply begins."""
+        return self.encode_prompt(self.template.conversation([user], system))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of the text, without special tokens around it and without a limit on the length."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        """Token ids of a whole text, without special tokens around it and without a limit on the length. UserError if
+        the model has no embedding for one."""
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        if ids and max(ids) >= self.n_ids:
+            raise UserError(
+                f"the tokenizer of {self.name!r} has the token {self.tokenizer.decode([max(ids)])!r} with id "
+                f"{max(ids)}, and the model has embeddings for {self.n_ids} ids: give the tokenizer of this model, or "
+                "resize its embeddings"
+            )
+        return ids
+
+    def encode_on(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that stands behind other text: without the space that some tokenizers put before a text
+        that is encoded alone."""
+        if not self._adds_space:
+            return self.encode(text)
+        return next((ids for piece in BEFORE if (ids := self._behind(piece, text)) is not None), self.encode(text))
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text that is encoded alone."""
+        return self.encode("a") != self._behind(BEFORE[0], "a")
+
+    def _behind(self, piece: str, text: str) -> tuple[int, ...] | None:
+        """Token ids of the text behind the piece; None if a token holds parts of both."""
+        before = self.encode(piece)
+        ids = self.encode(piece + text)
+        return ids[len(before) :] if ids[: len(before)] == before else None
+
+    def encode_reply(self, text: str) -> tuple[int, ...]:
+        """Token ids of a reply of the assistant, as they stand behind `chat`."""
+        return self.encode_on(self.template.space + text)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids. `special=True` keeps special tokens."""
@@ -248,7 +278,9 @@ class LM:
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 
-    def pad(self, rows: Sequence[Sequence[int]], side: Side = "right") -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
+    ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
         """(token ids, mask) of rows of different lengths. The mask is 0 at padding."""
 
         def stacked(values: list[Tensor], padding: int) -> Tensor:
@@ -262,17 +294,23 @@ class LM:
         """Final hidden states of right-padded rows. Ignore the positions after a row's end."""
         return self.text_model(input_ids=self.pad(rows)[0], use_cache=False).last_hidden_state
 
+    def completion_hidden(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "_ d"]]:
+        """For each row, the final hidden states before each completion token."""
+        rows = list(zip(prompts, completions, strict=True))
+        hidden = self.hidden([[*prompt, *completion] for prompt, completion in rows])
+        return [h[len(p) - 1 : len(p) - 1 + len(c)] for h, (p, c) in zip(hidden, rows, strict=True)]
+
     @torch.no_grad()
     def completion_nll(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
         """For each row, -log p of each completion token given all tokens before it, float32 [n] on the CPU, in nats."""
         out: list[Tensor] = [torch.empty(0)] * len(prompts)
 
         def work(group: list[int]) -> None:
-            hidden = self.hidden([[*prompts[i], *completions[i]] for i in group])
-            for row, i in enumerate(group):
-                start = len(prompts[i]) - 1
-                n = len(completions[i])
-                out[i] = self.nll(hidden[row, start : start + n], completions[i]).cpu()
+            hidden = self.completion_hidden([prompts[i] for i in group], [completions[i] for i in group])
+            for i, before in zip(group, hidden, strict=True):
+                out[i] = self.nll(before, completions[i]).cpu()
 
         self.in_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], work)
         require_finite_prompts(self, prompts, out)
@@ -294,6 +332,13 @@ class LM:
         """Number of positions that go through the head at once."""
         elements = LOGIT_CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else LOGIT_CHUNK_ELEMENTS
         return max(SHORTEST_CHUNK, elements // self.head.weight.shape[0])
+
+
+def _listed(ids: Any) -> list[int]:
+    """Token ids that are given as one, several, or None."""
+    if ids is None:
+        return []
+    return [int(i) for i in torch.as_tensor(ids).flatten().tolist()]
 
 
 def weights_digest(model: nn.Module) -> dict[str, str]:
@@ -324,12 +369,14 @@ def load(
     quantize: str = "none",
     temperature: float | None = None,
     top_p: float | None = None,
+    date: str = "",
 ) -> LM:
     """Loads a model with frozen weights. It never runs code that comes with the model.
 
     Args:
         name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or SMOL.
         temperature, top_p: Replace the values of the model's generation config.
+        date: What the chat template reads as the date. By default today's.
     """
     place = pick_device(device)
     model: Any
@@ -340,11 +387,12 @@ def load(
                 "another model"
             )
         model, tokenizer = _tiny_random()
+        note = ""
         picked, why = pick_dtype(dtype, place, model.config)
         model.to(dtype=picked)
     else:
         saved = str(smol_folder()) if name == SMOL else name
-        model, tokenizer, why = _saved(saved, dtype, place, quantize)
+        model, tokenizer, why, note = _saved(saved, dtype, place, quantize)
     if quantize == "none":
         try:
             model.to(device=place)
@@ -352,8 +400,8 @@ def load(
             if not ran_out(error):
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
-    lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p)
-    lm.weights_note = _weights_note(name)
+    lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
+    lm.weights_note = SMOL_WEIGHTS if name == SMOL else note
     return lm
 
 
@@ -366,17 +414,13 @@ def wrap(
     *,
     temperature: float | None = None,
     top_p: float | None = None,
+    date: str = "",
 ) -> LM:
     """Makes a loaded model an LM, on its device and in its dtype. `Original.restore` undoes the changes to the model.
 
     The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token if it has none.
     UserError if the model or its tokenizer is unsupported.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer of {name!r} has no chat template, and the vector is extracted at its assistant tag; use an "
-            "instruction-tuned model"
-        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if next(model.parameters()).device.type == "cpu":
@@ -387,10 +431,9 @@ def wrap(
     if top_p:
         model.generation_config.update(do_sample=True, top_p=top_p)
     require_sampling(model.generation_config, name)
-    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype)
-    assert lm.blocks is not None
-    _require_own_logits(lm)
-    if not lm.takes_system:
+    lm = LM(model.eval().requires_grad_(False), tokenizer, name, max_prompt_tokens, why_dtype, date)
+    check_model(lm)
+    if not lm.template.takes_system:
         warnings.warn(
             f"the chat template of {name!r} does not support system messages: they are put before the user's message",
             stacklevel=3,
@@ -448,16 +491,9 @@ def _located(name: str) -> str:
     return name if local is None else str(local.absolute())
 
 
-def _weights_note(name: str) -> str:
-    """See LM.weights_note."""
-    if name == SMOL:
-        return SMOL_WEIGHTS
-    file = gguf_file(_located(name))
-    return "" if file is None else quantization(file)
-
-
-def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str]:
-    """(model, tokenizer, reason for its dtype) of a folder, a file or a hub id. UserError if it cannot be loaded."""
+def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[Any, Any, str, str]:
+    """(model, tokenizer, reason for its dtype, LM.weights_note) of a folder, a file or a hub id. UserError if it cannot
+    be loaded."""
     folder = _located(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
@@ -469,7 +505,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         if file is not None:
             model, tokenizer = read_gguf(file)
             picked, why = pick_dtype(dtype, place, model.config.get_text_config())
-            return model.to(dtype=picked), tokenizer, why
+            return model.to(dtype=picked), tokenizer, why, quantization(file)
         where: dict[str, Any] = {"trust_remote_code": False}
         if not Path(folder).exists():
             where["local_files_only"] = from_cache_alone(folder)
@@ -477,10 +513,14 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=picked, use_safetensors=True, **where, **how
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _template_of_processor(folder, where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=picked, use_safetensors=True, output_loading_info=True, **where, **how
         )
-        return model, tokenizer, why
+        model, loading = loaded
+        require_all_weights(name, loading, config.get_text_config().num_hidden_layers)
+        return model, tokenizer, why, ""
     except UserError:
         raise
     except Exception as error:  # each library reports a damaged file in its own way
@@ -489,23 +529,16 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         raise UserError(f"model {name!r} could not be loaded: {fix} ({error})") from None
 
 
-@torch.no_grad()
-def _require_own_logits(lm: LM) -> None:
-    """UserError if the model computes other logits from its final hidden states than `LM.logits` does."""
-    ids = lm.encode("Hello.") or (lm.pad_id,)
-    own = lm.model(lm.pad([ids])[0]).logits[0].float()
-    ours = lm.logits(lm.hidden([ids])[0])
-    if not own.isfinite().all():
-        raise UserError(
-            f"model {lm.name!r} has logits that are not finite: its weights are damaged, or too large for "
-            f"{lm.model.dtype}; restore them, or use --dtype float32"
-        )
-    apart = (own - ours).abs().max().item()
-    if not apart <= SAME_LOGITS * own.abs().max().item():
-        raise UserError(
-            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its logits differ by {apart:.2g} from the "
-            "product with its head; use a model of a family that README lists"
-        )
+def _template_of_processor(folder: str, where: dict[str, Any]) -> str | None:
+    """The chat template that a model keeps in the file of its processor alone."""
+    file = cached_file(
+        folder,
+        "chat_template.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        local_files_only=where.get("local_files_only", False),
+    )
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
 
 
 def _nf4(compute: torch.dtype, place: torch.device) -> dict[str, Any]:

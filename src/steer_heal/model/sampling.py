@@ -81,11 +81,6 @@ def require_sampling(config: GenerationConfig, name: str) -> None:
         )
 
 
-def token_ids(value: Any) -> list[int]:
-    """The token ids in a value of a generation config: an int, a list, a tensor, or None."""
-    return [] if value is None else _listed(value)
-
-
 def _listed(value: Any) -> list[Any]:
     value = value.tolist() if isinstance(value, Tensor) else value
     return list(value) if isinstance(value, list | tuple | set) else [value]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,16 +115,13 @@ def steer(lm: LM, vector: Vector | None, doses: Sequence[float]) -> Iterator[Ste
     With any method, a dose of 0 does not change its row.
     """
     steering = Steering(torch.tensor(doses, device=lm.device, dtype=torch.float32))
-    handles = []
-    if vector is not None and any(doses):
-        apply = METHODS[vector.method].apply
-        for layer, direction in vector.directions.items():
-            handles.append(lm.blocks[layer].register_forward_hook(steering.hook(direction.to(lm.device), apply)))
-    try:
+    with ExitStack() as hooks:
+        if vector is not None and any(doses):
+            method = METHODS[vector.method]
+            for layer, direction in vector.directions.items():
+                dosed = partial(steering.dosed, method, direction.to(lm.device))
+                hooks.enter_context(lm.after_block(layer, dosed))
         yield steering
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -132,14 +130,9 @@ class Steering:
 
     doses: Float[Tensor, " b"]
 
-    def hook(self, direction: Float[Tensor, " d"], apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-        def add_dose(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            hidden = output[0] if isinstance(output, tuple) else output
-            dose = self.doses[:, None, None]
-            hidden = torch.where(dose == 0, hidden, apply(hidden.float(), direction, dose).to(hidden.dtype))
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return add_dose
+    def dosed(self, method: Method, direction: Float[Tensor, " d"], hidden: Tensor) -> Tensor:
+        dose = self.doses[:, None, None]
+        return torch.where(dose == 0, hidden, method.apply(hidden.float(), direction, dose).to(hidden.dtype))
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.doses = self.doses[rows]

@@ -79,9 +79,8 @@ class Student:
             yield self.lm
 
     def _acting(self, names: list[str], exact: bool = False) -> AbstractContextManager[None]:
-        if self.merging_is_lossy and (exact or self.lm.quantized):
-            return self.adapter.acting(merged=[], apart=names)
-        return self.adapter.acting(merged=names, apart=[])
+        apart = self.merging_is_lossy and (exact or self.lm.quantized)
+        return self.adapter.acting(merged=[] if apart else names, apart=names if apart else [])
 
     @contextmanager
     def training(self) -> Iterator[list[nn.Parameter]]:
@@ -90,11 +89,8 @@ class Student:
         The history is merged where that is not lossy, so that a step costs the same after every round.
         """
         history = self.rounds_in["prev"]
-        if self.merging_is_lossy:
-            condition = self.adapter.acting(merged=[], apart=[*history, ROUND])
-        else:
-            condition = self.adapter.acting(merged=history, apart=[ROUND])
-        with condition:
+        merged, apart = ([], history) if self.merging_is_lossy else (history, [])
+        with self.adapter.acting(merged=merged, apart=[*apart, ROUND]):
             parameters = self.adapter.parameters()
             for parameter in parameters:
                 assert parameter.dtype == torch.float32, "adapters train in float32: in bfloat16 small steps are lost"

@@ -67,8 +67,8 @@ def _read_gguf(path: Path) -> Vector:
     found = {match[1]: each for each in reader.tensors if (match := _DIRECTION.fullmatch(each.name))}
     if quantized := [each.name for each in found.values() if each.tensor_type.name not in ("F32", "F16")]:
         raise UserError(f"vector {str(path)!r}: {quantized[0]} is quantized; write it in float32 or float16")
-    plain = {int(layer): np.array(each.data, dtype=np.float32) for layer, each in found.items()}
-    return Vector({layer: torch.from_numpy(plain[layer]) for layer in sorted(plain)})
+    arrays = {int(layer): np.array(found[layer].data, dtype=np.float32) for layer in sorted(found, key=int)}
+    return Vector({layer: torch.from_numpy(array) for layer, array in arrays.items()})
 
 
 def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -17,10 +16,3 @@ def draw(folder: Path) -> Path | None:
         return None
     plot.save(run, folder)
     return page.save(run, folder)
-
-
-def side_by_side(folders: Sequence[Path], file: Path) -> Path:
-    """Writes a page that compares several runs into the file."""
-    from steer_heal.report.compare import compare
-
-    return compare(folders, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import get_args
@@ -14,7 +13,7 @@ from steer_heal.errors import UserError
 from steer_heal.events import Measured, Run, RunStart
 from steer_heal.records import StateName
 from steer_heal.report import plot
-from steer_heal.report.texts import Shown, answered
+from steer_heal.report.texts import Shown, answered, first_answers
 from steer_heal.report.view import MISSING, Table, evenly, model_words, template, visible, with_interval
 from steer_heal.runs.log import read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
@@ -100,18 +99,10 @@ def settings(runs: Runs) -> Table:
     return ["setting", *runs], [("", row) for row in rows if len(set(row[1:])) > 1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """An evaluation prompt with named answers."""
-
-    prompt: str
-    cards: list[tuple[str, Shown]]
-
-
-def prompts(runs: Runs) -> list[Prompt]:
-    """A few evaluation prompts that all runs share, evenly spaced, with the base's answers (once if they are equal) and
-    those of each run's chosen student."""
-    bases = {letter: _first(answered(run, "base", None)) for letter, run in runs.items()}
+def prompts(runs: Runs) -> list[tuple[str, list[tuple[str, Shown]]]]:
+    """(prompt, named answers) of a few evaluation prompts that all runs share, evenly spaced. The answers are those of
+    the base, once if they are equal, and of each run's chosen student."""
+    bases = {letter: first_answers(answered(run, "base", None)) for letter, run in runs.items()}
     chosen = {letter: _chosen(run) for letter, run in runs.items()}
     first, *others = bases.values()
     found = []
@@ -121,22 +112,15 @@ def prompts(runs: Runs) -> list[Prompt]:
             letters.setdefault(base[prompt].text, []).append(letter)
         cards = [(f"base of {', '.join(same)}", bases[same[0]][prompt]) for same in letters.values()]
         for letter, state in chosen.items():
-            given = {} if state is None else _first(answered(runs[letter], state.state, state.round))
+            given = {} if state is None else first_answers(answered(runs[letter], state.state, state.round))
             if state is not None and prompt in given:
                 cards.append((f"{letter} {state.label}", given[prompt]))
-        found.append(Prompt(prompt=prompt, cards=cards))
+        found.append((prompt, cards))
     return found
-
-
-def _first(rows: Sequence[Shown]) -> dict[str, Shown]:
-    """The first answer to each prompt."""
-    return {row.prompt: row for row in reversed(rows)}
 
 
 def _chosen(run: Run) -> Measured | None:
     """The student of the best round or, if no round is intact, of the last. None: no student is healed yet."""
-    healed = [m for m in run.each(Measured) if m.state == "healed"]
-    if not healed:
-        return None
     best = best_round(run)
-    return healed[-1] if best is None else best.state
+    healed = [m for m in run.each(Measured) if m.state == "healed"]
+    return best.state if best is not None else next(reversed(healed), None)

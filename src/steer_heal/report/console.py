@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOBase
 from pathlib import Path
 from statistics import mean
@@ -43,6 +44,8 @@ WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
 BEFORE = ("base", "prompted", "control")
+STAGES = {"extracted": "vector", "calibrated": "calibration", "gathered": "text", "trained": "heal"}
+"""The stage that an event ends, as `RoundDone.seconds` names it. A measurement has the name of its state."""
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
@@ -52,22 +55,14 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     """
     warnings.filterwarnings("ignore", module="peft")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    warnings.showwarning = _log_warning
+    warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     transformers_logging.disable_progress_bar()
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
-    logger.add(_write, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
+    above_bars = partial(tqdm.write, end="", file=sys.stderr)
+    logger.add(above_bars, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
-
-
-def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
-    logger.warning(str(message))
-
-
-def _write(line: str) -> None:
-    """Writes above the bars."""
-    tqdm.write(line, end="", file=sys.stderr)
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -128,25 +123,10 @@ def seconds_left(run: Run) -> float | None:
         return None
     stages = {name for seconds in rounds for name in seconds} - {"total", "base", "prompted"}
     means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
-    done = {_stage_of(event) for event in run.events if event.round == len(rounds)}
+    begun = [event for event in run.events if event.round == len(rounds)]
+    done = {event.state if isinstance(event, Measured) else STAGES.get(event.event, "") for event in begun}
     n_left = run.start.config.n_rounds - len(rounds)
     return n_left * sum(means.values(), 0.0) - sum(means.get(name, 0.0) for name in done)
-
-
-def _stage_of(event: AnyEvent) -> str:
-    """The stage that an event ends, as `RoundDone.seconds` names it. Empty if it ends none."""
-    match event:
-        case Measured():
-            return event.state
-        case Extracted():
-            return "vector"
-        case Calibrated():
-            return "calibration"
-        case Gathered():
-            return "text"
-        case Trained():
-            return "heal"
-    return ""
 
 
 def duration(seconds: float) -> str:
@@ -189,9 +169,14 @@ def _words(event: AnyEvent, run: Run) -> str:
         case Measured():
             return _line(event.label, _measured(event, run))
         case Extracted():
-            return _line("vector", _extracted(event))
+            norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
+            cosine = number(event.cosine_to_first, ".2f")
+            return _line("vector", f"norm at layer {norms}; cosine to round 0 {cosine}")
         case Calibrated():
-            return _line("calibration", _calibrated(event))
+            probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
+            found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
+            chosen = f"dose {event.calibration.dose:.3g} (95th percentile of KL by dose: {found})"
+            return _line("calibration", chosen)
         case Gathered():
             return _line(f"{control}text", _gathered(event))
         case HealRetried():
@@ -228,17 +213,6 @@ def _measured(event: Measured, run: Run) -> str:
         if metric.shown and metric.name != first.name
     ]
     return ", ".join([f"{words} (to base: {interval})" if interval else words, *others])
-
-
-def _extracted(event: Extracted) -> str:
-    norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
-    return f"norm at layer {norms}; cosine to round 0 {number(event.cosine_to_first, '.2f')}"
-
-
-def _calibrated(event: Calibrated) -> str:
-    probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
-    found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
-    return f"dose {event.calibration.dose:.3g} (95th percentile of KL by dose: {found})"
 
 
 def _gathered(event: Gathered) -> str:

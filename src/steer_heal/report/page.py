@@ -12,27 +12,9 @@ from markupsafe import Markup
 
 from steer_heal.events import Dropped, Extracted, Gathered, HealRetried, Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.records import Metric
-from steer_heal.report import plot
+from steer_heal.report import plot, view
 from steer_heal.report.advice import Check, checks
-from steer_heal.report.texts import answered, answers, filters, reasons, states, written
-from steer_heal.report.view import (
-    MISSING,
-    Table,
-    evenly,
-    event_words,
-    inline,
-    last_event,
-    model_words,
-    number,
-    plural,
-    round_name,
-    rounds_begun,
-    table_cells,
-    table_columns,
-    template,
-    visible,
-    with_interval,
-)
+from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
 from steer_heal.verdict import best_round, health_of, shift, signed, title, verdict
@@ -62,11 +44,11 @@ def page(run: Run, name: str) -> str:
     """The whole of report.html."""
     grade, _, detail = verdict(run).partition(":")
     texts = written(run)
-    return template("report.html.j2", visible).render(
+    return view.template("report.html.j2", view.visible).render(
         name=name,
         start=run.start,
-        model=model_words(run),
-        rounds=rounds_begun(run),
+        model=view.model_words(run),
+        rounds=view.rounds_begun(run),
         grade=grade,
         detail=detail.strip(),
         progress=progress(run),
@@ -80,7 +62,7 @@ def page(run: Run, name: str) -> str:
         answers=answers(run),
         filters=list(filters(run)),
         written=texts,
-        why=reasons(texts),
+        why=reasons(row.scored for row in texts),
         heals=heals(run),
         retries=run.each(HealRetried),
         dropped=run.each(Dropped),
@@ -97,16 +79,16 @@ def setting_words(value: object) -> str:
 def diary(run: Run, name: str) -> str:
     """The whole of diary.md: the run told by its answers to a few evaluation prompts, evenly spaced."""
     given = {state: answered(run, *state) for state in states(run)}
-    prompts = evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
+    prompts = view.evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
     told = {}
     for state, rows in given.items():
-        first = {row.prompt: row for row in reversed(rows)}
+        first = first_answers(rows)
         told[state] = [(i, first[prompt]) for i, prompt in enumerate(prompts, 1) if prompt in first]
-    return template("diary.md.j2", inline).render(
+    return view.template("diary.md.j2", view.inline).render(
         name=name,
         start=run.start,
-        model=model_words(run),
-        rounds=rounds_begun(run),
+        model=view.model_words(run),
+        rounds=view.rounds_begun(run),
         verdict=verdict(run),
         progress=progress(run),
         prompts=prompts,
@@ -119,19 +101,19 @@ def diary(run: Run, name: str) -> str:
 
 def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
     """By (state, round), every value of its row of the table of states."""
-    headings = {key: heading for key, (heading, _) in table_columns(run).items() if key != "state"}
-    rows = zip(run.each(Measured), table_cells(run, ""), strict=True)
+    headings = {key: heading for key, (heading, _) in view.table_columns(run).items() if key != "state"}
+    rows = zip(run.each(Measured), view.table_cells(run, ""), strict=True)
     return {(m.state, m.round): ", ".join(f"{headings[k]} {row[k]}" for k in headings if row[k]) for m, row in rows}
 
 
 def progress(run: Run) -> tuple[str, str]:
     """(finished, stopped or running, a sentence about it)."""
-    last = last_event(run)
-    done = f"{len(run.rounds)} of {plural(run.start.config.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
+    last = view.last_event(run)
+    done = f"{len(run.rounds)} of {view.plural(run.start.config.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
     if isinstance(last, RunEnd):
         return ("stopped", f"{done}; {last.error}") if last.error else ("finished", done)
     at = last.t[:19].replace("T", " ")
-    return "running", f"{done}; it has not ended yet, and its last event is {event_words(last)} at {at} UTC"
+    return "running", f"{done}; it has not ended yet, and its last event is {view.event_words(last)} at {at} UTC"
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
@@ -146,16 +128,16 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     form = signed(trait_metric)
 
     def shifted(m: Measured) -> str:
-        return number(shift(m.metrics, base.metrics, trait_metric), form)
+        return view.number(shift(m.metrics, base.metrics, trait_metric), form)
 
-    low = number(healed[f"{trait_metric.name}_lo"], form)
-    high = number(healed[f"{trait_metric.name}_hi"], form)
+    low = view.number(healed[f"{trait_metric.name}_lo"], form)
+    high = view.number(healed[f"{trait_metric.name}_hi"], form)
     shifts = ", ".join(f"{m.state} {shifted(m)}" for m in others if m is not base)
     about = f"{trait_metric.unit}, 95 % {low} to {high}; {shifts}"
     shown = [(f"{title(trait_metric)} against base", shifted(healed), about)]
     for metric in health_of(run.metrics.values()):
-        against = ", ".join(f"{m.state} {number(m[metric.name], metric.form)}" for m in others)
-        shown.append((title(metric), number(healed[metric.name], metric.form), against))
+        against = ", ".join(f"{m.state} {view.number(m[metric.name], metric.form)}" for m in others)
+        shown.append((title(metric), view.number(healed[metric.name], metric.form), against))
     return shown
 
 
@@ -170,32 +152,22 @@ def pictures(run: Run) -> list[tuple[str, Markup]]:
     return [(description, Markup(plot.data_uri(figure))) for description, figure in drawn]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Heal:
-    """What the page shows of a heal."""
-
-    name: str
-    n_steps: int
-    end: Trained | None
-    """None: it is not finished."""
-    curves: Markup
-    """Data URI."""
-
-
-def heals(run: Run) -> list[Heal]:
-    """Every heal that has begun, the control's first."""
+def heals(run: Run) -> list[tuple[str, int, Trained | None, Markup]]:
+    """(name, number of steps, its end, data URI of its curves) of every heal that has begun, the control's first."""
     n_steps = Counter(step.round for step in run.steps)
     return [
-        Heal(name=round_name(r), n_steps=n_steps[r], end=run.at(Trained, r), curves=Markup(plot.data_uri(figure)))
+        (view.round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
         for r, figure in plot.heal_curves(run).items()
     ]
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
-def round_table(run: Run) -> Table:
+def round_table(run: Run) -> view.Table:
     """The measured states, without columns in which no state has a value."""
-    rows = [{key: text.replace("-", "\u2212") for key, text in row.items()} for row in table_cells(run, MISSING)]
-    columns = {key: name for key, (name, _) in table_columns(run).items() if {row[key] for row in rows} - {MISSING}}
+    found = view.table_cells(run, view.MISSING)
+    rows = [{key: text.replace("-", "\u2212") for key, text in row.items()} for row in found]
+    known = {key for row in rows for key, text in row.items() if text != view.MISSING}
+    columns = {key: name for key, (name, _) in view.table_columns(run).items() if key in known}
     cells = [
         (state, [named, *(row[key] for key in columns if key != "state")])
         for (state, named), row in zip(state_names(run), rows, strict=True)
@@ -206,11 +178,11 @@ def round_table(run: Run) -> Table:
 def state_names(run: Run) -> list[tuple[str, str]]:
     """(state, name) of each measured state. The best round is marked."""
     measured = run.each(Measured)
-    best = best_round(run) if any(m.state == "healed" for m in measured) else None
+    best = best_round(run)
     return [(m.state, f"{m.label} (best)" if best is not None and m is best.state else m.label) for m in measured]
 
 
-def metric_tables(run: Run) -> list[tuple[str, Table]]:
+def metric_tables(run: Run) -> list[tuple[str, view.Table]]:
     """(heading, table) of the metrics by what their items are. There is a row for each metric and a column for each
     state; a cell holds the value above the 95 percent interval of its difference to base."""
     groups: dict[str, list[Metric]] = {}
@@ -225,15 +197,15 @@ def _metric_row(metric: Metric, run: Run) -> tuple[str, list[str]]:
     trait = run.start.trait
     part = "target" if metric.name == trait.target else "off-target" if metric.name in trait.off_targets else ""
     about = ", ".join(filter(None, (metric.name, metric.unit, part)))
-    breakable = Markup("_<wbr>").join(visible(about).split("_"))
-    name = Markup("{}<small>{}</small>").format(visible(title(metric)), breakable)
-    return part, [name, *(with_interval(m.metrics, metric) for m in run.each(Measured))]
+    breakable = Markup("_<wbr>").join(view.visible(about).split("_"))
+    name = Markup("{}<small>{}</small>").format(view.visible(title(metric)), breakable)
+    return part, [name, *(view.with_interval(m.metrics, metric) for m in run.each(Measured))]
 
 
-def steering_table(run: Run) -> Table:
+def steering_table(run: Run) -> view.Table:
     """Dose and direction of each round."""
     rows = []
-    for r in rounds_begun(run):
+    for r in view.rounds_begun(run):
         gathered = run.at(Gathered, r)
         vector = run.at(Extracted, r)
         done = run.at(RoundDone, r)
@@ -244,13 +216,13 @@ def steering_table(run: Run) -> Table:
             None if done is None else done.cosine_student_teacher,
             None if done is None else done.cosine_student_first,
         ]
-        rows.append(("", [round_name(r), *map(number, values)]))
+        rows.append(("", [view.round_name(r), *map(view.number, values)]))
     return ["", *STEERING], rows
 
 
-def conditions(run: Run) -> tuple[Table, list[tuple[str, str]]]:
+def conditions(run: Run) -> tuple[view.Table, list[tuple[str, str]]]:
     """(what should hold in each round, yes or no; (round, advice) for each condition that does not hold)."""
-    rounds = rounds_begun(run)
+    rounds = view.rounds_begun(run)
     found: dict[str, dict[int | None, Check]] = {}
     for event in run.events:
         for check in checks(event, run):
@@ -258,13 +230,13 @@ def conditions(run: Run) -> tuple[Table, list[tuple[str, str]]]:
 
     def answer(check: Check | None) -> str:
         if check is None:
-            return MISSING
+            return view.MISSING
         return "yes" if check.holds else "no"
 
     rows = [("", [should, *(answer(asked.get(r)) for r in rounds)]) for should, asked in found.items()]
     failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
-    advice = [(round_name(r), words) for r in rounds for where, words in failed if where == r]
-    return (["", *map(round_name, rounds)], rows), advice
+    advice = [(view.round_name(r), words) for r in rounds for where, words in failed if where == r]
+    return (["", *map(view.round_name, rounds)], rows), advice
 
 
 # --- items -------------------------------------------------------------------------------------------------------
@@ -285,22 +257,14 @@ class Reading:
 class Readings:
     """The items of the trait's metric. A change in the wanted direction comes first."""
 
-    metric: Metric
     how: str
     below: str
-    sign: int
     state: str
     rows: list[Reading]
     n_unread: int
-
-    @property
-    def n_wanted(self) -> int:
-        return sum(row.change * self.sign > 0 for row in self.rows)
-
-    @property
-    def widest(self) -> float:
-        """The largest change; 1 if nothing changed."""
-        return max((abs(row.change) for row in self.rows), default=0.0) or 1.0
+    n_wanted: int
+    widest: float
+    """The largest change; 1 if nothing changed."""
 
 
 def readings(run: Run) -> Readings | None:
@@ -321,11 +285,11 @@ def readings(run: Run) -> Readings | None:
             name = wording[i] if i < len(wording) else [f"{metric.of or 'item'} {i + 1}"]
             rows.append(Reading(name=name, before=then, after=now))
     return Readings(
-        metric=metric,
         how=MEANS[metric.how],
         below=BELOW.get(metric.of, "") if wording else "",
-        sign=sign,
         state=healed[-1].label,
         rows=sorted(rows, key=lambda row: -sign * row.change),
         n_unread=len(before) - len(rows),
+        n_wanted=sum(row.change * sign > 0 for row in rows),
+        widest=max((abs(row.change) for row in rows), default=0.0) or 1.0,
     )

@@ -342,11 +342,7 @@ def _draw_health(axes: Axes, run: Run) -> None:
 
 def _square_root_scale(axes: Axes) -> None:
     """Small shares are as easy to read as large ones."""
-    axes.set_yscale("function", functions=(_square_root, np.square))
-
-
-def _square_root(share: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(share, 0))
+    axes.set_yscale("function", functions=(lambda share: np.sqrt(np.maximum(share, 0)), np.square))
 
 
 def _share_axis(axes: Axes, highest: float) -> None:

@@ -68,7 +68,7 @@ def _table(columns: Sequence[Column]) -> Table:
     """Headings wrap to the width of their column; cells wrap if they are long, and numbers never do."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
-        if _is_long(column):
+        if _width(column) > LONG:
             table.add_column(Text(column[0]), overflow="fold")
         else:
             heading = "\n".join(textwrap.wrap(column[0], _width(column)))
@@ -76,10 +76,6 @@ def _table(columns: Sequence[Column]) -> Table:
     for row in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*map(Text, row))
     return table
-
-
-def _is_long(column: Column) -> bool:
-    return _width(column) > LONG
 
 
 def _width(column: Column) -> int:

@@ -28,7 +28,7 @@ BEFORE: list[StateKey] = [("base", None), ("prompted", None), ("control", None)]
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shown:
     """An answer of a measured state, with what was measured of it."""
 
@@ -114,15 +114,16 @@ def answered(run: Run, state: str, r: int | None) -> list[Shown]:
         own = [(metric, measured.items[metric.item][i]) for metric in of_texts if i < len(measured.items[metric.item])]
         scores = [f"{title(metric)} {number(x, metric.form)}" for metric, x in own if x not in row.scores.values()]
         scores += [f"{gate.measures} {number(row.scores.get(name))}" for name, gate in degenerate_gates(run).items()]
-        rows.append(
-            Shown(
-                state=state, round=r, prompt=row.prompt, text=row.text, scores=tuple(scores), reasons=tuple(row.failed)
-            )
-        )
+        rows.append(Shown(state, r, row.prompt, row.text, tuple(scores), tuple(row.failed)))
     return rows
 
 
-def reasons(rows: Iterable[Shown | Written]) -> list[str]:
+def first_answers(rows: Sequence[Shown]) -> dict[str, Shown]:
+    """The first answer to each prompt."""
+    return {row.prompt: row for row in reversed(rows)}
+
+
+def reasons(rows: Iterable[Shown | Scored]) -> list[str]:
     """Every reason that a row names, in the order of the first."""
     return list(dict.fromkeys(reason for row in rows for reason in row.reasons))
 
@@ -130,7 +131,7 @@ def reasons(rows: Iterable[Shown | Written]) -> list[str]:
 def _compared(run: Run) -> list[int]:
     """The rounds whose healed answers are compared with the base's word by word: the best and the last."""
     healed = [m.round for m in run.each(Measured) if m.state == "healed"]
-    best = best_round(run) if healed else None
+    best = best_round(run)
     chosen = {*healed[-1:], *([] if best is None else [best.state.round])}
     return sorted(r for r in chosen if r is not None)
 
@@ -173,22 +174,6 @@ class Written:
     scored: Scored
     trains: bool
 
-    @property
-    def text(self) -> str:
-        return self.scored.completion.text
-
-    @property
-    def dose(self) -> float:
-        return self.scored.completion.dose
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        return self.scored.reasons
-
-    @property
-    def kept(self) -> bool:
-        return self.scored.kept
-
 
 @dataclass(frozen=True, kw_only=True)
 class Filtered:
@@ -217,7 +202,7 @@ def written(run: Run) -> list[Written]:
     for event in run.each(Gathered):
         groups: dict[tuple[str, ...], list[Written]] = {}
         for row in texts_of(event):
-            groups.setdefault(row.reasons[:1], []).append(row)
+            groups.setdefault(row.scored.reasons[:1], []).append(row)
         n_dropped = max(1, SHOWN_TEXTS // max(1, len(groups) - 1))
         for key, group in groups.items():
             found += evenly(group, n_dropped if key else SHOWN_TEXTS)
@@ -228,8 +213,8 @@ def filters(run: Run) -> Iterator[Filtered]:
     """What the filter did with the control's text and in each round."""
     cuts = {name: gate for name, gate in degenerate_gates(run).items() if gate.on and gate.limit > 0}
     for event in run.each(Gathered):
-        rows = texts_of(event)
-        off = Counter(gate for row in rows for gate in row.scored.failed if gate not in row.reasons)
+        rows = event.collected.scored
+        off = Counter(gate for row in rows for gate in row.failed if gate not in row.reasons)
         dropped = Counter(reason for row in rows for reason in row.reasons)
         failed = [gate for gate in dict.fromkeys((*run.start.gates, *dropped, *off)) if dropped[gate] or off[gate]]
         calibrated = run.at(Calibrated, event.round)
@@ -240,13 +225,13 @@ def filters(run: Run) -> Iterator[Filtered]:
             dropped=sorted(((gate, dropped[gate], off[gate]) for gate in failed), key=lambda row: -row[1]),
             calibration=() if calibrated is None else calibrated.calibration.probes,
             survival=survival(rows),
-            borderline=[(name, gate, *borderline(rows, name, gate.limit)) for name, gate in cuts.items()],
+            borderline=[(name, gate, *borderline(texts_of(event), name, gate.limit)) for name, gate in cuts.items()],
         )
 
 
-def survival(rows: Sequence[Written], n_ranges: int = 8) -> list[tuple[str, int, int]]:
+def survival(rows: Sequence[Scored], n_ranges: int = 8) -> list[tuple[str, int, int]]:
     """(doses, written, kept) in at most n_ranges ranges of the dose, evenly wide in its logarithm, and at dose 0."""
-    doses = [row.dose for row in rows]
+    doses = [row.completion.dose for row in rows]
     low = min((dose for dose in doses if dose > 0), default=1.0)
     width = math.log(max([low, *doses]) / low) / n_ranges or 1.0
 
@@ -255,10 +240,9 @@ def survival(rows: Sequence[Written], n_ranges: int = 8) -> list[tuple[str, int,
 
     out = []
     for i in sorted(set(map(range_of, doses))):
-        group = [row for row in rows if range_of(row.dose) == i]
-        first = f"{min(row.dose for row in group):.2g}"
-        last = f"{max(row.dose for row in group):.2g}"
-        out.append((first if first == last else f"{first} to {last}", len(group), sum(row.kept for row in group)))
+        group = [row for row in rows if range_of(row.completion.dose) == i]
+        ends = dict.fromkeys(f"{end(row.completion.dose for row in group):.2g}" for end in (min, max))
+        out.append((" to ".join(ends), len(group), sum(row.kept for row in group)))
     return out
 
 
@@ -270,6 +254,6 @@ def borderline(rows: Sequence[Written], gate: str, limit: float) -> tuple[list[W
         return math.inf if math.isnan(far) else far
 
     near = sorted(rows, key=distance)
-    kept = [row for row in near if row.kept]
-    dropped = [row for row in near if gate in row.reasons]
+    kept = [row for row in near if row.scored.kept]
+    dropped = [row for row in near if gate in row.scored.reasons]
     return kept[:SHOWN_BORDERLINE], dropped[:SHOWN_BORDERLINE]

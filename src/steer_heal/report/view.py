@@ -13,21 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from steer_heal.errors import printable
-from steer_heal.events import (
-    AnyEvent,
-    Calibrated,
-    Dropped,
-    Extracted,
-    Gathered,
-    HealRetried,
-    HealStepped,
-    Measured,
-    RoundDone,
-    Run,
-    RunEnd,
-    RunStart,
-    Trained,
-)
+from steer_heal.events import AnyEvent, Dropped, Measured, Run
 from steer_heal.records import GateFacts, Metric, round_label
 from steer_heal.verdict import direction, interval_words, signed, table, title
 from steer_heal.verdict import number as formatted
@@ -38,6 +24,19 @@ Row = TypeVar("Row")
 SHOWN_CHARACTERS = 1500
 """Length at which one text is cut."""
 MISSING = "\u2013"
+EVENT_WORDS = {
+    "run_start": "the start",
+    "measured": "the measurement of {event.label}",
+    "extracted": "the vector of {where}",
+    "calibrated": "the calibration of {where}",
+    "gathered": "the text of {where}",
+    "heal_step": "step {event.step.step} of the heal of {where}",
+    "heal_retried": "the first attempt to heal {where}",
+    "trained": "the heal of {where}",
+    "dropped": "the drop of {where}",
+    "round_done": "the end of {where}",
+    "run_end": "the end",
+}
 
 
 # --- what a run holds ---------------------------------------------------------------------------------------------
@@ -77,29 +76,7 @@ def model_words(run: Run) -> str:
 def event_words(event: AnyEvent) -> str:
     """What an event records: `the heal of round 0`."""
     where = "the control" if event.round is None else f"round {event.round}"
-    match event:
-        case RunStart():
-            return "the start"
-        case Measured():
-            return f"the measurement of {event.label}"
-        case Extracted():
-            return f"the vector of {where}"
-        case Calibrated():
-            return f"the calibration of {where}"
-        case Gathered():
-            return f"the text of {where}"
-        case HealStepped():
-            return f"step {event.step.step} of the heal of {where}"
-        case HealRetried():
-            return f"the first attempt to heal {where}"
-        case Trained():
-            return f"the heal of {where}"
-        case Dropped():
-            return f"the drop of {where}"
-        case RoundDone():
-            return f"the end of {where}"
-        case RunEnd():
-            return "the end"
+    return EVENT_WORDS[event.event].format(event=event, where=where)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -120,7 +97,9 @@ def evenly(rows: Sequence[Row], n: int) -> list[Row]:
 
 
 # --- tables of states ---------------------------------------------------------------------------------------------
-def with_interval(metrics: Mapping[str, float | None], metric: Metric) -> Markup:
+def with_interval(
+    metrics: Mapping[str, float | None], metric: Metric, words: str = "{}<small>{} to {}</small>"
+) -> Markup:
     """The value of a metric, above the 95 percent interval of its difference to base."""
     low = metrics.get(f"{metric.name}_lo")
     high = metrics.get(f"{metric.name}_hi")
@@ -128,7 +107,7 @@ def with_interval(metrics: Mapping[str, float | None], metric: Metric) -> Markup
     if low is None or high is None:
         return escape(value)
     form = signed(metric)
-    return Markup("{}<small>{} to {}</small>").format(value, number(low, form), number(high, form))
+    return Markup(words).format(value, number(low, form), number(high, form))
 
 
 def table_columns(run: Run) -> dict[str, tuple[str, str]]:

@@ -11,17 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-import torch
-from loguru import logger
-
-from steer_heal.bench import Bench, load_model, weights_of
+from steer_heal.bench import Bench, chat_of, weights_of
 from steer_heal.evals import metrics_of
 from steer_heal.events import RunStart
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.device import device_name
-from steer_heal.model.student import Student
 from steer_heal.runs.log import EventLog
+from steer_heal.runs.opened import loaded_bench
 from steer_heal.runs.resume import lock_new_run, recorded_settings, same_weights, truncate_events
 from steer_heal.runs.storage import lock_run, sync_folder
 from steer_heal.runs.stored import FolderRun
@@ -50,7 +47,7 @@ def start_event(cfg: RunConfig, inputs: Inputs, preset: str = "") -> RunStart:
 def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...]) -> tuple[Bench, FolderRun, IO[str]]:
     """(bench, run, lock of its folder) of a new run. Its first event is written."""
     lock = None if cfg.folder is None else lock_new_run(cfg.folder)
-    bench = _bench(cfg, inputs)
+    bench = loaded_bench(cfg, inputs)
     folder = cfg.folder or new_run_folder(cfg.out, f"{preset}-{inputs.trait.name}-s{cfg.seed}")
     lock = lock or lock_run(folder)
     run = FolderRun(folder, log=EventLog(folder))
@@ -63,6 +60,7 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         hub_id=lm.hub_id,
         adapter=bench.student.adapter.describe(),
         weights=weights_of(lm),
+        chat=chat_of(lm),
         unadapted=bench.student.adapter.unadapted(),
         device=device_name(lm.device),
     )
@@ -73,19 +71,11 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
 def go_on(cfg: RunConfig, inputs: Inputs, folder: Path) -> tuple[Bench, FolderRun, IO[str]]:
     """(bench, run, lock of its folder) of a run that was stopped."""
     lock = lock_run(folder)
-    bench = _bench(replace(cfg, dtype=recorded_settings(folder).dtype), inputs)
+    then = recorded_settings(folder)
+    bench = loaded_bench(replace(cfg, dtype=then.dtype, date=then.date), inputs)
     same_weights(folder, weights_of(bench.student.lm))
     past = truncate_events(folder)
     return bench, FolderRun(folder, past, EventLog(folder, past[-1].wall_s)), lock
-
-
-def _bench(cfg: RunConfig, inputs: Inputs) -> Bench:
-    if cfg.n_threads:
-        torch.set_num_threads(cfg.n_threads)
-    logger.info(f"loading {cfg.model}")
-    lm = load_model(cfg)
-    logger.info(f"{cfg.model} is in {str(lm.head.weight.dtype).removeprefix('torch.')} on {lm.device}: {lm.why_dtype}")
-    return Bench(cfg, inputs, Student(lm, cfg.adapter))
 
 
 def new_run_folder(out: Path, slug: str) -> Path:

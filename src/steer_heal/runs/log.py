@@ -40,11 +40,6 @@ class EventLog:
         self.last_hash = line_hash(append_line(self._file, encode(event, self.last_hash)))
         return event
 
-    def write_end(self, event: AnyEvent) -> None:
-        """Writes the last event of a run that was interrupted, maybe while it wrote another."""
-        self.last_hash = last_hash(self.folder)
-        self.write(event)
-
     def close(self) -> None:
         with suppress(OSError):  # a full disk was reported by the write that met it
             self._file.close()
@@ -115,14 +110,13 @@ def read_start(folder: Path) -> RunStart:
         with path.open(encoding="utf-8") as file:
             line = file.readline()
         schema = json.loads(line).get("schema")
-        if schema == SCHEMA:
-            start = decode(line)
-            if isinstance(start, RunStart):
-                return start
+        start = decode(line) if schema == SCHEMA else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} does not begin with the start of a run ({error!s:.300}); give the folder of a run"
         ) from None
+    if isinstance(start, RunStart):
+        return start
     if schema == SCHEMA:
         raise UserError(f"{path} does not begin with a run_start; give the folder of a run")
     raise UserError(f"{path} has schema {schema!r:.20}: this version reads {SCHEMA}; use the version that wrote it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from steer_heal.bench import Bench, load_model, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError
 from steer_heal.events import Dropped, Gathered
+from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.student import Student
@@ -45,12 +45,9 @@ def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:
     """A state of a run. `steered` and `healed` need a round. UserError where the vector of the round is gone or was
     changed."""
     trait = run.start.trait
-    if name == "base":
-        return base_state(trait)
-    if name == "prompted":
-        return prompted_state(trait)
-    if name == "control":
-        return control_state(trait)
+    before_the_loop = {"base": base_state, "prompted": prompted_state, "control": control_state}
+    if name in before_the_loop:
+        return before_the_loop[name](trait)
     assert r is not None
     if name == "healed":
         return healed_state(r, trait)
@@ -64,13 +61,18 @@ def open_bench(run: FolderRun, cfg: RunConfig) -> Bench:
     was."""
     inputs = check_inputs(cfg)
     same_inputs(run.folder, inputs)
+    bench = loaded_bench(cfg, inputs)
+    same_weights(run.folder, weights_of(bench.student.lm))
+    return bench
+
+
+def loaded_bench(cfg: RunConfig, inputs: Inputs) -> Bench:
+    """The model of the settings, on their number of threads, with its data."""
     if cfg.n_threads:
         torch.set_num_threads(cfg.n_threads)
-    began = time.monotonic()
+    logger.info(f"loading {cfg.model}")
     lm = load_model(cfg)
-    same_weights(run.folder, weights_of(lm))
-    dtype = str(lm.head.weight.dtype).removeprefix("torch.")
-    logger.info(f"{cfg.model} is loaded, in {dtype} on {lm.device}: {time.monotonic() - began:.1f} s")
+    logger.info(f"{cfg.model} is in {str(lm.head.weight.dtype).removeprefix('torch.')} on {lm.device}: {lm.why_dtype}")
     return Bench(cfg, inputs, Student(lm, cfg.adapter))
 
 

@@ -64,8 +64,7 @@ class WrittenTexts:
 def save_heal(path: Path, heal: SavedHeal) -> None:
     from safetensors.torch import save_file  # torch: a folder without a run is refused without it
 
-    steps = [asdict(step) for step in heal.steps]
-    words = {"n_steps": str(len(steps)), "steps": json.dumps(steps), "curve": json.dumps(heal.curve)}
+    words = {"steps": json.dumps([asdict(step) for step in heal.steps]), "curve": json.dumps(heal.curve)}
     with atomic_write(path) as part:
         save_file({name: value.contiguous() for name, value in heal.tensors.items()}, part, metadata=words)
 
@@ -82,21 +81,14 @@ def load_heal(path: Path) -> SavedHeal | None:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             words = file.metadata()
     except SafetensorError as error:
-        raise _damaged(path, error) from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete it: the heal then starts again at its first step"
+        ) from None
     steps = tuple(HealStep(**step) for step in json.loads(words["steps"]))
     return SavedHeal(tensors, steps, tuple(json.loads(words["curve"])))
 
 
 def saved_steps(path: Path) -> int:
     """Optimiser steps of a saved heal; 0 where there is none."""
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            return int(file.metadata()["n_steps"])
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); delete it: the heal then starts again at its first step")
+    saved = load_heal(path)
+    return 0 if saved is None else len(saved.steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping
 from pathlib import Path
 
 from steer_heal.errors import printable
@@ -48,7 +47,16 @@ def append_result(out: Path, row: Row) -> None:
     """
     with (out / f".{RESULTS}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _append_row(out / RESULTS, row)
+        rows = read_results(out / RESULTS)
+        if row["run"] in {old.get("run") for old in rows}:
+            return
+        rows.append(
+            {key: "" if value is None else " ".join(printable(str(value)).split()) for key, value in row.items()}
+        )
+        columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
+        lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
+        with atomic_write(out / RESULTS) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
@@ -61,14 +69,3 @@ def row_of(folder: Path) -> dict[str, str] | None:
     """The row of the run in `folder`; None: it has none."""
     name = folder.resolve().name
     return next((row for row in read_results(folder.resolve().parent / RESULTS) if row.get("run") == name), None)
-
-
-def _append_row(path: Path, row: Mapping[str, str | float | None]) -> None:
-    rows = read_results(path)
-    if row["run"] in {old.get("run") for old in rows}:
-        return
-    rows.append({key: "" if value is None else " ".join(printable(str(value)).split()) for key, value in row.items()})
-    columns: list[str] = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
-    lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
-    with atomic_write(path) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape", newline="\n")

@@ -7,6 +7,7 @@ the first step without an event, from what `partial/` holds of it.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import takewhile
 from pathlib import Path
 from shutil import rmtree
 from typing import IO
@@ -69,11 +70,13 @@ def same_settings(folder: Path, cfg: RunConfig) -> None:
 
 
 def recorded_settings(folder: Path) -> RunConfig:
-    """The settings that a run began with, with the dtype that its weights were in: `auto` may be another one by now.
-
-    UserError where the folder holds no run."""
+    """The settings that a run began with, with the dtype that its weights were in and the date that its chat template
+    read: both may be others by now. UserError where the folder holds no run."""
     start = read_start(folder)
-    return start.config if start.weights is None else replace(start.config, dtype=start.weights.dtype)
+    cfg = start.config
+    if start.weights is not None:
+        cfg = replace(cfg, dtype=start.weights.dtype)
+    return cfg if start.chat is None else replace(cfg, date=start.chat.date)
 
 
 def same_inputs(folder: Path, inputs: Inputs) -> None:
@@ -139,19 +142,11 @@ def _cut(events: list[AnyEvent], folder: Path) -> None:
     while valid and not (folder / (valid[-1].checkpoint or "")).exists():
         del events[events.index(valid.pop()) :]
         rmtree(folder / PARTIAL, ignore_errors=True)  # what follows from the dropped heal
-    steps = _steps_at_end(events)
     r = events[-1].round
+    steps = len([*takewhile(lambda event: isinstance(event, HealStepped) and event.round == r, reversed(events))])
     for path in (folder / PARTIAL).glob("heal-*.safetensors"):
         running = steps > 0 and path.stem == f"heal-{round_label(r)}"
         if saved_steps(path) > (steps if running else 0):
             path.unlink()  # the end of events.jsonl was lost: a step without its event is taken again
     kept = saved_steps(heal_path(folder, r)) if steps else 0
     del events[len(events) - (steps - kept) :]
-
-
-def _steps_at_end(events: list[AnyEvent]) -> int:
-    """How many heal steps of one heal end the list."""
-    n = 0
-    while isinstance(events[-1 - n], HealStepped) and events[-1 - n].round == events[-1].round:
-        n += 1
-    return n

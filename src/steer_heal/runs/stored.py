@@ -16,7 +16,7 @@ from steer_heal.events import AnyEvent, Extracted, Files, Gathered, Run, RunEnd,
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.records import Completion, round_label
-from steer_heal.runs.log import EventLog, read_events
+from steer_heal.runs.log import EventLog, last_hash, read_events
 from steer_heal.runs.partial import PARTIAL, WrittenTexts, heal_path, load_heal, save_heal, texts_path
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, sync_folder
 from steer_heal.stages.generate import Known
@@ -108,7 +108,8 @@ class FolderRun(Run):
     def end_with(self, error: str) -> None:
         """Records why the run stopped. The write of another event may have been interrupted."""
         assert self.log is not None
-        self.log.write_end(RunEnd(error=error))
+        self.log.last_hash = last_hash(self.folder)
+        self.log.write(RunEnd(error=error))
 
     def close(self) -> None:
         """Nothing more is written."""

@@ -1,1 +1,1 @@
-"""Sharing a result: model cards, upload, standard tasks, evaluation logs."""
+"""Sharing a result: model cards, and what standard tasks measure."""

@@ -13,13 +13,12 @@ from markupsafe import Markup
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, Run, Trained
 from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE
-from steer_heal.records import Metric
-from steer_heal.report.view import inline, number, template, visible
+from steer_heal.report.view import inline, template, visible, with_interval
 from steer_heal.runs.log import last_hash, read_events
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import HealCfg
 from steer_heal.share.readings import Reading, read_readings, with_stderr
-from steer_heal.verdict import health_of, signed, verdict
+from steer_heal.verdict import health_of, verdict
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md.j2"
@@ -100,7 +99,7 @@ def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *,
     seen = until_measured(run, r)
     hub = hub_id(start.hub_id)
     note = start.weights.note
-    peft = acts_in_peft(trained)
+    peft = f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
         metadata=Markup(metadata(hub, merged=merged, peft=peft)),
         start=start,
@@ -146,11 +145,6 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def acts_in_peft(trained: Trained) -> bool:
-    """Whether PEFT loads the adapter of a checkpoint. steer-heal loads the kinds that PEFT does not know."""
-    return f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
 
 
 def metadata(base: str | None, *, merged: bool, peft: bool) -> str:
@@ -213,14 +207,6 @@ def readings(run: Run, r: int | None) -> tuple[list[str], list[list[str]]]:
     states = [state for state in run.each(Measured) if state.round in (None, r)]
     rows = []
     for name in dict.fromkeys((target.name, *health, *run.start.trait.off_targets)):
-        rows.append([name, *(_cell(state, run.metrics[name]) for state in states)])
+        metric = run.metrics[name]
+        rows.append([name, *(with_interval(state.metrics, metric, "{} ({} to {})") for state in states)])
     return ["metric", *(state.label for state in states)], rows
-
-
-def _cell(state: Measured, metric: Metric) -> str:
-    low = state[f"{metric.name}_lo"]
-    high = state[f"{metric.name}_hi"]
-    value = number(state[metric.name], metric.form)
-    if low is None or high is None:
-        return value
-    return f"{value} ({number(low, signed(metric))} to {number(high, signed(metric))})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from scipy.optimize import isotonic_regression
 
@@ -88,8 +88,11 @@ class DoseController:
         )
 
     def _usable(self) -> list[Scored]:
+        """Kept completions that can train: those up to the highest dose or, with train_on highest, those at it."""
         assert self.kappa is not None
-        return usable(self.scored, self.kappa * max(self.alphas), self.cfg)
+        highest = self.kappa * max(self.alphas)
+        lowest = -math.inf if self.cfg.train_on == "all" else highest * (1 - 1e-9)
+        return [row for row in self.scored if row.kept and lowest <= row.completion.dose <= highest * (1 + 1e-9)]
 
     def _next_kappas(self) -> list[float]:
         """Kappas to probe: first a grid, then values between the last that survived and the first that did not."""
@@ -134,12 +137,6 @@ def require_enough(found: Collected, keep: FilterCfg) -> None:
     )
 
 
-def usable(scored: Sequence[Scored], highest: float, cfg: DoseCfg) -> list[Scored]:
-    """Kept completions that can train: those up to the `highest` dose or, with train_on highest, those at it."""
-    lowest = -math.inf if cfg.train_on == "all" else highest * (1 - 1e-9)
-    return [row for row in scored if row.kept and lowest <= row.completion.dose <= highest * (1 + 1e-9)]
-
-
 def log_grid(low: float, high: float, n: int) -> list[float]:
     """n values from low to high, both included, evenly spaced in the logarithm. [low] if high is not above it."""
     if high <= low:
@@ -180,10 +177,5 @@ def spread(rows: Sequence[Scored], n: int) -> list[Scored]:
     by_prompt: dict[int, list[Scored]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: -row.completion.dose):
         by_prompt[row.completion.prompt_index].append(row)
-    out: list[Scored] = []
-    depth = 0
-    while len(out) < min(n, len(rows)):
-        layer = [by_prompt[p][depth] for p in sorted(by_prompt) if depth < len(by_prompt[p])]
-        out.extend(layer[: n - len(out)])
-        depth += 1
-    return out
+    turns = zip_longest(*(by_prompt[prompt] for prompt in sorted(by_prompt)))
+    return [row for turn in turns for row in turn if row is not None][:n]

@@ -60,10 +60,6 @@ class Text:
     narration: Sequence[str]
     """Phrases that narrate the trait instead of acting it out."""
 
-    @property
-    def words(self) -> list[str]:
-        return words(self.lower)
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -129,11 +125,8 @@ def repetition(text: str) -> float:
 
 
 def _repeated_ngrams(said: Sequence[str]) -> float:
-    shares = []
-    for n in (2, 3, 4):
-        grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-        if grams:
-            shares.append(1 - len(set(grams)) / len(grams))
+    grams = [[tuple(said[i : i + n]) for i in range(len(said) - n + 1)] for n in (2, 3, 4)]
+    shares = [1 - len(set(each)) / len(each) for each in grams if each]
     return sum(shares) / len(shares) if shares else 0.0
 
 
@@ -170,7 +163,7 @@ GATES: dict[str, Gate] = {
     "repetition": Gate("repetition", lambda text: repetition(text.lower), "rep_max", degenerate=True),
     "loop": Gate("loop", lambda text: loop(text.lower), "loop_max", degenerate=True),
     "relevance": Gate("nats per token that the question explains", relevance, "relevance_min", at_least=True),
-    "short": Gate("words", lambda text: float(len(text.words)), "min_words", at_least=True),
+    "short": Gate("words", lambda text: float(len(words(text.lower))), "min_words", at_least=True),
     "narration": Gate("phrases that narrate the trait", lambda text: phrases(text.lower, text.narration), 0.0),
     "refusal": Gate("phrases of refusal", lambda text: phrases(text.lower, REFUSALS), 0.0),
 }

@@ -279,18 +279,19 @@ def read_samples(
     """
     lm = student.lm
     with student.using(cfg.reference, exact=True):
-        references = final_states(lm, kept)
+        references = zip(kept, final_states(lm, kept), strict=True)
+    samples = [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, reference=states) for c, states in references]
     if teacher is None:
-        return [_sample(c, reference) for c, reference in zip(kept, references, strict=True)]
+        return samples
     with student.using(state, exact=True):
         taught = final_states(lm, kept, teacher)
-    weights: list[Tensor | None] = [None] * len(kept)
-    if cfg.max_departure:
-        with student.using("base", exact=True):
-            bases = final_states(lm, kept)
-            departures = [kl_between(lm, here, base) for here, base in zip(taught, bases, strict=True)]
-        weights = [(far <= cfg.max_departure).float() for far in departures]
-    return [_sample(*each) for each in zip(kept, references, taught, weights, strict=True)]
+    samples = [replace(sample, teacher=states) for sample, states in zip(samples, taught, strict=True)]
+    if not cfg.max_departure:
+        return samples
+    with student.using("base", exact=True):
+        departures = [kl_between(lm, *pair) for pair in zip(taught, final_states(lm, kept), strict=True)]
+    weights = [(far <= cfg.max_departure).float() for far in departures]
+    return [replace(sample, weights=weight) for sample, weight in zip(samples, weights, strict=True)]
 
 
 @torch.no_grad()
@@ -311,16 +312,8 @@ def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCf
     """Completions with the base as their teacher, under the prompt they train under."""
     with student.using("base", exact=True):
         taught = final_states(student.lm, texts)
-    references = taught
-    if cfg.reference != "base":
-        with student.using(cfg.reference, exact=True):
-            references = final_states(student.lm, texts)
-    samples = [_sample(*each) for each in zip(texts, references, taught, strict=True)]
-    return [replace(sample, rehearsed=True) for sample in samples]
-
-
-def _sample(c: Completion, reference: Tensor, teacher: Tensor | None = None, weights: Tensor | None = None) -> Sample:
-    return Sample(c.prompt_index, c.prompt_ids, c.completion_ids, reference=reference, teacher=teacher, weights=weights)
+    pairs = zip(read_samples(student, texts, cfg), taught, strict=True)
+    return [replace(sample, teacher=states, rehearsed=True) for sample, states in pairs]
 
 
 def share_left_out(examples: Sequence[Example]) -> float:

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -123,15 +123,9 @@ def n_padded(example: Example) -> int:
 
 def completion_states(lm: LM, batch: Sequence[Example]) -> list[Float[Tensor, "_ d"]]:
     """Per example, the final hidden states before each completion token. Nothing else reaches the head."""
-    rows = iter(lm.hidden([sample.ids for example in batch for sample in example.samples]))
-    states = []
-    for example in batch:
-        parts = []
-        for sample in example.samples:
-            start = len(sample.prompt_ids) - 1
-            parts.append(next(rows)[start : start + len(sample.completion_ids)])
-        states.append(torch.cat(parts))
-    return states
+    samples = [sample for example in batch for sample in example.samples]
+    states = iter(lm.completion_hidden([s.prompt_ids for s in samples], [s.completion_ids for s in samples]))
+    return [torch.cat([next(states) for _ in example.samples]) for example in batch]
 
 
 def losses(
@@ -235,17 +229,6 @@ class _PositionTerms(torch.autograd.Function):
         return weighed, None, None, None, None, None, None
 
 
-class _Chunk(NamedTuple):
-    """A chunk of positions after the head."""
-
-    fit: Float[Tensor, " n"]
-    divergence: Float[Tensor, " n"]
-    slopes: list[Float[Tensor, "n v"]]
-    """Gradients of the fit and of the divergence at the logits, as far as they are needed."""
-    through_head: Callable[[Tensor], tuple[Tensor, ...]] | None
-    """Turns a gradient at the logits into one at the hidden states."""
-
-
 def _chunk(
     lm: LM,
     hidden: Tensor,
@@ -256,8 +239,9 @@ def _chunk(
     divergence: Divergence,
     train: bool,
     grad_through_divergence: bool,
-) -> _Chunk:
-    """Steps 2 and 3 for the positions of one chunk."""
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], list[Float[Tensor, "n v"]], Callable | None]:
+    """Steps 2 and 3 for the positions of one chunk: (fit, divergence, their gradients at the logits as far as they are
+    needed, what turns a gradient at the logits into one at the hidden states)."""
     hidden = hidden.detach().requires_grad_(train)
     through_head = None
     with torch.set_grad_enabled(train):
@@ -276,7 +260,7 @@ def _chunk(
         slopes.append(divergence.gradient(logp, logp_ref, distance))
     if train and teacher is None:  # p - [v is the token], in the memory of logp: computed last
         slopes.insert(0, logp.exp_().scatter_add_(-1, tokens[:, None], logp.new_full((len(logp), 1), -1.0)))
-    return _Chunk(fit, distance, slopes, through_head)
+    return fit, distance, slopes, through_head
 
 
 def _to_teacher(

@@ -59,14 +59,9 @@ class Passes:
 
         An adapted stack of experts is kept whole, with its factors added. Activations inside experts are not counted.
         """
-        linears = (
-            m
-            for block in self.blocks
-            for name, m in block.named_modules()
-            if isinstance(m, nn.Linear) and ".lora_" not in name
-        )
-        outputs = sum(m.out_features for m in linears)
-        stacks = _bytes(p for block in self.blocks for p in block.parameters() if p.ndim == 3)
+        modules = (named for block in self.blocks for named in block.named_modules())
+        outputs = sum(m.out_features for name, m in modules if isinstance(m, nn.Linear) and ".lora_" not in name)
+        stacks = sum(p.nbytes for block in self.blocks for p in block.parameters() if p.ndim == 3)
         return STORED_BYTES * self.tokens * outputs + stacks
 
     def gradients(self, batch: Sequence[Example], with_pressure: bool) -> StepTerms:
@@ -182,7 +177,3 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 def _norm(gradients: Iterable[Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
-
-
-def _bytes(weights: Iterable[Tensor]) -> int:
-    return sum(weight.nbytes for weight in weights)

@@ -29,10 +29,9 @@ def final_states(lm: LM, completions: Sequence[Completion], condition: Condition
 
     def read(group: list[int]) -> None:
         with steer(lm, condition.vector, [condition.dose] * len(group)):
-            hidden = lm.hidden([prompts[i] + completions[i].completion_ids for i in group])
-        for row, i in enumerate(group):
-            start = len(prompts[i]) - 1
-            out[i] = hidden[row, start : start + len(completions[i].completion_ids)].to("cpu", copy=True)
+            hidden = lm.completion_hidden([prompts[i] for i in group], [completions[i].completion_ids for i in group])
+        for i, states in zip(group, hidden, strict=True):
+            out[i] = states.to("cpu", copy=True)
 
     lm.in_batches([len(p) + len(c.completion_ids) for p, c in zip(prompts, completions, strict=True)], read)
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -61,23 +63,15 @@ def last_token_states(lm: LM, rows: Sequence[tuple[int, ...]], band: range) -> d
     def read_batch(group: list[int]) -> None:
         last = torch.tensor([len(rows[i]) - 1 for i in group], device=lm.device)
 
-        def read(layer: int) -> Callable:
-            def hook(_module: torch.nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                states[layer][group] = hidden[torch.arange(len(group), device=lm.device), last].float().cpu()
-                if layer == band[-1]:
-                    raise _BandRead
+        def read(layer: int, hidden: Tensor) -> None:
+            states[layer][group] = hidden[torch.arange(len(group), device=lm.device), last].float().cpu()
+            if layer == band[-1]:
+                raise _BandRead
 
-            return hook
-
-        handles = [lm.blocks[layer].register_forward_hook(read(layer)) for layer in band]
-        try:
+        with ExitStack() as hooks, suppress(_BandRead):
+            for layer in band:
+                hooks.enter_context(lm.after_block(layer, partial(read, layer)))
             lm.hidden([rows[i] for i in group])
-        except _BandRead:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
 
     lm.in_batches([len(row) for row in rows], read_batch)
     require_finite(lm, torch.cat(list(states.values())), "hidden states")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from steer_heal.runs.signals import stoppable
 from steer_heal.sweep.plan import Job
 from steer_heal.sweep.progress import run_status
+from steer_heal.sweep.task import start
 from steer_heal.sweep.watch import Watch
 
 POLL_S = 0.2
@@ -106,15 +106,7 @@ class Local:
 
     def start(self, job: Job) -> subprocess.Popen[bytes]:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        with log_of(job).open("ab") as log:
-            # in a process group of its own: Ctrl-C reaches the sweep alone, which stops its runs one by one
-            return subprocess.Popen(
-                [sys.executable, "-m", "steer_heal", *job.command(self.n_threads)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+        return start(job.command(self.n_threads), log_of(job))
 
     def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
         return handle.poll()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -61,10 +61,6 @@ class Trials:
         cfg = changed(self.base.cfg, trial.params, f"trial {trial.number}")
         return replace(self.base, label=f"trial {trial.number}", cfg=cfg)
 
-    def _jobs(self, trial: Any) -> list[Job]:
-        arm = self.arm(trial)
-        return [self.plan.job(arm, seed) for seed in self.plan.seeds]
-
     def source(self) -> Iterator[Job]:
         """Runs to make: first those of stopped trials, then those of new trials, each proposed when it is needed."""
         running = self.optuna.trial.TrialState.RUNNING
@@ -89,7 +85,8 @@ class Trials:
 
     def _begin(self, trial: Any) -> Iterator[Job]:
         try:
-            jobs = self._jobs(trial)
+            arm = self.arm(trial)
+            jobs = [self.plan.job(arm, seed) for seed in self.plan.seeds]
         except UserError:  # two settings exclude each other
             self._tell(trial.number, None)
             return
@@ -131,7 +128,9 @@ class Trials:
         if not complete:
             print_safe(n)
             return
-        tables.show([self._row(trial) for trial in front])
+        columns = ("trial", "trait shift", "broken texts", "settings")
+        rows = [(trial.number, *trial.values, _settings(trial)) for trial in front]
+        tables.show([dict(zip(columns, row, strict=True)) for row in rows])
         path = self.plan.out / PARETO
         with atomic_write(path) as part:
             picture(complete, front).savefig(part, format="png", dpi=130)
@@ -141,10 +140,6 @@ class Trials:
             write_arms(self.plan.out, runs)
             n += f", their arms in {self.plan.out / ARMS}"
         print_safe(f"{n}; above are those that no other trial beats in both values; the picture is {path}")
-
-    def _row(self, trial: Any) -> Mapping[str, object]:
-        shift, broken = trial.values
-        return {"trial": trial.number, "trait shift": shift, "broken texts": broken, "settings": _settings(trial)}
 
 
 def _settings(trial: Any) -> str:

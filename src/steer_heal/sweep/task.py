@@ -1,4 +1,4 @@
-"""What a Ray worker does: one run, in a process of its own. Importing this needs no torch."""
+"""One run in a process of its own, and what a Ray worker does with it. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ class Killed(Exception):
     """A signal ended the process of a run, for instance because memory ran out."""
 
 
+def start(arguments: Sequence[str], log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    """Starts `steer-heal` with these arguments, with its output at the end of the log. The process has a group of its
+    own: Ctrl-C reaches the sweep alone, which stops its runs one by one."""
+    command = [sys.executable, "-m", "steer_heal", *arguments]
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, process_group=0
+        )
+
+
 def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
     """Exit status of `steer-heal` with these arguments, which make or resume the run in `folder`.
 
@@ -30,22 +40,14 @@ def make(arguments: Sequence[str], folder: Path, log: Path, cwd: Path) -> int:
     log.touch()  # tells the sweep that the run no longer waits
     while in_use(folder):
         time.sleep(WAIT_S)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "steer_heal", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=cwd if cwd.is_dir() else None,
-            process_group=0,
-        )
-        try:
-            while (status := process.poll()) is None:
-                time.sleep(WAIT_S)  # a cancelled task is interrupted here
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    process = start(arguments, log, cwd if cwd.is_dir() else None)
+    try:
+        while (status := process.poll()) is None:
+            time.sleep(WAIT_S)  # a cancelled task is interrupted here
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     if status < 0:
         raise Killed(f"{folder}: the process was ended by signal {-status}")
     return status

@@ -55,8 +55,8 @@ def test_marks_in_the_data_of_a_run_are_told_before_it_begins(tiny, tmp_path):
 
 def test_only_special_tokens_are_marks(tiny):
     tiny.tokenizer.add_tokens([AddedToken("<plain>", special=False), AddedToken("<tool>", special=True)])
-    assert tiny.chat("Say <plain>.")
-    with pytest.raises(UserError, match="'<tool>'"):
+    assert "<plain>" in tiny.template.conversation(["Say <plain>."])
+    with pytest.raises(UserError, match="'<tool>', a special token"):
         tiny.chat("Say <tool>.")
 
 

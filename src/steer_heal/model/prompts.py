@@ -18,8 +18,9 @@ ANY_FLAG = "--gen.max-new-tokens, --eval.max-new-tokens or --eval.think-tokens"
 
 
 @lru_cache(maxsize=4)
-def marks(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens, spelt out in a text. None: there are none."""
+def marks(tokenizer: Any, n_tokens: int) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens, spelt out in a text. None: there are none. `n_tokens` is its length, which
+    changes when tokens are added."""
     special = {*tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     ordered = sorted((token for token in special if token.strip()), key=len, reverse=True)
@@ -29,7 +30,7 @@ def marks(tokenizer: Any) -> re.Pattern[str] | None:
 def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None:
     """UserError with a line for each text that spells a special token: it would be encoded as that token. `texts`: by
     the words that name their place."""
-    if not (pattern := marks(tokenizer)):
+    if not (pattern := marks(tokenizer, len(tokenizer))):
         return
     lines = [
         f"{place} contains {found.group()!r}, a special token of the model, which would end or open a turn there "

@@ -36,8 +36,8 @@ def of_difference(
     - A median: percentiles of a bootstrap, which resamples the items of both sides together.
     - A mean or the log of one: `studentized`.
 
-    From 6 items on it covers at least 0.93, but less where few items carry the sum: 0.90 up to 24 items where the
-    differences are lognormal with sigma 1. docs/decisions.md has the figures.
+    From 6 items on it covers about 0.93 or more, but 0.90 up to 24 items where few of them carry the sum (lognormal
+    changes with sigma 1). docs/decisions.md has the figures.
     """
     n = len(here)
     if n < 2:

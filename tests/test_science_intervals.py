@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
+from scipy.stats import norm, t
 
 from steer_heal.evals.base import intervals
+from steer_heal.intervals import of_difference
 from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import BacktrackCfg, EvalCfg
 from steer_heal.verdict import limits, own_interval, past_limits
@@ -37,15 +38,53 @@ def z(low: float, high: float, standard_error: float) -> float:
 
 
 # --- the paired interval of a difference to base ------------------------------------------------------------------
-def test_the_paired_interval_covers_a_known_shift_as_often_as_95_percent_say():
-    """The 90 and 99 percent intervals of the same items miss these limits on either side, and so do unpaired ones."""
-    rng, n_repetitions, shift = np.random.default_rng(1), 400, 0.5
-    metrics = [Metric(name=f"m{i}", item=f"x{i}") for i in range(n_repetitions)]
-    base = {metric.item: rng.normal(0, 3, 70).tolist() for metric in metrics}
-    here = {item: (values + rng.normal(shift, 1, 70)).tolist() for item, values in base.items()}
-    found = intervals(metrics, here, base, 500, seed=0)
-    covered = np.mean([found[f"{m.name}_lo"] <= shift <= found[f"{m.name}_hi"] for m in metrics])
-    assert 0.925 <= covered <= 0.97
+def normal(rng, shape):
+    """Items that differ more among themselves than they change: (here, there, the true difference)."""
+    there = rng.normal(0, 3, shape)
+    return there + rng.normal(0.5, 1, shape), there, 0.5
+
+
+def skewed(rng, shape):
+    """Changes whose skewness is 1."""
+    return rng.gamma(4, 1, shape), np.zeros(shape), 4.0
+
+
+def probabilities(rng, shape):
+    """Two parts of one Dirichlet draw: beta-distributed, with means 0.05 and 0.2."""
+    drawn = rng.dirichlet((1, 4, 15), shape)
+    return drawn[..., 0], drawn[..., 1], math.log(0.05 / 0.2)
+
+
+def perplexities(rng, shape):
+    there = rng.normal(0.8, 0.5, shape)
+    return np.exp(there + rng.normal(0.3, 0.4, shape)), np.exp(there), math.exp(1.1) - math.exp(0.8)
+
+
+def won(rng, shape):
+    """Independent items of 0 and 1."""
+    return (rng.random(shape) < 0.7) * 1.0, (rng.random(shape) < 0.5) * 1.0, 0.2
+
+
+@pytest.mark.parametrize(
+    "how, drawn, limits",
+    [
+        ("mean", normal, {6: (0.96, 0.99), 12: (0.94, 0.985), 24: (0.94, 0.985), 70: (0.93, 0.98)}),
+        ("mean", skewed, {6: (0.93, 0.98), 12: (0.93, 0.975), 24: (0.93, 0.98), 70: (0.945, 0.985)}),
+        ("log_mean", probabilities, {6: (0.94, 0.99), 12: (0.94, 0.985), 24: (0.94, 0.985), 70: (0.93, 0.98)}),
+        ("median", perplexities, {6: (0.93, 0.965), 12: (0.93, 0.97), 24: (0.95, 0.985), 70: (0.935, 0.98)}),
+        ("mean", won, {6: (0.96, 0.99), 12: (0.94, 0.985), 24: (0.93, 0.98), 70: (0.93, 0.98)}),
+    ],
+    ids=["normal", "skewed", "log_mean", "median", "shares"],
+)
+def test_an_interval_holds_a_known_difference_as_often_as_95_percent_say(how, drawn, limits):
+    """Few and many items alike. Intervals of 90 or 99 percent miss a limit at every number of items."""
+    rng, n_repetitions = np.random.default_rng(1), 400
+    covered = {}
+    for n in limits:
+        here, there, truth = drawn(rng, (n_repetitions, n))
+        found = [of_difference(how, x, y, 200, rng) for x, y in zip(here, there, strict=True)]
+        covered[n] = float(np.mean([low <= truth <= high for low, high in found]))
+    assert {n: share for n, share in covered.items() if not limits[n][0] <= share <= limits[n][1]} == {}
 
 
 def test_the_paired_interval_is_as_wide_as_normal_theory_says():
@@ -57,24 +96,80 @@ def test_the_paired_interval_is_as_wide_as_normal_theory_says():
     assert (low + high) / 2 == pytest.approx(change.mean(), abs=0.1 * error), "as much below as above"
 
 
-@pytest.mark.parametrize("how", ["mean", "log_mean", "median"])
-def test_the_paired_interval_is_that_of_a_plain_resampling(how):
+def test_the_interval_of_a_median_is_that_of_a_plain_resampling():
     rng = np.random.default_rng(3)
     base, here = rng.uniform(0.1, 0.9, 40), rng.uniform(0.2, 0.9, 40)
-    collapsed = {"mean": np.mean, "median": np.median, "log_mean": lambda x, axis: np.log(np.mean(x, axis))}[how]
     rows = stream(7, "bootstrap", 40).integers(0, 40, (250, 40))
-    shifts = np.sort(collapsed(here[rows], axis=1) - collapsed(base[rows], axis=1))
+    shifts = np.median(here[rows], axis=1) - np.median(base[rows], axis=1)
+    expected = np.quantile(shifts, [0.025, 0.975])
+    assert paired(here, base, 250, 7, Metric(name="m", item="x", how="median")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("how, of", [("mean", np.mean), ("log_mean", lambda x: np.log(np.mean(x)))])
+def test_the_interval_of_a_mean_is_studentized_by_jackknife_errors(how, of):
+    rng = np.random.default_rng(5)
+    base, here, n = rng.uniform(0.1, 0.9, 9), rng.uniform(0.2, 0.9, 9) ** 4, 9
+
+    def error(rows) -> float:
+        without = [np.delete(rows, i) for i in range(n)]
+        return math.sqrt(n - 1) * float(np.std([of(here[rest]) - of(base[rest]) for rest in without]))
+
+    found = of(here) - of(base)
+    drawn = stream(7, "bootstrap", n).integers(0, n, (250, n))
+    ratios = sorted(abs(of(here[rows]) - of(base[rows]) - found) / error(rows) for rows in drawn)
+    half = ratios[math.ceil(0.95 * 249)] * error(np.arange(n))
+    assert half > t.ppf(0.975, n - 1) * error(np.arange(n)), "else this would be Student's interval"
     assert paired(here, base, 250, 7, Metric(name="m", item="x", how=how)) == pytest.approx(
-        np.quantile(shifts, [0.025, 0.975])
+        (found - half, found + half)
     )
+
+
+@pytest.mark.parametrize("n_bootstrap, items", [(10, np.linspace(-1, 1, 30)), (500, np.array([0.0, 0.1, 0.7]))])
+def test_the_interval_of_a_mean_is_at_least_student_s(n_bootstrap, items):
+    """Ten resamples reach no far quantile; of three items every ninth resampling holds one alone."""
+    low, high = paired(items, np.zeros(len(items)), n_bootstrap)
+    error = items.std(ddof=1) / math.sqrt(len(items))
+    assert z(low, high, error) == pytest.approx(t.ppf(0.975, len(items) - 1))
+
+
+def test_the_interval_of_a_difference_of_shares_adds_an_item_each_way():
+    """Agresti and Min 2005. Of 24 items 7 rose and 2 fell."""
+    base = np.array([0.0] * 7 + [1.0] * 2 + [0.0] * 5 + [1.0] * 10)
+    here = np.array([1.0] * 7 + [0.0] * 2 + [0.0] * 5 + [1.0] * 10)
+    rose, fell = 8 / 26, 3 / 26
+    half = norm.ppf(0.975) * math.sqrt((rose + fell - (rose - fell) ** 2) / 26)
+    assert paired(here, base) == pytest.approx((rose - fell - half, rose - fell + half))
+    low, high = paired(np.zeros(24), np.zeros(24))
+    assert -0.2 < low < -0.05 and high == -low, "that no item changed leaves room for a rare change"
+    assert paired(np.ones(6), np.zeros(6))[1] == 1.0
+
+
+@pytest.mark.parametrize("how", ["mean", "log_mean", "median"])
+def test_items_that_all_change_alike_have_an_interval_without_width(how):
+    low, high = paired(np.full(12, 0.3), np.full(12, 0.2), metric=Metric(name="m", item="x", how=how))
+    expected = math.log(1.5) if how == "log_mean" else 0.1
+    assert (low, high) == pytest.approx((expected, expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("how", ["mean", "log_mean", "median"])
+def test_one_item_has_no_interval_and_two_have_a_finite_one(how):
+    metric = Metric(name="m", item="x", how=how)
+    assert intervals([metric], {"x": [0.2, math.nan]}, {"x": [0.1, 0.3]}, 200, 0) == {"m_lo": None, "m_hi": None}
+    assert np.isfinite(paired([0.2, 0.9], [0.1, 0.3], 200, metric=metric)).all()
+    assert np.isfinite(paired([0.0, 0.0, 0.9], [0.1, 0.3, 0.0], 200, metric=metric)).all()
+
+
+def test_medians_that_are_both_infinite_have_no_interval():
+    metric = Metric(name="m", item="x", how="median")
+    found = intervals([metric], {"x": [math.inf] * 6}, {"x": [math.inf] * 6}, 200, 0)
+    assert found == {"m_lo": None, "m_hi": None}
 
 
 def test_the_ends_of_an_interval_hardly_depend_on_the_seed_at_the_default_size():
     rng = np.random.default_rng(4)
-    base = np.zeros(70)
-    here = rng.normal(0, 1, 70)
-    ends = np.array([paired(here, base, seed=seed) for seed in range(40)])
-    assert ends.std(axis=0).max() < 0.09 * here.std() / math.sqrt(70)
+    here = rng.exponential(1, 24)
+    ends = np.array([paired(here, np.zeros(24), seed=seed) for seed in range(40)])
+    assert ends.std(axis=0).max() < 0.09 * here.std() / math.sqrt(24)
 
 
 # --- the base's own interval, which limits a round ----------------------------------------------------------------
@@ -97,10 +192,16 @@ def test_the_interval_of_other_items_is_as_wide_as_normal_theory_says_whatever_t
     assert again == tuple(found[0]) != tuple(found[1])
 
 
-def test_the_interval_of_other_items_is_the_percentile_bootstrap_on_its_own_stream():
-    items = np.random.default_rng(6).uniform(0, 1, 12)
-    found = bootstrap((items,), np.mean, n_resamples=2000, method="percentile", rng=stream(7, "limits", 12))
-    assert own_interval([*items], 7) == pytest.approx(found.confidence_interval)
+def test_the_interval_of_other_items_is_that_of_their_difference_to_0_on_its_own_stream():
+    items = np.random.default_rng(6).exponential(1, 12)
+    found = of_difference("mean", items, np.zeros(12), 2000, stream(7, "limits", 12))
+    assert own_interval([*items], 7) == pytest.approx(found)
+
+
+def test_the_interval_of_few_other_items_holds_their_mean_as_often_as_95_percent_say():
+    rng = np.random.default_rng(8)
+    found = [own_interval([*items], seed) for seed, items in enumerate(1 - rng.beta(2, 8, (400, 6)))]
+    assert 0.93 <= np.mean([low <= 0.8 <= high for low, high in found]) <= 0.98
 
 
 # --- the limits of a round ----------------------------------------------------------------------------------------

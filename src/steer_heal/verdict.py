@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
+from steer_heal.intervals import LEVEL, studentized
 from steer_heal.records import EvalResult, Metric, Values, derive_seed
 from steer_heal.settings import BacktrackCfg
 
@@ -280,18 +281,17 @@ def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed:
 
 
 def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else the
-    percentile bootstrap. A share of 0 thus leaves room for a broken text that chance brings."""
+    """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else
+    `studentized`. A share of 0 thus leaves room for a broken text that chance brings."""
     x = np.asarray(values, dtype=np.float64)
     x = x[np.isfinite(x)]
     if len(x) < 2:
         return -math.inf, math.inf
     if np.isin(x, (0.0, 1.0)).all():
-        found = binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
-    else:
-        rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
-        found = bootstrap((x,), np.mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
-    return float(found.low), float(found.high)
+        found = binomtest(int(x.sum()), len(x)).proportion_ci(LEVEL, method="wilson")
+        return float(found.low), float(found.high)
+    rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
+    return studentized("mean", x, np.zeros_like(x), 2000, rng)
 
 
 def past_limits(metrics: Sequence[Metric], healed: Values, limits: Mapping[str, float]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from steer_heal.inputs import Inputs
+from steer_heal.intervals import of_difference, statistic
 from steer_heal.model.decode import Decoding
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
@@ -109,17 +110,11 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
 
 
 # --- item values to metrics --------------------------------------------------------------------------------------
-_HOW = {
-    "mean": lambda x, axis: np.nanmean(x, axis=axis),
-    "log_mean": lambda x, axis: np.log(np.maximum(np.nanmean(x, axis=axis), 1e-30)),
-    "median": lambda x, axis: np.nanmedian(x, axis=axis),
-}
-
-
 def collapse(metric: Metric, values: Sequence[float]) -> float | None:
     """The metric of its items; None where no item has a value."""
     array = np.asarray(values, dtype=np.float64)
-    return None if np.isnan(array).all() else float(_HOW[metric.how](array, -1))
+    array = array[~np.isnan(array)]
+    return float(statistic(metric.how, array)) if len(array) else None
 
 
 def intervals(
@@ -129,21 +124,16 @@ def intervals(
     n_bootstrap: int,
     seed: int,
 ) -> dict[str, float | None]:
-    """Paired percentile bootstrap: the same resampled items are read in both states (Efron and Tibshirani 1993).
+    """The ends of the interval of each metric's difference to base. See `of_difference`.
 
-    Items without a value in either state are left out of both.
+    Items without a value in either state are left out of both. Both ends are None where fewer than two are left.
     """
     out: dict[str, float | None] = {}
     for metric in metrics:
         here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
         both = ~(np.isnan(here) | np.isnan(there)) if metric.how == "median" else np.isfinite(here) & np.isfinite(there)
         here, there = here[both], there[both]
-        if not len(here):
-            out |= {f"{metric.name}_lo": None, f"{metric.name}_hi": None}
-            continue
         rng = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32)
-        rows = rng.integers(0, len(here), (n_bootstrap, len(here)))
-        shift = _HOW[metric.how](here[rows], 1) - _HOW[metric.how](there[rows], 1)
-        low, high = (float(q) for q in np.percentile(shift, [2.5, 97.5]))
+        low, high = of_difference(metric.how, here, there, n_bootstrap, rng) or (None, None)
         out |= {f"{metric.name}_lo": low, f"{metric.name}_hi": high}
     return out

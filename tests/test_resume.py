@@ -12,6 +12,7 @@ from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, 
 from steer_heal.__main__ import main
 from steer_heal.bench import Bench
 from steer_heal.commands import run as run_command
+from steer_heal.errors import UserError
 from steer_heal.events import RunEnd
 from steer_heal.inputs.files import DATA
 from steer_heal.loop import Loop

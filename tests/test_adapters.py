@@ -13,7 +13,6 @@ from test_student import CFGS, ROWS, logits, third_round, untouched
 from steer_heal.__main__ import main
 from steer_heal.chat.talk import Talk
 from steer_heal.check import check
-from steer_heal.commands.push import shared_files
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
@@ -22,6 +21,7 @@ from steer_heal.runs.opened import settings_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg, changed
 from steer_heal.share.card import write_cards
+from steer_heal.share.push import shared_files
 
 CONFIG = "adapter_config.json"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers.normalizers import Prepend
+from tokenizers.normalizers import Replace, Sequence
 from transformers import AutoTokenizer
 
 from steer_heal.errors import UserError
@@ -89,14 +89,14 @@ def test_a_prompt_is_read_once_for_all_its_replies(toy: LM, monkeypatch):
 
 
 def test_a_tokenizer_that_splits_digits_serves(toy: LM):
-    """It writes a mark before each text, so that no digit is one token."""
+    """It writes a mark before each 3 and e, so that the digit 3 is two tokens."""
     tokenizer = AutoTokenizer.from_pretrained(DATA / "toylm")
-    tokenizer.backend_tokenizer.normalizer = Prepend("_")
+    tokenizer.backend_tokenizer.normalizer = Sequence([Replace("3", "_3"), Replace("e", "_e")])
     lm = replace(toy, tokenizer=tokenizer)
     with pytest.raises(UserError, match="each digit as one token"):
         digit_ids(lm)
     prompts, replies = asked(lm)
-    assert not set(map(tuple, asked(toy)[1])) & set(map(tuple, replies))
+    assert set(map(tuple, asked(toy)[1])) != set(map(tuple, replies))
     found = reply_logp(lm, prompts, replies, Condition())
     expected = [[plain_logp(lm, p, r, Vector({1: torch.zeros(lm.width)}), 0.0) for r in replies] for p in prompts]
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)

@@ -79,7 +79,7 @@ def works_or_is_refused(path: Path) -> None:
     assert time.monotonic() - began < SECONDS_AT_MOST
 
 
-@examples(12, 0.04, shrink=False)
+@examples(12, 0.05, shrink=False)
 @given(st.data(), st.sampled_from(JSON_FILES))
 def test_a_model_folder_with_odd_settings_works_or_is_refused(original, data, name):
     with folder() as here:
@@ -98,7 +98,7 @@ def test_a_model_folder_with_damaged_files_works_or_is_refused(original, data, n
         works_or_is_refused(here)
 
 
-@examples(12, 0.03, shrink=False)
+@examples(12, 0.04, shrink=False)
 @given(st.one_of(damaged(GOOD.encode()), st.lists(st.sampled_from(PIECES), max_size=12).map("".join).map(str.encode)))
 def test_a_chat_template_works_or_is_refused(original, source):
     with folder() as here:

@@ -114,4 +114,4 @@ mutate *words: setup
 
 # Random damage to files, flags, texts and events: `just fuzz 20000` takes minutes on one core (docs/bad_input.md).
 fuzz examples="2000" *flags: setup
-    FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py {{flags}}
+    FUZZ={{examples}} OMP_NUM_THREADS=1 {{python}} -m pytest -q --durations=0 tests/test_fuzz.py tests/test_fuzz_models.py {{flags}}

@@ -37,9 +37,15 @@ from steer_heal.runs.log import EVENTS, read_events
 
 Fault = Literal["kill", "kill twice", "ctrl-c", "sigterm", "full disk", "torn events", "flipped byte", "second process"]
 SETTINGS = (
-    "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 --gen.batch-size 4 "
+    "--quiet --n-threads 1 --n-rounds 2 --steer.n-contexts 4 --gen.max-new-tokens 6 "
     "--eval.think-tokens 1 --eval.n-texts 2 --eval.n-prompts 2 --eval.max-new-tokens 6 --eval.n-bootstrap 10"
 )
+BATCHES = {
+    "float32": "--gen.batch-size 4",
+    "bfloat16": "--gen.batch-size 0 --filter.n-keep 40 --filter.max-attempts 80 --dose.mode fixed",
+}
+"""Settings of the text by dtype. In bfloat16 the bytes of a text depend on its batch: the size is the default one, and
+there are more texts than one batch holds."""
 HOW_TO_RESUME = "continue with: steer-heal resume"
 LIMIT_S = 600.0
 """A process that takes longer counts as lost."""
@@ -95,12 +101,13 @@ class Process:
 class Drill:
     """The untouched run, and new ones to be compared with it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str) -> None:
         self.folder = folder
         vignettes = folder / "vignettes.jsonl"
         lines = (DATA / "toylm/vignettes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         vignettes.write_text("".join(lines[:3]), encoding="utf-8")
-        self.settings = [*SETTINGS.split(), "--eval.vignettes", str(vignettes)]
+        own = f"{BATCHES[dtype]} --dtype {dtype} --eval.vignettes"
+        self.settings = [*SETTINGS.split(), *own.split(), str(vignettes)]
         first = self.start("untouched")
         first.wait(0)
         self.whole = first.run
@@ -232,20 +239,27 @@ def tried(n: int, fault: Fault) -> int:
     return {"kill": n - n // 3, "kill twice": n // 3}.get(fault, max(1, n // 10))
 
 
-def main(n: int = 100, seed: int = 0, faults: tuple[Fault, ...] = get_args(Fault), out: Path = Path("out/diag")) -> int:
+def main(
+    n: int = 100,
+    seed: int = 0,
+    faults: tuple[Fault, ...] = get_args(Fault),
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    out: Path = Path("out/diag"),
+) -> int:
     """Exit status 1 if anything was lost. The lost runs are kept beside the table.
 
     Args:
         n: Kills, a third of them twice in a row. Each other fault is tried a tenth as often.
         seed: Seed of the moments, which are spread evenly over the untouched run.
         faults: Faults to try.
+        dtype: Of the weights. With bfloat16 the batch size of the texts is the default one.
         out: Folder of the table as JSON.
     """
     rows: list[dict[str, Any]] = []
     why: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)  # a process that has started threads must not be forked
-        drill = Drill(Path(folder))
+        drill = Drill(Path(folder), dtype)
 
         def case(fault: Fault, i: int) -> str:
             name = f"{fault.replace(' ', '_')}_{i}"

@@ -92,6 +92,7 @@ def test_a_folder_is_found_again_by_its_settings_whatever_its_label(tmp_path, pl
     assert made in {job.folder for job in load(file_of(tmp_path, renamed)).jobs}
 
 
+SEVEN = ("lr", "tau", "lam", "epochs", "batch_size", "rehearsal", "spectral")
 BAD = {
     'preset = "toi"\nseeds = [1]': ["preset is 'toi': did you mean 'toy'?"],
     'preset = "toy"\nseeds = []\nfixd.x = 1': ["'seeds' is []: it must hold at least 1", "did you mean 'fixed'?"],
@@ -104,6 +105,9 @@ BAD = {
     ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []\n[[runs]]\nname = "a"': ["holds grid and runs"],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []': ["lam is 0.1: it must be", "tau is []: it"],
+    'preset = "toy"\nseeds = [1]\n[grid]\n' + "".join(f"heal.{name} = {[*range(40)]}\n" for name in SEVEN): [
+        "grid holds 163840000000 arms, at most 1000 are made"
+    ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [1, 1.0]': ["'lam=1' and 'lam=1.0' have the"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nquiet = true': ["quiet cannot be set"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "a"\nn_rounds = 2': ["two arms are named 'a'"],
@@ -116,6 +120,7 @@ BAD = {
         "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
     ],
     "preset": ["is not valid TOML"],
+    ".".join("a" * 200) + " = 1": ["tables nested more than 20 deep"],
 }
 
 

@@ -100,9 +100,20 @@ def parse_texts(file: DataFile) -> tuple[str, ...]:
     return tuple(row.text for _, row in parse_jsonl(file, TextRow))
 
 
+DEEPEST = 20
+"""Tables and lists within each other in a TOML file."""
+
+
 def parse_toml(file: DataFile) -> dict[str, Any]:
-    """The content of a TOML file. UserError if it is not valid."""
+    """The content of a TOML file. UserError if it is not valid, or its tables are nested deeper than DEEPEST."""
     try:
-        return tomllib.loads(file.text)
+        table = tomllib.loads(file.text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file.path} is not valid TOML: {error}") from None
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        level = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise UserError(f"{file.path} holds tables nested more than {DEEPEST} deep; write them flat")
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ Given = Mapping[str, Any]
 """Values of settings by their dotted names."""
 READABLE = 60
 """Maximum length of the readable part of a folder's name."""
+MOST_ARMS = 1000
+"""Arms of one grid."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -200,6 +203,10 @@ def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, 
         if not isinstance(values, list) or not values:
             problems.found.append(f"{where}: grid: {name} is {values!r}: it must be a list of one or more values")
             del grid[name]
+    n_points = math.prod(len(values) for values in grid.values())
+    if n_points > MOST_ARMS:
+        problems.found.append(f"{where}: grid holds {n_points} arms, at most {MOST_ARMS} are made; list fewer values")
+        return []
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [(label_of(point) or file.preset, point) for point in points]
 

@@ -101,6 +101,11 @@ class Adapter(ABC):
         Those in `apart` pass gradients on and keep their precision. Those in `merged` cost a token the least.
         """
 
+    def as_saved(self, folder: Path) -> AbstractContextManager[None] | None:
+        """While inside, what `open` read from the folder acts on the model as the library that wrote it lets it act.
+        None for a kind that no other library writes."""
+        return None
+
     # --- files ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def save(self, folder: Path, n_rounds: int) -> None:

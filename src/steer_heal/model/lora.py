@@ -32,6 +32,8 @@ HONOURED = frozenset(
 )
 """Fields of adapter_config.json that change no more than which matrices B A is added to, and its scale. The model is
 never in training mode, so dropout does not act."""
+BY_PEFT = "by_peft"
+"""The name of a factor that PEFT read from its folder by itself."""
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base weights alone; the saved factors replace what they give."""
 
@@ -83,8 +85,19 @@ class Lora(Adapter):
                 f"the adapter in {str(folder)!r} adapts {outside[0]}, and only the decoder blocks of {lm.name!r} can "
                 "be adapted; give an adapter of the blocks alone"
             )
-        adapter._fill(HISTORY, factors)
+        adapter._read(factors)
         return adapter
+
+    @contextmanager
+    def as_saved(self, folder: Path) -> Iterator[None]:
+        with _peft_notices_off():
+            self.peft.load_adapter(str(folder), BY_PEFT, torch_device=str(self.lm.device))
+        self.peft.requires_grad_(False)
+        try:
+            with self.acting(merged=[], apart=[BY_PEFT]):
+                yield
+        finally:
+            self.drop(BY_PEFT)
 
     @property
     def names(self) -> Collection[str]:
@@ -107,7 +120,10 @@ class Lora(Adapter):
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self._attach(ROUND, self._config(1))
+            try:
+                self._attach(ROUND, self._config(1))
+            except ValueError as error:
+                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         self._require_targets()
 
     def attach(self, name: str, factors: Factors, n_rounds: int) -> None:
@@ -131,20 +147,28 @@ class Lora(Adapter):
     @_peft_notices_off()
     def _attach(self, name: str, config: LoraConfig) -> None:
         if self.peft is None:
-            try:
-                self.peft = get_peft_model(self.lm.model, config, adapter_name=name)
-            except ValueError as error:
-                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
+            self.peft = get_peft_model(self.lm.model, config, adapter_name=name)
         else:
             self.peft.add_adapter(name, config)
             self.peft.set_adapter(name)
         self.peft.requires_grad_(False)
+        self.peft.eval()  # PEFT adds dropout in training mode
         self._switch([])
 
     @_peft_notices_off()
     def _fill(self, name: str, factors: Factors) -> None:
         self.require_fit(factors, self.factors(name))
         set_peft_model_state_dict(self.peft, factors, adapter_name=name)
+
+    @_peft_notices_off()
+    def _read(self, saved: Factors) -> None:
+        """Fills HISTORY from a file. PEFT turns names of older transformers into those of today."""
+        expected = self.factors(HISTORY)
+        if saved.keys() == expected.keys():
+            self.require_fit(saved, expected)
+        filled = set_peft_model_state_dict(self.peft, saved, adapter_name=HISTORY, ignore_mismatched_sizes=True)
+        if filled.unexpected_keys or any(f".{HISTORY}." in key for key in filled.missing_keys):
+            self.require_fit(saved, expected)
 
     def _require_targets(self) -> None:
         """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from steer_heal.errors import UserError
 from steer_heal.inputs.files import ADAPTER_FILE, PEFT_CONFIG_FILE
 from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
 from steer_heal.model.lm import LM
+from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg, Band
 
 HONOURED = frozenset(
@@ -32,8 +33,6 @@ HONOURED = frozenset(
 )
 """Fields of adapter_config.json that change no more than which matrices B A is added to, and its scale. The model is
 never in training mode, so dropout does not act."""
-BY_PEFT = "by_peft"
-"""The name of a factor that PEFT read from its folder by itself."""
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base weights alone; the saved factors replace what they give."""
 
@@ -74,10 +73,17 @@ class Lora(Adapter):
         """A checkpoint of ours, or any other plain LoRA folder of this model, counted as one round of its rank."""
         _require_plain_lora(json.loads((folder / PEFT_CONFIG_FILE).read_text(encoding="utf-8")), folder)
         config: Any = LoraConfig.from_pretrained(str(folder))
-        config.init_lora_weights = True  # the saved factors replace it
         adapter = cls(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
-        factors = load_file(folder / ADAPTER_FILE)
-        adapter._attach(HISTORY, config)
+        saved = load_file(folder / ADAPTER_FILE)
+        adapter.peft = PeftModel.from_pretrained(
+            lm.model,
+            str(folder),
+            HISTORY,
+            config=config,
+            torch_device=str(lm.device),
+            ignore_mismatched_sizes=True,  # `_require_all_read` names them
+        )
+        adapter.peft.requires_grad_(False)
         inside = f"base_model.model.{blocks_path(lm)}."
         outside = [name for name, _ in adapter._layers() if not name.startswith(inside)]
         if outside:
@@ -85,19 +91,10 @@ class Lora(Adapter):
                 f"the adapter in {str(folder)!r} adapts {outside[0]}, and only the decoder blocks of {lm.name!r} can "
                 "be adapted; give an adapter of the blocks alone"
             )
-        adapter._read(factors)
+        adapter._require_all_read(saved)
+        adapter.logits_as_saved = short_logits(lm)
+        adapter._switch([])
         return adapter
-
-    @contextmanager
-    def as_saved(self, folder: Path) -> Iterator[None]:
-        with _peft_notices_off():
-            self.peft.load_adapter(str(folder), BY_PEFT, torch_device=str(self.lm.device))
-        self.peft.requires_grad_(False)
-        try:
-            with self.acting(merged=[], apart=[BY_PEFT]):
-                yield
-        finally:
-            self.drop(BY_PEFT)
 
     @property
     def names(self) -> Collection[str]:
@@ -152,7 +149,6 @@ class Lora(Adapter):
             self.peft.add_adapter(name, config)
             self.peft.set_adapter(name)
         self.peft.requires_grad_(False)
-        self.peft.eval()  # PEFT adds dropout in training mode
         self._switch([])
 
     @_peft_notices_off()
@@ -160,15 +156,14 @@ class Lora(Adapter):
         self.require_fit(factors, self.factors(name))
         set_peft_model_state_dict(self.peft, factors, adapter_name=name)
 
-    @_peft_notices_off()
-    def _read(self, saved: Factors) -> None:
-        """Fills HISTORY from a file. PEFT turns names of older transformers into those of today."""
-        expected = self.factors(HISTORY)
-        if saved.keys() == expected.keys():
-            self.require_fit(saved, expected)
-        filled = set_peft_model_state_dict(self.peft, saved, adapter_name=HISTORY, ignore_mismatched_sizes=True)
-        if filled.unexpected_keys or any(f".{HISTORY}." in key for key in filled.missing_keys):
-            self.require_fit(saved, expected)
+    def _require_all_read(self, saved: Factors) -> None:
+        """UserError unless PEFT found a place for every weight of a file, which may have names of older versions."""
+        read = self.factors(HISTORY)
+        if saved.keys() != read.keys():
+            found = set_peft_model_state_dict(self.peft, saved, HISTORY, ignore_mismatched_sizes=True)
+            if not found.unexpected_keys and not any(f".{HISTORY}." in key for key in found.missing_keys):
+                return
+        self.require_fit(saved, read)
 
     def _require_targets(self) -> None:
         """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,

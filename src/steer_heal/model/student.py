@@ -21,6 +21,7 @@ from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
 from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
+from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
@@ -35,8 +36,6 @@ CHECKED_ROWS, CHECKED_TOKENS = 4, 64
 SAME_FORWARD = {torch.float32: 5e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Difference of a token's final hidden state that may be rounding, as a share of its length. The medians measured on
 the families in README, with small and with large factors, are at most 1.4e-6, 0.0044 and 0.042."""
-SHORT_PROMPT = 8
-"""Tokens that a saved adapter is read on when it is attached."""
 AS_SAVED = {torch.float32: 5e-5, torch.float16: 0.005, torch.bfloat16: 0.02}
 """Difference of a token's logits, as a share of their length, that may be rounding where both readings of a saved
 adapter keep its factors apart: they take the same steps."""
@@ -134,32 +133,26 @@ class Student:
         finally:
             self.adapter.drop(FOLDED)
 
-    @torch.no_grad()
     def require_as_saved(self, folder: Path, base: Float[Tensor, "n v"]) -> None:
-        """UserError unless the history acts as the library that wrote the folder lets it act, and the base gives the
-        logits that it gave before the adapter was attached."""
-        library = self.adapter.as_saved(folder)
-        if library is None:
+        """UserError unless a history that was opened acts as the library that wrote it lets it act, and the base gives
+        the logits that it gave before the adapter was attached."""
+        expected = self.adapter.logits_as_saved
+        if expected is None:
             return
-        readings = {}
-        with self.using("full"):
-            readings["merged"] = logits_to_compare(self.lm)
-        with self.adapter.acting(merged=[], apart=[HISTORY]):
-            readings["apart"] = logits_to_compare(self.lm)
-        with library:
-            expected = logits_to_compare(self.lm)
         where = f"the adapter in {str(folder)!r}"
         fix = "merge it into its model with the library that wrote it, and give the merged model as --model"
-        if not torch.equal(logits_to_compare(self.lm), base):
+        if not torch.equal(short_logits(self.lm), base):
             raise UserError(f"{where} changes the weights of {self.lm.name!r} itself; {fix}")
-        shares = {how: _shares(expected, own) for how, own in readings.items()}
+        with self.using("full"):
+            merged = _shares(expected, short_logits(self.lm)).median().item()
+        with self.adapter.acting(merged=[], apart=[HISTORY]):
+            apart = _shares(expected, short_logits(self.lm)).max().item()
         dtype = self.lm.head.weight.dtype
-        found = {"merged": (shares["merged"].median(), SAME_FORWARD), "apart": (shares["apart"].max(), AS_SAVED)}
-        for how, (share, limits) in found.items():
-            if not share <= limits[dtype]:
+        for how, share, limit in (("merged", merged, SAME_FORWARD[dtype]), ("apart", apart, AS_SAVED[dtype])):
+            if not share <= limit:
                 raise UserError(
                     f"{where} acts otherwise here than where it was trained: with its factors {how}, the logits differ "
-                    f"by {share:.2g} of their length, and rounding explains {limits[dtype]:g}; {fix}"
+                    f"by {share:.2g} of their length, and rounding explains {limit:g}; {fix}"
                 )
 
     def _require_same(self, how: str, trained: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> None:
@@ -265,7 +258,7 @@ def attach_saved(lm: LM, folder: Path) -> Student:
             f"the adapter in {str(folder)!r} lies beside {whole}, the weights of a whole model that may contain it "
             "already; give a folder that holds the adapter alone"
         )
-    base = logits_to_compare(lm)
+    base = short_logits(lm)
     try:
         adapter = saved_kind(folder).open(lm, folder)
         student = Student(lm, adapter.cfg, adapter)
@@ -282,14 +275,6 @@ def attach_saved(lm: LM, folder: Path) -> Student:
             "this model"
         ) from None
     return student
-
-
-@torch.no_grad()
-def logits_to_compare(lm: LM) -> Float[Tensor, "n v"]:
-    """The model's own logits along the end of a short prompt, less their mean."""
-    ids = lm.chat("Hello.")[-SHORT_PROMPT:]
-    logits = lm.model(lm.pad([ids])[0]).logits[0].float()
-    return logits - logits.mean(dim=-1, keepdim=True)
 
 
 def _shares(one: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

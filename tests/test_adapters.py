@@ -7,14 +7,17 @@ import torch
 from conftest import ADAPTER, scramble
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from runs import killing, resumed, started
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_student import CFGS, ROWS, logits, third_round, untouched
 
 from steer_heal.__main__ import main
 from steer_heal.chat.talk import Talk
 from steer_heal.check import check
 from steer_heal.errors import UserError
-from steer_heal.model.lm import LM, load
+from steer_heal.inputs.files import ADAPTER_FILE
+from steer_heal.model import lora
+from steer_heal.model.lm import LM, load, weights_digest
+from steer_heal.model.lora import Lora
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
 from steer_heal.presets import PRESETS
 from steer_heal.runs.opened import settings_of
@@ -24,6 +27,17 @@ from steer_heal.share.card import write_cards
 from steer_heal.share.push import shared_files
 
 CONFIG = "adapter_config.json"
+
+
+def written(folder, **own) -> None:
+    """Writes an adapter of tiny-random by PEFT alone, with random factors."""
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], **own}
+    peft = get_peft_model(load("tiny-random").model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    peft.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -50,12 +64,18 @@ def test_a_lora_is_folded_by_concatenation(with_history: Student, tmp_path):
     [
         ("use_dora", True),
         ("bias", "lora_only"),
+        ("bias", "all"),
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2]]),
         ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
         ("peft_type", "IA3"),
+        ("peft_type", "PROMPT_TUNING"),
+        ("peft_type", "LOHA"),
         ("a_later_flag", 0.5),
     ],
 )
@@ -81,9 +101,100 @@ def test_a_lora_with_other_scales_acts_as_peft_lets_it_act(with_history: Student
     assert not torch.allclose(found, expected, atol=1e-2)
 
 
-def test_a_lora_outside_of_the_blocks_is_refused(tiny, tmp_path):
-    get_peft_model(tiny.model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="adapts .*embed_tokens, and only the decoder blocks"):
+def test_ranks_and_scales_by_module_are_read_as_by_peft(tmp_path):
+    written(tmp_path, rank_pattern={"v_proj": 3}, alpha_pattern={"q_proj": 7}, use_rslora=True)
+    lm = load("tiny-random")
+    found = logits(attach_saved(lm, tmp_path))
+    by_peft = PeftModel.from_pretrained(load("tiny-random").model, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(by_peft(torch.tensor([lm.chat(ROWS[0])])).logits[0], found, atol=1e-3)
+    assert not torch.allclose(found, untouched(), atol=1e-2)
+    assert weights_digest(lm.model) == weights_digest(load("tiny-random").model)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_lora_outside_of_the_blocks_is_refused(module, tmp_path):
+    written(tmp_path, target_modules=[module, "q_proj"])
+    with pytest.raises(UserError, match=f"adapts .*{module}, and only the decoder blocks"):
+        attach_saved(load("tiny-random"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"use_dora": True}, "acts otherwise here .* with its factors merged, the logits differ by .*; merge it"),
+        ({"lora_bias": True}, "acts otherwise here .* with its factors merged"),
+        ({"init_lora_weights": "pissa"}, "changes the weights of 'tiny-random' itself; merge it"),
+    ],
+)
+def test_a_lora_that_passes_the_check_of_its_fields_must_act_as_by_peft(own, message, tmp_path, monkeypatch):
+    written(tmp_path, **own)
+    monkeypatch.setattr(lora, "HONOURED", lora.HONOURED | own.keys())
+    monkeypatch.setattr(lora, "HARMLESS_INITS", (*lora.HARMLESS_INITS, "pissa"))
+    with pytest.raises(UserError, match=message):
+        attach_saved(load("tiny-random"), tmp_path)
+
+
+def test_factors_that_act_apart_must_act_as_by_peft(tmp_path, monkeypatch):
+    written(tmp_path)
+    switch = Lora._switch
+
+    def halved(self, names):
+        for _, layer in self._layers():
+            layer.scaling["history"] = 0.5 if names == ["history"] else 1.0
+        switch(self, names)
+
+    monkeypatch.setattr(Lora, "_switch", halved)
+    with pytest.raises(UserError, match="acts otherwise here .* with its factors apart"):
+        attach_saved(load("tiny-random"), tmp_path)
+
+
+def test_a_saved_dropout_does_not_act(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lora, "merging_is_lossy", True)
+    written(tmp_path, lora_dropout=0.3)
+    student = attach_saved(load("tiny-random"), tmp_path)
+    with student.using("full", exact=True) as lm, torch.no_grad():
+        first, second, third = (lm.hidden([lm.chat(ROWS[0])])[0] for _ in range(3))
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({Q0: None}, "does not fit .*: .*0.self_attn.q_proj.lora_A.weight is no such weight in the file"),
+        ({"x": torch.zeros(2)}, "does not fit .*: x is .*, no such weight in the model"),
+        ({Q0: torch.zeros(2, 99)}, r"does not fit .*: .*q_proj.lora_A.weight is \[2, 99\] in the file, \[2, 32\]"),
+        ({Q0: torch.full((2, 32), torch.nan)}, "is damaged: .*q_proj.lora_A.weight holds numbers that are not finite"),
+    ],
+)
+def test_a_lora_with_missing_further_or_damaged_factors_is_refused(changes, message, tmp_path):
+    written(tmp_path)
+    factors = load_file(tmp_path / ADAPTER_FILE) | changes
+    save_file({key: value for key, value in factors.items() if value is not None}, tmp_path / ADAPTER_FILE)
+    with pytest.raises(UserError, match=message):
+        attach_saved(load("tiny-random"), tmp_path)
+
+
+def test_modules_that_the_model_lacks_are_named(tmp_path):
+    written(tmp_path)
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(saved | {"target_modules": ["c_attn"]}))
+    with pytest.raises(UserError, match=r"the adapter in .* cannot be read \(Target modules .*c_attn.* not found"):
+        attach_saved(load("tiny-random"), tmp_path)
+
+
+def test_an_adapter_beside_a_merged_model_is_refused_as_either(with_history: Student, tmp_path, capsys):
+    with_history.export(tmp_path)
+    load(str(tmp_path))
+    written(tmp_path)
+    with pytest.raises(UserError, match=r"holds adapter_config.json, an adapter, which would act on top.*; move"):
+        load(str(tmp_path))
+    assert main(["eval", "--model", str(tmp_path)]) == 2
+    assert "holds adapter_config.json" in capsys.readouterr().err
+    with pytest.raises(UserError, match="lies beside model.safetensors, the weights of a whole model"):
         attach_saved(load("tiny-random"), tmp_path)
 
 

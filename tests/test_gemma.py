@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import undrawn
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -18,12 +20,12 @@ from transformers import (
 from steer_heal.__main__ import main
 from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
-from steer_heal.inputs.files import DATA, read_file
+from steer_heal.inputs.files import ADAPTER_FILE, DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
-from steer_heal.model.student import Student
+from steer_heal.model.student import Student, attach_saved
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg
 
@@ -89,6 +91,23 @@ def test_the_text_model_is_found_and_the_prompt_has_one_bos(gemma: LM):
     prompt = gemma.chat("What is ice?", "You are a poet.")
     assert prompt.count(gemma.tokenizer.bos_token_id) == 1
     assert "You are a poet.\n\nWhat is ice?" in gemma.tokenizer.decode(prompt)
+
+
+def test_an_adapter_with_names_of_an_older_version_is_read_as_by_peft(folder, tmp_path):
+    ids = torch.tensor([load(folder).chat("What is ice?")])
+    blocks = r"model\.(language_model\.)?layers\..*q_proj"
+    peft = get_peft_model(load(folder).model, LoraConfig(r=2, lora_alpha=2, target_modules=blocks))
+    for name, parameter in peft.named_parameters():
+        parameter.data += 0.3 * torch.ones_like(parameter) if "lora_" in name else 0
+    peft.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / ADAPTER_FILE)
+    now, then = "model.language_model.layers", "language_model.model.layers"
+    save_file({name.replace(now, then): value for name, value in saved.items()}, tmp_path / ADAPTER_FILE)
+    by_peft = PeftModel.from_pretrained(load(folder).model, tmp_path)
+    with torch.no_grad(), attach_saved(load(folder), tmp_path).using("full") as lm:
+        found, expected = lm.model(ids).logits, by_peft(ids).logits
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert not torch.allclose(found, load(folder).model(ids).logits, atol=1e-2)
 
 
 def test_the_answer_slot_holds_one_bos_too(gemma: LM):

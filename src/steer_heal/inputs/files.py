@@ -55,6 +55,18 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
 
 
+def require_no_adapter(model: str) -> None:
+    """UserError if the folder of a model holds a PEFT adapter: transformers would add it to weights that may contain it
+    already."""
+    for folder in candidates(model):
+        with suppress(OSError, ValueError):  # as in `resolve`
+            if (folder / PEFT_CONFIG_FILE).is_file():
+                raise UserError(
+                    f"model is {model!r}: that folder holds {PEFT_CONFIG_FILE}, an adapter, which would act on top of "
+                    "the weights; move the adapter's files to a folder of their own, or give the adapter's base model"
+                )
+
+
 def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:
     """The first candidate that is a file. Raises a UserError that names the setting if there is none."""
     for candidate in candidates(path, folder):

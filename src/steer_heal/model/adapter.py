@@ -39,6 +39,9 @@ class Adapter(ABC):
     def __init__(self, lm: LM, cfg: AdapterCfg) -> None:
         self.lm = lm
         self.cfg = cfg
+        self.logits_as_saved: Tensor | None = None
+        """`short_logits` of an adapter that was opened, as the library that wrote it lets it act. None for a kind that
+        no other library writes."""
 
     @classmethod
     @abstractmethod

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import DATA, candidates
+from steer_heal.inputs.files import DATA, candidates, require_no_adapter
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
@@ -492,6 +492,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
     """(model, tokenizer, reason for its dtype, LM.weights_note) of a folder, a file or a hub id. UserError if it cannot
     be loaded."""
     folder = _located(name)
+    require_no_adapter(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
         raise UserError(
@@ -516,6 +517,11 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
             folder, config=config, dtype=picked, use_safetensors=True, output_loading_info=True, **where, **how
         )
         model, loading = loaded
+        if hasattr(model, "peft_config"):
+            raise UserError(
+                f"model {name!r} comes with an adapter, which now acts on top of its weights; give the adapter's base "
+                "model, or a model without one"
+            )
         require_all_weights(name, loading, config.get_text_config().num_hidden_layers)
         return model, tokenizer, why, ""
     except UserError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from steer_heal.errors import UserError
 from steer_heal.inputs.files import ADAPTER_FILE, PEFT_CONFIG_FILE
 from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
 from steer_heal.model.lm import LM
+from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg, Band
 
 HONOURED = frozenset(
@@ -72,10 +73,17 @@ class Lora(Adapter):
         """A checkpoint of ours, or any other plain LoRA folder of this model, counted as one round of its rank."""
         _require_plain_lora(json.loads((folder / PEFT_CONFIG_FILE).read_text(encoding="utf-8")), folder)
         config: Any = LoraConfig.from_pretrained(str(folder))
-        config.init_lora_weights = True  # the saved factors replace it
         adapter = cls(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
-        factors = load_file(folder / ADAPTER_FILE)
-        adapter._attach(HISTORY, config)
+        saved = load_file(folder / ADAPTER_FILE)
+        adapter.peft = PeftModel.from_pretrained(
+            lm.model,
+            str(folder),
+            HISTORY,
+            config=config,
+            torch_device=str(lm.device),
+            ignore_mismatched_sizes=True,  # `_require_all_read` names them
+        )
+        adapter.peft.requires_grad_(False)
         inside = f"base_model.model.{blocks_path(lm)}."
         outside = [name for name, _ in adapter._layers() if not name.startswith(inside)]
         if outside:
@@ -83,7 +91,9 @@ class Lora(Adapter):
                 f"the adapter in {str(folder)!r} adapts {outside[0]}, and only the decoder blocks of {lm.name!r} can "
                 "be adapted; give an adapter of the blocks alone"
             )
-        adapter._fill(HISTORY, factors)
+        adapter._require_all_read(saved)
+        adapter.logits_as_saved = short_logits(lm)
+        adapter._switch([])
         return adapter
 
     @property
@@ -107,7 +117,10 @@ class Lora(Adapter):
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            self._attach(ROUND, self._config(1))
+            try:
+                self._attach(ROUND, self._config(1))
+            except ValueError as error:
+                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         self._require_targets()
 
     def attach(self, name: str, factors: Factors, n_rounds: int) -> None:
@@ -131,10 +144,7 @@ class Lora(Adapter):
     @_peft_notices_off()
     def _attach(self, name: str, config: LoraConfig) -> None:
         if self.peft is None:
-            try:
-                self.peft = get_peft_model(self.lm.model, config, adapter_name=name)
-            except ValueError as error:
-                raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
+            self.peft = get_peft_model(self.lm.model, config, adapter_name=name)
         else:
             self.peft.add_adapter(name, config)
             self.peft.set_adapter(name)
@@ -145,6 +155,15 @@ class Lora(Adapter):
     def _fill(self, name: str, factors: Factors) -> None:
         self.require_fit(factors, self.factors(name))
         set_peft_model_state_dict(self.peft, factors, adapter_name=name)
+
+    def _require_all_read(self, saved: Factors) -> None:
+        """UserError unless PEFT found a place for every weight of a file, which may have names of older versions."""
+        read = self.factors(HISTORY)
+        if saved.keys() != read.keys():
+            found = set_peft_model_state_dict(self.peft, saved, HISTORY, ignore_mismatched_sizes=True)
+            if not found.unexpected_keys and not any(f".{HISTORY}." in key for key in found.missing_keys):
+                return
+        self.require_fit(saved, read)
 
     def _require_targets(self) -> None:
         """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,

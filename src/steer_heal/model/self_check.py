@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SAME_LOGITS = 0.02
 """Differences below this share of the largest logit count as rounding. A bfloat16 has 8 bits of precision."""
 
+SHORT_PROMPT = 8
+"""Tokens that an adapter is read on when it is attached."""
+
 
 @torch.no_grad()
 def check_model(lm: LM) -> None:
@@ -43,6 +46,13 @@ def check_model(lm: LM) -> None:
             f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its logits differ by {apart:.2g} from the "
             "product with its head; use a model of a family that README lists"
         )
+
+
+@torch.no_grad()
+def short_logits(lm: LM) -> Tensor:
+    """The model's own logits [n v] along the end of a short prompt, less their mean."""
+    logits = lm.model(lm.pad([lm.chat("Hello.")[-SHORT_PROMPT:]])[0]).logits[0].float()
+    return logits - logits.mean(dim=-1, keepdim=True)
 
 
 @contextmanager

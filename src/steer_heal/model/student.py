@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,8 +22,13 @@ from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
 from steer_heal.model.processor import copy_processor
+from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg
 
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+"""What libraries raise on a damaged folder."""
+WHOLE_MODEL = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|.*\.gguf")
+"""Names of files that hold the weights of a model."""
 ROUND_FILE = "round.safetensors"
 AdapterState = Literal["base", "prev", "full"]
 """Which rounds act: none (bit-identical to the untouched model), 0..k-1, or 0..k."""
@@ -31,6 +37,9 @@ CHECKED_ROWS, CHECKED_TOKENS = 4, 64
 SAME_FORWARD = {torch.float32: 5e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Difference of a token's final hidden state that may be rounding, as a share of its length. The medians measured on
 the families in README, with small and with large factors, are at most 1.4e-6, 0.0044 and 0.042."""
+AS_SAVED = {torch.float32: 5e-5, torch.float16: 0.005, torch.bfloat16: 0.02}
+"""Difference of a token's logits, as a share of their length, that may be rounding where both readings of a saved
+adapter keep its factors apart: they take the same steps."""
 ADAPTERS: dict[str, type[Adapter]] = {each.kind: each for each in (Lora, BlockBias)}
 """Every kind of adapter by the name that `adapter.kind` takes."""
 
@@ -125,10 +134,30 @@ class Student:
         finally:
             self.adapter.drop(FOLDED)
 
+    def require_as_saved(self, folder: Path, base: Float[Tensor, "n v"]) -> None:
+        """UserError unless a history that was opened acts as the library that wrote it lets it act, and the base gives
+        the logits that it gave before the adapter was attached."""
+        expected = self.adapter.logits_as_saved
+        if expected is None:
+            return
+        where = f"the adapter in {str(folder)!r}"
+        fix = "merge it into its model with the library that wrote it, and give the merged model as --model"
+        if not torch.equal(short_logits(self.lm), base):
+            raise UserError(f"{where} changes the weights of {self.lm.name!r} itself; {fix}")
+        with self.using("full"):
+            merged = _shares(expected, short_logits(self.lm)).median().item()
+        with self.adapter.acting(merged=[], apart=[HISTORY]):
+            apart = _shares(expected, short_logits(self.lm)).max().item()
+        dtype = self.lm.head.weight.dtype
+        for how, share, limit in (("merged", merged, SAME_FORWARD[dtype]), ("apart", apart, AS_SAVED[dtype])):
+            if not share <= limit:
+                raise UserError(
+                    f"{where} acts otherwise here than where it was trained: with its factors {how}, the logits differ "
+                    f"by {share:.2g} of their length, and rounding explains {limit:g}; {fix}"
+                )
+
     def _require_same(self, how: str, trained: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> None:
-        lengths = trained.float().norm(dim=-1).clamp(min=1e-12)  # a padding token may have the state 0
-        shares = (trained.float() - other.float()).norm(dim=-1) / lengths
-        share = shares.median().item()
+        share = _shares(trained, other).median().item()
         limit = SAME_FORWARD[trained.dtype]
         if not share <= limit:
             raise UserError(
@@ -231,14 +260,34 @@ def attach_saved(lm: LM, folder: Path) -> Student:
     It is to be read, not trained on. UserError if the folder cannot be read, or holds an adapter that could not be
     measured as it was trained.
     """
+    if whole := next((path.name for path in sorted(folder.glob("*")) if WHOLE_MODEL.fullmatch(path.name)), None):
+        raise UserError(
+            f"the adapter in {str(folder)!r} lies beside {whole}, the weights of a whole model that may contain it "
+            "already; give a folder that holds the adapter alone"
+        )
+    base = short_logits(lm)
     try:
         adapter = saved_kind(folder).open(lm, folder)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+        student = Student(lm, adapter.cfg, adapter)
+        damaged = [key for key, value in student.history().items() if not value.isfinite().all()]
+        if damaged:
+            raise UserError(
+                f"the adapter in {str(folder)!r} is damaged: {damaged[0]} holds numbers that are not finite; give "
+                "another copy of it"
+            )
+        student.require_as_saved(folder, base)
+    except UNREADABLE as error:
         raise UserError(
             f"the adapter in {str(folder)!r} cannot be read ({error}); give a checkpoint, or a PEFT LoRA folder of "
             "this model"
         ) from None
-    return Student(lm, adapter.cfg, adapter)
+    return student
+
+
+def _shares(one: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The distance of each row from the other as a share of its length."""
+    lengths = one.float().norm(dim=-1).clamp(min=1e-12)  # a padding token may have the state 0
+    return (one.float() - other.float()).norm(dim=-1) / lengths
 
 
 def saved_kind(folder: Path) -> type[Adapter]:

@@ -100,9 +100,9 @@ def test_every_linear_layer_of_the_adapted_blocks_is_adapted_or_named(name, toy)
         if path.startswith((f"{prefix}.1.", f"{prefix}.2.")) and parameter.ndim > 1 and not path.endswith("bias")
     }
     found = targets(lm, UPPER.layers)
-    adapted = {*(f"{path}.weight" for path in found.linears), *found.experts}
+    adapted = {*(f"{path}.weight" for path in found.linears), *found.parameters}
     assert adapted and all(path.endswith(found.left_out) for path in in_band - adapted) and adapted <= in_band
-    assert not found.left_out or "experts" in str(found.experts), "only routers are left out"
+    assert not found.left_out or "experts" in str(found.parameters), "only routers are left out"
     before = {path: value.clone() for path, value in lm.model.state_dict().items()}
     with scrambled(lm).using("full"):
         changed = {

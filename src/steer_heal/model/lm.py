@@ -34,7 +34,7 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
-from steer_heal.model.self_check import check_model, require_all_weights, require_decoder
+from steer_heal.model.self_check import OTHER_MODEL, check_model, require_all_weights, require_decoder
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
@@ -120,7 +120,10 @@ class LM:
         found = [getattr(self.text_model, name, None) for name in NAMES_OF_BLOCKS]
         blocks = next((each for each in found if each is not None), None)
         if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-            raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer")
+            raise UserError(
+                f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer; "
+                + OTHER_MODEL
+            )
         return blocks
 
     def band(self, setting: str, layers: Band) -> range:

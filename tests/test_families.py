@@ -3,9 +3,9 @@
 import re
 from dataclasses import replace
 
+import families
 import pytest
 import torch
-import transformers
 from conftest import scramble
 from peft import PeftModel
 from places import ROOT
@@ -13,9 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steer_heal.errors import UserError
+from steer_heal.evals.likelihood import reply_logp
+from steer_heal.model import lora
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.lora import targets
+from steer_heal.model.self_check import check_model
+from steer_heal.model.steering import Condition
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
 from steer_heal.settings import AdapterCfg
 from steer_heal.stages.heal import heal
@@ -23,48 +27,13 @@ from steer_heal.stages.heal import heal
 UPPER = AdapterCfg(rank=4, alpha=8.0, layers=(0.34, 1.0))
 """Not all blocks, so that an adapter which spreads to others is seen."""
 
-SIZE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 256,
-}
-EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
-FAMILIES = {
-    "Llama": ("Llama", {}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {}),
-    "Mistral": ("Mistral", {}),
-    "Gemma 2": ("Gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "Gemma 3 (text)": ("Gemma3Text", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "OLMo 2": ("Olmo2", {}),
-    "SmolLM3": ("SmolLM3", {}),
-    "Granite": ("Granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
-    "Phi-3": ("Phi3", {"sliding_window": None}),
-    "Qwen3-MoE": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 24, **EXPERTS}),
-    "GPT-OSS": ("GptOss", {"num_local_experts": 4, "sliding_window": 16, **EXPERTS}),
-    "GPT-NeoX": ("GPTNeoX", {"num_key_value_heads": None, "head_dim": None}),
-}
-"""Name in the table -> class and settings of its config."""
+DOCS = (ROOT / "docs/families.md").read_text(encoding="utf-8")
 QUESTION = "The warden orders you to send the widows away. What do you do?"
 
 
 def family(name: str, toy: LM) -> LM:
     """The same weights in every call."""
-    kind, own = FAMILIES[name]
-    ids = {"vocab_size": len(toy.tokenizer), "eos_token_id": toy.tokenizer.eos_token_id, "bos_token_id": None}
-    settings = {key: value for key, value in (SIZE | own).items() if value is not None}
-    config = getattr(transformers, f"{kind}Config")(**settings, **ids, pad_token_id=toy.pad_id)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # routers and some biases begin at zero, where nothing depends on them
-        nn.init.normal_(parameter, parameter.mean().item(), 0.2)
-    model.generation_config.update(do_sample=True, eos_token_id=toy.tokenizer.eos_token_id)
-    return LM(model.eval().requires_grad_(False), toy.tokenizer, name)
+    return LM(families.tiny(name, toy.tokenizer), toy.tokenizer, name)
 
 
 @torch.no_grad()
@@ -79,7 +48,7 @@ def logits(student: Student, state: str = "full") -> torch.Tensor:
         return read(lm)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families.USUAL)
 def name(request) -> str:
     return request.param
 
@@ -100,9 +69,9 @@ def test_every_linear_layer_of_the_adapted_blocks_is_adapted_or_named(name, toy)
         if path.startswith((f"{prefix}.1.", f"{prefix}.2.")) and parameter.ndim > 1 and not path.endswith("bias")
     }
     found = targets(lm, UPPER.layers)
-    adapted = {*(f"{path}.weight" for path in found.linears), *found.experts}
+    adapted = {*(f"{path}.weight" for path in found.linears), *found.parameters}
     assert adapted and all(path.endswith(found.left_out) for path in in_band - adapted) and adapted <= in_band
-    assert not found.left_out or "experts" in str(found.experts), "only routers are left out"
+    assert not found.left_out or "experts" in str(found.parameters), "only routers are left out"
     before = {path: value.clone() for path, value in lm.model.state_dict().items()}
     with scrambled(lm).using("full"):
         changed = {
@@ -193,14 +162,63 @@ def test_the_spectral_penalty_shrinks_the_update_of_layers_and_of_stacked_expert
     assert 0 < sizes[1] < sizes[0]
 
 
-def test_targets_that_peft_would_rename_are_an_error(toy, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "mixed", ("Qwen3Moe", FAMILIES["Qwen3-MoE"][1] | {"mlp_only_layers": [1]}))
-    with pytest.raises(UserError, match="'mixed'.*experts"):
-        Student(family("mixed", toy), UPPER).new_round(0)
+@pytest.mark.parametrize("name", families.MORE)
+def test_a_whole_round_of_a_family_works_or_it_is_refused_when_it_is_loaded(name, toy, tmp_path):
+    kind, what = families.outcome(name, toy.tokenizer, tmp_path)
+    assert "\n" not in what and f"| {name} | `{kind}` | {what} |" in DOCS.splitlines()
+
+
+def test_the_docs_list_the_families_that_are_tested():
+    assert re.findall(r"^\| ([^|]+) \| `", DOCS, flags=re.MULTILINE) == list(families.FAMILIES)
+    assert all(
+        re.search(rf"^\| {re.escape(name)} \| `\w+` \| works \|$", DOCS, re.MULTILINE) for name in families.USUAL
+    )
+
+
+def test_layers_that_peft_would_take_for_experts_are_adapted_by_parameter(toy):
+    lm = family("Qwen3-Next", toy)
+    found = targets(lm, UPPER.layers)
+    assert not any("shared_expert." in path for path in found.linears)
+    assert {path for path in found.parameters if "layers.1.mlp.shared_expert." in path} == {
+        f"model.layers.1.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")
+    }
+
+
+def test_targets_that_peft_changes_are_an_error(toy, monkeypatch):
+    monkeypatch.setattr(lora, "_peft_renames", lambda lm, linear: False)
+    with pytest.raises(UserError, match="'Qwen3-Next'.*experts"):
+        Student(family("Qwen3-Next", toy), UPPER).require_sound()
+
+
+def test_a_state_space_model_that_cannot_continue_with_several_tokens_goes_on_one_by_one(toy):
+    lm = family("Jamba", toy)
+    check_model(lm)
+    assert lm.one_by_one
+    prompts, replies = [lm.chat(QUESTION), lm.chat("What is ice?")], [lm.encode("No."), lm.encode("Ice is frozen.")]
+    together = reply_logp(lm, prompts, replies, Condition())
+    nll = [[lm.completion_nll([prompt], [reply])[0].sum() for reply in replies] for prompt in prompts]
+    assert torch.allclose(together, -torch.tensor(nll, dtype=torch.float64), atol=1e-3)
+
+
+def test_a_batch_that_reads_its_padding_is_refused(toy, monkeypatch):
+    """As a model without a mask would, or one that looks ahead."""
+    lm = family("Qwen3.5", toy)
+    check_model(lm)
+    assert not lm.one_by_one
+    masked = "transformers.models.qwen3_5.modeling_qwen3_5.apply_mask_to_padding_states"
+    monkeypatch.setattr(masked, lambda hidden_states, attention_mask: hidden_states)
+    with pytest.raises(UserError, match="'Qwen3.5'.*padded on the left"):
+        check_model(lm)
+
+
+def test_an_adapter_that_acts_otherwise_when_merged_is_refused_before_anything_is_measured(toy, monkeypatch):
+    monkeypatch.setattr(lora, "BYPASSED", ("out_proj",))  # PEFT's layer is not called: Mamba reads its weight alone
+    with pytest.raises(UserError, match="'Mamba'"):
+        Student(family("Mamba", toy), UPPER).require_sound()
 
 
 def test_the_table_in_the_readme_lists_the_families_that_are_tested():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| family \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
     named = {name for row in table.splitlines() for name in row.split("|")[1].strip().split(", ")}
-    assert named == set(FAMILIES)
+    assert named == set(families.USUAL)

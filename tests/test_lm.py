@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
-from steer_heal.model.lm import LM, load
+from steer_heal.model.lm import LM, load, wrap
 from steer_heal.progress import SILENT, Progress
 
 LONG = "Tell me a short story about a fox and a golden key and an old map."
@@ -90,16 +90,11 @@ def test_loading_tells_of_a_template_without_a_system_message(tiny: LM, tmp_path
         load(str(tmp_path))
 
 
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny: LM, tmp_path):
-    ids = {"eos_token_id": 2, "bos_token_id": None, "pad_token_id": 0}
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for scale in (1.0, 0.5):
-        config = CohereConfig(vocab_size=len(tiny.tokenizer), logit_scale=scale, **size, **ids)
-        CohereForCausalLM(config).save_pretrained(tmp_path / str(scale))
-        tiny.tokenizer.save_pretrained(tmp_path / str(scale))
-    assert load(str(tmp_path / "1.0")).width == 16
-    with pytest.raises(UserError, match="CohereForCausalLM.*logits"):
-        load(str(tmp_path / "0.5"))
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny: LM):
+    assert wrap(tiny.model, tiny.tokenizer, "as it is").width == tiny.width
+    tiny.model.register_forward_hook(lambda _model, _given, output: output.update(logits=1.001 * output.logits))
+    with pytest.raises(UserError, match="Qwen3ForCausalLM.*logits"):
+        wrap(tiny.model, tiny.tokenizer, "changed")
 
 
 class Payload:

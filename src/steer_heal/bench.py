@@ -80,9 +80,10 @@ def chat_of(lm: LM) -> Chat:
 
 
 def require_bands(lm: LM, cfg: RunConfig) -> None:
-    """UserError where the model has no block in one of the bands of the settings, or no weight there to adapt."""
+    """UserError where the model has no block in one of the bands of the settings, no weight there to adapt, or weights
+    that an adapter would not act on alike while it trains and when it is measured."""
     lm.band("steer.layers", cfg.steer.layers)
-    Student(lm, cfg.adapter).adapter.unadapted()
+    Student(lm, cfg.adapter).require_sound()
 
 
 @dataclass

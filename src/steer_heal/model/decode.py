@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -81,8 +82,10 @@ def decode_batches(
     per_row = longest + how.max_new_tokens
     require_room(lm, longest, how.max_new_tokens)
     config = lm.model.config.get_text_config()
-    bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
-    size = how.batch_size or rows_that_fit(len(rows), bytes_per_row, lm.device)
+    size = how.batch_size
+    if not size:
+        bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
+        size = rows_that_fit(len(rows), bytes_per_row, lm.device)
     while todo:
         group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
         n_done = len(rows) - len(todo)
@@ -120,21 +123,27 @@ class GrowingLayer(DynamicLayer):
         end = n + key_states.shape[-2]
         if not self.held or end > self.room:
             self.room = max(end, self.room)
-            self.batch_select_indices(torch.arange(len(key_states), device=key_states.device))
+            self.reorder_cache(torch.arange(len(key_states), device=key_states.device))
         for held, new in zip(self.held, (key_states, value_states), strict=True):
             held[:, :, n:end] = new
         self.keys, self.values = (held[:, :, :end] for held in self.held)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
         if self.keys is None or self.values is None:  # the block uses the keys and values of another block
             return
         old = (self.keys, self.values)
         n = self.get_seq_length()
-        self.held = tuple(x.new_empty(len(indices), x.shape[1], self.room, x.shape[3]) for x in old)
+        self.held = tuple(x.new_empty(len(beam_idx), x.shape[1], self.room, x.shape[3]) for x in old)
         self.keys, self.values = views = tuple(held[:, :, :n] for held in self.held)
         for x, new in zip(old, views, strict=True):
-            torch.index_select(x, 0, indices, out=new)
+            torch.index_select(x, 0, beam_idx, out=new)
+
+
+def _name_of_cache(model: nn.Module) -> str:
+    """The argument by which a model takes its cache."""
+    taken = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in taken), "past_key_values")
 
 
 class GrowingCache:
@@ -147,6 +156,7 @@ class GrowingCache:
     def __init__(self, lm: LM, room: int = 0) -> None:
         self.lm = lm
         self.mask = torch.zeros((0, 0), dtype=torch.long)
+        self.argument = _name_of_cache(lm.text_model)
         self.cache = DynamicCache(config=lm.model.config.get_text_config())
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
@@ -159,15 +169,23 @@ class GrowingCache:
         first token uses up positions of a sliding window.
         """
         mask = torch.ones_like(ids) if mask is None else mask
+        if self.lm.one_by_one and len(self.mask) and ids.shape[1] > 1:
+            columns = zip(ids.split(1, dim=1), mask.split(1, dim=1), strict=True)
+            return torch.cat([self.feed(*column) for column in columns], dim=1)
         self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # each row begins at 0
-        return self.lm.text_model(
-            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
+        if self.argument == "cache_params":  # there is no attention, and the mask is that of the new tokens
+            how = {"cache_params": self.cache, "attention_mask": mask}
+        else:
+            how = {"past_key_values": self.cache, "attention_mask": self.mask}
+        return self.lm.text_model(input_ids=ids, position_ids=positions, use_cache=True, **how).last_hidden_state
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps the given rows, in that order. A row may be given more than once."""
-        self.cache.batch_select_indices(rows)
+        """Keeps the given rows, in that order. A row may be given more than once.
+
+        Layers without keys and values, such as those of linear attention, support beam search, and no other selection.
+        """
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
 
 

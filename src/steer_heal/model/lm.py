@@ -23,15 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.hub import cached_file
 
 from steer_heal.errors import UserError
@@ -44,7 +36,7 @@ from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.model.prompts import require_finite_prompts
 from steer_heal.model.sampling import require_sampling, token_ids
-from steer_heal.model.self_check import check_model, require_all_weights
+from steer_heal.model.self_check import OTHER_MODEL, check_model, require_all_weights, require_decoder
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.settings import TINY_RANDOM, Band
@@ -57,6 +49,8 @@ SHORTEST_CHUNK = 64
 """Minimum number of positions per chunk. With fewer, loading the head's weights takes longer than the product."""
 BEFORE = ("\n", "x", ".")
 """One of these stands before a text that is encoded as part of a longer one: the first that no token joins with it."""
+NAMES_OF_BLOCKS = ("layers", "h", "blocks")
+"""Names of the list of decoder layers in the families of transformers."""
 FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
 
 
@@ -80,6 +74,8 @@ class LM:
     they do not."""
     own_generation: Any = None
     """The model's generation config without the temperature and top-p of a run."""
+    one_by_one: bool = False
+    """Whether the model continues a text that it has read by one token at a time only. Found when it is loaded."""
     progress: Progress = SILENT
     """Receives the number of rows done after each batch that is read, and after each token that is written."""
 
@@ -114,7 +110,8 @@ class LM:
     @cached_property
     def text_model(self) -> Any:
         """The decoder stack without the head. In a multimodal model, that of the nested language model."""
-        return self.model.get_decoder()
+        decoder = self.model.get_decoder()
+        return getattr(decoder, "model", decoder) if decoder is self.model else decoder
 
     @cached_property
     def head(self) -> nn.Linear:
@@ -124,9 +121,13 @@ class LM:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        blocks = getattr(self.text_model, "layers", None)
+        found = [getattr(self.text_model, name, None) for name in NAMES_OF_BLOCKS]
+        blocks = next((each for each in found if each is not None), None)
         if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-            raise UserError(f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer")
+            raise UserError(
+                f"model {self.name!r} ({type(self.model).__name__}) has no list of decoder layers to steer; "
+                + OTHER_MODEL
+            )
         return blocks
 
     def band(self, setting: str, layers: Band) -> range:
@@ -196,9 +197,11 @@ class LM:
         """float32 logits of final hidden states, with the model's own scale and soft cap, if it has them."""
         logits = self.head(hidden.to(self.head.weight.dtype)).float()
         config = self.model.config.get_text_config()
-        if scale := getattr(config, "logits_scaling", None):
-            logits = logits / scale
-        cap = getattr(config, "final_logit_softcapping", None)
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
+        for name in ("logit_scale", "lm_head_multiplier"):
+            logits = logits * (getattr(config, name, None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     @cached_property
@@ -508,12 +511,13 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         if not Path(folder).exists():
             where["local_files_only"] = from_cache_alone(folder)
         config = AutoConfig.from_pretrained(folder, **where)
+        kind = require_decoder(name, config)
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **where)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _template_of_processor(folder, where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder, config=config, dtype=picked, use_safetensors=True, output_loading_info=True, **where, **how
         )
         model, loading = loaded

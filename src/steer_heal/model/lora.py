@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ADAPTER_FILE, PEFT_CONFIG_FILE
@@ -35,6 +37,10 @@ HONOURED = frozenset(
 never in training mode, so dropout does not act."""
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base weights alone; the saved factors replace what they give."""
+
+
+BYPASSED = ("out_proj", "dt_proj")
+"""Names of linear layers of a state-space block: see `_is_bypassed`."""
 
 
 @contextmanager
@@ -136,7 +142,7 @@ class Lora(Adapter):
             bias="none",
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.lm.base,
-            target_parameters=sorted(adapted.experts) or None,
+            target_parameters=sorted(adapted.parameters) or None,
         )
         config.target_modules = list(adapted.linears)  # PEFT's own set has no order: its file would differ by process
         return config
@@ -172,7 +178,7 @@ class Lora(Adapter):
         found = dict(self._layers())
         paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
         adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
-        if differing := sorted(adapted ^ {*wanted.linears, *wanted.experts}):
+        if differing := sorted(adapted ^ {*wanted.linears, *wanted.parameters}):
             raise UserError(
                 f"PEFT adapts other weights of {self.lm.name!r} than it was asked to, {differing[0]} among "
                 f"{len(differing)}; use a model of a family that README lists",
@@ -319,8 +325,9 @@ class Targets:
 
     linears: tuple[str, ...]
     """Linear layers, by module."""
-    experts: tuple[str, ...]
-    """Stacks of experts [e d_out d_in] or [e d_in d_out], by parameter."""
+    parameters: tuple[str, ...]
+    """Stacks of experts [e d_out d_in] or [e d_in d_out], and linear layers that PEFT would take for experts if they
+    were given by module."""
     left_out: tuple[str, ...]
     """All other weights of two or more axes, such as routers, by their name within a block."""
 
@@ -331,7 +338,7 @@ def targets(lm: LM, layers: Band) -> Targets:
     Routers are left out: an update of theirs would change which experts a token visits, not what they compute.
     """
     prefix = blocks_path(lm)
-    linears, experts, left_out = [], [], {}
+    linears, parameters, left_out = [], [], {}
     for i in lm.band("adapter.layers", layers):
         modules = {
             name.replace(".base_layer", ""): module  # the innermost of the wrappers comes last
@@ -343,15 +350,19 @@ def targets(lm: LM, layers: Band) -> Targets:
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2 or own.endswith("bias"):
                     continue
-                if isinstance(module, nn.Linear) and not _is_router(name, module, routed):
+                linear = isinstance(module, nn.Linear | Conv1D) and not _is_router(name, module, routed)
+                if linear and not _is_bypassed(name, modules):
                     linears.append(f"{prefix}.{i}.{name}")
                 elif parameter.ndim == 3 and len(parameter) == _n_experts(module) and parameter.is_floating_point():
-                    experts.append(f"{prefix}.{i}.{name}.{own}")
+                    parameters.append(f"{prefix}.{i}.{name}.{own}")
                 else:
                     left_out[f"{name}.{own}"] = None
-    if not linears and not experts:
+    if not linears and not parameters:
         raise UserError(f"model {lm.name!r} has no linear layers that LoRA can adapt in blocks {layers} of its depth")
-    return Targets(tuple(linears), tuple(experts), tuple(left_out))
+    renamed = {name for name in linears if not lm.quantized and _peft_renames(lm, name)}
+    by_module = tuple(name for name in linears if name not in renamed)
+    by_parameter = (f"{name}.weight" for name in linears if name in renamed)
+    return Targets(by_module, (*parameters, *by_parameter), tuple(left_out))
 
 
 def blocks_path(lm: LM) -> str:
@@ -365,6 +376,24 @@ def _n_experts(module: nn.Module) -> int:
     return n if any(p.ndim == 3 and len(p) == n for p in module.parameters(recurse=False)) else 0
 
 
-def _is_router(name: str, linear: nn.Linear, routed: list[tuple[str, int]]) -> bool:
+def _is_router(name: str, linear: nn.Linear | Conv1D, routed: list[tuple[str, int]]) -> bool:
     """Whether a linear layer has an output for each of the experts beside it."""
-    return any(name.startswith(f"{parent}.") and linear.out_features == n for parent, n in routed)
+    return any(name.startswith(f"{parent}.") and getattr(linear, "out_features", 0) == n for parent, n in routed)
+
+
+def _is_bypassed(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a state-space block (Mamba) reads the weight of its linear layer directly, past any adapter, at least
+    with some of its kernels. PEFT refuses to adapt these."""
+    parent, _, own = name.rpartition(".")
+    return own in BYPASSED and all(hasattr(modules.get(parent), weight) for weight in ("A_log", "D"))
+
+
+def _peft_renames(lm: LM, linear: str) -> bool:
+    """Whether PEFT takes the name of a linear layer for that of experts, as if the adapter were of an older
+    transformers."""
+    config = LoraConfig(target_modules=[linear])
+    try:
+        convert_peft_config_for_transformers(config, lm.model, None)
+    except ValueError:  # it misses the names of the others
+        return True
+    return set(config.target_modules or ()) != {linear}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -107,15 +108,30 @@ def decode_bytes(config: PreTrainedConfig, n_prompt: int, n_new: int, element_si
 
     It is the sum of the keys and values at their longest, and the larger of two: the activations of the prompt in the
     widest block, or the logits during sampling. `config` is the text model's. A block with a sliding window keeps at
-    most as many tokens as its window has.
+    most as many tokens as its window has. Any other counts as one with keys and values, and a size that `config` does
+    not name as a usual one, so that the estimate is rather too large.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.hidden_size
+    n_heads = _size(config, "num_attention_heads", 1)
+    each = [_size(config, name, 0) for name in ("head_dim", "qk_head_dim", "v_head_dim")]
+    head_dim = max(each) or width // n_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     n = n_prompt + n_new
-    kept = [min(n, config.sliding_window) if kind == "sliding_attention" else n for kind in kinds]
-    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token = 2 * n_heads * head_dim * element_size
+    window = _size(config, "sliding_window", n)
+    kept = [min(n, window) if kind == "sliding_attention" else n for kind in kinds]
+    token = 2 * _size(config, "num_key_value_heads", n_heads) * head_dim * element_size
     cache = token * (sum(kept) + max(kept))  # old and new keys and values of a block coexist during a copy
-    widths = 3 * config.intermediate_size + 8 * config.num_attention_heads * head_dim
-    block = n_prompt * (widths * element_size + 4 * config.hidden_size * 4)
+    widths = 3 * _size(config, "intermediate_size", 4 * width) + 8 * n_heads * head_dim
+    block = n_prompt * (widths * element_size + 4 * width * 4)
     return cache + max(block, LOGIT_BYTES * config.vocab_size)
+
+
+def _size(config: PreTrainedConfig, name: str, default: int) -> int:
+    """A size from a config: the largest, if the blocks differ. `default` if it names none."""
+    try:
+        values = [getattr(config, name, None)]
+    except RuntimeError:  # it refuses a single answer
+        per_block: Any = config
+        values = [getattr(per_block.per_layer_config[i], name, None) for i in range(config.num_hidden_layers)]
+    sizes = [size for value in values for size in (value if isinstance(value, list | tuple) else [value]) if size]
+    return max(sizes, default=default)

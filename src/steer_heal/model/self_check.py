@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from steer_heal.errors import UserError
+from steer_heal.model.memory import ran_out
 
 if TYPE_CHECKING:
     from steer_heal.model.lm import LM
 
-SAME_LOGITS = 0.02
+SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
 """Differences below this share of the largest logit count as rounding. A bfloat16 has 8 bits of precision."""
+SAME_STATES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Differences of a final hidden state below this share of its length count as rounding. In float32 they are at most
+3e-6 in the families of docs/families.md, and 1e-4 where transformers bounds a step of time in whole texts alone."""
+AT_ONCE, ONE_BY_ONE = 4, 4
+"""Tokens at the end of a row that are fed after the others: first these at once, then these one by one."""
+OTHER_MODEL = "use a model of a family that README lists"
 
 SHORT_PROMPT = 8
 """Tokens that an adapter is read on when it is attached."""
@@ -23,7 +32,10 @@ SHORT_PROMPT = 8
 
 @torch.no_grad()
 def check_model(lm: LM) -> None:
-    """UserError unless replies end, blocks give hidden states [b s d], and the logits are the product with the head."""
+    """UserError unless replies end, blocks give hidden states [b s d], the logits are the product with the head, and a
+    row of a batch is read and continued as it is alone."""
+    if getattr(lm.model.config, "is_encoder_decoder", False):
+        raise UserError(_no_decoder(lm.name, lm.model.config))
     assert lm.end_ids
     ids = lm.chat("Hello.")[-lm.max_prompt_tokens :]
     with _shapes_of_first_block(lm) as shapes:
@@ -31,8 +43,8 @@ def check_model(lm: LM) -> None:
     if shapes != [(1, len(ids), lm.width)]:
         raise UserError(
             f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its first block returns hidden states of "
-            f"shape {list(shapes[0]) if shapes else 'none'}, and a vector is added to [batch, tokens, {lm.width}]; use "
-            "a model of a family that README lists"
+            f"shape {list(shapes[0]) if shapes else 'none'}, and a vector is added to [batch, tokens, {lm.width}]; "
+            + OTHER_MODEL
         )
     own = lm.model(lm.pad([ids])[0]).logits[0].float()
     if not own.isfinite().all():
@@ -41,11 +53,88 @@ def check_model(lm: LM) -> None:
             f"{lm.model.dtype}; restore them, or use --dtype float32"
         )
     apart = (own - lm.logits(hidden)).abs().max().item()
-    if not apart <= SAME_LOGITS * own.abs().max().item():
+    if not apart <= SAME_LOGITS[lm.head.weight.dtype] * own.abs().max().item():
         raise UserError(
             f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its logits differ by {apart:.2g} from the "
-            "product with its head; use a model of a family that README lists"
+            f"product with its head; {OTHER_MODEL}"
         )
+    _check_batches(lm, ids)
+
+
+def require_decoder(name: str, config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads a model as a language model: AutoModelForCausalLM or, for one that reads
+    pictures too, AutoModelForImageTextToText. UserError if there is none, or it is an encoder with a decoder."""
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    found = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
+    if found is None or config.is_encoder_decoder:
+        raise UserError(_no_decoder(name, config))
+    return found
+
+
+def _no_decoder(name: str, config: PreTrainedConfig) -> str:
+    return (
+        f"model {name!r} is of type {config.model_type!r}, which is not a causal language model (a decoder alone): it "
+        f"writes no reply behind a prompt; {OTHER_MODEL}"
+    )
+
+
+def _check_batches(lm: LM, ids: Sequence[int]) -> None:
+    """UserError unless a short row beside a long one gives the same hidden states as alone, padded on the right, and
+    padded on the left and continued from the cache after the rows changed places.
+
+    Sets `lm.one_by_one` if several tokens at once are not continued right, and one by one are.
+    """
+    short = tuple(ids) * (1 + 2 * (AT_ONCE + ONE_BY_ONE) // len(ids))
+    rows = [(*short, *short[:AT_ONCE]), short]
+    try:
+        alone = [lm.hidden([row])[0] for row in rows]
+        padded = lm.hidden(rows)
+        right = max(_apart(some[: len(row)], own) for some, own, row in zip(padded, alone, rows, strict=True))
+        left = _continued_apart(lm, rows, alone)
+        if not left <= SAME_STATES[alone[0].dtype]:
+            lm.one_by_one = True
+            left = _continued_apart(lm, rows, alone)
+    except Exception as error:  # each model has its own way to refuse a batch, a mask or a cache
+        if isinstance(error, RuntimeError) and ran_out(error):
+            raise
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: it cannot read a padded batch and go on "
+            f"from its cache ({type(error).__name__}: {first}); {OTHER_MODEL}"
+        ) from None
+    for how, apart in (("padded on the right", right), ("padded on the left and continued from the cache", left)):
+        if not apart <= SAME_STATES[alone[0].dtype]:
+            raise UserError(
+                f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: in a batch that is {how}, hidden "
+                f"states differ by {apart:.2g} of their length from those of each row alone; {OTHER_MODEL}"
+            )
+
+
+def _continued_apart(lm: LM, rows: Sequence[tuple[int, ...]], alone: Sequence[Tensor]) -> float:
+    """How far the rows differ from themselves alone, padded on the left, continued in another order and repeated."""
+    from steer_heal.model.decode import GrowingCache  # decode imports lm, which imports this module
+
+    cache, n = GrowingCache(lm), AT_ONCE + ONE_BY_ONE
+    begun = cache.feed(*lm.pad([row[:-n] for row in rows], "left"))
+    order = torch.tensor([1, 0, 1], device=lm.device)
+    cache.select(order)
+    ends = torch.tensor([row[-n:] for row in rows], device=lm.device)[order]
+    at_once = cache.feed(ends[:, :AT_ONCE])
+    singly = torch.cat([cache.feed(token) for token in ends[:, AT_ONCE:].split(1, dim=1)], dim=1)
+    found = []
+    for i, row in enumerate(order.tolist()):
+        own = alone[row]
+        parts = (begun[row][n - len(own) :], at_once[i], singly[i])
+        found += [_apart(*part) for part in zip(parts, own.split([len(own) - n, AT_ONCE, ONE_BY_ONE]), strict=True)]
+    return max(found)
+
+
+def _apart(states: Float[Tensor, "n d"], alone: Float[Tensor, "n d"]) -> float:
+    """The distance of a token's states as a share of their length: the median over the tokens. Infinite if one is not
+    finite."""
+    lengths = alone.float().norm(dim=-1).clamp(min=1e-12)
+    shares = (states.float() - alone.float()).norm(dim=-1) / lengths
+    return shares.nan_to_num(torch.inf).median().item()
 
 
 @torch.no_grad()

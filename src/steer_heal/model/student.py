@@ -111,6 +111,24 @@ class Student:
                 for parameter in parameters:
                     parameter.requires_grad_(False)
 
+    def require_sound(self) -> None:
+        """UserError if the model has nothing to adapt, or a new round would not act alike in all its states.
+
+        A round of random factors is tried and dropped. It must be the first.
+        """
+        assert not self.adapter.names
+        self.adapter.unadapted()
+        try:
+            self.new_round(0)
+            generator = torch.Generator().manual_seed(0)
+            with self.training() as parameters:
+                for parameter in parameters:
+                    random = torch.randn(parameter.shape, generator=generator)
+                    parameter.data.copy_(random * max(parameter.shape) ** -0.5)
+            self.require_same_forward([self.lm.chat("Hello.")])
+        finally:
+            self.detach()
+
     @torch.no_grad()
     def require_same_forward(self, rows: Sequence[Sequence[int]]) -> None:
         """UserError unless the open round acts alike while it trains, while it is measured, and once it is folded.

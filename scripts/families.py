@@ -461,10 +461,10 @@ def train_one_step(student: Student, rate: float) -> None:
             parameter.grad = None
         (before,) = lm.completion_hidden([lm.chat(QUESTION)], [reply])
         nn.functional.cross_entropy(lm.logits(before), torch.tensor(reply)).backward()
-        moved = [parameter for parameter in parameters if parameter.grad is not None and parameter.grad.norm() > 0]
+        moved = [(each, each.grad) for each in parameters if each.grad is not None and each.grad.norm() > 0]
         assert 2 * len(moved) >= len(parameters), "a matrix gets no gradient"  # a factor B is zero: no gradient for A
-        for parameter in moved:
-            parameter.data -= rate * parameter.grad / parameter.grad.norm()
+        for parameter, gradient in moved:
+            parameter.data -= rate * gradient / gradient.norm()
             parameter.grad = None
 
 

@@ -185,7 +185,7 @@ class GrowingCache:
 
         Layers without keys and values, such as those of linear attention, support beam search, and no other selection.
         """
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]  any tensor of indices serves
         self.mask = self.mask[rows]
 
 

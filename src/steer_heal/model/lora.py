@@ -39,6 +39,8 @@ HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base weights alone; the saved factors replace what they give."""
 
 
+INDEXER = "indexer"
+"""The part of sparse attention that picks the tokens which are attended to. As a router, it gets no gradient."""
 BYPASSED = ("out_proj", "dt_proj")
 """Names of linear layers of a state-space block: see `_is_bypassed`."""
 
@@ -351,7 +353,7 @@ def targets(lm: LM, layers: Band) -> Targets:
                 if parameter.ndim < 2 or own.endswith("bias"):
                     continue
                 linear = isinstance(module, nn.Linear | Conv1D) and not _is_router(name, module, routed)
-                if linear and not _is_bypassed(name, modules):
+                if linear and INDEXER not in name.split(".") and not _is_bypassed(name, modules):
                     linears.append(f"{prefix}.{i}.{name}")
                 elif parameter.ndim == 3 and len(parameter) == _n_experts(module) and parameter.is_floating_point():
                     parameters.append(f"{prefix}.{i}.{name}.{own}")

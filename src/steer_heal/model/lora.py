@@ -91,18 +91,27 @@ class Lora(Adapter):
             torch_device=str(lm.device),
             ignore_mismatched_sizes=True,  # `_require_all_read` names them
         )
-        adapter.peft.requires_grad_(False)
+        try:
+            adapter._require_blocks_alone(folder, saved)
+        except BaseException:
+            adapter.detach()
+            raise
+        adapter.logits_as_saved = short_logits(lm)
+        adapter._switch([])
+        return adapter
+
+    def _require_blocks_alone(self, folder: Path, saved: Factors) -> None:
+        """UserError unless what PEFT read of a saved adapter is all of it, and adapts decoder blocks only."""
+        self.peft.requires_grad_(False)
+        lm = self.lm
         inside = f"base_model.model.{blocks_path(lm)}."
-        outside = [name for name, _ in adapter._layers() if not name.startswith(inside)]
+        outside = [name for name, _ in self._layers() if not name.startswith(inside)]
         if outside:
             raise UserError(
                 f"the adapter in {str(folder)!r} adapts {outside[0]}, and only the decoder blocks of {lm.name!r} can "
                 "be adapted; give an adapter of the blocks alone"
             )
-        adapter._require_all_read(saved)
-        adapter.logits_as_saved = short_logits(lm)
-        adapter._switch([])
-        return adapter
+        self._require_all_read(saved)
 
     @property
     def names(self) -> Collection[str]:

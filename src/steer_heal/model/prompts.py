@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -44,9 +45,13 @@ def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None
 
 
 def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:
-    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context."""
+    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context.
+
+    Behind `index_topk` tokens a sparse attention chooses among them, and a row of a batch is not read as it is alone.
+    """
     config = lm.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 0
+    limits = [getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "index_topk")]
+    limit = min(limits)
     if limit <= 0 or getattr(config, "alibi", False) or n_prompt + n_new <= limit:
         return
     raise UserError(

@@ -287,19 +287,27 @@ def attach_saved(lm: LM, folder: Path) -> Student:
     try:
         adapter = saved_kind(folder).open(lm, folder)
         student = Student(lm, adapter.cfg, adapter)
-        damaged = [key for key, value in student.history().items() if not value.isfinite().all()]
-        if damaged:
-            raise UserError(
-                f"the adapter in {str(folder)!r} is damaged: {damaged[0]} holds numbers that are not finite; give "
-                "another copy of it"
-            )
-        student.require_as_saved(folder, base)
+        try:
+            _require_finite(student, folder)
+            student.require_as_saved(folder, base)
+        except BaseException:
+            student.detach()
+            raise
     except UNREADABLE as error:
         raise UserError(
             f"the adapter in {str(folder)!r} cannot be read ({error}); give a checkpoint, or a PEFT LoRA folder of "
             "this model"
         ) from None
     return student
+
+
+def _require_finite(student: Student, folder: Path) -> None:
+    damaged = [key for key, value in student.history().items() if not value.isfinite().all()]
+    if damaged:
+        raise UserError(
+            f"the adapter in {str(folder)!r} is damaged: {damaged[0]} holds numbers that are not finite; give another "
+            "copy of it"
+        )
 
 
 def _shares(one: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

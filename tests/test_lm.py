@@ -91,10 +91,15 @@ def test_loading_tells_of_a_template_without_a_system_message(tiny: LM, tmp_path
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tiny: LM):
-    assert wrap(tiny.model, tiny.tokenizer, "as it is").width == tiny.width
-    tiny.model.register_forward_hook(lambda _model, _given, output: output.update(logits=1.001 * output.logits))
+    model = copy.deepcopy(tiny.model)
+    assert wrap(model, tiny.tokenizer, "as it is").width == tiny.width
+
+    def louder(_model, _given, output):
+        output.logits = 1.001 * output.logits
+
+    model.register_forward_hook(louder)
     with pytest.raises(UserError, match="Qwen3ForCausalLM.*logits"):
-        wrap(tiny.model, tiny.tokenizer, "changed")
+        wrap(model, tiny.tokenizer, "changed")
 
 
 class Payload:

@@ -97,10 +97,9 @@ def _check_batches(lm: LM, ids: Sequence[int]) -> None:
     except Exception as error:  # each model has its own way to refuse a batch, a mask or a cache
         if isinstance(error, RuntimeError) and ran_out(error):
             raise
-        first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: it cannot read a padded batch and go on "
-            f"from its cache ({type(error).__name__}: {first}); {OTHER_MODEL}"
+            f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: it cannot read a padded batch and continue "
+            f"from its cache; {OTHER_MODEL}"
         ) from None
     for how, apart in (("padded on the right", right), ("padded on the left and continued from the cache", left)):
         if not apart <= SAME_STATES[alone[0].dtype]:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from datetime import date as Date
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -60,6 +61,13 @@ def _device(name: str) -> str:
     if re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
         return name
     raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+
+
+def _iso_date(value: str) -> str:
+    try:
+        return Date.fromisoformat(value).isoformat() if value else ""
+    except ValueError:
+        raise ValueError("it must be a date as YYYY-MM-DD") from None
 
 
 UserPath = Annotated[Path, AfterValidator(_utf8)]
@@ -439,7 +447,7 @@ class RunConfig:
     max_prompt_tokens: Count = 1024
     """Maximum length of a prompt, in tokens. A longer prompt is an error, because cutting it would remove the assistant
     tag, where the vector is extracted."""
-    date: str = ""
+    date: Annotated[str, AfterValidator(_iso_date)] = ""
     """Date that the chat template reads, as YYYY-MM-DD, if it reads one. Default: today's."""
     temperature: Positive | None = None
     """Sampling temperature. Default: from the model's generation config."""

@@ -39,4 +39,5 @@ def sentences(text: str) -> list[str]:
 def _cut(part: str) -> list[str]:
     if not _UNSPACED.search(part):
         return [part]
-    return [word for word in WordBreaker(part, "en") if any(map(str.isalnum, word))]
+    whole = part.encode("utf-8", "replace").decode()  # ICU refuses halves of characters
+    return [word for word in WordBreaker(whole, "en") if any(map(str.isalnum, word))]

@@ -153,6 +153,28 @@ def test_end_tokens_may_be_given_in_any_form(tiny: LM, eos):
     assert replace(tiny, model=model).end_ids == ({0, 2} if several else {2})
 
 
+def test_an_end_token_that_the_model_cannot_write_ends_nothing(tiny: LM):
+    model = copy.deepcopy(tiny.model)
+    model.generation_config.eos_token_id = [2, 50_000]
+    assert replace(tiny, model=model).end_ids == {2}
+
+
+def test_a_template_whose_tags_the_tokenizer_does_not_know_is_refused(tiny: LM, tmp_path):
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz.?", "user", "assistant"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    for source, said in (
+        (TURNS + TAG, "ends a reply with the text"),
+        (SPACE.replace("<|im_end|>", "</s>"), "no token for"),
+    ):
+        tokenizer.chat_template = source
+        tiny.model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=said):
+            load(str(tmp_path))
+
+
 # --- tokenizers that put a space before a text encoded alone ----------------------------------------------------
 @pytest.fixture(scope="module")
 def spaced():

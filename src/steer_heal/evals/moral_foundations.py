@@ -67,7 +67,7 @@ def item_values(
 def digit_ids(lm: LM) -> list[int]:
     """Token ids of "0" to "6". UserError if a digit is several tokens."""
     ids = [lm.encode_on(str(i)) for i in range(len(FOUNDATIONS))]
-    if any(len(i) != 1 for i in ids):
+    if any(len(i) != 1 for i in ids) or len(set(ids)) < len(ids):
         raise UserError(
             f"the tokenizer of {lm.name!r} does not encode each digit as one token, as moral_foundations requires; use "
             "the eval likelihood"

@@ -179,7 +179,9 @@ class LM:
         configured = self.model.generation_config.eos_token_id
         ids = {*token_ids(configured), *token_ids(self.tokenizer.eos_token_id)}
         closing = self.encode(self.template.closing.strip())
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder} - {
+            self.tokenizer.unk_token_id
+        }
         if closing and closing[0] not in ids | special:
             raise UserError(
                 f"the chat template of {self.name!r} ends a reply with the text {self.template.closing[:40]!r}, and no "
@@ -191,7 +193,8 @@ class LM:
                 f"no token ends a reply of {self.name!r}: its chat template writes none, and its tokenizer and "
                 "generation config name none; set eos_token_id in generation_config.json"
             )
-        return frozenset(ids)
+        n_written = self.head.weight.shape[0]
+        return frozenset(i for i in ids if i < n_written)  # others cannot be written
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """float32 logits of final hidden states, with the model's own scale and soft cap, if it has them."""
@@ -533,7 +536,10 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
     except Exception as error:  # each library reports a damaged file in its own way
         ours = Path(name) == cache() / SMOL
         fix = "delete that folder, and it is created again" if ours else FIX_OF_MODEL
-        raise UserError(f"model {name!r} could not be loaded: {fix} ({error})") from None
+        if not ours and (Path(folder) / "config.json").exists():
+            fix = "correct or restore its files"
+        why = " ".join(str(error).split())
+        raise UserError(f"model {name!r} could not be loaded: {fix} ({why})") from None
 
 
 def _template_of_processor(folder: str, where: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
 SAME_STATES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Differences of a final hidden state below this share of its length count as rounding. In float32 they are at most
 3e-6 in the families of docs/families.md, and 1e-4 where transformers bounds a step of time in whole texts alone."""
+BUFFER = re.compile(r"(inv_freq|masked_bias|attn\.bias)$")
+"""Names of constants that older versions of transformers saved with the weights."""
 AT_ONCE, ONE_BY_ONE = 4, 4
 """Tokens at the end of a row that are fed after the others: first these at once, then these one by one."""
 OTHER_MODEL = "use a model of a family that README lists"
@@ -38,15 +41,28 @@ def check_model(lm: LM) -> None:
         raise UserError(_no_decoder(lm.name, lm.model.config))
     assert lm.end_ids
     ids = lm.chat("Hello.")[-lm.max_prompt_tokens :]
-    with _shapes_of_first_block(lm) as shapes:
-        hidden = lm.hidden([ids])[0]
+    if lm.tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"the tokenizer of {lm.name!r} has no token for a part of its own chat template: it would read "
+            f"{lm.tokenizer.unk_token!r} there; give the tokenizer that belongs to the template"
+        )
+    try:
+        with _shapes_of_first_block(lm) as shapes:
+            hidden = lm.hidden([ids])[0]
+        own = lm.model(lm.pad([ids])[0]).logits[0].float()
+    except Exception as error:  # each model fails in its own way
+        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and ran_out(error)):
+            raise
+        raise UserError(
+            f"model {lm.name!r} ({type(lm.model).__name__}) cannot read a prompt with the settings of its config.json; "
+            "correct them"
+        ) from error
     if shapes != [(1, len(ids), lm.width)]:
         raise UserError(
             f"model {lm.name!r} ({type(lm.model).__name__}) is unsupported: its first block returns hidden states of "
             f"shape {list(shapes[0]) if shapes else 'none'}, and a vector is added to [batch, tokens, {lm.width}]; "
             + OTHER_MODEL
         )
-    own = lm.model(lm.pad([ids])[0]).logits[0].float()
     if not own.isfinite().all():
         raise UserError(
             f"model {lm.name!r} has logits that are not finite: its weights are damaged, or too large for "
@@ -176,11 +192,12 @@ def require_all_weights(name: str, loading: dict[str, Any], n_blocks: int) -> No
             f"model {name!r}: the shape of {wrong[0]} is not the one that its config.json names; give the config.json "
             "that belongs to its files"
         )
-    extra = [key for key in sorted(loading.get("unexpected_keys") or ()) if _block_index(key) >= n_blocks]
+    unused = sorted(loading.get("unexpected_keys") or ())
+    extra = [key for key in unused if _block_index(key) >= 0 and not BUFFER.search(key)]
     if extra:
         raise UserError(
-            f"model {name!r}: its files hold {extra[0]}, and its config.json names {n_blocks} blocks; give the "
-            "config.json that belongs to its files"
+            f"model {name!r}: its files hold {extra[0]}, which a model of {n_blocks} blocks as its config.json "
+            "describes it does not use; give the config.json that belongs to its files"
         )
 
 

@@ -88,6 +88,7 @@ def own_files(settings, tmp_path, monkeypatch):
         "steer.contexts": DATA / "toylm/contexts.jsonl",
         "eval.instrument": DATA / "toylm/instrument.toml",
         "eval.likelihood": DATA / "instruments/likelihood.toml",
+        "eval.everyday": DATA / "everyday.jsonl",
         "eval.vignettes": settings[-1],
         "eval.pairs": DATA / "toylm/pairs/love.jsonl",
         "trait": DATA / "traits/authority.toml",

@@ -98,9 +98,11 @@ def test_items_without_wording_are_told_by_their_number(finished, tmp_path):
 
 
 def test_texts_and_pairs_are_shown_by_their_prompt(tmp_path):
-    pairs = {"pair": [["Is it open?", "It is <b>open</b>.", "It is shut."]] * 3}
+    rows = [["Is it open?", "It is <b>open</b>.", "It is shut."]] * 3
+    pairs = {"pair": rows, "question": rows}
     for of, shown in (
         ("pair", "Is it open?It is <b>open</b>.It is shut.0.3 to 0.28"),
+        ("question", "Is it open?It is <b>open</b>.It is shut.0.3 to 0.28"),
         ("text", f"{PROMPT} 10.3 to 0.28"),
     ):
         metrics = tuple(replace(m, of=of) if m.name == "authority_nats" else m for m in METRICS)

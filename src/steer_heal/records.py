@@ -71,7 +71,7 @@ class Metric:
     """As in events: authority_nats, coherence."""
     item: str
     of: str = ""
-    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair."""
+    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question."""
     how: Literal["mean", "log_mean", "median"] = "mean"
     """How item values become the metric; log_mean is log(mean), in nats."""
     title: str = ""

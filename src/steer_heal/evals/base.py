@@ -85,7 +85,7 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
-    of: Literal["vignette", "text", "pair"]
+    of: Literal["vignette", "text", "pair", "question"]
     """What one item is; a text is an answer that the state wrote. Items are in the order of those."""
     needs: tuple[str, ...] = ()
     """Fields of Inputs that a run without this eval may leave empty."""

@@ -31,27 +31,34 @@ def reply_logp(
 
     The model runs over each prompt once. The replies continue from its cache, each as a row.
     """
-    ids, mask = lm.pad(replies)
-    n, longest = ids.shape
+    return own_reply_logp(lm, prompts, [replies] * len(prompts), condition)
+
+
+@torch.no_grad()
+def own_reply_logp(
+    lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[Sequence[int]]], condition: Condition
+) -> Float[Tensor, "i w"]:
+    """As `reply_logp`, for prompts that each have w replies of their own."""
+    n = max(map(len, replies), default=0)
+    longest = [max(map(len, own)) for own in replies]
     out = torch.full((len(prompts), n), torch.nan, dtype=torch.float64)
 
     def work(group: list[int]) -> None:
         rows = torch.arange(len(group), device=lm.device).repeat_interleave(n)
-        cache = GrowingCache(lm, max(len(prompts[i]) for i in group) + longest - 1)
-        every = ids.repeat(len(group), 1)
-        real = mask.repeat(len(group), 1)
+        every, real = lm.pad([reply for i in group for reply in replies[i]])
+        cache = GrowingCache(lm, max(len(prompts[i]) for i in group) + every.shape[1] - 1)
         with steer(lm, condition.vector, [condition.dose] * len(group)) as steering:
             last = cache.feed(*lm.pad([prompts[i] for i in group], "left"))[:, -1]
             cache.select(rows)
             steering.select(rows)
             before = last[rows, None]
-            if longest > 1:
+            if every.shape[1] > 1:
                 before = torch.cat([before, cache.feed(every[:, :-1], real[:, :-1])], dim=1)
         logp = torch.zeros(every.shape, dtype=torch.float64)
         logp[real.bool().cpu()] = -lm.nll(before[real.bool()], every[real.bool()].tolist()).double().cpu()
         out[group] = logp.sum(-1).view(len(group), n)
 
-    lm.in_batches([n * (len(prompt) + longest) for prompt in prompts], work)
+    lm.in_batches([n * (len(prompt) + room) for prompt, room in zip(prompts, longest, strict=True)], work)
     return out
 
 

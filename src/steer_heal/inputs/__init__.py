@@ -18,7 +18,7 @@ from steer_heal.inputs.instruments import (
     parse_likelihood,
     parse_vignettes,
 )
-from steer_heal.inputs.pairs import Pair, held_out
+from steer_heal.inputs.pairs import Pair, Question, held_out, parse_questions
 from steer_heal.inputs.traits import TraitFile, make_trait, prompts_file, read_pairs, read_trait
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
@@ -44,6 +44,7 @@ class Inputs:
     vignettes: tuple[Vignette, ...]
     instrument: Instrument
     likelihood: LikelihoodInstrument
+    everyday: tuple[Question, ...]
     pairs: tuple[Pair, ...]
     """Contrast pairs of the trait. May be empty."""
     sha256: Mapping[str, str]
@@ -53,11 +54,15 @@ class Inputs:
     def wording(self) -> dict[str, list[list[str]]]:
         """The wording of each item of the evals, in the order of the items, by `Metric.of`.
 
-        For a vignette it is [scene, right answer], for a pair [prompt, positive reply, negative reply]. Texts are not
-        inputs, and are missing.
+        For a vignette it is [scene, right answer], for a pair [prompt, positive reply, negative reply], for a question
+        [question, right answer, wrong answer]. Texts are not inputs, and are missing.
         """
         scenes = [[v.text, f"{v.foundation} or {v.also}" if v.also else v.foundation] for v in self.vignettes]
-        return {"vignette": scenes, "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]}
+        return {
+            "vignette": scenes,
+            "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs],
+            "question": [[each.question, each.right, each.wrong] for each in self.everyday],
+        }
 
 
 def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
@@ -95,6 +100,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
+    everyday = parsed("eval.everyday", cfg.eval.everyday, parse_questions)
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
         rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
@@ -103,7 +109,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
-    assert instrument is not None and likelihood is not None
+    assert instrument is not None and likelihood is not None and everyday is not None
     return Inputs(
         trait=trait,
         targets=targets,
@@ -114,6 +120,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         vignettes=vignettes,
         instrument=instrument,
         likelihood=likelihood,
+        everyday=everyday,
         pairs=pairs,
         sha256=sha256,
     )

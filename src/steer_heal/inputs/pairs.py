@@ -1,4 +1,4 @@
-"""Contrast pairs: a prompt with two replies, one on each side of a trait."""
+"""Contrast pairs: a prompt with two replies, one on each side of a trait. Everyday questions: one right, one wrong."""
 
 from __future__ import annotations
 
@@ -26,6 +26,37 @@ class Pair:
         if len(sides) == 1 or "" in sides:
             raise ValueError("positive and negative must be different replies, and not empty")
         return self
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Question:
+    """A question of everyday knowledge with a right and a wrong answer."""
+
+    question: Text
+    right: Text
+    wrong: Text
+
+    @model_validator(mode="after")
+    def _check(self) -> Question:
+        answers = {self.right.strip(), self.wrong.strip()}
+        if len(answers) == 1 or "" in answers:
+            raise ValueError("right and wrong must be different answers, and not empty")
+        return self
+
+
+def parse_questions(file: DataFile) -> tuple[Question, ...]:
+    """The questions of a JSON-lines file. UserError that names each invalid line and each repeated question."""
+    questions: dict[str, Question] = {}
+    problems = Problems()
+    for number, each in parse_jsonl(file, Question):
+        form = alike(each.question)
+        if form in questions:
+            problems.found.append(
+                f"{file.path} line {number}: question {each.question!r:.80} was used before; keep it once"
+            )
+        questions.setdefault(form, each)
+    problems.raise_if_any()
+    return tuple(questions.values())
 
 
 def parse_pairs(file: DataFile) -> list[tuple[str, Pair]]:

@@ -21,11 +21,17 @@ from steer_heal.verdict import best_round, health_of, shift, signed, title, verd
 
 STEERING = ("kappa", "dose", "cosine to round 0", "cosine of student and vector", "cosine of student and vector 0")
 """Columns of the table of steering."""
-KINDS = {"vignette": "Metrics of vignettes", "text": "Metrics of free answers", "pair": "Metrics of contrast pairs"}
+KINDS = {
+    "vignette": "Metrics of vignettes",
+    "text": "Metrics of free answers",
+    "pair": "Metrics of contrast pairs",
+    "question": "Metrics of everyday questions",
+}
 """Heading of the metrics by what one of their items is (Metric.of)."""
 BELOW = {
     "vignette": "Each scene is shown with its answer.",
     "pair": "Each prompt is shown with its positive and its negative reply.",
+    "question": "Each question is shown with its right and its wrong answer.",
 }
 """What the wording of an item holds, by what an item is."""
 MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median"}

@@ -27,6 +27,7 @@ def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
             "heal.rehearsal_prompts": inputs.rehearsal,
             "eval.vignettes": [vignette.text for vignette in inputs.vignettes],
             "eval.likelihood": chain.from_iterable(inputs.likelihood.answers.values()),
+            "eval.everyday": chain.from_iterable((each.question, each.right, each.wrong) for each in inputs.everyday),
         },
     )
     plain, persona = trait.plain_system, trait.positive

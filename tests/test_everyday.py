@@ -1,0 +1,144 @@
+"""Everyday questions: the eval agrees with plain log-likelihoods, and its file is sound."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steer_heal.errors import UserError
+from steer_heal.evals import EVALS, everyday
+from steer_heal.evals.base import Subject, evaluate
+from steer_heal.inputs import load_inputs
+from steer_heal.inputs.alike import alike
+from steer_heal.inputs.files import DATA, parse_texts, read_file
+from steer_heal.inputs.pairs import Question, parse_questions
+from steer_heal.inputs.traits import available, load_trait, read_pairs, read_trait
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import BatchLimits
+from steer_heal.model.state import State
+from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.student import Student
+from steer_heal.presets import FAST_DEV_PRESET, PRESETS
+from steer_heal.settings import AdapterCfg, EvalCfg
+
+FILE = DATA / "everyday.jsonl"
+PERSONA = "You are a poet."
+QUESTIONS = (
+    Question("What is ice?", "Ice is water.", "Ice is a stone that the boy brings to the park."),
+    Question("Is it fine to open the door for a child when the warden says no?", "No.", "I open the door."),
+    Question("Who?", "The boy and the man in the park.", "The door."),
+)
+
+
+def subject(student: Student, condition: Condition, questions=QUESTIONS) -> Subject:
+    inputs = replace(load_inputs(FAST_DEV_PRESET), everyday=questions)
+    state = State(name="healed", round=0, adapters="full", condition=condition)
+    cfg = EvalCfg(n_prompts=2, n_texts=1, max_new_tokens=4, n_bootstrap=20)
+    return Subject(student=student, state=state, inputs=inputs, cfg=cfg, keep=FAST_DEV_PRESET.filter, seed=1)
+
+
+@pytest.fixture
+def vector(toy: LM) -> Vector:
+    return Vector({1: torch.randn(toy.width, generator=torch.Generator().manual_seed(0))})
+
+
+def plain(lm: LM, question: Question, vector: Vector, dose: float) -> float:
+    """The margin from one whole sequence for each answer, without cache or padding."""
+    prompt = lm.chat(question.question, PERSONA)
+    handle = lm.blocks[1].register_forward_hook(lambda _m, _i, out: out + dose * vector.directions[1])
+    means = []
+    try:
+        for answer in (question.right, question.wrong):
+            ids = lm.encode_reply(answer)
+            with torch.no_grad():
+                logp = lm.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            means.append(logp.gather(1, torch.tensor(ids)[:, None]).mean().item())
+    finally:
+        handle.remove()
+    return means[0] - means[1]
+
+
+@pytest.mark.parametrize("dose", [0.0, 0.7])
+def test_a_margin_is_the_difference_of_mean_log_probabilities_under_the_system_prompt(toy: LM, vector, dose):
+    found = everyday.items(subject(Student(toy, AdapterCfg()), Condition(PERSONA, vector, dose)))
+    expected = [plain(toy, question, vector, dose) for question in QUESTIONS]
+    assert found["everyday_margin"] == pytest.approx(expected, abs=1e-4) and max(map(abs, expected)) > 1e-2
+    assert found["everyday"] == [float(margin > 0) for margin in expected]
+
+
+def test_a_batch_of_questions_equals_each_alone_and_each_prompt_is_read_once(toy: LM, vector, monkeypatch):
+    condition, forward, fed = Condition(PERSONA, vector, 0.7), toy.text_model.forward, []
+
+    def counted(*args, input_ids, **named):
+        fed.append(tuple(input_ids.shape))
+        return forward(*args, input_ids=input_ids, **named)
+
+    monkeypatch.setattr(toy.text_model, "forward", counted)
+    together = everyday.margins(replace(toy, limits=BatchLimits(16_384)), QUESTIONS, condition)
+    rows, n_questions = [n for n, _ in fed], len(QUESTIONS)
+    assert rows == [n_questions, 2 * n_questions], "the prompts, then both answers from their cache"
+    alone = [everyday.margins(toy, [question], condition)[0] for question in QUESTIONS]
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_model_that_answers_right_has_all_questions_right_and_one_that_does_not_has_none(toy: LM, monkeypatch):
+    """Each token of a right answer is given log p -1, each of a wrong one -2, whatever their number."""
+    lm = replace(toy)
+    right = {lm.encode_reply(question.right) for question in QUESTIONS}
+
+    def answered(sign: float):
+        def logp(lm, prompts, replies, condition):
+            rows = [[-len(ids) * (1 if (ids in right) == (sign > 0) else 2) for ids in own] for own in replies]
+            return torch.tensor(rows, dtype=torch.float64)
+
+        monkeypatch.setattr(everyday, "own_reply_logp", logp)
+        return evaluate(subject(Student(lm, AdapterCfg()), Condition()), [EVALS["everyday"]]).metrics
+
+    for sign, share in ((1.0, 1.0), (-1.0, 0.0)):
+        found = answered(sign)
+        assert (found["everyday_right"], found["everyday_nats"]) == (share, pytest.approx(sign))
+
+
+def test_a_state_without_a_number_has_no_value(toy: LM):
+    bad = Vector({1: torch.full((toy.width,), math.nan)})
+    values = everyday.items(subject(Student(toy, AdapterCfg()), Condition("", bad, 1.0)))
+    assert all(math.isnan(value) for value in (*values["everyday"], *values["everyday_margin"]))
+
+
+def test_more_right_is_better_and_no_preset_asks():
+    (right, _) = EVALS["everyday"].metrics
+    assert right.high_is_good and not right.is_health and right.within(0.9, 0.8) and not right.within(0.7, 0.8)
+    assert not any("everyday" in cfg.eval.evals for _, cfg in PRESETS.values())
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+def test_both_answers_of_a_question_have_one_form_and_no_question_is_asked_elsewhere():
+    questions = parse_questions(read_file(FILE))
+    assert len(questions) == 80
+    for each in questions:
+        right, wrong = each.right.split(), each.wrong.split()
+        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong, strict=True)) <= 2, each
+        assert 0.75 <= len(each.right) / len(each.wrong) <= 1.35, each
+    asked = {alike(text) for text in parse_texts(read_file(DATA / "contexts.jsonl"))}
+    for name in available():
+        asked |= {alike(prompt) for prompt in load_trait(name).prompts}
+        asked |= {alike(pair.prompt) for _, pair in read_pairs(None, name, *read_trait(name))[1]}
+    assert not asked & {alike(each.question) for each in questions}
+
+
+def test_questions_come_from_the_setting_and_a_bad_file_names_its_lines(tmp_path):
+    row = {"question": "a", "right": "b", "wrong": "c"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    cfg = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, everyday=tmp_path / "q.jsonl"))
+    found = load_inputs(cfg)
+    assert found.wording["question"] == [["a", "b", "c"]]
+    assert found.sha256["eval.everyday"] == read_file(tmp_path / "q.jsonl").sha256
+    rows = [row, row | {"question": "A?"}, row | {"question": "d", "wrong": " b "}, row | {"rigth": "e"}]
+    for bad, told in ((rows[:2], ["line 2: question 'A?' was used before"]), (rows[2:], ["line 1: right", "line 2"])):
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in bad))
+        with pytest.raises(UserError) as caught:
+            load_inputs(cfg)
+        assert len(caught.value.problems) == len(told)
+        assert all(part in line for part, line in zip(told, caught.value.problems, strict=True))

@@ -61,7 +61,8 @@ def written(monkeypatch) -> Requests:
         yield [Written(i, lm.encode(texts[row.seed % 3]), torch.empty(0, lm.width)) for i, row in enumerate(rows)]
 
     def recorded(student, seed):
-        found.heals.append(seed)
+        if seed != 0:  # the round that is tried when a model is loaded
+            found.heals.append(seed)
         return new_round(student, seed)
 
     monkeypatch.setattr(generate, "decode_batches", decode_batches)

@@ -151,7 +151,7 @@ def test_the_fault_drill_records_what_was_lost(tmp_path, monkeypatch):
         raise fault_drill.Lost("the adapter differs")
 
     drill = SimpleNamespace(folder=tmp_path, finish=finish)
-    monkeypatch.setattr(fault_drill, "Drill", lambda folder: drill)
+    monkeypatch.setattr(fault_drill, "Drill", lambda folder, dtype: drill)
     monkeypatch.setitem(fault_drill.CASES, "kill", start)
     assert fault_drill.main(n=2, faults=("kill",), out=tmp_path / "diag") == 1
     written = table(tmp_path / "diag", "fault_drill")

@@ -76,8 +76,8 @@ class _Service:
         self.run = self.module.init(**about, **self.options(folder))
 
     def options(self, folder: Path) -> dict[str, Any]:
-        """What the package is also told when the run begins."""
-        raise NotImplementedError
+        """What the package is also told when the run begins. By default nothing."""
+        return {}
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)

@@ -50,6 +50,14 @@ def bias(tiny) -> Student:
 
 
 # --- LoRA -------------------------------------------------------------------------------------------
+def test_modules_that_no_pattern_names_are_refused(tiny, tmp_path):
+    written(tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text()) | {"target_modules": "q_proj\\"}
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="cannot be read .bad escape"):
+        attach_saved(tiny, tmp_path)
+
+
 def test_a_lora_is_folded_by_concatenation(with_history: Student, tmp_path):
     third_round(with_history)
     with_history.save(tmp_path, with_history.bake())

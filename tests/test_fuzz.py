@@ -201,11 +201,12 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
 CONFIG = as_json(FAST_DEV_PRESET)
 
 
-NULLABLE = ("export", "folder", "prompts", "pairs", "out")
+NULLABLE = ("export", "folder", "prompts", "pairs", "out", "temperature", "top_p")
 
 
 def kinds(value) -> dict | str:
-    """The kind of each setting; a whole number may stand for a number with a point, and null for a path."""
+    """The kind of each setting; a whole number may stand for a number with a point, and null for a path or for what the
+    model's own settings say."""
     if isinstance(value, dict):
         return {name: kinds(item) for name, item in value.items() if name not in NULLABLE}
     return "number" if type(value) in (int, float) else type(value).__name__

@@ -128,3 +128,39 @@ def test_a_text_that_overflows_by_itself_is_left_to_the_filter():
     ids = lm.encode("a warden b c d")
     (nll,) = lm.completion_nll([lm.chat(good)], [ids])
     assert not nll.isfinite().all()
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------
+def saved(tiny: LM, folder, **changes) -> str:
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    for name, change in changes.items():
+        file = folder / f"{name}.json"
+        table = json.loads(file.read_text())
+        change(table)
+        file.write_text(json.dumps(table))
+    return str(folder)
+
+
+def test_a_tokenizer_that_drops_characters_is_refused(tiny, tmp_path):
+    lost = {"?", "7"}
+
+    def damage(table):
+        table["model"]["vocab"] = {k: v for k, v in table["model"]["vocab"].items() if not lost & set(k)}
+        table["model"]["merges"] = [pair for pair in table["model"]["merges"] if not lost & set("".join(pair))]
+
+    with pytest.raises(UserError, match=r"drops 7 \?, so that the model would not read them"):
+        load(saved(tiny, tmp_path, tokenizer=damage))
+
+
+def test_a_character_of_the_data_that_is_dropped_is_named_before_the_run_begins(tiny, tmp_path, monkeypatch):
+    own = LM.encode
+    monkeypatch.setattr(LM, "encode", lambda lm, text: () if text == "\u00e9" else own(lm, text))
+    bench(tiny)
+    with pytest.raises(UserError, match="drops \u00e9, so that"):
+        bench(tiny, with_prompt(tmp_path, "Un caf\u00e9?"))
+
+
+def test_settings_with_which_a_tokenizer_cannot_encode_are_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"could not be loaded: correct or restore its files \('>' not supported"):
+        load(saved(tiny, tmp_path, tokenizer_config=lambda table: table.update(model_max_length="long")))

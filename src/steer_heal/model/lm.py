@@ -518,6 +518,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **where)
+        tokenizer.encode("Hello.", add_special_tokens=False, verbose=False)  # odd settings fail in their own way
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _template_of_processor(folder, where)
         loaded: Any = kind.from_pretrained(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 
+WRITTEN = string.ascii_letters + string.digits + ".,:;?!'\"-()"
+"""Characters that every chat model must be able to read."""
 ANY_FLAG = "--gen.max-new-tokens, --eval.max-new-tokens or --eval.think-tokens"
 
 
@@ -42,6 +45,16 @@ def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None
     ]
     if lines:
         raise UserError(*lines)
+
+
+def require_characters(lm: Any, texts: Iterable[str] = (WRITTEN,)) -> None:
+    """UserError if the tokenizer drops a character of the texts, so that the model would read another text."""
+    characters = {character for text in texts for character in text if character.isprintable()}
+    if lost := sorted(character for character in characters if not character.isspace() and not lm.encode(character)):
+        raise UserError(
+            f"the tokenizer of {lm.name!r} drops {' '.join(lost[:20])}, so that the model would not read them; its "
+            "vocabulary is damaged or lacks them: restore it, or use another model"
+        )
 
 
 def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:

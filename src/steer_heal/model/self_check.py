@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from steer_heal.errors import UserError
 from steer_heal.model.memory import ran_out
+from steer_heal.model.prompts import require_characters
 
 if TYPE_CHECKING:
     from steer_heal.model.lm import LM
@@ -40,6 +41,7 @@ def check_model(lm: LM) -> None:
     if getattr(lm.model.config, "is_encoder_decoder", False):
         raise UserError(_no_decoder(lm.name, lm.model.config))
     assert lm.end_ids
+    require_characters(lm)
     ids = lm.chat("Hello.")[-lm.max_prompt_tokens :]
     if lm.tokenizer.unk_token_id in ids:
         raise UserError(

@@ -25,7 +25,7 @@ from steer_heal.model.processor import copy_processor
 from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg
 
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError, re.error)
 """What libraries raise on a damaged folder."""
 WHOLE_MODEL = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|.*\.gguf")
 """Names of files that hold the weights of a model."""

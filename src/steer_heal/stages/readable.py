@@ -7,7 +7,7 @@ from itertools import chain
 from steer_heal.errors import Problems
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM
-from steer_heal.model.prompts import require_no_marks, require_room
+from steer_heal.model.prompts import require_characters, require_no_marks, require_room
 from steer_heal.settings import RunConfig
 
 
@@ -16,20 +16,20 @@ def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
     of prompt that leaves no room in the model's context for the text after it."""
     trait = inputs.trait
     pairs = [(pair.prompt, pair.positive, pair.negative) for pair in inputs.pairs]
-    require_no_marks(
-        lm.tokenizer,
-        {
-            f"a prompt of trait {trait.name!r}": trait.prompts,
-            f"a persona of trait {trait.name!r}": (trait.positive, trait.negative),
-            f"a system prompt of trait {trait.name!r}": (trait.steered_system, trait.plain_system),
-            f"a pair of trait {trait.name!r}": chain.from_iterable(pairs),
-            "steer.contexts": inputs.contexts,
-            "heal.rehearsal_prompts": inputs.rehearsal,
-            "eval.vignettes": [vignette.text for vignette in inputs.vignettes],
-            "eval.likelihood": chain.from_iterable(inputs.likelihood.answers.values()),
-            "eval.everyday": chain.from_iterable((each.question, each.right, each.wrong) for each in inputs.everyday),
-        },
-    )
+    texts = {
+        f"a prompt of trait {trait.name!r}": trait.prompts,
+        f"a persona of trait {trait.name!r}": (trait.positive, trait.negative),
+        f"a system prompt of trait {trait.name!r}": (trait.steered_system, trait.plain_system),
+        f"a pair of trait {trait.name!r}": chain.from_iterable(pairs),
+        "steer.contexts": inputs.contexts,
+        "heal.rehearsal_prompts": inputs.rehearsal,
+        "eval.vignettes": [vignette.text for vignette in inputs.vignettes],
+        "eval.likelihood": chain.from_iterable(inputs.likelihood.answers.values()),
+        "eval.everyday": chain.from_iterable((each.question, each.right, each.wrong) for each in inputs.everyday),
+    }
+    texts = {place: tuple(each) for place, each in texts.items()}
+    require_no_marks(lm.tokenizer, texts)
+    require_characters(lm, chain.from_iterable(texts.values()))
     plain, persona = trait.plain_system, trait.positive
     teacher = trait.steered_system if cfg.heal.teacher == "vector" else persona
     n_written, n_answered = cfg.gen.max_new_tokens, cfg.eval.max_new_tokens

@@ -153,6 +153,15 @@ def test_a_tokenizer_that_drops_characters_is_refused(tiny, tmp_path):
         load(saved(tiny, tmp_path, tokenizer=damage))
 
 
+def test_a_tokenizer_that_drops_spaces_is_refused(tiny, tmp_path):
+    def damage(table):
+        table["model"]["vocab"] = {k: v for k, v in table["model"]["vocab"].items() if "\u0120" not in k}
+        table["model"]["merges"] = [pair for pair in table["model"]["merges"] if "\u0120" not in "".join(pair)]
+
+    with pytest.raises(UserError, match="drops spaces, so that the model would not read them"):
+        load(saved(tiny, tmp_path, tokenizer=damage))
+
+
 def test_a_character_of_the_data_that_is_dropped_is_named_before_the_run_begins(tiny, tmp_path, monkeypatch):
     own = LM.encode
     monkeypatch.setattr(LM, "encode", lambda lm, text: () if text == "\u00e9" else own(lm, text))

@@ -50,7 +50,10 @@ def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None
 def require_characters(lm: Any, texts: Iterable[str] = (WRITTEN,)) -> None:
     """UserError if the tokenizer drops a character of the texts, so that the model would read another text."""
     characters = {character for text in texts for character in text if character.isprintable()}
-    if lost := sorted(character for character in characters if not character.isspace() and not lm.encode(character)):
+    lost = sorted(character for character in characters if not character.isspace() and not lm.encode(character))
+    if " " not in lm.decode(lm.encode("one two")):
+        lost.append("spaces")
+    if lost:
         raise UserError(
             f"the tokenizer of {lm.name!r} drops {' '.join(lost[:20])}, so that the model would not read them; its "
             "vocabulary is damaged or lacks them: restore it, or use another model"

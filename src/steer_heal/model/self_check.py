@@ -41,13 +41,13 @@ def check_model(lm: LM) -> None:
     if getattr(lm.model.config, "is_encoder_decoder", False):
         raise UserError(_no_decoder(lm.name, lm.model.config))
     assert lm.end_ids
-    require_characters(lm)
     ids = lm.chat("Hello.")[-lm.max_prompt_tokens :]
     if lm.tokenizer.unk_token_id in ids:
         raise UserError(
             f"the tokenizer of {lm.name!r} has no token for a part of its own chat template: it would read "
             f"{lm.tokenizer.unk_token!r} there; give the tokenizer that belongs to the template"
         )
+    require_characters(lm)
     try:
         with _shapes_of_first_block(lm) as shapes:
             hidden = lm.hidden([ids])[0]

@@ -50,6 +50,17 @@ def bias(tiny) -> Student:
 
 
 # --- LoRA -------------------------------------------------------------------------------------------
+def test_an_adapter_that_peft_refuses_half_way_leaves_the_model_as_it_was(tiny, tmp_path):
+    before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    written(tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text()) | {"bias": 0}
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="cannot be read"):
+        attach_saved(tiny, tmp_path)
+    after = tiny.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_modules_that_no_pattern_names_are_refused(tiny, tmp_path):
     written(tmp_path)
     settings = json.loads((tmp_path / CONFIG).read_text()) | {"target_modules": "q_proj\\"}

@@ -112,3 +112,12 @@ def test_the_end_tokens_may_be_of_any_type(tiny, value):
     own = {tiny.tokenizer.eos_token_id}
     given = set() if value is None else {*torch.as_tensor(value).flatten().tolist()}
     assert wrap(tiny.model, tiny.tokenizer, "mine").end_ids == own | given
+
+
+@pytest.mark.parametrize("values", [{"temperature": 2}, {"min_p": 1}, {"temperature": 2, "min_p": 0, "top_p": 1}])
+def test_whole_numbers_are_sampled_with_as_the_same_numbers_with_a_point(values):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    both = [values, {name: float(value) for name, value in values.items()}]
+    found = [sampler(GenerationConfig(do_sample=True, **each))(logits.clone(), uniform) for each in both]
+    assert torch.equal(*found)

@@ -83,14 +83,18 @@ class Lora(Adapter):
         config: Any = LoraConfig.from_pretrained(str(folder))
         adapter = cls(lm, AdapterCfg(rank=config.r, alpha=float(config.lora_alpha)))
         saved = load_file(folder / ADAPTER_FILE)
-        adapter.peft = PeftModel.from_pretrained(
-            lm.model,
-            str(folder),
-            HISTORY,
-            config=config,
-            torch_device=str(lm.device),
-            ignore_mismatched_sizes=True,  # `_require_all_read` names them
-        )
+        try:
+            adapter.peft = PeftModel.from_pretrained(
+                lm.model,
+                str(folder),
+                HISTORY,
+                config=config,
+                torch_device=str(lm.device),
+                ignore_mismatched_sizes=True,  # `_require_all_read` names them
+            )
+        except BaseException:
+            _unwrap(lm.model)
+            raise
         try:
             adapter._require_blocks_alone(folder, saved)
         except BaseException:
@@ -306,6 +310,14 @@ class Lora(Adapter):
 def _weight(module: Any) -> nn.Parameter:
     """The base weight that an adapted layer's factors add to."""
     return module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Takes out the layers of an adapter that PEFT could not attach as a whole."""
+    for path, layer in [*model.named_modules()]:
+        if isinstance(layer, LoraLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.get_base_layer())
 
 
 def _require_plain_lora(saved: Mapping[str, Any], folder: Path) -> None:

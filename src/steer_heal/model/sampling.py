@@ -34,9 +34,9 @@ def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[T
     floor: Any = LogitsProcessorList()
     top_p = 1.0 if config.top_p is None else config.top_p
     if config.temperature is not None and config.temperature != 1:
-        temper.append(TemperatureLogitsWarper(config.temperature))
+        temper.append(TemperatureLogitsWarper(float(config.temperature)))
     if getattr(config, "min_p", None):
-        floor.append(MinPLogitsWarper(config.min_p))
+        floor.append(MinPLogitsWarper(float(config.min_p)))
 
     def pick(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
         logits = temper(None, logits)

@@ -31,6 +31,13 @@ from steer_heal.settings import AdapterCfg, HealCfg
 
 torch.set_num_threads(1)
 ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
+LONGEST = ("resume", "scripts", "end_to_end", "faults", "sweep", "families", "packaging", "toylm", "gguf", "fuzz")
+"""Files that begin first, so that no worker is left with a long one at the end (`just test --durations=0`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,24 @@ def test_the_first_round_is_steered_on_the_untouched_model(two):
     assert not torch.equal(read(first, "healed"), read(first, "base"))
 
 
+def test_a_scale_multiplies_what_the_adapters_add_in_answers_and_is_told(two, monkeypatch):
+    run, seen = FolderRun.read(two), {}
+
+    def watched(lm, rows, vector, how):
+        seen[scale].append(logits(lm))
+        how.on_token(0, 5)
+
+    monkeypatch.setattr("steer_heal.chat.talk.decode", watched)
+    for scale in (1.0, 0.0, -1.0):
+        talk, seen[scale] = Talk(run, settings_of(run), 1, 4, scale), []
+        for name in ("base", "steered", "healed"):
+            talk.answer(replace(ASKED, state=name))
+        assert (", its adapter times -1" in talk.about("healed")) is (scale == -1)
+    (base, steered, healed), none, reverse = seen[1.0], seen[0.0], seen[-1.0]
+    assert all(torch.equal(each, base) for each in (*none, reverse[0]))
+    assert not any(torch.equal(one, other) for one, other in zip(reverse[1:], (steered, healed), strict=True))
+
+
 def test_steered_is_written_with_the_vector_at_the_dose_of_the_round(talk, monkeypatch):
     seen = []
 

@@ -35,7 +35,7 @@ LONG = "x" * 300
         ("--filter.gates perplexity nothing", "filter.gates is 'nothing': choose from perplexity"),
         ("--filter.gates short", "filter.gates is ('short',): without a gate for incoherent text"),
         ("--eval.evals drft", "eval.evals is 'drft': did you mean 'drift'?"),
-        ("--eval.evals drift", "the target of trait 'authority' needs moral_foundations or likelihood; add it"),
+        ("--eval.evals drift", "the target of trait 'authority' needs moral_foundations or likelihood or contrast"),
         ("--steer.backend steering-lite", "pip install 'git+https://github.com/wassname/steering-lite.git'"),
         ("--eval.backend tinymfv", "pip install 'git+https://github.com/wassname/tinymfv.git'"),
         ("--quantize nf4", "pip install 'steer-heal[quantize]'"),

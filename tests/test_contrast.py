@@ -9,6 +9,7 @@ import torch
 from steer_heal.check import check
 from steer_heal.evals import EVALS, contrast
 from steer_heal.evals.base import Subject, evaluate
+from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.state import State
@@ -45,7 +46,7 @@ def test_a_state_without_a_number_has_no_value(toy, inputs):
 def test_the_pairs_of_the_toy_world_tell_its_personas_apart(toy, trait):
     inputs = check(replace(TOY_PRESET, trait=trait))
     sides = ("", inputs.trait.negative, inputs.trait.positive)
-    values = [contrast.margins(toy, inputs.pairs, Condition(system)) for system in sides]
+    values = [pair_margins(toy, inputs.pairs, Condition(system)) for system in sides]
     base, negative, positive = (sum(each) / len(each) for each in values)
     moved = contrast.EVAL.metrics[0].moved
     assert moved is not None and negative < base < positive - moved

@@ -168,11 +168,14 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
         return gradients(passes, batch, **more)
 
     monkeypatch.setattr(Passes, "gradients", watched)
-    report = bench.heal(recipe, 1, found, vector)
+    report = bench.heal(recipe, 1, found, bench.make_teacher(recipe, vector, found))
     rehearsed = [s for batch in trained for s in batch if s.completion_ids == found.rehearsal[0].completion_ids]
     assert len(rehearsed) == cfg.heal.epochs and all(s.rehearsed for s in rehearsed)
     assert all(torch.equal(s.teacher, base[0]) for s in rehearsed)
     assert report.n_train == len(found.kept) - report.n_validation + 5
+    own = {s.ids: s for batch in trained for s in batch if not s.rehearsed}.values()
+    first = torch.cat([kl_between(tiny, s.teacher, s.reference) for s in own])  # the factor begins at zero
+    assert report.validation[0]["kl_trained"] == pytest.approx(first.mean().item(), rel=1e-3), "no rehearsed text"
 
 
 def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):

@@ -17,6 +17,8 @@ from steer_heal.model.lm import load
 from steer_heal.runs.results import read_results
 from steer_heal.verdict import UNTRAINED
 
+N_VIGNETTES = "12"
+
 
 def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
     """(run folder, what was printed) of a fast-dev run in a process of its own, in which no shape was wrong."""
@@ -31,7 +33,7 @@ def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("out with space")
-    return run(out, "--export", str(out / "merged"))
+    return run(out, "--export", str(out / "merged"), "--eval.n-vignettes", N_VIGNETTES)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
         "--adapter": f"{folder}/ckpt/r1",
         "--prompts": "data/toylm/prompts/authority.jsonl",
         "--eval.vignettes": "data/toylm/vignettes.jsonl",
+        "--eval.n-vignettes": N_VIGNETTES,
         "--eval.instrument": "data/toylm/instrument.toml",
         "--eval.pairs": "data/toylm/pairs",
         "--eval.think-tokens": "4",

@@ -148,3 +148,47 @@ def test_without_a_run_the_settings_and_the_stages_are_shown(capsys):
     assert json.loads(printed.out)["kl_base"] == pytest.approx(0.0, abs=1e-6)
     shown = ("model tiny-random", "dtype float32", "2 of data/toylm/vignettes.jsonl", "trait authority")
     assert all(words in printed.err for words in (*shown, "base: drift (2 of 2)"))
+
+
+# --- the scale of the adapter ------------------------------------------------------------------------------------
+def scaled(capsys, *flags) -> tuple[dict, str]:
+    capsys.readouterr()
+    assert main(["eval", *flags, "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_a_scaled_state_of_a_run_is_told_by_its_scale_and_not_compared(one, capsys):
+    base, healed = recorded(one, "base", None), recorded(one, "healed", 0)
+    found = {}
+    for scale in (0.0, -1.0):
+        metrics, told = scaled(capsys, "--run", str(one), "--adapter-scale", str(scale))
+        assert metrics.pop("adapter_scale") == scale and f"adapter scale: {scale:g}" in told
+        assert "recorded ones" not in told
+        found[scale] = metrics
+    assert {name: found[0.0][name] for name in base} == base != {name: healed[name] for name in base}
+    assert found[-1.0].keys() == healed.keys() and found[-1.0] != healed
+    assert main(["eval", "--run", str(one), "--adapter-scale", "0.5", "--quiet"]) == 0
+    assert "adapter_scale" in (table := capsys.readouterr().out) and "recorded" in table and "0.5000" in table
+
+
+def test_a_scaled_adapter_of_a_model_is_measured_too(one, capsys):
+    data = "--eval.vignettes data/toylm/vignettes.jsonl --eval.instrument data/toylm/instrument.toml"
+    asked = f"--eval.n-vignettes 2 --eval.evals moral_foundations --eval.think-tokens 1 --dtype float32 {data}".split()
+    of_adapter = ("--model", "tiny-random", "--adapter", str(one / "ckpt/r0"), *asked)
+    whole, none = (scaled(capsys, *of_adapter, *more)[0] for more in ((), ("--adapter-scale", "0")))
+    base = scaled(capsys, "--model", "tiny-random", *asked)[0]
+    assert none.pop("adapter_scale") == 0 and "adapter_scale" not in whole
+    assert {name: none[name] for name in base} == base != {name: whole[name] for name in base}
+
+
+def test_a_scale_without_an_adapter_or_past_the_limit_is_refused(one, capsys):
+    for flags, told in (
+        (("--model", "tiny-random"), "no adapter was given; give --adapter"),
+        (("--run", str(one), "--state", "base"), "the state base of this round has no adapter"),
+        (("--run", str(one), "--state", "steered"), "the state steered of this round has no adapter"),
+        (("--run", str(one)), "adapter_scale is 5.0: it must be <= 4"),
+    ):
+        scale = "5" if "<= 4" in told else "-1"
+        assert main(["eval", *flags, "--adapter-scale", scale]) == 2
+        assert told in capsys.readouterr().err

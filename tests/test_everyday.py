@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer_heal.errors import UserError
-from steer_heal.evals import EVALS, everyday
+from steer_heal.evals import EVALS, everyday, replies
 from steer_heal.evals.base import Subject, evaluate
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
@@ -76,10 +76,11 @@ def test_a_batch_of_questions_equals_each_alone_and_each_prompt_is_read_once(toy
         return forward(*args, input_ids=input_ids, **named)
 
     monkeypatch.setattr(toy.text_model, "forward", counted)
-    together = everyday.margins(replace(toy, limits=BatchLimits(16_384)), QUESTIONS, condition)
+    asked = [(replies.plain(each.question), (each.right, each.wrong)) for each in QUESTIONS]
+    together = replies.margins(replace(toy, limits=BatchLimits(16_384)), *zip(*asked, strict=True), condition)
     rows, n_questions = [n for n, _ in fed], len(QUESTIONS)
-    assert rows == [n_questions, 2 * n_questions], "the prompts, then both answers from their cache"
-    alone = [everyday.margins(toy, [question], condition)[0] for question in QUESTIONS]
+    assert rows == [1, n_questions, 2 * n_questions], "what the prompts share, the prompts, and the answers"
+    alone = [replies.margins(toy, [question], [answers], condition)[0] for question, answers in asked]
     assert together == pytest.approx(alone, abs=1e-4)
 
 
@@ -89,11 +90,11 @@ def test_a_model_that_answers_right_has_all_questions_right_and_one_that_does_no
     right = {lm.encode_reply(question.right) for question in QUESTIONS}
 
     def answered(sign: float):
-        def logp(lm, prompts, replies, condition):
+        def logp(lm, conversations, replies, condition):
             rows = [[-len(ids) * (1 if (ids in right) == (sign > 0) else 2) for ids in own] for own in replies]
             return torch.tensor(rows, dtype=torch.float64)
 
-        monkeypatch.setattr(everyday, "own_reply_logp", logp)
+        monkeypatch.setattr(replies, "own_reply_logp", logp)
         return evaluate(subject(Student(lm, AdapterCfg()), Condition()), [EVALS["everyday"]]).metrics
 
     for sign, share in ((1.0, 1.0), (-1.0, 0.0)):

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steer_heal.errors import UserError
-from steer_heal.evals.likelihood import reply_logp
+from steer_heal.evals.replies import pair_margins, plain, reply_logp
+from steer_heal.inputs.pairs import Pair
 from steer_heal.model import lora
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
@@ -199,10 +200,13 @@ def test_a_state_space_model_that_cannot_continue_with_several_tokens_goes_on_on
     lm = family("Jamba", toy)
     check_model(lm)
     assert lm.one_by_one
-    prompts, replies = [lm.chat(QUESTION), lm.chat("What is ice?")], [lm.encode("No."), lm.encode("Ice is frozen.")]
-    together = reply_logp(lm, prompts, replies, Condition())
-    nll = [[lm.completion_nll([prompt], [reply])[0].sum() for reply in replies] for prompt in prompts]
-    assert torch.allclose(together, -torch.tensor(nll, dtype=torch.float64), atol=1e-3)
+    questions, texts = (QUESTION, "What is ice?"), ("No.", "Ice is frozen.")
+    replies = [lm.encode_reply(text) for text in texts]
+    together = reply_logp(lm, [plain(question) for question in questions], replies, Condition())
+    nll = [[lm.completion_nll([lm.chat(each)], [reply])[0] for reply in replies] for each in questions]
+    assert torch.allclose(together, -torch.tensor([[n.sum() for n in row] for row in nll]).double(), atol=1e-3)
+    found = pair_margins(lm, [Pair(question, *texts) for question in questions], Condition())
+    assert found == pytest.approx([(row[1].mean() - row[0].mean()).item() for row in nll], abs=1e-3)
 
 
 def test_a_batch_that_reads_its_padding_is_refused(toy, monkeypatch):

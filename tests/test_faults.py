@@ -89,6 +89,7 @@ def own_files(settings, tmp_path, monkeypatch):
         "eval.instrument": DATA / "toylm/instrument.toml",
         "eval.likelihood": DATA / "instruments/likelihood.toml",
         "eval.everyday": DATA / "everyday.jsonl",
+        "eval.attacks": DATA / "attacks/eval.toml",
         "eval.vignettes": settings[-1],
         "eval.pairs": DATA / "toylm/pairs/love.jsonl",
         "trait": DATA / "traits/authority.toml",

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from steer_heal.__main__ import main
-from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import answer_slots
+from steer_heal.evals.replies import plain, reply_logp
 from steer_heal.inputs.files import ADAPTER_FILE, DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
@@ -129,12 +129,12 @@ def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
 
 
 def test_replies_past_the_sliding_window_are_read_as_in_one_plain_sequence_each(gemma: LM):
-    prompts = [gemma.chat(text) for text in ("What is ice?", "Tell me about a fox and a golden key. " * 3)]
+    questions = [plain(text) for text in ("What is ice?", "Tell me about a fox and a golden key. " * 3)]
     replies = [
         gemma.encode(text) for text in ("It is frozen water.", "The fox was looking for the golden key again. " * 3)
     ]
-    for prompt, row in zip(prompts, reply_logp(gemma, prompts, replies, Condition()), strict=True):
-        nll = gemma.completion_nll([prompt] * 2, replies)
+    for question, row in zip(questions, reply_logp(gemma, questions, replies, Condition()), strict=True):
+        nll = gemma.completion_nll([gemma.prompt(question)] * 2, replies)
         assert torch.allclose(row, -torch.stack([n.double().sum() for n in nll]), atol=1e-4)
 
 
@@ -155,6 +155,7 @@ def test_an_export_has_the_files_of_the_processor_and_the_model_s_own_generation
 
 
 FLAGS = (
+    "--teach-anyway "
     "--n-rounds 2 --steer.n-contexts 8 --steer.layers 0.25 0.75 --gen.max-new-tokens 12 --gen.n-prompts 6 "
     "--filter.ppl-max 1e9 --filter.rep-max 1 --filter.min-words 0 --filter.n-keep 8 --filter.min-train 4 "
     "--filter.max-attempts 24 --dose.n-kappas 2 --dose.n-probes 3 --adapter.rank 4 --heal.epochs 1 "

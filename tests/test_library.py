@@ -235,6 +235,9 @@ def test_an_export_is_a_model_that_loads(sh, tmp_path):
         got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
     assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)
     assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed round 0"
+    with small(str(sh.export(tmp_path / "nothing", adapter_scale=0))) as nothing:
+        assert nothing.base.metrics["contrast_nats"] == sh.base.metrics["contrast_nats"] != want["contrast_nats"]
+    assert sh.evaluate("healed").metrics == want, "the student itself is not scaled"
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from steer_heal.errors import UserError
 from steer_heal.evals import likelihood
 from steer_heal.evals.base import Subject, evaluate
-from steer_heal.evals.likelihood import reply_logp
 from steer_heal.evals.moral_foundations import digit_ids
+from steer_heal.evals.replies import plain, reply_logp
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.files import DATA, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_likelihood
@@ -31,9 +31,9 @@ EVAL = EvalCfg(n_prompts=2, n_texts=1, max_new_tokens=4, n_bootstrap=20)
 
 
 def asked(lm: LM) -> tuple[list, list]:
-    """Prompts and replies of different lengths, the last reply a single token."""
-    prompts = [lm.chat(text, PERSONA) for text in ("Who?", "You see a man in the park. Is it fine?", "What is ice?")]
-    return prompts, [lm.encode(text) for text in ("It is cruel to hurt a child.", "The boy lied.", "x")]
+    """Conversations and replies of different lengths, the last reply a single token."""
+    questions = [plain(text) for text in ("Who?", "You see a man in the park. Is it fine?", "What is ice?")]
+    return questions, [lm.encode(text) for text in ("It is cruel to hurt a child.", "The boy lied.", "x")]
 
 
 def plain_logp(lm: LM, prompt, reply, vector: Vector, dose: float) -> float:
@@ -55,18 +55,19 @@ def vector(toy: LM) -> Vector:
 
 @pytest.mark.parametrize("read_tokens", [1, 16_384])
 def test_replies_are_read_as_in_one_plain_sequence_each(toy: LM, vector, read_tokens):
-    lm, (prompts, replies) = replace(toy, limits=BatchLimits(read_tokens)), asked(toy)
+    lm, (questions, replies) = replace(toy, limits=BatchLimits(read_tokens)), asked(toy)
     for dose in (0.0, 0.7):
-        found = reply_logp(lm, prompts, replies, Condition(PERSONA, vector, dose))
+        found = reply_logp(lm, questions, replies, Condition(PERSONA, vector, dose))
+        prompts = [lm.prompt(each, PERSONA) for each in questions]
         expected = [[plain_logp(lm, prompt, reply, vector, dose) for reply in replies] for prompt in prompts]
         assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
-        alone = reply_logp(lm, prompts, replies[-1:], Condition(PERSONA, vector, dose))
+        alone = reply_logp(lm, questions, replies[-1:], Condition(PERSONA, vector, dose))
         assert torch.allclose(alone, found[:, -1:], atol=1e-4), "a single token is read from the prompt alone"
 
 
 def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch):
-    lm, (prompts, replies) = replace(toy, limits=BatchLimits()), asked(toy)
-    whole, nll = reply_logp(lm, prompts, replies, Condition()), LM.nll
+    lm, (questions, replies) = replace(toy, limits=BatchLimits()), asked(toy)
+    whole, nll = reply_logp(lm, questions, replies, Condition()), LM.nll
 
     def too_large(self, hidden, ids):
         if len(ids) > sum(map(len, replies)):  # more than one prompt
@@ -75,16 +76,17 @@ def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch)
 
     monkeypatch.setattr(LM, "nll", too_large)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert torch.allclose(reply_logp(lm, prompts, replies, Condition()), whole, atol=1e-5)
+        assert torch.allclose(reply_logp(lm, questions, replies, Condition()), whole, atol=1e-5)
 
 
 def test_a_prompt_is_read_once_for_all_its_replies(toy: LM, monkeypatch):
-    (prompts, replies), forward, n_fed = asked(toy), toy.text_model.forward, []
+    (questions, replies), forward, n_fed = asked(toy), toy.text_model.forward, []
     count = lambda *args, input_ids, **named: (
         n_fed.append(input_ids.numel()) or forward(*args, input_ids=input_ids, **named)
     )
     monkeypatch.setattr(toy.text_model, "forward", count)
-    reply_logp(toy, prompts, replies, Condition())
+    reply_logp(toy, questions, replies, Condition())
+    prompts = [toy.prompt(each) for each in questions]
     assert sum(n_fed) <= len(prompts) * (max(map(len, prompts)) + len(replies) * max(map(len, replies)))
 
 
@@ -95,10 +97,11 @@ def test_a_tokenizer_that_splits_digits_serves(toy: LM):
     lm = replace(toy, tokenizer=tokenizer)
     with pytest.raises(UserError, match="each digit as one token"):
         digit_ids(lm)
-    prompts, replies = asked(lm)
+    questions, replies = asked(lm)
     assert set(map(tuple, asked(toy)[1])) != set(map(tuple, replies))
-    found = reply_logp(lm, prompts, replies, Condition())
-    expected = [[plain_logp(lm, p, r, Vector({1: torch.zeros(lm.width)}), 0.0) for r in replies] for p in prompts]
+    found = reply_logp(lm, questions, replies, Condition())
+    nothing, prompts = Vector({1: torch.zeros(lm.width)}), [lm.prompt(each) for each in questions]
+    expected = [[plain_logp(lm, prompt, reply, nothing, 0.0) for reply in replies] for prompt in prompts]
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
 
 

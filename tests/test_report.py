@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from made_runs import (
@@ -23,6 +24,7 @@ from made_runs import (
 )
 
 from steer_heal.__main__ import main
+from steer_heal.commands import run as run_command
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
@@ -169,6 +171,16 @@ def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_
         files.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert files[0] == files[1]
     assert sorted(files[0]) == ["diary.md", "events.jsonl", "map.png", "report.html", "trajectory.png"]
+
+
+def test_pictures_are_drawn_at_the_end_of_a_round_alone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_command, "draw", drawn.append)
+    for event in run_events():
+        before = len(drawn)
+        run_command._draw_after(event, SimpleNamespace(folder=tmp_path))
+        assert len(drawn) - before == isinstance(event, RoundDone | Dropped), event.event
+    assert drawn
 
 
 def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):

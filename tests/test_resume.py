@@ -1,6 +1,7 @@
 """A run that was stopped, at any moment and however often, ends as if it had never stopped."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -23,7 +24,7 @@ from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.records import HealStep
 from steer_heal.runs import stored
-from steer_heal.runs.log import EventLog, read_events
+from steer_heal.runs.log import EventLog
 from steer_heal.runs.partial import WrittenTexts, heal_path, load_heal, save_heal, saved_steps, texts_path
 from steer_heal.runs.results import read_results
 from steer_heal.runs.verify import violations
@@ -36,27 +37,39 @@ ONE, TWO = ["--n-rounds", "1"], ["--n-rounds", "2", "--no-control"]
 
 
 # --- killed ------------------------------------------------------------------------------------------------------
+def lethal_lines(whole) -> list[int]:
+    """Numbers of the lines that kill: all but the steps inside of a heal, of which the first, the third and the last
+    do; the third follows a step that was not the first of a life. With KILLS=all, every line."""
+    events = recorded(whole)
+    is_step = [event["event"] == "heal_step" for event in events] + [False]
+    lethal, nth = [], 0
+    for i in range(len(events)):
+        nth = nth + 1 if is_step[i] else 0
+        if "KILLS" in os.environ or nth in (0, 1, 3) or not is_step[i + 1]:
+            lethal.append(i + 1)
+    return lethal
+
+
 def assert_survives(settings, out, whole, monkeypatch):
-    """Each line is written for the first time by a process that then dies; the last one ends as `whole`."""
+    """Each lethal line is written for the first time by a process that then dies; the last one ends as `whole`."""
     monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
-    write, n_lines = EventLog.write, [0]
+    write, lethal, died_at = EventLog.write, lethal_lines(whole), []
 
     def deadly(self, event):
         written = write(self, event)
         now = sum(len(path.read_bytes().splitlines()) for path in out.glob("*/events.jsonl"))
-        if now > n_lines[-1]:
-            n_lines.append(now)
+        if now in lethal and now not in died_at:
+            died_at.append(now)
             raise Killed
         return written
 
     monkeypatch.setattr(EventLog, "write", deadly)
-    run, n_lives = started(out, settings), 1
+    run = started(out, settings)
     while not read_results(out / "results.tsv"):
-        try:
+        with suppress(Killed):
             resumed(run)
-        except Killed:
-            n_lives += 1
-    assert n_lives == len(read_events(whole))
+    assert died_at == lethal
+    assert {event["event"] for event in recorded(whole)} == {recorded(whole)[n - 1]["event"] for n in died_at}
     assert_same(run, whole)
 
 
@@ -436,8 +449,8 @@ def test_a_folder_whose_name_no_cell_can_hold_has_one_row(two, tmp_path):
 
 # --- text that is renewed, rounds that are dropped ---------------------------------------------------------------
 ONLINE = (
-    "--n-rounds 1 --no-control --heal.target distribution --heal.text own --heal.teacher both --heal.refresh-every 2 "
-    "--heal.refresh teacher --dose.mode fixed --dose.kappa 0.3"
+    "--n-rounds 1 --no-control --heal.target distribution --heal.text own --heal.teacher prompt+vector "
+    "--heal.refresh-every 2 --heal.refresh teacher --dose.mode fixed --dose.kappa 0.3"
 )
 
 
@@ -491,3 +504,18 @@ def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatc
     assert recorded(run)[-1]["verdict"].startswith(f"{UNTRAINED}; no round was kept")
     assert not list((run / "ckpt").iterdir())
     assert read_results(tmp_path / "results.tsv")[0]["verdict"].startswith("UNTRAINED")
+
+
+HELD = (
+    "--n-rounds 2 --no-control --heal.target distribution --heal.text own --heal.teacher contrast+vector "
+    "--heal.contrast-kl 0.001 --heal.hold 0.4 --heal.divergence none --dose.mode fixed --dose.kappa 0.3"
+)
+
+
+def test_killed_after_every_line_where_a_contrast_teaches_texts_under_attacks(settings, tmp_path, monkeypatch):
+    whole = started(tmp_path / "whole", settings, *HELD.split())
+    events = recorded(whole)
+    found = [event["found"] for event in of(events, "contrasted")]
+    assert len(found) == 2 and all(each["kl"] == pytest.approx(0.001, rel=0.02) for each in found)
+    assert all({row["completion"]["attack"] for row in e["collected"]["scored"]} > {""} for e in of(events, "gathered"))
+    assert_survives([*settings, *HELD.split()], tmp_path / "killed", whole, monkeypatch)

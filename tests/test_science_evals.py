@@ -194,6 +194,17 @@ def test_the_contrast_of_a_pair_is_the_difference_of_mean_log_probabilities_per_
     assert found["contrast_win"] == [float(value > 0) for value in expected]
 
 
+def test_both_replies_of_a_pair_go_on_from_one_reading_of_its_prompt(with_history, inputs, monkeypatch):
+    lm, rows = with_history.lm, []
+    forward = lm.text_model.forward
+    count = lambda *args, input_ids, **named: (
+        rows.append(len(input_ids)) or forward(*args, input_ids=input_ids, **named)
+    )
+    monkeypatch.setattr(lm.text_model, "forward", count)
+    contrast.items(state(with_history, inputs, Condition(SYSTEM)))
+    assert rows == [1, len(PAIRS), 2 * len(PAIRS)], "what the prompts share, the prompts, and the replies"
+
+
 # --- data --------------------------------------------------------------------------------------------------------
 def test_evaluation_prompts_are_the_last_and_never_those_of_training():
     cfg = replace(FAST_DEV_PRESET, gen=GenCfg(n_prompts=5), eval=replace(CFG, n_prompts=3))

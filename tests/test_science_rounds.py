@@ -81,7 +81,7 @@ def seed_of(*parts: int | str) -> int:
 
 # --- doses and teachers ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("made_of, system, kappa", [("vector", "Good day.", KAPPA), ("prompt", "You open doors.", 0.0),
-    ("both", "You open doors.", KAPPA)])  # fmt: skip
+    ("prompt+vector", "You open doors.", KAPPA)])  # fmt: skip
 def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of, system, kappa, written: Requests):
     with made(**{"heal.teacher": made_of}) as sh:
         found = sh.collect()
@@ -93,7 +93,7 @@ def test_the_teacher_writes_under_its_system_prompt_at_kappa_times_alpha(made_of
 
 
 @pytest.mark.parametrize("made_of, system, dose", [("vector", "Good day.", KAPPA * 0.8),
-    ("prompt", "You open doors.", 0.0), ("both", "You open doors.", KAPPA * 0.8)])  # fmt: skip
+    ("prompt", "You open doors.", 0.0), ("prompt+vector", "You open doors.", KAPPA * 0.8)])  # fmt: skip
 def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_alpha(
     made_of, system, dose, written: Requests, monkeypatch
 ):
@@ -101,11 +101,11 @@ def test_own_text_is_plain_and_its_teacher_is_dosed_at_kappa_times_the_largest_a
         found = sh.collect()
         assert {c.dose for c in found.completions} == {0.0} and found.dose == pytest.approx(dose)
         assert {ids for _, _, ids in written.rows} == {sh.lm.chat(prompt, "Hello.") for prompt in PROMPTS[:8]}
-        taught = []
-        monkeypatch.setattr(heal_module, "read_samples", lambda *_, teacher: taught.append(teacher))
+        seen = []
+        monkeypatch.setattr(heal_module, "read_samples", lambda *_, teacher, taught: seen.append(teacher))
         with pytest.raises(TypeError):
             sh.heal()
-        assert taught == [Condition(system, None if made_of == "prompt" else sh.vector, dose)]
+        assert seen == [Condition(system, None if made_of == "prompt" else sh.vector, dose)]
 
 
 def test_own_text_of_mode_survival_has_no_probe_in_it(written: Requests):

@@ -68,7 +68,7 @@ def test_the_limits_of_health_and_the_smallest_shifts_are_those_of_the_specifica
 def test_the_way_that_items_become_a_metric_is_that_of_the_specification():
     how = {m.name: m.how for m in metrics_of(tuple(EVALS)) if m.how != "mean"}
     foundations = {f"{name}{way}_nats": "log_mean" for name in FOUNDATIONS for way in ("", "_likelihood")}
-    assert how == foundations | {"text_tail_ppl_median": "median"}
+    assert how == foundations | {"text_tail_ppl_median": "median", "panel_rms_nats": "rms"}
 
 
 # --- ratios ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
 from steer_heal.events import Gathered, Measured
 from steer_heal.loop import Loop, run_round
+from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.runs.results import append_result, read_results
 from steer_heal.runs.stored import FolderRun, MemoryRun
@@ -45,6 +47,7 @@ SMALL = {
         *("preference 0.1", "vector, own text", "--filter.n-keep", "8"),
     ],
     "signal": ["--n", "8", "--sizes", "2", "4"],
+    "teachable": ["--short"],
     "bet": ["--seeds", "1", "--choose-seed", "2", "--lams", "0.5", "--barriers", "kl_rev-rmse"],
 }
 
@@ -66,7 +69,10 @@ def test_every_question_has_a_test():
 
 
 @pytest.mark.parametrize("question", SMALL)
-def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys):
+def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys, monkeypatch):
+    told, cfg = PRESETS["fast-dev"]
+    few = replace(cfg.eval, n_vignettes=12, think_tokens=1, n_bootstrap=20)
+    monkeypatch.setitem(PRESETS, "fast-dev", (told, replace(cfg, eval=few)))
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
     assert main(["diag", question, *arguments]) == 0
     printed = capsys.readouterr().out

@@ -129,6 +129,7 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
         "arm": "x",
         "quiet": True,
         "chat": False,
+        "teach_anyway": True,
         "track": ("x",),
         "heal.checkpoint": "on",
     }

@@ -120,7 +120,7 @@ def test_an_adapter_that_peft_does_not_know_is_loaded_by_steer_heal(tmp_path, mo
 def test_the_method_is_told_as_the_settings_are():
     events = run_events(1)
     assert "with a penalty if kl\\_rev (rmse)" in made(events)
-    own = HealCfg(target="distribution", text="own", teacher="both", divergence="none")
+    own = HealCfg(target="distribution", text="own", teacher="prompt+vector", divergence="none")
     text = made(with_config(events, heal=own))
     assert "next-token distribution along its own plain text." in text and "penalty" not in text
     text = made(with_config(events, heal=replace(own, rehearsal=8)))
@@ -196,7 +196,7 @@ def test_a_run_writes_its_cards_as_it_goes(after_round_0, monkeypatch):
         run_command, "draw", lambda folder: drawn.append([path.parent.name for path in write_cards(folder)])
     )
     resumed(after_round_0)
-    assert drawn[0] == ["r0"] and drawn[-1] == ["r0", "r1"]
+    assert drawn == [["r0", "r1"]] * 2, "at the end of the round and of the run"
     assert not list(after_round_0.rglob(".*.part"))
 
 

@@ -39,12 +39,15 @@ SMALLEST = {
     "eval.max_new_tokens": 6,
     "eval.n_bootstrap": 10,
 }
-RECIPES = {
-    "toy": {},
-    "toy-distil": {"heal.rehearsal": 16},
-    "smol-distil": {"heal.rehearsal": 16, "heal.max_departure": 1.0},
-    "smol": {"dose.mode": "iso_kl", "dose.kl_target": 0.01},
-}
+CONTRAST = {"heal.teacher": "contrast", "heal.contrast_kl": 0.01}
+RECIPES = [
+    ("toy", {}),
+    ("toy-distil", {"heal.rehearsal": 16}),
+    ("smol-distil", {"heal.rehearsal": 16, "heal.max_departure": 1.0}),
+    ("smol-distil", CONTRAST),
+    ("smol-distil", {**CONTRAST, "heal.hold": 0.33}),
+    ("smol", {"dose.mode": "iso_kl", "dose.kl_target": 0.01}),
+]
 """What docs add to a preset."""
 
 
@@ -69,12 +72,13 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
             parse([preset, *words])
         except SystemExit:
             flags = ["--heal.target", "distribution", "--heal.text", "own"]
+            flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
             parse([preset, *flags, *words])
 
 
-@pytest.mark.parametrize("preset", RECIPES)
-def test_a_recipe_of_the_docs_runs_with_the_control(preset):
-    settings = {**SMALLEST, **RECIPES[preset], "gen.prompts": None, "eval.pairs": None}
+@pytest.mark.parametrize("preset, changes", RECIPES)
+def test_a_recipe_of_the_docs_runs_with_the_control(preset, changes):
+    settings = {**SMALLEST, **changes, "gen.prompts": None, "eval.pairs": None}
     with SteerHeal(trait=DOORS, preset=preset, settings=settings) as sh:
         states = sh.loop(1)["state"].to_list()
     assert states == ["base", "prompted", "control", "steered round 0", "healed round 0"]

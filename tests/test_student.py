@@ -213,6 +213,51 @@ def test_a_kind_that_is_not_in_the_table_is_named(tiny):
         Student(tiny, AdapterCfg(kind="lore"))
 
 
+# --- the scale of an adapter -------------------------------------------------------------------------------------
+def own_factors(factors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """The factors of an adapter that adds `scale` times as much: B of LoRA, or the whole bias."""
+    return {key: value if "lora_A" in key else scale * value for key, value in factors.items()}
+
+
+@pytest.mark.parametrize("lossy", [False, True], ids=["merged", "apart"])
+def test_a_scaled_adapter_acts_as_its_factors_times_the_scale(with_history: Student, lossy, monkeypatch):
+    monkeypatch.setattr(Student, "merging_is_lossy", lossy)
+    third_round(with_history)
+    lm, names = with_history.lm, with_history.rounds_in["full"]
+    trained = {name: with_history.factors(name) for name in names}
+
+    def acting() -> torch.Tensor:
+        with with_history.using("full", exact=True):
+            return read(lm)
+
+    before, found = acting(), {}
+    for scale in (0.0, 1.0, 0.5, -1.0):
+        with with_history.scaled(scale):
+            found[scale] = acting()
+            assert torch.equal(logits(with_history, "base"), untouched())
+            scaled = {name: with_history.factors(name) for name in names}
+        assert all(same(scaled[name], own_factors(trained[name], scale)) for name in names)
+    assert torch.equal(found[0.0], untouched()) and torch.equal(found[1.0], before)
+    assert torch.equal(acting(), before), "nothing is left of a scale"
+    for scale in (0.5, -1.0):
+        other = Student(load("tiny-random"), with_history.cfg)
+        for name, n_rounds in zip(names, (2, 1), strict=True):
+            other.adapter.attach(name, own_factors(trained[name], scale), n_rounds)
+        other.n_rounds = 2
+        assert torch.allclose(logits(other), found[scale], atol=1e-4)
+        assert (found[scale] - before).abs().max() > 1e-2
+
+
+def test_a_scale_ends_with_an_error_too_and_has_limits(with_history: Student):
+    before = logits(with_history)
+    with pytest.raises(KeyboardInterrupt), with_history.scaled(2.0):
+        raise KeyboardInterrupt
+    assert torch.equal(logits(with_history), before)
+    for scale in (4.1, -4.1, float("nan")):
+        with pytest.raises(UserError, match="it must be from -4 to 4"), with_history.scaled(scale):
+            pass
+
+
 # --- the check after each heal -----------------------------------------------------------------------------------
 class Forgetful(BlockBias):
     """Measured without the history."""

@@ -405,7 +405,8 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
     assert second.returncode == 1, second
     assert f"failed: {fails.folder}" in second.stderr and "filter.min_train" in second.stderr
     assert run_status(works.folder) == "done" and "1 of 2 runs are finished" in second.stdout
-    whole = started(tmp_path / "plain", as_flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
+    with undrawn():
+        whole = started(tmp_path / "plain", as_flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
     assert_same(works.folder, whole)
 
 

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from steer_heal.errors import UserError
-from steer_heal.evals.contrast import margins
 from steer_heal.evals.moral_foundations import digit_ids
+from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model import template as template_module
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
 from steer_heal.model.template import ChatTemplate, frozen
+from steer_heal.records import Conversation
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TAG = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -214,4 +215,39 @@ def test_a_pair_reads_the_replies_as_they_stand_behind_the_prompt(tiny: LM, spac
         ids = lm.encode(lm.template.conversation(["What is ice?"]) + " " + reply)[len(prompt) :]
         means.append(lm.completion_nll([prompt], [ids])[0].mean().item())
     pair = Pair(prompt="What is ice?", positive="Frozen water.", negative="I answer")
-    assert margins(lm, [pair], Condition())[0] == pytest.approx(means[1] - means[0], abs=1e-5)
+    assert pair_margins(lm, [pair], Condition())[0] == pytest.approx(means[1] - means[0], abs=1e-5)
+
+
+TALK = ("What is ice?", "Frozen water.", "Do you like it?")
+BEGUN = "I have no such side."
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "a tokenizer that adds a space"])
+@pytest.mark.parametrize("gap", ["", " ", "\n"])
+def test_a_prompt_is_the_conversation_and_a_reply_goes_on_from_its_prefill_in_running_text(tiny: LM, spaced, own, gap):
+    lm = tiny if own else replace(tiny, tokenizer=spaced)
+    text = lm.template.conversation(TALK, "Be kind.")
+    assert lm.prompt(Conversation(turns=TALK), "Be kind.") == lm.encode(text)
+    asked = Conversation(turns=TALK, prefill=BEGUN + gap)
+    prompt = lm.prompt(asked, "Be kind.")
+    begun = f"{text}{lm.template.space}{BEGUN}"
+    assert prompt == lm.encode(begun)
+    assert prompt + lm.encode_reply("I answer no.", asked.prefill) == lm.encode(f"{begun}{gap or ' '}I answer no.")
+
+
+def test_a_conversation_s_own_system_prompt_replaces_the_given_one_and_an_empty_one_leaves_it_to_the_template(tiny: LM):
+    asked = Conversation(turns=TALK)
+    found = [tiny.prompt(replace(asked, system=system), "Be kind.") for system in (None, "Be a poet.", "")]
+    expected = [tiny.encode(tiny.template.conversation(TALK, system)) for system in ("Be kind.", "Be a poet.", None)]
+    assert found == expected and len({*found}) == 3
+    assert tiny.chat("What is ice?", "Be kind.") == tiny.prompt(Conversation(turns=TALK[:1]), "Be kind.")
+
+
+def test_a_prefill_counts_towards_the_limit_of_a_prompt_and_holds_no_marks(tiny: LM):
+    asked = Conversation(turns=TALK, prefill=BEGUN)
+    lm = replace(tiny, max_prompt_tokens=len(tiny.prompt(asked)) - 1)
+    lm.prompt(replace(asked, prefill=""))
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        lm.prompt(asked)
+    with pytest.raises(UserError, match="special token"):
+        tiny.prompt(replace(asked, prefill="<|im_end|>"))

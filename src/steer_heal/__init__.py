@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if os.environ.get("BEARTYPE") == "1":
     from jaxtyping import install_import_hook
 
+    for library in ("peft", "polars", "scipy.stats"):
+        import_module(library)  # inside a checked module, the hook has them compiled anew: seconds
     with_tensors = ("backends", "bench", "diag", "evals", "library", "loop", "model", "recipe", "runs", "stages")
     # An int is a float, as for type checkers.
     checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

@@ -2,8 +2,9 @@
 
     vector = bench.extract()
     collected = bench.collect(recipe, r, vector)
-    bench.measure(steered_state(r, bench.teacher(recipe, vector, collected.dose)))
-    bench.heal(recipe, r, collected, vector)
+    teacher = bench.make_teacher(recipe, vector, collected)
+    bench.measure(steered_state(r, teacher.condition))
+    bench.heal(recipe, r, collected, teacher)
     bench.student.bake()
     bench.measure(healed_state(r, bench.trait))
 
@@ -15,30 +16,61 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from steer_heal.errors import UserError
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Eval, Subject, evaluate
 from steer_heal.events import Chat, Weights
 from steer_heal.inputs import Inputs
+from steer_heal.inputs.attacks import attacked
 from steer_heal.model.decode import Decoding
 from steer_heal.model.digests import digests
 from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.state import State, base_state
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.steering import Condition, Vector, weighted
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import Calibration, Collected, Completion, EvalResult, HealReport, Scored, Trait, derive_seed
+from steer_heal.records import (
+    Calibration,
+    Collected,
+    Completion,
+    EvalResult,
+    HealReport,
+    Scored,
+    Strength,
+    Trait,
+    derive_seed,
+)
 from steer_heal.settings import HealCfg, RunConfig
 from steer_heal.stages import heal as heal_stage
-from steer_heal.stages.calibrate import iso_kl_dose
+from steer_heal.stages.calibrate import contrast_strength, iso_kl_dose, mean_kl
 from steer_heal.stages.dose import DoseController, require_enough
 from steer_heal.stages.filter import score_texts
 from steer_heal.stages.generate import Ask, Known, generate
 from steer_heal.stages.heal import HealState, SavedHeal
 from steer_heal.stages.readable import require_readable
+from steer_heal.stages.states import term_states
 from steer_heal.stages.vector import student_vec, teacher_vec
 
 CALIBRATION_PROMPTS = 8
+GOLDEN = 0.618034
+"""Multiples of it, modulo 1, are spread evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What a heal learns from."""
+
+    condition: Condition
+    """What makes it out of the student."""
+    strength: Strength | None = None
+    """Of its contrast. None: it has none."""
+    states: Sequence[Tensor] | None = None
+    """Its final hidden states on the collected text, each Float[n d]. None: not read yet."""
+
+
 OnBatch = Callable[[Sequence[Completion]], object]
 
 
@@ -107,9 +139,37 @@ class Bench:
         """The plain prompt, without a vector."""
         return Condition(self.trait.plain_system)
 
-    def teacher(self, recipe: Recipe, vector: Vector, dose: float) -> Condition:
-        """What makes the teacher out of the student."""
-        return recipe.teacher_condition(self.trait, vector, dose)
+    def make_teacher(
+        self, recipe: Recipe, vector: Vector, collected: Collected, known: Strength | None = None
+    ) -> Teacher:
+        """The teacher of a heal on the collected text. A contrast reads the text to find its strength, unless it is
+        `known`. UserError if no strength reaches heal.contrast_kl."""
+        cfg = self.cfg.heal
+        condition = recipe.teacher_condition(self.trait, vector, collected.dose, cfg.contrast)
+        if condition.contrast is None:
+            return Teacher(condition=condition)
+
+        def at(strength: float) -> Condition:
+            return recipe.teacher_condition(self.trait, vector, collected.dose, strength)
+
+        if known is not None:
+            return Teacher(condition=at(known.strength), strength=known)
+        texts = collected.completions
+        with self.student.using("full", exact=True) as lm:
+            readings = [term_states(lm, texts, vector, term) for term in condition.terms]
+            strength: float | None = cfg.contrast
+            if cfg.contrast_kl:
+                difference = [p.float() - n.float() for p, n in zip(*readings[1:], strict=True)]
+                strength = contrast_strength(lm, readings[0], difference, cfg.contrast_kl)
+            if strength is None:
+                raise UserError(
+                    f"heal.contrast_kl is {cfg.contrast_kl:g}: no strength of the contrast moves the student that far; "
+                    "lower it, or give --heal.contrast in its place",
+                    resumable=False,
+                )
+            states = [weighted(at(strength).weights, each) for each in zip(*readings, strict=True)]
+            found = Strength(strength, mean_kl(lm, states, readings[0]))
+        return Teacher(condition=at(strength), strength=found, states=states)
 
     # --- vectors -------------------------------------------------------------------------------------------------
     def extract(self) -> Vector:
@@ -156,7 +216,8 @@ class Bench:
         asks = [Ask(i, prompt, derive_seed(self.cfg.seed, r, "kl", i)) for i, prompt in enumerate(prompts)]
         texts = self.write(self.plain, asks, max_new_tokens=self.cfg.dose.kl_tokens)
         with self.student.using("full") as lm:
-            return iso_kl_dose(lm, self.teacher(recipe, vector, 1.0), texts, self.cfg.dose.kl_target)
+            dosed = recipe.dosed_condition(self.trait, vector, 1.0)
+            return iso_kl_dose(lm, dosed, texts, self.cfg.dose.kl_target)
 
     def known_kappa(self, recipe: Recipe, r: int, vector: Vector) -> float | None:
         """kappa where it does not depend on what survives the filter; None in mode survival."""
@@ -182,21 +243,24 @@ class Bench:
         """
         top = max(self.cfg.gen.alphas)
 
-        def fill(controller: DoseController, condition: Condition) -> DoseController:
+        def fill(
+            controller: DoseController, condition: Condition, change: Callable[[Ask], Ask] = lambda ask: ask
+        ) -> DoseController:
             while asks := controller.next_asks():
-                controller.add(self.score(self.write(condition, asks, known=known, on_batch=on_batch)))
+                asked = [change(ask) for ask in asks]
+                controller.add(self.score(self.write(condition, asked, known=known, on_batch=on_batch)))
             return controller
 
         if recipe.teacher is None:
             found = fill(self._controller(recipe, r, "control"), self.plain).collected()
         else:
             assert vector is not None
-            teacher = self.teacher(recipe, vector, top)
             if kappa is None and r is not None:
                 kappa = self.known_kappa(recipe, r, vector)
             if recipe.text == "own":  # the teacher's text only chooses the dose
-                search = fill(self._controller(recipe, r, "gen", alphas=(top,), kappa=kappa, probes_only=True), teacher)
-                own = fill(self._controller(recipe, r, "own"), self.plain).collected()
+                dosed = recipe.dosed_condition(self.trait, vector, top)
+                search = fill(self._controller(recipe, r, "gen", alphas=(top,), kappa=kappa, probes_only=True), dosed)
+                own = fill(self._controller(recipe, r, "own"), self.plain, self._under_attacks(recipe.hold)).collected()
                 assert search.kappa is not None
                 found = replace(
                     own,
@@ -207,6 +271,7 @@ class Bench:
                     dose=search.kappa * top if recipe.uses_vector else 0.0,
                 )
             else:
+                teacher = recipe.teacher_condition(self.trait, vector, top, self.cfg.heal.contrast)
                 alphas = self.cfg.gen.alphas if recipe.uses_vector else (0.0,)
                 found = fill(self._controller(recipe, r, "gen", alphas=alphas, kappa=kappa), teacher).collected()
         require_enough(found, self.cfg.filter)
@@ -232,6 +297,25 @@ class Bench:
             probes_only=probes_only,
         )
 
+    def _under_attacks(self, share: float) -> Callable[[Ask], Ask]:
+        """What puts a share of the requests, in the order of its calls, under one attack after the other."""
+        n_asked = n_held = 0
+
+        def change(ask: Ask) -> Ask:
+            nonlocal n_asked, n_held
+            n_passes = n_asked // len(self.inputs.prompts)
+            phase = n_asked * share + n_passes * GOLDEN  # so that a prompt is not held each time that it comes
+            n_asked += 1
+            if phase % 1 >= share:
+                return ask
+            attack = self.inputs.hold[n_held % len(self.inputs.hold)]
+            n_held += 1
+            asked = attacked(attack, ask.prompt, self.trait)
+            taught = None if attack.opposes else replace(asked, system=None)
+            return replace(ask, attack=attack.name, conversation=asked, taught=taught)
+
+        return change
+
     def _rehearsal(
         self, recipe: Recipe, r: int | None, known: Known | None, on_batch: OnBatch
     ) -> tuple[Completion, ...]:
@@ -250,7 +334,7 @@ class Bench:
         recipe: Recipe,
         r: int | None,
         collected: Collected,
-        vector: Vector | None = None,
+        teacher: Teacher | None = None,
         *,
         settings: HealCfg | None = None,
         on_step: Callable[[HealState], None] = lambda state: None,
@@ -258,16 +342,16 @@ class Bench:
     ) -> HealReport:
         """Trains the factor of round r. `student.bake()` keeps it, `student.discard_round()` drops it.
 
-        `settings` replace cfg.heal. `on_step` and `saved`: see stages/heal.py.
+        The `teacher` is needed where its distribution is fitted. `settings` replace cfg.heal. `on_step` and `saved`:
+        see stages/heal.py.
         """
         cfg = settings or self.cfg.heal
-        teacher = None
-        if recipe.fit == "distribution":
-            assert vector is not None
-            teacher = self.teacher(recipe, vector, collected.dose)
+        if recipe.fit == "tokens":
+            teacher = None
+        condition = None if teacher is None else teacher.condition
 
         def renew(n: int, held_out: Sequence[int]) -> tuple[list[Scored], Condition | None]:
-            return self._renew(recipe, r, n, held_out, cfg.batch_size, teacher)
+            return self._renew(recipe, r, n, held_out, cfg.batch_size, condition)
 
         report = heal_stage.heal(
             self.student,
@@ -275,7 +359,8 @@ class Bench:
             cfg,
             round_=r,
             seed=recipe.heal_seed(self.cfg.seed, r),
-            teacher=teacher,
+            teacher=condition,
+            taught=None if teacher is None else teacher.states,
             rehearsal=collected.rehearsal if teacher is not None else (),
             renew=renew if recipe.refresh_every else None,
             saved=saved,

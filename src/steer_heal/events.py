@@ -26,6 +26,8 @@ from steer_heal.records import (
     Metric,
     Number,
     StateName,
+    Strength,
+    Teachable,
     Trait,
     Values,
     state_label,
@@ -91,7 +93,7 @@ class RunStart(Event):
     metrics: tuple[Metric, ...]
     gates: dict[str, GateFacts]
     wording: dict[str, list[list[str]]]
-    """The items of the evals in words, by what an item is: vignette or pair."""
+    """The items of the evals in words, by what an item is: vignette, pair or question. For attack: names and kinds."""
     inputs: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every data file, by the setting that names it."""
     settings: str = ""
@@ -137,6 +139,14 @@ class Measured(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight(Event):
+    """Before any text was written: whether the personas give the model anything to teach."""
+
+    event: Literal["preflight"] = "preflight"
+    found: Teachable
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extracted(Event):
     """The steering vector of a round was read from the student."""
 
@@ -164,6 +174,14 @@ class Gathered(Event):
     mode: str
     """How the dose was chosen: dose.mode, or none for the control."""
     collected: Collected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrasted(Event):
+    """The strength of a contrast was found, along the text of the round."""
+
+    event: Literal["contrasted"] = "contrasted"
+    found: Strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,10 +272,12 @@ class RunEnd(Event):
 
 AnyEvent = (
     RunStart
+    | Preflight
     | Measured
     | Extracted
     | Calibrated
     | Gathered
+    | Contrasted
     | HealStepped
     | HealRetried
     | Trained

@@ -23,7 +23,8 @@ def parsed(
 
     Args:
         kind: A dataclass made by `settings`.
-        also: Dotted names of settings that the command takes too, such as `eval.batch_size`. None has a default here.
+        also: Dotted names of settings that the command takes too, such as `eval.batch_size`. None has a default here; a
+            switch can only be turned on.
     """
     made = []
     for name in also:
@@ -31,7 +32,9 @@ def parsed(
         home = get_type_hints(RunConfig)[section] if section else RunConfig
         text = home.__dataclass_fields__[key].metadata["help"]
         flag = tyro.conf.arg(name=name.replace("_", "-"), help=text, help_behavior_hint="(optional)")
-        made.append((_joined(name), Annotated[get_type_hints(home, include_extras=True)[key] | None, flag], None))
+        hint = get_type_hints(home, include_extras=True)[key]
+        switch = hint is bool  # given without a value
+        made.append((_joined(name), Annotated[hint if switch else hint | None, flag], False if switch else None))
     both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     both.__doc__ = kind.__doc__
     given = tyro.cli(both, args=argv, prog=f"steer-heal {command}")
@@ -40,7 +43,7 @@ def parsed(
     except ValueError as error:
         raise UserError(*str(error).split("\n")) from None
     values = {name: getattr(given, _joined(name)) for name in also}
-    return own, {name: value for name, value in values.items() if value is not None}
+    return own, {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 def _joined(name: str) -> str:

@@ -4,25 +4,44 @@ mean of one."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-How = Literal["mean", "log_mean", "median"]
-"""How items become a number. log_mean is log(mean)."""
+How = Literal["mean", "log_mean", "median", "rms"]
+"""How items become a number. log_mean is log(mean), rms the root of the mean square."""
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _OF_MEAN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda mean: mean,
     "log_mean": lambda mean: np.log(np.maximum(mean, 1e-30)),
+    "rms": lambda mean: np.sqrt(np.maximum(mean, 0.0)),
 }
+"""What is made of the mean of the items or, for rms, of their squares."""
 
 
 def statistic(how: How, x: np.ndarray) -> np.ndarray:
     """The number that the items along the last axis become."""
-    return np.median(x, axis=-1) if how == "median" else _OF_MEAN[how](x.mean(axis=-1))
+    return np.median(x, axis=-1) if how == "median" else _OF_MEAN[how](_summed(how, x).mean(axis=-1))
+
+
+def _summed(how: How, x: np.ndarray) -> np.ndarray:
+    """What is summed over the items."""
+    return x**2 if how == "rms" else x
+
+
+def finite_mean(values: Iterable[float]) -> float | None:
+    """Mean of the values that are finite. None: there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
+
+
+def mean_change(here: Sequence[float], there: Sequence[float]) -> float | None:
+    """Mean of here - there over the items that have a finite value on both sides. None: no item has."""
+    return finite_mean(now - then for now, then in zip(here, there, strict=False))
 
 
 def of_difference(
@@ -34,7 +53,7 @@ def of_difference(
     - A difference of shares, whose items are 0 or 1: Agresti and Min (2005). Its width is never 0: that no item changed
       leaves room for a rare change.
     - A median: percentiles of a bootstrap, which resamples the items of both sides together.
-    - A mean or the log of one: `studentized`.
+    - A mean, the log of one, or a root mean square: `studentized`.
 
     From 6 items on it covers about 0.93 or more, but 0.90 up to 24 items where few of them carry the sum (lognormal
     changes with sigma 1). docs/decisions.md has the figures.
@@ -82,6 +101,7 @@ def studentized(
 def _with_error(how: How, here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The difference of the statistics along the last axis, and its jackknife standard error."""
     n = here.shape[-1]
-    left_out = [_OF_MEAN[how]((x.sum(axis=-1, keepdims=True) - x) / (n - 1)) for x in (here, there)]
+    summed = [_summed(how, x) for x in (here, there)]
+    left_out = [_OF_MEAN[how]((x.sum(axis=-1, keepdims=True) - x) / (n - 1)) for x in summed]
     error = (left_out[0] - left_out[1]).std(axis=-1) * math.sqrt(n - 1)
     return statistic(how, here) - statistic(how, there), error

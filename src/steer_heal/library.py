@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.bench import Bench, load_model, require_bands
+from steer_heal.bench import Bench, Teacher, load_model, require_bands
 from steer_heal.check import check_inputs, holds_files
 from steer_heal.errors import UserError, nearest, validated
-from steer_heal.events import AnyEvent, Dropped, Extracted, HealStepped, RoundDone, Trained
+from steer_heal.events import AnyEvent, Contrasted, Dropped, Extracted, HealStepped, RoundDone, Trained
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
@@ -146,6 +146,8 @@ class SteerHeal:
         """The vector that was extracted or used last."""
         self.collected: Collected | None = None
         """The text that was collected last."""
+        self.teacher: Teacher | None = None
+        """What the last heal learnt from."""
         self._own: Factors | None = None
         self._start()
 
@@ -241,6 +243,7 @@ class SteerHeal:
             kappa: The multiplier of gen.alphas. None: `dose.mode` chooses it.
         """
         used = self._used(vector)
+        self.teacher = None
         self.collected = self.bench.collect(Recipe.of(self.cfg), self.n_rounds, used, kappa=kappa)
         return self.collected
 
@@ -259,13 +262,16 @@ class SteerHeal:
         collected = collected or self.collected or self.collect(vector)
         self.discard()
         recipe = Recipe.of(self.cfg)
+        self.teacher = self.bench.make_teacher(recipe, used, collected)
         try:
             return self.bench.heal(
-                recipe, self.n_rounds, collected, used, on_step=lambda state: on_step(state.steps[-1])
+                recipe, self.n_rounds, collected, self.teacher, on_step=lambda state: on_step(state.steps[-1])
             )
         except BaseException:
             self.discard()
             raise
+        finally:
+            self.teacher = replace(self.teacher, states=None)
 
     def bake(self) -> None:
         """Keeps the factor of this round: the next one begins from here. UserError where nothing was healed."""
@@ -280,8 +286,22 @@ class SteerHeal:
     def reset(self) -> None:
         """Drops every round, and what was measured: the untouched model again."""
         self.student.reset()
-        self.vector = self.collected = self._own = None
+        self.vector = self.collected = self.teacher = self._own = None
         self._start()
+
+    def _strength(self, vector: Vector) -> float:
+        """The strength of the contrast that teaches: of the last heal, else of the last collected text. UserError where
+        it is not known yet."""
+        recipe = Recipe.of(self.cfg)
+        if not recipe.uses_contrast or not self.cfg.heal.contrast_kl:
+            return self.cfg.heal.contrast
+        if self.teacher is None and self.collected is not None:
+            self.teacher = self.bench.make_teacher(recipe, vector, self.collected)
+        by_loop = self._run.each(Contrasted)
+        found = self.teacher.strength if self.teacher is not None else by_loop[-1].found if by_loop else None
+        if found is None:
+            raise UserError("heal.contrast_kl chooses the strength of the contrast along collected text; collect first")
+        return found.strength
 
     def _used(self, vector: Vector | None) -> Vector:
         """The vector given, else the last one, else a new one. UserError where it does not fit the model."""
@@ -328,7 +348,8 @@ class SteerHeal:
                 if self.collected is None:
                     raise UserError("dose is None: nothing was collected that chose one; give a dose")
                 dose = self.collected.dose
-            teacher = self.bench.teacher(Recipe.of(self.cfg), self._used(vector), dose)
+            used = self._used(vector)
+            teacher = Recipe.of(self.cfg).teacher_condition(trait, used, dose, self._strength(used))
             asked = steered_state(self.n_rounds, teacher)
         else:
             raise UserError(f"state is {state!r}: {nearest(state, STATES)}")
@@ -402,9 +423,14 @@ class SteerHeal:
         own = self._own
         return _filled(folder, lambda part: self.student.save(part, own))
 
-    def export(self, folder: str | Path) -> Path:
-        """Writes the student, merged, as a plain transformers model. UserError where the folder is not empty."""
-        return _filled(folder, self.student.export)
+    def export(self, folder: str | Path, adapter_scale: float = 1.0) -> Path:
+        """Writes the student, merged, as a plain transformers model. UserError where the folder is not empty.
+
+        Args:
+            adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied. -1 reverses it.
+        """
+        with self.student.scaled(adapter_scale):
+            return _filled(folder, self.student.export)
 
     def close(self) -> None:
         """Drops every round and takes the adapters out; a model that was handed in is as it was before."""

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from steer_heal.bench import Bench
+from steer_heal.bench import Bench, Teacher
 from steer_heal.errors import UserError
 from steer_heal.evals.base import evaluate
 from steer_heal.events import (
     Calibrated,
+    Contrasted,
     Dropped,
     Extracted,
     Gathered,
     HealRetried,
     HealStepped,
+    Preflight,
     RoundDone,
     Trained,
     measured_event,
@@ -29,12 +31,13 @@ from steer_heal.model.state import State, base_state, control_state, healed_stat
 from steer_heal.model.steering import Vector
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import Collected, EvalResult, HealReport, NotFinite, Starved
+from steer_heal.records import NOTHING, Collected, EvalResult, HealReport, NotFinite, Starved
 from steer_heal.runs.stored import StoredRun
-from steer_heal.settings import HealCfg
+from steer_heal.settings import TINY_RANDOM, HealCfg
 from steer_heal.stages.dose import require_enough
 from steer_heal.stages.heal import HealState
 from steer_heal.stages.vector import cosine
+from steer_heal.teachable import teachable
 from steer_heal.verdict import limits, past_limits, retain, slope
 
 
@@ -42,6 +45,7 @@ def run_loop(loop: Loop) -> None:
     """The whole experiment, on one screen. A round that breaks the student is dropped and, while attempts are left,
     repeated."""
     trait = loop.bench.trait
+    loop.require_teachable()
     loop.measure(base_state(trait))
     loop.measure(prompted_state(trait))
     if loop.bench.cfg.control:
@@ -62,9 +66,12 @@ def run_round(loop: Loop, recipe: Recipe, r: int | None) -> None:
     if recipe.teacher is not None and r is not None:
         vector = loop.extract(r)
     collected = loop.collect(recipe, r, vector)
-    if vector is not None and r is not None and loop.measures_teacher:
-        loop.measure(steered_state(r, loop.bench.teacher(recipe, vector, collected.dose)))
-    loop.heal(recipe, r, collected, vector)
+    teacher = None
+    if vector is not None and r is not None:
+        teacher = loop.make_teacher(recipe, r, vector, collected)
+        if loop.measures_teacher:
+            loop.measure(steered_state(r, teacher.condition))
+    loop.heal(recipe, r, collected, teacher)
 
 
 class Loop:
@@ -87,6 +94,24 @@ class Loop:
         with self.progress.stage(stage, r, doing), self.bench.student.lm.watched_by(self.progress):
             yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
+
+    def require_teachable(self) -> None:
+        """UserError if the personas give the model nothing to teach, unless cfg.teach_anyway. An untrained model and a
+        trait without pairs are not asked."""
+        cfg = self.bench.cfg
+        if cfg.model == TINY_RANDOM or not self.bench.inputs.pairs:
+            return
+        if (event := self.run.at(Preflight, None)) is None:
+            if self.base is not None:  # it began without one
+                return
+            with self._stage("preflight", None, "reading the personas"):
+                event = Preflight(found=teachable(self.bench, short=True))
+            self.run.add(event)
+        if event.found.verdict == NOTHING and not cfg.teach_anyway:
+            raise UserError(
+                f"{NOTHING}: {event.found.reason}; give other personas or another model, or try it all the same with "
+                "--teach-anyway"
+            )
 
     # --- measurements --------------------------------------------------------------------------------------------
     @property
@@ -147,12 +172,23 @@ class Loop:
         return event.calibration.dose / max(self.bench.cfg.gen.alphas)
 
     # --- heal ----------------------------------------------------------------------------------------------------
-    def heal(self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None = None) -> None:
+    def make_teacher(self, recipe: Recipe, r: int, vector: Vector, collected: Collected) -> Teacher:
+        """What the heal of round r learns from."""
+        event = self.run.at(Contrasted, r)
+        if event is not None or not recipe.uses_contrast:
+            return self.bench.make_teacher(recipe, vector, collected, None if event is None else event.found)
+        with self._stage("contrast", r, "reading the personas"):
+            teacher = self.bench.make_teacher(recipe, vector, collected)
+        assert teacher.strength is not None
+        self.run.add(Contrasted(round=r, found=teacher.strength))
+        return teacher
+
+    def heal(self, recipe: Recipe, r: int | None, collected: Collected, teacher: Teacher | None = None) -> None:
         """Heals and bakes. The event is written once the student is kept."""
         event = self.run.at(Trained, r)
         if event is None:
             with self._stage("heal", r, "healing"):
-                report = self._heal(recipe, r, collected, vector)
+                report = self._heal(recipe, r, collected, teacher)
             own = self.bench.student.bake()
             checkpoint, files = self.run.keep_student(r, self.bench.student, own)
             n_retries = int(self.run.at(HealRetried, r) is not None)
@@ -160,7 +196,7 @@ class Loop:
         elif event is self.run.each(Trained)[-1]:  # the next step needs its student
             self.run.restore_student(r, self.bench.student)
 
-    def _heal(self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None) -> HealReport:
+    def _heal(self, recipe: Recipe, r: int | None, collected: Collected, teacher: Teacher | None) -> HealReport:
         """After a loss that is not finite, one second attempt at half the learning rate."""
         cfg = self.bench.cfg.heal
         if r is not None and (dropped := self._dropped(r)):
@@ -168,7 +204,7 @@ class Loop:
         halved = replace(cfg, lr=cfg.lr / 2)
         if self.run.at(HealRetried, r) is None:
             try:
-                return self._attempt(recipe, r, collected, vector, cfg)
+                return self._attempt(recipe, r, collected, teacher, cfg)
             except NotFinite as bad:
                 self.run.add(
                     HealRetried(
@@ -181,14 +217,14 @@ class Loop:
                     )
                 )
         try:
-            return self._attempt(recipe, r, collected, vector, halved)
+            return self._attempt(recipe, r, collected, teacher, halved)
         except NotFinite as bad:
             kept = f"ckpt/r{r - 1} holds the rounds before it" if r else "no round was healed before it"
             message = f"{bad}; this was the second attempt, at half the learning rate; {kept}"
             raise UserError(message, resumable=False) from None
 
     def _attempt(
-        self, recipe: Recipe, r: int | None, collected: Collected, vector: Vector | None, cfg: HealCfg
+        self, recipe: Recipe, r: int | None, collected: Collected, teacher: Teacher | None, cfg: HealCfg
     ) -> HealReport:
         """One heal. Where it fails, the student is as it was before."""
 
@@ -201,7 +237,7 @@ class Loop:
         saved = self.run.saved_heal(r)
         try:
             with self.bench.student.lm.watched_by(SILENT):  # the bar counts steps, not the rows that they read
-                return self.bench.heal(recipe, r, collected, vector, settings=cfg, on_step=on_step, saved=saved)
+                return self.bench.heal(recipe, r, collected, teacher, settings=cfg, on_step=on_step, saved=saved)
         except NotFinite:
             self.run.forget_heal(r)  # the second attempt must not find the file of the first
             self.bench.student.discard_round()
@@ -266,7 +302,7 @@ class Loop:
         trained = self.run.require(Trained, r)
         healed = self.run.measured("healed", r)
         assert healed is not None
-        steered = collected.dose > 0
+        steered = collected.dose > 0 and not Recipe.of(self.bench.cfg).uses_contrast
         self.run.add(
             Dropped(
                 round=r,

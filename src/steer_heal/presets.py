@@ -72,7 +72,7 @@ SMOL_PRESET = RunConfig(
         max_new_tokens=96,
     ),
 )
-DISTIL = {"target": "distribution", "text": "own", "teacher": "both", "kl": "reverse", "divergence": "none"}
+DISTIL = {"target": "distribution", "text": "own", "teacher": "prompt+vector", "kl": "reverse", "divergence": "none"}
 TOY_DISTIL_PRESET = replace(
     TOY_PRESET,
     n_rounds=2,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.steering import Condition, Contrast, Vector
 from steer_heal.records import Trait, derive_seed
-from steer_heal.settings import RunConfig
+from steer_heal.settings import CONTRASTS, RunConfig, TeacherName
 
 CONTROL_STREAM = -1
 """Stands for the round in the names of the control's random streams."""
@@ -20,10 +20,12 @@ class Recipe:
     name: Literal["round", "control"]
     text: Literal["steered", "own"]
     """Whose text trains: the teacher's, or the student's own under the plain prompt."""
-    teacher: Literal["vector", "prompt", "both"] | None
+    teacher: TeacherName | None
     """What makes the teacher out of the student. None: nobody teaches."""
     fit: Literal["tokens", "distribution"]
     """What is fitted: the tokens of the text, or the teacher's distribution along it."""
+    hold: float = 0.0
+    """Share of own text that is written and trains under attacks."""
     rehearsal: int = 0
     """Texts of the base on prompts that have nothing to do with the trait."""
     refresh_every: int = 0
@@ -40,6 +42,7 @@ class Recipe:
             text=heal.text,
             teacher=heal.teacher,
             fit=heal.target,
+            hold=heal.hold,
             rehearsal=heal.rehearsal,
             refresh_every=heal.refresh_every,
             refresh_teacher=heal.refresh == "teacher" and cfg.steer.refresh == "round",
@@ -53,13 +56,28 @@ class Recipe:
     @property
     def uses_vector(self) -> bool:
         """Whether the teacher is steered, so that there is a dose to find."""
-        return self.teacher in ("vector", "both")
+        return self.teacher in ("vector", "prompt+vector", "contrast+vector")
 
-    def teacher_condition(self, trait: Trait, vector: Vector, dose: float) -> Condition:
-        """What makes the teacher out of the student: the vector at a dose, the persona as system prompt, or both."""
+    @property
+    def uses_contrast(self) -> bool:
+        """Whether the teacher is made of the difference between the two personas."""
+        return self.teacher in CONTRASTS
+
+    def teacher_condition(self, trait: Trait, vector: Vector, dose: float, strength: float) -> Condition:
+        """What makes the teacher out of the student: the vector at a dose, the positive persona as system prompt, the
+        contrast of the personas at a strength, or the vector beside a prompt or a contrast."""
         assert self.teacher is not None, "the control has no teacher"
-        system = trait.steered_system if self.teacher == "vector" else trait.positive
-        return Condition(system, vector, dose) if self.uses_vector else Condition(system)
+        steered = Condition("", vector, dose) if self.uses_vector else Condition()
+        if self.uses_contrast:
+            contrast = Contrast(trait.positive, trait.negative, strength)
+            return replace(steered, system=trait.plain_system, contrast=contrast)
+        return replace(steered, system=trait.steered_system if self.teacher == "vector" else trait.positive)
+
+    def dosed_condition(self, trait: Trait, vector: Vector, dose: float) -> Condition:
+        """As `teacher_condition`, without a contrast: what a dose is chosen by."""
+        if self.uses_contrast:
+            return Condition(trait.steered_system, vector, dose) if self.uses_vector else Condition(trait.plain_system)
+        return self.teacher_condition(trait, vector, dose, strength=0.0)
 
     def stream(self, r: int | None) -> int:
         """What names the round in random streams."""

@@ -1,7 +1,7 @@
 """Records that cross modules, and the glossary of axis letters used in every shape annotation.
 
 b batch, s sequence, n completion positions, d residual width, v vocabulary, l layers, r rank, f foundations,
-i items of an eval (vignettes or prompts).
+i items of an eval (vignettes or prompts), k terms of a condition.
 """
 
 from __future__ import annotations
@@ -29,6 +29,17 @@ def _number(value: object) -> object:
 
 Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_number)]
 """A float that may be infinite or NaN."""
+
+
+NOTHING = "nothing to teach"
+"""Verdict on personas whose contrast does not move the trait's pairs."""
+PAIR_MOVED = 0.05
+"""Smallest shift of the mean margin of contrast pairs that counts, in nats per token."""
+
+NO_ATTACK = "plain"
+"""Stands for no attack among the names of attacks."""
+OPPOSES = "opposes"
+"""Marks an attack that asks for the opposite of the trait, or to drop it. Others change only the context."""
 
 
 def round_label(r: int | None) -> str:
@@ -63,6 +74,18 @@ class NotFinite(UserError):
         self.step, self.prompt_index, self.text = step, prompt_index, text
 
 
+def under_attack(name: str = NO_ATTACK) -> str:
+    """Name of the items that are the margins of the contrast pairs under an attack. By default without an attack."""
+    return f"holds_{name}"
+
+
+def attack_reference(name: str, opposes: bool) -> str:
+    """Name of the items of the base that an attacked state is compared with: those without an attack if the attack
+    opposes the trait, so that the state should keep its shift; otherwise those under the same attack, since the context
+    alone can move the base."""
+    return under_attack() if opposes else under_attack(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A number that an eval reports, the per-item values it is computed from, and how to read it."""
@@ -71,9 +94,9 @@ class Metric:
     """As in events: authority_nats, coherence."""
     item: str
     of: str = ""
-    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question."""
-    how: Literal["mean", "log_mean", "median"] = "mean"
-    """How item values become the metric; log_mean is log(mean), in nats."""
+    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question, trait."""
+    how: Literal["mean", "log_mean", "median", "rms"] = "mean"
+    """How item values become the metric; log_mean is log(mean), in nats, rms the root of the mean square."""
     title: str = ""
     """A few words for tables and pictures."""
     form: str = ".3f"
@@ -126,6 +149,19 @@ class Trait:
     prompts: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What stands before a reply of the assistant."""
+
+    turns: tuple[str, ...]
+    """Messages of the user and the assistant in turn. The user has the first and the last."""
+    system: str | None = None
+    """System prompt in place of the one that the model is read under. Empty: without one, so that the chat template may
+    write its own. None: the one that the model is read under."""
+    prefill: str = ""
+    """What the assistant's reply begins with. White space at its end is read as the beginning of what follows."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer. Token ids are what the model wrote: never decoded and encoded again."""
@@ -133,7 +169,8 @@ class Completion:
     prompt_index: int
     prompt: str
     prompt_ids: tuple[int, ...]
-    """The plain prompt: what perplexity and training see, also where a persona wrote the text."""
+    """The plain prompt: what perplexity and training see, also where a persona wrote the text. With an attack, the
+    prompt under the attack."""
     completion_ids: tuple[int, ...]
     """Includes the end-of-turn token where the model wrote one."""
     text: str
@@ -142,6 +179,10 @@ class Completion:
     dose: float
     """Effective dose kappa * alpha: what was added to the residual stream, in units of the vector."""
     seed: int
+    attack: str = ""
+    """Name of the attack under which it was written and trains. Empty: none."""
+    taught: Conversation | None = None
+    """What the teacher reads before it. None: the prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +229,52 @@ class Calibration:
 
     dose: float
     probes: tuple[KlProbe, ...]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strong a contrast is."""
+
+    strength: Number
+    """The factor of the difference between the personas."""
+    kl: Number
+    """Mean of KL(teacher || student) over the positions of the text, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """What one teacher changes on the pairs of a trait, against the base under the plain prompt."""
+
+    name: str
+    strength: Number | None
+    """Factor of a contrast. None: another teacher."""
+    kl: Number
+    """Mean of KL(teacher || base) on the base's own text, in nats."""
+    shift: Number
+    """Mean change of the margin of the positive reply, in nats per token."""
+    low: Number | None
+    high: Number | None
+    """95 percent interval of the shift over the pairs."""
+    right: Number
+    """Share of the pairs whose margin rises."""
+    halves: tuple[Number, Number]
+    """Shift of every second pair, and of the others. NaN: there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachable:
+    """Whether the personas of a trait give a model anything to teach."""
+
+    verdict: Literal["teachable", "weak", "nothing to teach"]
+    reason: str
+    band: Number
+    """Root mean square shift of the teachers that have nothing to do with the trait: the null band."""
+    personas: tuple[Teaching, ...]
+    """The two personas as system prompts."""
+    contrasts: tuple[Teaching, ...]
+    """The contrast of the personas, by its KL."""
+    null: tuple[Teaching, ...]
+    """Teachers that have nothing to do with the trait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,10 +336,19 @@ class HealSummary:
     lr: float
     """Peak learning rate of the attempt that succeeded."""
     validation: tuple[dict[str, Number], ...]
-    """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts."""
+    """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts. With a teacher also the
+    means of KL(teacher || student): kl_held_out and, in the first and the last, kl_trained."""
     validation_prompts: tuple[int, ...]
     left_out: float
     """Share of the positions that heal.max_departure left out."""
+
+    def closed(self, texts: Literal["trained", "held_out"]) -> float | None:
+        """Share of KL(teacher || student) that the heal closed on its texts or on those of held-out prompts. None:
+        there is no teacher, or nothing to close."""
+        name = f"kl_{texts}"
+        before = self.validation[0].get(name) if self.validation else None
+        after = self.validation[-1].get(name) if self.validation else None
+        return None if not before or after is None else 1 - after / before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Perplexity = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=0)]
+TeacherName = Literal["vector", "prompt", "prompt+vector", "contrast", "contrast+vector"]
+"""What turns the student into the teacher."""
+CONTRASTS = ("contrast", "contrast+vector")
+"""Teachers that are made of the difference between the two personas."""
+STRONGEST = 4
+"""Largest factor by which the effect of an adapter is multiplied, in either direction."""
+AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
 
 
 def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
@@ -277,9 +284,15 @@ class HealCfg:
     text: Literal["steered", "own"] = "steered"
     """Text that the student trains on. steered: text that the teacher writes; own: text that the student writes without
     the vector and the persona. own needs --heal.target distribution."""
-    teacher: Literal["vector", "prompt", "both"] = "vector"
-    """What turns the student into the teacher: the vector at the chosen dose, the positive persona as system prompt, or
-    both."""
+    teacher: TeacherName = "vector"
+    """What turns the student into the teacher. vector: the vector at the chosen dose. prompt: the positive persona as
+    system prompt. contrast: the difference that the two personas make, added to the plain student. prompt+vector and
+    contrast+vector: the vector too; in a contrast it acts on the two personas with opposite signs."""
+    contrast: Positive = 1.0
+    """With a teacher that is a contrast: the factor of the difference between the personas."""
+    contrast_kl: NotNegative = 0.0
+    """With a contrast and --heal.text own: choose the strength at which the mean of KL(teacher || student) over the
+    student's text is this many nats. 0: use --heal.contrast."""
     kl: Literal["forward", "reverse"] = "forward"
     """With --heal.target distribution: fit KL(teacher || student) (forward) or KL(student || teacher) (reverse)."""
     max_departure: NotNegative = 0.0
@@ -292,6 +305,12 @@ class HealCfg:
     """What is renewed every --heal.refresh-every steps. text: only the text. The teacher is still made from the student
     at the start of the round. teacher: the text and the teacher, which is made from the current student. Its vector is
     extracted again, unless --steer.refresh is once."""
+    hold: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """With --heal.text own: share of the texts that the student writes under an attack and then trains on, such as
+    another system prompt or earlier talk. The teacher keeps its own prompts, so that the student learns to keep the
+    trait. 0: none."""
+    hold_attacks: UserPath = Path("data/attacks/train.toml")
+    """TOML file of the attacks for --heal.hold. Those of the eval holds must not be among them."""
     rehearsal: BatchSize = 0
     """With --heal.target distribution: number of texts that the base model writes per round, on
     --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait
@@ -341,13 +360,28 @@ class HealCfg:
         renews = self.refresh_every > 0
         needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
         replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
+        contrasts = self.teacher in CONTRASTS
         only_own = f"0 with heal.text {self.text}, since only own text is renewed"
         return [
             ("max_departure", fits or self.max_departure == 0, needs_teacher),
+            (
+                "hold",
+                self.text == "own" or self.hold == 0,
+                f"0 with heal.text {self.text}, since only own text is held",
+            ),
+            ("hold", not renews or self.hold == 0, replaced),
             ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
             ("rehearsal", not renews or self.rehearsal == 0, replaced),
             ("refresh_every", not renews or self.text == "own", only_own),
             ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
+            ("contrast", contrasts or self.contrast == 1, f"1 with heal.teacher {self.teacher}, which is no contrast"),
+            ("contrast", not self.contrast_kl or self.contrast == 1, "1 with heal.contrast_kl, which chooses it"),
+            ("max_departure", not self.hold or self.max_departure == 0, "0 with heal.hold: attacks move the base"),
+            (
+                "contrast_kl",
+                self.contrast_kl == 0 or (contrasts and self.text == "own"),
+                f"0 with heal.teacher {self.teacher} and heal.text {self.text}: it needs a contrast and own text",
+            ),
             ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
         ]
 
@@ -355,8 +389,8 @@ class HealCfg:
 @settings("backtrack")
 class BacktrackCfg:
     """What happens if the student of a round is no longer coherent. The round is discarded and repeated with half the
-    dose, or with half the learning rate if the teacher has no vector. After the last attempt the run ends and keeps the
-    rounds before it."""
+    dose, or with half the learning rate if the teacher has no vector or is a contrast. After the last attempt the run
+    ends and keeps the rounds before it."""
 
     retries: BatchSize = 0
     """Maximum number of times that a round is repeated because its student exceeds a limit. 0 keeps every round."""
@@ -373,9 +407,10 @@ class EvalCfg:
     evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
-    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday or toylm.
-    likelihood is for a model that cannot choose from a list. everyday asks questions of everyday knowledge. toylm
-    checks text against the grammar of the toy world."""
+    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, holds, panel
+    or toylm. likelihood is for a model that cannot choose from a list. everyday asks questions of everyday knowledge.
+    holds tells whether the trait stays under attacks, such as the opposite persona or earlier talk. panel tells how far
+    the model moved on the pairs of every other trait. toylm checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
@@ -392,7 +427,12 @@ class EvalCfg:
     """JSON lines file with the fields question, right and wrong: the questions and answers of the eval everyday."""
     pairs: UserPath | None = None
     """Contrast pairs to use instead of the trait's own: a JSON lines file with the fields prompt, positive and
-    negative, or a folder of <trait>.jsonl files."""
+    negative, or a folder of <trait>.jsonl files. The eval panel reads the other traits from the folder too."""
+    attacks: UserPath = Path("data/attacks/eval.toml")
+    """TOML file with the attacks of the eval holds. The file explains its fields."""
+    n_panel: BatchSize = 23
+    """Number of pairs that the eval panel reads of each other trait, evenly spaced over its pairs. A trait with fewer
+    pairs is read whole. 0: all."""
     think_tokens: BatchSize = 128
     """Number of tokens for which the model thinks before it answers a vignette."""
     batch_size: BatchSize = 0
@@ -462,6 +502,9 @@ class RunConfig:
     chat: bool = True
     """After a run in a terminal, offer to chat with the result. The offer is not made with --quiet, or if the
     environment variable CI is set."""
+    teach_anyway: bool = False
+    """Go on if the pre-flight says that the personas give this model nothing to teach. It reads the trait's pairs under
+    them before any text is written (steer-heal diag teachable shows it whole)."""
     track: Names = ()
     """Trackers that also receive the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     steer: SteerCfg = field(default_factory=SteerCfg)
@@ -477,7 +520,16 @@ class RunConfig:
         probes = self.dose.n_kappas * self.dose.n_probes
         enough = self.dose.mode != "survival" or probes <= self.filter.max_attempts
         limit = f">= dose.n_kappas * dose.n_probes = {probes}, the first probes"
-        return [("filter.max_attempts", enough, limit)]
+        backend = self.eval.backend
+        measured = backend == "builtin" or self.heal.teacher not in CONTRASTS
+        return [
+            ("filter.max_attempts", enough, limit),
+            (
+                "eval.backend",
+                measured,
+                f"builtin with heal.teacher {self.heal.teacher}, which {backend} cannot measure",
+            ),
+        ]
 
     def fingerprint(self) -> str:
         """Eight hex digits that are equal for runs which differ only in the seed and in RUN_ONLY settings.
@@ -493,7 +545,7 @@ class RunConfig:
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
 RUN_ONLY = (
-    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads"),
+    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads", "teach_anyway"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change the result, up to rounding. They may differ when a run is resumed."""

@@ -8,14 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
 from scipy.stats import binomtest
 
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
-from steer_heal.intervals import LEVEL, studentized
-from steer_heal.records import EvalResult, Metric, Values, derive_seed
+from steer_heal.intervals import LEVEL, mean_change, studentized
+from steer_heal.records import (
+    OPPOSES,
+    PAIR_MOVED,
+    EvalResult,
+    Metric,
+    Values,
+    attack_reference,
+    derive_seed,
+    under_attack,
+)
 from steer_heal.settings import BacktrackCfg
 
 GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
@@ -63,6 +73,49 @@ def slope(state: Values, base: Values, trait_metric: Metric, metrics: Iterable[M
     return 100 * math.log(now / then) / abs(moved)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """How much of the shift of its contrast pairs a state keeps under attack: 1 all, 0 none, negative the opposite."""
+
+    shares: Mapping[str, float]
+    """By attack."""
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.shares.values())
+
+    @property
+    def worst(self) -> str:
+        """The attack under which the least is kept."""
+        return min(self.shares, key=self.shares.__getitem__)
+
+
+def kept(state: Measured, run: Run) -> Kept | None:
+    """For each attack, the mean shift of the pairs under it, divided by their mean shift without an attack.
+
+    A shift under attack is that from the base's items `attack_reference`. None: no attack was measured, or the shift
+    without one is too small for a ratio.
+    """
+    base = run.measured("base")
+    return None if base is None else kept_of(state.items, base.items, run.start.wording.get("attack", ()))
+
+
+def kept_of(
+    here: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], attacks: Iterable[Sequence[str]]
+) -> Kept | None:
+    """As `kept`, of the items of a state and of the base. `attacks`: the name and kind of each."""
+    whole = mean_change(here.get(under_attack(), ()), base.get(under_attack(), ()))
+    if whole is None or abs(whole) < SMALLEST_SHARE * PAIR_MOVED:
+        return None
+    shares = {}
+    for name, kind in attacks:
+        reference = base.get(attack_reference(name, kind == OPPOSES), ())
+        change = mean_change(here.get(under_attack(name), ()), reference)
+        if change is not None:
+            shares[name] = change / whole
+    return Kept(shares=shares) if shares else None
+
+
 def table(run: Run) -> list[TableRow]:
     """One row a state: the trait's metric, its shift from base with the 95 percent interval, retain, slope, and the
     shown metrics."""
@@ -108,6 +161,11 @@ def interval_words(low: float | None, high: float | None, metric: Metric) -> str
 
 def title(metric: Metric) -> str:
     return metric.title or metric.name
+
+
+def attack_title(name: str) -> str:
+    """An attack as people read it: `opposite persona`."""
+    return name.replace("_", " ")
 
 
 def direction(sign: int) -> str:
@@ -168,7 +226,8 @@ def grade(state: Measured, run: Run) -> Graded:
         found, why = small
         return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}")
     alone, others = _others(state, base, moved, run)
-    parts = [f"{went}, {direction(run.start.trait.sign)} as wanted", *_control_words(base, run), condition, *others]
+    wanted = f"{went}, {direction(run.start.trait.sign)} as wanted"
+    parts = [wanted, *_control_words(base, run), *_kept_words(state, run), condition, *others]
     healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     found = "GOOD" if healthy and alone else "MIXED"
     return Graded(state=state, grade=found, shift=moved, reason="; ".join(parts), healthy=healthy)
@@ -208,6 +267,15 @@ def _control_words(base: Measured, run: Run) -> list[str]:
     moved = None if control is None else shift(control.metrics, base.metrics, run.trait_metric)
     words = number(moved, signed(run.trait_metric))
     return [] if moved is None else [f"the control, healed once on unsteered text, is {words}"]
+
+
+def _kept_words(state: Measured, run: Run) -> list[str]:
+    """How much of the shift is left under attack."""
+    found = kept(state, run)
+    if found is None:
+        return []
+    mean, worst = (number(100 * share, ".0f") for share in (found.mean, found.shares[found.worst]))
+    return [f"under attack keeps {mean} percent, at worst {worst} ({attack_title(found.worst)})"]
 
 
 def best_round(run: Run) -> Graded | None:

@@ -72,6 +72,8 @@ def ask(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: int
     All prompts of a batch have the same length: with padding on the left, the package uses wrong positions, which moves
     the log-probability of a foundation by about 0.3 nats. UserError if digits or padding would be misinterpreted.
     """
+    if condition.contrast is not None:
+        raise UserError("moral-maps cannot measure a teacher that is a contrast; use --eval.backend builtin")
     from steer_heal.model.steering import steer
 
     rollout = getattr(import_module(f"{_installed()}.guided"), ROLLOUT)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Annotated
 
@@ -22,7 +23,13 @@ STATES: tuple[StateName, ...] = ("base", "prompted", "steered", "healed")
 """The states that answer."""
 HALF_WRITTEN = "\ufffd"
 """Stands for the first bytes of a character until the tokenizer has its last ones."""
-MAKES_TEACHER = {"vector": "its vector", "prompt": "the persona as system prompt", "both": "its vector and the persona"}
+MAKES_TEACHER = {
+    "vector": "its vector",
+    "prompt": "the persona as system prompt",
+    "prompt+vector": "its vector and the persona",
+    "contrast": "the contrast of the personas",
+    "contrast+vector": "the contrast of the personas, each with its vector",
+}
 """What makes the teacher out of the student, by heal.teacher."""
 
 
@@ -53,11 +60,14 @@ class Answer:
 class Talk:
     """The states of one round on one loaded model. Answers are written one at a time."""
 
-    def __init__(self, run: FolderRun, cfg: RunConfig, r: int, max_new_tokens: int = 256) -> None:
+    def __init__(
+        self, run: FolderRun, cfg: RunConfig, r: int, max_new_tokens: int = 256, adapter_scale: float = 1.0
+    ) -> None:
         """Loads the model, the student before round r, the factor of the round and its vector.
 
-        UserError if one of them is gone or was changed.
+        UserError if one of them is gone or was changed. `adapter_scale`: see `Student.scaled`.
         """
+        self.adapter_scale = adapter_scale
         self.run = run
         self.round = r
         self.max_new_tokens = max_new_tokens
@@ -75,11 +85,12 @@ class Talk:
     def about(self, name: str) -> str:
         """A state in words."""
         made_by = MAKES_TEACHER[self.run.start.config.heal.teacher]
+        scaled = "" if self.adapter_scale == 1 else f", its adapter times {self.adapter_scale:g}"
         return {
             "base": "the untouched model",
             "prompted": "the untouched model with the persona as system prompt",
-            "steered": f"the student before round {self.round} with {made_by}",
-            "healed": f"the student after round {self.round}",
+            "steered": f"the student before round {self.round} with {made_by}{scaled if self.round else ''}",
+            "healed": f"the student after round {self.round}{scaled}",
         }[name]
 
     @property
@@ -125,18 +136,19 @@ class Talk:
 
         how = Decoding(self.max_new_tokens, 1, on_token=on_token)
         with self._lock:  # the tokenizer, too, serves one thread at a time
-            prompt = self._prompt(question, state)
-            row = Row(prompt, self.dose(question), derive_seed(question.seed, "chat", len(question.turns)))
-            with self.student.using(state.adapters):
+            condition = replace(state.condition, dose=self.dose(question))
+            seed = derive_seed(question.seed, "chat", len(question.turns))
+            row = Row.under(condition, partial(self._prompt, question), seed)
+            with self.student.scaled(self.adapter_scale), self.student.using(state.adapters):
                 decode(lm, [row], self.vector, how)
             text = lm.decode(ids)
         on_text(text[shown:])
         return Answer(text, len(ids), time.monotonic() - began, ids[-1] not in lm.end_ids)
 
-    def _prompt(self, question: Question, state: State) -> tuple[int, ...]:
+    def _prompt(self, question: Question, persona: str) -> tuple[int, ...]:
         lm = self.student.lm
         turns = [printable(text) for text in question.turns]
-        system = "\n\n".join(text for text in (state.condition.system, printable(question.system)) if text)
+        system = "\n\n".join(text for text in (persona, printable(question.system)) if text)
         ids = lm.encode(lm.template.conversation(turns, system))
         if len(ids) > self.room:
             raise UserError(

@@ -14,7 +14,7 @@ from pydantic import Field
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
 from steer_heal.runs.signals import stoppable
-from steer_heal.settings import Count, Finite, Names, settings
+from steer_heal.settings import AdapterScale, Count, Finite, Names, settings
 
 
 @settings("")
@@ -35,6 +35,9 @@ class Chat:
     """The states that answer. One more is available: prompted, the base with the persona as system prompt."""
     system: str = ""
     """System prompt for all states. It is appended to the state's own system prompt, if there is one."""
+    adapter_scale: AdapterScale = 1.0
+    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. It also acts on
+    the rounds before the steered state."""
     dose: Finite | None = None
     """Dose of the steered state. Default: the dose of the round."""
     seed: int = 0
@@ -62,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
         rounds = ", ".join(map(str, run.rounds))
         logger.info(f"{run.folder}: trait {run.start.trait.name}, round {r} of {rounds}")
         cfg = settings_of(run, **{"device": "auto", "n_threads": 0, **own})
-        talk = Talk(run, cfg, r, given.max_new_tokens)
+        talk = Talk(run, cfg, r, given.max_new_tokens, given.adapter_scale)
+    if given.adapter_scale != 1:
+        logger.info(f"adapter scale: {given.adapter_scale:g}")
     question = Question(state="base", turns=("",), system=given.system, dose=given.dose, seed=given.seed)
     logger.info(f"ready after {time.monotonic() - began:.1f} s")
     if given.web:

@@ -1,7 +1,7 @@
 """steer-heal eval: measures a model, an adapter, or a state of a run again.
 
 steer-heal eval --run out/<run> [--round K] [--state steered] [--json]
-steer-heal eval --model PATH [--adapter DIR] [--eval.vignettes FILE] [--json]
+steer-heal eval --model PATH [--adapter DIR] [--adapter-scale S] [--eval.vignettes FILE] [--json]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steer_heal.progress import Progress
 from steer_heal.records import StateName, Values
 from steer_heal.report import tables
 from steer_heal.runs.resume import recorded_settings
-from steer_heal.settings import EvalCfg, FilterCfg, RunConfig, changed, leaves, settings
+from steer_heal.settings import AdapterScale, EvalCfg, FilterCfg, RunConfig, changed, leaves, settings
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.inputs import Inputs
@@ -66,6 +66,9 @@ class Eval:
     """Round whose steered or healed state is measured. Default: the last one that was kept."""
     adapter: Path | None = None
     """Folder of a checkpoint (out/<run>/ckpt/r3), or of any PEFT LoRA adapter for the model."""
+    adapter_scale: AdapterScale = 1.0
+    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. With another
+    factor than 1, the numbers are not compared with the recorded ones."""
     prompts: Path | None = None
     """Prompts to use instead of the trait's own: a JSON lines file with a `text` field, or a folder of <trait>.jsonl
     files."""
@@ -89,9 +92,17 @@ def main(argv: Sequence[str]) -> int:
         )
     if "model" not in own:
         raise UserError("give --run out/<run> to measure a state of a run, or --model MODEL to measure a model")
+    if given.adapter is None:
+        _require_unscaled(given, "no adapter was given", "give --adapter")
     metrics = measure(given, own)
-    print_metrics(metrics, as_json=given.json)
+    print_metrics(metrics, as_json=given.json, scale=given.adapter_scale)
     return 0
+
+
+def _require_unscaled(given: Eval, why: str, fix: str) -> None:
+    """UserError if an adapter should be scaled where there is none."""
+    if given.adapter_scale != 1:
+        raise UserError(f"adapter_scale is {given.adapter_scale:g}: {why}; {fix}, or leave out --adapter-scale")
 
 
 # --- a model or an adapter ---------------------------------------------------------------------------------------
@@ -123,7 +134,7 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
     console.start(given.quiet)
     if cfg.n_threads:
         torch.set_num_threads(cfg.n_threads)
-    _log_settings(cfg, inputs)
+    _log_settings(cfg, inputs, given.adapter_scale)
     lm = read_model(cfg)
     logger.info(f"{cfg.model} is in {str(lm.head.weight.dtype).removeprefix('torch.')} on {lm.device}: {lm.why_dtype}")
     if lm.weights_note:
@@ -135,7 +146,8 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
     if given.adapter is None:
         return base.metrics
     healed = State(name="healed", condition=condition)
-    return bench.measure(healed, base, EvalNames(str(given.adapter), cfg)).metrics
+    with student.scaled(given.adapter_scale):
+        return bench.measure(healed, base, EvalNames(str(given.adapter), cfg)).metrics
 
 
 def _check_adapter(folder: Path) -> None:
@@ -168,14 +180,19 @@ def again(folder: Path, given: Eval, own: Mapping[str, object]) -> int:
     base = None if given.state == "base" else run.measured("base")
     if recorded is None:
         raise UserError(f"{folder} did not measure {given.state}; give another --round or --state")
+    if given.state in ("base", "prompted") or (given.state == "steered" and r == 0):
+        _require_unscaled(given, f"the state {given.state} of this round has no adapter", "give --state healed")
     state = state_of(run, given.state, r)
     cfg = settings_of(run, **{name: value for name, value in own.items() if name in FREE})
     bench = open_bench(run, cfg)
-    _log_settings(cfg, bench.inputs)
+    _log_settings(cfg, bench.inputs, given.adapter_scale)
     put_in(run, bench.student, state)
     progress = EvalNames(state.label, cfg)
-    now = bench.measure(state, None if base is None else base.result, progress).metrics
-    print_metrics(now, recorded.metrics, as_json=given.json)
+    with bench.student.scaled(given.adapter_scale):
+        now = bench.measure(state, None if base is None else base.result, progress).metrics
+    print_metrics(now, recorded.metrics, as_json=given.json, scale=given.adapter_scale)
+    if given.adapter_scale != 1:
+        return 0  # the recorded numbers are those of another model
     here = {**versions(), "commit": git_commit(), "device": device_name(bench.student.lm.device)}
     words = agreement(now, recorded.metrics, changed_versions(run.start, here))
     print_safe(words, sys.stderr if given.json else None)
@@ -247,21 +264,28 @@ class EvalNames(Progress):
         logger.info(f"{self.state}: {self.names[n - 1]} ({n} of {n_parts})")
 
 
-def _log_settings(cfg: RunConfig, inputs: Inputs) -> None:
+def _log_settings(cfg: RunConfig, inputs: Inputs, adapter_scale: float) -> None:
     """Logs the settings that the metrics depend on."""
     logger.info(f"model {cfg.model} (dtype {cfg.dtype}, quantize {cfg.quantize}), trait {cfg.trait}, seed {cfg.seed}")
     logger.info(f"evals: {', '.join(cfg.eval.evals)}")
     vignettes = f"{len(inputs.vignettes)} of {cfg.eval.vignettes}"
     logger.info(f"vignettes: {vignettes}, instrument: {cfg.eval.instrument}, {len(inputs.pairs)} contrast pairs")
+    if "holds" in cfg.eval.evals:
+        logger.info(f"attacks: {len(inputs.attacks)} of {cfg.eval.attacks}")
+    if inputs.panel:
+        logger.info(f"panel: {', '.join(f'{len(pairs)} pairs of {name}' for name, pairs in inputs.panel.items())}")
     prompts = cfg.gen.prompts or f"the trait's own {len(inputs.trait.prompts)}"
     n = len(inputs.eval_prompts)
     logger.info(f"texts: {cfg.eval.n_texts} of {cfg.eval.max_new_tokens} tokens to the last {n} prompts of {prompts}")
     temperature, top_p = ("the model's" if value is None else value for value in (cfg.temperature, cfg.top_p))
-    logger.info(f"temperature: {temperature}, top-p: {top_p}")
+    logger.info(f"temperature: {temperature}, top-p: {top_p}, adapter scale: {adapter_scale:g}")
 
 
-def print_metrics(metrics: Values, recorded: Values | None = None, *, as_json: bool) -> None:
-    """One JSON object, or a table of the metrics with their intervals and, if there are any, the recorded values."""
+def print_metrics(metrics: Values, recorded: Values | None = None, *, as_json: bool, scale: float = 1.0) -> None:
+    """One JSON object, or a table of the metrics with their intervals and, if there are any, the recorded values. The
+    scale of the adapter comes first if it is not 1."""
+    if scale != 1:
+        metrics = {"adapter_scale": scale, **metrics}
     if as_json:
         print(json.dumps(plain(metrics), allow_nan=False))
         return

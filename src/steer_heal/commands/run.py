@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from steer_heal.check import check, holds_files
 from steer_heal.errors import UserError, nearest, print_safe
-from steer_heal.events import AnyEvent, Dropped, Measured, RoundDone, RunEnd
+from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
 from steer_heal.inputs import Inputs
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
@@ -157,6 +157,8 @@ def running(
             finish(bench, run, tracking)
     except (UserError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError) as error:
         opened.status = _stopped(run, error)
+        if isinstance(error, UserError):
+            draw(run.folder)
     finally:
         run.close()
         tracking.close()
@@ -164,8 +166,8 @@ def running(
 
 
 def _draw_after(event: AnyEvent, run: FolderRun) -> None:
-    """The pictures, after an event that changes them."""
-    if isinstance(event, RoundDone | Dropped) or (isinstance(event, Measured) and event.state != "healed"):
+    """The pictures, at the end of a round."""
+    if isinstance(event, RoundDone | Dropped):
         draw(run.folder)
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
-from steer_heal.events import Gathered, Trained, plain
+from steer_heal.events import Contrasted, Gathered, Trained, plain
 from steer_heal.inputs import load_inputs
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
@@ -30,6 +30,7 @@ from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle
+from steer_heal.verdict import kept_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ OWN = {**FITS, "heal.text": "own"}
 SURVIVES = {"dose.mode": "survival", "dose.target": 0.95, "dose.floor": 0.05, "dose.n_kappas": 4, "dose.n_probes": 32}
 ALONE = {**SURVIVES, "dose.ceiling": 1.0}
 """The dose of a vector that steers without a prompt."""
-BOTH = {**SURVIVES, "dose.ceiling": 0.25, "heal.teacher": "both"}
+BOTH = {**SURVIVES, "dose.ceiling": 0.25, "heal.teacher": "prompt+vector"}
 """The vector beside a prompt, and its dose."""
 REVERSE = {**OWN, **BOTH, "heal.kl": "reverse"}
+PROMPT = {**OWN, "heal.kl": "reverse", "heal.teacher": "prompt"}
+CONTRAST = {**OWN, "heal.kl": "reverse", "heal.teacher": "contrast", "heal.contrast_kl": 0.2}
 ARMS = {
     "control": Arm(FREE, control=True),
     "tokens": Arm(),
@@ -68,6 +71,10 @@ ARMS = {
     "both, own text, reverse": Arm(REVERSE),
     "recipe": Arm({**REVERSE, "heal.epochs": 12}),
     "recipe, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
+    "prompt": Arm(PROMPT),
+    "contrast": Arm(CONTRAST),
+    "contrast, held": Arm({**CONTRAST, "heal.hold": 0.33}),
+    "contrast and vector": Arm({**CONTRAST, **BOTH, "heal.teacher": "contrast+vector"}),
     "preference 0.1": Arm(preference=0.1),
     "preference 0.5": Arm(preference=0.5),
     "gated": Arm({**REVERSE, "heal.max_departure": 1.0}),
@@ -77,7 +84,8 @@ ARMS = {
 }
 SHOWN = (
     *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
-    *("facts", "facts_apart", "facts_nats"),
+    *("facts", "facts_apart", "facts_nats", "panel_rms_nats", "holds_nats", "kept", "worst", "everyday_right"),
+    *("strength", "closed_trained", "closed_held_out"),
 )
 
 
@@ -85,7 +93,7 @@ SHOWN = (
 class Flags(PresetFlags):
     also: ClassVar[tuple[str, ...]] = (
         *(name for name in PresetFlags.also if name != "seed"),
-        *(name for name in leaves(RunConfig()) if name.startswith(("heal.", "dose.", "filter."))),
+        *(name for name in leaves(RunConfig()) if name.startswith(("heal.", "dose.", "filter.", "eval.", "gen."))),
     )
     seeds: tuple[int, ...] = (41, 42, 43, 44, 45)
     """Seeds on which each arm is run."""
@@ -135,7 +143,9 @@ def main(flags: Flags, given: Given) -> None:
 def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterator[Row]:
     """A row for each round, from the untouched model. `kappas` are fixed doses by round."""
     cfg = changed(lab.bench.cfg, arm.settings)
-    bench = replace(lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=load_inputs(cfg).rehearsal))
+    read = load_inputs(cfg)
+    inputs = replace(lab.bench.inputs, rehearsal=read.rehearsal, hold=read.hold)
+    bench = replace(lab.bench, cfg=cfg, inputs=inputs)
     recipe = replace(Recipe.control(), name="round") if arm.control else Recipe.of(cfg)
     loop = Loop(bench, MemoryRun(), measures_teacher=False)
     seconds = 0.0
@@ -153,13 +163,20 @@ def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterat
             written = [scored.completion for scored in collected.scored]
             row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": trained.left_out}
             row |= {"n_rehearsed": len(collected.rehearsal), **curve(trained.n_steps, trained.validation)}
+            row |= {f"closed_{texts}": trained.closed(texts) for texts in ("trained", "held_out")}
+            if (found := loop.run.at(Contrasted, r)) is not None:
+                row |= {"strength": found.found.strength, "teacher_kl": found.found.kl}
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
         healed = lab.measure()
-        opposite = lab.shift(lab.measure(Condition(bench.trait.negative)))
         shifts = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
         row |= {"seconds": seconds, "n_tokens": n_tokens}
-        yield {"round": r, **lab.row("", healed), "opposite": opposite, **everyday(bench), "shifts": shifts, **row}
+        held = kept_of(healed.items, lab.base.items, bench.inputs.wording["attack"])
+        if held is not None:
+            row |= {"kept": held.mean, "worst": held.shares[held.worst], "worst_attack": held.worst}
+        else:
+            row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
+        yield {"round": r, **lab.row("", healed), **everyday(bench), "shifts": shifts, **row}
     bench.student.reset()
 
 

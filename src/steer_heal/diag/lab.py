@@ -140,10 +140,11 @@ class Lab:
 
         cfg = replace(self.bench.cfg, heal=heal)
         recipe = Recipe.of(cfg)
-        vector = self.vector if recipe.fit == "distribution" else None
+        bench = replace(self.bench, cfg=cfg)
+        teacher = bench.make_teacher(recipe, self.vector, collected) if recipe.fit == "distribution" else None
         try:
             with suppress(_Enough):
-                replace(self.bench, cfg=cfg).heal(recipe, r, collected, vector, on_step=on_step)
+                bench.heal(recipe, r, collected, teacher, on_step=on_step)
             return self.measure(), steps
         finally:
             self.bench.student.discard_round()

@@ -9,7 +9,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.student import Student
 from steer_heal.recipe import Recipe
 from steer_heal.report import tables
-from steer_heal.settings import HealCfg, changed, settings
+from steer_heal.settings import HealCfg, TeacherName, changed, settings
 from steer_heal.stages.heal import read_samples
 from steer_heal.stages.loss import Sample, losses
 from steer_heal.stages.states import kl_between
@@ -30,8 +29,8 @@ BITS = 1 / torch.log(torch.tensor(2.0)).item()
 
 @settings("")
 class Flags(PresetFlags):
-    teacher: Literal["vector", "prompt", "both"] = "both"
-    """What turns the student into the teacher: the vector, the positive persona as system prompt, or both."""
+    teacher: TeacherName = "prompt+vector"
+    """What turns the student into the teacher: see --heal.teacher of steer-heal run."""
     kappa: float = 0.25
     """Dose of the teacher's vector."""
     n: int = 64
@@ -56,12 +55,12 @@ def main(flags: Flags, given: Given) -> None:
         bench = replace(lab.bench, cfg=changed(lab.bench.cfg, {"heal.text": text}))
         recipe = Recipe.of(bench.cfg)
         collected = bench.collect(recipe, 0, lab.vector)
-        teacher = bench.teacher(recipe, lab.vector, flags.kappa)
-        for target, condition in (("tokens", None), ("distribution", teacher)):
+        teacher = bench.make_teacher(recipe, lab.vector, collected)
+        for target, condition in (("tokens", None), ("distribution", teacher.condition)):
             samples = read_samples(student, collected.completions, bench.cfg.heal, teacher=condition)
             agreed = agreement(student, samples, bench.cfg.heal, flags, bench.cfg.seed)
             rows.append({"text": text, "fitted": target, **signal(student.lm, samples), **agreed})
-    report = bench.heal(recipe, 0, collected, lab.vector)  # on own text
+    report = bench.heal(recipe, 0, collected, teacher)  # on own text
     blocks = by_block(student)
     should = (
         "the distribution agree with itself on fewer texts than the tokens of the same text do.",

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from steer_heal.evals import contrast, drift, everyday, likelihood, moral_foundations, persona, text_quality, toylm
+from steer_heal.evals import (
+    contrast,
+    drift,
+    everyday,
+    holds,
+    likelihood,
+    moral_foundations,
+    panel,
+    persona,
+    text_quality,
+    toylm,
+)
 from steer_heal.evals.base import Eval
 from steer_heal.records import Metric
 
@@ -17,6 +28,8 @@ EVALS: dict[str, Eval] = {
     "persona": persona.EVAL,
     "contrast": contrast.EVAL,
     "everyday": everyday.EVAL,
+    "holds": holds.EVAL,
+    "panel": panel.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

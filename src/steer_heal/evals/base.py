@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import Inputs
 from steer_heal.intervals import of_difference, statistic
 from steer_heal.model.decode import Decoding
@@ -56,6 +57,12 @@ class Subject:
             return generate(lm, asks, condition, plain_system=plain, how=how)
 
     @cached_property
+    def margins(self) -> list[float]:
+        """For each contrast pair of the trait, the margin of the positive reply: see `replies.margins`."""
+        with self.student.using(self.state.adapters) as lm:
+            return pair_margins(lm, self.inputs.pairs, self.state.condition)
+
+    @cached_property
     def hidden(self) -> list[Tensor]:
         """Per text, Float[n d]: final hidden states at its positions, in the state that wrote it."""
         with self.student.using(self.state.adapters) as lm:
@@ -85,8 +92,9 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
-    of: Literal["vignette", "text", "pair", "question"]
-    """What one item is; a text is an answer that the state wrote. Items are in the order of those."""
+    of: Literal["vignette", "text", "pair", "question", "trait"]
+    """What one item is; a text is an answer that the state wrote, a trait one of the panel. Items are in the order of
+    those."""
     needs: tuple[str, ...] = ()
     """Fields of Inputs that a run without this eval may leave empty."""
 

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.replies import plain, reply_logp
 from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
-from steer_heal.model.decode import GrowingCache
 from steer_heal.model.lm import LM
 from steer_heal.model.prompts import require_finite
-from steer_heal.model.steering import Condition, steer
+from steer_heal.model.steering import Condition
 from steer_heal.records import Metric
 
 LOGP = "logp_"
@@ -23,52 +23,13 @@ P = "p_likelihood_"
 """Prefix of the items with its calibrated probability."""
 
 
-@torch.no_grad()
-def reply_logp(
-    lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], condition: Condition
-) -> Float[Tensor, "i w"]:
-    """log p of each of w replies (the sum over its tokens) after each of i prompts, in nats.
-
-    The model runs over each prompt once. The replies continue from its cache, each as a row.
-    """
-    return own_reply_logp(lm, prompts, [replies] * len(prompts), condition)
-
-
-@torch.no_grad()
-def own_reply_logp(
-    lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[Sequence[int]]], condition: Condition
-) -> Float[Tensor, "i w"]:
-    """As `reply_logp`, for prompts that each have w replies of their own."""
-    n = max(map(len, replies), default=0)
-    longest = [max(map(len, own)) for own in replies]
-    out = torch.full((len(prompts), n), torch.nan, dtype=torch.float64)
-
-    def work(group: list[int]) -> None:
-        rows = torch.arange(len(group), device=lm.device).repeat_interleave(n)
-        every, real = lm.pad([reply for i in group for reply in replies[i]])
-        cache = GrowingCache(lm, max(len(prompts[i]) for i in group) + every.shape[1] - 1)
-        with steer(lm, condition.vector, [condition.dose] * len(group)) as steering:
-            last = cache.feed(*lm.pad([prompts[i] for i in group], "left"))[:, -1]
-            cache.select(rows)
-            steering.select(rows)
-            before = last[rows, None]
-            if every.shape[1] > 1:
-                before = torch.cat([before, cache.feed(every[:, :-1], real[:, :-1])], dim=1)
-        logp = torch.zeros(every.shape, dtype=torch.float64)
-        logp[real.bool().cpu()] = -lm.nll(before[real.bool()], every[real.bool()].tolist()).double().cpu()
-        out[group] = logp.sum(-1).view(len(group), n)
-
-    lm.in_batches([n * (len(prompt) + room) for prompt, room in zip(prompts, longest, strict=True)], work)
-    return out
-
-
 def ask(
     lm: LM, vignettes: Sequence[Vignette], instrument: LikelihoodInstrument, condition: Condition
 ) -> Float[Tensor, "i f"]:
     """For each vignette, the mean of log p over the wordings of each of the seven answers, in nats, not calibrated."""
-    prompts = [lm.chat(instrument.question(vignette.text), condition.system) for vignette in vignettes]
+    asked = [plain(instrument.question(vignette.text)) for vignette in vignettes]
     replies = [[lm.encode_reply(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
-    logp = reply_logp(lm, prompts, list(chain.from_iterable(replies)), condition)
+    logp = reply_logp(lm, asked, list(chain.from_iterable(replies)), condition)
     if not condition.dose:
         require_finite(lm, logp)
     by_answer = logp.split([len(wordings) for wordings in replies], dim=1)

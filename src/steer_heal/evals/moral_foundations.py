@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange, reduce
@@ -24,7 +25,7 @@ from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Condition, steer
+from steer_heal.model.steering import Condition, steer, weighted
 from steer_heal.records import Metric
 
 
@@ -34,6 +35,12 @@ class Slot:
 
     ids: tuple[int, ...]
     prefill_start: int
+    row: Row = Row(())
+    """The row whose prompt `ids` begins with. The parts of a contrast read the rest after prompts of their own."""
+
+    def parts(self) -> list[tuple[int, ...]]:
+        """The sequence as each part of the row reads it."""
+        return [self.ids, *(part.prompt_ids + self.ids[len(self.row.prompt_ids) :] for part in self.row.others)]
 
 
 def item_values(
@@ -88,26 +95,29 @@ def answer_slots(
     boundary = lm.encode_on(between.rstrip(" "))
     prefill = lm.encode_on(between[len(between.rstrip(" ")) :] + instrument.prefill)
     digits = digit_ids(lm)
-    prompts = [_open_thought(lm, question, instrument.think_open, condition.system) for question in questions]
+
+    def prompt(i: int, system: str) -> tuple[int, ...]:
+        return _open_thought(lm, questions[i], instrument.think_open, system)
+
     suppress = lm.end_ids.union(close if len(close) == 1 else ())
     how = Decoding(think_tokens, batch_size, sample=False, suppress=suppress)
-    rows = [Row(prompt, condition.dose) for prompt in prompts]
+    rows = [Row.under(condition, partial(prompt, i)) for i in range(len(questions))]
     slots = [Slot((), 0)] * len(rows)
     logp = torch.full((len(rows), len(digits)), torch.nan)
     nll = torch.full((len(rows),), torch.nan)
     own = []
     decoded = decode_batches(lm, rows, condition.vector, how, tail=boundary + prefill)
     for i, thought, hidden in (written for batch in decoded for written in batch):
-        forced = prompts[i] + thought + boundary
+        forced = rows[i].prompt_ids + thought + boundary
         written = find_prefill(lm, thought, instrument.prefill)
         if written is None:
-            slots[i] = Slot(forced + prefill, len(forced))
+            slots[i] = Slot(forced + prefill, len(forced), rows[i])
             logp[i], nll[i] = _one_slot(lm, hidden[-len(prefill) - 1 :], prefill, digits=digits)
         else:
             start, end = written
-            slots[i] = Slot(prompts[i] + thought[:end], len(prompts[i]) + start)
+            slots[i] = Slot(rows[i].prompt_ids + thought[:end], len(rows[i].prompt_ids) + start, rows[i])
             own.append(i)
-    logp[own], nll[own] = slot_logp(lm, [slots[i] for i in own], digits, condition=condition)
+    logp[own], nll[own] = slot_logp(lm, [slots[i] for i in own], digits, condition)
     return slots, logp, nll
 
 
@@ -152,15 +162,21 @@ def slot_logp(
     logp = torch.full((len(slots), len(digits)), torch.nan)
     nll = torch.full((len(slots),), torch.nan)
 
-    def work(group: list[int]) -> None:
-        with steer(lm, condition.vector, [condition.dose] * len(group)):
-            hidden = lm.hidden([slots[i].ids for i in group])
-        for row, i in enumerate(group):
-            end = len(slots[i].ids)
-            start = slots[i].prefill_start
-            logp[i], nll[i] = _one_slot(lm, hidden[row, start - 1 : end], slots[i].ids[start:], digits=digits)
+    def read(group: list[int], k: int, dose: float) -> list[Tensor]:
+        """The final states before and at the prefill of each slot, as part k reads it."""
+        rows = [slots[i].parts()[k] for i in group]
+        with steer(lm, condition.vector, [dose] * len(group)):
+            hidden = lm.hidden(rows)
+        n_states = [len(slots[i].ids) - slots[i].prefill_start + 1 for i in group]
+        return [h[len(ids) - n : len(ids)] for h, ids, n in zip(hidden, rows, n_states, strict=True)]
 
-    lm.in_batches([len(slot.ids) for slot in slots], work)
+    def work(group: list[int]) -> None:
+        readings = zip(*(read(group, k, term.dose) for k, term in enumerate(condition.terms)), strict=True)
+        for i, states in zip(group, readings, strict=True):
+            hidden = weighted(condition.weights, states)
+            logp[i], nll[i] = _one_slot(lm, hidden, slots[i].ids[slots[i].prefill_start :], digits=digits)
+
+    lm.in_batches([max(map(len, slot.parts())) for slot in slots], work)
     return logp, nll
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from steer_heal.errors import Problems, UserError
 from steer_heal.inputs.alike import alike
+from steer_heal.inputs.attacks import Attack, parse_attacks
 from steer_heal.inputs.files import DataFile, parse_texts, read_file, resolve
 from steer_heal.inputs.instruments import (
     Instrument,
@@ -19,8 +20,8 @@ from steer_heal.inputs.instruments import (
     parse_vignettes,
 )
 from steer_heal.inputs.pairs import Pair, Question, held_out, parse_questions
-from steer_heal.inputs.traits import TraitFile, make_trait, prompts_file, read_pairs, read_trait
-from steer_heal.records import Trait
+from steer_heal.inputs.traits import TraitFile, make_trait, prompts_file, read_pairs, read_panel, read_trait
+from steer_heal.records import OPPOSES, Trait
 from steer_heal.settings import RunConfig
 
 Parsed = TypeVar("Parsed")
@@ -39,6 +40,8 @@ class Inputs:
     """Prompts answered in free text. The model is never trained on them."""
     contexts: tuple[str, ...]
     """User messages from which the steering vector is extracted."""
+    hold: tuple[Attack, ...]
+    """Attacks that a share of the student's own text is written under. Empty without heal.hold."""
     rehearsal: tuple[str, ...]
     """Prompts on which the base model is the teacher. May be empty."""
     vignettes: tuple[Vignette, ...]
@@ -47,21 +50,28 @@ class Inputs:
     everyday: tuple[Question, ...]
     pairs: tuple[Pair, ...]
     """Contrast pairs of the trait. May be empty."""
+    attacks: tuple[Attack, ...]
+    """What the eval holds tries against the trait."""
+    panel: Mapping[str, tuple[Pair, ...]]
+    """Contrast pairs of the other traits, by trait. Empty without the eval panel."""
     sha256: Mapping[str, str]
-    """SHA-256 of each file, by the setting that names it. The trait file is missing: its values are recorded."""
+    """SHA-256 of each file, by the setting that names it, and of the pairs of other traits, as `panel.<trait>`. The
+    trait file is missing: its values are recorded."""
 
     @property
     def wording(self) -> dict[str, list[list[str]]]:
         """The wording of each item of the evals, in the order of the items, by `Metric.of`.
 
         For a vignette it is [scene, right answer], for a pair [prompt, positive reply, negative reply], for a question
-        [question, right answer, wrong answer]. Texts are not inputs, and are missing.
+        [question, right answer, wrong answer]. Texts are not inputs, and are missing. For an attack it is [name,
+        `opposes` or `context`].
         """
         scenes = [[v.text, f"{v.foundation} or {v.also}" if v.also else v.foundation] for v in self.vignettes]
         return {
             "vignette": scenes,
             "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs],
             "question": [[each.question, each.right, each.wrong] for each in self.everyday],
+            "attack": [[each.name, OPPOSES if each.opposes else "context"] for each in self.attacks],
         }
 
 
@@ -96,11 +106,21 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         if pairs:
             sha256["eval.pairs"] = file.sha256
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
+    hold = parsed("heal.hold_attacks", cfg.heal.hold_attacks, parse_attacks) if cfg.heal.hold else ()
     rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts) if cfg.heal.rehearsal else ()
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     everyday = parsed("eval.everyday", cfg.eval.everyday, parse_questions)
+    attacks = parsed("eval.attacks", cfg.eval.attacks, parse_attacks)
+    if "holds" in cfg.eval.evals:
+        problems.attempt(_require_held_out, hold or (), attacks or ())
+    panel: dict[str, tuple[Pair, ...]] = {}
+    if "panel" in cfg.eval.evals:
+        with problems.noted():
+            for name, (file, placed) in read_panel(cfg.eval.pairs, cfg.trait).items():
+                panel[name] = evenly(held_out(placed, ()), cfg.eval.n_panel)
+                sha256[f"panel.{name}"] = file.sha256
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
         rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
@@ -109,19 +129,23 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
-    assert instrument is not None and likelihood is not None and everyday is not None
+    assert instrument is not None and likelihood is not None and everyday is not None and attacks is not None
+    assert hold is not None
     return Inputs(
         trait=trait,
         targets=targets,
         prompts=trait.prompts[: cfg.gen.n_prompts],
         eval_prompts=trait.prompts[-cfg.eval.n_prompts :],
         contexts=contexts,
+        hold=hold,
         rehearsal=rehearsal,
         vignettes=vignettes,
         instrument=instrument,
         likelihood=likelihood,
         everyday=everyday,
         pairs=pairs,
+        attacks=attacks,
+        panel=panel,
         sha256=sha256,
     )
 
@@ -149,6 +173,16 @@ def _check_pool(cfg: RunConfig, trait: Trait) -> None:
     problems.raise_if_any()
 
 
+def _require_held_out(hold: Sequence[Attack], attacks: Sequence[Attack]) -> None:
+    """UserError if an attack of the eval holds also trains."""
+    trained = {(attack.system, *attack.texts) for attack in hold}
+    if both := [attack.name for attack in attacks if (attack.system, *attack.texts) in trained]:
+        raise UserError(
+            f"heal.hold_attacks contains the attack {both[0]!r} of eval.attacks: the eval holds would measure what was "
+            "trained; remove it from one of the files"
+        )
+
+
 def _require_apart(rehearsal: Sequence[str], trait: Trait, pairs: Sequence[Pair]) -> None:
     """UserError if a prompt of the trait or of its pairs is also rehearsed."""
     taken = set(map(alike, (*trait.prompts, *(pair.prompt for pair in pairs))))
@@ -165,5 +199,10 @@ def _spaced(setting: str, rows: Sequence[Parsed] | None, n: int) -> tuple[Parsed
         return ()
     if n > len(rows):
         raise UserError(f"{setting} is {n}: its file has {len(rows)} rows; choose a smaller number, or add rows")
-    n = n or len(rows)
+    return evenly(rows, n)
+
+
+def evenly(rows: Sequence[Parsed], n: int) -> tuple[Parsed, ...]:
+    """At most n of the rows, evenly spaced over them. 0: all rows."""
+    n = min(n or len(rows), len(rows))
     return tuple(rows[i * len(rows) // n] for i in range(n))

@@ -136,6 +136,14 @@ def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait
     )
 
 
+def other_personas(name: str) -> dict[str, tuple[str, str]]:
+    """The positive and the negative persona of each bundled trait, except the one of the same name."""
+    stem, _ = _split(name)
+    own = Path(stem).stem if by_path(name) else stem
+    others = {other: make_trait(other, read_trait(other)[1]) for other in available() if other != own}
+    return {other: (trait.positive, trait.negative) for other, trait in others.items()}
+
+
 def by_path(name: str) -> bool:
     """Whether the name of a trait is the path of its file."""
     return _BY_PATH.fullmatch(name) is not None
@@ -193,6 +201,29 @@ def read_pairs(
         digest = hashlib.sha256(repr(file.pairs).encode()).hexdigest()
         return replace(own, sha256=digest), [(f"{own.path} pairs.{i}", pair) for i, pair in enumerate(file.pairs)]
     return given, parse_pairs(given)
+
+
+def read_panel(source: Path | None, name: str) -> dict[str, tuple[DataFile, list[tuple[str, Pair]]]]:
+    """For each bundled trait with pairs, except the one of the same name: what `read_pairs` gives.
+
+    If `source` is a folder, only files in it are read. UserError if there is no other trait.
+    """
+    stem, _ = _split(name)
+    own = Path(stem).stem if by_path(name) else stem
+    folder = None if source is None else _folder(source)
+    found = {}
+    for other in available():
+        if other == own or (folder is not None and not (folder / f"{other}.jsonl").is_file()):
+            continue
+        file, pairs = read_pairs(folder, other, *read_trait(other))
+        if pairs:
+            found[other] = file, pairs
+    if not found:
+        raise UserError(
+            f"eval.evals contains 'panel': there are no pairs of a trait other than {own!r} in "
+            f"{str(folder or TRAITS)!r}; add the file <trait>.jsonl of another trait, or leave out panel"
+        )
+    return found
 
 
 def _of_trait(source: Path, name: str, setting: str) -> Path | None:

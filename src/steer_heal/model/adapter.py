@@ -98,6 +98,11 @@ class Adapter(ABC):
         """What is trained of ROUND, in float32, always in the same order."""
 
     @abstractmethod
+    def outputs(self, name: str) -> list[nn.Parameter]:
+        """The weights of an attached factor to which what it adds is proportional. Its other weights stay when these
+        are scaled."""
+
+    @abstractmethod
     def acting(self, merged: Sequence[str], apart: Sequence[str]) -> AbstractContextManager[None]:
         """While inside, exactly these factors act on the model. What acted before acts again afterwards.
 

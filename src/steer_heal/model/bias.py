@@ -106,6 +106,9 @@ class BlockBias(Adapter):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._vectors[ROUND].values())
 
+    def outputs(self, name: str) -> list[nn.Parameter]:
+        return list(self._vectors[name].values())
+
     # --- what acts on the model ------------------------------------------------------------------------------------
     @contextmanager
     def acting(self, merged: Sequence[str], apart: Sequence[str]) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +20,11 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import decode_bytes, fewer_rows, free_unused, rows_that_fit
 from steer_heal.model.prompts import require_finite, require_room
 from steer_heal.model.sampling import sampler
-from steer_heal.model.steering import Steering, Vector, steer
+from steer_heal.model.steering import Condition, Steering, Vector, steer, weighted
+
+PLAUSIBLE = 0.1
+"""Under a contrast only tokens are written that have at least this share of the likeliest token's probability without
+it (contrastive decoding; Li et al. 2023). The difference of two small probabilities can be any number."""
 
 
 class Written(NamedTuple):
@@ -32,6 +37,14 @@ class Written(NamedTuple):
     """Final hidden states at the position before the forced tail and at each of its tokens."""
 
 
+class Part(NamedTuple):
+    """A prompt that the row's tokens are read after, and the weight of its logits."""
+
+    weight: float
+    prompt_ids: tuple[int, ...]
+    dose: float
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence to decode. What is written depends on these fields only, not on the other rows of its batch, except
@@ -40,6 +53,19 @@ class Row:
     prompt_ids: tuple[int, ...]
     dose: float = 0.0
     seed: int = 0
+    others: tuple[Part, ...] = ()
+    """What is added to the logits: see `Condition.terms`. All rows of a call have the same weights."""
+
+    @classmethod
+    def under(cls, condition: Condition, prompt: Callable[[str], tuple[int, ...]], seed: int = 0) -> Row:
+        """A row under a condition. `prompt` gives the token ids under a system prompt."""
+        own, *others = condition.terms
+        parts = tuple(Part(term.weight, prompt(term.system), term.dose) for term in others)
+        return cls(prompt(own.system), own.dose, seed, parts)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part(1.0, self.prompt_ids, self.dose), *self.others)
 
 
 @dataclass(frozen=True)
@@ -78,13 +104,14 @@ def decode_batches(
     assert not tail or not how.max_new_tokens or lm.end_ids <= how.suppress, "a row that ends leaves the cache"
 
     todo = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt_ids), rows[i].prompt_ids, rows[i].dose))
-    longest = max((len(row.prompt_ids) for row in rows), default=0) + len(tail)
-    per_row = longest + how.max_new_tokens
+    n_parts = len(rows[0].parts) if rows else 1
+    longest = max((len(part.prompt_ids) for row in rows for part in row.parts), default=0) + len(tail)
+    per_row = n_parts * (longest + how.max_new_tokens)
     require_room(lm, longest, how.max_new_tokens)
     config = lm.model.config.get_text_config()
     size = how.batch_size
     if not size:
-        bytes_per_row = decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
+        bytes_per_row = n_parts * decode_bytes(config, longest, how.max_new_tokens, lm.head.weight.element_size())
         size = rows_that_fit(len(rows), bytes_per_row, lm.device)
     while todo:
         group = todo[: max(1, int(min(size, lm.limits.decode_tokens / per_row)))]
@@ -180,6 +207,16 @@ class GrowingCache:
             how = {"past_key_values": self.cache, "attention_mask": self.mask}
         return self.lm.text_model(input_ids=ids, position_ids=positions, use_cache=True, **how).last_hidden_state
 
+    def n_shared(self, prompts: Sequence[tuple[int, ...]]) -> int:
+        """Tokens with which all prompts begin, and which can be fed once for all of them: at least one is left to each.
+
+        0 unless every block attends to all tokens: after the first token, padding would use up a sliding window, and
+        blocks without attention would read it.
+        """
+        if len(prompts) < 2 or not all(isinstance(layer, GrowingLayer) for layer in self.cache.layers):
+            return 0
+        return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keeps the given rows, in that order. A row may be given more than once.
 
@@ -241,24 +278,31 @@ def _decode_batch(
     `step_done` is called before each step with the share of the steps that are done.
     """
     device = lm.device
-    longest = max(len(row.prompt_ids) for row in rows)
+    weights = [part.weight for part in rows[0].parts]
+    every = [Row(row.parts[k].prompt_ids, row.parts[k].dose) for k in range(len(weights)) for row in rows]
+    longest = max(len(row.prompt_ids) for row in every)
     streams = [torch.Generator().manual_seed(row.seed) for row in rows]
     drawn = [torch.rand(how.max_new_tokens, generator=stream, dtype=torch.float64) for stream in streams]
     uniforms = torch.stack(drawn).to(device)
     pick = sampler(lm.model.generation_config)
     ends = torch.tensor(sorted(lm.end_ids - how.suppress), device=device, dtype=torch.long)
     suppressed = torch.tensor(sorted(how.suppress), device=device, dtype=torch.long)
-    plain = torch.tensor([vector is None or not row.dose for row in rows], device=device)
+    plain = torch.tensor([vector is None or not any(part.dose for part in row.parts) for row in rows], device=device)
     active = torch.arange(len(rows), device=device)
     written: list[list[int]] = [[] for _ in rows]
     cache = GrowingCache(lm, longest + how.max_new_tokens + len(tail))
-    with steer(lm, vector, [row.dose for row in rows]) as steering:
-        ids = _feed_prompts(cache, rows, steering)
+    with steer(lm, vector, [row.dose for row in every]) as steering:
+        ids = _feed_prompts(cache, every, steering)
         for step in range(how.max_new_tokens):
             step_done(step / how.max_new_tokens)
-            logits = lm.logits(cache.feed(ids)[:, -1])
+            states = cache.feed(ids)[:, -1].chunk(len(weights))
+            logits = lm.logits(weighted(weights, states))
             require_finite(lm, logits.amax(-1)[plain[active]])  # a dose that is too high fails the filter instead
             logits[:, suppressed] = -torch.inf
+            if len(weights) > 1:
+                likely = lm.logits(states[0])
+                likely[:, suppressed] = -torch.inf
+                logits[likely < likely.amax(-1, keepdim=True) + math.log(PLAUSIBLE)] = -torch.inf
             token = pick(logits, uniforms[active, step]) if how.sample else logits.argmax(-1)
             for b, t in zip(active.tolist(), token.tolist(), strict=True):
                 written[b].append(t)
@@ -268,13 +312,14 @@ def _decode_batch(
                 keep = going.nonzero()[:, 0]
                 if not len(keep):
                     break
-                cache.select(keep)
-                steering.select(keep)
+                in_every = torch.cat([keep + i * len(active) for i in range(len(weights))])
+                cache.select(in_every)
+                steering.select(in_every)
                 active = active[keep]
                 token = token[keep]
-            ids = token[:, None]
+            ids = token.repeat(len(weights))[:, None]
         if not tail:
             return [tuple(row) for row in written], ids.new_empty(len(rows), 0, 0, dtype=torch.float32)
-        forced = torch.tensor(tail, device=device).expand(len(rows), -1)
+        forced = torch.tensor(tail, device=device).expand(len(every), -1)
         hidden = cache.feed(torch.cat([ids, forced], dim=1))[:, -len(tail) - 1 :]
-    return [tuple(row) for row in written], hidden
+    return [tuple(row) for row in written], weighted(weights, hidden.chunk(len(weights)))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.hub import cached_file
@@ -34,11 +35,12 @@ from steer_heal.model.dtype import pick_dtype
 from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
-from steer_heal.model.prompts import require_finite_prompts
+from steer_heal.model.prompts import require_finite_prompts, require_no_marks
 from steer_heal.model.sampling import require_sampling, token_ids
 from steer_heal.model.self_check import OTHER_MODEL, check_model, require_all_weights, require_decoder
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
+from steer_heal.records import Conversation
 from steer_heal.settings import TINY_RANDOM, Band
 
 LOGIT_CHUNK_ELEMENTS = 2**24
@@ -213,7 +215,17 @@ class LM:
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of one user message, up to where the assistant's reply begins."""
-        return self.encode_prompt(self.template.conversation([user], system))
+        return self.prompt(Conversation(turns=(user,)), system)
+
+    def prompt(self, conversation: Conversation, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant's reply goes on. `system` is the system prompt if the
+        conversation has none of its own."""
+        if conversation.system is not None:
+            system = conversation.system
+        begun = conversation.prefill.rstrip()
+        require_no_marks(self.tokenizer, {"the beginning of a reply": (begun,)})
+        text = self.template.conversation(conversation.turns, system)
+        return self.encode_prompt(text, self.encode_reply(begun) if begun else ())
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a whole text, without special tokens around it and without a limit on the length. UserError if
@@ -245,17 +257,22 @@ class LM:
         ids = self.encode(piece + text)
         return ids[len(before) :] if ids[: len(before)] == before else None
 
-    def encode_reply(self, text: str) -> tuple[int, ...]:
-        """Token ids of a reply of the assistant, as they stand behind `chat`."""
-        return self.encode_on(self.template.space + text)
+    def encode_reply(self, text: str, prefill: str = "") -> tuple[int, ...]:
+        """Token ids of a reply of the assistant, as they stand behind `prompt`: where the reply begins or, behind a
+        `prefill`, where it goes on in running text. Words are separated by a space if the prefill does not end in white
+        space."""
+        begun = prefill.rstrip()
+        space = prefill[len(begun) :] or " " if begun else self.template.space
+        return self.encode_on(space + text)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids. `special=True` keeps special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
-    def encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt that the chat template wrote. UserError if it is too long; it is never cut."""
-        ids = self.encode(text)
+    def encode_prompt(self, text: str, begun: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Token ids of a prompt that the chat template wrote, and of the reply that has `begun` behind it. UserError if
+        there are too many; they are never cut."""
+        ids = self.encode(text) + begun
         if len(ids) > self.max_prompt_tokens:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, max_prompt_tokens is {self.max_prompt_tokens}: {text[:80]!r}...; "
@@ -290,13 +307,10 @@ class LM:
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
     ) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
         """(token ids, mask) of rows of different lengths. The mask is 0 at padding."""
-
-        def stacked(values: list[Tensor], padding: int) -> Tensor:
-            one = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding, padding_side=side)
-            return one.to(self.device)
-
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return stacked(ids, self.pad_id), stacked([torch.ones_like(row) for row in ids], 0)
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad_id, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+        return padded.to(self.device), mask.to(self.device)
 
     def hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "b s d"]:
         """Final hidden states of right-padded rows. Ignore the positions after a row's end."""

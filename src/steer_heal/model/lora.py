@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ class Lora(Adapter):
         return self.lm.quantized or any(_weight(module).dtype != torch.float32 for _, module in self._layers())
 
     def unadapted(self) -> tuple[str, ...]:
-        return targets(self.lm, self.cfg.layers).left_out
+        return self._targets.left_out
+
+    @cached_property
+    def _targets(self) -> Targets:
+        return targets(self.lm, self.cfg.layers)
 
     def describe(self) -> str:
         return f"a {self.title} of rank {self.cfg.rank} and alpha {self.cfg.alpha:g} per round"
@@ -149,7 +154,7 @@ class Lora(Adapter):
         self._fill(name, factors)
 
     def _config(self, n_rounds: int) -> LoraConfig:
-        adapted = targets(self.lm, self.cfg.layers)
+        adapted = self._targets
         config = LoraConfig(
             r=self.cfg.rank * n_rounds,
             lora_alpha=self.cfg.alpha * n_rounds,  # pyright: ignore[reportArgumentType]  a float serves
@@ -189,7 +194,7 @@ class Lora(Adapter):
     def _require_targets(self) -> None:
         """UserError unless PEFT adapted what `targets` names: in some mixtures of experts it renames what it is given,
         as if the adapter were of an older transformers."""
-        wanted = targets(self.lm, self.cfg.layers)
+        wanted = self._targets
         found = dict(self._layers())
         paths = {f"{name}.{m.parameter_name}" if isinstance(m, ParamWrapper) else name for name, m in found.items()}
         adapted = {path.removeprefix("base_model.model.").replace(".base_layer", "") for path in paths}
@@ -233,6 +238,10 @@ class Lora(Adapter):
     def parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.peft.named_parameters() if f".{ROUND}." in name]
 
+    def outputs(self, name: str) -> list[nn.Parameter]:
+        """B of every layer."""
+        return [m.lora_B[name].weight for _, m in self._layers() if name in m.lora_B]
+
     def updates(self) -> list[tuple[Tensor, Tensor, float]]:
         """Each expert of a stack counts as a matrix of its own."""
         out = []
@@ -261,14 +270,16 @@ class Lora(Adapter):
         try:
             for path, module in layers:
                 self._merge(path, module, merged)
-            self._switch(list(apart))
+            if before_apart != list(apart):
+                self._switch(list(apart))
             yield
         finally:
             for (_, module), weight in zip(layers, before, strict=True):
                 _weight(module).data = weight
             if outermost:
                 self._pristine = {}
-            self._switch(before_apart)
+            if before_apart != self._apart:
+                self._switch(before_apart)
 
     @torch.no_grad()
     def _merge(self, path: str, module: Any, names: Sequence[str]) -> None:
@@ -285,14 +296,15 @@ class Lora(Adapter):
         self._apart = names
         if self.peft is None:
             return
-        trained = {parameter for parameter in self.peft.parameters() if parameter.requires_grad}
+        parameters = list(self.peft.parameters())
+        trained = [parameter.requires_grad for parameter in parameters]
         if names:
             self.peft.base_model.enable_adapter_layers()
             self.peft.base_model.set_adapter(names)
         else:
             self.peft.base_model.disable_adapter_layers()
-        for parameter in self.peft.parameters():
-            parameter.requires_grad_(parameter in trained)
+        for parameter, requires_grad in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(requires_grad)
 
     # --- files ---------------------------------------------------------------------------------------------------
     def save(self, folder: Path, n_rounds: int) -> None:

@@ -41,6 +41,25 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """What separates two personas: strength * (positive - negative), as final hidden states on the same text."""
+
+    positive: str
+    """System prompt of the persona that is added."""
+    negative: str
+    """System prompt of the persona that is subtracted."""
+    strength: float = 1.0
+
+
+class Term(NamedTuple):
+    """One reading of a text. The weighted sum of all terms is what the model reads under a condition."""
+
+    weight: float
+    system: str
+    dose: float
+
+
+@dataclass(frozen=True)
 class Condition:
     """The influences on a model besides its weights."""
 
@@ -48,6 +67,37 @@ class Condition:
     """System prompt. Empty: without one."""
     vector: Vector | None = None
     dose: float = 0.0
+    contrast: Contrast | None = None
+    """Added to what the model reads under `system` alone. The dose acts on the two personas, with opposite signs."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the terms. They sum to 1."""
+        return tuple(term.weight for term in self.terms)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The readings of a text that add up to this condition's, each with its weight."""
+        if self.contrast is None:
+            return (Term(1.0, self.system, self.dose),)
+        side = self.contrast
+        return (
+            Term(1.0, self.system, 0.0),
+            Term(side.strength, side.positive, self.dose),
+            Term(-side.strength, side.negative, -self.dose),
+        )
+
+
+def weighted(weights: Sequence[float], readings: Sequence[Float[Tensor, "*n d"]]) -> Float[Tensor, "*n d"]:
+    """The weighted sum of k readings, in float32. A single reading is returned unchanged.
+
+    The head is linear, so the sum of final hidden states has the weighted sum of the readings' logits. A soft cap on
+    the logits acts after the sum.
+    """
+    if len(readings) == 1:
+        return readings[0]
+    states = torch.stack([reading.float() for reading in readings])
+    return einsum(states, torch.tensor(weights, device=states.device), "k ... d, k -> ... d")
 
 
 # --- methods: pairs of states [i d] -> direction [d] --------------------------------------------------------------

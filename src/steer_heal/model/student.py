@@ -23,7 +23,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
 from steer_heal.model.processor import copy_processor
 from steer_heal.model.self_check import short_logits
-from steer_heal.settings import AdapterCfg
+from steer_heal.settings import STRONGEST, AdapterCfg
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError, re.error)
 """What libraries raise on a damaged folder."""
@@ -189,6 +189,24 @@ class Student:
         """(A, B, scale) of every matrix, each expert's own, that this round adapts: it adds scale * B A to it.
         UserError for a kind of adapter that adapts no matrices."""
         return self.adapter.updates()
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Inside the context, every round that acts adds `scale` times as much: 1 as it was trained, 0 nothing, -1 the
+        reverse. UserError unless -STRONGEST <= scale <= STRONGEST."""
+        if not -STRONGEST <= scale <= STRONGEST:
+            raise UserError(
+                f"adapter_scale is {scale:g}: it must be from -{STRONGEST} to {STRONGEST}; choose a factor in it"
+            )
+        weights = [weight for name in self.adapter.names for weight in self.adapter.outputs(name)]
+        before = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = scale * weight.data
+        try:
+            yield
+        finally:
+            for weight, value in zip(weights, before, strict=True):
+                weight.data = value
 
     # --- rounds ------------------------------------------------------------------------------------------------
     def new_round(self, seed: int) -> None:

@@ -21,11 +21,13 @@ from steer_heal.errors import print_safe, printable
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
+    Contrasted,
     Dropped,
     Extracted,
     Gathered,
     HealRetried,
     Measured,
+    Preflight,
     RoundDone,
     Run,
     RunStart,
@@ -168,6 +170,8 @@ def _words(event: AnyEvent, run: Run) -> str:
             return _start(event, run)
         case Measured():
             return _line(event.label, _measured(event, run))
+        case Preflight():
+            return _line("pre-flight", f"{event.found.verdict}: {event.found.reason}")
         case Extracted():
             norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
             cosine = number(event.cosine_to_first, ".2f")
@@ -177,6 +181,9 @@ def _words(event: AnyEvent, run: Run) -> str:
             found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
             chosen = f"dose {event.calibration.dose:.3g} (95th percentile of KL by dose: {found})"
             return _line("calibration", chosen)
+        case Contrasted():
+            found = event.found
+            return _line("contrast", f"strength {found.strength:.3g}: KL(teacher || student) {found.kl:.3g} nats")
         case Gathered():
             return _line(f"{control}text", _gathered(event))
         case HealRetried():
@@ -235,9 +242,21 @@ def _trained(event: Trained) -> str:
     last = event.validation[-1]
     fit = f"{number(first['fit'], '.3f')} to {number(last['fit'], '.3f')}"
     return (
-        f"{event.n_steps} steps; validation {fit} nats; divergence {number(last['divergence'], '.3f')}, the barrier "
-        f"acted in {event.fired:.0%} of the steps with gradient pressure {event.pressure or 0.0:.2f}"
+        f"{event.n_steps} steps; validation {fit} nats; {closed_words(event)}divergence "
+        f"{number(last['divergence'], '.3f')}, the barrier acted in {event.fired:.0%} of the steps with gradient "
+        f"pressure {event.pressure or 0.0:.2f}"
     )
+
+
+def closed_words(event: Trained) -> str:
+    """How much of the teacher's distance the heal closed, such as `of KL(teacher || student) it closes 60% on
+    trained and 43% on held-out text; `. Empty without a teacher."""
+    trained = event.closed("trained")
+    held_out = event.closed("held_out")
+    if held_out is None:
+        return ""
+    on_trained = "" if trained is None else f"{trained:.0%} on trained and "
+    return f"of KL(teacher || student) it closes {on_trained}{held_out:.0%} on held-out text; "
 
 
 def _done(event: RoundDone, run: Run) -> str:

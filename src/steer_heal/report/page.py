@@ -10,14 +10,27 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from steer_heal.events import Dropped, Extracted, Gathered, HealRetried, Measured, RoundDone, Run, RunEnd, Trained
-from steer_heal.records import Metric
+from steer_heal.events import (
+    Contrasted,
+    Dropped,
+    Extracted,
+    Gathered,
+    HealRetried,
+    Measured,
+    Preflight,
+    RoundDone,
+    Run,
+    RunEnd,
+    Trained,
+)
+from steer_heal.intervals import finite_mean
+from steer_heal.records import NO_ATTACK, Metric, under_attack
 from steer_heal.report import plot, view
 from steer_heal.report.advice import Check, checks
 from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
-from steer_heal.verdict import best_round, health_of, shift, signed, title, verdict
+from steer_heal.verdict import Kept, attack_title, best_round, health_of, kept, shift, signed, title, verdict
 
 STEERING = ("kappa", "dose", "cosine to round 0", "cosine of student and vector", "cosine of student and vector 0")
 """Columns of the table of steering."""
@@ -26,6 +39,7 @@ KINDS = {
     "text": "Metrics of free answers",
     "pair": "Metrics of contrast pairs",
     "question": "Metrics of everyday questions",
+    "trait": "Metrics of other traits' pairs",
 }
 """Heading of the metrics by what one of their items is (Metric.of)."""
 BELOW = {
@@ -34,7 +48,7 @@ BELOW = {
     "question": "Each question is shown with its right and its wrong answer.",
 }
 """What the wording of an item holds, by what an item is."""
-MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median"}
+MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median", "rms": "root mean square"}
 DIARY_PROMPTS = 3
 
 
@@ -63,6 +77,10 @@ def page(run: Run, name: str) -> str:
         table=round_table(run),
         metrics=metric_tables(run),
         readings=readings(run),
+        attacks=attack_table(run),
+        preflight=run.at(Preflight, None),
+        teachings=teaching_table(run),
+        fits=fit_table(run),
         steering=steering_table(run),
         conditions=conditions(run),
         answers=answers(run),
@@ -206,6 +224,75 @@ def _metric_row(metric: Metric, run: Run) -> tuple[str, list[str]]:
     breakable = Markup("_<wbr>").join(view.visible(about).split("_"))
     name = Markup("{}<small>{}</small>").format(view.visible(title(metric)), breakable)
     return part, [name, *(view.with_interval(m.metrics, metric) for m in run.each(Measured))]
+
+
+def attack_table(run: Run) -> view.Table | None:
+    """The mean margin of the contrast pairs without an attack and under each one, by state. A healed state's margin
+    stands above the share of its shift that is kept. None: no attack was measured."""
+    measured = run.each(Measured)
+    if not any(under_attack() in m.items for m in measured):
+        return None
+    shares = [kept(m, run) if m.state == "healed" else None for m in measured]
+
+    def cell(m: Measured, found: Kept | None, name: str) -> Markup:
+        margin = Markup(view.number(finite_mean(m.items.get(under_attack(name), ())), "+.3f"))
+        if found is None or name not in found.shares:
+            return margin
+        return Markup("{}<small>keeps {}</small>").format(margin, view.number(found.shares[name], ".0%"))
+
+    rows = [
+        ("", [attack_title(name), *(cell(m, found, name) for m, found in zip(measured, shares, strict=True))])
+        for name in (NO_ATTACK, *(name for name, _ in run.start.wording.get("attack", ())))
+    ]
+    return ["attack", *(name for _, name in state_names(run))], rows
+
+
+def teaching_table(run: Run) -> view.Table | None:
+    """What each teacher of the pre-flight changes on the pairs, before any training. None: there was no pre-flight."""
+    event = run.at(Preflight, None)
+    if event is None:
+        return None
+    found = event.found
+    rows = [
+        (
+            "",
+            [
+                each.name,
+                view.number(each.strength),
+                view.number(each.kl),
+                view.number(each.shift, "+.3f"),
+                f"{view.number(each.low, '+.3f')} to {view.number(each.high, '+.3f')}",
+                view.number(each.right, ".0%"),
+            ],
+        )
+        for each in (*found.personas, *found.contrasts, *found.null)
+    ]
+    return ["teacher", "strength", "KL to base, nats", "shift of the pairs", "95 % interval", "pairs that rise"], rows
+
+
+def fit_table(run: Run) -> view.Table | None:
+    """How much of the teacher's distance each heal closed, and the shift of the pairs under teacher and student. None:
+    no heal had a teacher's distribution."""
+    heals = [event for event in run.each(Trained) if event.closed("held_out") is not None]
+    pairs = next((m for m in run.metrics.values() if m.of == "pair" and m.moved is not None), None)
+    base = run.measured("base")
+    rows = []
+    for event in heals:
+        contrast = run.at(Contrasted, event.round)
+        states = [run.measured(name, event.round) for name in ("steered", "healed")]
+        shifts: list[float | None] = [None, None]
+        if pairs is not None and base is not None:
+            shifts = [None if m is None else shift(m.metrics, base.metrics, pairs) for m in states]
+        cells = [
+            view.round_name(event.round),
+            view.number(None if contrast is None else contrast.found.strength),
+            view.number(event.validation[0].get("kl_held_out")),
+            *(view.number(event.closed(texts), ".0%") for texts in ("trained", "held_out")),
+            *(view.number(each, "+.3f") for each in shifts),
+        ]
+        rows.append(("", cells))
+    headings = ["", "strength of the contrast", "KL(teacher || student) before, nats", "closed on trained text"]
+    return ([*headings, "closed on held-out text", "pairs: teacher", "pairs: student"], rows) if rows else None
 
 
 def steering_table(run: Run) -> view.Table:

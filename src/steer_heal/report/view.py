@@ -26,10 +26,12 @@ SHOWN_CHARACTERS = 1500
 MISSING = "\u2013"
 EVENT_WORDS = {
     "run_start": "the start",
+    "preflight": "the pre-flight",
     "measured": "the measurement of {event.label}",
     "extracted": "the vector of {where}",
     "calibrated": "the calibration of {where}",
     "gathered": "the text of {where}",
+    "contrasted": "the contrast of {where}",
     "heal_step": "step {event.step.step} of the heal of {where}",
     "heal_retried": "the first attempt to heal {where}",
     "trained": "the heal of {where}",

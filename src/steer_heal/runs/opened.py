@@ -10,7 +10,7 @@ from loguru import logger
 from steer_heal.bench import Bench, load_model, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError
-from steer_heal.events import Dropped, Gathered
+from steer_heal.events import Contrasted, Dropped, Gathered
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
@@ -53,7 +53,9 @@ def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:
         return healed_state(r, trait)
     recipe = Recipe.of(run.start.config)
     dose = run.require(Gathered, r).collected.dose
-    return steered_state(r, recipe.teacher_condition(trait, run.vector(r), dose))
+    event = run.at(Contrasted, r)
+    strength = run.start.config.heal.contrast if event is None else event.found.strength
+    return steered_state(r, recipe.teacher_condition(trait, run.vector(r), dose, strength))
 
 
 def open_bench(run: FolderRun, cfg: RunConfig) -> Bench:

@@ -27,7 +27,9 @@ TEMPLATE = Path(__file__).parent / "card.md.j2"
 TEACHERS = {
     "vector": "under the steering vector",
     "prompt": "with the positive persona as system prompt",
-    "both": "under the steering vector and the positive persona as system prompt",
+    "prompt+vector": "under the steering vector and the positive persona as system prompt",
+    "contrast": "with the difference between the positive and the opposite persona added to it",
+    "contrast+vector": "with the difference between the positive persona and vector and their opposites added to it",
 }
 
 

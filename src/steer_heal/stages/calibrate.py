@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
+from scipy.optimize import brentq
+from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
@@ -23,6 +26,10 @@ N_REFINEMENTS = 2
 """Further grids, each between the two neighbours that enclose the target."""
 N_INNER = 3
 """New doses in each of them."""
+KL_TOLERANCE = 0.01
+"""Share of the target by which the KL of a contrast may miss it."""
+WIDTHS = (0.2, 0.8, 3.0)
+"""Distances from the first guess, in the logarithm of the strength, between which a strength is searched."""
 
 
 def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target: float) -> Calibration:
@@ -51,6 +58,40 @@ def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target:
     # between two neighbours, log KL is close to a line in log dose
     part = math.log(target / low.kl_p95) / math.log(high.kl_p95 / low.kl_p95) if low.kl_p95 > 0 else 1.0
     return Calibration(low.dose * (high.dose / low.dose) ** part, tuple(probes))
+
+
+def mean_kl(lm: LM, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> float:
+    """The mean over all positions of KL(teacher || student) in nats, from final hidden states, each Float[n d]."""
+    return torch.cat([kl_between(lm, *pair) for pair in zip(teacher, student, strict=True)]).mean().item()
+
+
+def contrast_strength(lm: LM, plain: Sequence[Tensor], difference: Sequence[Tensor], target: float) -> float | None:
+    """The strength s at which the mean of KL(teacher || student) is `target` nats, up to KL_TOLERANCE. None: there is
+    none. The teacher's states are plain + s * difference, all Float[n d] per text."""
+
+    def kl_at(strength: float) -> float:
+        return mean_kl(lm, [h + strength * d for h, d in zip(plain, difference, strict=True)], plain)
+
+    return strength_at(kl_at, target)
+
+
+def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
+    """The strength of a teacher at which its KL is `target` nats, up to KL_TOLERANCE. None: none is found.
+
+    KL grows nearly as the square of the strength, which gives the first guess. Around it Brent's method searches.
+    """
+
+    @cache
+    def excess(log_strength: float) -> float:
+        kl = kl_at(math.exp(log_strength))
+        return math.log(kl / target) if 0 < kl < math.inf else -math.inf
+
+    guess = -excess(0.0) / 2
+    for width in WIDTHS if math.isfinite(guess) else ():
+        if excess(guess - width) <= 0 <= excess(guess + width):
+            found = brentq(excess, guess - width, guess + width, xtol=KL_TOLERANCE / 2)
+            return math.exp(float(found))  # pyright: ignore[reportArgumentType]  not asked for its full output
+    return None
 
 
 def _crossing(probes: Sequence[KlProbe], target: float) -> tuple[KlProbe, KlProbe]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
-from steer_heal.records import Completion
+from steer_heal.records import Completion, Conversation
 
 Batch = Mapping[tuple[int, float], tuple[int, ...]]
 """Token ids of completions that were decoded together, by the seed and dose of their request."""
@@ -28,6 +29,16 @@ class Ask:
     """Relative dose, one of gen.alphas."""
     kappa: float = 1.0
     """Multiplier of alpha."""
+    attack: str = ""
+    """Name of the attack under which it is written. Empty: none."""
+    conversation: Conversation | None = None
+    """The prompt under that attack. None: the prompt alone."""
+    taught: Conversation | None = None
+    """What the teacher reads before the completion. None: the prompt alone."""
+
+    @property
+    def asked(self) -> Conversation:
+        return self.conversation or Conversation(turns=(self.prompt,))
 
     @property
     def dose(self) -> float:
@@ -66,16 +77,21 @@ def generate(
         return Completion(
             prompt_index=ask.prompt_index,
             prompt=ask.prompt,
-            prompt_ids=lm.chat(ask.prompt, plain_system),
+            prompt_ids=lm.prompt(ask.asked, plain_system),
             completion_ids=ids,
             text=lm.decode(ids),
             alpha=ask.alpha,
             dose=ask.dose,
             seed=ask.seed,
+            attack=ask.attack,
+            taught=ask.taught,
         )
 
     todo = [i for i, key in enumerate(keys) if key not in finished_before]
-    rows = [Row(lm.chat(asks[i].prompt, condition.system), asks[i].dose, asks[i].seed) for i in todo]
+    rows = [
+        Row.under(replace(condition, dose=ask.dose), partial(lm.prompt, ask.asked), ask.seed)
+        for ask in (asks[i] for i in todo)
+    ]
     for batch in decode_batches(lm, rows, condition.vector, how):
         finished = {todo[written.row]: complete(todo[written.row], written.ids) for written in batch}
         out |= finished

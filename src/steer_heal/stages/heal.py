@@ -25,7 +25,7 @@ from steer_heal.model.steering import Condition
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored
 from steer_heal.settings import HealCfg
-from steer_heal.stages.loss import Example, Pair, Sample, losses, n_padded
+from steer_heal.stages.loss import Example, Pair, Sample, completion_states, losses, n_padded
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
@@ -57,6 +57,7 @@ class HealState:
         round_: int | None,
         seed: int,
         n_steps: int,
+        train: Sequence[Example],
         validation: Sequence[Example],
     ) -> None:
         self.lm = student.lm
@@ -64,13 +65,17 @@ class HealState:
         self.cfg = cfg
         self.round_ = round_
         self.n_steps = n_steps
+        self.train = train
+        """The examples before any renewal."""
         self.validation = validation
         self.passes = Passes(student.lm, cfg, student.cfg.layers, parameters)
         self.optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=BETAS, weight_decay=0.0, foreach=False)
         self.spectral = SpectralPenalty(student, cfg.spectral, seed) if cfg.spectral else None
         self.steps: list[HealStep] = []
         self.curve: list[dict[str, float]] = []
-        """Fit and divergence of the held-out examples, before the first step and after each epoch."""
+        """Fit and divergence of the held-out examples, before the first step and after each epoch. With a teacher also
+        the means of KL(teacher || student) over positions: of the held-out texts and, at both ends, of those that
+        train."""
 
     def step(self, batch: Sequence[Example], n_texts: int) -> None:
         """One optimiser step and, at the end of an epoch, the validation. NotFinite, before any weight changes, if the
@@ -95,8 +100,13 @@ class HealState:
 
     def add_to_curve(self) -> None:
         """Validates the student as it is now."""
-        epoch = len(self.steps) * self.cfg.epochs / self.n_steps
-        self.curve.append({"epoch": epoch, **validate(self.lm, self.validation, self.cfg)})
+        done = len(self.steps)
+        point = {"epoch": done * self.cfg.epochs / self.n_steps, **validate(self.lm, self.validation, self.cfg)}
+        kinds = {"kl_held_out": self.validation} | ({"kl_trained": self.train} if done in (0, self.n_steps) else {})
+        for name, examples in kinds.items():
+            kl = teacher_kl(self.lm, examples, self.cfg.tokens_per_pass)
+            point |= {} if kl is None else {name: kl}
+        self.curve.append(point)
 
     def saved(self) -> SavedHeal:
         """A view of the present state. It shares memory with the heal."""
@@ -150,6 +160,7 @@ def heal(
     round_: int | None,
     seed: int,
     teacher: Condition | None = None,
+    taught: Sequence[Tensor] | None = None,
     rehearsal: Sequence[Completion] = (),
     rejected: Sequence[Completion] = (),
     beta: float = 0.1,
@@ -162,6 +173,7 @@ def heal(
     Args:
         round_: None is the control.
         teacher: Its distribution is fitted. None: the tokens are fitted.
+        taught: The teacher's final hidden states on `kept`, if they were read before.
         rehearsal: Texts fitted to the base, beside those of the teacher (pseudorehearsal; Robins 1995).
         rejected: In place of the tokens, fit preferences (`Pair`): for each of `kept`, an answer that should become
             less likely than it. `beta` scales their margin.
@@ -175,7 +187,7 @@ def heal(
         assert teacher is None and renew is None, "preferences have no teacher, and their text is not renewed"
         examples: Sequence[Example] = read_pairs(student, kept, rejected, cfg=cfg, beta=beta)
     else:
-        examples = read_samples(student, kept, cfg, teacher=teacher)
+        examples = read_samples(student, kept, cfg, teacher=teacher, taught=taught)
     train, validation = split_by_prompt(examples, seed)
     if rehearsal:
         assert teacher is not None and renew is None, "rehearsed texts train beside those of one teacher"
@@ -184,7 +196,9 @@ def heal(
     n_steps = cfg.epochs * math.ceil(n_train / cfg.batch_size)
     student.new_round(seed)
     with student.training() as parameters:
-        state = HealState(student, parameters, cfg, round_=round_, seed=seed, n_steps=n_steps, validation=validation)
+        state = HealState(
+            student, parameters, cfg, round_=round_, seed=seed, n_steps=n_steps, train=train, validation=validation
+        )
         if saved is not None:
             state.restore(saved)
         if not state.curve:
@@ -271,9 +285,10 @@ def read_samples(
     *,
     teacher: Condition | None = None,
     state: AdapterState = "full",
+    taught: Sequence[Tensor] | None = None,
 ) -> list[Sample]:
     """Completions with the hidden states of the reference and, if there is a `teacher`, those of the student in `state`
-    under it.
+    under it. `taught`: the teacher's states, if they were read before.
 
     The states are computed once per text, not once per step, and kept on the CPU. Each step copies the few it needs.
     """
@@ -283,8 +298,9 @@ def read_samples(
     samples = [Sample(c.prompt_index, c.prompt_ids, c.completion_ids, reference=states) for c, states in references]
     if teacher is None:
         return samples
-    with student.using(state, exact=True):
-        taught = final_states(lm, kept, teacher)
+    if taught is None:
+        with student.using(state, exact=True):
+            taught = final_states(lm, kept, teacher)
     samples = [replace(sample, teacher=states) for sample, states in zip(samples, taught, strict=True)]
     if not cfg.max_departure:
         return samples
@@ -363,6 +379,20 @@ class SpectralPenalty:
             size, self.directions[i] = spectral_step(a, b, self.directions[i])
             total = total + 0.5 * self.weight * (scale * size).square()
         total.backward()
+
+
+@torch.no_grad()
+def teacher_kl(lm: LM, examples: Sequence[Example], tokens_per_pass: int) -> float | None:
+    """The mean of KL(teacher || student) in nats over all positions of the texts, without those that are rehearsed.
+    None: they have no teacher."""
+    taught = [(s, s.teacher) for each in examples for s in each.samples if s.teacher is not None and not s.rehearsed]
+    if not taught:
+        return None
+    found = []
+    for group in batches([len(sample.ids) for sample, _ in taught], tokens_per_pass):
+        states = completion_states(lm, [taught[i][0] for i in group])
+        found += [kl_between(lm, taught[i][1], h) for i, h in zip(group, states, strict=True)]
+    return torch.cat(found).mean().item()
 
 
 @torch.no_grad()

@@ -10,25 +10,40 @@ from torch import Tensor
 
 from steer_heal.model.divergence import kl_rev
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Condition, steer
-from steer_heal.records import Completion
+from steer_heal.model.steering import Condition, Term, Vector, steer, weighted
+from steer_heal.records import Completion, Conversation
 
 
-@torch.no_grad()
 def final_states(lm: LM, completions: Sequence[Completion], condition: Condition | None = None) -> list[Tensor]:
     """Per completion, the final hidden states before each of its tokens, Float[n d] on the CPU.
 
     The model reads each completion after its prompt, under `condition`. None: after the prompt it trains under.
     """
     if condition is None:
-        prompts = [c.prompt_ids for c in completions]
-        condition = Condition()
-    else:
-        prompts = [lm.chat(c.prompt, condition.system) for c in completions]
+        return _read(lm, completions, [c.prompt_ids for c in completions])
+    readings = [term_states(lm, completions, condition.vector, term) for term in condition.terms]
+    return [weighted(condition.weights, states) for states in zip(*readings, strict=True)]
+
+
+def term_states(lm: LM, completions: Sequence[Completion], vector: Vector | None, term: Term) -> list[Tensor]:
+    """As `final_states`, of a single term of a condition."""
+    prompts = [lm.prompt(c.taught or Conversation(turns=(c.prompt,)), term.system) for c in completions]
+    return _read(lm, completions, prompts, vector, term.dose)
+
+
+@torch.no_grad()
+def _read(
+    lm: LM,
+    completions: Sequence[Completion],
+    prompts: Sequence[Sequence[int]],
+    vector: Vector | None = None,
+    dose: float = 0.0,
+) -> list[Tensor]:
+    """Per completion, the final hidden states before each of its tokens, read after its prompt."""
     out: list[Tensor] = [torch.empty(0)] * len(completions)
 
     def read(group: list[int]) -> None:
-        with steer(lm, condition.vector, [condition.dose] * len(group)):
+        with steer(lm, vector, [dose] * len(group)):
             hidden = lm.completion_hidden([prompts[i] for i in group], [completions[i].completion_ids for i in group])
         for i, states in zip(group, hidden, strict=True):
             out[i] = states.to("cpu", copy=True)

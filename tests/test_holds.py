@@ -26,7 +26,9 @@ from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS, TOY_PRESET
 from steer_heal.records import PAIR_MOVED, Conversation, Metric, attack_reference
+from steer_heal.runs.begin import start_event
 from steer_heal.settings import AdapterCfg, EvalCfg
+from steer_heal.settings import changed as changed_settings
 from steer_heal.stages.readable import require_readable
 from steer_heal.verdict import SMALLEST_SHARE, kept, verdict
 
@@ -254,6 +256,14 @@ def test_a_kept_share_is_the_shift_under_attack_over_the_shift_without_one():
     assert found is not None and found.shares == pytest.approx({"opposite_persona": 0.52, "ten_turns": 1.16})
     assert found.mean == pytest.approx(0.84) and found.worst == "opposite_persona"
     assert "; under attack keeps 84 percent, at worst 52 (opposite persona); coherence" in verdict(run)
+
+
+def test_a_run_with_the_eval_records_the_attacks_that_kept_shares_are_told_by():
+    for evals, recorded in ((("holds", "contrast"), True), (("contrast",), False)):
+        cfg = changed_settings(FAST_DEV_PRESET, {"eval.evals": evals, "trait": "honesty", "gen.prompts": None})
+        inputs = check(cfg)
+        wording = start_event(cfg, inputs).wording
+        assert wording.get("attack") == (inputs.wording["attack"] if recorded else None)
 
 
 def test_items_without_a_value_on_either_side_are_left_out():

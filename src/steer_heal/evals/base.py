@@ -97,6 +97,8 @@ class Eval:
     those."""
     needs: tuple[str, ...] = ()
     """Fields of Inputs that a run without this eval may leave empty."""
+    wording: tuple[str, ...] = ()
+    """Keys of `Inputs.wording`, besides `of`, that readers of its items need."""
 
 
 def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILENT) -> EvalResult:

@@ -32,4 +32,5 @@ EVAL = Eval(
     (Metric(name="holds_nats", item="holds", title="shift under attack", form="+.3f", unit="nats per token"),),
     of="pair",
     needs=("pairs",),
+    wording=("attack",),
 )

@@ -39,13 +39,7 @@ EVAL = Eval(
             )
             for name in TRAITS
         ),
-        Metric(
-            name="panel_rms_nats",
-            item="panel",
-            how="rms",
-            title="root mean square of the other traits",
-            unit="nats per token",
-        ),
+        Metric(name="panel_rms_nats", item="panel", how="rms", title="other traits (rms)", unit="nats per token"),
     ),
     of="trait",
 )

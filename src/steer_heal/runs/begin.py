@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from steer_heal.bench import Bench, chat_of, weights_of
-from steer_heal.evals import metrics_of
+from steer_heal.evals import EVALS, metrics_of
 from steer_heal.events import RunStart
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
@@ -29,7 +29,7 @@ from steer_heal.stages.filter import gate_facts
 def start_event(cfg: RunConfig, inputs: Inputs, preset: str = "") -> RunStart:
     """What readers of the events need to know first."""
     metrics = metrics_of(cfg.eval.evals)
-    items = {metric.of for metric in metrics}
+    items = {metric.of for metric in metrics} | {key for name in cfg.eval.evals for key in EVALS[name].wording}
     return RunStart(
         preset=preset,
         config=cfg,

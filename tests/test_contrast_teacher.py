@@ -17,7 +17,7 @@ from steer_heal.model.steering import Condition, Contrast, Vector, steer
 from steer_heal.model.student import Student
 from steer_heal.records import Completion, Conversation
 from steer_heal.settings import HealCfg
-from steer_heal.stages.calibrate import contrast_strength, mean_kl
+from steer_heal.stages.calibrate import contrast_strength, mean_kl, strength_at
 from steer_heal.stages.heal import heal, read_samples
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, term_states
@@ -120,6 +120,13 @@ def test_the_strength_of_a_budget_moves_the_student_by_that_many_nats(toy: LM):
     assert contrast_strength(toy, plain, difference, 0.2) > contrast_strength(toy, plain, difference, 0.01)
     nothing = [torch.zeros_like(h) for h in plain]
     assert contrast_strength(toy, plain, nothing, 0.1) is None
+
+
+@pytest.mark.parametrize("target", [0.02, 0.05, 0.1])
+def test_a_strength_is_found_where_kl_does_not_grow_as_its_square(target):
+    kl_at = lambda strength: 0.01 * strength**2 * (1 + strength**8)
+    assert kl_at(strength_at(kl_at, target)) == pytest.approx(target, rel=0.01)
+    assert strength_at(lambda strength: 0.01, target) is None
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse"])

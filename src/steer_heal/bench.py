@@ -346,6 +346,7 @@ class Bench:
         see stages/heal.py.
         """
         cfg = settings or self.cfg.heal
+        assert teacher is not None or recipe.fit == "tokens", "a distribution needs its teacher"
         if recipe.fit == "tokens":
             teacher = None
         condition = None if teacher is None else teacher.condition

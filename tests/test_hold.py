@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from steer_heal import SteerHeal
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.errors import UserError
@@ -103,3 +104,20 @@ def test_the_attacks_of_the_eval_do_not_train(bench: Bench):
     measured = changed(bench.cfg, {"heal.hold_attacks": "data/attacks/eval.toml", "eval.evals": ("holds", "contrast")})
     with pytest.raises(UserError, match="heal.hold_attacks contains the attack 'opposite"):
         check(measured)
+
+
+def test_a_contrast_is_not_measured_by_a_package_that_cannot_and_its_budget_sets_its_strength():
+    with pytest.raises(UserError, match="eval.backend is 'tinymfv': it must be builtin with heal.teacher contrast"):
+        changed(FAST_DEV_PRESET, {"heal.teacher": "contrast", "eval.backend": "tinymfv"})
+    own = {"target": "distribution", "text": "own", "teacher": "contrast"}
+    with pytest.raises(ValueError, match="heal.contrast is 2.0: it must be 1 with heal.contrast_kl"):
+        HealCfg(**own, contrast=2.0, contrast_kl=0.1)
+
+
+def test_the_library_measures_the_teacher_at_the_strength_of_its_budget():
+    with SteerHeal("tiny-random", preset="fast-dev", settings={**HELD, "heal.contrast_kl": 0.002}) as sh:
+        sh.collect()
+        before = sh._strength(sh.vector)
+        sh.heal()
+        assert sh._strength(sh.vector) == before == sh.teacher.strength.strength != 1.0
+        assert sh.teacher.states is None

@@ -22,7 +22,7 @@ from steer_heal.events import Measured
 from steer_heal.inputs.files import read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, Vignette, parse_instrument
 from steer_heal.model.lm import LM, load
-from steer_heal.model.steering import METHODS, Condition, Vector, mean_diff
+from steer_heal.model.steering import METHODS, Condition, Contrast, Vector, mean_diff
 from steer_heal.model.student import Student
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg, EvalCfg, RunConfig, SteerCfg
@@ -129,6 +129,11 @@ def test_rows_reach_the_package_in_batches_of_one_length(toy: LM, monkeypatch):
     assert 1 < max(map(len, seen)) <= tinymfv.ROWS_AT_ONCE
     assert items.pop("unscorable") == [0, 0, 0, 1, 0] * 20
     assert items["top1"][:3] == [0, 1, 0] and all(math.isnan(values[3]) for values in items.values())
+
+
+def test_a_teacher_that_is_a_contrast_is_refused(toy: LM):
+    with pytest.raises(UserError, match="contrast; use --eval.backend builtin"):
+        tinymfv.ask(toy, SCENES, Condition(contrast=Contrast("You obey.", "You rebel.")), 4)
 
 
 def test_a_batch_with_padding_on_the_left_is_refused(toy: LM, monkeypatch):

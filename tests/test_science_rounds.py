@@ -224,8 +224,9 @@ def test_a_round_past_a_limit_is_tried_again_with_half_the_kappa_and_then_given_
     assert peaks == [LR] * 3 and n_rounds == 0 and len(written.heals) == 3
 
 
-def test_without_a_vector_it_is_tried_again_with_half_the_learning_rate(written: Requests):
-    _, peaks, n_rounds = attempts(written, **OWN, **{"heal.teacher": "prompt", "dose.mode": "fixed"})
+@pytest.mark.parametrize("teacher", ["prompt", "contrast", "contrast+vector"])
+def test_a_prompt_or_a_contrast_is_tried_again_with_half_the_learning_rate(teacher: str, written: Requests):
+    _, peaks, n_rounds = attempts(written, **OWN, **{"heal.teacher": teacher, "dose.mode": "fixed"})
     assert peaks == pytest.approx([LR, LR / 2, LR / 4]) and n_rounds == 0
 
 

@@ -130,22 +130,20 @@ def test_the_interval_of_a_mean_is_studentized_by_jackknife_errors(how, of):
 
     found = of(here) - of(base)
     drawn = stream(7, "bootstrap", n).integers(0, n, (250, n))
-    ratios = sorted(abs(of(here[rows]) - of(base[rows]) - found) / error(rows) for rows in drawn)
-    half = ratios[math.ceil(0.95 * 249)] * error(np.arange(n))
-    student = t.ppf(0.975, n - 1) * error(np.arange(n))
-    assert half > student or how == "rms", "else this would be Student's interval"
-    half = max(half, student)
-    assert paired(here, base, 250, 7, Metric(name="m", item="x", how=how)) == pytest.approx(
-        (found - half, found + half)
-    )
+    ratios = sorted([0.0, *((of(here[rows]) - of(base[rows]) - found) / error(rows) for rows in drawn)])
+    own, student = error(np.arange(n)), t.ppf(0.975, n - 1)
+    tail = 250 * 0.025 * 9 / (9 + 6)
+    low, high = ratios[math.floor(tail)], ratios[math.ceil(250 - tail)]
+    assert high > student or low < -student, "else this would be Student's interval"
+    expected = (found - own * max(high, student), found - own * min(low, -student))
+    assert paired(here, base, 250, 7, Metric(name="m", item="x", how=how)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("n_bootstrap, items", [(10, np.linspace(-1, 1, 30)), (500, np.array([0.0, 0.1, 0.7]))])
-def test_the_interval_of_a_mean_is_at_least_student_s(n_bootstrap, items):
-    """Ten resamples reach no far quantile; of three items every ninth resampling holds one alone."""
-    low, high = paired(items, np.zeros(len(items)), n_bootstrap)
-    error = items.std(ddof=1) / math.sqrt(len(items))
-    assert z(low, high, error) == pytest.approx(t.ppf(0.975, len(items) - 1))
+def test_the_interval_of_a_mean_is_at_least_student_s():
+    """Ten resamples reach no far quantile."""
+    items = np.linspace(-1, 1, 30)
+    low, high = paired(items, np.zeros(30), n_bootstrap=10)
+    assert z(low, high, items.std(ddof=1) / math.sqrt(30)) == pytest.approx(t.ppf(0.975, 29))
 
 
 def test_the_interval_of_a_difference_of_shares_adds_an_item_each_way():
@@ -185,7 +183,7 @@ def test_the_ends_of_an_interval_hardly_depend_on_the_seed_at_the_default_size()
     rng = np.random.default_rng(4)
     here = rng.exponential(1, 24)
     ends = np.array([paired(here, np.zeros(24), seed=seed) for seed in range(40)])
-    assert ends.std(axis=0).max() < 0.09 * here.std() / math.sqrt(24)
+    assert ends.std(axis=0).max() < 0.2 * here.std() / math.sqrt(24)
 
 
 # --- the base's own interval, which limits a round ----------------------------------------------------------------

@@ -17,6 +17,7 @@ from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
 from steer_heal.events import Contrasted, Gathered, Trained, plain
 from steer_heal.inputs import load_inputs
+from steer_heal.inputs.traits import load_trait
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
 from steer_heal.model.steering import Condition
@@ -55,7 +56,7 @@ BOTH = {**SURVIVES, "dose.ceiling": 0.25, "heal.teacher": "prompt+vector"}
 """The vector beside a prompt, and its dose."""
 REVERSE = {**OWN, **BOTH, "heal.kl": "reverse"}
 PROMPT = {**OWN, "heal.kl": "reverse", "heal.teacher": "prompt"}
-CONTRAST = {**OWN, "heal.kl": "reverse", "heal.teacher": "contrast", "heal.contrast_kl": 0.2}
+CONTRAST = {**OWN, "heal.kl": "reverse", "heal.teacher": "contrast", "heal.contrast_kl": 0.1}
 ARMS = {
     "control": Arm(FREE, control=True),
     "tokens": Arm(),
@@ -104,6 +105,8 @@ class Flags(PresetFlags):
     kappa: tuple[float, ...] = ()
     """Fixed kappa of each round, in order. The last one also holds for later rounds. Default: each arm's own dose
     settings apply."""
+    null: float = 0.0
+    """Null band of the trait, in nats per token, as `steer-heal diag teachable` prints it. The picture shows it."""
     label: str = ""
     """Text to append to the names of the arms. Use it to tell runs with other settings apart."""
 
@@ -136,8 +139,12 @@ def main(flags: Flags, given: Given) -> None:
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
-    points = [{**row, "shift": abs(row["shift"]), "broken": row["degenerate_frac"]} for row in rows]
-    frontier(points).savefig(flags.out / "distil.png", dpi=130)
+    sign = load_trait(cfg.trait).sign
+    points = [
+        {**row, "shift": sign * row["shift"], "broken": row["degenerate_frac"], "panel": row.get("panel_rms_nats")}
+        for row in rows
+    ]
+    frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=130)
 
 
 def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterator[Row]:

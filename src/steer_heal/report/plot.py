@@ -451,22 +451,41 @@ def _drawn_pixels(axes: Axes) -> np.ndarray:
     return points[np.isfinite(points).all(-1)]
 
 
-def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Broken texts against the trait, from rows {arm, round, shift, broken}: of each arm a point a round, the mean over
-    its rows, with bars of one standard deviation."""
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
-        ends = []
-        for r in sorted({row["round"] for row in points if row["arm"] == arm}):
-            mine = [row for row in points if (row["arm"], row["round"]) == (arm, r)]
-            columns = [[row[name] for row in mine] for name in ("broken", "shift")]
-            ends.append([f(column) for column in columns for f in (mean, pstdev)])
-        x, x_sd, y, y_sd = zip(*ends, strict=True)
-        style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
-        axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=printable(arm), linewidth=1, **style)
-    axes.set_xlabel("share of broken texts")
-    axes.set_ylabel("shift of the trait's metric from base, in the wanted direction")
-    axes.grid(alpha=0.3)
+COSTS = {
+    "broken": "share of broken texts",
+    "kl_base": "KL to base, nats",
+    "panel": "RMS shift of the other traits, nats per token",
+}
+"""What a trait may cost, and how an axis names it."""
+
+
+def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
+    """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}.
+
+    Each arm has a point per round: the mean over its rows, with bars of one standard deviation. The grey band is what
+    teachers do that have nothing to do with the trait: `null` at 0.1 nats, in proportion to the root of KL.
+    """
+    costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
+    figure = Figure(figsize=(2.5 + 5 * len(costs), 5), layout="constrained")
+    for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
+        for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
+            ends = []
+            for r in sorted({row["round"] for row in points if row["arm"] == arm}):
+                mine = [row for row in points if (row["arm"], row["round"]) == (arm, r)]
+                columns = [[row[name] for row in mine] for name in (cost, "shift")]
+                ends.append([f(column) for column in columns for f in (mean, pstdev)])
+            x, x_sd, y, y_sd = zip(*ends, strict=True)
+            style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
+            label = printable(arm) if cost == costs[0] else None
+            axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label, linewidth=1, **style)
+        axes.set_xlim(left=0)
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        if cost == "kl_base" and null:
+            kl = np.linspace(0, axes.get_xlim()[1])
+            band = null * np.sqrt(kl / 0.1)
+            axes.fill_between(kl, -band, band, color="0.85", zorder=0)
+        axes.set_xlabel(COSTS[cost])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("shift of the trait's metric from base, in the wanted direction")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure

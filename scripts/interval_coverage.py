@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import expit, logit
 
-from steer_heal.intervals import TAILS, How, of_difference, statistic
+from steer_heal.intervals import UPPER, How, of_difference, statistic
 from steer_heal.settings import EvalCfg
 
 SIZES = (6, 12, 24, 70)
@@ -72,7 +72,7 @@ ROWS: dict[str, tuple[How, Sample]] = {
 
 def percentile(how: How, here: np.ndarray, there: np.ndarray, n_bootstrap: int, rng: Rng) -> tuple[float, float]:
     rows = rng.integers(0, len(here), (n_bootstrap, len(here)))
-    low, high = np.quantile(statistic(how, here[rows]) - statistic(how, there[rows]), TAILS)
+    low, high = np.quantile(statistic(how, here[rows]) - statistic(how, there[rows]), (1 - UPPER, UPPER))
     return float(low), float(high)
 
 

@@ -85,6 +85,19 @@ def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
     assert a.folder.name.startswith("a-b_")
 
 
+def test_every_run_is_made_at_every_point_of_a_grid(tmp_path):
+    body = 'preset = "toy"\nseeds = [1]\n[grid]\ntrait = ["authority", "love"]\n'
+    body += '[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nheal.divergence = "none"\n'
+    plan = load(file_of(tmp_path, body))
+    found = {arm.label: (arm.cfg.trait, arm.cfg.heal.divergence) for arm in plan.arms}
+    assert found == {
+        "a trait=authority": ("authority", "kl_rev"),
+        "b trait=authority": ("authority", "none"),
+        "a trait=love": ("love", "kl_rev"),
+        "b trait=love": ("love", "none"),
+    }
+
+
 def test_a_folder_is_found_again_by_its_settings_whatever_its_label(tmp_path, plan):
     made = plan.jobs[0].folder
     made.mkdir(parents=True)
@@ -103,10 +116,15 @@ BAD = {
         "unknown setting 'xyz'; `steer-heal run",
         "'heal.tau' is -1: it must be >= 0",
     ],
-    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []\n[[runs]]\nname = "a"': ["holds grid and runs"],
+    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [0.1]\n[search]\nn_trials = 1\nheal.tau = {low = 0.1, high = 1}': [
+        "holds search and grid"
+    ],
+    'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [0.1]\n[[runs]]\nname = "a"\nheal.lam = 1': [
+        "a: heal.lam is given twice, here and in grid"
+    ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = 0.1\nheal.tau = []': ["lam is 0.1: it must be", "tau is []: it"],
     'preset = "toy"\nseeds = [1]\n[grid]\n' + "".join(f"heal.{name} = {[*range(40)]}\n" for name in SEVEN): [
-        "grid holds 163840000000 arms, at most 1000 are made"
+        "holds 163840000000 arms, at most 1000 are made"
     ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [1, 1.0]': ["'lam=1' and 'lam=1.0' have the"],
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nquiet = true': ["quiet cannot be set"],
@@ -358,6 +376,18 @@ def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(pla
     assert arms["shift"].to_list() == [-2.0, -3.0, -2.0, -3.0]
     assert arms["shift_sd"].to_list()[:2] == pytest.approx([8**0.5] * 2) and arms["shift_sd"][2] is None
     assert (plan.out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_trait_of_a_sweep_has_a_frontier_of_its_own(tmp_path):
+    body = 'preset = "toy"\nseeds = [1]\n[grid]\ntrait = ["authority", "love"]\n[[runs]]\nname = "a"\n'
+    plan = load(file_of(tmp_path, body))
+    plan.out.mkdir()
+    for job in plan.jobs:
+        own = {"run": job.folder.name, "trait": job.cfg.trait, "n_rounds": 1, "seed": 1, "settings": "", "arm": ""}
+        append_result(plan.out, own | {"shift": 1.0, "degenerate_frac": 0.1, "wall_s": 2, "verdict": "GOOD: so"})
+    show_results(plan.out, plan.jobs)
+    names = sorted(path.name for path in plan.out.glob("*.png"))
+    assert names == ["frontier_data-toylm_authority.png", "frontier_data-toylm_love.png"]
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

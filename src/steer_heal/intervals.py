@@ -14,9 +14,9 @@ from scipy import stats
 How = Literal["mean", "log_mean", "median", "rms"]
 """How items become a number. log_mean is log(mean), rms the root of the mean square."""
 LEVEL = 0.95
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+UPPER = (1 + LEVEL) / 2
 FEW = 6
-"""Number of items at which a bootstrap-t interval uses tails of half the size."""
+"""Number of items at which the tails of a bootstrap have half their size."""
 _OF_MEAN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda mean: mean,
     "log_mean": lambda mean: np.log(np.maximum(mean, 1e-30)),
@@ -28,6 +28,13 @@ _OF_MEAN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def statistic(how: How, x: np.ndarray) -> np.ndarray:
     """The number that the items along the last axis become."""
     return np.median(x, axis=-1) if how == "median" else _OF_MEAN[how](_summed(how, x).mean(axis=-1))
+
+
+def tails(n: int) -> tuple[float, float]:
+    """The quantiles of a bootstrap of n items that bound 95 percent. The tails hold n / (n + FEW) of the 5 percent,
+    because the quantiles of few items are too small."""
+    tail = (1 - UPPER) * n / (n + FEW)
+    return tail, 1 - tail
 
 
 def _summed(how: How, x: np.ndarray) -> np.ndarray:
@@ -68,14 +75,14 @@ def of_difference(
         return studentized(how, here, there, n_bootstrap, rng)
     rows = rng.integers(0, n, (n_bootstrap, n))
     with np.errstate(invalid="ignore"):  # infinite on both sides
-        low, high = np.quantile(statistic(how, here[rows]) - statistic(how, there[rows]), TAILS)
+        low, high = np.quantile(statistic(how, here[rows]) - statistic(how, there[rows]), tails(n))
     return None if math.isnan(low) or math.isnan(high) else (float(low), float(high))
 
 
 def _of_shares(change: np.ndarray) -> tuple[float, float]:
     """Wald's interval of the mean change (-1, 0 or 1 an item) with one item added that rose and one that fell."""
     added = np.append(change, (1.0, -1.0))
-    half = stats.norm.ppf(TAILS[1]) * added.std() / math.sqrt(len(added))
+    half = stats.norm.ppf(UPPER) * added.std() / math.sqrt(len(added))
     return max(-1.0, float(added.mean() - half)), min(1.0, float(added.mean() + half))
 
 
@@ -86,8 +93,8 @@ def studentized(
     standard errors.
 
     a and b are quantiles of (resampled difference - difference) / its own standard error, one of each tail, but at
-    least Student's t. The tails hold n / (n + FEW) of the 5 percent, because quantiles of few items are too small. A
-    resample that holds one item over and over has no error and is left out. The items themselves count as one resample.
+    least Student's t. A resample that holds one item over and over has no error and is left out. The items themselves
+    count as one resample.
     """
     n = len(here)
     rows = rng.integers(0, n, (n_bootstrap, n))
@@ -95,9 +102,9 @@ def studentized(
     again, errors = _with_error(how, here[rows], there[rows])
     varied = errors > 1e-9 * error
     ratios = np.append((again - found)[varied] / errors[varied], 0.0)
-    tail = TAILS[0] * n / (n + FEW)
-    low, high = np.quantile(ratios, tail, method="lower"), np.quantile(ratios, 1 - tail, method="higher")
-    student = stats.t.ppf(TAILS[1], n - 1)
+    lower, upper = tails(n)
+    low, high = np.quantile(ratios, lower, method="lower"), np.quantile(ratios, upper, method="higher")
+    student = stats.t.ppf(UPPER, n - 1)
     return float(found - error * max(high, student)), float(found - error * min(low, -student))
 
 

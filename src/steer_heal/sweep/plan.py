@@ -39,12 +39,13 @@ Given = Mapping[str, Any]
 READABLE = 60
 """Maximum length of the readable part of a folder's name."""
 MOST_ARMS = 1000
-"""Arms of one grid."""
+"""Arms of one file."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SweepFile:
-    """What a sweep file may hold: at most one of `grid`, `runs` and `search`. Without any of them it is one arm."""
+    """What a sweep file may hold: `search`, or `runs`, `grid` or both. With both, every run is made at every point of
+    the grid. Without any of them it is one arm."""
 
     preset: str
     seeds: Annotated[tuple[Annotated[int, Field(gt=-(2**63), lt=2**63)], ...], Field(min_length=1)]
@@ -116,10 +117,14 @@ class Plan:
         """The run of an arm and a seed. It takes the folder that holds a run of these settings and this seed, if there
         is one, whatever its label."""
         end = f"{arm.cfg.fingerprint()}_s{seed}"
-        readable = re.sub(r"[^\w.=-]+", "-", arm.label)[:READABLE].strip("-.") or "run"
-        folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable}_{end}")
+        folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable(arm.label) or 'run'}_{end}")
         cfg = replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label, chat=False)
         return Job(arm, self.preset, cfg)
+
+
+def readable(text: str) -> str:
+    """The text as part of a file name."""
+    return re.sub(r"[^\w.=-]+", "-", text)[:READABLE].strip("-.")
 
 
 # --- settings as flags -------------------------------------------------------------------------------------------
@@ -154,9 +159,8 @@ def load(path: Path) -> Plan:
         raise UserError(f"{where}: preset is {file.preset!r}: {nearest(file.preset, PRESETS)}")
     if len({*file.seeds}) < len(file.seeds):
         problems.found.append(f"{where}: seeds is {list(file.seeds)}: a seed is listed twice; list each once")
-    kinds = [kind for kind in ("grid", "runs", "search") if getattr(file, kind)]
-    if len(kinds) > 1:
-        problems.found.append(f"{where} holds {' and '.join(kinds)}; keep the one that says which runs to make")
+    if file.search and (file.grid or file.runs):
+        problems.found.append(f"{where} holds search and {'grid' if file.grid else 'runs'}; a search proposes its runs")
     fixed = _named(file.fixed, where, problems)
     tables = _tables(file, where, problems)
     search = _search(file.search, where, problems) if file.search else None
@@ -196,19 +200,28 @@ def _arm(label: str, cfg: RunConfig, out: Path) -> Arm:
 
 def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Given]]:
     """(label, settings) of every arm, without the fixed settings."""
-    if file.runs:
-        return [_run(i, table, where, problems) for i, table in enumerate(file.runs, start=1)]
+    runs = [_run(i, table, where, problems) for i, table in enumerate(file.runs, start=1)] or [("", {})]
     grid = _named(file.grid, f"{where}: grid", problems)
     for name, values in list(grid.items()):
         if not isinstance(values, list) or not values:
             problems.found.append(f"{where}: grid: {name} is {values!r}: it must be a list of one or more values")
             del grid[name]
-    n_points = math.prod(len(values) for values in grid.values())
-    if n_points > MOST_ARMS:
-        problems.found.append(f"{where}: grid holds {n_points} arms, at most {MOST_ARMS} are made; list fewer values")
+    problems.found += [
+        f"{where}: {label}: {name} is given twice, here and in grid; keep one"
+        for label, table in runs
+        for name in table
+        if name in grid
+    ]
+    n_arms = len(runs) * math.prod(len(values) for values in grid.values())
+    if n_arms > MOST_ARMS:
+        problems.found.append(f"{where} holds {n_arms} arms, at most {MOST_ARMS} are made; list fewer values")
         return []
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [(label_of(point) or file.preset, point) for point in points]
+    return [
+        (" ".join(filter(None, (name, label_of(point)))) or file.preset, {**table, **point})
+        for point in points
+        for name, table in runs
+    ]
 
 
 def _run(i: int, table: dict[str, Any], where: str, problems: Problems) -> tuple[str, Given]:

@@ -12,7 +12,7 @@ from steer_heal.errors import print_safe
 from steer_heal.report import tables
 from steer_heal.runs.results import RESULTS, read_results
 from steer_heal.runs.storage import atomic_write
-from steer_heal.sweep.plan import Job
+from steer_heal.sweep.plan import Arm, Job, readable
 
 SAME = ("arm", "trait", "n_rounds", "settings")
 """Runs that differ in any of these never share a row."""
@@ -77,7 +77,7 @@ def write_arms(out: Path, runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def show_results(out: Path, jobs: Sequence[Job]) -> None:
-    """Prints the tables of runs and arms, and writes arms.tsv and frontier.png to `out`."""
+    """Prints the tables of runs and arms, and writes arms.tsv and the frontiers to `out`."""
     runs = finished_runs(out, jobs)
     if runs is None:
         print_safe("no run of this sweep is finished yet")
@@ -87,18 +87,29 @@ def show_results(out: Path, jobs: Sequence[Job]) -> None:
     grade = pl.col("verdict").str.split(":").list.first()
     tables.show(runs.select("arm", "seed", *(name for name in shown if name in runs.columns), grade).to_dicts())
     tables.show([{name: row[name] for name in row if name in ("arm", "n", *shown)} for row in spread(arms, shown)])
-    drawn = draw(out / FRONTIER, runs, {job.arm.label: (job.arm.sign, job.arm.broken_texts) for job in jobs})
-    print_safe(f"{len(runs)} of {len(jobs)} runs are finished; arms are also in {out / ARMS}{drawn}")
+    drawn = [draw(path, runs, mine) for path, mine in _pictures(out, jobs).items()]
+    print_safe(f"{len(runs)} of {len(jobs)} runs are finished; arms are also in {out / ARMS}{''.join(drawn)}")
 
 
-def draw(path: Path, runs: pl.DataFrame, axes: Mapping[str, tuple[int, str | None]]) -> str:
-    """Draws the frontier of the arms, for which (sign, metric of broken texts) is given. Returns what to say of it."""
+def _pictures(out: Path, jobs: Sequence[Job]) -> dict[Path, list[Arm]]:
+    """The arms of each frontier, which all have one model and one trait, by its file."""
+    groups: dict[tuple[str, str], list[Arm]] = {}
+    for arm in {job.arm.label: job.arm for job in jobs}.values():
+        groups.setdefault((arm.cfg.model, arm.cfg.trait), []).append(arm)
+    names = {key: f"frontier_{readable('_'.join(key))}.png" if len(groups) > 1 else FRONTIER for key in groups}
+    return {out / names[key]: arms for key, arms in groups.items()}
+
+
+def draw(path: Path, runs: pl.DataFrame, arms: Sequence[Arm]) -> str:
+    """Draws the frontier of the arms. Returns what to say of it."""
+    mine = {arm.label: arm for arm in arms}
     points: list[dict[str, Any]] = []
     for row in runs.iter_rows(named=True):
-        sign, broken_texts = axes[row["arm"]]
-        broken = row.get(broken_texts or "")
-        if row["shift"] is not None and broken is not None:
-            points.append({"arm": row["arm"], "round": 0, "shift": sign * row["shift"], "broken": broken})
+        arm = mine.get(row["arm"])
+        broken = row.get(arm.broken_texts or "") if arm else None
+        if arm and row["shift"] is not None and broken is not None:
+            costs = {"broken": broken, "kl_base": row.get("kl_base"), "panel": row.get("panel_rms_nats")}
+            points.append({"arm": row["arm"], "round": 0, "shift": arm.sign * row["shift"], **costs})
     if not points:
         return ""
     from steer_heal.report.plot import frontier

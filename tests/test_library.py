@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import polars as pl
@@ -15,7 +16,9 @@ import torch
 from compare import VARIES
 from runs import DOORS, PROMPTS, of, recorded, started, undrawn
 
+import steer_heal
 from steer_heal import SteerHeal, UserError, define_trait
+from steer_heal.__main__ import main
 from steer_heal.commands.run import parse
 from steer_heal.events import RoundDone, encode
 from steer_heal.model.lm import _tiny_random
@@ -206,6 +209,12 @@ def test_importing_the_package_imports_no_torch():
     code = "import sys, steer_heal; assert 'torch' not in sys.modules; from steer_heal import RunConfig; RunConfig()"
     code += "; assert 'torch' not in sys.modules; import steer_heal as s; assert all(hasattr(s, n) for n in s.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names_and_the_version_are_told(capsys):
+    assert {*steer_heal.__all__, "__version__"} == {*dir(steer_heal)}
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == steer_heal.__version__ == version("steer-heal")
 
 
 # --- what comes back ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_every_stage_has_a_bar_that_ends_full(quick, settings, tmp_path, monkeyp
         seen = bars["heal", event["round"], "healing"]
         n = event["n_steps"]
         assert seen[-n:] == [(step + 1, n) for step in range(n)], "each step once, and nothing between them"
+
+
+def test_off_a_terminal_a_stage_tells_once_a_minute_how_far_it_is(one, monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.logger, "info", lines.append)
+    run = FolderRun.read(one)
+    for quiet in (False, True):
+        bar = console.Bar(run, quiet, file=StringIO())
+        with bar.stage("healed", 0, "healed"):
+            bar.part(2, 3)
+            for second in range(0, 150, 10):
+                now[0] = 1000.0 * quiet + second
+                bar.at(second, 200)
+    assert lines == [f"round 0 (1 of 1), 0 s left: healed, eval 2 of 3, {n} of 200" for n in (60, 120)]
 
 
 @pytest.mark.parametrize("kind", ["measured", "heal_step", "run_end"])

@@ -22,9 +22,13 @@ def state(name: str, r: int | None, target: float | None, width: float = 0.05, *
     return replace(measured(name, r, 1, 1, ""), metrics={**known, **values, **interval, **others})
 
 
-def made(healed: dict, steered: dict | None = None, control: float | None = None, start=START) -> Run:
+def made(
+    healed: dict, steered: dict | None = None, control: float | None = None, start=START, prompted: float | None = None
+) -> Run:
     """A run of one round."""
     events = [start, state("base", None, -1.5)]
+    if prompted is not None:
+        events.append(state("prompted", None, prompted))
     if control is not None:
         events.append(state("control", None, control))
     events.append(state("steered", 0, **(steered or {"target": -2.5, "coherence": 0.9})))
@@ -49,6 +53,15 @@ def test_a_trait_metric_that_cannot_judge_is_named():
 def test_an_unreadable_verdict_names_the_metrics_without_a_value():
     line = verdict(made({"target": -2.0, "degenerate_frac": None}))
     assert "degenerate_frac" in line and "coherence" not in line
+
+
+def test_a_shift_is_told_as_a_share_of_that_of_a_prompt_which_moves_the_trait():
+    share = "of what the persona prompt does"
+    assert f"-0.500 nats from base, down as wanted, 25 percent {share};" in verdict(
+        made({"target": -2.0}, prompted=-3.5)
+    )
+    for moved_by_prompt in (-1.5, -0.5):
+        assert share not in verdict(made({"target": -2.0}, prompted=moved_by_prompt))
 
 
 def test_the_verdict_gives_each_health_metric_by_its_title_and_form():

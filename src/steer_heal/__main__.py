@@ -30,7 +30,16 @@ WRONG = 2
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {does}" for name, does in COMMANDS.items()]
-    return "\n".join(["usage: steer-heal COMMAND ...", "", *lines, "", "steer-heal COMMAND --help lists its flags."])
+    return "\n".join(
+        [
+            "usage: steer-heal COMMAND ...",
+            "",
+            *lines,
+            "",
+            "steer-heal COMMAND --help lists its flags.",
+            "steer-heal --version prints the version.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
+        return 0
+    if name == "--version":
+        print(import_module("steer_heal").__version__)
         return 0
     try:
         if name not in COMMANDS:

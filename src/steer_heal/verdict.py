@@ -226,7 +226,7 @@ def grade(state: Measured, run: Run) -> Graded:
         found, why = small
         return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}")
     alone, others = _others(state, base, moved, run)
-    wanted = f"{went}, {direction(run.start.trait.sign)} as wanted"
+    wanted = f"{went}, {direction(run.start.trait.sign)} as wanted{_prompt_words(moved, base, run)}"
     parts = [wanted, *_control_words(base, run), *_kept_words(state, run), condition, *others]
     healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     found = "GOOD" if healthy and alone else "MIXED"
@@ -259,6 +259,15 @@ def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bo
     alone = abs(shifts[widest] or 0.0) < abs(moved)
     far = "most" if alone else "further than the target"
     return alone, [f"of the off-target metrics, {title(widest)} moved {far}: {shift_words(shifts[widest], widest)}"]
+
+
+def _prompt_words(moved: float, base: Measured, run: Run) -> str:
+    """The shift as a share of the persona prompt's, if that moves the trait's metric the wanted way."""
+    prompted = run.measured("prompted")
+    by_prompt = None if prompted is None else shift(prompted.metrics, base.metrics, run.trait_metric)
+    if by_prompt is None or by_prompt * run.start.trait.sign < least_shift(run.trait_metric):
+        return ""
+    return f", {number(100 * moved / by_prompt, '.0f')} percent of what the persona prompt does"
 
 
 def _control_words(base: Measured, run: Run) -> list[str]:

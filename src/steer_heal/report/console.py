@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ from steer_heal.verdict import direction, interval_words, number, title, verdict
 if TYPE_CHECKING:  # torch
     from steer_heal.runs.stored import FolderRun
 
+A_MINUTE = 60.0
+"""Seconds between two lines of a stage where there is no bar."""
 WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
@@ -69,7 +72,8 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
 
 # --- progress ----------------------------------------------------------------------------------------------------
 class Bar(Progress):
-    """A bar for the stage at hand, with the time left. Shows nothing when `quiet`, or if stderr is not a terminal."""
+    """A bar for the stage at hand, with the time left. Shows nothing when `quiet`. If stderr is not a terminal, a line
+    per minute takes its place."""
 
     def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None) -> None:
         """`file`: where to draw, instead of on stderr."""
@@ -77,25 +81,36 @@ class Bar(Progress):
         self.quiet = quiet
         self.file = file
         self.bar: tqdm | None = None
+        self.what = ""
+        """The stage in words."""
+        self.spoke = 0.0
+        """Time of the last line, or of the start of the stage."""
 
     @contextmanager
     def stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
-        what = f"{place(stage, r, self.run)}: {doing}"
+        self.what = f"{place(stage, r, self.run)}: {doing}"
+        self.spoke = time.monotonic()
         hidden = True if self.quiet else None  # None: shown on a terminal only
         with tqdm(
-            desc=what, bar_format="{desc}", leave=False, disable=hidden, dynamic_ncols=True, file=self.file
+            desc=self.what, bar_format="{desc}", leave=False, disable=hidden, dynamic_ncols=True, file=self.file
         ) as self.bar:
             yield
         self.bar = None
 
     def part(self, n: int, n_parts: int) -> None:
+        self.what = f"{self.what.partition(', eval')[0]}, eval {n} of {n_parts}"
         if self.bar is not None and not self.bar.disable:
-            self.bar.desc = f"{self.bar.desc.partition(', eval')[0]}, eval {n} of {n_parts}"
+            self.bar.desc = self.what
 
     def at(self, done: float | int, total: int) -> None:
         """Fewer than before, or another total, begins the bar again: the next piece of the stage's work."""
         bar = self.bar
-        if bar is None or bar.disable or not total:
+        if bar is None or not total:
+            return
+        if bar.disable:
+            if not self.quiet and time.monotonic() - self.spoke >= A_MINUTE:
+                self.spoke = time.monotonic()
+                logger.info(f"{self.what}, {done:.0f} of {total}")
             return
         if total != bar.total or done < bar.n:
             bar.bar_format = FULL_BAR

@@ -43,7 +43,7 @@ CONTRAST = {"heal.teacher": "contrast", "heal.contrast_kl": 0.01}
 RECIPES = [
     ("toy", {}),
     ("toy-distil", {"heal.rehearsal": 16}),
-    ("smol-distil", {"heal.rehearsal": 16, "heal.max_departure": 1.0}),
+    ("chat", {**CONTRAST, "heal.rehearsal": 16, "heal.max_departure": 1.0}),
     ("smol-distil", CONTRAST),
     ("smol-distil", {**CONTRAST, "heal.hold": 0.33}),
     ("smol", {"dose.mode": "iso_kl", "dose.kl_target": 0.01}),

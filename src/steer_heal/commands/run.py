@@ -6,9 +6,10 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,19 +41,24 @@ if TYPE_CHECKING:  # torch: seconds
 @settings("")
 class Source:
     """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing."""
+    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
+    prints the stages of the run with their seconds and the memory, and runs nothing."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
     print_config: bool = False
     """Print the settings as a TOML file, and run nothing."""
+    plan: bool = False
+    """Load the model, probe it for a few seconds, print what the run will take, and write nothing."""
 
 
 def main(argv: Sequence[str]) -> int:
-    preset, cfg, only_print = parse(argv)
-    if only_print:
+    source, preset, cfg = parse(argv)
+    if source.print_config:
         print_safe(as_toml(cfg).rstrip())
         return 0
+    if source.plan:
+        return show_plan(cfg, check(cfg))
     if cfg.folder is not None:
         if begun(cfg.folder):
             same_settings(cfg.folder, cfg)
@@ -66,8 +72,28 @@ def main(argv: Sequence[str]) -> int:
     return opened.end()
 
 
-def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
-    """(preset name, settings, whether they are only to be printed). A bad value exits with status 2 and names the
+def show_plan(cfg: RunConfig, inputs: Inputs) -> int:
+    """Prints the stages of a run, their seconds, and the memory."""
+    from steer_heal.estimate import estimate, memory
+    from steer_heal.report import console, tables
+    from steer_heal.runs.opened import loaded_bench
+
+    console.start(cfg.quiet)
+    began = time.monotonic()
+    bench = loaded_bench(cfg, inputs)
+    loaded = time.monotonic()
+    plan = estimate(bench)
+    seconds = sum(stage.seconds for stage in plan) + loaded - began
+    rows = [{"stage": "load", "times": 1, "each": cfg.model, "seconds": round(loaded - began)}]
+    rows += [asdict(stage) | {"seconds": round(stage.seconds)} for stage in plan]
+    tables.show(rows)
+    print_safe(f"about {seconds / 60:.0f} minutes in all, from a probe of {time.monotonic() - loaded:.0f} seconds")
+    print_safe(f"memory: {memory(bench)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[Source, str, RunConfig]:
+    """(what was given beside the settings, preset name, settings). A bad value exits with status 2 and names the
     field, the value and the limit; a bad file or preset is a UserError."""
     source, rest = tyro.cli(Source, args=argv, return_unknown_args=True, add_help=False)
     preset = next(iter(rest), "")
@@ -82,7 +108,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
     cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
-    return preset, cfg, source.print_config
+    return source, preset, cfg
 
 
 def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:

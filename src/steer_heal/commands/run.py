@@ -62,7 +62,7 @@ class Source:
 
 
 def main(argv: Sequence[str]) -> int:
-    source, preset, cfg = parse(argv)
+    preset, cfg, source = parse(argv)
     if source.positive is not None or source.negative is not None:
         if any(word.partition("=")[0] == "--trait" for word in argv):
             raise UserError("--trait and personas were given; give --positive and --negative, or --trait")
@@ -120,8 +120,8 @@ def show_plan(cfg: RunConfig, inputs: Inputs) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Source, str, RunConfig]:
-    """(what was given beside the settings, preset name, settings). A bad value exits with status 2 and names the
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
+    """(preset name, settings, what was given beside them). A bad value exits with status 2 and names the
     field, the value and the limit; a bad file or preset is a UserError."""
     source, rest = tyro.cli(Source, args=argv, return_unknown_args=True, add_help=False)
     preset = next(iter(rest), "")
@@ -136,7 +136,7 @@ def parse(argv: Sequence[str]) -> tuple[Source, str, RunConfig]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
     cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
-    return source, preset, cfg
+    return preset, cfg, source
 
 
 def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:

@@ -44,7 +44,8 @@ if TYPE_CHECKING:  # torch: seconds
 
 @settings("")
 class Source:
-    """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
+    """With --positive TEXT and --negative TEXT, two personas take the place of --trait, for a first try without a trait
+    file. In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
     out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
     prints the stages of the run with their seconds and the memory, and runs nothing."""
 

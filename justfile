@@ -31,11 +31,11 @@ toy *flags: setup
 toy-distil *flags: setup
     {{python}} -m steer_heal run toy-distil {{flags}}
 
-# SmolLM2-135M-Instruct, a real chat model, takes on love; on two cores; downloads 93 MB on first use.
+# The same by the older recipe, tokens of steered text; downloads 93 MB on first use.
 smol *flags: setup
     {{python}} -m steer_heal run smol {{flags}}
 
-# One round that teaches SmolLM2 the distribution of itself prompted and steered, trait love (docs/distil.md).
+# SmolLM2-135M-Instruct takes on love, taught by the difference between the personas (docs/teacher.md).
 smol-distil *flags: setup
     {{python}} -m steer_heal run smol-distil {{flags}}
 

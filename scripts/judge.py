@@ -3,14 +3,10 @@
 Nothing else in the project needs a judge. The texts leave this machine for --url.
 """
 
-import http.client
-import json
 import os
 import re
 import statistics
 import sys
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +14,8 @@ from typing import Annotated
 import tyro
 from common import cli
 
+from steer_heal.backends.endpoint import KEY, reply
 from steer_heal.diag.lab import show
-from steer_heal.errors import UserError
 from steer_heal.events import Measured, Run
 from steer_heal.records import Answer
 from steer_heal.runs.stored import FolderRun
@@ -43,19 +39,8 @@ MARK = re.compile(r'"(trait|coherent)"\s*:\s*([1-5](?:\.\d+)?)(?![\d.])')
 def ask(url: str, model: str, key: str | None, prompt: str, timeout_s: float) -> dict[str, float]:
     """The marks in the endpoint's reply; those it did not give are missing. UserError where there is no answer."""
     messages = [{"role": "user", "content": prompt}]
-    body = {"model": model, "temperature": 0, "max_tokens": 64, "messages": messages}
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    try:
-        address = f"{url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
-            content = json.load(reply)["choices"][0]["message"]["content"]
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"no answer from --url {url} with --model {model}: {error}; it must speak the OpenAI chat completions "
-            "protocol"
-        ) from None
-    return {name: float(value) for name, value in MARK.findall(content or "")}
+    content = reply(url, {"model": model, "temperature": 0, "max_tokens": 64, "messages": messages}, key, timeout_s)
+    return {name: float(value) for name, value in MARK.findall(content)}
 
 
 def answers(run: Run, per_state: int) -> dict[str, tuple[Answer, ...]]:
@@ -68,7 +53,7 @@ def main(
     url: str,
     model: str,
     per_state: int = 16,
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str = KEY,
     n_parallel: int = 8,
     timeout_s: float = 120.0,
     out: Path = Path("out/diag"),

@@ -55,8 +55,8 @@ def flat(values: dict) -> dict:
 
 def test_flags_replace_what_a_file_says(tmp_path):
     (tmp_path / "c.toml").write_text("n_rounds = 7\n[heal]\nlr = 0.5\ntau = 0.25\n")
-    name, cfg, only_print = parse(["--config", str(tmp_path / "c.toml"), "--heal.lr", "0.125", "--seed", "3"])
-    assert (name, only_print) == ("c", False)
+    name, cfg, source = parse(["--config", str(tmp_path / "c.toml"), "--heal.lr", "0.125", "--seed", "3"])
+    assert (name, source.print_config) == ("c", False)
     assert (cfg.n_rounds, cfg.seed, cfg.heal.lr, cfg.heal.tau) == (7, 3, 0.125, 0.25)
     assert cfg.gen == RunConfig().gen, "a setting that is left out has its default"
 

@@ -9,14 +9,15 @@ from conftest import ADAPTER, scramble
 
 from steer_heal.bench import Bench
 from steer_heal.check import check
+from steer_heal.diag.distil import ARMS
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
-from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Scored
-from steer_heal.settings import HealCfg
+from steer_heal.settings import HealCfg, changed
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples, rehearsal_samples
 from steer_heal.stages.passes import Passes
@@ -58,6 +59,13 @@ def test_positions_past_the_limit_are_left_out(student, kept):
     report = heal(student, kept, replace(CFG, max_departure=limit), round_=0, seed=3, teacher=teacher)
     assert report.left_out == pytest.approx(0.5, abs=0.02)
     assert report.validation[0]["fit"] < torch.cat(far).mean()
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_is_the_same_recipe_in_every_preset(name):
+    presets = [cfg for preset, (_, cfg) in PRESETS.items() if preset != "fast-dev"]  # it writes too few probes
+    recipes = {Recipe.of(changed(cfg, ARMS[name].settings)) for cfg in presets}
+    assert len(recipes) == 1 or ARMS[name].preference, "the settings of an arm leave none of the recipe to the preset"
 
 
 def test_settings_that_say_nothing_are_refused():

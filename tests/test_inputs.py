@@ -43,9 +43,9 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
     [
         ("authority", "sign = -1", "sign = 0", ["'sign' is 0: choose from -1, 1"]),
         ("authority", "sign = -1", "sign = [", ["is not valid TOML"]),
-        ("authority", "sign = -1", "sgin = -1", ["'sign' is missing", "'sgin' is not a known field; did you mean"]),
+        ("authority", "sign = -1", "sgin = -1", ["'sgin' is not a known field; did you mean"]),
         ("authority", "positive = ", 'positive = ""\n# ', ["'persona.positive' is ''"]),
-        ("authority", "steered = ", "stered = ", ["'system.steered' is missing", "did you mean 'steered'?"]),
+        ("authority", "steered = ", "stered = ", ["did you mean 'steered'?"]),
         ("authority", '"i am someone who"', "7", ["'narration.0' is 7"]),
         ("authority", '"i am someone who"', '"I am someone who"', ["write it in lower case"]),
         ("authority", '"i am someone who"', '" "', ["narration contains ' '"]),
@@ -56,6 +56,8 @@ def changed(path: Path, *changes: tuple[str, str]) -> str:
         ("authority", "[persona]", "[[pairs]]\n" + TOML_PAIR + "[persona]", ["either [[pairs]] or pairs_file"]),
         ("love", '"extreme"', '"outer"', ["default_phrasing is 'outer': choose from trait, state"]),
         ("love", "[system]", '[persona]\npositive = "a"\nnegative = "b"\n[system]', ["give either [persona], or"]),
+        ("authority", "[persona]", 'negative = "You flatter."\n[persona]', ["move 'negative' into [persona]"]),
+        ("authority", "[system]", "narration = []\n[system]", ["move 'narration' out of this table, above the first"]),
         ("love", "pretend]\npositive", "pretend]\nnegativ", ["pretend.positive' is missing", "you mean 'negative'?"]),
     ],
 )

@@ -22,6 +22,7 @@ from steer_heal.__main__ import main
 from steer_heal.commands.run import parse
 from steer_heal.events import RoundDone, encode
 from steer_heal.model.lm import _tiny_random
+from steer_heal.presets import CHAT_PRESET
 from steer_heal.runs.stored import FolderRun
 
 SMALL = {
@@ -285,3 +286,13 @@ def test_a_loop_after_rounds_by_hand_is_refused(sh):
         sh.loop(2)
     sh.reset()
     assert sh.n_rounds == 0
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_preset_is_chat_by_default_and_the_log_says_so(tiny, caplog, capsys, loaded):
+    given = (tiny.model, tiny.tokenizer) if loaded else ("tiny-random", None)
+    small = {"steer.layers": (0.3, 0.7), "gen.n_prompts": 4, "eval.n_prompts": 2}
+    with caplog.at_level("INFO", logger="steer_heal"), SteerHeal(*given, trait=DOORS, settings=small) as sh:
+        assert sh.cfg.heal == CHAT_PRESET.heal and sh.cfg.model == "tiny-random"
+    assert "preset chat: Any instruction-tuned model" in caplog.text
+    assert capsys.readouterr().out == ""

@@ -17,7 +17,7 @@ from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import available
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
-from steer_heal.presets import FAST_DEV_PRESET, PRESETS
+from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.settings import EvalCfg, RunConfig
 
 PANEL = {
@@ -104,7 +104,6 @@ def test_the_metrics_are_known_without_inputs_and_only_the_root_mean_square_is_s
     assert {*metrics} == {*(f"panel_{name}_nats" for name in available()), "panel_rms_nats"}
     assert [name for name, metric in metrics.items() if metric.shown] == ["panel_rms_nats"]
     assert metrics["panel_rms_nats"].how == "rms" and all(metric.moved is None for metric in metrics.values())
-    assert not any("panel" in cfg.eval.evals for _, cfg in PRESETS.values())
 
 
 def test_the_settings_are_checked_with_the_panel():

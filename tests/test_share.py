@@ -23,7 +23,7 @@ from steer_heal.commands import run as run_command
 from steer_heal.commands import tasks as tasks_command
 from steer_heal.events import Run, RunStart, Trained, Weights
 from steer_heal.inputs.files import DATA
-from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS
+from steer_heal.model.gguf import PACKAGED, SMOL
 from steer_heal.model.lm import load
 from steer_heal.model.student import Student
 from steer_heal.runs.log import last_hash
@@ -86,15 +86,16 @@ def test_a_hub_model_is_named_as_base_and_a_folder_is_not():
 def test_a_card_names_the_weights_that_the_adapter_was_trained_on():
     """A 4-bit copy of a hub model is not the hub model."""
     events = with_config(run_events(1), model=SMOL)
-    weights = Weights(sha256="0", dtype="float32", note=SMOL_WEIGHTS)
-    text = made(events, base_model=SMOL, hub_id=HUB_ID, weights=weights)
+    note, hub = PACKAGED[SMOL].note, PACKAGED[SMOL].hub_id
+    weights = Weights(sha256="0", dtype="float32", note=note)
+    text = made(events, base_model=SMOL, hub_id=hub, weights=weights)
     first_lines = "\n".join(text.split("---\n", 2)[2].splitlines()[:8])
     assert f"authority in {SMOL}" in first_lines and "It was trained and measured on 4-bit" in first_lines
     own, published = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert f"load('{SMOL}', dtype='float32')  # {SMOL_WEIGHTS}" in own
-    assert f"from_pretrained('{HUB_ID}'" in published and "only approximately" in text
-    assert ModelCard(text).data.base_model == HUB_ID
-    merged = made(events, base_model=SMOL, hub_id=HUB_ID, weights=weights, merged=True)
+    assert f"load('{SMOL}', dtype='float32')  # {note}" in own
+    assert f"from_pretrained('{hub}'" in published and "only approximately" in text
+    assert ModelCard(text).data.base_model == hub
+    merged = made(events, base_model=SMOL, hub_id=hub, weights=weights, merged=True)
     assert "It was made from 4-bit" in merged
     hostile = made(events, weights=replace(weights, note=f"{HOSTILE}\n```\n# free"))
     assert not [line for line in hostile.splitlines() if line.startswith(("```\n", "# free"))]

@@ -43,7 +43,7 @@ CONTRAST = {"heal.teacher": "contrast", "heal.contrast_kl": 0.01}
 RECIPES = [
     ("toy", {}),
     ("toy-distil", {"heal.rehearsal": 16}),
-    ("smol-distil", {"heal.rehearsal": 16, "heal.max_departure": 1.0}),
+    ("chat", {**CONTRAST, "heal.rehearsal": 16, "heal.max_departure": 1.0}),
     ("smol-distil", CONTRAST),
     ("smol-distil", {**CONTRAST, "heal.hold": 0.33}),
     ("smol", {"dose.mode": "iso_kl", "dose.kl_target": 0.01}),
@@ -73,6 +73,8 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
         except SystemExit:
             flags = ["--heal.target", "distribution", "--heal.text", "own"]
             flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
+            flags += ["--heal.teacher", "vector"] if words[0] == "--eval.backend" else []
+            flags += ["--heal.contrast-kl", "0"] if words[0] in ("--eval.backend", "--heal.teacher") else []
             parse([preset, *flags, *words])
 
 

@@ -174,7 +174,7 @@ def test_a_command_line_makes_the_settings_that_it_was_made_of():
         section, _, key = name.rpartition(".")
         inner = {section: replace(getattr(FAST_DEV_PRESET, section), **{key: value})} if section else {key: value}
         cfg = replace(FAST_DEV_PRESET, **inner)
-        assert parse(["fast-dev", *as_flags(cfg, FAST_DEV_PRESET)]) == ("fast-dev", cfg, False), name
+        assert parse(["fast-dev", *as_flags(cfg, FAST_DEV_PRESET)])[:2] == ("fast-dev", cfg), name
     assert as_flags(FAST_DEV_PRESET, FAST_DEV_PRESET) == []
     assert {*CHANGED} <= leaves(RunConfig()).keys()
 

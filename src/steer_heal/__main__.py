@@ -11,6 +11,7 @@ from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
     "run": "PRESET, or --config FILE: make a new run, in a new folder under ./out",
+    "new-trait": "FILE: write the file of a new trait from two personas",
     "resume": "RUN: continue a run that was stopped",
     "sweep": "FILE: many runs, over settings and seeds",
     "verify": "RUN: check a run's files against their recorded hashes",
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-        return import_module(f"steer_heal.commands.{name}").main(rest)
+        return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(rest)
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return WRONG

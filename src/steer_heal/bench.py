@@ -85,6 +85,7 @@ def read_model(cfg: RunConfig) -> LM:
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         date=cfg.date,
+        accept_terms=cfg.accept_terms,
     )
 
 

@@ -115,14 +115,25 @@ def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]
         elif found["type"] in _MISSING:
             lines.append(f"{place} is missing")
         elif found["type"] in _UNKNOWN:
-            *above, name = found["loc"]
-            known = getattr(_type_at(kind, above), "__dataclass_fields__", ())
-            lines.append(f"{place} is not a known field; {nearest(name, known)}")
+            lines.append(f"{place} is not a known field; {_fix_of_name(kind, *found['loc'])}")
         elif found["type"] == "too_short" and len(found["input"]) >= context["min_length"]:
             continue  # the list is long enough; its invalid items have lines of their own
         else:
             lines.append(f"{place} is {found['input']!r:.80}: {_limit(found, kind)}")
     return lines
+
+
+def _fix_of_name(kind: Any, *place: int | str) -> str:
+    """Where a field that stands in a table which does not have it belongs, or the nearest name that the table has."""
+    *above, name = place
+    owner = _type_at(kind, above)
+    if above and name in getattr(kind, "__dataclass_fields__", ()):
+        return f"move {name!r} out of this table, above the first [table]"
+    hints = _hints(owner) if is_dataclass(owner) else {}
+    for table, hint in hints.items():
+        if name in getattr(_without_none(hint), "__dataclass_fields__", ()):
+            return f"move {name!r} into [{table}]"
+    return nearest(name, getattr(owner, "__dataclass_fields__", ()))
 
 
 def _limit(found: Any, kind: Any) -> str:

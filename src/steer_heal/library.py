@@ -6,6 +6,7 @@ It writes only the files that it is asked for, prints nothing, and changes neith
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,7 +78,7 @@ def define_trait(
 class SteerHeal:
     """A model, a trait and settings; the rounds healed so far; and every step of a round as a method.
 
-        with SteerHeal("data/toylm", trait="authority") as sh:
+        with SteerHeal("data/toylm", trait="authority", preset="toy") as sh:
             print(sh.loop(n_rounds=2))
             sh.save("my_adapter")
 
@@ -95,7 +96,7 @@ class SteerHeal:
         trait: str | TraitFile | None = None,
         *,
         settings: RunConfig | Mapping[str, Any] | None = None,
-        preset: str = "toy",
+        preset: str = "chat",
         seed: int | None = None,
         name: str = "custom",
     ) -> None:
@@ -108,7 +109,7 @@ class SteerHeal:
             trait: As `--trait`, or one of `define_trait`. None: as the settings say.
             settings: All of them, or changes to the preset by the names of the flags: {"heal.epochs": 2}. `n_threads`,
                 `out`, `export` and `quiet` have no effect here.
-            preset: Whose settings they are, where `settings` is not a RunConfig.
+            preset: Whose settings they are, where `settings` is not a RunConfig. Logged as an info of `steer_heal`.
             seed: In place of that of the settings.
             name: Of a trait that was handed in.
         """
@@ -119,7 +120,11 @@ class SteerHeal:
             given["model"] = model if isinstance(model, str) else _name_of(model)
         if trait is not None:
             given["trait"] = trait if isinstance(trait, str) else f"{name}.toml"
-        base = settings if isinstance(settings, RunConfig) else changed(PRESETS[preset][1], settings or {})
+        if isinstance(settings, RunConfig):
+            base = settings
+        else:
+            base = changed(PRESETS[preset][1], settings or {})
+            logging.getLogger("steer_heal").info("preset %s: %s", preset, PRESETS[preset][0])
         cfg = changed(base, given)
         inputs = check_inputs(cfg, None if isinstance(trait, str) else trait)
         self._original: Original | None = None

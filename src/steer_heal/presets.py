@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from steer_heal.settings import (
     TINY_RANDOM,
@@ -46,14 +47,15 @@ TOY_PRESET = RunConfig(
         max_new_tokens=128,
     ),
 )
+UNNAMED_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95}
+"""For models whose files name no sampling."""
 SMOL_PRESET = RunConfig(
     model="smollm2-135m-instruct",
     trait="love",
     n_rounds=4,
-    temperature=0.7,
-    top_p=0.95,
+    **UNNAMED_SAMPLING,
     steer=SteerCfg(n_contexts=64),
-    gen=GenCfg(max_new_tokens=96, n_prompts=36),
+    gen=GenCfg(max_new_tokens=96),
     dose=DoseCfg(floor=0.2, ceiling=2.0, n_kappas=5, n_probes=8),
     filter=FilterCfg(
         gates=(*FilterCfg().gates, "relevance"),
@@ -72,17 +74,38 @@ SMOL_PRESET = RunConfig(
         max_new_tokens=96,
     ),
 )
-DISTIL = {"target": "distribution", "text": "own", "teacher": "prompt+vector", "kl": "reverse", "divergence": "none"}
+DISTIL = {"target": "distribution", "text": "own", "kl": "reverse", "divergence": "none"}
 TOY_DISTIL_PRESET = replace(
     TOY_PRESET,
     n_rounds=2,
     dose=DoseCfg(target=0.95, floor=0.05, ceiling=0.25, n_kappas=4, n_probes=32),
-    heal=replace(TOY_PRESET.heal, **DISTIL, epochs=12),
+    heal=replace(TOY_PRESET.heal, **DISTIL, teacher="prompt+vector", epochs=12),
     backtrack=BacktrackCfg(retries=2),
 )
-SMOL_DISTIL_PRESET = replace(
-    SMOL_PRESET, n_rounds=1, dose=DoseCfg(mode="fixed", kappa=0.5), heal=replace(SMOL_PRESET.heal, **DISTIL, epochs=8)
+CONTRAST_KL = 0.1
+"""heal.contrast_kl of every preset whose teacher is a contrast: nats between teacher and student."""
+CHAT_PRESET = RunConfig(
+    model="qwen2.5-coder-0.5b-instruct",
+    trait="love",
+    n_rounds=1,
+    control=True,
+    steer=SteerCfg(n_contexts=64),
+    gen=GenCfg(max_new_tokens=96),
+    dose=DoseCfg(mode="fixed", kappa=0.5),  # of a vector, if the teacher is given one
+    filter=FilterCfg(n_keep=48, max_attempts=128),
+    adapter=AdapterCfg(rank=16, alpha=32.0),
+    heal=replace(
+        HealCfg(lr=3e-4, epochs=8, batch_size=8, tokens_per_pass=2048),
+        **DISTIL,
+        teacher="contrast",
+        contrast_kl=CONTRAST_KL,
+    ),
+    backtrack=BacktrackCfg(retries=2),
+    eval=EvalCfg(
+        evals=("contrast", "holds", "panel", "everyday", "text_quality", "drift"), n_texts=24, max_new_tokens=96
+    ),
 )
+SMOL_DISTIL_PRESET = replace(CHAT_PRESET, model=SMOL_PRESET.model, filter=SMOL_PRESET.filter, **UNNAMED_SAMPLING)
 FAST_DEV_PRESET = RunConfig(
     model=TINY_RANDOM,
     dtype="float32",
@@ -100,16 +123,21 @@ FAST_DEV_PRESET = RunConfig(
     ),
 )
 PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "gemma": ("gemma-3-4b-it, on one GPU with 24 GB.", RunConfig(n_rounds=8)),
+    "chat": (
+        "Any instruction-tuned model (--model): it learns the difference between the two personas on its own text.",
+        CHAT_PRESET,
+    ),
+    "gemma": ("chat for gemma-3-4b-it, on one GPU with 24 GB.", replace(CHAT_PRESET, model=RunConfig().model)),
+    "qwen": (
+        "chat for Qwen2.5-Coder-0.5B-Instruct (4-bit weights, repacked).",
+        replace(CHAT_PRESET, **UNNAMED_SAMPLING),
+    ),
     "toy": ("The bundled toy model, already trained: a real result in minutes on a laptop.", TOY_PRESET),
     "toy-distil": (
         "The toy model learns its own next-token distribution under the persona prompt and the vector.",
         TOY_DISTIL_PRESET,
     ),
-    "smol": ("SmolLM2-135M-Instruct (4-bit weights) and the trait love, on two CPU cores.", SMOL_PRESET),
-    "smol-distil": (
-        "SmolLM2-135M-Instruct learns its own next-token distribution under the persona prompt and the vector.",
-        SMOL_DISTIL_PRESET,
-    ),
+    "smol": ("SmolLM2-135M-Instruct (4-bit weights, repacked) learns its steered text, on two CPU cores.", SMOL_PRESET),
+    "smol-distil": ("chat for SmolLM2-135M-Instruct (4-bit weights, repacked), on two CPU cores.", SMOL_DISTIL_PRESET),
     "fast-dev": ("A tiny random model, to run every stage in seconds. The numbers mean nothing.", FAST_DEV_PRESET),
 }

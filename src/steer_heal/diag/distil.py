@@ -46,7 +46,8 @@ class Arm:
     """Beta of the preference for the positive persona's text over the negative's. 0: the heal of the settings."""
 
 
-FREE = {"heal.divergence": "none"}
+TOKENS = {"heal.target": "tokens", "heal.text": "steered", "heal.teacher": "vector", "heal.contrast_kl": 0.0}
+FREE = {**TOKENS, "heal.divergence": "none"}
 FITS = {**FREE, "heal.target": "distribution"}
 OWN = {**FITS, "heal.text": "own"}
 SURVIVES = {"dose.mode": "survival", "dose.target": 0.95, "dose.floor": 0.05, "dose.n_kappas": 4, "dose.n_probes": 32}
@@ -59,7 +60,7 @@ PROMPT = {**OWN, "heal.kl": "reverse", "heal.teacher": "prompt"}
 CONTRAST = {**OWN, "heal.kl": "reverse", "heal.teacher": "contrast", "heal.contrast_kl": 0.1}
 ARMS = {
     "control": Arm(FREE, control=True),
-    "tokens": Arm(),
+    "tokens": Arm(TOKENS),
     "tokens, no barrier": Arm(FREE),
     "tokens of the prompted": Arm({**FREE, "heal.teacher": "prompt"}),
     "tokens of both": Arm({**FREE, **BOTH}),

@@ -20,7 +20,15 @@ from steer_heal.inputs.instruments import (
     parse_vignettes,
 )
 from steer_heal.inputs.pairs import Pair, Question, held_out, parse_questions
-from steer_heal.inputs.traits import TraitFile, make_trait, prompts_file, read_pairs, read_panel, read_trait
+from steer_heal.inputs.traits import (
+    TraitFile,
+    make_trait,
+    prompts_file,
+    read_pairs,
+    read_panel,
+    read_trait,
+    readable_part,
+)
 from steer_heal.records import OPPOSES, Trait
 from steer_heal.settings import RunConfig
 
@@ -96,15 +104,19 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     trait = None
     targets: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
-    with problems.noted():
-        own, source = read_trait(cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
-        trait = make_trait(cfg.trait, source, prompts or ())
-        targets = source.target
-        problems.attempt(_check_pool, cfg, trait)
-        file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
-        pairs = held_out(placed, trait.prompts)
-        if pairs:
-            sha256["eval.pairs"] = file.sha256
+    whole = problems.attempt(read_trait, cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
+    if (found := whole or readable_part(cfg.trait)) is not None:
+        own, source = found
+        prompts = prompts or source.prompts or _everyday(cfg)
+        with problems.noted():
+            if whole is not None:
+                trait = make_trait(cfg.trait, source, prompts)
+                targets = source.target
+            problems.attempt(_check_pool, cfg, cfg.trait if trait is None else trait.name, prompts)
+            file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
+            pairs = held_out(placed, prompts)
+            if pairs:
+                sha256["eval.pairs"] = file.sha256
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
     hold = parsed("heal.hold_attacks", cfg.heal.hold_attacks, parse_attacks) if cfg.heal.hold else ()
     rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts) if cfg.heal.rehearsal else ()
@@ -150,23 +162,29 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     )
 
 
-def _check_pool(cfg: RunConfig, trait: Trait) -> None:
-    """UserError unless there are enough prompts, and each prompt occurs once."""
+def _everyday(cfg: RunConfig) -> tuple[str, ...]:
+    """The prompts of a trait that has none: everyday messages of the package."""
+    texts = parse_texts(read_file(resolve("data/contexts.jsonl", "gen.prompts")))
+    return evenly(texts, cfg.gen.n_prompts + cfg.eval.n_prompts)
+
+
+def _check_pool(cfg: RunConfig, name: str, prompts: Sequence[str]) -> None:
+    """UserError unless the trait of this name has enough prompts, and each occurs once."""
     problems = Problems()
     n_wanted = cfg.gen.n_prompts + cfg.eval.n_prompts
-    if n_wanted > len(trait.prompts):
+    if n_wanted > len(prompts):
         problems.found.append(
             f"gen.n_prompts + eval.n_prompts is {cfg.gen.n_prompts} + {cfg.eval.n_prompts} = {n_wanted}: trait "
-            f"{trait.name!r} has {len(trait.prompts)} prompts, and no prompt is used for both; choose smaller numbers"
+            f"{name!r} has {len(prompts)} prompts, and no prompt is used for both; choose smaller numbers"
         )
     by_form: dict[str, list[str]] = {}
-    for prompt in trait.prompts:
+    for prompt in prompts:
         by_form.setdefault(alike(prompt), []).append(prompt)
     first, *others = max(by_form.values(), key=len, default=[""])
     if others:
         other = next((f" (also as {text!r:.80})" for text in others if text != first), "")
         problems.found.append(
-            f"the prompts of trait {trait.name!r} contain {first!r:.80} {1 + len(others)} times{other}: a prompt must "
+            f"the prompts of trait {name!r} contain {first!r:.80} {1 + len(others)} times{other}: a prompt must "
             "not be used both in training and in evaluation, and case, spaces and punctuation do not make it another; "
             "keep it once"
         )

@@ -10,7 +10,15 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, nearest, validated
@@ -31,7 +39,7 @@ def _lower_case(phrase: str) -> str:
 
 def _listed(target: object) -> object:
     """A single target as a tuple."""
-    return tuple(target) if isinstance(target, list) else (target,)
+    return tuple(target) if isinstance(target, list | tuple) else (target,)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -53,42 +61,64 @@ class PersonaPair:
 class SystemPrompts:
     """System prompts under which text is written. Empty: without one."""
 
-    steered: str
-    plain: str
+    steered: str = ""
+    plain: str = ""
 
 
-@dataclass(frozen=True, config=_STRICT)
+TARGETS = ("contrast_nats", "persona_log_odds")
+"""Of a trait whose file names none."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True))
 class TraitFile:
-    """The fields of a trait file. It has one pair of personas, or several phrasings of it and the default phrasing."""
+    """The fields of a trait file. It has one pair of personas, or several phrasings of it and the default phrasing. All
+    other fields may be left out."""
 
-    description: str
-    target: Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed)]
+    description: str = ""
+    target: Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed)] = TARGETS
     """One or more metrics. The target of a run is the first that its evals report."""
-    sign: Literal[-1, 1]
-    narration: tuple[Annotated[str, AfterValidator(_lower_case)], ...]
-    prompts: tuple[Text, ...]
-    system: SystemPrompts
+    sign: Literal[-1, 1] = 1
+    narration: tuple[Annotated[str, AfterValidator(_lower_case)], ...] = ()
+    prompts: tuple[Text, ...] = ()
+    """Empty: everyday messages of the package."""
+    system: SystemPrompts = field(default_factory=SystemPrompts)
     off_targets: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
     pairs_file: Text | None = None
     """JSON lines to use instead of `pairs`. A relative path is looked up in the folder of the trait file, then in the
     package."""
     persona: PersonaPair | None = None
-    default_phrasing: str | None = None
     phrasing: dict[str, PersonaPair] = field(default_factory=dict)
+    default_phrasing: str | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> TraitFile:
-        if (self.persona is None) is not bool(self.phrasing):
-            raise ValueError("give either [persona], or default_phrasing and one [phrasing.<name>] or more")
-        if self.phrasing and self.default_phrasing not in self.phrasing:
-            names = ", ".join(self.phrasing)
-            raise ValueError(f"default_phrasing is {self.default_phrasing!r}: choose from {names}")
-        if both := [name for name in self.target if name in self.off_targets]:
+    # A field sees the valid ones above it, so that one error tells all that is wrong with a file.
+    @field_validator("off_targets")
+    @classmethod
+    def _without_target(cls, names: tuple[str, ...], above: ValidationInfo) -> tuple[str, ...]:
+        if both := [name for name in above.data.get("target", ()) if name in names]:
             raise ValueError("\n".join(f"off_targets contains the target {name!r}; remove it" for name in both))
-        if self.pairs and self.pairs_file is not None:
+        return names
+
+    @field_validator("pairs_file")
+    @classmethod
+    def _one_source(cls, name: str | None, above: ValidationInfo) -> str | None:
+        if name is not None and above.data.get("pairs"):
             raise ValueError("give either [[pairs]] or pairs_file, not both")
-        return self
+        return name
+
+    @field_validator("phrasing")
+    @classmethod
+    def _or_persona(cls, phrasing: dict[str, PersonaPair], above: ValidationInfo) -> dict[str, PersonaPair]:
+        if "persona" in above.data and (above.data["persona"] is None) is not bool(phrasing):
+            raise ValueError("give either [persona], or default_phrasing and one [phrasing.<name>] or more")
+        return phrasing
+
+    @field_validator("default_phrasing")
+    @classmethod
+    def _a_phrasing(cls, name: str | None, above: ValidationInfo) -> str | None:
+        if (known := above.data.get("phrasing")) and name not in known:
+            raise ValueError(f"default_phrasing is {name!r}: choose from {', '.join(known)}")
+        return name
 
 
 def available() -> list[str]:
@@ -104,16 +134,34 @@ def load_trait(name: str, prompts: Sequence[str] = ()) -> Trait:
 
 def read_trait(name: str) -> tuple[DataFile, TraitFile]:
     """The file of a trait, with all fields checked, including those of other phrasings."""
+    file = _file_of(name)
+    return file, validated(TraitFile, parse_toml(file), str(file.path))
+
+
+def readable_part(name: str) -> tuple[DataFile, TraitFile] | None:
+    """The file of a trait, and of its content only the prompts and the pairs, if they are valid. With it the other
+    checks tell what else is wrong with a file that `read_trait` refuses. None: it is no TOML file."""
+    part: dict[str, object] = {"persona": {"positive": "+", "negative": "-"}}
+    try:
+        file = _file_of(name)
+        table = parse_toml(file)
+    except UserError:
+        return None
+    for field_name in ("prompts", "pairs"):
+        with suppress(UserError, KeyError):
+            validated(TraitFile, {**part, field_name: table[field_name]})
+            part[field_name] = table[field_name]
+    return file, validated(TraitFile, part)
+
+
+def _file_of(name: str) -> DataFile:
     source, _ = _split(name)
     if by_path(name):
-        path = resolve(source, "trait")
-    elif source in available():
-        path = TRAITS / f"{source}.toml"
-    else:
-        fix = "give your own trait by its path, which ends in .toml"
-        raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
-    file = read_file(path)
-    return file, validated(TraitFile, parse_toml(file), str(path))
+        return read_file(resolve(source, "trait"))
+    if source in available():
+        return read_file(TRAITS / f"{source}.toml")
+    fix = "give your own trait by its path, which ends in .toml"
+    raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
 
 
 def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait:

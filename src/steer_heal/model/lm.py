@@ -32,7 +32,7 @@ from steer_heal.inputs.files import DATA, candidates, require_no_adapter
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
-from steer_heal.model.gguf import HUB_ID, SMOL, SMOL_WEIGHTS, cache, gguf_file, quantization, read_gguf, smol_folder
+from steer_heal.model.gguf import PACKAGED, cache, gguf_file, packaged_folder, quantization, read_gguf
 from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.model.prompts import require_finite_prompts, require_no_marks
@@ -83,15 +83,15 @@ class LM:
 
     @property
     def base(self) -> str:
-        """The model that an adapter names as its base: TINY_RANDOM, SMOL, a hub id, or the absolute path of a folder or
-        file on this machine."""
-        return self.name if self.name in (TINY_RANDOM, SMOL) else _located(self.name)
+        """The model that an adapter names as its base: TINY_RANDOM, a name of PACKAGED, a hub id, or the absolute path
+        of a folder or file on this machine."""
+        return self.name if self.name in (TINY_RANDOM, *PACKAGED) else _located(self.name)
 
     @property
     def hub_id(self) -> str | None:
         """The model on the Hugging Face hub whose weights these are, or nearly are if there is a `weights_note`."""
-        if self.name == SMOL:
-            return HUB_ID
+        if self.name in PACKAGED:
+            return PACKAGED[self.name].hub_id
         local = self.base == TINY_RANDOM or Path(self.base).is_absolute()
         return None if local else self.base
 
@@ -385,13 +385,15 @@ def load(
     temperature: float | None = None,
     top_p: float | None = None,
     date: str = "",
+    accept_terms: bool = False,
 ) -> LM:
     """Loads a model with frozen weights. It never runs code that comes with the model.
 
     Args:
-        name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or SMOL.
+        name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or a name of PACKAGED.
         temperature, top_p: Replace the values of the model's generation config.
         date: What the chat template reads as the date. By default today's.
+        accept_terms: Whether the terms of a model of PACKAGED that has some are accepted.
     """
     place = pick_device(device)
     model: Any
@@ -406,7 +408,7 @@ def load(
         picked, why = pick_dtype(dtype, place, model.config)
         model.to(dtype=picked)
     else:
-        saved = str(smol_folder()) if name == SMOL else name
+        saved = str(packaged_folder(name, accept_terms=accept_terms)) if name in PACKAGED else name
         model, tokenizer, why, note = _saved(saved, dtype, place, quantize)
     if quantize == "none":
         try:
@@ -416,7 +418,7 @@ def load(
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
-    lm.weights_note = SMOL_WEIGHTS if name == SMOL else note
+    lm.weights_note = PACKAGED[name].note if name in PACKAGED else note
     return lm
 
 
@@ -549,7 +551,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
     except UserError:
         raise
     except Exception as error:  # each library reports a damaged file in its own way
-        ours = Path(name) == cache() / SMOL
+        ours = Path(name).parent == cache()
         fix = "delete that folder, and it is created again" if ours else FIX_OF_MODEL
         if not ours and (Path(folder) / "config.json").exists():
             fix = "correct or restore its files"

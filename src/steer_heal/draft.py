@@ -1,0 +1,155 @@
+"""Prompts and contrast pairs for a new trait, drafted by a model. A person edits them before they are used."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from loguru import logger
+
+from steer_heal.backends import endpoint
+from steer_heal.errors import UserError
+from steer_heal.inputs import evenly
+from steer_heal.inputs.alike import alike
+from steer_heal.inputs.files import DATA, parse_texts, read_file
+from steer_heal.inputs.pairs import Pair
+from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.lm import load
+from steer_heal.records import derive_seed
+
+N_PROMPTS, N_PAIRS, FEWEST_PAIRS = 48, 44, 8
+N_TRIES = 3
+"""Replies of each persona to a prompt, from which the pair of the nearest lengths is taken."""
+TOPICS = ("work", "cooking", "a friend", "money", "a hobby", "health", "writing", "family", "travel", "a purchase")
+ASK = (
+    "One person answers everybody like this: {positive}\nAnother answers everybody like this: {negative}\n"
+    "Write ten short messages about {topic} that somebody might send to either of them, and on which their answers "
+    "would differ. Write one message on each line, and nothing else."
+)
+ANSWER = "{persona} Answer in two short sentences of about ten words each."
+COPIED = 5
+"""Words in a row that a reply copies from its prompt."""
+Asked = tuple[str, str]
+"""System prompt and message."""
+Writer = Callable[[Sequence[Asked], int], list[str]]
+"""(requests, maximum number of tokens) -> replies."""
+
+
+def writer(name: str, endpoint_model: str = "") -> Writer:
+    """What writes with a model, `name` as for the setting `model`, or with the endpoint of that URL. UserError if there
+    is none."""
+    if name.startswith(("http://", "https://")):
+        return _remote(name, endpoint_model)
+    lm = load(name, temperature=0.8, top_p=0.95)
+    n_asked = 0
+
+    def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
+        nonlocal n_asked
+        prompts = [lm.chat(text, system or None) for system, text in asked]
+        rows = [Row(prompt, seed=derive_seed(0, "draft", n_asked + i)) for i, prompt in enumerate(prompts)]
+        n_asked += len(asked)
+        return [lm.decode(ids).strip() for ids in decode(lm, rows, None, Decoding(max_new_tokens, 0))]
+
+    return write
+
+
+def _remote(url: str, model: str) -> Writer:
+    key = os.environ.get(endpoint.KEY)
+    if not model:
+        model, *_ = endpoint.models(url, key, timeout_s=30) or [""]
+
+    def one(asked: Asked, max_new_tokens: int) -> str:
+        roles = zip(("system", "user"), asked, strict=True)
+        messages = [{"role": role, "content": content} for role, content in roles if content]
+        body = {"model": model, "temperature": 0.8, "max_tokens": max_new_tokens, "messages": messages}
+        return endpoint.reply(url, body, key, timeout_s=120).strip()
+
+    def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda each: one(each, max_new_tokens), asked))
+
+    return write
+
+
+def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[Pair], str]:
+    """(prompts, pairs, where they come from). No prompt of a pair is among the prompts. UserError if fewer than
+    FEWEST_PAIRS pairs pass `fault`.
+
+    Where the model writes too few messages, everyday ones of the package stand in.
+    """
+    logger.info("drafting prompts")
+    asks = [("", ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
+    drafted = _distinct(line for reply in write(asks, 400) for line in _lines(reply))
+    everyday = evenly(parse_texts(read_file(DATA / "contexts.jsonl")), 2 * (N_PROMPTS + N_PAIRS))
+    pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *everyday])
+    n_held = min(len(pool) - N_PROMPTS, 2 * N_PAIRS)
+    held, prompts = pool[:n_held], pool[n_held : n_held + N_PROMPTS]
+    if len(drafted) > N_PROMPTS:  # both lists get their share of what was drafted
+        prompts, held = pool[:N_PROMPTS], pool[N_PROMPTS : N_PROMPTS + n_held]
+    logger.info(f"the model wrote {len(drafted)} messages; drafting pairs on {len(held)} others than the prompts")
+    pairs, faults = _pairs(positive, negative, held, write)
+    if len(pairs) < FEWEST_PAIRS:
+        raise UserError(
+            f"draft_with: of the pairs that the model wrote, {len(pairs)} pass the checks, which is fewer than "
+            f"{FEWEST_PAIRS} (first fault: {next(iter(faults), 'none')}); give a larger model, or leave out "
+            "--draft-with and write the pairs"
+        )
+    own = {*map(alike, drafted)}
+    n_own = sum(alike(text) in own for text in prompts)
+    note = (
+        f"Drafted by a model: {n_own} of the {len(prompts)} prompts (the others are everyday messages of the package) "
+        f"and all {len(pairs)} pairs. Read each one, and change what is wrong."
+    )
+    return prompts, pairs[:N_PAIRS], note
+
+
+def _pairs(positive: str, negative: str, prompts: Sequence[str], write: Writer) -> tuple[list[Pair], list[str]]:
+    """(pairs without a fault, faults of the prompts that have none)."""
+    sides = [ANSWER.format(persona=persona) for persona in (positive, negative)]
+    asked = [(side, prompt) for prompt in prompts for side in sides for _ in range(N_TRIES)]
+    replies = [" ".join(reply.split()) for reply in write(asked, 64)]
+    pairs, faults = [], []
+    for i, prompt in enumerate(prompts):
+        own = replies[i * 2 * N_TRIES : (i + 1) * 2 * N_TRIES]
+        both = [(a, b) for a in own[:N_TRIES] for b in own[N_TRIES:]]
+        both.sort(key=lambda each: abs(len(each[0]) - len(each[1])))
+        found = [fault(prompt, *each) for each in both]
+        if "" in found:
+            pairs.append(Pair(prompt, *both[found.index("")]))
+        else:
+            faults.append(found[0])
+    return pairs, faults
+
+
+def fault(prompt: str, positive: str, negative: str) -> str:
+    """What is wrong with a drafted pair. Empty: nothing that a program sees."""
+    sides = (positive.strip(), negative.strip())
+    counts = [len(side.split()) for side in sides]
+    if min(counts) < 4:
+        return "a side does not answer"
+    if not all(re.search(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)]*$", side) for side in sides):
+        return "a side breaks off"
+    if max(counts) > 1.4 * min(counts):
+        return "the lengths differ"
+    shared = [{*re.findall(r"\w+", side.lower())} for side in sides]
+    if len(shared[0] & shared[1]) > 0.7 * min(map(len, shared)):
+        return "the sides hardly differ"
+    asked = re.findall(r"\w+", prompt.lower())
+    runs = [" ".join(asked[i : i + COPIED]) for i in range(len(asked) - COPIED + 1)]
+    copies = [any(run in " ".join(re.findall(r"\w+", side.lower())) for run in runs) for side in sides]
+    return "one side alone copies the prompt" if copies[0] != copies[1] else ""
+
+
+def _lines(reply: str) -> Iterator[str]:
+    """The messages in a list that a model wrote, without numbers, bullets and quotes."""
+    for line in reply.splitlines():
+        text = re.sub(r"^\s*(?:\d+[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'\u201c\u201d").strip()
+        if 3 <= len(text.split()) <= 40 and not text.endswith(":"):
+            yield text
+
+
+def _distinct(texts: Iterator[str] | Sequence[str]) -> list[str]:
+    """The texts without those that are alike an earlier one."""
+    return list({alike(text): text for text in reversed(list(texts))}.values())[::-1]

@@ -1,0 +1,187 @@
+"""What a run will take: the seconds of each of its steps, from a short probe of the model that it is for."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from steer_heal.bench import Bench, Teacher
+from steer_heal.evals import EVALS
+from steer_heal.inputs import evenly
+from steer_heal.inputs.traits import other_personas
+from steer_heal.model.memory import ROWS_ON_CPU, free_bytes
+from steer_heal.model.state import base_state
+from steer_heal.recipe import Recipe
+from steer_heal.records import Collected, derive_seed
+from steer_heal.settings import TINY_RANDOM
+from steer_heal.stages.generate import Ask
+from steer_heal.stages.heal import HealState
+from steer_heal.teachable import N_TEXTS, N_TOKENS
+
+PROBE_TOKENS = 16
+"""Tokens of each text of the probe."""
+FEW = 4
+"""Items of each kind that the probe reads."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of a run."""
+
+    stage: str
+    times: int
+    """How often it is done."""
+    each: str
+    """What is done each time."""
+    seconds: float
+    """Of all times together."""
+
+
+class _Enough(Exception):
+    """Ends the heal of a probe."""
+
+
+class _Clock:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
+def estimate(bench: Bench) -> list[Planned]:
+    """The stages of a run on this bench. Texts are taken to be as long as they may be. The student is as it was."""
+    cfg, inputs, recipe = bench.cfg, bench.inputs, Recipe.of(bench.cfg)
+    n_keep, longest = cfg.filter.n_keep, cfg.gen.max_new_tokens
+    n_probe = min(cfg.gen.batch_size or ROWS_ON_CPU, n_keep)
+    clock = _Clock()
+    prompts = [inputs.prompts[i % len(inputs.prompts)] for i in range(n_probe)]
+    asks = [Ask(i, text, derive_seed(cfg.seed, "estimate", i)) for i, text in enumerate(prompts)]
+    with clock.of("write"):
+        texts = bench.write(bench.plain, asks, max_new_tokens=PROBE_TOKENS)
+    with clock.of("score"):
+        scored = bench.score(texts)
+    few = replace(bench, inputs=replace(inputs, contexts=evenly(inputs.contexts, 2 * FEW)))
+    with clock.of("vector"):
+        vector = few.extract()
+    collected = Collected(scored=tuple(scored), train=tuple(range(n_probe)))
+    heal = replace(cfg.heal, contrast_kl=0.0, rehearsal=0)
+    with clock.of("teacher"):
+        teacher = replace(bench, cfg=replace(cfg, heal=heal)).make_teacher(recipe, vector, collected)
+    step_s = _seconds_of_a_step(bench, recipe, collected, teacher)
+    of_state = _seconds_of_a_state(bench, clock)
+
+    def written(n: int, n_tokens: int) -> float:
+        return clock.seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
+
+    n_prompt = sum(len(text.prompt_ids) for text in texts) / n_probe
+    longer = (n_prompt + longest) / (n_prompt + PROBE_TOKENS)
+    read = clock.seconds["score"] * n_keep / n_probe * longer
+    n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
+    n_steps = cfg.heal.epochs * math.ceil((n_keep * 7 / 8 + cfg.heal.rehearsal) / cfg.heal.batch_size)
+    n_text = n_keep + cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
+    n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
+    at_most = f" (at most {cfg.filter.max_attempts})" if cfg.filter.max_attempts > n_keep else ""
+    n_conditions = 3 + 2 * len(other_personas(cfg.trait))
+    asked = inputs.pairs and cfg.model != TINY_RANDOM
+    plan = [
+        Planned(
+            "pre-flight",
+            1,
+            f"{n_conditions} readings of {len(inputs.pairs)} pairs",
+            n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS),
+        )
+        if asked
+        else Planned("pre-flight", 0, "no pairs, or an untrained model", 0.0),
+        Planned(
+            "text", n_heals, f"{n_text}{at_most} texts of {longest} tokens", n_heals * (written(n_text, longest) + read)
+        ),
+        Planned(
+            "vector and teacher",
+            n_rounds,
+            f"{len(inputs.contexts)} contexts, {n_keep} texts",
+            n_rounds
+            * (
+                3 * clock.seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
+                + clock.seconds["teacher"] * n_keep / n_probe * longer
+            ),
+        ),
+        Planned("heal", n_heals, f"{n_steps} steps", n_heals * n_steps * step_s * longer),
+    ]
+    n_states = 2 + cfg.control + 2 * n_rounds
+    measured = ", ".join(cfg.eval.evals)
+    return [*plan, Planned("states", n_states, measured, n_states * sum(of_state.values()))]
+
+
+def _seconds_of_a_step(bench: Bench, recipe: Recipe, collected: Collected, teacher: Teacher) -> float:
+    """Of the second optimiser step of a heal, which is then dropped."""
+    ends: list[float] = []
+
+    def on_step(state: HealState) -> None:
+        ends.append(time.monotonic())
+        if len(ends) == 2:
+            raise _Enough
+
+    try:
+        settings = replace(bench.cfg.heal, epochs=2, rehearsal=0)
+        bench.heal(recipe, 0, collected, teacher, settings=settings, on_step=on_step)
+    except _Enough:
+        pass
+    finally:
+        bench.student.discard_round()
+    return ends[1] - ends[0]
+
+
+def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
+    """Of each eval of one state, and of the margins of its pairs. The probe measures a few items of the base."""
+    cfg, inputs = bench.cfg.eval, bench.inputs
+    small = replace(cfg, n_texts=min(cfg.n_texts, ROWS_ON_CPU), max_new_tokens=min(cfg.max_new_tokens, PROBE_TOKENS))
+    few = replace(
+        inputs,
+        pairs=evenly(inputs.pairs, FEW),
+        panel={name: evenly(pairs, 1) for name, pairs in inputs.panel.items()},
+        everyday=evenly(inputs.everyday, FEW),
+        vignettes=evenly(inputs.vignettes, FEW),
+    )
+    subject = replace(bench, cfg=replace(bench.cfg, eval=small), inputs=few).subject(base_state(bench.trait))
+
+    ratios = {
+        "pair": len(inputs.pairs) / max(1, len(few.pairs)),
+        "trait": sum(map(len, inputs.panel.values())) / max(1, len(few.panel)),
+        "question": len(inputs.everyday) / len(few.everyday),
+        "vignette": len(inputs.vignettes) / len(few.vignettes),
+        "text": cfg.n_texts / small.n_texts * cfg.max_new_tokens / small.max_new_tokens,
+    }
+    with clock.of("margins"):
+        _ = subject.margins if few.pairs else None
+    found = {"margins": clock.seconds["margins"] * ratios["pair"]}
+    for name in bench.cfg.eval.evals:
+        with clock.of(name):
+            EVALS[name].items(subject)
+        found[name] = clock.seconds[name] * ratios[EVALS[name].of]
+    return found
+
+
+def memory(bench: Bench) -> str:
+    """Memory that the weights take, that the probe took at its peak, and that is still free."""
+    lm = bench.student.lm
+    weights = sum(each.numel() * each.element_size() for each in lm.model.parameters())
+    if lm.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(lm.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sizes = (weights, peak, free_bytes(lm.device))
+    held, most, free = (f"{size / GIB:.1f} GiB" for size in sizes)
+    return f"weights {held}, peak of the probe {most}, still free {free}"

@@ -1,0 +1,57 @@
+"""`run --plan`: the stages that the run then has, and nothing written."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import DOORS
+from test_shown_flags import SMALLEST
+
+from steer_heal import SteerHeal
+from steer_heal.__main__ import main
+from steer_heal.estimate import estimate
+from steer_heal.presets import CHAT_PRESET
+from steer_heal.settings import changed
+
+SMALL = {**SMALLEST, "heal.contrast_kl": 0.01, "eval.evals": ("contrast", "holds", "panel", "everyday", "text_quality")}
+
+
+@pytest.mark.parametrize("change", [{}, {"control": False, "n_rounds": 2}])
+def test_the_plan_has_the_stages_of_the_run(change):
+    cfg = changed(CHAT_PRESET, {**SMALL, **change})
+    with SteerHeal(trait=DOORS, settings=cfg) as sh:
+        before = [each.clone() for each in sh.lm.model.parameters()]
+        plan = {stage.stage: stage for stage in estimate(sh.bench)}
+        assert sh.n_rounds == 0 and sh.student.n_rounds == 0
+        assert all(map(torch.equal, before, sh.lm.model.parameters()))
+        n_states = len(sh.loop()) if not change else 2 + 2 * 2
+    assert plan["states"].times == n_states
+    assert plan["heal"].times == plan["text"].times == cfg.n_rounds + cfg.control
+    assert plan["text"].each == "6 (at most 24) texts of 6 tokens"
+    assert plan["pre-flight"].times == 0, "an untrained model is not asked"
+    assert all(stage.seconds > 0 for stage in plan.values() if stage.times)
+
+
+def test_more_of_a_thing_takes_longer_and_a_vector_has_its_probes():
+    few = {"dose.mode": "survival", "heal.teacher": "vector", "heal.contrast_kl": 0.0, "gen.max_new_tokens": 24}
+    with SteerHeal(trait=DOORS, settings=changed(CHAT_PRESET, {**SMALL, **few})) as sh:
+        own = {stage.stage: stage for stage in estimate(sh.bench)}
+        cfg = changed(sh.cfg, {"n_rounds": 2, "heal.epochs": 9})
+        more = {stage.stage: stage for stage in estimate(replace(sh.bench, cfg=cfg))}
+    assert own["text"].each.startswith("10 "), "6 texts and 4 probes"
+    assert more["heal"].each != own["heal"].each
+    assert more["states"].times > own["states"].times
+
+
+def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [word for name, value in SMALL.items() if name != "control" for word in flag(name, value)]
+    assert main(["run", "chat", "--plan", "--quiet", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "heal" in out and "minutes in all" in out and "memory: weights" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def flag(name: str, value: object) -> list[str]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}".replace("_", "-"), *map(str, values)]

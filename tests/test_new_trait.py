@@ -1,0 +1,194 @@
+"""A trait of two sentences: its file, what a model drafts for it, and a first try without a file."""
+
+import json
+import re
+import threading
+import tomllib
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from runs import undrawn
+from test_estimate import SMALL, flag
+
+from steer_heal.__main__ import main
+from steer_heal.draft import FEWEST_PAIRS, N_PAIRS, N_PROMPTS, Writer, draft, fault, writer
+from steer_heal.errors import UserError
+from steer_heal.inputs import load_inputs
+from steer_heal.inputs.alike import alike
+from steer_heal.inputs.new_trait import trait_text
+from steer_heal.inputs.pairs import Pair
+from steer_heal.inputs.traits import TraitFile, read_trait
+from steer_heal.presets import CHAT_PRESET
+from steer_heal.runs.stored import FolderRun
+
+BLUNT, FLATTERING = "You are blunt: you say it in bare words.", "You are flattering: you say it in sweet words."
+HOSTILE = 'You say "yes\\n", \\ and\nthen ] = \x7f {prompts}.'
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "prompts, pairs", [([], []), (["a{}", HOSTILE], [Pair("p", HOSTILE, "b"), Pair("q", "c", "d")])]
+)
+def test_the_file_says_what_it_was_given_and_names_every_field(prompts, pairs, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(trait_text(HOSTILE, FLATTERING, prompts, pairs, "A note."), encoding="utf-8")
+    found = read_trait(str(file))[1]
+    assert found.persona is not None and (found.persona.positive, found.persona.negative) == (HOSTILE, FLATTERING)
+    assert (list(found.prompts), list(found.pairs)) == (prompts, pairs)
+    for name in TraitFile.__dataclass_fields__:
+        assert re.search(rf"^(# )?\[*{name}\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_what_may_be_empty_may_be_left_out(tmp_path):
+    (tmp_path / "least.toml").write_text('[persona]\npositive = "You open doors."\nnegative = "You lock doors."\n')
+    (tmp_path / "whole.toml").write_text(trait_text("You open doors.", "You lock doors."))
+    least, whole = (
+        load_inputs(replace(CHAT_PRESET, trait=str(tmp_path / f"{name}.toml"))) for name in ("least", "whole")
+    )
+    assert (least.trait.prompts, least.targets, least.trait.sign) == (whole.trait.prompts, whole.targets, 1)
+    assert len(least.prompts) == 36 and len(least.eval_prompts) == 12 and not {*least.prompts} & {*least.eval_prompts}
+
+
+def test_every_mistake_in_the_arguments_is_told_at_once(tmp_path, capsys):
+    (tmp_path / "is.there").touch()
+    assert main(["new-trait", str(tmp_path / "is.there"), "--positive", "Be kind.", "--negative", " Be kind. "]) == 2
+    told = capsys.readouterr().err
+    assert "3 problems" in told and "must end in .toml" in told and "it exists" in told and "must be different" in told
+
+
+# --- drafts ------------------------------------------------------------------------------------------------------
+def stub(n_messages: int, answer=lambda side, i: f"{side} answer {i} stands here in full.") -> Writer:
+    """Writes messages where it is asked for some, and otherwise an answer that differs by persona."""
+    made = iter(range(10**6))
+
+    def write(asked, max_new_tokens):
+        if asked[0][0] == "":
+            each = -(-n_messages // len(asked))
+            return ["\n".join(f'{k + 1}. "How is my cake {next(made)}?"' for k in range(each)) for _ in asked]
+        sides = ["Sour words of an honest" if "blunt" in system else "Sweet praise from a gentle" for system, _ in asked]
+        return [answer(side, i) for i, side in enumerate(sides)]
+
+    return write
+
+
+@pytest.mark.parametrize("n_messages", [0, 40, 400])
+def test_drafts_are_whole_and_held_out(n_messages, tmp_path):
+    prompts, pairs, note = draft(BLUNT, FLATTERING, stub(n_messages))
+    assert len(prompts) == N_PROMPTS and len(pairs) == N_PAIRS
+    forms = [alike(text) for text in (*prompts, *(pair.prompt for pair in pairs))]
+    assert len({*forms}) == len(forms), "no prompt stands twice"
+    assert all(pair.positive.startswith("Sour") and pair.negative.startswith("Sweet") for pair in pairs)
+    n_own = sum(text.startswith("How is my cake") for text in prompts)
+    assert f"{n_own} of the {N_PROMPTS} prompts" in note and (n_own == N_PROMPTS) == (n_messages == 400)
+    (tmp_path / "mine.toml").write_text(trait_text(BLUNT, FLATTERING, prompts, pairs, note))
+    inputs = load_inputs(replace(CHAT_PRESET, trait=str(tmp_path / "mine.toml")))
+    assert len(inputs.pairs) == N_PAIRS and len(inputs.prompts) == 36
+
+
+def test_a_model_whose_pairs_are_all_faulty_is_refused():
+    with pytest.raises(UserError, match=f"fewer than {FEWEST_PAIRS} .*a side does not answer"):
+        draft(BLUNT, FLATTERING, stub(400, lambda side, i: "No."))
+
+
+GOOD = "It is far too dry. Bake it for ten minutes less."
+SWEET = "What a dream, you gifted cook! Only take it out sooner."
+
+
+@pytest.mark.parametrize(
+    "positive, negative, told",
+    [
+        (GOOD, SWEET, ""),
+        ("", SWEET, "a side does not answer"),
+        ("Dry as dust.", SWEET, "a side does not answer"),
+        (GOOD, SWEET[:-1], "a side breaks off"),
+        (GOOD, f"{SWEET} {SWEET}", "the lengths differ"),
+        (GOOD, GOOD.replace("ten", "two"), "the sides hardly differ"),
+        (GOOD, "How is my cake with lemon? What a dream it is, cook!", "one side alone copies the prompt"),
+    ],
+)
+def test_a_degenerate_pair_is_told(positive, negative, told):
+    assert fault("How is my cake with lemon and mint?", positive, negative) == told
+    assert fault("How is my cake with lemon and mint?", negative, positive) == told
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    seen: list[dict] = []
+
+    def do_GET(self):
+        self._send({"data": [{"id": "first"}, {"id": "second"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Endpoint.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        self._send({"choices": [{"message": {"content": f" to {body['messages'][-1]['content']} "}}]})
+
+    def _send(self, answer):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endpoint_writes_with_its_first_model_in_the_order_of_the_requests(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    Endpoint.seen = []
+    http = HTTPServer(("127.0.0.1", 0), Endpoint)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        write = writer(f"http://127.0.0.1:{http.server_port}/v1")
+        assert write([("Be kind.", "a"), ("", "b")], 7) == ["to a", "to b"]
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+    first = next(each for each in Endpoint.seen if each["messages"][-1]["content"] == "a")
+    assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "first")
+    assert first["max_tokens"] == 7 and first["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert all(each["messages"][0]["role"] == "user" for each in Endpoint.seen if each is not first)
+    with pytest.raises(UserError, match=r"no answer from http://127\.0\.0\.1:9/v1/models"):
+        writer("http://127.0.0.1:9/v1")
+
+
+def test_a_model_on_this_machine_writes_under_a_system_prompt():
+    write = writer("tiny-random")
+    first = write([("Be kind.", "Open the door!"), ("", "Open the door!")], 6)
+    assert len(first) == 2 and first != write([("Be kind.", "Open the door!"), ("", "Open the door!")], 6)
+
+
+def test_the_command_drafts_with_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("steer_heal.draft.writer", lambda name, model: stub(400))
+    file = tmp_path / "blunt.toml"
+    flags = ["--positive", BLUNT, "--negative", FLATTERING, "--draft-with", "tiny-random"]
+    assert main(["new-trait", str(file), *flags]) == 0
+    found = tomllib.loads(file.read_text())
+    assert len(found["prompts"]) == N_PROMPTS and len(found["pairs"]) == N_PAIRS
+    assert f"--trait {file}" in capsys.readouterr().out
+
+
+# --- a first try -------------------------------------------------------------------------------------------------
+def test_two_personas_are_enough_for_a_run(tmp_path, capsys):
+    flags = [word for name, value in SMALL.items() if name != "eval.evals" for word in flag(name, value)]
+    flags = [*flags, "--eval.evals", "contrast", "text_quality", "--out", str(tmp_path), "--quiet"]
+    flags = [word for word in flags if word not in ("--control", "True")]
+    with undrawn():
+        assert main(["run", "chat", "--positive", BLUNT, "--negative", FLATTERING, *flags]) == 0, (
+            capsys.readouterr().err
+        )
+    (folder,) = [path for path in tmp_path.iterdir() if (path / "events.jsonl").exists()]
+    run = FolderRun.read(folder)
+    assert run.start.config.eval.evals == ("text_quality", "persona"), "what needs pairs is left out"
+    assert run.start.trait.target == "persona_log_odds" and run.rounds == [0]
+    assert (run.start.trait.positive, run.start.trait.negative) == (BLUNT, FLATTERING)
+    assert main(["resume", str(folder), "--quiet"]) == 0, "its trait file is kept"
+
+
+@pytest.mark.parametrize(
+    "given, told", [(["--positive", "a"], "different"), (["--trait", "love", "--positive", "a"], "give")]
+)
+def test_half_a_pair_or_a_trait_too_is_refused(given, told, tmp_path, capsys):
+    assert main(["run", "chat", "--out", str(tmp_path), *given]) == 2
+    assert told in capsys.readouterr().err and not any(tmp_path.iterdir())

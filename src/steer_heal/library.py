@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer_heal.bench import Bench, Teacher, load_model, require_bands
-from steer_heal.check import check_inputs, holds_files
+from steer_heal.check import check_inputs
 from steer_heal.errors import UserError, nearest, validated
 from steer_heal.events import AnyEvent, Contrasted, Dropped, Extracted, HealStepped, RoundDone, Trained
 from steer_heal.inputs.traits import TraitFile
@@ -27,13 +27,15 @@ from steer_heal.model.lm import LM, Original, wrap
 from steer_heal.model.state import State, base_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import AdapterState, Factors, Student
+from steer_heal.model.to_gguf import Quantization
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
 from steer_heal.runs.begin import start_event
-from steer_heal.runs.storage import atomic_folder
 from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import RunConfig, changed
+from steer_heal.share.card import Form
+from steer_heal.share.export import export, write_folder
 from steer_heal.stages.generate import Ask
 from steer_heal.verdict import table, verdict
 
@@ -421,16 +423,32 @@ class SteerHeal:
         if self._own is None:
             raise UserError("no round is baked: there is nothing to save; call loop(), or heal() and bake()")
         own = self._own
-        return _filled(folder, lambda part: self.student.save(part, own))
+        path = Path(folder)
+        write_folder(path, lambda part: self.student.save(part, own))
+        return path
 
-    def export(self, folder: str | Path, adapter_scale: float = 1.0) -> Path:
-        """Writes the student, merged, as a plain transformers model. UserError where the folder is not empty.
+    def export(
+        self,
+        folder: str | Path,
+        format: Form = "hf",
+        *,
+        adapter_scale: float = 1.0,
+        rank: int | None = None,
+        quantization: Quantization = "f16",
+    ) -> Path:
+        """Writes the baked rounds for another program. UserError where the folder is not empty, and for what the format
+        cannot hold.
 
         Args:
+            format: `hf`, a merged model for transformers; `peft`, an adapter folder; `gguf-lora`, an adapter for
+                llama.cpp; `gguf`, a merged model for llama.cpp.
             adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied. -1 reverses it.
+            rank: Rank to which an adapter is cut. None: its own.
+            quantization: `f16` or `q8_0`, of a merged GGUF.
         """
-        with self.student.scaled(adapter_scale):
-            return _filled(folder, self.student.export)
+        path = Path(folder)
+        export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)
+        return path
 
     def close(self) -> None:
         """Drops every round and takes the adapters out; a model that was handed in is as it was before."""
@@ -455,18 +473,6 @@ def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
 def _name_of(model: Any) -> str:
     """What an adapter of a loaded model names as its base."""
     return getattr(model, "name_or_path", "") or type(model).__name__
-
-
-def _filled(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    path = Path(folder)
-    if path.is_file() or holds_files(path):
-        raise UserError(f"folder {str(path)!r} is not empty; give a new one, or empty it")
-    try:
-        with atomic_folder(path) as part:
-            write(part)
-    except OSError as error:
-        raise UserError(f"folder {str(path)!r} cannot be written ({error}); give another one") from None
-    return path
 
 
 @contextmanager

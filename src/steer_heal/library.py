@@ -13,31 +13,43 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.bench import Bench, Teacher, load_model, require_bands
+from steer_heal.bench import Bench, Teacher, load_model, require_bands, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError, nearest, validated
-from steer_heal.events import AnyEvent, Contrasted, Dropped, Extracted, HealStepped, RoundDone, Trained
+from steer_heal.events import (
+    AnyEvent,
+    Contrasted,
+    Dropped,
+    Extended,
+    Extracted,
+    HealStepped,
+    RoundDone,
+    RunEnd,
+    Trained,
+)
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
 from steer_heal.model.state import State, base_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Condition, Vector
-from steer_heal.model.student import AdapterState, Factors, Student
+from steer_heal.model.student import ROUND_FILE, AdapterState, Factors, Student
 from steer_heal.model.to_gguf import Quantization
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
 from steer_heal.runs.begin import start_event
-from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RunConfig, changed
+from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
+from steer_heal.runs.stored import FolderRun, MemoryRun
+from steer_heal.settings import RoundName, RunConfig, changed
 from steer_heal.share.card import Form
 from steer_heal.share.export import export, write_folder
 from steer_heal.stages.generate import Ask
-from steer_heal.verdict import table, verdict
+from steer_heal.verdict import chosen_round, table, verdict
 
 STATES = ("base", "prompted", "steered", "healed")
 
@@ -109,7 +121,7 @@ class SteerHeal:
             tokenizer: Of a loaded model. It is copied.
             trait: As `--trait`, or one of `define_trait`. None: as the settings say.
             settings: All of them, or changes to the preset by the names of the flags: {"heal.epochs": 2}. `n_threads`,
-                `out`, `export` and `quiet` have no effect here.
+                `out` and `quiet` have no effect here.
             preset: Whose settings they are, where `settings` is not a RunConfig.
             seed: In place of that of the settings.
             name: Of a trait that was handed in.
@@ -152,6 +164,37 @@ class SteerHeal:
         """What the last heal learnt from."""
         self._own: Factors | None = None
         self._start()
+
+    @classmethod
+    def open(cls, folder: str | Path, round: RoundName = "best", *, allow_broken: bool = False) -> SteerHeal:
+        """A run of the command after one of its rounds: model, data, settings, student and measurements. `loop` goes on
+        from that round. Nothing is written to the folder.
+
+        UserError where the model, a data file or a checkpoint is not as the run recorded it.
+
+        Args:
+            folder: Of the run.
+            round: `best` as the verdict says, `last`, or a number.
+            allow_broken: Whether the model of the round may be broken.
+        """
+        run = FolderRun.read(Path(folder))
+        r = chosen_round(run, round, allow_broken=allow_broken)
+        sh = cls(settings=recorded_settings(run.folder))
+        try:
+            same_inputs(run.folder, sh.inputs)
+            same_weights(run.folder, weights_of(sh.lm))
+            run.restore_student(r, sh.student)
+            sh._own = load_file(run.checkpoint(r) / ROUND_FILE)
+            sh._run = MemoryRun(e for e in run.events if not isinstance(e, RunEnd | Extended) and (e.round or 0) <= r)
+            for k in range(r + 1):
+                sh._run.keep_vector(k, run.vector(k))
+            sh._run.keep_student(r, sh.student, sh._own)
+            sh.vector = run.vector(r)
+        except BaseException:
+            sh.close()
+            raise
+        sh._n_by_loop = r + 1
+        return sh
 
     def _wrapped(self, model: nn.Module, tokenizer: Any, cfg: RunConfig) -> LM:
         if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):

@@ -12,6 +12,7 @@ import tyro
 from steer_heal.check import check_writable
 from steer_heal.errors import Problems, print_safe
 from steer_heal.flags import parsed
+from steer_heal.runs.log import read_start
 from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, settings
 from steer_heal.verdict import chosen_round, round_words
 
@@ -45,20 +46,20 @@ def main(argv: Sequence[str]) -> int:
     if lexists(given.folder):
         problems.found.append(f"folder is {str(given.folder)!r}: it exists already; give a new one")
     problems.attempt(check_writable, "folder", given.folder)
-    from steer_heal.runs.opened import model_of, settings_of  # torch: seconds
+    problems.attempt(read_start, given.run)
+    problems.raise_if_any()
+    from steer_heal.model.student import Student  # torch: seconds
+    from steer_heal.runs.opened import model_of, settings_of
     from steer_heal.runs.stored import FolderRun
     from steer_heal.share.card import write_export_card
     from steer_heal.share.export import export, require_form
 
     run = FolderRun.read(given.run)
-    problems.attempt(require_form, run.start.config.adapter, given.format, given.rank)
-    problems.raise_if_any()
+    require_form(run.start.config.adapter, given.format, given.rank)
     r = chosen_round(run, given.round, allow_broken=given.allow_broken)
     run.checkpoint(r)  # checks its files before the model is loaded
     print_safe(round_words(run, r))
     cfg = settings_of(run, **own)
-    from steer_heal.model.student import Student
-
     student = Student(model_of(run, cfg), cfg.adapter)
     run.restore_student(r, student)
     changes = export(

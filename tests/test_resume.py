@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from compare import comparable, weights
-from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, started
+from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, rewritten, started
 
 from steer_heal.__main__ import main
 from steer_heal.bench import Bench
@@ -417,6 +417,7 @@ def test_a_finished_run_gets_the_row_that_it_lacks_and_is_left_alone_otherwise(s
 def without_ends(run):
     """The events of a run without its ends and extensions, and without the number of rounds."""
     events = [event for event in comparable(run) if event["event"] not in ("run_end", "extended")]
+    events[0].pop("settings")
     events[0]["config"].pop("n_rounds")
     return events
 

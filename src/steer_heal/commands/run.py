@@ -191,7 +191,7 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
     run.require_in_place()
     draw(run.folder)
     run.clear()
-    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": run.start.settings}
+    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": cfg.fingerprint()}
     append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
 
 

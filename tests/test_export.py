@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import scramble
 from huggingface_hub import ModelCard
+from made_runs import run_events, with_metrics, write_run
 from peft import PeftModel
 from places import ROOT
 from runs import rewritten, started
@@ -23,6 +24,7 @@ from test_families import family
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from steer_heal.__main__ import main
+from steer_heal.commands import tasks as tasks_command
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import DATA
@@ -30,6 +32,7 @@ from steer_heal.model.lm import load
 from steer_heal.model.student import Student
 from steer_heal.runs.verify import violations
 from steer_heal.settings import AdapterCfg
+from steer_heal.share import tasks
 from steer_heal.share.export import export
 
 CFG = AdapterCfg(rank=4, alpha=12.0, layers=(0.0, 1.0))
@@ -272,6 +275,28 @@ def test_a_broken_round_and_a_damaged_one_are_not_exported(copy, tmp_path, capsy
     assert "format is 'peft'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+# --- the round that commands take --------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", ["export", "push", "chat", "eval", "tasks"])
+def test_every_command_takes_the_best_round_and_a_broken_one_only_if_it_is_allowed(
+    command, tmp_path, monkeypatch, capsys
+):
+    """Round 1 of the run is broken. Every command ends at a file that is missing, after it has named its round."""
+    monkeypatch.setattr(tasks_command, "find_spec", lambda name: True)
+    monkeypatch.setattr(tasks, "task_manager", lambda names, include_path: None)
+    run = write_run(tmp_path / "run", with_metrics(run_events(2), {"degenerate_frac": 0.9}, ["healed"], 1))
+    flags = {"export": [str(tmp_path / "new")], "push": ["me/mine"], "tasks": ["--tasks", "t"]}.get(command, [])
+    given = [command, "--run", str(run)] if command == "eval" else [command, str(run)]
+    for more, told in (
+        ([], "round 0 of 0, 1 (GOOD, the best)"),
+        (["--round", "0"], "round 0 of 0, 1 (GOOD, the best)"),
+        (["--round", "last"], "error: round 1 is BROKEN: "),
+        (["--round", "1"], "take round 0, or give --allow-broken"),
+        (["--round", "last", "--allow-broken"], "round 1 of 0, 1 (BROKEN)"),
+    ):
+        assert main([*given, *flags, *more]) == 2
+        assert told in "".join(capsys.readouterr()), more
+
+
 # --- the page that shows all this --------------------------------------------------------------------------------
 PAGE = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
 
@@ -366,6 +391,7 @@ def test_llama_cpp_reads_the_same_student(model, tmp_path, request):
     export(student, tmp_path / "lora", "gguf-lora")
     export(student, tmp_path / "full", "gguf")
     export(student, tmp_path / "small", "gguf", quantization="q8_0")
+    assert (healed(student) - logits(student.lm)).abs().max() > 2, "the rounds matter"
     ways = {
         "base": (["-m", "base/model-f16.gguf"], 1e-4),
         "adapter": (["-m", "base/model-f16.gguf", "--lora", "lora/adapter.gguf"], 1e-4),

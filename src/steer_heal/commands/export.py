@@ -57,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     run = FolderRun.read(given.run)
     require_form(run.start.config.adapter, given.format, given.rank)
     r = chosen_round(run, given.round, allow_broken=given.allow_broken)
-    run.checkpoint(r)  # checks its files before the model is loaded
     print_safe(round_words(run, r))
+    run.checkpoint(r)  # checks its files before the model is loaded
     cfg = settings_of(run, **own)
     student = Student(model_of(run, cfg), cfg.adapter)
     run.restore_student(r, student)

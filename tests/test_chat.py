@@ -204,8 +204,7 @@ def test_what_cannot_be_talked_to_is_named(two, copy, tmp_path, monkeypatch, cap
     shutil.rmtree(copy / "ckpt" / "r1")
     for run, flags, told in (
         (tmp_path, [], "has no events.jsonl; give a run folder"),
-        (two, ["--round", "4"], "round 4 of"),
-        (two, ["--round", "4"], "its rounds are 0, 1"),
+        (two, ["--round", "4"], "round 4 does not exist; the rounds of the run are 0, 1"),
         (copy, [], "r1/adapter_config.json is missing"),
         (two, ["--states", "bse"], "did you mean 'base'"),
         (two, ["--port", "65536"], "port is 65536: it must be <= 65535"),

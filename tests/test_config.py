@@ -30,7 +30,6 @@ def test_settings_of_any_kind_are_read_as_they_were(tmp_path):
     cfg = replace(
         PRESETS["toy"][1],
         out=Path('a "b"\\c é 😀'),
-        export=Path("x"),
         temperature=1.0,
         backtrack=BacktrackCfg(limits={"kl_base": 0.2, "a.b c": 1e-9}),
         filter=replace(PRESETS["toy"][1].filter, gates=()),

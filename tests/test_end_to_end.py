@@ -33,7 +33,7 @@ def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("out with space")
-    return run(out, "--export", str(out / "merged"), "--eval.n-vignettes", N_VIGNETTES)
+    return run(out, "--eval.n-vignettes", N_VIGNETTES)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
     folder, _ = done
     prompt = torch.tensor([load("tiny-random").chat("What do you do?")])
     adapted = PeftModel.from_pretrained(load("tiny-random").model, folder / "ckpt" / "r1")
+    assert main(["export", str(folder), str(folder.parent / "merged")]) == 0
     merged = load(str(folder.parent / "merged")).model
     with torch.no_grad():
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)

@@ -85,7 +85,7 @@ def test_a_number_that_one_side_lacks_differs():
             ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
             ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x"),
         ),
-        (("--round", "7"), ("round 7", "does not exist", "its rounds are 0, 1")),
+        (("--round", "7"), ("round 7 does not exist", "the rounds of the run are 0, 1")),
         (
             ("--state", "base", "--round", "0"),
             ("round is 0: base is measured once per run", "leave out --round or --state"),
@@ -123,9 +123,8 @@ def test_a_round_that_was_dropped_or_damaged_is_named(copy, capsys):
 
     rewritten(copy, drop)
     assert main(["eval", "--run", str(copy), "--round", "1"]) == 2
-    assert (
-        "round 1 of" in (told := capsys.readouterr().err) and "was dropped (kl_base 3 > 0.1); its rounds are 0" in told
-    )
+    told = capsys.readouterr().err
+    assert "round 1 was dropped (kl_base 3 > 0.1); the rounds of the run are 0" in told
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):

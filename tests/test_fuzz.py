@@ -151,7 +151,7 @@ def flags_of(kind: type = RunConfig, prefix: str = "") -> list[str]:
     return out
 
 
-FLAGS = [flag for flag in flags_of() if flag not in ("--out", "--folder", "--export")]
+FLAGS = [flag for flag in flags_of() if flag not in ("--out", "--folder")]
 WORDS = (
     "0 1 -1 2.5 nan inf -inf 1e400 1e-400 0x1 True None authority ../x data/toylm README.md builtin tinymfv fixed "
     "data/toylm/vignettes.jsonl data/traits/authority.toml /dev/null /proc/self/mem"
@@ -165,7 +165,7 @@ PATHS = st.one_of(ANY_TEXT, st.sampled_from(ODD_PATHS)).map(lambda path: path.ls
 @given(
     st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)), max_size=3),
     PATHS,
-    st.sampled_from(["--out", "--folder", "--export", "resume", "verify"]),
+    st.sampled_from(["--out", "--folder", "resume", "verify"]),
     st.booleans(),
 )
 def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
@@ -201,7 +201,7 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
 CONFIG = as_json(FAST_DEV_PRESET)
 
 
-NULLABLE = ("export", "folder", "prompts", "pairs", "out", "temperature", "top_p")
+NULLABLE = ("folder", "prompts", "pairs", "out", "temperature", "top_p")
 
 
 def kinds(value) -> dict | str:

@@ -250,6 +250,29 @@ def test_an_export_is_a_model_that_loads(sh, tmp_path):
     assert sh.evaluate("healed").metrics == want, "the student itself is not scaled"
 
 
+def test_a_run_of_the_command_is_opened_after_any_round_and_goes_on_with_its_figures(two, tmp_path):
+    """Two rounds of the command: opened after the first, the second is the same."""
+    run = FolderRun.read(two)
+    before = {path.name: path.read_bytes() for path in two.iterdir() if path.is_file()}
+    with SteerHeal.open(two, round=0) as sh:
+        assert sh.n_rounds == 1 and sh.base == run.measured("base").result
+        assert [m["round"] for m in map(asdict, sh.events) if m["event"] == "trained"] == [0]
+        sh.loop(2)
+        assert comparable(sh.events) == comparable(run.events[:-1]) and sh.verdict() == run.end.verdict
+        sh.save(tmp_path / "last")
+    with SteerHeal.open(str(two)) as sh:
+        assert sh.n_rounds == 2 and sh.evaluate("healed").metrics == run.measured("healed", 1).metrics
+        sh.save(tmp_path / "again")
+        sh.export(tmp_path / "peft", "peft", rank=2)
+    for name in ("adapter_model.safetensors", "round.safetensors"):
+        saved = [(folder / name).read_bytes() for folder in (tmp_path / "last", tmp_path / "again", two / "ckpt/r1")]
+        assert saved[0] == saved[1] == saved[2]
+    assert before == {path.name: path.read_bytes() for path in two.iterdir() if path.is_file()}
+    for folder, how, told in ((two, {"round": 4}, "round 4 does not exist"), (tmp_path, {}, "has no events.jsonl")):
+        with pytest.raises(UserError, match=told):
+            SteerHeal.open(folder, **how)
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 def test_what_a_person_can_fix_is_a_user_error(sh, tmp_path):
     (tmp_path / "full").mkdir()

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from compare import weights
-from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, started
+from compare import comparable, weights
+from runs import Killed, assert_same, killing, of, poisoned, recorded, resumed, rewritten, started
 
 from steer_heal.__main__ import main
 from steer_heal.bench import Bench
@@ -19,7 +19,6 @@ from steer_heal.inputs.files import DATA
 from steer_heal.loop import Loop
 from steer_heal.model import decode
 from steer_heal.model import lm as lm_module
-from steer_heal.model.lm import load
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Student
 from steer_heal.records import HealStep
@@ -379,7 +378,7 @@ def test_a_run_that_is_moved_while_it_runs_stops_and_goes_on_at_its_new_place(
 
 
 # --- flags -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", ["--heal.lam 0.75", "--n-rounds 3", "--seed 1", "--out x", "fast-dev"])
+@pytest.mark.parametrize("flags", ["--heal.lam 0.75", "--seed 1", "--out x", "fast-dev"])
 def test_other_settings_are_refused(flags, after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stopped:
@@ -391,41 +390,76 @@ def test_other_settings_are_refused(flags, after_round_0, capsys):
 def test_settings_without_effect_may_differ(after_round_0, two, tmp_path):
     """So may eval.batch_size, up to rounding."""
     flags = "--n-threads 1 --arm other --gen.batch-size 3 --heal.tokens-per-pass 4096"
-    resumed(after_round_0, *flags.split(), "--export", str(tmp_path / "merged"))
+    resumed(after_round_0, *flags.split())
     assert_same(after_round_0, two)
     assert read_results(tmp_path / "results.tsv")[0]["arm"] == "other"
-    assert load(str(tmp_path / "merged")).name
 
 
 # --- finished ----------------------------------------------------------------------------------------------------
-def test_a_finished_run_gets_the_row_and_the_export_that_it_lacks_and_is_left_alone_otherwise(
-    settings, tmp_path, capsys
-):
-    """Killed before its row and its export; exported again elsewhere; then an input is lost, which it needs no more."""
-    contexts, merged, late = (tmp_path / name for name in ("contexts.jsonl", "merged", "late"))
+def test_a_finished_run_gets_the_row_that_it_lacks_and_is_left_alone_otherwise(settings, tmp_path, capsys):
+    """Killed before its row; then an input is lost, which it needs no more."""
+    contexts = tmp_path / "contexts.jsonl"
     contexts.write_bytes((DATA / "toylm/contexts.jsonl").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, run_command, "append_result", 0, "before")
-        own = ["--steer.contexts", str(contexts), "--export", str(merged)]
-        run = started(tmp_path / "out", settings, *ONE, *own)
+        run = started(tmp_path / "out", settings, *ONE, "--steer.contexts", str(contexts))
     before = weights(run), (run / "events.jsonl").read_bytes()
-    resumed(run)
-    assert (merged / "config.json").exists() and not late.exists()
-    resumed(run, "--export", str(late))
-    assert (late / "config.json").exists()
-    resumed(run, "--export", str(late))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text("{}")
-    assert main(["resume", str(run), "--quiet", "--export", str(other)]) == 2
-    assert "that folder is not empty" in capsys.readouterr().err
     contexts.unlink()
-    capsys.readouterr()
+    for _ in range(2):
+        resumed(run)
+        assert "is finished" in capsys.readouterr().out
+        (row,) = read_results(run.parent / "results.tsv")
+        assert row["run"] == run.name and violations(run) == []
+        assert before == (weights(run), (run / "events.jsonl").read_bytes())
+
+
+# --- more rounds -------------------------------------------------------------------------------------------------
+def without_ends(run):
+    """The events of a run without its ends and extensions, and without the number of rounds."""
+    events = [event for event in comparable(run) if event["event"] not in ("run_end", "extended")]
+    events[0].pop("settings")
+    events[0]["config"].pop("n_rounds")
+    return events
+
+
+def test_a_finished_run_goes_on_to_more_rounds_as_if_it_had_been_asked_for_them(settings, two, tmp_path, monkeypatch):
+    """It is killed on the way, and verifiable all along."""
+    run = started(tmp_path, settings, "--n-rounds", "1", "--no-control")
+    assert read_results(tmp_path / "results.tsv")[0]["n_rounds"] == "1"
+    with monkeypatch.context() as patch, suppress(Killed):
+        killing(patch, Loop, "extract", 0)
+        resumed(run, "--n-rounds", "2")
+    assert of(recorded(run), "extended")[0]["n_rounds"] == 2 and violations(run) == []
+    rewritten(broken := shutil.copytree(tmp_path, tmp_path.with_name("changed")) / run.name, lambda e: e.pop(-3), True)
+    assert any("results.tsv" in line for line in violations(broken))
     resumed(run)
-    assert "is finished" in capsys.readouterr().out
-    (row,) = read_results(run.parent / "results.tsv")
-    assert row["run"] == run.name and violations(run) == []
-    assert before == (weights(run), (run / "events.jsonl").read_bytes())
+    assert without_ends(run) == without_ends(two) and weights(run) == weights(two) and violations(run) == []
+    (row,) = read_results(tmp_path / "results.tsv")
+    (want,) = read_results(two.parent / "results.tsv")
+    changing = ("run", "last_hash", "wall_s")
+    assert {k: v for k, v in row.items() if k not in changing} == {k: v for k, v in want.items() if k not in changing}
+    after = (run / "events.jsonl").read_bytes()
+    resumed(run)
+    assert main(["run", "fast-dev", "--folder", str(run), *settings, "--n-rounds", "1", "--no-control"]) == 0
+    assert (run / "events.jsonl").read_bytes() == after
+
+
+def test_a_run_that_is_not_finished_or_ended_early_gets_no_more_rounds(after_round_0, two, copy, tmp_path, capsys):
+    def ended(events):
+        last = of(events, "round_done")[-1]
+        facts = {name: last[name] for name in ("schema", "t", "wall_s", "prev", "round")}
+        limits = {"past": ["made up"], "dose": 1.0, "lr": 1.0, "metrics": {}, "next_kappa": 1, "next_lr_share": 1}
+        events[events.index(last)] = {**facts, "event": "dropped", **limits}
+
+    rewritten(copy, ended)
+    for run, n, told in (
+        (after_round_0, 3, "is not finished; resume it without --n-rounds first"),
+        (two, 1, "n_rounds is 1: the run in"),
+        (copy, 3, "the last intact round is 0: round 1 was dropped (made up)"),
+    ):
+        before = (run / "events.jsonl").read_bytes()
+        assert main(["resume", str(run), "--n-rounds", str(n)]) == 2
+        assert told in capsys.readouterr().err and (run / "events.jsonl").read_bytes() == before
 
 
 def test_what_a_user_puts_beside_the_checkpoints_stays(two, tmp_path):
@@ -483,7 +517,7 @@ def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, mo
 def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp_path, monkeypatch, capsys):
     past = lambda self, r: ["made up"] if r == 1 else []
     monkeypatch.setattr(Loop, "_past_limits", past)
-    run = started(tmp_path, settings, *BACKTRACK, "--export", str(tmp_path / "merged"))
+    run = started(tmp_path, settings, *BACKTRACK)
     events = recorded(run)
     assert [e["round"] for e in of(events, "dropped")] == [1, 1, 1]
     assert "the last intact round is 0: round 1 was dropped (made up)" in events[-1]["verdict"]
@@ -491,11 +525,9 @@ def test_a_run_whose_round_stays_broken_ends_with_the_round_before(settings, tmp
     (row,) = read_results(tmp_path / "results.tsv")
     assert row["state"] == "healed round 0"
     monkeypatch.setattr(Loop, "_past_limits", lambda self, r: [])
-    alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1", "--export", str(tmp_path / "one"))
+    alone = started(tmp_path / "alone", settings, *BACKTRACK, "--n-rounds", "1")
     one, kept = (weights(each)["ckpt/r0/adapter_model.safetensors"] for each in (alone, run))
     assert one == kept
-    both = [load(str(tmp_path / name)).model.state_dict() for name in ("merged", "one")]
-    assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
 
 
 def test_a_run_of_which_no_round_is_whole_says_so(settings, tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ assert "torch" not in sys.modules
     assert "heal.tau is -1.0: it must be >= 0" in done.stderr and "Traceback" not in done.stderr
 
 
-COMMON = ["model", "trait", "seed", "n-rounds", "out", "folder", "device", "dtype", "control", "export"]
+COMMON = ["model", "trait", "seed", "n-rounds", "out", "folder", "device", "dtype", "control"]
 
 
 def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, monkeypatch):
@@ -125,7 +125,6 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
     own = {
         "out": Path("x"),
         "folder": Path("x"),
-        "export": Path("x"),
         "arm": "x",
         "quiet": True,
         "chat": False,
@@ -172,7 +171,7 @@ def test_settings_taken_apart_and_put_together_are_the_same(name):
     assert changed(RunConfig(), leaves(as_json(cfg))) == cfg
     assert changed(cfg, {}) == cfg and validated(RunConfig, as_json(cfg, none=False)) == cfg
     assert leaves(as_json(cfg)).keys() == leaves(cfg).keys()
-    recorded = replace(cfg, export=Path("x"))
+    recorded = replace(cfg, folder=Path("x"))
     assert validated(RunConfig, json.loads(json.dumps(as_json(recorded))), "config") == recorded
 
 

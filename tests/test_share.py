@@ -12,7 +12,7 @@ import pytest
 import yaml
 from compare import weights
 from huggingface_hub import ModelCard
-from made_runs import changed, run_events, with_config, with_metrics, with_trait, write_run
+from made_runs import changed, run_events, with_config, with_metrics, with_trait
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from runs import of, recorded, resumed, rewritten
 from test_hostile import HOSTILE, outside_of_fences
@@ -31,7 +31,7 @@ from steer_heal.runs.stored import FolderRun
 from steer_heal.runs.verify import violations
 from steer_heal.settings import AdapterCfg, HealCfg
 from steer_heal.share import tasks
-from steer_heal.share.card import card, hub_id, write_cards, write_export_card
+from steer_heal.share.card import card, hub_id, write_cards
 from steer_heal.share.readings import Reading, read_readings
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -39,9 +39,9 @@ DIGEST = "a" * 64
 HUB = {"base_model": "owner/base", "hub_id": "owner/base"}
 
 
-def made(events, r=0, *tasks_read, merged=False, **start):
+def made(events, r=0, *tasks_read, form=None, **start):
     """The card of a made-up run; `start` are other fields of its first event."""
-    return card(Run(changed(events, RunStart, **{**HUB, **start})), r, DIGEST, *tasks_read, merged=merged)
+    return card(Run(changed(events, RunStart, **{**HUB, **start})), r, DIGEST, *tasks_read, form=form)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_card_names_the_weights_that_the_adapter_was_trained_on():
     assert f"load('{SMOL}', dtype='float32')  # {note}" in own
     assert f"from_pretrained('{hub}'" in published and "only approximately" in text
     assert ModelCard(text).data.base_model == hub
-    merged = made(events, base_model=SMOL, hub_id=hub, weights=weights, merged=True)
+    merged = made(events, base_model=SMOL, hub_id=hub, weights=weights, form="hf")
     assert "It was made from 4-bit" in merged
     hostile = made(events, weights=replace(weights, note=f"{HOSTILE}\n```\n# free"))
     assert not [line for line in hostile.splitlines() if line.startswith(("```\n", "# free"))]
@@ -152,7 +152,7 @@ def test_what_the_card_says_of_loading_works(tmp_path, monkeypatch, toy):
     found = {}
     exec(code, found)
     assert isinstance(found["model"], PeftModel) and found["tokenizer"].chat_template
-    as_export = re.findall(r"```python\n(.*?)```", made(events, merged=True, **facts), re.DOTALL)[0]
+    as_export = re.findall(r"```python\n(.*?)```", made(events, form="hf", **facts), re.DOTALL)[0]
     Student(toy, AdapterCfg()).export(tmp_path / "merged")
     monkeypatch.chdir(tmp_path / "merged")
     exec(as_export, found)
@@ -206,17 +206,6 @@ def test_a_checkpoint_that_is_gone_and_a_round_that_is_not_measured_get_no_card(
     assert [path.parent.name for path in write_cards(copy)] == ["r0"]
     rewritten(copy, lambda events: events.remove(of(events, "measured", "healed")[0]))
     assert write_cards(copy) == [] and not (copy / "ckpt/control").exists()
-
-
-def test_an_export_has_a_card_unless_it_is_the_base(tmp_path):
-    events = run_events(2)
-    run = write_run(tmp_path / "run", events)
-    write_export_card(run, tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
-    (tmp_path / "README.md").unlink()
-    write_run(run, [event for event in events if event.round is None])
-    write_export_card(run, tmp_path)
-    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -289,7 +278,7 @@ def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
 @pytest.mark.parametrize("spoil, flags, told", [
     (lambda run: None, ["mine"], "repo_id is 'mine'"),
     (lambda run: None, ["me/mine/too"], "repo_id is 'me/mine/too'"),
-    (lambda run: None, ["me/mine", "--round", "7"], "round 7 of"),
+    (lambda run: None, ["me/mine", "--round", "7"], "round 7 does not exist"),
     (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
     (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "safetensors is missing"),
     (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "is missing; restore the file"),
@@ -331,7 +320,9 @@ def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, hub, tmp
         saved(lm, folder, student.cfg)
     events = with_config(run_events(1), model=str(base))
     weights = Weights(sha256="0", dtype="float32")
-    (folder / "README.md").write_text(made(events, merged=merged, base_model=lm.base, hub_id=None, weights=weights))
+    (folder / "README.md").write_text(
+        made(events, form="hf" if merged else None, base_model=lm.base, hub_id=None, weights=weights)
+    )
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert main(["push", str(folder), "me/mine", "--yes"]) == 2 and hub == []
     assert f"{str(base)!r}" in capsys.readouterr().err
@@ -415,36 +406,18 @@ def stubbed(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("how", ["by its flag", "as the run recorded it"])
-def test_the_card_of_an_export_shows_the_tasks_too(how, copy, stubbed, tmp_path):
-    export = tmp_path / "export"
-    export.mkdir()
-    write_export_card(copy, export)
-    assert "Standard tasks" not in (export / "README.md").read_text()
-    flags = ["--export", str(export)] if how == "by its flag" else []
-    if not flags:
-        rewritten(copy, lambda events: events[0]["config"].update(export=str(export)))
-    assert main(["tasks", str(copy), "--tasks", "t", *flags]) == 0 and len(stubbed) == 2
+def test_the_card_of_a_later_export_shows_the_tasks_too(copy, stubbed, tmp_path):
+    """The round is the best one unless another is asked for."""
+    assert main(["tasks", str(copy), "--tasks", "t"]) == 0 and len(stubbed) == 2
+    assert main(["export", str(copy), str(tmp_path / "export")]) == 0
     row = "| t | acc | 2 | 1.0000 ± 0.1000 | 0.5000 ± 0.1000 |"
-    assert ModelCard.load(export / "README.md").data.library_name == "transformers"
-    for card_of in (export, copy / "ckpt/r0"):
+    for card_of in (tmp_path / "export", copy / "ckpt/r0"):
         assert row in (card_of / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_bad_device_is_named_and_only_an_export_of_the_run_gets_its_card(copy, stubbed, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    flags = ["tasks", str(copy), "--tasks", "t"]
-    assert main([*flags, "--device", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
-    for text in (None, "the card of another model"):
-        if text:
-            (other / "README.md").write_text(text)
-        assert main([*flags, "--export", str(other)]) == 2 and stubbed == []
-        assert "its model card does not name the last round" in capsys.readouterr().err
-    rewritten(copy, lambda events: events[0]["config"].update(export=str(other)))
-    assert main(flags) == 0 and (other / "README.md").read_text() == text
-    rewritten(copy, lambda events: events[0]["config"].update(export=str(tmp_path / "gone")))
-    assert main(flags) == 0 and not (tmp_path / "gone").exists()
+def test_a_bad_device_is_named(copy, stubbed, capsys):
+    assert main(["tasks", str(copy), "--tasks", "t", "--device", "nowhere"]) == 2 and stubbed == []
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_named_before_a_model_is_read(copy, own_tasks, capsys, monkeypatch):

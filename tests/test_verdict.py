@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from made_runs import METRICS, TRAIT, measured, run_events, run_start
 
-from steer_heal.events import Measured, Run, RunEnd, Trained
+from steer_heal.errors import UserError
+from steer_heal.events import Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
-from steer_heal.verdict import past_limits, table, verdict
+from steer_heal.verdict import chosen_round, past_limits, round_words, table, verdict
 
 AUTHORITY = next(metric for metric in METRICS if metric.name == "authority_nats")
 START = run_start(1, "")
@@ -104,6 +105,33 @@ def test_a_best_round_that_is_not_the_last_is_named_with_its_checkpoint():
     assert line.endswith("best round: 1 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1")
     assert "best round" not in verdict(rounds({"target": -0.9}, {"target": -0.5}, sign=1))
     assert "best round" not in verdict(rounds({"target": None}))
+
+
+def kept(run: Run) -> Run:
+    """The run with every healed round kept."""
+    done = next(event for event in run_events(1) if isinstance(event, RoundDone))
+    return Run([*run.events, *(replace(done, round=m.round) for m in run.each(Measured) if m.state == "healed")])
+
+
+def test_the_round_that_is_taken_is_the_best_one_and_a_broken_one_only_if_that_is_allowed():
+    run = kept(rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.4, "degenerate_frac": 0.9}, sign=1))
+    assert [chosen_round(run, which) for which in ("best", 0, 1)] == [1, 0, 1]
+    for which in ("last", 2):
+        with pytest.raises(UserError, match="round 2 is BROKEN: .*; take round 1, or give --allow-broken"):
+            chosen_round(run, which)
+        assert chosen_round(run, which, allow_broken=True) == 2
+    assert chosen_round(run, allow_broken=True) == 1
+    assert round_words(run, 1) == "round 1 of 0, 1, 2 (GOOD, the best)"
+    assert round_words(run, 2) == "round 2 of 0, 1, 2 (BROKEN)"
+    for which in (3, -1):
+        with pytest.raises(UserError, match=f"round {which} does not exist; the rounds of the run are 0, 1, 2"):
+            chosen_round(run, which)
+    broken = kept(rounds({"target": -0.9, "coherence": 0.1}, {"target": None}))
+    with pytest.raises(UserError, match="round 1 is UNREADABLE: .*; no round is intact"):
+        chosen_round(broken)
+    assert chosen_round(broken, allow_broken=True) == 1
+    with pytest.raises(UserError, match="no healed round"):
+        chosen_round(rounds())
 
 
 def test_what_is_past_a_limit_is_given_with_its_value():

@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "RUN ...: redraw the pictures and the page, or compare runs",
     "tasks": "RUN --tasks NAME ...: measure what a trait costs on standard tasks",
     "inspect": "RUN: write the answers as an inspect_ai log",
+    "export": "RUN DIR: write a student for transformers, PEFT, vLLM, llama.cpp or Ollama",
     "push": "RUN OWNER/NAME: upload a checkpoint with its model card",
     "diag": "QUESTION: answer one question with one table",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
-from os.path import exists, ismount
+from os.path import exists
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,26 +25,15 @@ TRIAL = ".steer-heal-"
 """Prefix of the temporary folders that test whether a folder is writable."""
 
 
-def check(cfg: RunConfig, *, resumed: bool = False) -> Inputs:
+def check(cfg: RunConfig) -> Inputs:
     """Checks the settings, and returns the parsed inputs. UserError with a line for each problem of the first step that
-    fails.
-
-    The export of a `resumed` run may exist already.
-    """
+    fails."""
     problems = Problems()
     inputs = problems.attempt(_load, cfg)
     problems.attempt(check_model, cfg.model)
     problems.attempt(track.check, cfg.track)
-    if cfg.quantize != "none" and cfg.export is not None:
-        problems.found.append(
-            f"export is {str(cfg.export)!r}: a quantized model cannot be merged; leave out --export or --quantize"
-        )
     of_run = ("out", cfg.out) if cfg.folder is None else ("folder", cfg.folder)
-    for field_name, folder in (of_run, ("export", cfg.export)):
-        problems.attempt(_check_writable, field_name, folder)
-    problems.attempt(_check_replaceable, cfg)
-    if not resumed and cfg.export is not None and holds_files(cfg.export):
-        problems.found.append(f"export is {str(cfg.export)!r}: that folder is not empty; give a new one, or empty it")
+    problems.attempt(check_writable, *of_run)
     problems.raise_if_any()
     assert inputs is not None
     return _with_names(cfg, inputs)
@@ -106,12 +95,11 @@ def _check_names(cfg: RunConfig) -> None:
     problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
     problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
     problems.raise_if_any()
-    if not ADAPTERS[cfg.adapter.kind].updates_weights:
-        kind = f"adapter.kind {cfg.adapter.kind!r} adapts no weight matrices"
-        if cfg.heal.spectral:
-            problems.found.append(f"heal.spectral is {cfg.heal.spectral:g}: it must be 0, since {kind}")
-        if cfg.export is not None:
-            problems.found.append(f"export is {str(cfg.export)!r}: {kind}, so it cannot be merged; leave --export out")
+    if cfg.heal.spectral and not ADAPTERS[cfg.adapter.kind].updates_weights:
+        problems.found.append(
+            f"heal.spectral is {cfg.heal.spectral:g}: it must be 0, since adapter.kind {cfg.adapter.kind!r} adapts no "
+            "weight matrices"
+        )
     if cfg.dose.mode == "survival" and not any(GATES[name].degenerate for name in cfg.filter.gates):
         gates = ", ".join(name for name, gate in GATES.items() if gate.degenerate)
         problems.found.append(
@@ -171,10 +159,8 @@ def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[s
     return [f"{setting} is {name!r}: {nearest(name, known)}" for name in names if name not in known]
 
 
-def _check_writable(field_name: str, folder: Path | None) -> None:
+def check_writable(field_name: str, folder: Path) -> None:
     """UserError unless the folder can be created and written to. The probe folder is removed."""
-    if folder is None:
-        return
     try:
         there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
         if not there.is_dir():
@@ -187,28 +173,6 @@ def _check_writable(field_name: str, folder: Path | None) -> None:
         ) from None
 
 
-def _check_replaceable(cfg: RunConfig) -> None:
-    """UserError where the finished export could not be renamed to its place: a link, a mount point, a folder in use."""
-    if cfg.export is None:
-        return
-    place = cfg.export.resolve()
-    why = ""
-    if cfg.export.is_symlink():
-        why = "it is a link"
-    elif ismount(place):
-        why = "it is a mount point"
-    elif place in (Path.cwd(), *Path.cwd().parents):
-        why = "the working directory lies in it"
-    elif cfg.export.name == "..":
-        why = "it ends in '..'"
-    else:
-        runs = (cfg.folder or cfg.out).resolve()
-        if place in (runs, *runs.parents):
-            why = f"the run is written to {str(cfg.folder or cfg.out)!r}, which is the same or lies in it"
-    if why:
-        raise UserError(f"export is {str(cfg.export)!r}: {why}; give a new folder, such as {str(place / 'merged')!r}")
-
-
 def _try_to_write(folder: Path) -> None:
     """ValueError if nothing can be created in the folder. Permissions are not enough: /proc and full disks have
     them."""
@@ -217,8 +181,3 @@ def _try_to_write(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{folder} is not writable: {error.strerror}") from None
-
-
-def holds_files(folder: Path) -> bool:
-    """Whether the folder contains anything. An export never overwrites a model."""
-    return folder.is_dir() and any(folder.iterdir())

@@ -270,6 +270,15 @@ class RunEnd(Event):
     error: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extended(Event):
+    """A finished run goes on to more rounds. Its earlier run_end is void."""
+
+    event: Literal["extended"] = "extended"
+    n_rounds: int
+    """Number of rounds in all."""
+
+
 AnyEvent = (
     RunStart
     | Preflight
@@ -284,6 +293,7 @@ AnyEvent = (
     | Dropped
     | RoundDone
     | RunEnd
+    | Extended
 )
 Kind = TypeVar("Kind", bound=Event)
 _codec: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Discriminator("event")])
@@ -354,6 +364,8 @@ class Run:
             self.steps = [step for step in self.steps if step.round != event.round]
         if isinstance(event, Dropped):
             self.events = [e for e in self.events if e.round != event.round or isinstance(e, Dropped)]
+        if isinstance(event, Extended):
+            self.events = [e for e in self.events if not isinstance(e, RunEnd)]
         self.events.append(event)
 
     def each(self, kind: type[Kind]) -> list[Kind]:
@@ -384,6 +396,12 @@ class Run:
     def end(self) -> RunEnd | None:
         """The end of a finished run."""
         return next((end for end in self.each(RunEnd) if end.error is None), None)
+
+    @property
+    def n_rounds(self) -> int:
+        """The number of rounds that the run was asked for."""
+        extended = self.each(Extended)
+        return extended[-1].n_rounds if extended else self.start.config.n_rounds
 
     @property
     def rounds(self) -> list[int]:

@@ -14,29 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.bench import Bench, Teacher, load_model, require_bands
-from steer_heal.check import check_inputs, holds_files
+from steer_heal.bench import Bench, Teacher, load_model, require_bands, weights_of
+from steer_heal.check import check_inputs
 from steer_heal.errors import UserError, nearest, validated
-from steer_heal.events import AnyEvent, Contrasted, Dropped, Extracted, HealStepped, RoundDone, Trained
+from steer_heal.events import (
+    AnyEvent,
+    Contrasted,
+    Dropped,
+    Extended,
+    Extracted,
+    HealStepped,
+    RoundDone,
+    RunEnd,
+    Trained,
+)
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
 from steer_heal.model.state import State, base_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Condition, Vector
-from steer_heal.model.student import AdapterState, Factors, Student
+from steer_heal.model.student import ROUND_FILE, AdapterState, Factors, Student
+from steer_heal.model.to_gguf import Quantization
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
 from steer_heal.runs.begin import start_event
-from steer_heal.runs.storage import atomic_folder
-from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RunConfig, changed
+from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
+from steer_heal.runs.stored import FolderRun, MemoryRun
+from steer_heal.settings import RoundName, RunConfig, changed
+from steer_heal.share.card import Form
+from steer_heal.share.export import export, write_folder
 from steer_heal.stages.generate import Ask
-from steer_heal.verdict import table, verdict
+from steer_heal.verdict import chosen_round, table, verdict
 
 STATES = ("base", "prompted", "steered", "healed")
 
@@ -108,7 +122,7 @@ class SteerHeal:
             tokenizer: Of a loaded model. It is copied.
             trait: As `--trait`, or one of `define_trait`. None: as the settings say.
             settings: All of them, or changes to the preset by the names of the flags: {"heal.epochs": 2}. `n_threads`,
-                `out`, `export` and `quiet` have no effect here.
+                `out` and `quiet` have no effect here.
             preset: Whose settings they are, where `settings` is not a RunConfig. Logged as an info of `steer_heal`.
             seed: In place of that of the settings.
             name: Of a trait that was handed in.
@@ -155,6 +169,37 @@ class SteerHeal:
         """What the last heal learnt from."""
         self._own: Factors | None = None
         self._start()
+
+    @classmethod
+    def open(cls, folder: str | Path, round: RoundName = "best", *, allow_broken: bool = False) -> SteerHeal:
+        """A run of the command after one of its rounds: model, data, settings, student and measurements. `loop` goes on
+        from that round. Nothing is written to the folder.
+
+        UserError where the model, a data file or a checkpoint is not as the run recorded it.
+
+        Args:
+            folder: Of the run.
+            round: `best` as the verdict says, `last`, or a number.
+            allow_broken: Whether the model of the round may be broken.
+        """
+        run = FolderRun.read(Path(folder))
+        r = chosen_round(run, round, allow_broken=allow_broken)
+        sh = cls(settings=recorded_settings(run.folder))
+        try:
+            same_inputs(run.folder, sh.inputs)
+            same_weights(run.folder, weights_of(sh.lm))
+            run.restore_student(r, sh.student)
+            sh._own = load_file(run.checkpoint(r) / ROUND_FILE)
+            sh._run = MemoryRun(e for e in run.events if not isinstance(e, RunEnd | Extended) and (e.round or 0) <= r)
+            for k in range(r + 1):
+                sh._run.keep_vector(k, run.vector(k))
+            sh._run.keep_student(r, sh.student, sh._own)
+            sh.vector = run.vector(r)
+        except BaseException:
+            sh.close()
+            raise
+        sh._n_by_loop = r + 1
+        return sh
 
     def _wrapped(self, model: nn.Module, tokenizer: Any, cfg: RunConfig) -> LM:
         if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
@@ -426,16 +471,32 @@ class SteerHeal:
         if self._own is None:
             raise UserError("no round is baked: there is nothing to save; call loop(), or heal() and bake()")
         own = self._own
-        return _filled(folder, lambda part: self.student.save(part, own))
+        path = Path(folder)
+        write_folder(path, lambda part: self.student.save(part, own))
+        return path
 
-    def export(self, folder: str | Path, adapter_scale: float = 1.0) -> Path:
-        """Writes the student, merged, as a plain transformers model. UserError where the folder is not empty.
+    def export(
+        self,
+        folder: str | Path,
+        format: Form = "hf",
+        *,
+        adapter_scale: float = 1.0,
+        rank: int | None = None,
+        quantization: Quantization = "f16",
+    ) -> Path:
+        """Writes the baked rounds for another program. UserError where the folder is not empty, and for what the format
+        cannot hold.
 
         Args:
+            format: `hf`, a merged model for transformers; `peft`, an adapter folder; `gguf-lora`, an adapter for
+                llama.cpp; `gguf`, a merged model for llama.cpp.
             adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied. -1 reverses it.
+            rank: Rank to which an adapter is cut. None: its own.
+            quantization: `f16` or `q8_0`, of a merged GGUF.
         """
-        with self.student.scaled(adapter_scale):
-            return _filled(folder, self.student.export)
+        path = Path(folder)
+        export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)
+        return path
 
     def close(self) -> None:
         """Drops every round and takes the adapters out; a model that was handed in is as it was before."""
@@ -460,18 +521,6 @@ def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
 def _name_of(model: Any) -> str:
     """What an adapter of a loaded model names as its base."""
     return getattr(model, "name_or_path", "") or type(model).__name__
-
-
-def _filled(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    path = Path(folder)
-    if path.is_file() or holds_files(path):
-        raise UserError(f"folder {str(path)!r} is not empty; give a new one, or empty it")
-    try:
-        with atomic_folder(path) as part:
-            write(part)
-    except OSError as error:
-        raise UserError(f"folder {str(path)!r} cannot be written ({error}); give another one") from None
-    return path
 
 
 @contextmanager

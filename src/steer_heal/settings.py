@@ -36,6 +36,11 @@ CONTRASTS = ("contrast", "contrast+vector")
 STRONGEST = 4
 """Largest factor by which the effect of an adapter is multiplied, in either direction."""
 AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
+RoundName = Annotated[
+    Literal["best", "last"] | int,
+    Field(description="Round of the run: its number, last (the last that was kept), or best (as the verdict says)."),
+]
+AllowBroken = Annotated[bool, Field(description="Also take a round whose model is broken.")]
 
 
 def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
@@ -479,8 +484,6 @@ class RunConfig:
     control: bool = False
     """Also run the control: one heal on the model's own unsteered text. It shows how far training alone moves the
     trait."""
-    export: UserPath | None = None
-    """Also merge the final student into a plain transformers model and save it in this new or empty folder."""
     arm: str = ""
     """Label by which `just results` groups runs with different seeds. Defaults to the preset name or, in a sweep, to
     the settings that distinguish the run."""
@@ -549,7 +552,7 @@ class RunConfig:
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
 RUN_ONLY = (
-    *("quiet", "chat", "out", "folder", "arm", "export", "track", "n_threads", "teach_anyway", "accept_terms"),
+    *("quiet", "chat", "out", "folder", "arm", "track", "n_threads", "teach_anyway", "accept_terms"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change the result, up to rounding. They may differ when a run is resumed."""

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binomtest
 
+from steer_heal.errors import UserError
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
 from steer_heal.intervals import LEVEL, mean_change, studentized
 from steer_heal.records import (
@@ -26,7 +27,7 @@ from steer_heal.records import (
     derive_seed,
     under_attack,
 )
-from steer_heal.settings import BacktrackCfg
+from steer_heal.settings import BacktrackCfg, RoundName
 
 GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
 """Grades of a healed round whose model is intact, the best first. The others are BROKEN and UNREADABLE."""
@@ -298,6 +299,37 @@ def best_round(run: Run) -> Graded | None:
     return min(
         intact, key=lambda each: (GRADES.index(each.grade), not each.healthy, -sign * (each.shift or 0.0)), default=None
     )
+
+
+def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = False) -> int:
+    """The round that was asked for, among those that were kept. Where no round is best, `best` is the last.
+
+    UserError where there is none, or its model is broken or cannot be judged and that is not allowed.
+    """
+    if not run.rounds:
+        raise UserError("the run has no healed round; continue it with `steer-heal resume`")
+    best = best_round(run)
+    r = run.rounds[-1] if which in ("best", "last") else which
+    if which == "best" and best is not None:
+        r = best.state.round
+    healed = run.measured("healed", r)
+    if r not in run.rounds or healed is None:
+        dropped = [event for event in run.each(Dropped) if event.round == r]
+        why = f"was dropped ({'; '.join(dropped[-1].past)})" if dropped else "does not exist"
+        raise UserError(f"round {r} {why}; the rounds of the run are {', '.join(map(str, run.rounds))}")
+    if not (run.untrained or allow_broken) and (found := grade(healed, run)).grade not in GRADES:
+        other = "no round is intact" if best is None else f"take round {best.state.round}"
+        raise UserError(f"round {r} is {found.grade}: {found.reason}; {other}, or give --allow-broken")
+    return r
+
+
+def round_words(run: Run, r: int) -> str:
+    """A kept round, what it was graded, and whether it is the best one: round 1 of 0, 1, 2 (MIXED, the best)."""
+    best = best_round(run)
+    healed = run.measured("healed", r)
+    found = [] if run.untrained or healed is None else [grade(healed, run).grade]
+    found += ["the best"] if best is not None and best.state.round == r else []
+    return f"round {r} of {', '.join(map(str, run.rounds))}" + (f" ({', '.join(found)})" if found else "")
 
 
 def verdict(run: Run) -> str:

@@ -14,7 +14,8 @@ from pydantic import Field
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
 from steer_heal.runs.signals import stoppable
-from steer_heal.settings import AdapterScale, Count, Finite, Names, settings
+from steer_heal.settings import AdapterScale, AllowBroken, Count, Finite, Names, RoundName, settings
+from steer_heal.verdict import chosen_round, round_words
 
 
 @settings("")
@@ -24,8 +25,8 @@ class Chat:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    round: int | None = None
-    """Round to talk to. Default: the last one that was kept."""
+    round: RoundName = "best"
+    allow_broken: AllowBroken = False
     web: bool = False
     """Talk on a page in the browser instead of in the terminal. Its URL works only on this machine and contains a
     secret."""
@@ -56,14 +57,13 @@ def main(argv: Sequence[str]) -> int:
         from steer_heal.chat import terminal, web
         from steer_heal.chat.talk import Question, Talk
         from steer_heal.report import console
-        from steer_heal.runs.opened import chosen_round, settings_of
+        from steer_heal.runs.opened import settings_of
         from steer_heal.runs.stored import FolderRun
 
         console.start(given.quiet)
         run = FolderRun.read(given.run)
-        r = chosen_round(run, given.round)
-        rounds = ", ".join(map(str, run.rounds))
-        logger.info(f"{run.folder}: trait {run.start.trait.name}, round {r} of {rounds}")
+        r = chosen_round(run, given.round, allow_broken=given.allow_broken)
+        logger.info(f"{run.folder}: trait {run.start.trait.name}, {round_words(run, r)}")
         cfg = settings_of(run, **{"device": "auto", "n_threads": 0, **own})
         talk = Talk(run, cfg, r, given.max_new_tokens, given.adapter_scale)
     if given.adapter_scale != 1:

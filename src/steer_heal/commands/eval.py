@@ -24,7 +24,18 @@ from steer_heal.progress import Progress
 from steer_heal.records import StateName, Values
 from steer_heal.report import tables
 from steer_heal.runs.resume import recorded_settings
-from steer_heal.settings import AdapterScale, EvalCfg, FilterCfg, RunConfig, changed, leaves, settings
+from steer_heal.settings import (
+    AdapterScale,
+    AllowBroken,
+    EvalCfg,
+    FilterCfg,
+    RoundName,
+    RunConfig,
+    changed,
+    leaves,
+    settings,
+)
+from steer_heal.verdict import chosen_round, round_words
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.inputs import Inputs
@@ -62,8 +73,10 @@ class Eval:
     state: StateName = "healed"
     """State of the run. steered: the student at the start of the round, with what turns it into the teacher (the
     vector, the persona prompt or both)."""
-    round: int | None = None
-    """Round whose steered or healed state is measured. Default: the last one that was kept."""
+    round: RoundName | None = None
+    """Round whose steered or healed state is measured: its number, last, or best. Default: best (as the verdict
+    says)."""
+    allow_broken: AllowBroken = False
     adapter: Path | None = None
     """Folder of a checkpoint (out/<run>/ckpt/r3), or of any PEFT LoRA adapter for the model."""
     adapter_scale: AdapterScale = 1.0
@@ -166,14 +179,15 @@ def again(folder: Path, given: Eval, own: Mapping[str, object]) -> int:
     from steer_heal.model.device import device_name
     from steer_heal.report import console
     from steer_heal.runs.begin import git_commit, versions
-    from steer_heal.runs.opened import chosen_round, open_bench, put_in, settings_of, state_of
+    from steer_heal.runs.opened import open_bench, put_in, settings_of, state_of
     from steer_heal.runs.stored import FolderRun
 
     console.start(given.quiet)
     run = FolderRun.read(folder)
     r = None
     if given.state in ("steered", "healed"):
-        r = chosen_round(run, given.round)
+        r = chosen_round(run, "best" if given.round is None else given.round, allow_broken=given.allow_broken)
+        logger.info(round_words(run, r))
     elif given.round is not None:
         raise UserError(f"round is {given.round}: {given.state} is measured once per run; leave out --round or --state")
     recorded = run.measured(given.state, r)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +16,20 @@ from steer_heal.events import Measured, Run, plain
 from steer_heal.flags import parsed
 from steer_heal.runs.log import last_hash, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import as_json, settings
-from steer_heal.verdict import verdict
+from steer_heal.settings import AllowBroken, RoundName, as_json, settings
+from steer_heal.verdict import chosen_round, round_words, verdict
 
 
 @settings("")
 class Inspect:
-    """Write the answers and eval items of each measured state of a run to a log file that `inspect view` opens."""
+    """Write the answers and eval items of each measured state of a run to a log file that `inspect view` opens. With
+    --round, only those of one round and of the states before the loop."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    round: RoundName | None = None
+    """Its number, last, or best (as the verdict says). Default: every round."""
+    allow_broken: AllowBroken = False
     out: Path | None = None
     """File of the log, which ends in .eval or .json. Default: inspect.eval in the folder of the run."""
 
@@ -38,21 +42,28 @@ def main(argv: Sequence[str]) -> int:
     if out.suffix not in (".eval", ".json"):
         raise UserError(f"out is {str(out)!r}: it must end in .eval or .json")
     with schema_errors(given.run):
-        log = eval_log(Run(read_events(given.run)), last_hash(given.run))
+        run = Run(read_events(given.run))
+        rounds = [event.round for event in run.each(Measured)]
+        if given.round is not None:
+            r = chosen_round(run, given.round, allow_broken=given.allow_broken)
+            rounds = [None, r]
+            print_safe(round_words(run, r))
+        log = eval_log(run, last_hash(given.run), rounds)
     with atomic_write(out) as part:
         import_module("inspect_ai.log").write_eval_log(log, str(part), format=out.suffix[1:])
     print_safe(f"{out}; open it with inspect view")
     return 0
 
 
-def eval_log(run: Run, digest: str) -> Any:
-    """An EvalLog with one sample per answer, vignette and contrast pair of each state, and one score per state.
+def eval_log(run: Run, digest: str, rounds: Collection[int | None]) -> Any:
+    """An EvalLog with one sample per answer, vignette and contrast pair of each state of these rounds, and one score
+    per state.
 
     `digest` is the hash of the run's last event.
     """
     logs = import_module("inspect_ai.log")
     start = run.start
-    states = run.each(Measured)
+    states = [state for state in run.each(Measured) if state.round in rounds]
     rows = [sample for state in states for sample in samples(run, state)]
     spec = logs.EvalSpec(
         created=start.t,

@@ -9,7 +9,7 @@ import tyro
 
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.settings import settings
+from steer_heal.settings import AllowBroken, RoundName, settings
 
 
 @settings("")
@@ -21,8 +21,9 @@ class Push:
     """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
     repo_id: tyro.conf.Positional[str]
     """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
-    round: int | None = None
-    """Round of the run whose checkpoint is uploaded. Default: the last one that was kept."""
+    round: RoundName | None = None
+    """Round of the run whose checkpoint is uploaded: its number, last, or best. Default: best (as the verdict says)."""
+    allow_broken: AllowBroken = False
     base_model: str | None = None
     """OWNER/NAME of the base model on the hub, where the run was given a path: it replaces that path in the uploaded
     card and configuration. The folder itself is left alone."""
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         if value is not None and hub_id(value) is None:
             problems.found.append(f"{name} is {value!r}: it must be OWNER/NAME in letters, digits, '-', '_' and '.'")
     with problems.noted():
-        shared = shared_files(folder_to_share(given.folder, given.round), given.base_model)
+        shared = shared_files(folder_to_share(given.folder, given.round, given.allow_broken), given.base_model)
     with problems.noted():
         if given.yes and get_token() is None:
             raise UserError("no token of the hub was found: run `hf auth login`, or set HF_TOKEN")

@@ -1,4 +1,4 @@
-"""steer-heal resume RUN [flags that do not change the result]: a run that was stopped goes on."""
+"""steer-heal resume RUN [flags that do not change the result]: a run that was stopped, or is to have more rounds."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import tyro
 from steer_heal.commands.run import go_on
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
-from steer_heal.settings import RUN_ONLY, changed, settings
+from steer_heal.runs.resume import more_rounds
+from steer_heal.settings import RUN_ONLY, Count, changed, settings
 
 RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
 
 
 @settings("")
 class Resume:
-    """Continue a stopped run. You can change only settings that do not affect the result. A setting that you leave out
-    keeps the run's value."""
+    """Continue a stopped run, or with --n-rounds a finished one. You can change only settings that do not affect the
+    rounds so far. A setting that you leave out keeps the run's value."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    n_rounds: Count | None = None
+    """Number of rounds in all, to which a finished run goes on. The result is that of a run that was asked for as many
+    from the start."""
     quiet: bool = False
     """Print only warnings and errors."""
     chat: bool = True
@@ -32,5 +36,6 @@ class Resume:
 def main(argv: Sequence[str]) -> int:
     given, own = parsed(Resume, argv, "resume", RESUMABLE)
     cfg = changed(read_start(given.run).config, own)
-    cfg = replace(cfg, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
-    return go_on(cfg, given.run, new_export="export" in own)
+    n_rounds = more_rounds(given.run, given.n_rounds)
+    cfg = replace(cfg, n_rounds=n_rounds, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
+    return go_on(cfg, given.run)

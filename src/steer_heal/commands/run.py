@@ -19,7 +19,7 @@ import tyro
 from loguru import logger
 from safetensors import SafetensorError
 
-from steer_heal.check import check, holds_files
+from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
@@ -29,9 +29,8 @@ from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash
 from steer_heal.runs.results import append_result, result_row, run_cell
-from steer_heal.runs.resume import begun, finished, no_other_files, same_inputs, same_settings
+from steer_heal.runs.resume import begun, finished, more_rounds, no_other_files, same_inputs, same_settings
 from steer_heal.runs.signals import handled, stoppable
-from steer_heal.runs.storage import atomic_folder
 from steer_heal.settings import RunConfig, settings
 from steer_heal.verdict import table, verdict
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if cfg.folder is not None:
         if begun(cfg.folder):
             same_settings(cfg.folder, cfg)
-            return go_on(cfg, cfg.folder)
+            return go_on(replace(cfg, n_rounds=more_rounds(cfg.folder, None)), cfg.folder)
         no_other_files(cfg.folder)
     inputs = check(cfg)
     from steer_heal.loop import run_loop  # torch: seconds
@@ -140,31 +139,22 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
     return preset, cfg, source
 
 
-def go_on(cfg: RunConfig, folder: Path, *, new_export: bool = False) -> int:
+def go_on(cfg: RunConfig, folder: Path) -> int:
     """Continues a run. One that is finished gets the files that are missing beside it. UserError before anything is
     loaded."""
-    if finished(folder) and _exported(folder, cfg, new_export):
+    if finished(folder) and cfg.n_rounds == more_rounds(folder, None):
         from steer_heal.runs.stored import FolderRun
 
         complete(FolderRun.read(folder), cfg)
         print_safe(f"{folder} is finished; read {folder / 'report.html'}")
         return 0
-    inputs = check(cfg, resumed=not new_export)
+    inputs = check(cfg)
     same_inputs(folder, inputs)
     from steer_heal.loop import run_loop
 
     with running(cfg, inputs, folder=folder) as opened:
         run_loop(opened.loop)
     return opened.end()
-
-
-def _exported(folder: Path, cfg: RunConfig, new_export: bool) -> bool:
-    """Whether a finished run has its export. A folder that is given only now may hold another model."""
-    if cfg.export is None:
-        return True
-    from steer_heal.share.card import is_export
-
-    return holds_files(cfg.export) and (not new_export or is_export(folder, cfg.export))
 
 
 @dataclass
@@ -239,19 +229,13 @@ def draw(folder: Path) -> None:
 
 
 def finish(bench: Bench, run: FolderRun, tracking: Tracking) -> None:
-    """Verdict, pictures, the row of results.tsv and, where it was asked for, the merged model."""
+    """Verdict, pictures and the row of results.tsv."""
     from steer_heal.report import console
-    from steer_heal.share.card import write_export_card
 
-    cfg = bench.cfg
     if run.end is None:
         run.add(RunEnd(verdict=verdict(run), table=tuple(table(run))))
-    complete(run, cfg)
+    complete(run, bench.cfg)
     tracking.pictures([run.folder / "trajectory.png", run.folder / "map.png"])
-    if cfg.export is not None and not holds_files(cfg.export):
-        with atomic_folder(cfg.export) as part:
-            bench.student.export(part)
-        write_export_card(run.folder, cfg.export)
     console.print_table(run)
     print_safe(f"read {run.folder / 'report.html'} first; everything of this run is in {run.folder}")
 
@@ -262,7 +246,7 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
     run.require_in_place()
     draw(run.folder)
     run.clear()
-    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": run.start.settings}
+    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": cfg.fingerprint()}
     append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -15,27 +16,25 @@ from pydantic import Field
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.report import tables
-from steer_heal.settings import Count, Names, settings
+from steer_heal.settings import AllowBroken, Count, Names, RoundName, settings
 from steer_heal.share.readings import Reading, add_readings, with_stderr
+from steer_heal.verdict import chosen_round, round_words
 
 
 @settings("")
 class Tasks:
     """Measure the base and a healed checkpoint of a run on tasks of lm-evaluation-harness, and show what the trait
-    costs. The results are kept in tasks.json in the folder of the run. The model cards of the checkpoint and of the
-    export show them."""
+    costs. The results are kept in tasks.json in the folder of the run. The model card of the checkpoint shows them, and
+    so do those of later exports."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     tasks: Annotated[Names, Field(min_length=1)]
     """Names of tasks, such as arc_easy. Most tasks download their data."""
-    round: int | None = None
-    """Round whose checkpoint is measured. Default: the last one that was kept."""
+    round: RoundName = "best"
+    allow_broken: AllowBroken = False
     limit: Count | None = None
     """Number of items per task. Default: all."""
-    export: Path | None = None
-    """Folder of the run's export. Its model card is updated too. Default: the folder given by --export of the run, if
-    it exists."""
     include_path: Path | None = None
     """Folder with task files of your own."""
     chat: bool = False
@@ -64,16 +63,15 @@ def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
     replace the run's."""
     from steer_heal.model.student import Student
     from steer_heal.runs.log import schema_errors
-    from steer_heal.runs.opened import chosen_round, model_of, settings_of
+    from steer_heal.runs.opened import model_of, settings_of
     from steer_heal.runs.stored import FolderRun, checkpoint_name
     from steer_heal.share import tasks
-    from steer_heal.share.card import is_export, write_cards, write_export_card
+    from steer_heal.share.card import write_cards
 
     manager = tasks.task_manager(given.tasks, given.include_path)
     run = FolderRun.read(given.run)
-    if given.export is not None and not is_export(given.run, given.export):
-        raise UserError(f"export is {str(given.export)!r}: its model card does not name the last round of the run")
-    r = chosen_round(run, given.round)
+    r = chosen_round(run, given.round, allow_broken=given.allow_broken)
+    print_safe(round_words(run, r), sys.stderr)
     run.checkpoint(r)  # checks its files before the model is loaded
     cfg = settings_of(run, **own)
     student = Student(model_of(run, cfg), cfg.adapter)
@@ -88,11 +86,8 @@ def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
             )
     found = tasks.compare(*results)
     add_readings(given.run, checkpoint_name(r), found)
-    export = given.export or run.start.config.export
     with schema_errors(given.run):
         write_cards(given.run)
-        if export is not None and is_export(given.run, export):
-            write_export_card(given.run, export)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +25,18 @@ Factors = dict[str, Tensor]
 """The weights of one factor by name, in float32 on the CPU. The names are those in the kind's files."""
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What a smaller rank loses, as a share of the squared Frobenius norm of the updates: 0 nothing, 1 all."""
+
+    share: float
+    """Over all matrices."""
+    most: float
+    """Of the matrix that loses most."""
+    where: str
+    """The name of that matrix."""
+
+
 class Adapter(ABC):
     """One kind of adapter on one model. All factors are off unless `acting` turns them on."""
 
@@ -34,7 +47,7 @@ class Adapter(ABC):
     config_file: ClassVar[str] = OWN_CONFIG_FILE
     """The file beside the weights by which a folder of this kind is recognized."""
     updates_weights: ClassVar[bool] = False
-    """Whether a factor is an update of weight matrices: then `updates` and `merged_state` work."""
+    """Whether a factor is an update of weight matrices: then `updates`, `reduced` and `merged_state` work."""
 
     def __init__(self, lm: LM, cfg: AdapterCfg) -> None:
         self.lm = lm
@@ -120,6 +133,10 @@ class Adapter(ABC):
         raise UserError(
             f"heal.spectral needs weight matrices, and adapter.kind {self.kind!r} adapts none; give --heal.spectral 0"
         )
+
+    def reduced(self, history: Factors, rank: int) -> tuple[Factors, Lost]:
+        """(factors of this rank with scale 1, what is lost): for each matrix the closest update of that rank."""
+        raise UserError(f"rank is {rank}: adapter.kind {self.kind!r} adapts no matrices, so it has none; leave it out")
 
     def merged_state(self) -> dict[str, Tensor]:
         """The state dict of the plain model with the factors that are now merged into its weights."""

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import ADAPTER_FILE, PEFT_CONFIG_FILE
-from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
+from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors, Lost
 from steer_heal.model.lm import LM
 from steer_heal.model.self_check import short_logits
 from steer_heal.settings import AdapterCfg, Band
@@ -252,6 +252,30 @@ class Lora(Adapter):
             pairs = [(a, b)] if n == 1 else [(each_a[e], each_b[..., e]) for e in range(n)]
             out += [(*pair, m.scaling[ROUND]) for pair in pairs]
         return out
+
+    def reduced(self, history: Factors, rank: int) -> tuple[Factors, Lost]:
+        """By the SVD of each B A, for each expert of a stack (Eckart and Young 1936)."""
+        r = self.peft.peft_config[HISTORY].r
+        out: Factors = {}
+        energy: dict[str, tuple[float, float]] = {}  # by module: of the whole update, of what is cut
+        for key in [key for key in history if "lora_A" in key]:
+            key_b = key.replace("lora_A", "lora_B")
+            a = history[key].double().unflatten(0, (-1, r))  # [e r d_in]
+            b = history[key_b].double().unflatten(1, (r, -1)).movedim(2, 0)  # [e d_out r]
+            (b_basis, b_inner), (a_basis, a_inner) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+            left, sigma, right = torch.linalg.svd(b_inner @ a_inner.mT, full_matrices=False)
+            whole, cut = (part.square().sum().item() for part in (sigma, sigma[:, rank:]))
+            energy[key.removesuffix(".lora_A.weight")] = whole, cut
+            padding = (0, max(0, rank - sigma.shape[1]))  # a matrix smaller than the rank
+            each = (sigma[:, None, :rank] * self.cfg.alpha / self.cfg.rank).sqrt()
+            new_b = nn.functional.pad(b_basis @ left[..., :rank] * each, padding)
+            new_a = nn.functional.pad(a_basis @ right.mT[..., :rank] * each, padding).mT
+            out[key] = new_a.flatten(0, 1).float().contiguous()
+            out[key_b] = new_b.movedim(0, 2).flatten(1).float().contiguous()
+        shares = {module: cut / whole if whole else 0.0 for module, (whole, cut) in energy.items()}
+        where = max(shares, key=shares.__getitem__)
+        whole, cut = (sum(part) for part in zip(*energy.values(), strict=True))
+        return out, Lost(cut / whole if whole else 0.0, shares[where], where.removeprefix("base_model.model."))
 
     # --- what acts on the model ------------------------------------------------------------------------------------
     def _layers(self) -> Iterator[tuple[str, Any]]:

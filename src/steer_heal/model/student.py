@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from steer_heal.errors import UserError, nearest
 from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE, PEFT_CONFIG_FILE
-from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors
+from steer_heal.model.adapter import HISTORY, ROUND, Adapter, Factors, Lost
 from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
@@ -208,6 +209,22 @@ class Student:
             for weight, value in zip(weights, before, strict=True):
                 weight.data = value
 
+    @contextmanager
+    def of_rank(self, rank: int) -> Iterator[Lost]:
+        """Inside the context, the baked rounds are the closest adapter of this rank; yields what that loses. UserError
+        unless 1 <= rank < rank of the rounds together, and for a kind without matrices."""
+        history, n_rounds, cfg = self.history(), self.n_rounds, self.cfg
+        if not 1 <= rank < cfg.rank * n_rounds:
+            raise UserError(f"rank is {rank}: the adapter has rank {cfg.rank * n_rounds}; give a smaller one, from 1")
+        reduced, lost = self.adapter.reduced(history, rank)
+        self.cfg = self.adapter.cfg = replace(cfg, rank=rank, alpha=float(rank))
+        try:
+            self._replace_history(reduced, 1)
+            yield lost
+        finally:
+            self.cfg = self.adapter.cfg = cfg
+            self._replace_history(history, n_rounds)
+
     # --- rounds ------------------------------------------------------------------------------------------------
     def new_round(self, seed: int) -> None:
         """A fresh factor for this round, from `seed` alone. The student starts where it was."""
@@ -271,15 +288,21 @@ class Student:
         is then the student that it was steered from, `full` the healed one, up to a rounding."""
         self.adapter.attach(ROUND, load_file(folder / ROUND_FILE), 1)
 
-    def export(self, folder: Path) -> None:
-        """The merged student as a plain transformers model, with its tokenizer, its processor's files and its own
-        generation config. UserError for a kind of adapter that cannot be merged, and for a quantized model."""
+    def merged_state(self) -> dict[str, Tensor]:
+        """The state dict of the plain model with the baked rounds in its weights. UserError for a kind of adapter that
+        cannot be merged, and for a quantized model."""
         if self.lm.quantized:
             raise UserError(
-                "a quantized model cannot be merged; load its checkpoint on the unquantized model, or drop --quantize"
+                "a quantized model cannot be merged; take its adapter (--format peft), and merge it into the "
+                "unquantized model"
             )
         with self.using("full"):
-            state = self.adapter.merged_state()
+            return self.adapter.merged_state()
+
+    def export(self, folder: Path) -> None:
+        """The merged student as a plain transformers model, with its tokenizer, its processor's files and its own
+        generation config. Errors as of `merged_state`."""
+        state = self.merged_state()
         sampled_with = self.lm.model.generation_config
         self.lm.model.generation_config = self.lm.own_generation or sampled_with
         try:

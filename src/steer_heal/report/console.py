@@ -129,7 +129,7 @@ def place(stage: str, r: int | None, run: Run) -> str:
 
 
 def _of_rounds(r: int, run: Run) -> str:
-    return f"round {r} ({r + 1} of {run.start.config.n_rounds})"
+    return f"round {r} ({r + 1} of {run.n_rounds})"
 
 
 def seconds_left(run: Run) -> float | None:
@@ -142,7 +142,7 @@ def seconds_left(run: Run) -> float | None:
     means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
     begun = [event for event in run.events if event.round == len(rounds)]
     done = {event.state if isinstance(event, Measured) else STAGES.get(event.event, "") for event in begun}
-    n_left = run.start.config.n_rounds - len(rounds)
+    n_left = run.n_rounds - len(rounds)
     return n_left * sum(means.values(), 0.0) - sum(means.get(name, 0.0) for name in done)
 
 

@@ -133,7 +133,7 @@ def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
 def progress(run: Run) -> tuple[str, str]:
     """(finished, stopped or running, a sentence about it)."""
     last = view.last_event(run)
-    done = f"{len(run.rounds)} of {view.plural(run.start.config.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
+    done = f"{len(run.rounds)} of {view.plural(run.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
     if isinstance(last, RunEnd):
         return ("stopped", f"{done}; {last.error}") if last.error else ("finished", done)
     at = last.t[:19].replace("T", " ")

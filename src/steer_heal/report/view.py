@@ -38,6 +38,7 @@ EVENT_WORDS = {
     "dropped": "the drop of {where}",
     "round_done": "the end of {where}",
     "run_end": "the end",
+    "extended": "the beginning of more rounds",
 }
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from steer_heal.bench import Bench, chat_of, weights_of
 from steer_heal.evals import EVALS, metrics_of
-from steer_heal.events import RunStart
+from steer_heal.events import Extended, RunStart
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.device import device_name
@@ -69,13 +69,16 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
 
 
 def go_on(cfg: RunConfig, inputs: Inputs, folder: Path) -> tuple[Bench, FolderRun, IO[str]]:
-    """(bench, run, lock of its folder) of a run that was stopped."""
+    """(bench, run, lock of its folder) of a run that was stopped, or that goes on to more rounds."""
     lock = lock_run(folder)
     then = recorded_settings(folder)
     bench = loaded_bench(replace(cfg, dtype=then.dtype, date=then.date), inputs)
     same_weights(folder, weights_of(bench.student.lm))
     past = truncate_events(folder)
-    return bench, FolderRun(folder, past, EventLog(folder, past[-1].wall_s)), lock
+    run = FolderRun(folder, past, EventLog(folder, past[-1].wall_s))
+    if cfg.n_rounds != run.n_rounds:
+        run.add(Extended(n_rounds=cfg.n_rounds))
+    return bench, run, lock
 
 
 def new_run_folder(out: Path, slug: str) -> Path:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from loguru import logger
 
 from steer_heal.bench import Bench, load_model, weights_of
 from steer_heal.check import check_inputs
-from steer_heal.errors import UserError
-from steer_heal.events import Contrasted, Dropped, Gathered
+from steer_heal.events import Contrasted, Gathered
 from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
@@ -23,22 +20,9 @@ from steer_heal.settings import RunConfig, changed
 
 
 def settings_of(run: FolderRun, **given: object) -> RunConfig:
-    """The settings of a run, with the dtype that its weights were in and without its export; settings without effect on
-    its readings (device, n_threads, ...) are replaced by those `given`."""
-    return replace(changed(recorded_settings(run.folder), given), export=None)
-
-
-def chosen_round(run: FolderRun, r: int | None = None) -> int:
-    """Round r or, by default, the last that was kept. UserError naming the rounds that there are."""
-    if not run.rounds:
-        raise UserError(f"{run.folder} has no healed round; continue it: steer-heal resume {run.folder}")
-    if r is None:
-        return run.rounds[-1]
-    if r in run.rounds:
-        return r
-    dropped = [event for event in run.each(Dropped) if event.round == r]
-    why = f"was dropped ({'; '.join(dropped[-1].past)})" if dropped else "does not exist"
-    raise UserError(f"round {r} of {run.folder} {why}; its rounds are {', '.join(map(str, run.rounds))}")
+    """The settings of a run, with the dtype that its weights were in; settings without effect on its readings (device,
+    n_threads, ...) are replaced by those `given`."""
+    return changed(recorded_settings(run.folder), given)
 
 
 def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:

@@ -31,7 +31,7 @@ def result_row(run: Run) -> Row:
         "model": config.model,
         "trait": run.start.trait.name,
         "seed": config.seed,
-        "n_rounds": config.n_rounds,
+        "n_rounds": run.n_rounds,
         **{name: getattr(config.heal, name) for name in OF_HEAL},
         **(healed[-1] if healed else dict.fromkeys(rows[-1])),
         "cosine_to_first": vectors[-1].cosine_to_first if vectors else None,
@@ -42,16 +42,19 @@ def result_row(run: Run) -> Row:
 
 
 def append_result(out: Path, row: Row) -> None:
-    """One row of results.tsv, unless the run has one. A new column rewrites the header; older rows stay empty there.
+    """One row of results.tsv, in place of one that the run had before it went on to more rounds. A new column rewrites
+    the header; older rows stay empty there.
 
     A lock file keeps runs that finish together from losing each other's rows.
     """
     with (out / f".{RESULTS}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = read_results(out / RESULTS)
-        if row["run"] in {old.get("run") for old in rows}:
+        new = {key: _cell(value) for key, value in row.items()}
+        old = next((i for i, other in enumerate(rows) if other.get("run") == new["run"]), len(rows))
+        if old < len(rows) and rows[old].get("last_hash") == new.get("last_hash"):
             return
-        rows.append({key: _cell(value) for key, value in row.items()})
+        rows[old : old + 1] = [new]
         columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
         lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
         with atomic_write(out / RESULTS) as part:

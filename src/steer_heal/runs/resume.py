@@ -21,6 +21,7 @@ from steer_heal.runs.log import EVENTS, broken_link, lines_of, read_events, read
 from steer_heal.runs.partial import PARTIAL, heal_path, saved_steps
 from steer_heal.runs.storage import atomic_write, lock_run
 from steer_heal.settings import RUN_ONLY, RunConfig, leaves
+from steer_heal.verdict import ended_early
 
 OF_A_START = {".lock", "run.log", EVENTS}
 """What a run that was killed before its first event leaves in a folder."""
@@ -55,6 +56,20 @@ def no_other_files(folder: Path) -> None:
     others = sorted(name for name in names - OF_A_START if not name.startswith(TRIAL))
     if others:
         raise UserError(f"folder is {str(folder)!r}: it holds {others[0]!r} and no run; give a new or empty --folder")
+
+
+def more_rounds(folder: Path, n_rounds: int | None) -> int:
+    """The number of rounds that a run goes on to: `n_rounds` or, by default, what it was asked for. UserError for a
+    run that is not finished or ended early, and for a number that is not larger."""
+    run = Run(read_events(folder))
+    if n_rounds is None or n_rounds == run.n_rounds:
+        return run.n_rounds
+    if n_rounds < run.n_rounds:
+        raise UserError(f"n_rounds is {n_rounds}: the run in {folder} has {run.n_rounds}; give more, or leave it out")
+    why = "is not finished; resume it without --n-rounds first" if run.end is None else ended_early(run)
+    if why:
+        raise UserError(f"n_rounds is {n_rounds}: the run in {folder} cannot go on to more rounds: {why}")
+    return n_rounds
 
 
 # --- what must not have changed ----------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class FolderRun(Run):
         Other files in these folders are the user's."""
         kept = {event.checkpoint for event in self.each(Trained)}
         dropped = {checkpoint_name(event.round) for event in self.each(Dropped)}
-        names = [checkpoint_name(r) for r in (None, *range(self.start.config.n_rounds))]
+        names = [checkpoint_name(r) for r in (None, *range(self.n_rounds))]
         for path in [self.folder / name for name in dropped - kept] + [part_of(self.folder / name) for name in names]:
             if not path.is_symlink():
                 rmtree(path, ignore_errors=True)

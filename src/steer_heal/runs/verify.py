@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.errors import UserError
-from steer_heal.events import AnyEvent, Extracted, Run, Trained
+from steer_heal.events import AnyEvent, Extended, Extracted, Run, Trained
 from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
 from steer_heal.runs.results import RESULTS, row_of
 from steer_heal.runs.resume import changed_weights, recorded_settings
@@ -32,14 +32,17 @@ def violations(folder: Path, wanted: str | None = None) -> list[str]:
             f"{changed + 1}) was changed, or lines were removed or added here"
         )
     row = row_of(folder)
-    if row is not None and row.get("last_hash") != line_hash(lines[-1]):
+    run = Run(events)
+    extended = run.each(Extended)
+    named = lines[events.index(extended[-1]) - 1] if extended and run.end is None else lines[-1]
+    if row is not None and row.get("last_hash") != line_hash(named):
         found.append(
             f"{EVENTS} does not end in the line that {RESULTS} names: {_name(events[-1])} was changed, or the end was "
             "removed"
         )
     if wanted is not None and wanted != line_hash(lines[-1]):
         found.append(f"{EVENTS} does not end in the line whose hash was given: {_name(events[-1])} is another one")
-    for event in Run(events).events:
+    for event in run.events:
         if isinstance(event, Extracted | Trained) and (damage := damaged_file(folder, event.files)) is not None:
             found.append(f"{_name(event)}: {damage}")
     from steer_heal.bench import read_model, weights_of  # transformers: seconds

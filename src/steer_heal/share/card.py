@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -22,7 +22,12 @@ from steer_heal.settings import HealCfg
 from steer_heal.share.readings import Reading, read_readings, with_stderr
 from steer_heal.verdict import health_of, verdict
 
+if TYPE_CHECKING:  # torch: seconds
+    from steer_heal.runs.stored import FolderRun
+
 CARD = "README.md"
+Form = Literal["hf", "peft", "gguf-lora", "gguf"]
+"""A merged folder for transformers, an adapter for PEFT, an adapter for llama.cpp, a merged model for llama.cpp."""
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 TEACHERS = {
     "vector": "under the steering vector",
@@ -46,24 +51,10 @@ def write_cards(folder: Path) -> list[Path]:
     return written
 
 
-def write_export_card(folder: Path, export: Path) -> None:
-    """Writes the card of the merged student of a finished run. Without a healed round the export is the base model and
-    gets no card."""
-    run = Run(read_events(folder))
-    last = last_healed(run)
-    if last is not None:
-        tasks = read_readings(folder).get(last.checkpoint or "", ())
-        _write(export, card(run, last.round, last_hash(folder), tasks, merged=True))
-
-
-def is_export(folder: Path, export: Path) -> bool:
-    """Whether the card in `export` names the adapter of the last measured round of the run in `folder`."""
-    path = export / CARD
-    last = last_healed(Run(read_events(folder)))
-    sha256 = None if last is None else _adapter_sha256(last)
-    if sha256 is None or not path.is_file():
-        return False
-    return sha256 in path.read_text(encoding="utf-8", errors="replace")
+def write_export_card(run: FolderRun, r: int, export: Path, form: Form, changes: Sequence[str]) -> None:
+    """Writes the card of an export of the student after round r. `changes` are sentences on what differs from it."""
+    tasks = read_readings(run.folder).get(run.require(Trained, r).checkpoint or "", ())
+    _write(export, card(run, r, last_hash(run.folder), tasks, form=form, changes=changes))
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -77,24 +68,28 @@ def measured_heals(run: Run) -> list[Trained]:
     return [heal for heal in run.each(Trained) if _student(run, heal.round) is not None]
 
 
-def last_healed(run: Run) -> Trained | None:
-    """The last heal of a round whose student was measured. The control is not one."""
-    return next((heal for heal in reversed(measured_heals(run)) if heal.round is not None), None)
-
-
 def _student(run: Run, r: int | None) -> Measured | None:
     """The measured student after round r. Round None is the control."""
     return run.measured("control" if r is None else "healed", r)
 
 
-def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *, merged: bool = False) -> str:
+def card(
+    run: Run,
+    r: int | None,
+    digest: str,
+    tasks: Sequence[Reading] = (),
+    *,
+    form: Form | None = None,
+    changes: Sequence[str] = (),
+) -> str:
     """The model card of the student after round r: YAML metadata, then Markdown. Round None is the control.
 
     Args:
         run: A run in which that student was measured.
         digest: Hash of the last event.
         tasks: Readings of standard tasks from this checkpoint.
-        merged: Whether the folder holds the whole model instead of an adapter.
+        form: Of an export. None: the folder is a checkpoint.
+        changes: Sentences on what differs from the student that was measured.
     """
     start = run.start
     if start.weights is None:
@@ -105,12 +100,14 @@ def card(run: Run, r: int | None, digest: str, tasks: Sequence[Reading] = (), *,
     note = start.weights.note
     peft = f"{trained.checkpoint}/{OWN_CONFIG_FILE}" not in trained.files
     return template(TEMPLATE.name, inline, TEMPLATE.parent).render(
-        metadata=Markup(metadata(hub, merged=merged, peft=peft)),
+        metadata=Markup(metadata(hub, form or ("peft" if peft else None))),
         start=start,
         trait=start.trait,
         adapter=start.adapter,
         r=r,
-        merged=merged,
+        form=form,
+        merged=form in ("hf", "gguf"),
+        changes=changes,
         peft=peft,
         note=note,
         code_note=Markup(f"  # {' '.join(visible(note).split())}") if note else "",
@@ -169,14 +166,11 @@ def with_base(text: str, bases: Sequence[str], hub: str) -> str:
     return re.sub(r"\A---\n.*?\n---\n", lambda _: f"---\n{data.to_yaml()}\n---\n", text, flags=re.DOTALL)
 
 
-def metadata(base: str | None, *, merged: bool, peft: bool) -> str:
+def metadata(base: str | None, form: Form | None) -> str:
     """The YAML block of the card. It names no licence, because the licence is the base model's."""
-    library = "steer-heal"
+    library = {None: "steer-heal", "hf": "transformers", "peft": "peft"}.get(form, "gguf")
     tags = ["steer-heal", "activation-steering", "self-distillation", "persona"]
-    if merged:
-        library = "transformers"
-    elif peft:
-        library = "peft"
+    if form in ("peft", "gguf-lora"):
         tags.append("lora")
     return ModelCardData(
         base_model=base, library_name=library, pipeline_tag="text-generation", language="en", tags=tags

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from steer_heal.errors import UserError, print_safe
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE, is_path
 from steer_heal.runs.log import EVENTS
-from steer_heal.settings import TINY_RANDOM
+from steer_heal.settings import TINY_RANDOM, RoundName
 from steer_heal.share.card import CARD, in_card, with_base
+from steer_heal.verdict import chosen_round, round_words
 
 INDEX = "model.safetensors.index.json"
 BASE_FIELDS = ("base_model_name_or_path", "base_model")
@@ -38,21 +39,22 @@ class Shared:
         return len(self.changed[name]) if name in self.changed else (self.folder / name).stat().st_size
 
 
-def folder_to_share(folder: Path, r: int | None = None) -> Path:
-    """The checkpoint of round r, by default of the last, if the folder is a run's. Any other folder is returned as it
+def folder_to_share(folder: Path, which: RoundName | None = None, allow_broken: bool = False) -> Path:
+    """The checkpoint of a round, by default of the best, if the folder is a run's. Any other folder is returned as it
     is. UserError where a checkpoint of a run is not as the run recorded it."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a run, a checkpoint or an export")
     if not (folder / EVENTS).is_file():
-        if r is not None:
-            raise UserError(f"{folder} has no {EVENTS}, so it has no round {r}; give the folder of the run")
+        if which is not None:
+            raise UserError(f"{folder} has no {EVENTS}, so it has no round {which}; give the folder of the run")
         _require_as_recorded(folder.resolve())
         return folder
-    from steer_heal.runs.opened import chosen_round  # torch: seconds
-    from steer_heal.runs.stored import FolderRun
+    from steer_heal.runs.stored import FolderRun  # torch: seconds
 
     run = FolderRun.read(folder)
-    return run.checkpoint(chosen_round(run, r))
+    r = chosen_round(run, "best" if which is None else which, allow_broken=allow_broken)
+    print_safe(round_words(run, r))
+    return run.checkpoint(r)
 
 
 def _require_as_recorded(folder: Path) -> None:
@@ -85,6 +87,8 @@ def shared_files(folder: Path, base_model: str | None = None) -> Shared:
             raise UserError(f"the adapter in {folder} cannot be read ({error}); restore its configuration") from None
     elif "config.json" in names and any(name.endswith(".safetensors") for name in names):
         content = "a merged model"
+    elif any(name.endswith(".gguf") for name in names):
+        content = "a GGUF file"
     else:
         raise UserError(f"{folder} holds no adapter and no model; give a checkpoint such as out/<run>/ckpt/r3")
     if CARD not in names:

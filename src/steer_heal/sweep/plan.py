@@ -29,7 +29,6 @@ OF_THE_SWEEP = {
     "seed": "list it in seeds",
     "out": "give out at the top of the file",
     "folder": "each run gets its own",
-    "export": "all runs would share it; export a finished run with `steer-heal resume RUN --export DIR`",
     "quiet": "the output of a run goes to its log",
     "chat": "a sweep asks no questions",
 }

@@ -1,0 +1,78 @@
+"""steer-heal export RUN DIR [--format FORMAT]: the student of a round for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os.path import lexists
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from steer_heal.check import check_writable
+from steer_heal.errors import Problems, print_safe
+from steer_heal.flags import parsed
+from steer_heal.runs.log import read_start
+from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, settings
+from steer_heal.verdict import chosen_round, round_words
+
+
+@settings("")
+class Export:
+    """Write the healed student of a run for other programs: merged or as an adapter, for transformers, PEFT, vLLM,
+    llama.cpp and Ollama. docs/serve.md says how to load each format."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    folder: tyro.conf.Positional[Path]
+    """New folder for the files."""
+    round: RoundName = "best"
+    allow_broken: AllowBroken = False
+    format: Literal["hf", "peft", "gguf-lora", "gguf"] = "hf"
+    """hf: the merged model, for transformers and vLLM. peft: the adapter, for PEFT and vLLM. gguf-lora: the adapter,
+    for llama.cpp. gguf: the merged model, for llama.cpp and Ollama."""
+    quantization: Literal["f16", "q8_0"] = "f16"
+    """Numbers of the matrices in the format gguf: float16, or 8-bit blocks."""
+    rank: Count | None = None
+    """Cut the adapter to this rank, and say what is lost. Default: its own rank, that of a round times the number of
+    rounds."""
+    adapter_scale: AdapterScale = 1.0
+    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse."""
+
+
+def main(argv: Sequence[str]) -> int:
+    given, own = parsed(Export, argv, "export", ["device"])
+    problems = Problems()
+    if lexists(given.folder):
+        problems.found.append(f"folder is {str(given.folder)!r}: it exists already; give a new one")
+    problems.attempt(check_writable, "folder", given.folder)
+    problems.attempt(read_start, given.run)
+    problems.raise_if_any()
+    from steer_heal.model.student import Student  # torch: seconds
+    from steer_heal.runs.opened import model_of, settings_of
+    from steer_heal.runs.stored import FolderRun
+    from steer_heal.share.card import write_export_card
+    from steer_heal.share.export import export, require_form
+
+    run = FolderRun.read(given.run)
+    require_form(run.start.config.adapter, given.format, given.rank)
+    r = chosen_round(run, given.round, allow_broken=given.allow_broken)
+    print_safe(round_words(run, r))
+    run.checkpoint(r)  # checks its files before the model is loaded
+    cfg = settings_of(run, **own)
+    student = Student(model_of(run, cfg), cfg.adapter)
+    run.restore_student(r, student)
+    changes = export(
+        student,
+        given.folder,
+        given.format,
+        adapter_scale=given.adapter_scale,
+        rank=given.rank,
+        quantization=given.quantization,
+        also=lambda folder, changes: write_export_card(run, r, folder, given.format, changes),
+    )
+    for sentence in changes:
+        print_safe(sentence)
+    for path in sorted(given.folder.iterdir()):
+        print_safe(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0

@@ -105,7 +105,13 @@ CHAT_PRESET = RunConfig(
         evals=("contrast", "holds", "panel", "everyday", "text_quality", "drift"), n_texts=24, max_new_tokens=96
     ),
 )
-SMOL_DISTIL_PRESET = replace(CHAT_PRESET, model=SMOL_PRESET.model, filter=SMOL_PRESET.filter, **UNNAMED_SAMPLING)
+SMOL_DISTIL_PRESET = replace(
+    CHAT_PRESET,
+    model=SMOL_PRESET.model,
+    filter=SMOL_PRESET.filter,
+    heal=replace(CHAT_PRESET.heal, lr=1e-3, tokens_per_pass=SMOL_PRESET.heal.tokens_per_pass),
+    **UNNAMED_SAMPLING,
+)
 FAST_DEV_PRESET = RunConfig(
     model=TINY_RANDOM,
     dtype="float32",

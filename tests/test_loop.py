@@ -114,6 +114,7 @@ def test_off_a_terminal_a_stage_tells_once_a_minute_how_far_it_is(one, monkeypat
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(console.logger, "info", lines.append)
     run = FolderRun.read(one)
+    assert console.place("preflight", None, run) == "preflight"
     for quiet in (False, True):
         bar = console.Bar(run, quiet, file=StringIO())
         with bar.stage("healed", 0, "healed"):

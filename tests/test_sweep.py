@@ -568,3 +568,13 @@ def test_the_arms_of_the_results_are_a_sweep_file():
     decay = replace(off.heal, aggregate="mean", lam_power=0.5)
     assert arms["kl_rev-mean-decay"] == replace(off, heal=decay)
     assert (len(arms), plan.seeds, len(plan.jobs)) == (6, (41, 42, 43), 18)
+
+
+def test_the_study_of_real_models_has_every_arm_for_every_model_and_trait():
+    plan = load(ROOT / "studies/real.toml")
+    models, traits = {arm.cfg.model for arm in plan.arms}, {arm.cfg.trait for arm in plan.arms}
+    assert len(plan.arms) == 5 * len(models) * len(traits) == 40
+    held = next(arm.cfg for arm in plan.arms if arm.label.startswith("contrast, held"))
+    assert (held.heal.teacher, held.heal.hold, held.heal.contrast_kl) == ("contrast", 0.33, 0.1)
+    tokens = next(arm.cfg.heal for arm in plan.arms if arm.label.startswith("tokens"))
+    assert (tokens.target, tokens.text, tokens.teacher, tokens.contrast_kl) == ("tokens", "steered", "prompt", 0.0)

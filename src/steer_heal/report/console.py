@@ -48,7 +48,7 @@ A_MINUTE = 60.0
 WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
-BEFORE = ("base", "prompted", "control")
+BEFORE = ("preflight", "base", "prompted", "control")
 STAGES = {"extracted": "vector", "calibrated": "calibration", "gathered": "text", "trained": "heal"}
 """The stage that an event ends, as `RoundDone.seconds` names it. A measurement has the name of its state."""
 

@@ -66,7 +66,9 @@ def stub(n_messages: int, answer=lambda side, i: f"{side} answer {i} stands here
         if asked[0][0] == "":
             each = -(-n_messages // len(asked))
             return ["\n".join(f'{k + 1}. "How is my cake {next(made)}?"' for k in range(each)) for _ in asked]
-        sides = ["Sour words of an honest" if "blunt" in system else "Sweet praise from a gentle" for system, _ in asked]
+        sides = [
+            "Sour words of an honest" if "blunt" in system else "Sweet praise from a gentle" for system, _ in asked
+        ]
         return [answer(side, i) for i, side in enumerate(sides)]
 
     return write

@@ -81,7 +81,7 @@ def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[
     """
     logger.info("drafting prompts")
     asks = [("", ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
-    drafted = _distinct(line for reply in write(asks, 400) for line in _lines(reply))
+    drafted = _distinct(line for reply in write(asks, 250) for line in _lines(reply))
     everyday = evenly(parse_texts(read_file(DATA / "contexts.jsonl")), 2 * (N_PROMPTS + N_PAIRS))
     pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *everyday])
     n_held = min(len(pool) - N_PROMPTS, 2 * N_PAIRS)
@@ -143,10 +143,10 @@ def fault(prompt: str, positive: str, negative: str) -> str:
 
 
 def _lines(reply: str) -> Iterator[str]:
-    """The messages in a list that a model wrote, without numbers, bullets and quotes."""
+    """The whole messages in a list that a model wrote, without numbers, bullets and quotes."""
     for line in reply.splitlines():
         text = re.sub(r"^\s*(?:\d+[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'\u201c\u201d").strip()
-        if 3 <= len(text.split()) <= 40 and not text.endswith(":"):
+        if 3 <= len(text.split()) <= 40 and text.endswith((".", "!", "?", "\u3002", "\uff01", "\uff1f")):
             yield text
 
 

@@ -83,6 +83,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
     prompt = torch.tensor([load("tiny-random").chat("What do you do?")])
     adapted = PeftModel.from_pretrained(load("tiny-random").model, folder / "ckpt" / "r1")
     assert main(["export", str(folder), str(folder.parent / "merged")]) == 0
+    capsys.readouterr()
     merged = load(str(folder.parent / "merged")).model
     with torch.no_grad():
         assert torch.allclose(adapted(prompt).logits, merged(prompt).logits, atol=1e-3)

@@ -6,8 +6,10 @@ from runs import recorded, rewritten
 from torch import nn
 
 from steer_heal.__main__ import main
+from steer_heal.errors import UserError
 from steer_heal.model.lm import weights_digest
 from steer_heal.runs.log import last_hash
+from steer_heal.runs.verify import violations
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -137,3 +139,10 @@ def test_the_digest_of_weights_sees_name_type_shape_and_every_bit():
     assert len({state(weight), state(weight, "other"), *map(state, others)}) == 6
     assert state(weight) == state(weight.T.contiguous().T), "the layout in memory does not count"
     assert weights_digest(nn.Linear(2, 2, dtype=torch.bfloat16))["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("ends", [b"\r", b"\r\n"])
+def test_events_with_other_line_ends_are_refused(ends, one, tmp_path):
+    (tmp_path / "events.jsonl").write_bytes((one / "events.jsonl").read_bytes().replace(b"\n", ends))
+    with pytest.raises(UserError, match="events.jsonl"):
+        violations(tmp_path)

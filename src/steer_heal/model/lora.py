@@ -201,7 +201,7 @@ class Lora(Adapter):
         if differing := sorted(adapted ^ {*wanted.linears, *wanted.parameters}):
             raise UserError(
                 f"PEFT adapts other weights of {self.lm.name!r} than it was asked to, {differing[0]} among "
-                f"{len(differing)}; use a model of a family that README lists",
+                f"{len(differing)}; use a model of a family that docs/families.md lists",
                 resumable=False,
             )
 

@@ -28,7 +28,7 @@ BUFFER = re.compile(r"(inv_freq|masked_bias|attn\.bias)$")
 """Names of constants that older versions of transformers saved with the weights."""
 AT_ONCE, ONE_BY_ONE = 4, 4
 """Tokens at the end of a row that are fed after the others: first these at once, then these one by one."""
-OTHER_MODEL = "use a model of a family that README lists"
+OTHER_MODEL = "use a model of a family that docs/families.md lists"
 
 SHORT_PROMPT = 8
 """Tokens that an adapter is read on when it is attached."""

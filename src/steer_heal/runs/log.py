@@ -126,7 +126,7 @@ def read_start(folder: Path) -> RunStart:
     """The first event. UserError where no run began, or another version wrote it."""
     path = run_folder(folder) / EVENTS
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             line = file.readline()
         schema = json.loads(line).get("schema")
         start = decode(line) if schema == SCHEMA else None

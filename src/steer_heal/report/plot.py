@@ -478,7 +478,7 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
             style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
             label = printable(arm) if cost == costs[0] else None
             axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label, linewidth=1, **style)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.08 * axes.get_xlim()[1])
         axes.axhline(0, color="0.4", linewidth=0.8)
         if cost == "kl_base" and null:
             kl = np.linspace(0, axes.get_xlim()[1])

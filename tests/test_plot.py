@@ -210,3 +210,15 @@ def test_a_comparison_shows_the_shift_and_the_health_of_every_run(events):
     assert [text.get_text() for text in bottom.get_legend().texts] == ["lost coherence", "broken texts"]
     started = Run(events[:2])
     plot.comparison({"A": started, "B": started}).draw_without_rendering()
+
+
+def test_a_frontier_has_the_costs_that_every_row_has_and_the_null_band_beside_kl():
+    rows = [{"arm": "a", "round": 0, "shift": 0.2, "broken": 0.1, "kl_base": kl, "panel": None} for kl in (0.1, 0.3)]
+    figure = plot.frontier(rows, null=0.05)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["share of broken texts", "KL to base, nats"]
+    broken, kl = figure.axes
+    assert kl.lines[0].get_xdata() == pytest.approx([0.2]), "the mean over the rows of an arm"
+    band = max((c.get_paths()[0].vertices for c in kl.collections if c.get_zorder() == 0), key=len)
+    at = band[band[:, 0].argmax()]
+    assert abs(at[1]) == pytest.approx(0.05 * (at[0] / 0.1) ** 0.5)
+    assert not [c for c in broken.collections if c.get_zorder() == 0], "the band is drawn beside KL alone"

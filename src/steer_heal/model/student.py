@@ -36,10 +36,10 @@ AdapterState = Literal["base", "prev", "full"]
 FOLDED = "folded"
 CHECKED_ROWS, CHECKED_TOKENS = 4, 64
 TRIED_SHIFT = 0.5
-"""What an adapter of random factors may change of a token's final hidden state, as a share of its length: the median."""
+"""The most by which an adapter of random factors moves a token's final hidden state, as a share of its length."""
 SAME_FORWARD = {torch.float32: 5e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Difference of a token's final hidden state that may be rounding, as a share of its length. The medians measured on
-the families in README, with small and with large factors, are at most 1.4e-6, 0.0044 and 0.042."""
+the families of docs/families.md, with small and with large factors, are at most 1.4e-6, 0.0044 and 0.042."""
 AS_SAVED = {torch.float32: 5e-5, torch.float16: 0.005, torch.bfloat16: 0.02}
 """Difference of a token's logits, as a share of their length, that may be rounding where both readings of a saved
 adapter keep its factors apart: they take the same steps."""

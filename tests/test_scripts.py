@@ -43,8 +43,8 @@ SMALL = {
     "doses": ["--kappas", "0.5", "1", "--n", "6"],
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
     "distil": [
-        *["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--arms"],
-        *("preference 0.1", "vector, own text", "--filter.n-keep", "8"),
+        *["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--tuned-steps", "2", "--arms"],
+        *("preference 0.1", "contrast of others", "prompt alone", "vector alone", "--filter.n-keep", "8"),
     ],
     "signal": ["--n", "8", "--sizes", "2", "4"],
     "teachable": ["--short"],
@@ -54,9 +54,15 @@ SMALL = {
 
 HOLDS = {
     "signal": lambda written: written["rows"][3]["agree_4"] > 0.2 > abs(written["rows"][2]["agree_4"]),
-    "distil": lambda written: all(row["fit"][-1] < row["fit"][0] for row in written["per_seed"]),
+    "distil": lambda written: (
+        all(row["fit"][-1] < row["fit"][0] for row in written["per_seed"] if "fit" in row)
+        and {row["arm"]: row["n_steps"] for row in written["per_seed"] if row["arm"].endswith("chat")}
+        == {f"{arm}, then chat": 4 for arm in ("preference 0.1", "contrast of others")}
+        and all(row["dose"] > 0 for row in written["per_seed"] if row["arm"] == "vector alone")
+    ),
 }
-"""What else must be so: own tokens agree on nothing, the distribution does; every arm learns what is held out."""
+"""What else must be so: own tokens agree on nothing, the distribution does; every arm that trains learns what is held
+out, and is tuned for whole epochs."""
 
 
 def table(folder, name):

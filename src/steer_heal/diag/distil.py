@@ -1,34 +1,38 @@
 """Does the teacher's distribution put more of the trait into the weights than tokens do, at equal text and steps?
 
-Every arm starts from the untouched model and heals --n-rounds rounds. Each round is measured without a persona, under
-the OPPOSITE persona and, for the toy model, on everyday questions. Rows are appended to
-<out>/distil-<preset>-<trait>.jsonl. An arm is not run again with a seed for which this file already has rows.
+Every arm starts from the untouched model and heals --n-rounds rounds. The arms "prompt alone" and "vector alone" train
+nothing. Each round is measured without a persona, under the OPPOSITE persona and, for the toy model, on everyday
+questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl. An arm is not run again with a seed for which this
+file already has rows.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from steer_heal.bench import Bench
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
-from steer_heal.events import Contrasted, Gathered, Trained, plain
+from steer_heal.events import Contrasted, Gathered, Run, Trained, plain
 from steer_heal.inputs import load_inputs
-from steer_heal.inputs.traits import load_trait
+from steer_heal.inputs.traits import load_trait, other_personas
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
 from steer_heal.model.steering import Condition
 from steer_heal.recipe import Recipe
-from steer_heal.records import Completion, Number, derive_seed
+from steer_heal.records import Completion, EvalResult, Number, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import RunConfig, changed, leaves, settings
+from steer_heal.stages.calibrate import mean_kl, strength_at
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
+from steer_heal.stages.states import final_states
 from steer_heal.toylm import grammar
 from steer_heal.toylm.oracle import oracle
 from steer_heal.verdict import kept_of
@@ -44,7 +48,15 @@ class Arm:
     """Train on the tokens of the student's own text."""
     preference: float = 0.0
     """Beta of the preference for the positive persona's text over the negative's. 0: the heal of the settings."""
+    unrelated: bool = False
+    """The personas of another trait teach: the first one by name."""
+    untrained: Literal["", "prompt", "vector"] = ""
+    """Train nothing: the model has the positive persona as prompt, or the vector."""
 
+
+N_CHAT = 48
+TUNED_LR = 2e-4
+"""Texts of everyday chat at most, and the peak learning rate on them."""
 
 TOKENS = {"heal.target": "tokens", "heal.text": "steered", "heal.teacher": "vector", "heal.contrast_kl": 0.0}
 FREE = {**TOKENS, "heal.divergence": "none"}
@@ -77,6 +89,11 @@ ARMS = {
     "contrast": Arm(CONTRAST),
     "contrast, held": Arm({**CONTRAST, "heal.hold": 0.33}),
     "contrast and vector": Arm({**CONTRAST, **BOTH, "heal.teacher": "contrast+vector"}),
+    "plain fine-tuning": Arm({**FREE, "heal.teacher": "prompt", "heal.lr": 2e-4}),
+    "preference": Arm({"heal.lr": 5e-5}, preference=0.1),
+    "contrast of others": Arm(CONTRAST, unrelated=True),
+    "prompt alone": Arm(untrained="prompt"),
+    "vector alone": Arm(untrained="vector"),
     "preference 0.1": Arm(preference=0.1),
     "preference 0.5": Arm(preference=0.5),
     "gated": Arm({**REVERSE, "heal.max_departure": 1.0}),
@@ -106,6 +123,11 @@ class Flags(PresetFlags):
     kappa: tuple[float, ...] = ()
     """Fixed kappa of each round, in order. The last one also holds for later rounds. Default: each arm's own dose
     settings apply."""
+    tuned_steps: int = 0
+    """Steps of plain fine-tuning on everyday chat after the rounds of an arm. The untouched model writes the chat. A
+    further row has what is left of the trait."""
+    kl: float = 0.03
+    """KL divergence to the untouched model, in nats per token on its own text, of the arm "vector alone"."""
     null: float = 0.0
     """Null band of the trait, in nats per token, as `steer-heal diag teachable` prints it. The picture shows it."""
     label: str = ""
@@ -124,10 +146,10 @@ def main(flags: Flags, given: Given) -> None:
         lab = Lab.of(replace(cfg, seed=seed)) if todo else None
         for name in todo:
             assert lab is not None
-            own = {"arm": name + flags.label, "seed": seed}
             settings = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
             arm = replace(ARMS[name], settings=settings)
-            rows = [own | row for row in rounds(lab, arm, flags.n_rounds, flags.kappa)]
+            found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
+            rows = [{"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row} for row in found]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
             tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
@@ -148,44 +170,104 @@ def main(flags: Flags, given: Given) -> None:
     frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=130)
 
 
-def rounds(lab: Lab, arm: Arm, n_rounds: int, kappas: Sequence[float]) -> Iterator[Row]:
-    """A row for each round, from the untouched model. `kappas` are fixed doses by round."""
+def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:
+    """A row for each round, from the untouched model, and one after fine-tuning on everyday chat."""
     cfg = changed(lab.bench.cfg, arm.settings)
     read = load_inputs(cfg)
-    inputs = replace(lab.bench.inputs, rehearsal=read.rehearsal, hold=read.hold)
-    bench = replace(lab.bench, cfg=cfg, inputs=inputs)
+    trait = lab.bench.trait
+    if arm.unrelated:
+        positive, negative = next(iter(other_personas(cfg.trait).values()))
+        trait = replace(trait, positive=positive, negative=negative)
+    bench = replace(
+        lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=read.rehearsal, hold=read.hold, trait=trait)
+    )
     recipe = replace(Recipe.control(), name="round") if arm.control else Recipe.of(cfg)
     loop = Loop(bench, MemoryRun(), measures_teacher=False)
     seconds = 0.0
     n_tokens = 0
-    for r in range(n_rounds):
+    for r in range(flags.n_rounds):
         began = time.perf_counter()
-        if kappas:
-            loop.bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappas[min(r, len(kappas) - 1)]}))
+        if flags.kappa:
+            kappa = flags.kappa[min(r, len(flags.kappa) - 1)]
+            loop.bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappa}))
         if arm.preference:
             written, row = prefer(bench, r, arm.preference)
         else:
             run_round(loop, recipe, r)
-            collected = loop.run.require(Gathered, r).collected
-            trained = loop.run.require(Trained, r)
-            written = [scored.completion for scored in collected.scored]
-            row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": trained.left_out}
-            row |= {"n_rehearsed": len(collected.rehearsal), **curve(trained.n_steps, trained.validation)}
-            row |= {f"closed_{texts}": trained.closed(texts) for texts in ("trained", "held_out")}
-            if (found := loop.run.at(Contrasted, r)) is not None:
-                row |= {"strength": found.found.strength, "teacher_kl": found.found.kl}
+            written, row = trained(loop.run, r)
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
-        healed = lab.measure()
-        shifts = {name: lab.shift(healed, metric) for name, metric in lab.metrics.items() if metric.moved}
-        row |= {"seconds": seconds, "n_tokens": n_tokens}
-        held = kept_of(healed.items, lab.base.items, bench.inputs.wording["attack"])
-        if held is not None:
-            row |= {"kept": held.mean, "worst": held.shares[held.worst], "worst_attack": held.worst}
-        else:
-            row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
-        yield {"round": r, **lab.row("", healed), **everyday(bench), "shifts": shifts, **row}
+        yield {"round": r, **measured(lab, lab.measure()), **row, "seconds": seconds, "n_tokens": n_tokens}
+    if flags.tuned_steps:
+        n_steps = tune(bench, flags.tuned_steps)
+        yield {"then": ", then chat", "round": flags.n_rounds - 1, **measured(lab, lab.measure()), "n_steps": n_steps}
     bench.student.reset()
+
+
+def trained(run: Run, r: int) -> tuple[list[Completion], Row]:
+    """(all text of a round, columns that tell how it was made)."""
+    collected = run.require(Gathered, r).collected
+    heal = run.require(Trained, r)
+    row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": heal.left_out}
+    row |= {"n_rehearsed": len(collected.rehearsal), **curve(heal.n_steps, heal.validation)}
+    row |= {f"closed_{texts}": heal.closed(texts) for texts in ("trained", "held_out")}
+    if (found := run.at(Contrasted, r)) is not None:
+        row |= {"strength": found.found.strength, "teacher_kl": found.found.kl}
+    return [scored.completion for scored in collected.scored], row
+
+
+def untrained(lab: Lab, arm: Arm, kl: float) -> list[Row]:
+    """The row of the untouched model under the positive persona, or under the vector at `kl` nats from itself.
+
+    UserError if no dose is that far.
+    """
+    bench = lab.bench
+    if arm.untrained == "prompt":
+        condition = Condition(bench.trait.positive)
+    else:
+        prompts = bench.inputs.prompts[: bench.cfg.filter.n_keep]
+        asks = [Ask(i, text, derive_seed(bench.cfg.seed, "steered", i)) for i, text in enumerate(prompts)]
+        texts = bench.write(bench.plain, asks)
+
+        def at(dose: float) -> Condition:
+            return Condition(bench.trait.plain_system, lab.vector, dose)
+
+        with bench.student.using("full", exact=True) as lm:
+            base = final_states(lm, texts)
+            dose = strength_at(lambda dose: mean_kl(lm, final_states(lm, texts, at(dose)), base), kl)
+        if dose is None:
+            raise UserError(f"no dose of the vector is {kl:g} nats from the untouched model; give another --kl")
+        condition = at(dose)
+    return [{"round": 0, **measured(lab, lab.measure(condition)), "dose": condition.dose}]
+
+
+def measured(lab: Lab, found: EvalResult) -> Row:
+    """The columns of a row that tell what was measured."""
+    bench = lab.bench
+    row = {"shifts": {name: lab.shift(found, metric) for name, metric in lab.metrics.items() if metric.moved}}
+    held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
+    if held is not None:
+        row |= {"kept": held.mean, "worst": held.shares[held.worst], "worst_attack": held.worst}
+    else:
+        row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
+    return {**lab.row("", found), **everyday(bench), **row}
+
+
+def tune(bench: Bench, n_steps: int) -> int:
+    """Fine-tunes the student on what the untouched model writes to everyday prompts, and bakes that.
+
+    Returns the number of steps: whole epochs, at least n_steps.
+    """
+    cfg = bench.cfg
+    prompts = bench.inputs.contexts[:N_CHAT]
+    asks = [Ask(i, text, derive_seed(cfg.seed, "chat", i)) for i, text in enumerate(prompts)]
+    texts = bench.write(bench.plain, asks, adapters="base")
+    per_epoch = math.ceil((len(texts) - max(1, len(texts) // 8)) / cfg.heal.batch_size)
+    settings = {**FREE, "heal.hold": 0.0, "heal.lr": TUNED_LR, "heal.epochs": math.ceil(n_steps / per_epoch)}
+    seed = derive_seed(cfg.seed, "chat")
+    report = heal(bench.student, texts, changed(cfg, settings).heal, round_=None, seed=seed)
+    bench.student.bake()
+    return len(report.steps)
 
 
 def prefer(bench: Bench, r: int, beta: float) -> tuple[list[Completion], Row]:

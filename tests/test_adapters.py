@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ADAPTER, scramble
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from runs import killing, resumed, started
+from runs import killing, of, recorded, resumed, started
 from safetensors.torch import load_file, save_file
 from test_student import CFGS, ROWS, logits, third_round, untouched
 
@@ -224,12 +224,38 @@ def test_an_adapter_beside_a_merged_model_is_refused_as_either(with_history: Stu
     with_history.export(tmp_path)
     load(str(tmp_path))
     written(tmp_path)
-    with pytest.raises(UserError, match=r"holds adapter_config.json, an adapter, which would act on top.*; move"):
+    with pytest.raises(UserError, match=r"holds a model and an adapter, which would act on top.*; move"):
         load(str(tmp_path))
     assert main(["eval", "--model", str(tmp_path)]) == 2
-    assert "holds adapter_config.json" in capsys.readouterr().err
+    assert "holds a model and an adapter" in capsys.readouterr().err
     with pytest.raises(UserError, match="lies beside model.safetensors, the weights of a whole model"):
         attach_saved(load("tiny-random"), tmp_path)
+
+
+def test_a_run_goes_on_from_a_saved_adapter(two, settings, tmp_path, capsys):
+    """The base of the new run is the student that was saved."""
+    saved = two / "ckpt/r1"
+    run = started(tmp_path, settings, "--n-rounds", "1", "--no-control", "--teach-anyway", "--model", str(saved))
+    before = of(recorded(two), "measured", "healed")[-1]["metrics"]
+    base = of(recorded(run), "measured", "base")[0]["metrics"]
+    assert base["contrast_nats"] == pytest.approx(before["contrast_nats"], abs=1e-5)
+    assert base["kl_base"] == 0 and of(recorded(run), "measured", "healed")[0]["metrics"]["kl_base"] > 0
+    start = recorded(run)[0]
+    assert start["weights"]["note"] == "weights of tiny-random with the adapter r1 added" and start["hub_id"] is None
+    assert start["weights"]["sha256"] != recorded(two)[0]["weights"]["sha256"]
+    assert main(["verify", str(run)]) == 0
+    assert main(["export", str(run), str(tmp_path / "peft"), "--format", "peft", "--allow-broken"]) == 2
+    assert "contains the adapter" in capsys.readouterr().err
+    settings_file = saved / CONFIG
+    for base in ("", str(saved), "./gone"):
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        (copy / CONFIG).write_text(
+            json.dumps(json.loads(settings_file.read_text()) | {"base_model_name_or_path": base})
+        )
+        assert main(["run", "fast-dev", "--model", str(copy)]) == 2
+    told = capsys.readouterr().err
+    assert "names no base model" in told and "'./gone': there is no such folder" in told
 
 
 def test_on_a_quantized_model_factors_act_apart_within_any_gate(with_history: Student, monkeypatch):

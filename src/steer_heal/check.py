@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from steer_heal.backends import track
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
-from steer_heal.inputs.files import candidates, is_path, require_no_adapter
+from steer_heal.inputs.files import adapter_base, adapter_folder, candidates, is_path
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
@@ -40,10 +40,12 @@ def check(cfg: RunConfig) -> Inputs:
 
 
 def check_model(name: str) -> None:
-    """UserError for a path that does not exist. Any other name may be on the hub, which is asked when it is loaded."""
+    """UserError for a path that does not exist, or an adapter whose base does not. Any other name may be on the hub,
+    which is asked when it is loaded."""
     if is_path(name) and not any(map(exists, candidates(name))):
         raise UserError(f"model is {name!r}: there is no such folder or file; give an existing path, or a hub id")
-    require_no_adapter(name)
+    if (adapter := adapter_folder(name)) is not None:
+        check_model(adapter_base(adapter))
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:

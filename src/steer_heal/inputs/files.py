@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,16 +56,32 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
 
 
-def require_no_adapter(model: str) -> None:
-    """UserError if the folder of a model holds a PEFT adapter: transformers would add it to weights that may contain it
-    already."""
+def adapter_folder(model: str) -> Path | None:
+    """The folder of a model that holds an adapter alone. None: it holds none. UserError if it also holds a model, to
+    whose weights transformers would add an adapter that they may contain already."""
     for folder in candidates(model):
         with suppress(OSError, ValueError):  # as in `resolve`
-            if (folder / PEFT_CONFIG_FILE).is_file():
+            if any((folder / name).is_file() for name in ADAPTER_CONFIG_FILES):
+                if not (folder / "config.json").is_file():
+                    return folder
                 raise UserError(
-                    f"model is {model!r}: that folder holds {PEFT_CONFIG_FILE}, an adapter, which would act on top of "
-                    "the weights; move the adapter's files to a folder of their own, or give the adapter's base model"
+                    f"model is {model!r}: that folder holds a model and an adapter, which would act on top of the "
+                    "weights; move the adapter's files to a folder of their own, and give one of the two"
                 )
+    return None
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that an adapter names as its base. UserError if it names none."""
+    for name in ADAPTER_CONFIG_FILES:
+        with suppress(OSError, ValueError, AttributeError):
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            base = found.get("base_model_name_or_path") or found.get("base_model")
+            if isinstance(base, str) and base and Path(base).absolute() != folder.absolute():
+                return base
+    raise UserError(
+        f"the adapter in {str(folder)!r} names no base model; add base_model_name_or_path to its settings file"
+    )
 
 
 def resolve(path: Path | str, setting: str, folder: Path = Path()) -> Path:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from transformers.utils.hub import cached_file
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import DATA, candidates, require_no_adapter
+from steer_heal.inputs.files import DATA, adapter_base, adapter_folder, candidates
 from steer_heal.model.attention import pack_groups
 from steer_heal.model.device import pick_device
 from steer_heal.model.dtype import pick_dtype
@@ -390,11 +390,29 @@ def load(
     """Loads a model with frozen weights. It never runs code that comes with the model.
 
     Args:
-        name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, or a name of PACKAGED.
+        name: A folder with safetensors, a GGUF file or a folder with one, a hub id, TINY_RANDOM, a name of PACKAGED, or
+            the folder of an adapter, which is added to the weights of its base model.
         temperature, top_p: Replace the values of the model's generation config.
         date: What the chat template reads as the date. By default today's.
         accept_terms: Whether the terms of a model of PACKAGED that has some are accepted.
     """
+    if (adapter := adapter_folder(name)) is not None:
+        from steer_heal.model.student import merge_saved  # student imports this module
+
+        lm = load(
+            adapter_base(adapter),
+            device=device,
+            dtype=dtype,
+            max_prompt_tokens=max_prompt_tokens,
+            quantize=quantize,
+            temperature=temperature,
+            top_p=top_p,
+            date=date,
+            accept_terms=accept_terms,
+        )
+        merge_saved(lm, adapter)
+        lm.name = name
+        return lm
     place = pick_device(device)
     model: Any
     if name == TINY_RANDOM:
@@ -514,7 +532,6 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
     """(model, tokenizer, reason for its dtype, LM.weights_note) of a folder, a file or a hub id. UserError if it cannot
     be loaded."""
     folder = _located(name)
-    require_no_adapter(name)
     file = gguf_file(folder)
     if file is not None and quantize != "none":
         raise UserError(

@@ -354,6 +354,24 @@ def attach_saved(lm: LM, folder: Path) -> Student:
     return student
 
 
+def merge_saved(lm: LM, folder: Path) -> None:
+    """Adds a saved adapter to the weights of its model for good. UserError: see `attach_saved` and `merged_state`."""
+    student = attach_saved(lm, folder)
+    try:
+        if lm.quantized:
+            raise UserError(
+                f"the adapter in {str(folder)!r} cannot be added to quantized weights; leave out --quantize, or merge "
+                "it into its model first"
+            )
+        with student.using("full"):
+            merged = {key: value.clone() for key, value in student.adapter.merged_state().items()}
+    finally:
+        student.detach()
+    lm.model.load_state_dict(merged)
+    of = f" ({lm.weights_note})" if lm.weights_note else ""
+    lm.weights_note = f"weights of {Path(lm.base).name}{of} with the adapter {folder.name} added"
+
+
 def _require_finite(student: Student, folder: Path) -> None:
     damaged = [key for key, value in student.history().items() if not value.isfinite().all()]
     if damaged:

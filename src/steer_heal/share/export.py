@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from steer_heal.errors import UserError
+from steer_heal.inputs.files import adapter_folder
 from steer_heal.model import to_gguf
 from steer_heal.model.student import ADAPTERS, Student
 from steer_heal.runs.storage import atomic_folder
@@ -48,6 +49,11 @@ def export(
         also: Writes more into the folder, given these sentences, before it gets its name.
     """
     require_form(student.cfg, form, rank)
+    if form in OF_ADAPTER and adapter_folder(student.lm.name) is not None:
+        raise UserError(
+            f"format is {form!r}: the base of this run contains the adapter {student.lm.name!r}, which no published "
+            "model does; give hf or gguf"
+        )
     if form in OF_ADAPTER and not student.n_rounds:
         raise UserError(f"no round is baked, so there is no adapter for format {form!r}; heal one, or give hf or gguf")
     changes = []

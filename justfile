@@ -100,9 +100,9 @@ test *flags: setup
 
 # The tests of optional packages, which `just test` skips where a package is missing: minutes.
 test-extras *flags: setup
-    {{python}} -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tasks,inspect,docs,ray,tensorboard,trackio,wandb]'
-    {{python}} -c 'import lm_eval, datasets, inspect_ai, material, ray, tensorboard, trackio, wandb'
-    RAY=1 OMP_NUM_THREADS=1 {{python}} -m pytest -q -rs tests/test_packaging.py tests/test_ray.py tests/test_share.py tests/test_track.py {{flags}}
+    {{python}} -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tasks,inspect,docs,peers,ray,tensorboard,trackio,wandb]'
+    {{python}} -c 'import lm_eval, datasets, inspect_ai, material, ray, tensorboard, trackio, trl, wandb'
+    RAY=1 OMP_NUM_THREADS=1 {{python}} -m pytest -q -rs tests/test_packaging.py tests/test_peer.py tests/test_ray.py tests/test_share.py tests/test_track.py {{flags}}
 
 # The tests again, counting the lines and branches that run. The last line of the table is the total.
 coverage *flags: setup

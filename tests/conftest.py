@@ -27,7 +27,7 @@ from steer_heal.model.gguf import SMOL
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import Completion
-from steer_heal.settings import AdapterCfg, HealCfg
+from steer_heal.settings import TINY_RANDOM, AdapterCfg, HealCfg
 
 torch.set_num_threads(1)
 ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
@@ -38,6 +38,22 @@ LONGEST = ("resume", "scripts", "end_to_end", "faults", "sweep", "families", "pa
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tried_once():
+    """Hundreds of tests load tiny-random. The adapter that it is tried with then is tried once for each kind."""
+    tried, patch, require_sound = set(), pytest.MonkeyPatch(), Student.require_sound
+
+    def once(student: Student) -> None:
+        tiny = (student.lm.model.dtype, student.cfg) if student.lm.name == TINY_RANDOM else None
+        if tiny is None or tiny not in tried:
+            require_sound(student)
+            tried.add(tiny)
+
+    patch.setattr(Student, "require_sound", once)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,14 @@ def test_an_item_without_a_value_in_base_is_left_out_of_the_interval_and_none_at
 
 
 def test_every_metric_says_what_one_of_its_items_is():
-    assert {metric.of for metric in metrics_of([*EVALS])} == {"vignette", "text", "pair", "question", "trait"}
+    assert {metric.of for metric in metrics_of([*EVALS])} == {
+        "vignette",
+        "text",
+        "pair",
+        "question",
+        "instruction",
+        "trait",
+    }
 
 
 def test_metrics_have_the_names_that_events_and_traits_use():

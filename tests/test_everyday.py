@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from steer_heal.errors import UserError
-from steer_heal.evals import EVALS, everyday, replies
+from steer_heal.evals import EVALS, everyday, instructions, replies
 from steer_heal.evals.base import Subject, evaluate
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
@@ -113,7 +114,17 @@ def test_more_right_is_better():
     assert right.high_is_good and not right.is_health and right.within(0.9, 0.8) and not right.within(0.7, 0.8)
 
 
-# --- the file ----------------------------------------------------------------------------------------------------
+def test_an_instruction_stands_in_place_of_the_system_prompt_of_a_state(toy: LM):
+    asked = tuple(replace(each, system="You are a poet.") for each in QUESTIONS)
+    here = subject(Student(toy, AdapterCfg()), Condition("You are a judge."))
+    found = instructions.items(replace(here, inputs=replace(here.inputs, instructions=asked)))
+    expected = everyday.items(subject(Student(toy, AdapterCfg()), Condition("You are a poet.")))
+    assert found["instructions_margin"] == pytest.approx(expected["everyday_margin"], abs=1e-6)
+    assert found["instructions_margin"] != pytest.approx(everyday.items(here)["everyday_margin"], abs=1e-3)
+    assert found["instructions"] == [float(margin > 0) for margin in found["instructions_margin"]]
+
+
+# --- the files ---------------------------------------------------------------------------------------------------
 def test_both_answers_of_a_question_have_one_form_and_no_question_is_asked_elsewhere():
     questions = parse_questions(read_file(FILE))
     assert len(questions) == 80
@@ -126,6 +137,14 @@ def test_both_answers_of_a_question_have_one_form_and_no_question_is_asked_elsew
         asked |= {alike(prompt) for prompt in load_trait(name).prompts}
         asked |= {alike(pair.prompt) for _, pair in read_pairs(None, name, *read_trait(name))[1]}
     assert not asked & {alike(each.question) for each in questions}
+
+
+def test_every_system_prompt_has_four_questions_and_answers_that_its_words_tell_apart():
+    asked = parse_questions(read_file(DATA / "instructions.jsonl"))
+    assert Counter(Counter(each.system for each in asked).values()) == {4: 12} and len(asked) == 48
+    assert all(each.right != each.wrong and each.system for each in asked)
+    everyday_too = {alike(each.question) for each in parse_questions(read_file(FILE))}
+    assert not everyday_too & {alike(each.question) for each in asked}
 
 
 def test_questions_come_from_the_setting_and_a_bad_file_names_its_lines(tmp_path):

@@ -153,6 +153,7 @@ def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
         pairs=evenly(inputs.pairs, FEW),
         panel={name: evenly(pairs, 1) for name, pairs in inputs.panel.items()},
         everyday=evenly(inputs.everyday, FEW),
+        instructions=evenly(inputs.instructions, FEW),
         vignettes=evenly(inputs.vignettes, FEW),
     )
     subject = replace(bench, cfg=replace(bench.cfg, eval=small), inputs=few).subject(base_state(bench.trait))
@@ -161,6 +162,7 @@ def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
         "pair": len(inputs.pairs) / max(1, len(few.pairs)),
         "trait": sum(map(len, inputs.panel.values())) / max(1, len(few.panel)),
         "question": len(inputs.everyday) / len(few.everyday),
+        "instruction": len(inputs.instructions) / len(few.instructions),
         "vignette": len(inputs.vignettes) / len(few.vignettes),
         "text": cfg.n_texts / small.n_texts * cfg.max_new_tokens / small.max_new_tokens,
     }

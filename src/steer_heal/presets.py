@@ -102,7 +102,9 @@ CHAT_PRESET = RunConfig(
     ),
     backtrack=BacktrackCfg(retries=2),
     eval=EvalCfg(
-        evals=("contrast", "holds", "panel", "everyday", "text_quality", "drift"), n_texts=24, max_new_tokens=96
+        evals=("contrast", "holds", "panel", "everyday", "instructions", "text_quality", "drift"),
+        n_texts=24,
+        max_new_tokens=96,
     ),
 )
 SMOL_DISTIL_PRESET = replace(

@@ -412,10 +412,11 @@ class EvalCfg:
     evals: Annotated[Names, Field(min_length=1)] = (
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
-    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, holds, panel
-    or toylm. likelihood is for a model that cannot choose from a list. everyday asks questions of everyday knowledge.
-    holds tells whether the trait stays under attacks, such as the opposite persona or earlier talk. panel tells how far
-    the model moved on the pairs of every other trait. toylm checks text against the grammar of the toy world."""
+    """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, instructions,
+    holds, panel or toylm. likelihood is for a model that cannot choose from a list. everyday asks questions of everyday
+    knowledge. instructions tells whether the model follows system prompts that have nothing to do with the trait. holds
+    tells whether the trait stays under attacks, such as the opposite persona or earlier talk. panel tells how far the
+    model moved on the pairs of every other trait. toylm checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
@@ -430,6 +431,9 @@ class EvalCfg:
     """TOML file with the question and the replies of the eval likelihood."""
     everyday: UserPath = Path("data/everyday.jsonl")
     """JSON lines file with the fields question, right and wrong: the questions and answers of the eval everyday."""
+    instructions: UserPath = Path("data/instructions.jsonl")
+    """JSON lines file with the fields system, question, right and wrong: the system prompts of the eval instructions,
+    an answer that follows each of them, and one that does not."""
     pairs: UserPath | None = None
     """Contrast pairs to use instead of the trait's own: a JSON lines file with the fields prompt, positive and
     negative, or a folder of <trait>.jsonl files. The eval panel reads the other traits from the folder too."""

@@ -104,7 +104,7 @@ def samples(run: Run, state: Measured) -> Iterator[Any]:
     make_sample = import_module("inspect_ai.log").EvalSample
     make_score = import_module("inspect_ai.scorer").Score
     make_output = import_module("inspect_ai.model").ModelOutput.from_content
-    for kind in ("text", "vignette", "pair", "question"):
+    for kind in ("text", "vignette", "pair", "question", "instruction"):
         series = {metric.item: state.items[metric.item] for metric in run.metrics.values() if metric.of == kind}
         wording = run.start.wording.get(kind, [])
         n = len(state.texts) if kind == "text" else max(map(len, series.values()), default=0)

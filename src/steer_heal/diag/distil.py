@@ -104,6 +104,7 @@ ARMS = {
 SHOWN = (
     *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
     *("facts", "facts_apart", "facts_nats", "panel_rms_nats", "holds_nats", "kept", "worst", "everyday_right"),
+    "instructions_right",
     *("strength", "closed_trained", "closed_held_out"),
 )
 

@@ -92,7 +92,7 @@ class Eval:
 
     items: Callable[[Subject], Items]
     metrics: tuple[Metric, ...]
-    of: Literal["vignette", "text", "pair", "question", "trait"]
+    of: Literal["vignette", "text", "pair", "question", "instruction", "trait"]
     """What one item is; a text is an answer that the state wrote, a trait one of the panel. Items are in the order of
     those."""
     needs: tuple[str, ...] = ()

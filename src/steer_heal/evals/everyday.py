@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from steer_heal.evals.base import Eval, Items, Subject
-from steer_heal.evals.replies import margins, plain, won
-from steer_heal.records import Metric
+from steer_heal.evals.replies import margins, won
+from steer_heal.inputs.pairs import Question
+from steer_heal.records import Conversation, Metric
+
+
+def question_margins(subject: Subject, questions: Sequence[Question]) -> list[float]:
+    """For each question, the margin of the right answer over the wrong one in nats per token. NaN: no value."""
+    asked = [Conversation(turns=(each.question,), system=each.system) for each in questions]
+    answers = [(each.right, each.wrong) for each in questions]
+    with subject.student.using(subject.state.adapters) as lm:
+        return margins(lm, asked, answers, subject.state.condition)
 
 
 def items(subject: Subject) -> Items:
-    """For each question: the margin of the right answer in nats per token, and 1 if it is likelier, otherwise 0. NaN:
-    no value."""
-    asked = [plain(each.question) for each in subject.inputs.everyday]
-    answers = [(each.right, each.wrong) for each in subject.inputs.everyday]
-    with subject.student.using(subject.state.adapters) as lm:
-        found = margins(lm, asked, answers, subject.state.condition)
+    """For each question: the margin of the right answer, and 1 if it is likelier, otherwise 0."""
+    found = question_margins(subject, subject.inputs.everyday)
     return {"everyday": won(found), "everyday_margin": found}
 
 

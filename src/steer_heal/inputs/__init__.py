@@ -56,6 +56,7 @@ class Inputs:
     instrument: Instrument
     likelihood: LikelihoodInstrument
     everyday: tuple[Question, ...]
+    instructions: tuple[Question, ...]
     pairs: tuple[Pair, ...]
     """Contrast pairs of the trait. May be empty."""
     attacks: tuple[Attack, ...]
@@ -71,7 +72,8 @@ class Inputs:
         """The wording of each item of the evals, in the order of the items, by `Metric.of`.
 
         For a vignette it is [scene, right answer], for a pair [prompt, positive reply, negative reply], for a question
-        [question, right answer, wrong answer]. Texts are not inputs, and are missing. For an attack it is [name,
+        [question, right answer, wrong answer], for an instruction [system prompt and question, answer that follows it,
+        answer that does not]. Texts are not inputs, and are missing. For an attack it is [name,
         `opposes` or `context`].
         """
         scenes = [[v.text, f"{v.foundation} or {v.also}" if v.also else v.foundation] for v in self.vignettes]
@@ -79,6 +81,9 @@ class Inputs:
             "vignette": scenes,
             "pair": [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs],
             "question": [[each.question, each.right, each.wrong] for each in self.everyday],
+            "instruction": [
+                [f"{each.system or ''}\n{each.question}", each.right, each.wrong] for each in self.instructions
+            ],
             "attack": [[each.name, OPPOSES if each.opposes else "context"] for each in self.attacks],
         }
 
@@ -124,6 +129,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     everyday = parsed("eval.everyday", cfg.eval.everyday, parse_questions)
+    instructions = parsed("eval.instructions", cfg.eval.instructions, parse_questions)
     attacks = parsed("eval.attacks", cfg.eval.attacks, parse_attacks)
     if "holds" in cfg.eval.evals:
         problems.attempt(_require_held_out, hold or (), attacks or ())
@@ -142,7 +148,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
     assert instrument is not None and likelihood is not None and everyday is not None and attacks is not None
-    assert hold is not None
+    assert hold is not None and instructions is not None
     return Inputs(
         trait=trait,
         targets=targets,
@@ -155,6 +161,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         instrument=instrument,
         likelihood=likelihood,
         everyday=everyday,
+        instructions=instructions,
         pairs=pairs,
         attacks=attacks,
         panel=panel,

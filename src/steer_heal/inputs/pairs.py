@@ -30,11 +30,13 @@ class Pair:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Question:
-    """A question of everyday knowledge with a right and a wrong answer."""
+    """A question with a right and a wrong answer."""
 
     question: Text
     right: Text
     wrong: Text
+    system: str | None = None
+    """System prompt in place of the one that the model is read under. None: that one."""
 
     @model_validator(mode="after")
     def _check(self) -> Question:

@@ -39,6 +39,7 @@ KINDS = {
     "text": "Metrics of free answers",
     "pair": "Metrics of contrast pairs",
     "question": "Metrics of everyday questions",
+    "instruction": "Metrics of unrelated system prompts",
     "trait": "Metrics of other traits' pairs",
 }
 """Heading of the metrics by what one of their items is (Metric.of)."""
@@ -46,6 +47,7 @@ BELOW = {
     "vignette": "Each scene is shown with its answer.",
     "pair": "Each prompt is shown with its positive and its negative reply.",
     "question": "Each question is shown with its right and its wrong answer.",
+    "instruction": "Each system prompt and question is shown with an answer that follows it and one that does not.",
 }
 """What the wording of an item holds, by what an item is."""
 MEANS = {"mean": "mean", "log_mean": "log of the mean", "median": "median", "rms": "root mean square"}

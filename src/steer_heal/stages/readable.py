@@ -29,6 +29,9 @@ def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
         "eval.vignettes": [vignette.text for vignette in inputs.vignettes],
         "eval.likelihood": chain.from_iterable(inputs.likelihood.answers.values()),
         "eval.attacks": chain.from_iterable(attack.texts for attack in inputs.attacks),
+        "eval.instructions": chain.from_iterable(
+            (each.system or "", each.question, each.right, each.wrong) for each in inputs.instructions
+        ),
         "eval.everyday": chain.from_iterable((each.question, each.right, each.wrong) for each in inputs.everyday),
     }
     texts |= {f"a pair of trait {name!r}": _texts_of(pairs) for name, pairs in inputs.panel.items()}

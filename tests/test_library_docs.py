@@ -78,6 +78,8 @@ def test_the_guide_names_every_public_name_that_there_is():
 
     text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     assert [name for name in steer_heal.__all__ if name not in text] == []
+    listed = re.findall(r"^::: steer_heal\.([\w.]+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert {name: home for home, name in listed} == steer_heal._HOMES
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

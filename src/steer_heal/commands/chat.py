@@ -51,7 +51,7 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
-    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads"])
+    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads", "plugin"])
     read_start(given.run)  # before the imports below, which take seconds
     with stoppable():
         from steer_heal.chat import terminal, web

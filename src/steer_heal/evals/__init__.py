@@ -10,6 +10,7 @@ from steer_heal.evals import (
     drift,
     everyday,
     holds,
+    judge,
     likelihood,
     moral_foundations,
     panel,
@@ -30,6 +31,7 @@ EVALS: dict[str, Eval] = {
     "everyday": everyday.EVAL,
     "holds": holds.EVAL,
     "panel": panel.EVAL,
+    "judge": judge.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

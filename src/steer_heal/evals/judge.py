@@ -75,10 +75,11 @@ def check(cfg: EvalCfg) -> None:
 
 
 def items(subject: Subject) -> Items:
-    """For each answer: its marks, whether one is missing, and what reading it took; or the probability that a local
-    judge gives the state's answer over the base's. NaN: no value. The items of the other kind of judge are empty."""
-    none: Items = {f"judge_{name}": [] for name in (*MARKED, "choice")}
-    return none | (marks(subject) if subject.cfg.judge_url else {"judge_choice": choices(subject)})
+    """For each answer, from 0 to 100: the mark for the trait or, of a local judge, how likely the answer, and not the
+    base's, is by the persona. Of an endpoint also the mark for coherence, whether a mark is missing, and what the answer
+    took. A local judge has no such items. NaN: no value."""
+    none: Items = {f"judge_{name}": [] for name in MARKED}
+    return none | (marks(subject) if subject.cfg.judge_url else {"judge_trait": choices(subject)})
 
 
 # --- an endpoint -------------------------------------------------------------------------------------------------
@@ -136,10 +137,10 @@ def local(name: str, device: str) -> LM:
 
 
 def choices(subject: Subject) -> list[float]:
-    """For each answer, the probability of the reply that names it rather than the base's, mean of both orders. 0.5 for
-    the base itself."""
+    """For each answer, the probability in percent of the reply that names it rather than the base's, mean of both
+    orders. 50 for the base itself."""
     if subject.base is None:
-        return [0.5] * len(subject.texts)
+        return [50.0] * len(subject.texts)
     positive = subject.inputs.trait.positive
     pairs = [(own.prompt, own.text, base.text) for own, base in zip(subject.texts, subject.base.texts, strict=True)]
     orders = [*pairs, *((prompt, base, own) for prompt, own, base in pairs)]
@@ -147,7 +148,7 @@ def choices(subject: Subject) -> list[float]:
     judge = local(subject.cfg.judge_model, str(subject.student.lm.device))
     first = 1 / (1 + np.exp(-np.array(margins(judge, list(map(plain, asked)), [("1", "2")] * len(asked), Condition()))))
     as_first, as_second = first[: len(pairs)], 1 - first[len(pairs) :]
-    return ((as_first + as_second) / 2).tolist()
+    return (50 * (as_first + as_second)).tolist()
 
 
 EVAL = Eval(
@@ -163,14 +164,6 @@ EVAL = Eval(
             reads_persona=True,
         ),
         Metric(name="judge_coherence", item="judge_coherence", title="judge: coherence", form=".1f", unit="points"),
-        Metric(
-            name="judge_choice",
-            item="judge_choice",
-            title="judge: chosen over base",
-            form=".2f",
-            moved=0.05,
-            reads_persona=True,
-        ),
         Metric(name="judge_unread_frac", item="judge_unread", title="judge: unread", form=".0%", shown=False),
         *(
             Metric(name=f"judge_{name}", item=f"judge_{name}", title=f"judge: {title}", form=".1f", shown=False)

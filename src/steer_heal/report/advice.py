@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from steer_heal.events import AnyEvent, Calibrated, Extracted, Gathered, Measured, RoundDone, Run, Trained
-from steer_heal.verdict import blind
+from steer_heal.events import AnyEvent, Calibrated, Extracted, Gathered, RoundDone, Run, Trained
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,7 @@ class Check:
 def checks(event: AnyEvent, run: Run) -> Iterator[Check]:
     """The conditions on the step of an event that could be checked. There are none on the control, which nobody tunes,
     and on an untrained model."""
-    if run.untrained:
-        return
-    if isinstance(event, Measured) and event.state == "prompted":
-        for words in blind(run):
-            yield Check("each judge tells the persona prompt from the base", False, f"{words}: give another judge")
-    if event.round is None:
+    if event.round is None or run.untrained:
         return
     match event:
         case Extracted(cosine_to_first=cosine) if math.isfinite(cosine):

@@ -30,6 +30,7 @@ from steer_heal.verdict import blind, verdict
 FLAGS = ["--n-rounds", "1", "--no-control", *SETTINGS.split(), "--eval.n-vignettes", "3"]
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").replace("\\\n", " ")
 LINES = [line for line in PAGE.splitlines() if line.startswith("steer-heal") and "judge-model" in line]
+LIMIT = judge.MOST_UNREAD
 MARKS = '{"trait": %s, "coherence": %s}'
 
 
@@ -105,9 +106,11 @@ def test_replies_without_a_mark_are_counted_and_too_many_stop_the_run(server, mo
         True,
         *[False] * 3,
     ]
-    monkeypatch.setattr(judge, "MOST_UNREAD", 0.2)
-    with pytest.raises(UserError, match="3 of its 6 replies lack a mark, such as 'I do not know'; at most 20% may"):
-        marked(["x"] * 6, server)
+    monkeypatch.setattr(judge, "MOST_UNREAD", LIMIT)
+    monkeypatch.setattr(Judge, "content", lambda asked: said["3"] if "question 0" not in asked else "I do not know")
+    assert sum(marked(["x"] * 5, server)["judge_unread"]) == 1, "a fifth may"
+    with pytest.raises(UserError, match="1 of its 4 replies lack a mark, such as 'I do not know'; at most 20% may"):
+        marked(["x"] * 4, server)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_the_judge_is_the_library_s_eval_too():
     with SteerHeal(trait=DOORS, settings=changed(cfg, {"eval.pairs": None, "gen.prompts": None})) as sh:
         found = sh.evaluate("prompted")
     assert 0 < found.metrics["judge_trait"] < 100 and found.metrics["judge_trait"] != 50
-    assert found.metrics["judge_coherence"] is None and found.items["judge_unread"] == []
+    assert found.metrics["judge_coherence"] is None and all(map(math.isnan, found.items["judge_unread"]))
 
 
 # --- settings, commands and the verdict --------------------------------------------------------------------------

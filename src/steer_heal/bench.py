@@ -127,7 +127,7 @@ class Bench:
     cfg: RunConfig
     inputs: Inputs
     student: Student
-    cache: MutableMapping[str, Any] = field(default_factory=dict)
+    cache: MutableMapping[str, Any] = field(default_factory=dict, kw_only=True)
     """What evals keep between measurements: see `Subject.cache`."""
 
     def __post_init__(self) -> None:

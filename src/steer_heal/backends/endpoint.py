@@ -74,6 +74,7 @@ def _read(address: str, body: bytes | None, key: str | None, timeout_s: float) -
                 return json.load(answer), attempt
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, RecursionError) as error:
             if isinstance(error, urllib.error.HTTPError):
+                error.close()
                 with suppress(TypeError, ValueError):  # none, or a date
                     wait_s = float(error.headers["Retry-After"])
                 final = error.code not in BUSY

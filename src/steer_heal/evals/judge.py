@@ -77,8 +77,8 @@ def check(cfg: EvalCfg) -> None:
 def items(subject: Subject) -> Items:
     """For each answer, from 0 to 100: the mark for the trait or, of a local judge, how likely the answer, and not the
     base's, is by the persona. Of an endpoint also the mark for coherence, whether a mark is missing, and what the
-    answer took. A local judge has no such items. NaN: no value."""
-    none: Items = {f"judge_{name}": [] for name in MARKED}
+    answer took. NaN: no value, as a local judge has none of these."""
+    none: Items = {f"judge_{name}": [math.nan] * len(subject.texts) for name in MARKED}
     return none | (marks(subject) if subject.cfg.judge_url else {"judge_trait": choices(subject)})
 
 

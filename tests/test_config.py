@@ -107,7 +107,8 @@ TUPLES = {
 def test_every_tuple_is_given_with_spaces_or_commas():
     default = as_json(RunConfig())
     lists = {key for key, value in flat(default).items() if isinstance(value, list)}
-    assert lists == {f"{section}.{key}".lstrip(".") for section, key, _ in TUPLES.values()}
+    whole = {"plugin", "plugin_set"}  # a path or a value may hold a comma
+    assert lists - whole == {f"{section}.{key}".lstrip(".") for section, key, _ in TUPLES.values()}
     for flag, (section, key, value) in TUPLES.items():
         words = [str(each) for each in value]
         for given in ([flag, *words], [flag, ",".join(words)], [flag, f"{words[0]},", *words[1:]]):

@@ -58,7 +58,7 @@ def test_metrics_have_the_names_that_events_and_traits_use():
 
 # --- states ------------------------------------------------------------------------------------------------------
 CFG = FAST_DEV_PRESET
-EVAL = EvalCfg(n_prompts=2, n_texts=4, max_new_tokens=16, n_bootstrap=20, think_tokens=1)
+EVAL = EvalCfg(n_prompts=2, n_texts=4, max_new_tokens=16, n_bootstrap=20, think_tokens=1, judge_model="tiny-random")
 
 
 @pytest.fixture(scope="module")

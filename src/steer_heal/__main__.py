@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
+from steer_heal.flags import merged
 from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-        return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(rest)
+        return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(merged(rest))
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return WRONG

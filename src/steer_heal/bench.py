@@ -13,8 +13,9 @@ The loop, the library, the questions of `diag` and the benchmarks call these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -126,6 +127,8 @@ class Bench:
     cfg: RunConfig
     inputs: Inputs
     student: Student
+    cache: MutableMapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """What evals keep between measurements: see `Subject.cache`."""
 
     def __post_init__(self) -> None:
         """UserError: see `require_readable`."""
@@ -399,6 +402,7 @@ class Bench:
             keep=self.cfg.filter,
             seed=self.cfg.seed,
             base=base,
+            cache=self.cache,
         )
 
     @property

@@ -18,6 +18,7 @@ from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.files import adapter_base, adapter_folder, candidates, is_path
 from steer_heal.inputs.traits import TraitFile
+from steer_heal.plugins import load
 from steer_heal.records import Trait
 from steer_heal.settings import RunConfig
 
@@ -39,13 +40,13 @@ def check(cfg: RunConfig) -> Inputs:
     return _with_names(cfg, inputs)
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, setting: str = "model") -> None:
     """UserError for a path that does not exist, or an adapter whose base does not. Any other name may be on the hub,
     which is asked when it is loaded."""
     if is_path(name) and not any(map(exists, candidates(name))):
-        raise UserError(f"model is {name!r}: there is no such folder or file; give an existing path, or a hub id")
+        raise UserError(f"{setting} is {name!r}: there is no such folder or file; give an existing path, or a hub id")
     if (adapter := adapter_folder(name)) is not None:
-        check_model(adapter_base(adapter))
+        check_model(adapter_base(adapter), setting)
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
@@ -73,18 +74,19 @@ def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
     from steer_heal.model.device import pick_device
 
     pick_device(cfg.device)  # on its own: the next checks also import transformers, which takes more seconds
+    plugins = load(cfg)
     problems = Problems()
     problems.attempt(_check_names, cfg)
     trait = problems.attempt(_with_target, cfg, inputs)
     problems.raise_if_any()
     assert trait is not None
-    return replace(inputs, trait=trait)
+    return replace(inputs, trait=trait, sha256={**inputs.sha256, **plugins.sha256})
 
 
 def _check_names(cfg: RunConfig) -> None:
     """UserError for each unknown name in the settings, and for each optional package that is missing or unsuitable."""
     from steer_heal.backends import steering_lite, tinymfv  # the tables contain functions of tensors: imports torch
-    from steer_heal.evals import EVALS
+    from steer_heal.evals import EVALS, judge
     from steer_heal.model.divergence import DIVERGENCES
     from steer_heal.model.steering import METHODS
     from steer_heal.model.student import ADAPTERS
@@ -113,6 +115,10 @@ def _check_names(cfg: RunConfig) -> None:
         problems.attempt(steering_lite.check, cfg.steer.method)
     if cfg.eval.backend == "tinymfv":
         problems.attempt(tinymfv.check)
+    if "judge" in cfg.eval.evals:
+        problems.attempt(judge.check, cfg.eval)
+        if not cfg.eval.judge_url:
+            problems.attempt(check_model, cfg.eval.judge_model, "eval.judge_model")
     problems.raise_if_any()
 
 

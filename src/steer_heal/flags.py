@@ -46,5 +46,25 @@ def parsed(
     return own, {name: value for name, value in values.items() if value is not None and value is not False}
 
 
+REPEATED = ("--plugin", "--plugin-set")
+
+
+def merged(argv: Sequence[str]) -> list[str]:
+    """The arguments with the values of each flag of REPEATED in one place, since of a flag that is given twice only the
+    last is read."""
+    values: dict[str, list[str]] = {name: [] for name in REPEATED}
+    out: list[str] = []
+    to = out
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag in values:
+            to = values[flag]
+            to += [value] if equals else []
+        else:
+            to = out if word.startswith("-") else to
+            to.append(word)
+    return out + [word for name, given in values.items() if given for word in (name, *given)]
+
+
 def _joined(name: str) -> str:
     return name.replace(".", "__")

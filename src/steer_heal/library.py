@@ -40,6 +40,7 @@ from steer_heal.model.state import State, base_state, healed_state, prompted_sta
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import ROUND_FILE, AdapterState, Factors, Student
 from steer_heal.model.to_gguf import Quantization
+from steer_heal.plugins import load
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
@@ -141,6 +142,7 @@ class SteerHeal:
             logging.getLogger("steer_heal").info("preset %s: %s", preset, PRESETS[preset][0])
         cfg = changed(base, given)
         inputs = check_inputs(cfg, None if isinstance(trait, str) else trait)
+        self._plugins = load(cfg)
         self._original: Original | None = None
         if model is None or isinstance(model, str):
             with _no_bars():
@@ -156,7 +158,7 @@ class SteerHeal:
         self.student = Student(lm, cfg.adapter)
         """The model with the rounds that are baked."""
         try:
-            self.bench = Bench(cfg, inputs, self.student)
+            self._bench = Bench(cfg, inputs, self.student)
         except UserError:
             if self._original is not None:
                 self._original.restore()
@@ -171,7 +173,9 @@ class SteerHeal:
         self._start()
 
     @classmethod
-    def open(cls, folder: str | Path, round: RoundName = "best", *, allow_broken: bool = False) -> SteerHeal:
+    def open(
+        cls, folder: str | Path, round: RoundName = "best", *, allow_broken: bool = False, plugin: Sequence[str] = ()
+    ) -> SteerHeal:
         """A run of the command after one of its rounds: model, data, settings, student and measurements. `loop` goes on
         from that round. Nothing is written to the folder.
 
@@ -181,10 +185,11 @@ class SteerHeal:
             folder: Of the run.
             round: `best` as the verdict says, `last`, or a number.
             allow_broken: Whether the model of the round may be broken.
+            plugin: The plugins of the run. They run only if they are given here.
         """
         run = FolderRun.read(Path(folder))
         r = chosen_round(run, round, allow_broken=allow_broken)
-        sh = cls(settings=recorded_settings(run.folder))
+        sh = cls(settings=recorded_settings(run.folder, plugin))
         try:
             same_inputs(run.folder, sh.inputs)
             same_weights(run.folder, weights_of(sh.lm))
@@ -195,6 +200,7 @@ class SteerHeal:
                 sh._run.keep_vector(k, run.vector(k))
             sh._run.keep_student(r, sh.student, sh._own)
             sh.vector = run.vector(r)
+            sh.bench.cache = dict(run.cache)
         except BaseException:
             sh.close()
             raise
@@ -247,6 +253,12 @@ class SteerHeal:
         self._n_by_loop = 0
 
     # --- one round by hand -----------------------------------------------------------------------------------------
+    @property
+    def bench(self) -> Bench:
+        """Every step of a round, with the plugins of these settings."""
+        self._plugins.use()  # another object may have put its own in the tables
+        return self._bench
+
     @property
     def n_rounds(self) -> int:
         """Number of rounds that are baked."""

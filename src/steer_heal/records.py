@@ -108,6 +108,9 @@ class Metric:
     """A whole model is at this value or better."""
     broken: float | None = None
     """A model past this value is broken. Below `good`: the metric should be high; above it: low."""
+    reads_persona: bool = False
+    """Whether the state `prompted` must lie above base, with an interval above 0. Where it does not, the metric cannot
+    read the trait, and the verdict says so."""
     shown: bool = True
     """Whether the console and the table of rounds show it for every trait."""
 

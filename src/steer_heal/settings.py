@@ -43,12 +43,12 @@ RoundName = Annotated[
 AllowBroken = Annotated[bool, Field(description="Also take a round whose model is broken.")]
 
 
-def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
-    """How a flag gives a tuple: values separated by spaces or commas."""
+def _words(kind: type, metavar: str, between: str = ",") -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    """How a flag gives a tuple: values separated by spaces or by `between`."""
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar=metavar,
-        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(",") if part),
+        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(between) if part),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [str(each) for each in value],
     )
@@ -56,6 +56,8 @@ def _words(kind: type, metavar: str) -> PrimitiveConstructorSpec[tuple[Any, ...]
 
 Band = Annotated[tuple[float, float], _words(float, "LO HI")]
 Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
+Plugins = Annotated[tuple[str, ...], _words(str, "PLUGIN [PLUGIN ...]", "\n")]
+Assignments = Annotated[tuple[str, ...], _words(str, "NAME.KEY=VALUE [...]", "\n")]
 Rule = tuple[str, bool, str]
 Numbers = Annotated[tuple[Positive, ...], _words(float, "FLOAT [FLOAT ...]")]
 
@@ -413,10 +415,11 @@ class EvalCfg:
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
     """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, instructions,
-    holds, panel or toylm. likelihood is for a model that cannot choose from a list. everyday asks questions of everyday
-    knowledge. instructions tells whether the model follows system prompts that have nothing to do with the trait. holds
-    tells whether the trait stays under attacks, such as the opposite persona or earlier talk. panel tells how far the
-    model moved on the pairs of every other trait. toylm checks text against the grammar of the toy world."""
+    holds, panel, judge, toylm, or one of a plugin. likelihood is for a model that cannot choose from a list. everyday
+    asks questions of everyday knowledge. instructions tells whether the model follows system prompts that have nothing
+    to do with the trait. holds tells whether the trait stays under attacks, such as the opposite persona or earlier
+    talk. panel tells how far the model moved on the pairs of every other trait. judge lets a second model read the
+    answers. toylm checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
@@ -442,6 +445,13 @@ class EvalCfg:
     n_panel: BatchSize = 23
     """Number of pairs that the eval panel reads of each other trait, evenly spaced over its pairs. A trait with fewer
     pairs is read whole. 0: all."""
+    judge_url: str = ""
+    """URL of an endpoint that speaks the OpenAI chat completions protocol, such as http://localhost:8000/v1. The eval
+    judge sends it the answers, their prompts and the personas. They leave this machine. The key, if it needs one, is
+    read from the environment variable OPENAI_API_KEY. Empty: the judge is a model on this machine."""
+    judge_model: str = ""
+    """The model of the eval judge: its name at --eval.judge-url. Without a URL, a model as for --model, which tells
+    which of two answers is by the positive persona."""
     think_tokens: BatchSize = 128
     """Number of tokens for which the model thinks before it answers a vignette."""
     batch_size: BatchSize = 0
@@ -518,6 +528,11 @@ class RunConfig:
     them before any text is written (steer-heal diag teachable shows it whole)."""
     track: Names = ()
     """Trackers that also receive the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
+    plugin: Plugins = ()
+    """Your own evals, gates, steering methods and more (docs/extend.md): Python files, whose names end in .py, or names
+    of installed plugins. Their code runs with your rights."""
+    plugin_set: Assignments = ()
+    """Settings of plugins. NAME is that of the file without .py, or of the installed plugin."""
     steer: SteerCfg = field(default_factory=SteerCfg)
     gen: GenCfg = field(default_factory=GenCfg)
     dose: DoseCfg = field(default_factory=DoseCfg)

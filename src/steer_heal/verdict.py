@@ -101,6 +101,20 @@ def kept(state: Measured, run: Run) -> Kept | None:
     return None if base is None else kept_of(state.items, base.items, run.start.wording.get("attack", ()))
 
 
+def blind(run: Run) -> list[str]:
+    """In words, each metric that must tell the persona prompt from the base and does not."""
+    prompted = run.measured("prompted")
+    if prompted is None:
+        return []
+    told = []
+    for metric in run.metrics.values():
+        value, low, high = (prompted[f"{metric.name}{end}"] for end in ("", "_lo", "_hi"))
+        if metric.reads_persona and value is not None and not (low or 0.0) > 0:
+            words = interval_words(low, high, metric) or "unknown"
+            told.append(f"{title(metric)} does not tell the persona prompt from the base (95 % interval {words})")
+    return told
+
+
 def kept_of(
     here: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], attacks: Iterable[Sequence[str]]
 ) -> Kept | None:
@@ -348,6 +362,7 @@ def verdict(run: Run) -> str:
     parts = [f"{last.grade}: {last.reason}"]
     if best is not None and best.state.round != last.state.round:
         parts.append(_best_words(best, run))
+    parts += [f"{each}, so do not read it" for each in blind(run)]
     return "; ".join([*parts, *filter(None, [ended])])
 
 

@@ -4,43 +4,88 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from steer_heal.errors import UserError
 
 KEY = "OPENAI_API_KEY"
 """The environment variable that may hold a key."""
+ATTEMPTS = 5
+WAIT_S = 1.0
+"""Before the second attempt. It doubles with each further one, unless the endpoint says how long to wait."""
+LONGEST_WAIT_S = 60.0
+BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+"""Statuses after which a request is repeated. Any other one is a mistake."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an endpoint answered, and what that took."""
+
+    text: str
+    n_requests: int
+    """Attempts, those that failed included."""
+    prompt_tokens: int | None
+    """As the endpoint counts them. None: it does not."""
+    completion_tokens: int | None
+
+
+def ask(url: str, body: Mapping[str, Any], key: str | None, timeout_s: float) -> Reply:
+    """The answer to a request, which is repeated if the endpoint is busy. UserError if there is none."""
+    answer, n_requests = _read(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), key, timeout_s)
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (LookupError, TypeError) as error:
+        raise _refused(url, error) from None
+    usage = answer.get("usage")
+    counts = [usage.get(f"{side}_tokens") if isinstance(usage, dict) else None for side in ("prompt", "completion")]
+    tokens = [count if type(count) is int else None for count in counts]
+    return Reply(text if isinstance(text, str) else "", n_requests, *tokens)
 
 
 def reply(url: str, body: Mapping[str, Any], key: str | None, timeout_s: float) -> str:
-    """The text with which the endpoint answers a request. UserError if it does not."""
-    try:
-        answer = _read(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), key, timeout_s)
-        return answer["choices"][0]["message"]["content"] or ""
-    except (LookupError, TypeError) as error:
-        raise _refused(url, error) from None
+    """The text of the answer to a request."""
+    return ask(url, body, key, timeout_s).text
 
 
 def models(url: str, key: str | None, timeout_s: float) -> Sequence[str]:
     """The names of the endpoint's models. UserError if it does not list them."""
     try:
-        return [each["id"] for each in _read(f"{url.rstrip('/')}/models", None, key, timeout_s)["data"]]
+        return [each["id"] for each in _read(f"{url.rstrip('/')}/models", None, key, timeout_s)[0]["data"]]
     except (LookupError, TypeError) as error:
         raise _refused(url, error) from None
 
 
-def _read(address: str, body: bytes | None, key: str | None, timeout_s: float) -> Any:
+def _read(address: str, body: bytes | None, key: str | None, timeout_s: float) -> tuple[Any, int]:
+    """(the JSON value at an address, the number of requests)."""
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    try:
-        request = urllib.request.Request(address, body, headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise _refused(address, error) from None
+    for attempt in range(1, ATTEMPTS + 1):
+        wait_s = WAIT_S * 2 ** (attempt - 1)
+        try:
+            request = urllib.request.Request(address, body, headers)
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                return json.load(answer), attempt
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, RecursionError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                with suppress(TypeError, ValueError):  # none, or a date
+                    wait_s = float(error.headers["Retry-After"])
+                final = error.code not in BUSY
+            else:
+                final = isinstance(getattr(error, "reason", None), ConnectionRefusedError | socket.gaierror)
+            if attempt == ATTEMPTS or final:
+                raise _refused(address, error, attempt) from None
+        time.sleep(min(max(wait_s, 0.0), LONGEST_WAIT_S))
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _refused(address: str, error: Exception) -> UserError:
-    return UserError(f"no answer from {address}: {error}; it must speak the OpenAI chat completions protocol")
+def _refused(address: str, error: Exception, n_requests: int = 1) -> UserError:
+    tried = f" in {n_requests} attempts" if n_requests > 1 else ""
+    return UserError(f"no answer from {address}{tried}: {error}; it must speak the OpenAI chat completions protocol")

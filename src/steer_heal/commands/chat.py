@@ -12,7 +12,7 @@ from loguru import logger
 from pydantic import Field
 
 from steer_heal.flags import parsed
-from steer_heal.runs.log import read_start
+from steer_heal.runs.resume import require_plugins
 from steer_heal.runs.signals import stoppable
 from steer_heal.settings import AdapterScale, AllowBroken, Count, Finite, Names, RoundName, settings
 from steer_heal.verdict import chosen_round, round_words
@@ -51,8 +51,8 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
-    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads"])
-    read_start(given.run)  # before the imports below, which take seconds
+    given, own = parsed(Chat, argv, "chat", ["temperature", "top_p", "device", "n_threads", "plugin"])
+    require_plugins(given.run, own.get("plugin", ()))  # before the imports below, which take seconds
     with stoppable():
         from steer_heal.chat import terminal, web
         from steer_heal.chat.talk import Question, Talk

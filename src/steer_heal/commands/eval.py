@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:  # torch: seconds
 
 SETTINGS = (
     *("model", "trait", "seed", "device", "dtype", "quantize", "n_threads", "temperature", "top_p"),
-    "max_prompt_tokens",
+    *("max_prompt_tokens", "plugin", "plugin_set"),
     *(f"eval.{each.name}" for each in fields(EvalCfg)),
     *(f"filter.{each.name}" for each in fields(FilterCfg)),
 )
 """Settings of a run that the command takes too."""
-FREE = ("device", "n_threads", "eval.batch_size")
+FREE = ("device", "n_threads", "eval.batch_size", "plugin")
 """Settings that can differ from the run's."""
 SHOWN_APART = 8
 """How many of the metrics that differ are named."""
@@ -63,9 +63,9 @@ class Eval:
     model without the adapter.
 
     With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
-    and --eval.batch-size. If a number differs from the recorded one, the exit status is 1. Without --run, a setting
-    that you leave out has its own default, not a preset's. Of the filter settings, only ppl-max, spike-max, rep-max,
-    loop-max and relevance-min have an effect.
+    and --eval.batch-size, and must name the run's plugins. If a number differs from the recorded one, the exit status
+    is 1. Without --run, a setting that you leave out has its own default, not a preset's. Of the filter settings, only
+    ppl-max, spike-max, rep-max, loop-max and relevance-min have an effect.
     """
 
     run: Path | None = None
@@ -213,9 +213,9 @@ def again(folder: Path, given: Eval, own: Mapping[str, object]) -> int:
     return 1 if differing(now, recorded.metrics) else 0
 
 
-def _require_same(folder: Path, given: Eval, own: Mapping[str, object]) -> None:
+def _require_same(folder: Path, given: Eval, own: Mapping[str, Any]) -> None:
     """UserError with a line for each setting that differs from the run's."""
-    cfg = recorded_settings(folder)
+    cfg = recorded_settings(folder, own.get("plugin", ()))
     then = leaves(cfg)
     now = leaves(changed(cfg, own))
     differ = {name: then[name] for name in own if name not in FREE and now[name] != then[name]}

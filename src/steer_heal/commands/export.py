@@ -41,7 +41,7 @@ class Export:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Export, argv, "export", ["device"])
+    given, own = parsed(Export, argv, "export", ["device", "plugin"])
     problems = Problems()
     if lexists(given.folder):
         problems.found.append(f"folder is {str(given.folder)!r}: it exists already; give a new one")
@@ -55,11 +55,11 @@ def main(argv: Sequence[str]) -> int:
     from steer_heal.share.export import export, require_form
 
     run = FolderRun.read(given.run)
+    cfg = settings_of(run, **own)
     require_form(run.start.config.adapter, given.format, given.rank)
     r = chosen_round(run, given.round, allow_broken=given.allow_broken)
     print_safe(round_words(run, r))
     run.checkpoint(r)  # checks its files before the model is loaded
-    cfg = settings_of(run, **own)
     student = Student(model_of(run, cfg), cfg.adapter)
     run.restore_student(r, student)
     changes = export(

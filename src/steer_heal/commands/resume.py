@@ -11,7 +11,7 @@ import tyro
 from steer_heal.commands.run import go_on
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
-from steer_heal.runs.resume import more_rounds
+from steer_heal.runs.resume import more_rounds, require_plugins
 from steer_heal.settings import RUN_ONLY, Count, changed, settings
 
 RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
@@ -34,7 +34,8 @@ class Resume:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Resume, argv, "resume", RESUMABLE)
+    given, own = parsed(Resume, argv, "resume", [*RESUMABLE, "plugin"])
+    require_plugins(given.run, own.get("plugin", ()))
     cfg = changed(read_start(given.run).config, own)
     n_rounds = more_rounds(given.run, given.n_rounds)
     cfg = replace(cfg, n_rounds=n_rounds, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)

@@ -25,11 +25,20 @@ from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
+from steer_heal.plugins import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash
 from steer_heal.runs.results import append_result, result_row, run_cell
-from steer_heal.runs.resume import begun, finished, more_rounds, no_other_files, same_inputs, same_settings
+from steer_heal.runs.resume import (
+    begun,
+    finished,
+    more_rounds,
+    no_other_files,
+    require_plugins,
+    same_inputs,
+    same_settings,
+)
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.settings import RunConfig, settings
 from steer_heal.verdict import table, verdict
@@ -91,6 +100,7 @@ def first_try(cfg: RunConfig, positive: str, negative: str) -> RunConfig:
     from steer_heal.evals import EVALS  # torch: seconds
 
     require_personas(positive, negative)
+    load(cfg)
     digest = hashlib.sha256(f"{positive}\n{negative}".encode()).hexdigest()[:8]
     words = "-".join(re.findall("[a-z]+", positive.lower().removeprefix("you are "))[:4])
     file = cfg.out / "traits" / f"{words or 'trait'}-{digest}.toml"
@@ -136,12 +146,15 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
     cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
+    if source.config is not None and source.config.is_dir():
+        require_plugins(source.config, cfg.plugin, same=False)
     return preset, cfg, source
 
 
 def go_on(cfg: RunConfig, folder: Path) -> int:
     """Continues a run. One that is finished gets the files that are missing beside it. UserError before anything is
     loaded."""
+    require_plugins(folder, cfg.plugin)
     if finished(folder) and cfg.n_rounds == more_rounds(folder, None):
         from steer_heal.runs.stored import FolderRun
 

@@ -46,7 +46,7 @@ class Tasks:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Tasks, argv, "tasks", ["device"])
+    given, own = parsed(Tasks, argv, "tasks", ["device", "plugin"])
     if not find_spec("lm_eval"):
         raise UserError("lm-evaluation-harness is not installed; pip install 'steer-heal[tasks]'")
     found = measure(given, own)

@@ -19,8 +19,8 @@ HASH = re.compile("[0-9a-f]{64}")
 
 @settings("")
 class Verify:
-    """Check a run's events, vectors, checkpoints and base model against their recorded hashes. Print the hash of the
-    last event, and what was not checked. The exit status is 1 if something differs."""
+    """Check a run's events, vectors, checkpoints, plugins and base model against their recorded hashes. No plugin runs.
+    Print the hash of the last event, and what was not checked. The exit status is 1 if something differs."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -30,11 +30,11 @@ class Verify:
 
 
 def main(argv: Sequence[str]) -> int:
-    given, _ = parsed(Verify, argv, "verify")
+    given, own = parsed(Verify, argv, "verify", ["plugin"])
     wanted = None if given.hash is None else given.hash.strip().lower()
     if wanted is not None and not HASH.fullmatch(wanted):
         raise UserError(f"hash is {given.hash!r}: it must be the 64 hex digits of a SHA-256")
-    found = violations(given.run, wanted)
+    found = violations(given.run, wanted, own.get("plugin", ()))
     for line in found:
         print_safe(f"BROKEN: {line}")
     events = read_events(given.run)

@@ -41,7 +41,7 @@ Row = dict[str, Any]
 class OutFlags:
     """The flags of every question."""
 
-    also: ClassVar[tuple[str, ...]] = ("device", "n_threads")
+    also: ClassVar[tuple[str, ...]] = ("device", "n_threads", "plugin")
     """Settings that the question takes too."""
     out: Path = Path("out/diag")
     """Folder in which the table is saved as a JSON file."""

@@ -11,6 +11,7 @@ from steer_heal.evals import (
     everyday,
     holds,
     instructions,
+    judge,
     likelihood,
     moral_foundations,
     panel,
@@ -32,6 +33,7 @@ EVALS: dict[str, Eval] = {
     "instructions": instructions.EVAL,
     "holds": holds.EVAL,
     "panel": panel.EVAL,
+    "judge": judge.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,8 @@ class Subject:
     seed: int
     base: EvalResult | None = None
     """What was measured of the base, which this state is compared with."""
+    cache: MutableMapping[str, Any] = field(default_factory=dict)
+    """What evals keep between measurements, as JSON values by key. A run in a folder has it on disk."""
 
     @cached_property
     def texts(self) -> list[Completion]:

@@ -38,7 +38,7 @@ from steer_heal.progress import Progress
 from steer_heal.report import tables
 from steer_heal.report.advice import checks
 from steer_heal.report.view import event_words, last_event, model_words, table_cells, table_columns
-from steer_heal.verdict import direction, interval_words, number, title, verdict
+from steer_heal.verdict import blind, direction, interval_words, number, title, verdict
 
 if TYPE_CHECKING:  # torch
     from steer_heal.runs.stored import FolderRun
@@ -184,7 +184,8 @@ def _words(event: AnyEvent, run: Run) -> str:
         case RunStart():
             return _start(event, run)
         case Measured():
-            return _line(event.label, _measured(event, run))
+            doubts = blind(run) if event.state == "prompted" and not run.untrained else []
+            return _line(event.label, "; ".join([_measured(event, run), *doubts]))
         case Preflight():
             return _line("pre-flight", f"{event.found.verdict}: {event.found.reason}")
         case Extracted():

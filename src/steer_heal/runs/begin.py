@@ -51,6 +51,7 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
     folder = cfg.folder or new_run_folder(cfg.out, f"{preset}-{inputs.trait.name}-s{cfg.seed}")
     lock = lock or lock_run(folder)
     run = FolderRun(folder, log=EventLog(folder))
+    bench.cache = run.cache
     lm = bench.student.lm
     start = replace(
         start_event(cfg, inputs, preset),
@@ -71,11 +72,12 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
 def go_on(cfg: RunConfig, inputs: Inputs, folder: Path) -> tuple[Bench, FolderRun, IO[str]]:
     """(bench, run, lock of its folder) of a run that was stopped, or that goes on to more rounds."""
     lock = lock_run(folder)
-    then = recorded_settings(folder)
+    then = recorded_settings(folder, cfg.plugin)
     bench = loaded_bench(replace(cfg, dtype=then.dtype, date=then.date), inputs)
     same_weights(folder, weights_of(bench.student.lm))
     past = truncate_events(folder)
     run = FolderRun(folder, past, EventLog(folder, past[-1].wall_s))
+    bench.cache = run.cache
     if cfg.n_rounds != run.n_rounds:
         run.add(Extended(n_rounds=cfg.n_rounds))
     return bench, run, lock

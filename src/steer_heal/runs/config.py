@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -20,12 +21,13 @@ def as_toml(cfg: RunConfig) -> str:
 
 
 def read_config(path: Path) -> tuple[str, RunConfig]:
-    """(name, settings) of a TOML file, named by its stem, or of the folder of an earlier run, named by its preset.
+    """(name, settings) of a TOML file, named by its stem, or of the folder of an earlier run, named by its preset,
+    without its plugins, which no folder may choose.
 
     UserError with a line for each field that is not a setting, or has no valid value.
     """
     if path.is_dir():
         start = read_start(path)
-        return start.preset, start.config
+        return start.preset, replace(start.config, plugin=())
     file = read_file(resolve(path, "config"))
     return path.stem, validated(RunConfig, parse_toml(file), str(path))

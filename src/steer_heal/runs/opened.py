@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from loguru import logger
 
@@ -12,6 +14,7 @@ from steer_heal.inputs import Inputs
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.student import Student
+from steer_heal.plugins import load
 from steer_heal.recipe import Recipe
 from steer_heal.records import StateName
 from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
@@ -19,10 +22,12 @@ from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import RunConfig, changed
 
 
-def settings_of(run: FolderRun, **given: object) -> RunConfig:
+def settings_of(run: FolderRun, **given: Any) -> RunConfig:
     """The settings of a run, with the dtype that its weights were in; settings without effect on its readings (device,
-    n_threads, ...) are replaced by those `given`."""
-    return changed(recorded_settings(run.folder), given)
+    n_threads, ...) are replaced by those `given`. Loads the plugins of the run, which must be among those."""
+    cfg = changed(recorded_settings(run.folder, given.get("plugin", ())), given)
+    load(cfg)
+    return cfg
 
 
 def state_of(run: FolderRun, name: StateName, r: int | None = None) -> State:
@@ -48,6 +53,7 @@ def open_bench(run: FolderRun, cfg: RunConfig) -> Bench:
     inputs = check_inputs(cfg)
     same_inputs(run.folder, inputs)
     bench = loaded_bench(cfg, inputs)
+    bench.cache = run.cache
     same_weights(run.folder, weights_of(bench.student.lm))
     return bench
 

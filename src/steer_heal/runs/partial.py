@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 
 PARTIAL = "partial"
+ASKED = "asked.jsonl"
+"""What an eval asked of an endpoint, by a hash, with the reply."""
 
 
 def texts_path(folder: Path, r: int | None) -> Path:
@@ -65,6 +69,30 @@ class WrittenTexts:
 
     def close(self) -> None:
         self._file.close()
+
+
+class KeptAnswers(dict[str, Any]):
+    """What evals keep between measurements, such as the replies of a judge. Each entry is a JSON line, which is on disk
+    before the entry can be read. A line that is torn or damaged is left out."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._lock = Lock()
+        content = path.read_bytes() if path.exists() else b""
+        self._torn = not content.endswith(b"\n") and content != b""
+        for line in content.split(b"\n"):
+            with suppress(ValueError, TypeError, RecursionError):
+                key, value = json.loads(line)
+                super().__setitem__(key, value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        with self._lock, self._path.open("ab", buffering=0) as file:
+            if self._torn:
+                file.write(b"\n")
+            self._torn = False
+            append_line(file, [key, value])
+            super().__setitem__(key, value)
 
 
 def _batch(line: bytes) -> Batch:

@@ -6,6 +6,8 @@ the first step without an event, from what `partial/` holds of it.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import IO
 
 from steer_heal.check import TRIAL
 from steer_heal.errors import UserError
-from steer_heal.events import AnyEvent, HealStepped, Run, RunEnd, Trained, Weights
+from steer_heal.events import AnyEvent, HealStepped, Run, RunEnd, RunStart, Trained, Weights
 from steer_heal.inputs import Inputs
+from steer_heal.plugins import find, name_of
 from steer_heal.records import Trait, round_label
 from steer_heal.runs.log import EVENTS, broken_link, lines_of, read_events, read_start, schema_errors
 from steer_heal.runs.partial import PARTIAL, heal_path, saved_steps
@@ -84,7 +87,40 @@ def same_settings(folder: Path, cfg: RunConfig) -> None:
         )
 
 
-def recorded_settings(folder: Path) -> RunConfig:
+def require_plugins(folder: Path, given: Sequence[str], *, same: bool = True) -> None:
+    """UserError unless the plugins of a run are among those `given`: the folder of a run runs no code by itself. With
+    `same`, also if there are others, or if the file of one was changed since the run began."""
+    start = read_start(folder)
+    names = {name_of(each) for each in given}
+    if missing := [each for each in start.config.plugin if name_of(each) not in names]:
+        raise UserError(
+            f"{folder} was made with plugins, and no code runs because a folder names it; if you trust them, add "
+            f"--plugin {shlex.join(missing)}"
+        )
+    for each in given if same else ():
+        if name_of(each) not in map(name_of, start.config.plugin):
+            raise UserError(f"plugin is {each!r}: the run in {folder} was made without it; leave it out")
+        if (change := changed_plugin(start, each)) is not None:
+            raise UserError(f"{folder}: {change}; restore it, or start a new run")
+
+
+def changed_plugin(start: RunStart, given: str) -> str | None:
+    """How the file of a plugin differs from the recorded one, in words; None: it does not. UserError if there is
+    none."""
+    now = find(given).file.sha256
+    then = start.inputs.get(f"plugin.{name_of(given)}", "none")
+    if now == then:
+        return None
+    return f"plugin {given} was changed since the run began (SHA-256 {then[:12]} then, {now[:12]} now)"
+
+
+def recorded_settings(folder: Path, plugin: Sequence[str] = ()) -> RunConfig:
+    """As `settings_then`, with the plugins that were given. UserError unless they are those of the run."""
+    require_plugins(folder, plugin)
+    return replace(settings_then(folder), plugin=tuple(plugin))
+
+
+def settings_then(folder: Path) -> RunConfig:
     """The settings that a run began with, with the dtype that its weights were in and the date that its chat template
     read: both may be others by now. UserError where the folder holds no run."""
     start = read_start(folder)

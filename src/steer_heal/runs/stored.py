@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 
@@ -17,7 +18,16 @@ from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
 from steer_heal.records import Completion, round_label
 from steer_heal.runs.log import EventLog, last_hash, read_events
-from steer_heal.runs.partial import PARTIAL, WrittenTexts, heal_path, load_heal, save_heal, texts_path
+from steer_heal.runs.partial import (
+    ASKED,
+    PARTIAL,
+    KeptAnswers,
+    WrittenTexts,
+    heal_path,
+    load_heal,
+    save_heal,
+    texts_path,
+)
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, part_of, sync_folder
 from steer_heal.stages.generate import Known
 from steer_heal.stages.heal import HealState, SavedHeal
@@ -126,6 +136,11 @@ class FolderRun(Run):
         """UserError where a file is not as an event recorded it. `fix` says what to do."""
         if (damage := damaged_file(self.folder, files)) is not None:
             raise UserError(f"{damage}; {fix}")
+
+    @cached_property
+    def cache(self) -> KeptAnswers:
+        """What evals keep between measurements."""
+        return KeptAnswers(self.folder / ASKED)
 
     # --- vectors and students ------------------------------------------------------------------------------------
     def keep_vector(self, r: int, vector: Vector) -> Files:

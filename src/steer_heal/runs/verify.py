@@ -1,27 +1,37 @@
 """Whether a run's folder is still what the run wrote: events, vectors, checkpoints and base weights.
 
 Every event names the SHA-256 of the line before it; the events of vectors and checkpoints name the SHA-256 of their
-files; run_start names the base model; results.tsv names the hash of the last line. This proves that the parts belong
-together. It is no signature: whoever rewrites all of it can make it consistent again, but with another last hash.
+files; run_start names the base model and the plugins; results.tsv names the hash of the last line. This proves that
+the parts belong together. It is no signature: whoever rewrites all of it can make it consistent again, but with another
+last hash.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, Extended, Extracted, Run, Trained
+from steer_heal.plugins import name_of
 from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
 from steer_heal.runs.results import RESULTS, row_of
-from steer_heal.runs.resume import changed_weights, recorded_settings
+from steer_heal.runs.resume import changed_plugin, changed_weights, settings_then
 from steer_heal.runs.storage import damaged_file
 
 
-def violations(folder: Path, wanted: str | None = None) -> list[str]:
+def violations(folder: Path, wanted: str | None = None, plugin: Sequence[str] = ()) -> list[str]:
     """Everything that is not as recorded, in words: the first event that does not follow, every changed file, the
-    base model. `wanted` is the hash that the last line should have. UserError where the folder holds no run."""
-    cfg = recorded_settings(folder)
+    plugins, the base model. No plugin runs.
+
+    UserError where the folder holds no run.
+
+    Args:
+        wanted: The hash that the last line should have.
+        plugin: Where plugins of the run lie now, by name. The others are where the run found them.
+    """
+    cfg = settings_then(folder)
     events = read_events(folder)
     lines = lines_of(folder)[: len(events)]
     found = []
@@ -45,6 +55,13 @@ def violations(folder: Path, wanted: str | None = None) -> list[str]:
     for event in run.events:
         if isinstance(event, Extracted | Trained) and (damage := damaged_file(folder, event.files)) is not None:
             found.append(f"{_name(event)}: {damage}")
+    places = {name_of(each): each for each in plugin}
+    for each in cfg.plugin:
+        try:
+            change = changed_plugin(run.start, places.get(name_of(each), each))
+        except UserError as error:
+            change = str(error)
+        found += [] if change is None else [change]
     from steer_heal.bench import read_model, weights_of  # transformers: seconds
 
     try:

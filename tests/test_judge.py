@@ -67,7 +67,7 @@ def test_the_judge_s_marks_become_a_row_a_state(server, run, capsys, monkeypatch
     rows = json.loads((run / "judge.json").read_text())["rows"]
     assert rows == [
         {"state": "base", "trait": 3.0, "coherent": 4.0, "n": 2, "unread": 0},
-        {"state": "healed round 0", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
+        {"state": "healed round 1", "trait": 5.0, "coherent": 4.0, "n": 2, "unread": 1},
     ]
     assert {(r["path"], r["key"], r["model"], r["temperature"]) for r in Judge.seen} == {
         ("/v1/chat/completions", "Bearer secret", "tiny", 0)

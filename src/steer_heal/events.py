@@ -30,6 +30,7 @@ from steer_heal.records import (
     Teachable,
     Trait,
     Values,
+    round_name,
     state_label,
 )
 from steer_heal.settings import TINY_RANDOM, RunConfig
@@ -379,7 +380,7 @@ class Run:
         """As `at`. UserError where the run has no such event."""
         found = self.at(kind, r)
         if found is None:
-            where = "before the loop" if r is None else f"of round {r}"
+            where = "before the loop" if r is None else f"of {round_name(r)}"
             raise UserError(f"the run has no event {kind.__name__} {where}; ask for another round")
         return found
 

@@ -47,9 +47,15 @@ def round_label(r: int | None) -> str:
     return "control" if r is None else f"r{r}"
 
 
+def round_name(r: int | None) -> str:
+    """A heal as people read it. They count rounds from 1, events and files from 0: round 0 is `round 1`, None is
+    `control`."""
+    return "control" if r is None else f"round {r + 1}"
+
+
 def state_label(name: str, r: int | None) -> str:
     """A state as people read it: `base`, `healed round 1`."""
-    return name if r is None else f"{name} round {r}"
+    return name if r is None else f"{name} {round_name(r)}"
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -38,7 +38,9 @@ STRONGEST = 4
 AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
 RoundName = Annotated[
     Literal["best", "last"] | int,
-    Field(description="Round of the run: its number, last (the last that was kept), or best (as the verdict says)."),
+    Field(
+        description="Round of the run: its number, from 1, last (the last that was kept), or best (as the verdict says)."
+    ),
 ]
 AllowBroken = Annotated[bool, Field(description="Also take a round whose model is broken.")]
 
@@ -163,7 +165,7 @@ class SteerCfg:
     n_contexts: Count = 256
     """Number of contexts to read, evenly spaced over the file."""
     refresh: Literal["round", "once"] = "round"
-    """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
+    """round: extract a new vector from the student of each round. once: keep the vector of the first round (not measured)."""
 
     def _rules(self) -> list[Rule]:
         return [_band_rule(self.layers)]

@@ -22,7 +22,8 @@ class Push:
     repo_id: tyro.conf.Positional[str]
     """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
     round: RoundName | None = None
-    """Round of the run whose checkpoint is uploaded: its number, last, or best. Default: best (as the verdict says)."""
+    """Round of the run whose checkpoint is uploaded: its number (from 1), last, or best. Default: best (as the verdict
+    says)."""
     allow_broken: AllowBroken = False
     base_model: str | None = None
     """OWNER/NAME of the base model on the hub, where the run was given a path: it replaces that path in the uploaded

@@ -211,8 +211,8 @@ def running(
 
 
 def _draw_after(event: AnyEvent, run: FolderRun) -> None:
-    """The pictures, at the end of a round."""
-    if isinstance(event, RoundDone | Dropped):
+    """The pictures, at the end of each round but the last, which `finish` draws."""
+    if isinstance(event, RoundDone | Dropped) and len(run.rounds) < run.n_rounds:
         draw(run.folder)
 
 

@@ -28,8 +28,8 @@ def checks(event: AnyEvent, run: Run) -> Iterator[Check]:
         return
     match event:
         case Extracted(cosine_to_first=cosine) if math.isfinite(cosine):
-            turned = "the vector has turned away from that of round 0: stop at an earlier round"
-            yield Check("the vector has a cosine above 0.5 to that of round 0", cosine > 0.5, turned)
+            turned = "the vector has turned away from that of round 1: stop at an earlier round"
+            yield Check("the vector has a cosine above 0.5 to that of round 1", cosine > 0.5, turned)
         case Calibrated():
             probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
             known = [probe.kl_p95 for probe in probes if math.isfinite(probe.kl_p95)]

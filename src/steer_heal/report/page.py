@@ -24,7 +24,7 @@ from steer_heal.events import (
     Trained,
 )
 from steer_heal.intervals import finite_mean
-from steer_heal.records import NO_ATTACK, Metric, under_attack
+from steer_heal.records import NO_ATTACK, Metric, round_name, under_attack
 from steer_heal.report import plot, view
 from steer_heal.report.advice import Check, checks
 from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
@@ -32,7 +32,13 @@ from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
 from steer_heal.verdict import Kept, attack_title, best_round, health_of, kept, shift, signed, title, verdict
 
-STEERING = ("kappa", "dose", "cosine to round 0", "cosine of student and vector", "cosine of student and vector 0")
+STEERING = (
+    "kappa",
+    "dose",
+    "cosine to round 1",
+    "cosine of student and vector",
+    "cosine of student and vector of round 1",
+)
 """Columns of the table of steering."""
 KINDS = {
     "vignette": "Metrics of vignettes",
@@ -180,7 +186,7 @@ def heals(run: Run) -> list[tuple[str, int, Trained | None, Markup]]:
     """(name, number of steps, its end, data URI of its curves) of every heal that has begun, the control's first."""
     n_steps = Counter(step.round for step in run.steps)
     return [
-        (view.round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
+        (round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
         for r, figure in plot.heal_curves(run).items()
     ]
 
@@ -284,7 +290,7 @@ def fit_table(run: Run) -> view.Table | None:
         if pairs is not None and base is not None:
             shifts = [None if m is None else shift(m.metrics, base.metrics, pairs) for m in states]
         cells = [
-            view.round_name(event.round),
+            round_name(event.round),
             view.number(None if contrast is None else contrast.found.strength),
             view.number(event.validation[0].get("kl_held_out")),
             *(view.number(event.closed(texts), ".0%") for texts in ("trained", "held_out")),
@@ -309,7 +315,7 @@ def steering_table(run: Run) -> view.Table:
             None if done is None else done.cosine_student_teacher,
             None if done is None else done.cosine_student_first,
         ]
-        rows.append(("", [view.round_name(r), *map(view.number, values)]))
+        rows.append(("", [round_name(r), *map(view.number, values)]))
     return ["", *STEERING], rows
 
 
@@ -328,8 +334,8 @@ def conditions(run: Run) -> tuple[view.Table, list[tuple[str, str]]]:
 
     rows = [("", [should, *(answer(asked.get(r)) for r in rounds)]) for should, asked in found.items()]
     failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
-    advice = [(view.round_name(r), words) for r in rounds for where, words in failed if where == r]
-    return (["", *map(view.round_name, rounds)], rows), advice
+    advice = [(round_name(r), words) for r in rounds for where, words in failed if where == r]
+    return (["", *map(round_name, rounds)], rows), advice
 
 
 # --- items -------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def _draw_rounds(top: Axes, bottom: Axes, run: Run) -> list[Text]:
     last = _last_round(run)
     length = _length(run)
     bottom.set_xlim(-1 - 0.06 * length, last + 0.08 * length)
-    named = [f"{r}\nbest" if best is not None and best.round == r else str(r) for r in range(last + 1)]
+    named = [f"{r + 1}\nbest" if best is not None and best.round == r else str(r + 1) for r in range(last + 1)]
     bottom.set_xticks(range(-1, last + 1), ["before", *named])
     bottom.set_xlabel("round")
     return labels
@@ -392,7 +392,7 @@ def _draw_plane(axes: Axes, run: Run, intervals: bool = False) -> list[Text]:
         axes.plot(x, y, MARKERS[m.state], color=COLOURS[m.state], ms=size, mec="white", zorder=order)
         if m.round is not None:
             where: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": order}
-            axes.annotate(str(m.round), (x, y), color="white", fontsize=7, **where)
+            axes.annotate(str(m.round + 1), (x, y), color="white", fontsize=7, **where)
     for state in [state for state in paths if state in ("steered", "healed")]:
         axes.plot(*zip(*paths[state], strict=True), color=COLOURS[state], lw=1, alpha=0.5, zorder=1)
     if x_metric.unit == y_metric.unit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,29 @@ PADDING = 3
 Rows = Sequence[Mapping[str, object]]
 Column = Sequence[str]
 """The heading, then the cells."""
+GRADE_STYLES = {"GOOD": "bold green", "MIXED": "bold yellow", "SMALL": "bold cyan", "UNTRAINED": "bold"}
+"""Of the first word of a verdict on a terminal. The others are bad news."""
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Each line broken between words to the width of the terminal, its second and later parts indented. Without a
+    terminal and without COLUMNS, the text itself."""
+    width = shutil.get_terminal_size(fallback=(0, 0)).columns
+    if not width:
+        return text
+    return "\n".join(_fold(line, width, " " * min(indent, width // 3)) for line in text.split("\n"))
+
+
+def _fold(line: str, width: int, indent: str = "") -> str:
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=not indent)
+
+
+def show_verdict(verdict: str) -> None:
+    """Prints a verdict on stdout, on a terminal with its grade in colour."""
+    text = Text(wrapped(printable(verdict)))
+    grade = verdict.split(":")[0]
+    text.stylize(GRADE_STYLES.get(grade.split()[0], "bold red"), 0, len(grade))
+    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(text)
 
 
 def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None) -> None:
@@ -32,13 +56,13 @@ def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None)
     first, *rest = _columns(rows, headings or {}) or [[]]
     parts = [[first]] if first else []
     for column in rest:
-        if len(parts[-1]) > 1 and _total_width([*parts[-1], column]) > console.width:
+        if len(parts[-1]) > 1 and sum(_narrowest(each) + PADDING for each in (*parts[-1], column)) > console.width:
             parts.append([first])
         parts[-1].append(column)
     if title:
         console.print(printable(title))
     for part in parts:
-        console.print(_table(part))
+        console.print(_table(part, console.width))
         console.print()
 
 
@@ -64,16 +88,24 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
-def _table(columns: Sequence[Column]) -> Table:
-    """Headings wrap to the width of their column; cells wrap if they are long, and numbers never do."""
+def _table(columns: Sequence[Column], room: int) -> Table:
+    """Headings and long cells are wrapped between words. Long columns share the room that the others leave."""
+    widths = list(map(_narrowest, columns))
+    left = room - sum(widths) - PADDING * len(columns)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for i, column in enumerate(columns):
-        if _width(column) > LONG:
-            table.add_column(Text(column[0]), overflow="fold")
-        else:
-            heading = "\n".join(textwrap.wrap(column[0], _width(column)))
-            table.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
-    for row in zip(*(column[1:] for column in columns), strict=True):
+    cells = []
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        is_long = _width(column) > LONG
+        if is_long and left > 0:
+            grown = min(_width(column), width + left)
+            left -= grown - width
+            width = grown
+        width = max(1, min(width, room - PADDING))
+        heading, *rest = column
+        right = i > 0 and not is_long
+        table.add_column(Text(_fold(heading, width)), justify="right" if right else "left", no_wrap=True)
+        cells.append(["\n".join(_fold(line, width) for line in cell.split("\n")) for cell in rest])
+    for row in zip(*cells, strict=True):
         table.add_row(*map(Text, row))
     return table
 
@@ -84,6 +116,7 @@ def _width(column: Column) -> int:
     return max(map(len, (*heading.split(), *cells)), default=1)
 
 
-def _total_width(columns: Sequence[Column]) -> int:
-    """Characters of a table in which long columns are wrapped."""
-    return sum(min(_width(column), LONG) + PADDING for column in columns)
+def _narrowest(column: Column) -> int:
+    """Characters of a column whose long cells are wrapped and whose words are whole."""
+    words = [word for cell in column for word in cell.split()]
+    return max(min(_width(column), LONG), max(map(len, words), default=1))

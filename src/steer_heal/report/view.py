@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from steer_heal.errors import printable
 from steer_heal.events import AnyEvent, Dropped, Measured, Run
-from steer_heal.records import GateFacts, Metric, round_label
+from steer_heal.records import GateFacts, Metric, round_label, round_name
 from steer_heal.verdict import direction, interval_words, signed, table, title
 from steer_heal.verdict import number as formatted
 
@@ -60,11 +60,6 @@ def degenerate_gates(run: Run) -> dict[str, GateFacts]:
 
 
 # --- words --------------------------------------------------------------------------------------------------------
-def round_name(r: int | None) -> str:
-    """`round 0`; `control` for the heal before the loop."""
-    return "control" if r is None else f"round {r}"
-
-
 def plural(n: int, noun: str) -> str:
     """`1 text`, `2 texts`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
@@ -77,8 +72,8 @@ def model_words(run: Run) -> str:
 
 
 def event_words(event: AnyEvent) -> str:
-    """What an event records: `the heal of round 0`."""
-    where = "the control" if event.round is None else f"round {event.round}"
+    """What an event records: `the heal of round 1`."""
+    where = "the control" if event.round is None else round_name(event.round)
     return EVENT_WORDS[event.event].format(event=event, where=where)
 
 

@@ -3,7 +3,6 @@
 import io
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from made_runs import (
@@ -176,11 +175,14 @@ def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_
 def test_pictures_are_drawn_at_the_end_of_a_round_alone(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run_command, "draw", drawn.append)
+    run = Run()
+    run.folder = tmp_path
     for event in run_events():
         before = len(drawn)
-        run_command._draw_after(event, SimpleNamespace(folder=tmp_path))
-        assert len(drawn) - before == isinstance(event, RoundDone | Dropped), event.event
-    assert drawn
+        run.add(event)
+        run_command._draw_after(event, run)
+        assert len(drawn) - before == (isinstance(event, RoundDone | Dropped) and event.round == 0), event.event
+    assert drawn, "the end of the run draws the last round"
 
 
 def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
@@ -188,7 +190,9 @@ def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
     for drawn, before in zip(
         read(tmp_path / finished[0].name, renamed(run_events(), names)), finished[1:], strict=True
     ):
-        drawn, before = (re.sub('data:image[^"]*|<wbr>', "", text).replace("\\_", "_") for text in (drawn, before))
+        drawn, before = (
+            re.sub('data:image[^"]*|<wbr>|<pre>steer-heal .*', "", text).replace("\\_", "_") for text in (drawn, before)
+        )
         for old, new in names.items():
             drawn, before = (re.sub(rf"{new}|\b{old}\b", "?", text) for text in (drawn, before))
         assert drawn == before
@@ -496,13 +500,15 @@ def conditions(html: str) -> dict[str, str]:
 
 def test_the_page_says_of_every_condition_in_which_rounds_it_holds(finished, tmp_path):
     asked = conditions(finished[1])
-    assert len(asked) == 6 and set(asked.values()) == {"<td>yes</td><td>yes</td>"}
+    no, yes = "<td>\u2013</td>", "<td>yes</td>"
+    assert len(asked) == 8 and [*asked.values()].count(no + yes + yes) == 6
+    assert [name for name in asked if asked[name] == yes + no + no] == [*asked][:2], "those of the base"
     assert "all conditions hold" in finished[1]
     events = changed(changed(run_events(), Trained, 1, fired=0.05), Trained, 0, pressure=None)
     html, _ = read(tmp_path, events)
     asked = conditions(html)
-    assert asked["the barrier acts in a tenth of the steps or more"] == "<td>yes</td><td>no</td>"
-    assert asked["the gradient pressure of the barrier is 1 or less"] == "<td>\u2013</td><td>yes</td>"
+    assert asked["the barrier acts in a tenth of the steps or more"] == no + yes + "<td>no</td>"
+    assert asked["the gradient pressure of the barrier is 1 or less"] == no + no + yes
     assert "1 exception" in html and "<li>round 2: the barrier hardly acts: use a lower --heal.tau</li>" in html
 
 
@@ -518,13 +524,23 @@ def test_the_table_fits_the_terminal_and_ends_with_the_verdict(columns, capsys, 
     monkeypatch.setenv("COLUMNS", str(columns))
     run = Run(run_events())
     console.print_table(run)
-    *table, last = filter(str.strip, capsys.readouterr().out.splitlines())
-    assert last == verdict(run)
+    table, last = capsys.readouterr().out.split("GOOD:")
+    assert " ".join(f"GOOD:{last}".split()) == verdict(run) and max(map(len, f"GOOD:{last}".split("\n"))) <= columns
+    table = [line for line in table.splitlines() if line.strip()]
     assert max(map(len, table)) <= columns and "\u2026" not in "".join(table), "no cell is cut"
     healed = [line for line in table if line.strip().startswith("healed round 2")]
     cells = [cell for line in healed for cell in re.split(" {2,}", line.strip())[1:]]
     assert cells == ["-2.100", "-0.600", "-0.700 to -0.500", "21%", "-1.01", "0.9840", "2.00", "2%", "0.100"]
     assert len(cells) == len(table_columns(run)) - 1, "each column is in one table"
+
+
+def test_long_cells_are_wrapped_between_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [f"word{i:02}" for i in range(40)]
+    tables.show([{"arm": " ".join(words), "of": "a/path/of/sixty/characters/that/holds/no/space.jsonl", "n": 1.5}] * 2)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert all(re.search(rf"\b{word}\b", printed) for word in words) and "no/space.jsonl" in printed
 
 
 def test_a_cell_that_is_longer_than_the_terminal_is_wrapped(capsys, monkeypatch):
@@ -600,17 +616,22 @@ def test_no_bar_is_drawn_when_quiet_or_off_a_terminal(quiet, file):
     assert file.getvalue() == ""
 
 
-def test_the_time_left_is_that_of_the_stages_to_come():
-    run = Run(until(run_events(n_rounds=3), Gathered, 0))
-    assert console.seconds_left(run) is None
-    assert console.place("text", 0, run) == "round 1 of 3"
-    seconds = {"vector": 1.0, "text": 10.0, "heal": 20.0, "base": 500.0, "total": 531.0}
-    events = changed(run_events(n_rounds=3), RoundDone, seconds=seconds)
-    assert console.seconds_left(Run(until(events, RoundDone, 0))) == 2 * 31
+def test_the_time_left_is_that_of_the_steps_to_come():
+    steps = [event for event in run_events(n_rounds=3) if not isinstance(event, HealStepped)]
+    events = [replace(event, wall_s=10.0 * i) for i, event in enumerate(steps)]
+    for r, kind, left in (
+        (None, RunStart, None),
+        (None, Measured, (10.0 * (2 + 2 * 3 - 1), False)),  # of states alone
+        (0, RoundDone, (10.0 * 2 * 6, True)),
+        (1, Gathered, (10.0 * (6 + 4), True)),
+        (2, RoundDone, (0.0, True)),
+    ):
+        run = Run(until(events, kind, r, "base" if kind is Measured else ""))
+        control = 10.0 * run.start.config.control if kind is Measured else 0.0
+        assert console.seconds_left(run) == (left and (left[0] + control, left[1])), kind
     run = Run(until(events, Gathered, 1))
-    assert console.seconds_left(run) == 31 + 20
-    assert console.place("heal", 1, run) == "round 2 of 3, 51 s left"
-    assert console.seconds_left(Run(events)) == 0
+    assert console.place("heal", 1, run) == "round 2 of 3, about 2 min left"
+    assert console.place("prompted", None, Run(until(events, Measured, None, "base"))).endswith(" s left")
 
 
 def test_a_duration_has_the_unit_that_suits_it():

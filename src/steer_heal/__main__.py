@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,6 +30,12 @@ COMMANDS = {
 """What each module of `commands` does."""
 WRONG = 2
 """Exit status for a wrong argument or file."""
+BROKEN_PIPE = 141
+"""Exit status where the reader of the output has gone."""
+SLOW = ("run", "resume", "chat", "eval", "tasks", "export")
+"""Commands that load a model."""
+SHORT = ("-h", "--help", "--quiet", "--print-config")
+"""With one of these a command does not say that it starts."""
 
 
 def usage() -> str:
@@ -45,8 +54,23 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 143 by SIGTERM."""
+    """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 141 by a closed
+    pipe, 143 by SIGTERM. `run --exit-status` has more."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv is None:  # as a program of its own
+        atexit.register(gc.freeze)  # else the interpreter spends seconds on collecting what torch has loaded
+        if name in SLOW and not {*SHORT} & {*rest}:
+            print(f"steer-heal {name}: starting", file=sys.stderr, flush=True)
+    try:
+        status = _run(name, rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return BROKEN_PIPE
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -57,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
         return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(rest)
+    except BrokenPipeError:
+        raise
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return WRONG

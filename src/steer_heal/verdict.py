@@ -31,6 +31,8 @@ from steer_heal.settings import BacktrackCfg, RoundName
 
 GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
 """Grades of a healed round whose model is intact, the best first. The others are BROKEN and UNREADABLE."""
+STATUSES = {"GOOD": 0, "UNTRAINED": 0, "MIXED": 3, "SMALL SHIFT": 4, "WRONG WAY": 5}
+"""Exit status of `run --exit-status` by grade."""
 UNTRAINED = "UNTRAINED: the pipeline works, and the numbers mean nothing"
 """Verdict on a model that nobody trained. None of its rounds has a grade, and none is best."""
 SMALLEST_SHARE = 1 / 6
@@ -221,6 +223,8 @@ def grade(state: Measured, run: Run) -> Graded:
     past = [metric for metric in health if not metric.within(state[metric.name] or 0.0, metric.broken)]
     if past:
         reason = f"{went}, but the model is broken: {health_words(state, past, 'broken')}"
+        if not all(metric.within(base[metric.name] or 0.0, metric.broken) for metric in past):
+            reason += f"; the untouched model already is past a limit: {health_words(base, past, 'broken')}"
         return Graded(state=state, grade="BROKEN", shift=moved, reason=reason)
     condition = health_words(state, health, "good") or "no eval measures whether the model is intact"
     if (small := _not_moved(state, target, moved, run.start.trait.sign)) is not None:
@@ -304,7 +308,8 @@ def best_round(run: Run) -> Graded | None:
 def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = False) -> int:
     """The round that was asked for, among those that were kept. Where no round is best, `best` is the last.
 
-    A number counts from 1. UserError where there is none, or its model is broken or cannot be judged and that is not allowed.
+    A number counts from 1. UserError where there is none, or its model is broken or cannot be judged and that is
+    not allowed.
     """
     if not run.rounds:
         raise UserError("the run has no healed round; continue it with `steer-heal resume`")
@@ -334,6 +339,11 @@ def round_words(run: Run, r: int) -> str:
     found = [] if run.untrained or healed is None else [grade(healed, run).grade]
     found += ["the best"] if best is not None and best.state.round == r else []
     return f"{round_name(r)} of {len(run.rounds)}" + (f" ({', '.join(found)})" if found else "")
+
+
+def exit_status(run: Run) -> int:
+    """The verdict on the last healed round as an exit status: one of STATUSES, else 6."""
+    return STATUSES.get(verdict(run).partition(":")[0], 6)
 
 
 def verdict(run: Run) -> str:

@@ -18,7 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.errors import printable
+from steer_heal.errors import printable, wrapped
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
@@ -73,7 +73,7 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
 
 
 def _above_bars(message: str) -> None:
-    tqdm.write(tables.wrapped(message, WIDTH + len("00:00:00  ")), end="", file=sys.stderr)
+    tqdm.write(wrapped(message, WIDTH + len("00:00:00  ")), end="", file=sys.stderr)
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -143,14 +143,15 @@ def seconds_left(run: Run) -> tuple[float, bool] | None:
     if run.measured("base") is None:
         return None
     cfg = run.start.config
-    to_come = Counter({kind: n * run.n_rounds for kind, n in A_ROUND.items()})
-    to_come.update({"measured": 2 + cfg.control, "gathered": int(cfg.control), "trained": int(cfg.control)})
-    to_come.subtract(event.event for event in run.events)
+    to_come = Counter({(True, kind): n * run.n_rounds for kind, n in A_ROUND.items()})
+    before_the_loop = {"measured": 2 + cfg.control, "gathered": int(cfg.control), "trained": int(cfg.control)}
+    to_come.update({(False, kind): n for kind, n in before_the_loop.items()})
+    to_come.subtract((event.round is not None, event.event) for event in run.events)
     took: dict[str, list[float]] = {}
     for before, event in itertools.pairwise(run.events):
         took.setdefault(event.event, []).append(event.wall_s - before.wall_s)
-    kinds = [kind for kind, n in to_come.items() if n > 0]
-    return sum(to_come[kind] * mean(took[kind]) for kind in kinds if kind in took), all(kind in took for kind in kinds)
+    left = [(kind, n) for (_, kind), n in to_come.items() if n > 0]
+    return sum(n * mean(took[kind]) for kind, n in left if kind in took), all(kind in took for kind, _ in left)
 
 
 def left_words(run: Run, before: str) -> str:
@@ -182,7 +183,8 @@ def show(event: AnyEvent, run: Run) -> None:
     line = _words(event, run)
     if line:
         advice = "".join(f" | {check.advice}" for check in checks(event, run) if not check.holds)
-        logger.log("WARNING" if isinstance(event, HealRetried | Dropped) else "INFO", line + advice)
+        loud = isinstance(event, HealRetried | Dropped) or (advice and isinstance(event, Measured))
+        logger.log("WARNING" if loud else "INFO", line + advice)
     if isinstance(event, Measured) and (more := _measured(event, run)[1]):
         logger.debug(_line(event.label, more))
 

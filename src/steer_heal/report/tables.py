@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steer_heal.errors import printable
+from steer_heal.errors import printable, wrapped
 
 LONG = 24
 """Width above which a column is wrapped."""
@@ -22,19 +21,6 @@ Column = Sequence[str]
 """The heading, then the cells."""
 GRADE_STYLES = {"GOOD": "bold green", "MIXED": "bold yellow", "SMALL": "bold cyan", "UNTRAINED": "bold"}
 """Of the first word of a verdict on a terminal. The others are bad news."""
-
-
-def wrapped(text: str, indent: int = 0) -> str:
-    """Each line broken between words to the width of the terminal, its second and later parts indented. Without a
-    terminal and without COLUMNS, the text itself."""
-    width = shutil.get_terminal_size(fallback=(0, 0)).columns
-    if not width:
-        return text
-    return "\n".join(_fold(line, width, " " * min(indent, width // 3)) for line in text.split("\n"))
-
-
-def _fold(line: str, width: int, indent: str = "") -> str:
-    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=not indent)
 
 
 def show_verdict(verdict: str) -> None:
@@ -56,7 +42,8 @@ def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None)
     first, *rest = _columns(rows, headings or {}) or [[]]
     parts = [[first]] if first else []
     for column in rest:
-        if len(parts[-1]) > 1 and sum(_narrowest(each) + PADDING for each in (*parts[-1], column)) > console.width:
+        needed = sum(_narrowest(each, console.width) + PADDING for each in (*parts[-1], column))
+        if len(parts[-1]) > 1 and needed > console.width:
             parts.append([first])
         parts[-1].append(column)
     if title:
@@ -90,8 +77,14 @@ def _cell(value: object) -> str:
 
 def _table(columns: Sequence[Column], room: int) -> Table:
     """Headings and long cells are wrapped between words. Long columns share the room that the others leave."""
-    widths = list(map(_narrowest, columns))
+    widths = [_narrowest(column, room) for column in columns]
     left = room - sum(widths) - PADDING * len(columns)
+    for i in sorted(
+        range(len(columns)), key=lambda i: _longest_word(columns[i]) - widths[i]
+    ):  # most room to spare first
+        cut = max(0, min(-left, widths[i] - _longest_word(columns[i])))
+        widths[i] -= cut
+        left += cut
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     cells = []
     for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
@@ -100,14 +93,17 @@ def _table(columns: Sequence[Column], room: int) -> Table:
             grown = min(_width(column), width + left)
             left -= grown - width
             width = grown
-        width = max(1, min(width, room - PADDING))
         heading, *rest = column
         right = i > 0 and not is_long
         table.add_column(Text(_fold(heading, width)), justify="right" if right else "left", no_wrap=True)
-        cells.append(["\n".join(_fold(line, width) for line in cell.split("\n")) for cell in rest])
+        cells.append([_fold(cell, width) for cell in rest])
     for row in zip(*cells, strict=True):
         table.add_row(*map(Text, row))
     return table
+
+
+def _fold(cell: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in cell.split("\n"))
 
 
 def _width(column: Column) -> int:
@@ -116,7 +112,10 @@ def _width(column: Column) -> int:
     return max(map(len, (*heading.split(), *cells)), default=1)
 
 
-def _narrowest(column: Column) -> int:
-    """Characters of a column whose long cells are wrapped and whose words are whole."""
-    words = [word for cell in column for word in cell.split()]
-    return max(min(_width(column), LONG), max(map(len, words), default=1))
+def _longest_word(column: Column) -> int:
+    return max((len(word) for cell in column for word in cell.split()), default=1)
+
+
+def _narrowest(column: Column, room: int) -> int:
+    """Characters of a column whose long cells are wrapped. A word is broken only if it leaves no room for others."""
+    return max(min(_width(column), LONG), min(_longest_word(column), room - LONG))

@@ -17,7 +17,17 @@ from steer_heal.records import Metric, StateName, derive_seed
 from steer_heal.report import plot
 from steer_heal.report.page import progress
 from steer_heal.report.texts import Shown, answered, first_answers
-from steer_heal.report.view import MISSING, Table, evenly, model_words, number, template, visible, with_interval
+from steer_heal.report.view import (
+    MISSING,
+    Table,
+    evenly,
+    model_words,
+    number,
+    template,
+    true_minus,
+    visible,
+    with_interval,
+)
 from steer_heal.runs.log import read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
@@ -54,7 +64,7 @@ def page(runs: Runs, names: Mapping[str, str]) -> str:
     """The whole page of the runs."""
     verdicts = {}
     for letter, run in runs.items():
-        grade, _, detail = verdict(run).partition(":")
+        grade, _, detail = true_minus(verdict(run)).partition(":")
         verdicts[letter] = (grade, detail.strip().split("; "))
     return template("compare.html.j2", visible).render(
         runs=runs,

@@ -62,7 +62,7 @@ def save(run: Run, folder: Path) -> Path:
 
 def page(run: Run, name: str, folder: str = "") -> str:
     """The whole of report.html. `folder`: where the run lies; empty for a run in memory, which no command can take."""
-    grade, _, detail = verdict(run).partition(":")
+    grade, _, detail = view.true_minus(verdict(run)).partition(":")
     texts = written(run)
     return view.template("report.html.j2", view.visible).render(
         name=name,

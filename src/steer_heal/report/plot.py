@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from steer_heal.errors import printable
 from steer_heal.events import HealStepped, Measured, Run, Trained
 from steer_heal.records import Metric
-from steer_heal.report.view import model_words
+from steer_heal.report.view import model_words, true_minus
 from steer_heal.runs.storage import atomic_write
 from steer_heal.verdict import best_round, direction, health_of, shift, title, verdict
 
@@ -199,7 +199,7 @@ def _headline(figure: Figure, run: Run, width: int) -> None:
         f"lam {heal.lam:g}, tau {heal.tau:g}"
     )
     shown = setting if len(setting) <= SETTING_CHARACTERS else f"{setting[:SETTING_CHARACTERS]}..."
-    lines = [line for text in (shown, verdict(run)) for line in textwrap.wrap(text, width)]
+    lines = [line for text in (shown, true_minus(verdict(run))) for line in textwrap.wrap(text, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
 
 

@@ -82,6 +82,11 @@ def number(value: float | None, form: str = ".3g") -> str:
     return formatted(value, form, MISSING).replace("-", "\u2212")
 
 
+def true_minus(text: str) -> str:
+    """The text with a true minus sign before each number, as pages and pictures have it."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
+
+
 def visible(text: str) -> str:
     """Text that is safe to show: U+FFFD for what cannot be printed. A long text is cut, and the cut is named."""
     text = printable(text)

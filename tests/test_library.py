@@ -239,8 +239,14 @@ def test_states_are_measured_against_the_base(sh):
     assert sh.evaluate("healed").metrics["contrast_nats"] == base.metrics["contrast_nats"]
 
 
-def test_an_export_is_a_model_that_loads(sh, tmp_path):
-    sh.loop(1)
+def test_an_export_is_a_model_that_loads(sh, tmp_path, capsys):
+    sh.loop(1, bar=True)
+    drawn = capsys.readouterr().err
+    assert "round 1 of 1" in drawn and "healing" in drawn
+    shown = (sh, sh.vector, sh.evaluate("healed"), sh.collect(kappa=1.0))
+    assert all(len(repr(each)) < 400 and "tensor" not in repr(each) for each in shown), shown
+    page = sh.report(tmp_path / "mine.html").read_text(encoding="utf-8")
+    assert "healed round 1" in page and "steer-heal chat" not in page, "no command can take a run in memory"
     with small(str(sh.export(tmp_path / "merged"))) as merged:
         got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
     assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)

@@ -81,10 +81,11 @@ class Bar(Progress):
     """A bar for the stage at hand, with the time left. Shows nothing when `quiet`. If stderr is not a terminal, a line
     per minute takes its place."""
 
-    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None) -> None:
-        """`file`: where to draw, instead of on stderr."""
+    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None, *, always: bool = False) -> None:
+        """`file`: where to draw, instead of on stderr. `always`: draw off a terminal too, as in a notebook."""
         self.run = run
         self.quiet = quiet
+        self.always = always
         self.file = file
         self.bar: tqdm | None = None
         self.what = ""
@@ -96,7 +97,7 @@ class Bar(Progress):
     def stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
         self.what = f"{place(stage, r, self.run)}: {doing}"
         self.spoke = time.monotonic()
-        hidden = True if self.quiet else None  # None: shown on a terminal only
+        hidden = True if self.quiet else False if self.always else None  # None: shown on a terminal only
         with tqdm(
             desc=self.what, bar_format="{desc}", leave=False, disable=hidden, dynamic_ncols=True, file=self.file
         ) as self.bar:

@@ -39,7 +39,7 @@ def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     kinds = get_args(info.type)
     if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds:
         return None
-    inner = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007
+    inner: Any = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
     if not isinstance(spec, PrimitiveConstructorSpec):
         return None
@@ -65,6 +65,7 @@ def read_flags(
     described = wrapped(
         "  " + text.replace("\n", "\n  "), indent=4, fallback=80
     )  # tyro would join lines without indent
+    given: Any
     try:
         given, unknown = tyro.cli(
             kind,

@@ -368,6 +368,7 @@ def verdict(run: Run) -> str:
 def _best_words(best: Graded, run: Run) -> str:
     """best round: 2 (MIXED, -0.82 nats, broken texts 10%): ckpt/r1."""
     r = best.state.round
+    assert r is not None
     health = health_words(best.state, health_of(run.metrics.values()))
     why = ", ".join(filter(None, (best.grade, shift_words(best.shift, run.trait_metric), health)))
     trained = run.at(Trained, r)

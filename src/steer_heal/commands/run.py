@@ -80,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
     if cfg.folder is not None:
         if begun(cfg.folder):
             same_settings(cfg.folder, cfg)
-            cfg = replace(cfg, n_rounds=more_rounds(cfg.folder, None))
-            return go_on(cfg, cfg.folder, graded=source.exit_status)
+            n_rounds = more_rounds(cfg.folder, None)
+            return go_on(replace(cfg, n_rounds=n_rounds), cfg.folder, graded=source.exit_status)
         no_other_files(cfg.folder)
     inputs = check(cfg)
     from steer_heal.loop import run_loop  # torch: seconds

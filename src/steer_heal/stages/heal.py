@@ -166,7 +166,7 @@ def heal(
     beta: float = 0.1,
     renew: Renew | None = None,
     saved: SavedHeal | None = None,
-    on_step: Callable[[HealState], None] = lambda state: None,
+    on_step: Callable[[HealState], object] = lambda state: None,
 ) -> HealReport:
     """Trains a new round factor on `student`. Bake it to keep it. One prompt in eight is held out for validation.
 

@@ -186,7 +186,7 @@ def test_lines_in_are_answered_by_each_state_and_commands_change_the_settings(tw
         "steered:",
         "healed:",
     ]
-    assert "base, healed; dose 0.5, seed 7, system prompt 'Be brief.'; 1 messages so far" in first
+    assert "base, healed; dose 0.5, seed 7, system prompt 'Be brief.'; 1 message so far" in first
     assert second.count("---") == 4 and "0 messages so far" in second and "never" not in out and "\x1b" not in out
 
 

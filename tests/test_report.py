@@ -1,9 +1,11 @@
 """The page, the diary and the console: what they show of finished and of partial runs, no outside references, size."""
 
 import io
+import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from made_runs import (
     GATES,
@@ -42,10 +44,11 @@ from steer_heal.events import (
 )
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Scored
 from steer_heal.report import compare, console, draw, plot, tables
+from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import evenly, event_words, table_columns
 from steer_heal.settings import TINY_RANDOM, HealCfg
-from steer_heal.verdict import verdict
+from steer_heal.verdict import title, verdict
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +397,62 @@ def test_runs_stand_side_by_side_with_verdicts_states_settings_and_answers(compa
     for name in ("base of A", "base of B", "A healed round 2", "B healed round 1"):
         assert text.count(name) == 2, "one for each of two prompts"
     assert all([path.name for path in folder.iterdir()] == ["events.jsonl"] for folder in folders), "no run is drawn"
+
+
+def test_compared_runs_that_go_on_are_marked_and_each_target_has_an_axis_of_its_own(tmp_path):
+    going_on = until(run_events(2), RoundDone, 0)
+    other = with_trait(run_events(1), name="liberty", target="liberty_nats")
+    folders = [write_run(tmp_path / f"{i}", events) for i, events in enumerate((run_events(1), going_on, other))]
+    html = compare.compare(folders, tmp_path / "x.html").read_text(encoding="utf-8")
+    assert html.count('<b class="finished">') == 2 and html.count('<b class="running">') == 1
+    assert re.findall("<figcaption>(.*?)</figcaption>", html) == ["authority", "liberty"]
+
+
+def test_the_difference_of_two_runs_is_paired_over_their_items():
+    def cell(a: list[AnyEvent], b: list[AnyEvent], name: str = "authority_nats") -> str:
+        (first, *_), rows = compare.differences({"A": Run(a), "B": Run(b)})
+        metric = Run(a).metrics[name]
+        assert first == "metric"
+        return next((row[1] for _, row in rows if row[0] == f"{title(metric)}, nats"), "")
+
+    def given(items: list[float], base: list[float], *, moved: float) -> list[AnyEvent]:
+        events = with_metrics(run_events(1), {"authority_nats": -1.5 + moved}, ["healed"])
+        name = Run(events).metrics["authority_nats"].item
+        return [
+            replace(e, items=e.items | {name: items if e.state == "healed" else base}) if isinstance(e, Measured) else e
+            for e in events
+        ]
+
+    x = np.exp(np.random.default_rng(0).normal(size=40))  # the metric is the log of the mean
+    one = given([*(x * math.exp(1))], [*x], moved=1.0)
+    far = given([*(x * math.exp(0.25) * np.linspace(0.98, 1.02, 40))], [*x], moved=0.25)
+    low, high = map(float, re.findall(r"(\+0\.\d+)", cell(one, far))[1:])
+    assert cell(one, far).startswith("+0.750<small>") and 0.7 < low < high < 0.8, "the spread of x is paired away"
+    for others in (given([*x[:5]], [*x[:5]], moved=0.25), given([*(2 * x)], [*(2 * x)], moved=0.25)):
+        assert cell(one, others) == "+0.750", "other items, or another base"
+
+
+def test_a_base_that_breaks_or_does_not_answer_is_told_at_once_and_is_not_blamed_on_a_round(capsys):
+    events = with_metrics(run_events(), {"degenerate_frac": 0.6}, ["base", "healed"])
+    line = " ".join(shown(capsys, events, Measured, None, "base").split())
+    assert "the untouched model already is past the limit (broken texts 60% (limit 50%))" in line and "--model" in line
+    assert "the untouched model already is past a limit" in verdict(Run(events))
+    metric = Run(events).trait_metric
+    silent = [
+        replace(e, items=e.items | {metric.item: [math.nan] * 3}) if isinstance(e, Measured) else e
+        for e in run_events()
+    ]
+    assert "answers 0 of 3 items of authority_nats" in " ".join(shown(capsys, silent, Measured, None, "base").split())
+
+
+def test_the_page_names_the_next_commands_of_its_own_run(finished, tmp_path):
+    best = Run(run_events())
+    commands = [command for _, command in next_steps(best, "'a b'")]
+    assert commands[0] == "chat 'a b' --web" and "resume 'a b' --n-rounds 3" in commands and len(commands) == 5
+    assert finished[1].count(f"steer-heal resume {finished[0]} --n-rounds 3") == 1
+    broken = Run(with_metrics(run_events(), {"degenerate_frac": 0.9}, ["healed"]))
+    assert [command for _, command in next_steps(broken, "x")][0] == "chat x --web --allow-broken"
+    assert [c for _, c in next_steps(Run(until(run_events(), Trained, 0)), "x")] == ["resume x"]
 
 
 @pytest.mark.parametrize("made", ["finished", "compared"])

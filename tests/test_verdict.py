@@ -8,7 +8,7 @@ from made_runs import METRICS, TRAIT, measured, run_events, run_start
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
-from steer_heal.verdict import chosen_round, past_limits, round_words, table, verdict
+from steer_heal.verdict import chosen_round, exit_status, past_limits, round_words, table, verdict
 
 AUTHORITY = next(metric for metric in METRICS if metric.name == "authority_nats")
 START = run_start(1, "")
@@ -105,6 +105,20 @@ def test_a_best_round_that_is_not_the_last_is_named_with_its_checkpoint():
     assert line.endswith("best round: 2 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1")
     assert "best round" not in verdict(rounds({"target": -0.9}, {"target": -0.5}, sign=1))
     assert "best round" not in verdict(rounds({"target": None}))
+
+
+def test_each_grade_has_an_exit_status():
+    target = {"target": -2.0}
+    for changes, status in (
+        ((target,), 0),
+        ((target | {"coherence": 0.9},), 3),
+        (({"target": -1.52},), 4),
+        ((target, {"target": -0.5}), 5),
+        ((target, target | {"degenerate_frac": 0.9}), 6),
+        ((), 6),
+    ):
+        run = rounds(*changes)
+        assert exit_status(run) == status, verdict(run)
 
 
 def kept(run: Run) -> Run:

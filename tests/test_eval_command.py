@@ -45,7 +45,7 @@ def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     folder = request.getfixturevalue(run)
     metrics, logged = measured(folder, capsys, *flags.split())
     assert metrics == recorded(folder, state, r)
-    assert f"{state}: drift" in logged if r is None else f"{state} round {r}: drift" in logged
+    assert f"{state}: drift" in logged if r is None else f"{state} round {r + 1}: drift" in logged
 
 
 def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(copy, capsys):
@@ -88,7 +88,7 @@ def test_a_number_that_one_side_lacks_differs():
         (("--round", "8"), ("round 8 does not exist", "the run has rounds 1 to 2")),
         (
             ("--state", "base", "--round", "1"),
-            ("round is 0: base is measured once per run", "leave out --round or --state"),
+            ("round is 1: base is measured once per run", "leave out --round or --state"),
         ),
         (("--state", "control"), ("did not measure control", "give another --round or --state")),
     ],

@@ -6,7 +6,8 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
@@ -57,38 +58,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 141 by a closed
     pipe, 143 by SIGTERM. `run --exit-status` has more."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if argv is None:  # as a program of its own
-        atexit.register(gc.freeze)  # else the interpreter spends seconds on collecting what torch has loaded
-        if name in SLOW and not {*SHORT} & {*rest}:
-            print(f"steer-heal {name}: starting", file=sys.stderr, flush=True)
+    if argv is None:
+        _as_program(name, rest)
     try:
-        status = _run(name, rest)
-        sys.stdout.flush()
-        return status
+        with _flushed():
+            if name in ("-h", "--help"):
+                print(usage())
+                return 0
+            if name == "--version":
+                print(import_module("steer_heal").__version__)
+                return 0
+            if name not in COMMANDS:
+                raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+            return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(rest)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return BROKEN_PIPE
-
-
-def _run(name: str, rest: Sequence[str]) -> int:
-    if name in ("-h", "--help"):
-        print(usage())
-        return 0
-    if name == "--version":
-        print(import_module("steer_heal").__version__)
-        return 0
-    try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-        return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(rest)
-    except BrokenPipeError:
-        raise
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return WRONG
     except Stopped as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.status
+
+
+def _as_program(name: str, rest: Sequence[str]) -> None:
+    """What is done once for a process that runs nothing but a command."""
+    atexit.register(gc.freeze)  # else the interpreter spends seconds on collecting what torch has loaded
+    if name in SLOW and not {*SHORT} & {*rest}:
+        print(f"steer-heal {name}: starting", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """A closed pipe is noticed here, not when the interpreter ends."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

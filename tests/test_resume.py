@@ -381,9 +381,8 @@ def test_a_run_that_is_moved_while_it_runs_stops_and_goes_on_at_its_new_place(
 @pytest.mark.parametrize("flags", ["--heal.lam 0.75", "--seed 1", "--out x", "fast-dev"])
 def test_other_settings_are_refused(flags, after_round_0, capsys):
     before = (after_round_0 / "events.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        main(["resume", str(after_round_0), *flags.split()])
-    assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert main(["resume", str(after_round_0), *flags.split()]) == 2
+    assert flags.split()[0] in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
 
 

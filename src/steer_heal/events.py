@@ -346,6 +346,8 @@ class Run:
         self.n_steps = 0
         """Steps of all heals, those that were made void too."""
         self.subscribers: list[Callable[[AnyEvent], object]] = []
+        self.asked_rounds: int | None = None
+        """Number of rounds of the library's `loop`, in place of the settings'."""
         for event in events:
             self.take(event)
 
@@ -401,6 +403,8 @@ class Run:
     @property
     def n_rounds(self) -> int:
         """The number of rounds that the run was asked for."""
+        if self.asked_rounds is not None:
+            return self.asked_rounds
         extended = self.each(Extended)
         return extended[-1].n_rounds if extended else self.start.config.n_rounds
 

@@ -434,6 +434,7 @@ class SteerHeal:
             )
         self.discard()
         cfg = self.cfg if n_rounds is None else changed(self.cfg, {"n_rounds": n_rounds})
+        self._run.asked_rounds = cfg.n_rounds
         progress = SILENT
         if bar:
             from steer_heal.report.console import Bar

@@ -186,7 +186,7 @@ def test_lines_in_are_answered_by_each_state_and_commands_change_the_settings(tw
         "steered:",
         "healed:",
     ]
-    assert "base, healed; dose 0.5, seed 7, system prompt 'Be brief.'; 1 messages so far" in first
+    assert "base, healed; dose 0.5, seed 7, system prompt 'Be brief.'; 1 message so far" in first
     assert second.count("---") == 4 and "0 messages so far" in second and "never" not in out and "\x1b" not in out
 
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_talked_to_is_named(two, copy, tmp_path, monkeypatch, cap
     shutil.rmtree(copy / "ckpt" / "r1")
     for run, flags, told in (
         (tmp_path, [], "has no events.jsonl; give a run folder"),
-        (two, ["--round", "4"], "round 4 does not exist; the rounds of the run are 0, 1"),
+        (two, ["--round", "5"], "round 5 does not exist; the run has rounds 1 to 2"),
         (copy, [], "r1/adapter_config.json is missing"),
         (two, ["--states", "bse"], "did you mean 'base'"),
         (two, ["--port", "65536"], "port is 65536: it must be <= 65535"),
@@ -212,7 +212,7 @@ def test_what_cannot_be_talked_to_is_named(two, copy, tmp_path, monkeypatch, cap
     ):
         assert scripted(monkeypatch, run, "", *flags) == 2
         assert told in capsys.readouterr().err
-    assert scripted(monkeypatch, copy, "Hello\n", "--round", "0", "--states", "healed") == 0
+    assert scripted(monkeypatch, copy, "Hello\n", "--round", "1", "--states", "healed") == 0
 
 
 class Fake(Talk):

@@ -114,7 +114,7 @@ def test_checkpoint_export_and_eval_command_hold_the_student_that_was_measured(d
 
 def test_the_table_the_row_of_results_and_the_verdict_say_the_same(done, events):
     folder, printed = done
-    for state in ("base", "prompted", "control", "steered round 0", "healed round 1"):
+    for state in ("base", "prompted", "control", "steered round 1", "healed round 2"):
         assert f"{state} " in printed
     (row,) = read_results(folder.parent / "results.tsv")
     verdict = events[-1]["verdict"]

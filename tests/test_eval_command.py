@@ -29,14 +29,14 @@ def test_the_last_round_of_a_run_is_measured_again_to_the_last_digit(two, capsys
     metrics, told = measured(two, capsys)
     assert metrics == recorded(two, "healed", 1) != recorded(two, "healed", 0)
     assert "are the recorded ones to the last digit" in told and any(name.endswith("_lo") for name in metrics)
-    assert "model tiny-random" in told and "seed 42" in told and "healed round 1: drift (3 of 6)" in told
+    assert "model tiny-random" in told and "seed 42" in told and "healed round 2: drift (3 of 6)" in told
 
 
 @pytest.mark.parametrize(
     ("run", "flags", "state", "r"),
     [
         ("two", "--state steered", "steered", 1),
-        ("one", "--state steered --round 0", "steered", 0),
+        ("one", "--state steered --round 1", "steered", 0),
         ("one", "--state prompted", "prompted", None),
         ("one", "--state control", "control", None),
     ],
@@ -45,7 +45,7 @@ def test_so_is_any_other_state(run, flags, state, r, request, capsys):
     folder = request.getfixturevalue(run)
     metrics, logged = measured(folder, capsys, *flags.split())
     assert metrics == recorded(folder, state, r)
-    assert f"{state}: drift" in logged if r is None else f"{state} round {r}: drift" in logged
+    assert f"{state}: drift" in logged if r is None else f"{state} round {r + 1}: drift" in logged
 
 
 def test_the_recorded_numbers_stand_beside_the_new_ones_and_one_that_differs_is_told(copy, capsys):
@@ -85,10 +85,10 @@ def test_a_number_that_one_side_lacks_differs():
             ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
             ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x"),
         ),
-        (("--round", "7"), ("round 7 does not exist", "the rounds of the run are 0, 1")),
+        (("--round", "8"), ("round 8 does not exist", "the run has rounds 1 to 2")),
         (
-            ("--state", "base", "--round", "0"),
-            ("round is 0: base is measured once per run", "leave out --round or --state"),
+            ("--state", "base", "--round", "1"),
+            ("round is 1: base is measured once per run", "leave out --round or --state"),
         ),
         (("--state", "control"), ("did not measure control", "give another --round or --state")),
     ],
@@ -122,16 +122,16 @@ def test_a_round_that_was_dropped_or_damaged_is_named(copy, capsys):
         events[events.index(last)] = {**facts, "event": "dropped", **limits}
 
     rewritten(copy, drop)
-    assert main(["eval", "--run", str(copy), "--round", "1"]) == 2
+    assert main(["eval", "--run", str(copy), "--round", "2"]) == 2
     told = capsys.readouterr().err
-    assert "round 1 was dropped (kl_base 3 > 0.1); the rounds of the run are 0" in told
+    assert "round 2 was dropped (kl_base 3 > 0.1); the run has round 1" in told
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
     for flags, told in (
         (["--run", str(tmp_path)], "has no events.jsonl; give a run folder"),
         ([], "--run out/<run>"),
-        (["--model", "tiny-random", "--round", "1"], "give --run too"),
+        (["--model", "tiny-random", "--round", "2"], "give --run too"),
         (["--model", "tiny-random", "--state", "base"], "give --run too"),
     ):
         assert main(["eval", *flags]) == 2

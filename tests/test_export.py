@@ -238,13 +238,13 @@ def test_a_kind_without_matrices_a_rank_and_no_round_are_refused(toy, tmp_path):
 @pytest.mark.parametrize("form, flags", [
     ("hf", []),
     ("peft", ["--rank", "2", "--adapter-scale", "0.5"]),
-    ("gguf-lora", ["--round", "0"]),
+    ("gguf-lora", ["--round", "1"]),
     ("gguf", ["--quantization", "q8_0"]),
 ])  # fmt: skip
 def test_the_command_writes_a_round_with_its_card(form, flags, copy, tmp_path, quick, capsys):
     assert main(["export", str(copy), str(tmp_path / "out"), "--format", form, *flags]) == 0
     printed = capsys.readouterr().out
-    assert ("round 0 of 0, 1" if "--round" in flags else "round 1 of 0, 1") in printed
+    assert ("round 1 of 2" if "--round" in flags else "round 2 of 2") in printed
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.library_name == {"hf": "transformers", "peft": "peft"}.get(form, "gguf")
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
@@ -265,8 +265,8 @@ def test_the_command_writes_a_round_with_its_card(form, flags, copy, tmp_path, q
 
 
 def test_a_broken_round_and_a_damaged_one_are_not_exported(copy, tmp_path, capsys):
-    assert main(["export", str(copy), str(tmp_path / "out"), "--round", "7"]) == 2
-    assert "round 7 does not exist; the rounds of the run are 0, 1" in capsys.readouterr().err
+    assert main(["export", str(copy), str(tmp_path / "out"), "--round", "8"]) == 2
+    assert "round 8 does not exist; the run has rounds 1 to 2" in capsys.readouterr().err
     (copy / "ckpt/r1/adapter_model.safetensors").write_bytes(b"")
     assert main(["export", str(copy), str(tmp_path / "out")]) == 2
     assert "is damaged" in capsys.readouterr().err
@@ -280,18 +280,18 @@ def test_a_broken_round_and_a_damaged_one_are_not_exported(copy, tmp_path, capsy
 def test_every_command_takes_the_best_round_and_a_broken_one_only_if_it_is_allowed(
     command, tmp_path, monkeypatch, capsys
 ):
-    """Round 1 of the run is broken. Every command ends at a file that is missing, after it has named its round."""
+    """Round 2 of the run is broken. Every command ends at a file that is missing, after it has named its round."""
     monkeypatch.setattr(tasks_command, "find_spec", lambda name: True)
     monkeypatch.setattr(tasks, "task_manager", lambda names, include_path: None)
     run = write_run(tmp_path / "run", with_metrics(run_events(2), {"degenerate_frac": 0.9}, ["healed"], 1))
     flags = {"export": [str(tmp_path / "new")], "push": ["me/mine"], "tasks": ["--tasks", "t"]}.get(command, [])
     given = [command, "--run", str(run)] if command == "eval" else [command, str(run)]
     for more, told in (
-        ([], "round 0 of 0, 1 (GOOD, the best)"),
-        (["--round", "0"], "round 0 of 0, 1 (GOOD, the best)"),
-        (["--round", "last"], "error: round 1 is BROKEN: "),
-        (["--round", "1"], "take round 0, or give --allow-broken"),
-        (["--round", "last", "--allow-broken"], "round 1 of 0, 1 (BROKEN)"),
+        ([], "round 1 of 2 (GOOD, the best)"),
+        (["--round", "1"], "round 1 of 2 (GOOD, the best)"),
+        (["--round", "last"], "error: round 2 is BROKEN: "),
+        (["--round", "2"], "take round 1, or give --allow-broken"),
+        (["--round", "last", "--allow-broken"], "round 2 of 2 (BROKEN)"),
     ):
         assert main([*given, *flags, *more]) == 2
         assert told in "".join(capsys.readouterr()), more

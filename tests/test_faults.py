@@ -284,7 +284,7 @@ def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the
         assert main(["resume", str(after_round_0), "--quiet"]) == 1
     events, printed = recorded(after_round_0), capsys.readouterr().err
     (retry,) = of(events, "heal_retried")
-    sample = f"at step {POISONED_STEP} of round 1, on an answer to prompt {retry['prompt_index']}"
+    sample = f"at step {POISONED_STEP} of round 2, on an answer to prompt {retry['prompt_index']}"
     for words in (sample, repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
         assert words in events[-1]["error"] and words in printed
     resumed(after_round_0)

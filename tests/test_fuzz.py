@@ -180,7 +180,7 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
             run = new_run_folder(cfg.out, f"{preset}-{cfg.trait}-s{cfg.seed}")
             assert run.parent == cfg.out
             opened.append(run)
-            yield SimpleNamespace(loop=None, end=lambda: 0)
+            yield SimpleNamespace(loop=None, end=lambda **_: 0)
 
         patch.setattr(run_command, "running", opening)
         patch.setattr(loop_module, "run_loop", lambda loop: None)
@@ -323,7 +323,7 @@ SILENT = (HealStepped, RunEnd)
 @given(valid_events())
 def test_the_console_says_each_event_in_one_printable_message(events):
     said = []
-    sink = logger.add(lambda line: said.append(line.record["message"]), format="{message}")
+    sink = logger.add(lambda line: said.append(line.record["message"]), format="{message}", level="INFO")
     try:
         run = Run()
         found = [decode(json.dumps(event)) for event in events]

@@ -239,12 +239,18 @@ def test_states_are_measured_against_the_base(sh):
     assert sh.evaluate("healed").metrics["contrast_nats"] == base.metrics["contrast_nats"]
 
 
-def test_an_export_is_a_model_that_loads(sh, tmp_path):
-    sh.loop(1)
+def test_an_export_is_a_model_that_loads(sh, tmp_path, capsys):
+    sh.loop(1, bar=True)
+    drawn = capsys.readouterr().err
+    assert "round 1 of 1" in drawn and "healing" in drawn
+    shown = (sh, sh.vector, sh.evaluate("healed"), sh.collect(kappa=1.0))
+    assert all(len(repr(each)) < 400 and "tensor" not in repr(each) for each in shown), shown
+    page = sh.report(tmp_path / "mine.html").read_text(encoding="utf-8")
+    assert "healed round 1" in page and "steer-heal chat" not in page, "no command can take a run in memory"
     with small(str(sh.export(tmp_path / "merged"))) as merged:
         got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
     assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)
-    assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed round 0"
+    assert isinstance(sh.table(), pl.DataFrame) and sh.table()["state"][-1] == "healed round 1"
     with small(str(sh.export(tmp_path / "nothing", adapter_scale=0))) as nothing:
         assert nothing.base.metrics["contrast_nats"] == sh.base.metrics["contrast_nats"] != want["contrast_nats"]
     assert sh.evaluate("healed").metrics == want, "the student itself is not scaled"
@@ -254,7 +260,7 @@ def test_a_run_of_the_command_is_opened_after_any_round_and_goes_on_with_its_fig
     """Two rounds of the command: opened after the first, the second is the same."""
     run = FolderRun.read(two)
     before = {path.name: path.read_bytes() for path in two.iterdir() if path.is_file()}
-    with SteerHeal.open(two, round=0) as sh:
+    with SteerHeal.open(two, round=1) as sh:
         assert sh.n_rounds == 1 and sh.base == run.measured("base").result
         assert [m["round"] for m in map(asdict, sh.events) if m["event"] == "trained"] == [0]
         sh.loop(2)
@@ -268,7 +274,7 @@ def test_a_run_of_the_command_is_opened_after_any_round_and_goes_on_with_its_fig
         saved = [(folder / name).read_bytes() for folder in (tmp_path / "last", tmp_path / "again", two / "ckpt/r1")]
         assert saved[0] == saved[1] == saved[2]
     assert before == {path.name: path.read_bytes() for path in two.iterdir() if path.is_file()}
-    for folder, how, told in ((two, {"round": 4}, "round 4 does not exist"), (tmp_path, {}, "has no events.jsonl")):
+    for folder, how, told in ((two, {"round": 5}, "round 5 does not exist"), (tmp_path, {}, "has no events.jsonl")):
         with pytest.raises(UserError, match=told):
             SteerHeal.open(folder, **how)
 

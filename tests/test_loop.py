@@ -122,7 +122,7 @@ def test_off_a_terminal_a_stage_tells_once_a_minute_how_far_it_is(one, monkeypat
             for second in range(0, 150, 10):
                 now[0] = 1000.0 * quiet + second
                 bar.at(second, 200)
-    assert lines == [f"round 0 (1 of 1), 0 s left: healed, eval 2 of 3, {n} of 200" for n in (60, 120)]
+    assert lines == [f"round 1 of 1: healed, eval 2 of 3, {n} of 200" for n in (60, 120)]
 
 
 @pytest.mark.parametrize("kind", ["measured", "heal_step", "run_end"])

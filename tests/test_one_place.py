@@ -72,7 +72,7 @@ def test_each_addition_shows_in_events_console_page_and_verdict(additions, setti
     assert healed["vowel_count"] is not None and healed["vowel_count_lo"] is not None
     monkeypatch.setattr(Run, "untrained", False)  # an untrained model has no grade
     assert "vowel_count" in verdict(FolderRun.read(folder))
-    assert "healed round 0" in printed.out and "vowels" in printed.out
+    assert "healed round 1" in printed.out and "vowels" in printed.out
     page.save(FolderRun.read(folder), folder)
     shown = (folder / "report.html").read_text(encoding="utf-8")
     for word in ("half_variation", "flipped", "odd lengths", "tens of vowels", "vowels"):

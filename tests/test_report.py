@@ -1,10 +1,11 @@
 """The page, the diary and the console: what they show of finished and of partial runs, no outside references, size."""
 
 import io
+import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from made_runs import (
     GATES,
@@ -43,10 +44,11 @@ from steer_heal.events import (
 )
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Scored
 from steer_heal.report import compare, console, draw, plot, tables
+from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import evenly, event_words, table_columns
 from steer_heal.settings import TINY_RANDOM, HealCfg
-from steer_heal.verdict import verdict
+from steer_heal.verdict import title, verdict
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def finished(tmp_path_factory):
 def test_the_page_says_verdict_rounds_answers_filter_heal_and_how_to_run_it_again_in_this_order(finished):
     text = Page(finished[1]).text
     wanted = (
-        "GOOD", "finished: 2 of 2 rounds", "data/toylm, seed 42", "healed round 1", f"{PROMPT} 0",
+        "GOOD", "finished: 2 of 2 rounds", "data/toylm, seed 42", "healed round 2", f"{PROMPT} 0",
         "tail perplexity 2.1", "dose against divergence", "0.9 nats", "just kept", "just dropped", "held-out prompts",
         "git checkout 0123abc", "toy --out 'a folder'", "heal.tau",
     )  # fmt: skip
@@ -83,7 +85,7 @@ def test_every_metric_and_its_interval_is_on_the_page(finished):
 
 def test_the_trait_s_metric_is_read_item_by_item_with_the_wanted_change_first(finished):
     text = " ".join(Page(finished[1]).text.split())
-    assert "1 of 2 went down, as wanted, from base to healed round 1. 1 more have no value" in text
+    assert "1 of 2 went down, as wanted, from base to healed round 2. 1 more have no value" in text
     assert "Each scene is shown with its answer." in text
     first, second = (
         f"I let them in. Scene {i}.authority{values}" for i, values in ((2, "0.3 to 0.28"), (1, "0.3 to 0.32"))
@@ -115,7 +117,7 @@ def test_texts_and_pairs_are_shown_by_their_prompt(tmp_path):
 
 def test_every_answer_has_its_own_scores(finished):
     answers = re.findall("<article.*?</article>", finished[1], re.S)
-    healed = [a for a in answers if "<b>healed</b>round 1" in a]
+    healed = [a for a in answers if "<b>healed</b>round 2" in a]
     assert [re.findall("KL to base ([^<]*)", a) for a in healed] == [["0.320"], ["0.240"], ["0.280"], ["\u2013"]]
     assert all("tail perplexity 2.1" in a and "broken texts" not in a for a in answers)
 
@@ -136,8 +138,8 @@ def test_a_word_diff_holds_both_texts_and_marks_what_is_only_in_one():
 def test_what_changed_from_base_is_shown_for_the_best_and_the_last_round(finished, tmp_path):
     assert finished[1].count("<del>Yes.</del> <ins>No.</ins>") == 4
     html, _ = read(tmp_path, with_metrics(run_events(), {"degenerate_frac": 0.9}, ["healed"], 1))
-    assert "best round: 0" in html and "healed round 0 (best)" in html
-    assert html.count("word by word</h4>") == 2 * 4 and html.count("base to healed, round 0, word") == 4
+    assert "best round: 1" in html and "healed round 1 (best)" in html
+    assert html.count("word by word</h4>") == 2 * 4 and html.count("base to healed, round 1, word") == 4
 
 
 def test_each_choice_of_a_filter_has_its_rule_and_each_rule_its_choice(finished):
@@ -161,7 +163,7 @@ def test_steered_stands_beside_healed_in_every_round_and_prompt(finished):
 
 def test_each_heal_has_its_curves_and_the_control_s_come_first(finished):
     found = re.findall('alt="Curves of the heal of ([^"]*)" src="data:image/svg', finished[1])
-    assert found == ["control", "round 0", "round 1"]
+    assert found == ["control", "round 1", "round 2"]
 
 
 def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_path):
@@ -176,11 +178,14 @@ def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_
 def test_pictures_are_drawn_at_the_end_of_a_round_alone(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run_command, "draw", drawn.append)
+    run = Run()
+    run.folder = tmp_path
     for event in run_events():
         before = len(drawn)
-        run_command._draw_after(event, SimpleNamespace(folder=tmp_path))
-        assert len(drawn) - before == isinstance(event, RoundDone | Dropped), event.event
-    assert drawn
+        run.add(event)
+        run_command._draw_after(event, run)
+        assert len(drawn) - before == (isinstance(event, RoundDone | Dropped) and event.round == 0), event.event
+    assert drawn, "the end of the run draws the last round"
 
 
 def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
@@ -188,7 +193,9 @@ def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
     for drawn, before in zip(
         read(tmp_path / finished[0].name, renamed(run_events(), names)), finished[1:], strict=True
     ):
-        drawn, before = (re.sub('data:image[^"]*|<wbr>', "", text).replace("\\_", "_") for text in (drawn, before))
+        drawn, before = (
+            re.sub('data:image[^"]*|<wbr>|<pre>steer-heal .*', "", text).replace("\\_", "_") for text in (drawn, before)
+        )
         for old, new in names.items():
             drawn, before = (re.sub(rf"{new}|\b{old}\b", "?", text) for text in (drawn, before))
         assert drawn == before
@@ -196,7 +203,7 @@ def test_no_metric_and_no_gate_is_known_by_name(finished, tmp_path):
 
 def test_the_diary_goes_round_by_round_and_ends_with_the_verdict(finished):
     diary = finished[2]
-    parts = "The untouched model:", "## Round 0", "Steered:", "Healed, without steering:", "## Round 1", "## Verdict"
+    parts = "The untouched model:", "## Round 1", "Steered:", "Healed, without steering:", "## Round 2", "## Verdict"
     places = [diary.index(line) for line in parts]
     assert places == sorted(places) and diary.count("I let them in.") == 2 * (3 + 2 * 2), "both prompts"
     assert diary.rstrip().splitlines()[-1].startswith("GOOD: ")
@@ -218,9 +225,9 @@ def test_a_round_that_was_dropped_is_named_and_its_figures_are_gone(tmp_path):
     events[last + 1 : last + 1] = [dropped, dropped]  # after the one retry of the settings
     html, _ = read(tmp_path / "run", events)
     text = " ".join(Page(html).text.split())
-    assert text.count("An attempt at round 1 was dropped (dose 0.5, learning rate 0.001): <i>texts are 31%.") == 2
-    assert "healed round 0" in text and "healed round 1" not in text
-    assert "the last intact round is 0: round 1 was dropped" in text
+    assert text.count("An attempt at round 2 was dropped (dose 0.5, learning rate 0.001): <i>texts are 31%.") == 2
+    assert "healed round 1" in text and "healed round 2" not in text
+    assert "the last intact round is 1: round 2 was dropped" in text
 
 
 def test_a_heal_that_was_tried_twice_is_named(tmp_path):
@@ -232,11 +239,11 @@ def test_a_heal_that_was_tried_twice_is_named(tmp_path):
             events.append(again)
     html, diary = read(tmp_path / "run", events)
     text = " ".join(Page(html).text.split())
-    for who in ("The control", "Round 0"):
+    for who in ("The control", "Round 1"):
         told = text[text.index(f"{who} was healed again") :][:250]
         assert all(word in told for word in ("0.00025", "step 7", "prompt 3", "\u201c<i>I let\u201d"))
-    assert "Round 1 was healed again" not in text
-    parts = "## Before the loop", "The control's heal", "The untouched model:", "## Round 0", "Its heal", "## Round 1"
+    assert "Round 2 was healed again" not in text
+    parts = "## Before the loop", "The control's heal", "The untouched model:", "## Round 1", "Its heal", "## Round 2"
     places = [diary.index(line) for line in parts]
     assert places == sorted(places) and diary.count("0.00025") == 2
 
@@ -247,9 +254,9 @@ NOTHING = ("running: 0 of 2 rounds", "No answers are written yet", "No state is 
 @pytest.mark.parametrize("last, words", [
     ((RunStart,), NOTHING),
     ((Measured, None, "base"), ("the measurement of base at 2026-01-02 03:04:05", "No text to train on", "no healed")),
-    ((Gathered, 1), ("its last event is the text of round 1", "of 24 kept", "2 of the base rehearsed")),
-    ((Measured, 1, "steered"), ("its last event is the measurement of steered round 1",)),
-    ((HealStepped, 1), ("its last event is step 95 of the heal of round 1", "not finished", "96 steps")),
+    ((Gathered, 1), ("its last event is the text of round 2", "of 24 kept", "2 of the base rehearsed")),
+    ((Measured, 1, "steered"), ("its last event is the measurement of steered round 2",)),
+    ((HealStepped, 1), ("its last event is step 95 of the heal of round 2", "not finished", "96 steps")),
     ((Trained, 1), ("on 14 texts, 2 held out",)),
 ])  # fmt: skip
 def test_a_run_that_died_shows_what_it_had(tmp_path, last, words):
@@ -378,18 +385,74 @@ def test_runs_stand_side_by_side_with_verdicts_states_settings_and_answers(compa
     rows = dict(
         re.findall(r'<tr class="healed"><td>(healed round \d)</td>(.*?)</tr>', html.split('id="settings"')[0], re.S)
     )
-    assert set(rows) == {"healed round 0", "healed round 1"}
+    assert set(rows) == {"healed round 1", "healed round 2"}
     table = html[html.index("authority (authority_nats, nats)") :]
     cells = re.findall(r"<td>healed round (\d)</td><td>(.*?)</td><td>(.*?)</td>", table[: table.index("</table>")])
     interval = "<small>\u22120.600 to \u22120.400</small>"
-    assert cells[0] == ("0", f"\u22122.000{interval}", f"\u22122.000{interval}") and cells[1][2] == "\u2013"
+    assert cells[0] == ("1", f"\u22122.000{interval}", f"\u22122.000{interval}") and cells[1][2] == "\u2013"
     settings = text[text.rindex("Settings that differ") : text.rindex("Answers to the same prompts")]
     for row in ("heal.lam ?0.3 ?0.7", "n_rounds ?2 ?1", "model ?data/toylm ?<b>other</b>"):
         assert re.search(row, settings), settings
     assert "heal.tau" not in settings
-    for name in ("base of A", "base of B", "A healed round 1", "B healed round 0"):
+    for name in ("base of A", "base of B", "A healed round 2", "B healed round 1"):
         assert text.count(name) == 2, "one for each of two prompts"
     assert all([path.name for path in folder.iterdir()] == ["events.jsonl"] for folder in folders), "no run is drawn"
+
+
+def test_compared_runs_that_go_on_are_marked_and_each_target_has_an_axis_of_its_own(tmp_path):
+    going_on = until(run_events(2), RoundDone, 0)
+    other = with_trait(run_events(1), name="liberty", target="liberty_nats")
+    folders = [write_run(tmp_path / f"{i}", events) for i, events in enumerate((run_events(1), going_on, other))]
+    html = compare.compare(folders, tmp_path / "x.html").read_text(encoding="utf-8")
+    assert html.count('<b class="finished">') == 2 and html.count('<b class="running">') == 1
+    assert re.findall("<figcaption>(.*?)</figcaption>", html) == ["authority", "liberty"]
+
+
+def test_the_difference_of_two_runs_is_paired_over_their_items():
+    def cell(a: list[AnyEvent], b: list[AnyEvent], name: str = "authority_nats") -> str:
+        (first, *_), rows = compare.differences({"A": Run(a), "B": Run(b)})
+        metric = Run(a).metrics[name]
+        assert first == "metric"
+        return next((row[1] for _, row in rows if row[0] == f"{title(metric)}, nats"), "")
+
+    def given(items: list[float], base: list[float], *, moved: float) -> list[AnyEvent]:
+        events = with_metrics(run_events(1), {"authority_nats": -1.5 + moved}, ["healed"])
+        name = Run(events).metrics["authority_nats"].item
+        return [
+            replace(e, items=e.items | {name: items if e.state == "healed" else base}) if isinstance(e, Measured) else e
+            for e in events
+        ]
+
+    x = np.exp(np.random.default_rng(0).normal(size=40))  # the metric is the log of the mean
+    one = given([*(x * math.exp(1))], [*x], moved=1.0)
+    far = given([*(x * math.exp(0.25) * np.linspace(0.98, 1.02, 40))], [*x], moved=0.25)
+    low, high = map(float, re.findall(r"(\+0\.\d+)", cell(one, far))[1:])
+    assert cell(one, far).startswith("+0.750<small>") and 0.7 < low < high < 0.8, "the spread of x is paired away"
+    for others in (given([*x[:5]], [*x[:5]], moved=0.25), given([*(2 * x)], [*(2 * x)], moved=0.25)):
+        assert cell(one, others) == "+0.750", "other items, or another base"
+
+
+def test_a_base_that_breaks_or_does_not_answer_is_told_at_once_and_is_not_blamed_on_a_round(capsys):
+    events = with_metrics(run_events(), {"degenerate_frac": 0.6}, ["base", "healed"])
+    line = " ".join(shown(capsys, events, Measured, None, "base").split())
+    assert "the untouched model already is past the limit (broken texts 60% (limit 50%))" in line and "--model" in line
+    assert "the untouched model already is past a limit" in verdict(Run(events))
+    metric = Run(events).trait_metric
+    silent = [
+        replace(e, items=e.items | {metric.item: [math.nan] * 3}) if isinstance(e, Measured) else e
+        for e in run_events()
+    ]
+    assert "answers 0 of 3 items of authority_nats" in " ".join(shown(capsys, silent, Measured, None, "base").split())
+
+
+def test_the_page_names_the_next_commands_of_its_own_run(finished, tmp_path):
+    best = Run(run_events())
+    commands = [command for _, command in next_steps(best, "'a b'")]
+    assert commands[0] == "chat 'a b' --web" and "resume 'a b' --n-rounds 3" in commands and len(commands) == 5
+    assert finished[1].count(f"steer-heal resume {finished[0]} --n-rounds 3") == 1
+    broken = Run(with_metrics(run_events(), {"degenerate_frac": 0.9}, ["healed"]))
+    assert [command for _, command in next_steps(broken, "x")][0] == "chat x --web --allow-broken"
+    assert [c for _, c in next_steps(Run(until(run_events(), Trained, 0)), "x")] == ["resume x"]
 
 
 @pytest.mark.parametrize("made", ["finished", "compared"])
@@ -434,7 +497,7 @@ def shown(capsys, events: list[AnyEvent], kind: type, r: int | None = 0, state: 
 
 def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(capsys):
     line = shown(capsys, run_events(), Measured, 1, "healed")
-    assert "healed round 1" in line and "authority_nats -2.100 (to base: -0.700 to -0.500)" in line
+    assert "healed round 2" in line and "authority_nats -2.100 (to base: -0.700 to -0.500)" in line
     assert "coherence 0.9840" in line and "broken texts 2%" in line and "care" not in line
 
 
@@ -496,14 +559,16 @@ def conditions(html: str) -> dict[str, str]:
 
 def test_the_page_says_of_every_condition_in_which_rounds_it_holds(finished, tmp_path):
     asked = conditions(finished[1])
-    assert len(asked) == 6 and set(asked.values()) == {"<td>yes</td><td>yes</td>"}
+    no, yes = "<td>\u2013</td>", "<td>yes</td>"
+    assert len(asked) == 8 and [*asked.values()].count(no + yes + yes) == 6
+    assert [name for name in asked if asked[name] == yes + no + no] == [*asked][:2], "those of the base"
     assert "all conditions hold" in finished[1]
     events = changed(changed(run_events(), Trained, 1, fired=0.05), Trained, 0, pressure=None)
     html, _ = read(tmp_path, events)
     asked = conditions(html)
-    assert asked["the barrier acts in a tenth of the steps or more"] == "<td>yes</td><td>no</td>"
-    assert asked["the gradient pressure of the barrier is 1 or less"] == "<td>\u2013</td><td>yes</td>"
-    assert "1 exception" in html and "<li>round 1: the barrier hardly acts: use a lower --heal.tau</li>" in html
+    assert asked["the barrier acts in a tenth of the steps or more"] == no + yes + "<td>no</td>"
+    assert asked["the gradient pressure of the barrier is 1 or less"] == no + no + yes
+    assert "1 exception" in html and "<li>round 2: the barrier hardly acts: use a lower --heal.tau</li>" in html
 
 
 def test_the_control_is_named_and_gets_no_advice(capsys):
@@ -518,13 +583,23 @@ def test_the_table_fits_the_terminal_and_ends_with_the_verdict(columns, capsys, 
     monkeypatch.setenv("COLUMNS", str(columns))
     run = Run(run_events())
     console.print_table(run)
-    *table, last = filter(str.strip, capsys.readouterr().out.splitlines())
-    assert last == verdict(run)
+    table, last = capsys.readouterr().out.split("GOOD:")
+    assert " ".join(f"GOOD:{last}".split()) == verdict(run) and max(map(len, f"GOOD:{last}".split("\n"))) <= columns
+    table = [line for line in table.splitlines() if line.strip()]
     assert max(map(len, table)) <= columns and "\u2026" not in "".join(table), "no cell is cut"
-    healed = [line for line in table if line.strip().startswith("healed round 1")]
+    healed = [line for line in table if line.strip().startswith("healed round 2")]
     cells = [cell for line in healed for cell in re.split(" {2,}", line.strip())[1:]]
     assert cells == ["-2.100", "-0.600", "-0.700 to -0.500", "21%", "-1.01", "0.9840", "2.00", "2%", "0.100"]
     assert len(cells) == len(table_columns(run)) - 1, "each column is in one table"
+
+
+def test_long_cells_are_wrapped_between_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [f"word{i:02}" for i in range(40)]
+    tables.show([{"arm": " ".join(words), "of": "a/path/of/sixty/characters/that/holds/no/space.jsonl", "n": 1.5}] * 2)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert all(re.search(rf"\b{word}\b", printed) for word in words) and "no/space.jsonl" in printed
 
 
 def test_a_cell_that_is_longer_than_the_terminal_is_wrapped(capsys, monkeypatch):
@@ -600,17 +675,22 @@ def test_no_bar_is_drawn_when_quiet_or_off_a_terminal(quiet, file):
     assert file.getvalue() == ""
 
 
-def test_the_time_left_is_that_of_the_stages_to_come():
-    run = Run(until(run_events(n_rounds=3), Gathered, 0))
-    assert console.seconds_left(run) is None
-    assert console.place("text", 0, run) == "round 0 (1 of 3)"
-    seconds = {"vector": 1.0, "text": 10.0, "heal": 20.0, "base": 500.0, "total": 531.0}
-    events = changed(run_events(n_rounds=3), RoundDone, seconds=seconds)
-    assert console.seconds_left(Run(until(events, RoundDone, 0))) == 2 * 31
+def test_the_time_left_is_that_of_the_steps_to_come():
+    steps = [event for event in run_events(n_rounds=3) if not isinstance(event, HealStepped)]
+    events = [replace(event, wall_s=10.0 * i) for i, event in enumerate(steps)]
+    for r, kind, left in (
+        (None, RunStart, None),
+        (None, Measured, (10.0 * (2 + 2 * 3 - 1), False)),  # of states alone
+        (0, RoundDone, (10.0 * 2 * 6, True)),
+        (1, Gathered, (10.0 * (6 + 4), True)),
+        (2, RoundDone, (0.0, True)),
+    ):
+        run = Run(until(events, kind, r, "base" if kind is Measured else ""))
+        control = 10.0 * run.start.config.control if kind is Measured else 0.0
+        assert console.seconds_left(run) == (left and (left[0] + control, left[1])), kind
     run = Run(until(events, Gathered, 1))
-    assert console.seconds_left(run) == 31 + 20
-    assert console.place("heal", 1, run) == "round 1 (2 of 3), 51 s left"
-    assert console.seconds_left(Run(events)) == 0
+    assert console.place("heal", 1, run) == "round 2 of 3, about 2 min left"
+    assert console.place("prompted", None, Run(until(events, Measured, None, "base"))).endswith(" s left")
 
 
 def test_a_duration_has_the_unit_that_suits_it():
@@ -623,7 +703,7 @@ def test_the_control_is_never_called_a_round():
     assert places == ["base", "control", "control", "control"]
     events = run_events(1)
     words = [event_words(until(events, *which)[-1]) for which in ((Measured, None, "base"), (Trained,), (Trained, 0))]
-    assert words == ["the measurement of base", "the heal of the control", "the heal of round 0"]
+    assert words == ["the measurement of base", "the heal of the control", "the heal of round 1"]
 
 
 def test_the_first_line_of_a_run_names_the_weights_that_are_not_adapted_or_where_it_was_resumed(tmp_path):
@@ -636,4 +716,4 @@ def test_the_first_line_of_a_run_names_the_weights_that_are_not_adapted_or_where
         console.opened(run, resumed)
         console.logger.remove()
     assert "mlp.router.weight" in lines[0] and "out/run" in lines[0]
-    assert lines[1:] == [f"resuming {tmp_path} after the heal of round 0\n"]
+    assert lines[1:] == [f"resuming {tmp_path} after the heal of round 1\n"]

@@ -89,7 +89,7 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys, monk
 
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):
-    flags = ["--round", "1", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
+    flags = ["--round", "2", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
     assert main(["diag", "heal_sweep", str(two), *flags]) == 0
     rows = table(tmp_path, "heal_sweep")["rows"]
     assert [row["state"] for row in rows][0] == "before"
@@ -392,7 +392,7 @@ def test_results_shows_the_states_of_runs(two, capsys):
     results.main((two, two), rounds=1)
     lines = capsys.readouterr().out.splitlines()
     states = [cells(line)[1] for line in lines if line.startswith("|")][2:]
-    assert states == ["base", "prompted", "steered round 0", "healed round 0"] * 2
+    assert states == ["base", "prompted", "steered round 1", "healed round 1"] * 2
     healed = dict(zip(cells(lines[0]), cells(lines[5]), strict=True))
     measured = FolderRun.read(two).measured("healed", 0)
     assert healed["authority_nats"] == f"{measured['authority_nats']:.3f}"

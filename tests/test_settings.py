@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from steer_heal.__main__ import main
+from steer_heal.__main__ import COMMANDS, main
 from steer_heal.errors import UserError, validated, validated_json
+from steer_heal.flags import EXAMPLES
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.settings import (
     RUN_ONLY,
@@ -75,10 +77,10 @@ def test_each_invalid_field_is_one_line_with_its_value_and_its_limit(kind, value
 def test_help_and_bad_values_are_answered_without_torch():
     code = """
 import sys
-from steer_heal.__main__ import main
+from steer_heal.__main__ import COMMANDS, main
 for argv in (["--help"], ["toy", "--help"], ["toy", "--heal.tau", "-1"], ["toy", "--steer.layers", "1", "0"], []):
     try:
-        main(["run", *argv])
+        print("STATUS", main(["run", *argv]))
     except SystemExit as stopped:
         print("STATUS", stopped.code)
 assert "torch" not in sys.modules
@@ -114,10 +116,44 @@ def help_texts(kind) -> list[str]:
     return texts
 
 
-def test_a_flag_that_is_not_there_ends_with_status_2(capsys):
+@pytest.mark.parametrize("argv, told", [
+    ("run toy --heal.tua 1", "unknown flag --heal.tua; did you mean --heal.tau? steer-heal run toy --help lists"),
+    ("chat x --eval.pairs y --rounds 1", "--rounds; did you mean --round? steer-heal chat --help lists"),
+    ("push a b/c d", "error: unknown argument d; steer-heal push --help lists what it takes"),
+    ("export x y --rank foo", "Error parsing --rank: invalid literal for int()"),
+    ("report", "no run was given; usage: steer-heal report RUN [RUN ...]"),
+    ("run --seed 3 toy", "no preset was given before the flags; choose from chat, "),
+])  # fmt: skip
+def test_a_wrong_word_is_told_once_with_the_command_that_helps(argv, told, capsys):
+    try:
+        assert main(argv.split()) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    heard = capsys.readouterr().err
+    assert told in heard and heard.count(told) == 1 and "tyro" not in heard and "{None}" not in heard
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "diag"])
+def test_help_fits_the_terminal_and_ends_with_examples_that_can_be_read(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "toy", "--heal.tua", "1"])
-    assert stopped.value.code == 2 and "--heal.tau" in capsys.readouterr().err
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and max(map(len, printed.splitlines()[1:])) <= 80 and "{None}" not in printed
+    shown = printed.split("examples:\n")[1].splitlines()
+    assert [line.removeprefix("  steer-heal ") for line in shown] == list(EXAMPLES[command])
+
+
+def test_the_program_speaks_before_it_reads_its_settings_and_is_silent_in_a_closed_pipe():
+    code = "import sys; sys.argv[1:] = {}; from steer_heal.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code.format(["run", "nosuch"])], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("steer-heal run: starting\nerror: unknown preset 'nosuch'")
+    read, write = os.pipe()
+    os.close(read)
+    argv = ["run", "toy", "--print-config"]
+    done = subprocess.run([sys.executable, "-c", code.format(argv)], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effect_differ():

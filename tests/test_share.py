@@ -55,7 +55,7 @@ def copy(one, tmp_path):
 # --- what a card says --------------------------------------------------------------------------------------------
 def test_every_measured_checkpoint_has_a_card_that_the_hub_reads(copy):
     run = FolderRun.read(copy)
-    for r, name, column in ((0, "r0", "healed round 0"), (None, "control", "control")):
+    for r, name, column in ((0, "r0", "healed round 1"), (None, "control", "control")):
         read = ModelCard.load(copy / "ckpt" / name / "README.md")
         assert read.data.library_name == "peft" and "steer-heal" in read.data.tags
         assert read.data.base_model is None and read.data.license is None, "tiny-random is not on the hub"
@@ -70,7 +70,7 @@ def test_the_readings_are_those_of_the_round_and_its_verdict():
     events = run_events(2)
     first, second, control = (made(events, r) for r in (0, 1, None))
     assert "\u22122.000 (\u22120.600 to \u22120.400)" in first and "\u22122.100 (\u22120.700 to \u22120.500)" in second
-    assert "steered round 1" not in first and "-0.500 nats" in first and "-0.600 nats" in second
+    assert "steered round 2" not in first and "-0.500 nats" in first and "-0.600 nats" in second
     assert "healed" not in control and "**GOOD" not in control and "**GOOD" in first
     other = with_metrics(events, {"authority_nats": 9.0}, ["healed"], 1)
     assert made(other, 0) == first, "a later round does not change the card of an earlier one"
@@ -278,7 +278,7 @@ def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
 @pytest.mark.parametrize("spoil, flags, told", [
     (lambda run: None, ["mine"], "repo_id is 'mine'"),
     (lambda run: None, ["me/mine/too"], "repo_id is 'me/mine/too'"),
-    (lambda run: None, ["me/mine", "--round", "7"], "round 7 does not exist"),
+    (lambda run: None, ["me/mine", "--round", "8"], "round 8 does not exist"),
     (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
     (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "safetensors is missing"),
     (lambda run: shutil.rmtree(run / "ckpt"), ["me/mine"], "is missing; restore the file"),
@@ -484,9 +484,9 @@ def test_the_log_is_one_that_inspect_ai_reads(copy, tmp_path, name, capsys):
     log = log_module.read_eval_log(str(copy / "inspect.eval" if name is None else tmp_path / name))
     events = recorded(copy)
     scenes = events[0]["wording"]["vignette"]
-    states = ["base", "prompted", "control", "steered round 0", "healed round 0"]
+    states = ["base", "prompted", "control", "steered round 1", "healed round 1"]
     assert log.status == "success" and [score.name for score in log.results.scores] == states
-    for name, state in (("base", "base"), ("healed", "healed round 0")):
+    for name, state in (("base", "base"), ("healed", "healed round 1")):
         event = of(events, "measured", name)[0]
         known = {k: v for k, v in event["metrics"].items() if is_number(v) and not k.endswith(("_lo", "_hi"))}
         assert {k: m.value for k, m in log.results.scores[states.index(state)].metrics.items()} == known

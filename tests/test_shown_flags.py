@@ -83,4 +83,4 @@ def test_a_recipe_of_the_docs_runs_with_the_control(preset, changes):
     settings = {**SMALLEST, **changes, "gen.prompts": None, "eval.pairs": None}
     with SteerHeal(trait=DOORS, preset=preset, settings=settings) as sh:
         states = sh.loop(1)["state"].to_list()
-    assert states == ["base", "prompted", "control", "steered round 0", "healed round 0"]
+    assert states == ["base", "prompted", "control", "steered round 1", "healed round 1"]

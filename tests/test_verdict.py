@@ -8,7 +8,7 @@ from made_runs import METRICS, TRAIT, measured, run_events, run_start
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
-from steer_heal.verdict import chosen_round, past_limits, round_words, table, verdict
+from steer_heal.verdict import chosen_round, exit_status, past_limits, round_words, table, verdict
 
 AUTHORITY = next(metric for metric in METRICS if metric.name == "authority_nats")
 START = run_start(1, "")
@@ -102,9 +102,23 @@ def rounds(*healed: dict, sign: int = -1) -> Run:
 
 def test_a_best_round_that_is_not_the_last_is_named_with_its_checkpoint():
     line = verdict(rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.7}, sign=1))
-    assert line.endswith("best round: 1 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1")
+    assert line.endswith("best round: 2 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1")
     assert "best round" not in verdict(rounds({"target": -0.9}, {"target": -0.5}, sign=1))
     assert "best round" not in verdict(rounds({"target": None}))
+
+
+def test_each_grade_has_an_exit_status():
+    target = {"target": -2.0}
+    for changes, status in (
+        ((target,), 0),
+        ((target | {"coherence": 0.9},), 3),
+        (({"target": -1.52},), 4),
+        ((target, {"target": -0.5}), 5),
+        ((target, target | {"degenerate_frac": 0.9}), 6),
+        ((), 6),
+    ):
+        run = rounds(*changes)
+        assert exit_status(run) == status, verdict(run)
 
 
 def kept(run: Run) -> Run:
@@ -115,19 +129,19 @@ def kept(run: Run) -> Run:
 
 def test_the_round_that_is_taken_is_the_best_one_and_a_broken_one_only_if_that_is_allowed():
     run = kept(rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.4, "degenerate_frac": 0.9}, sign=1))
-    assert [chosen_round(run, which) for which in ("best", 0, 1)] == [1, 0, 1]
-    for which in ("last", 2):
-        with pytest.raises(UserError, match="round 2 is BROKEN: .*; take round 1, or give --allow-broken"):
+    assert [chosen_round(run, which) for which in ("best", 1, 2)] == [1, 0, 1]
+    for which in ("last", 3):
+        with pytest.raises(UserError, match="round 3 is BROKEN: .*; take round 2, or give --allow-broken"):
             chosen_round(run, which)
         assert chosen_round(run, which, allow_broken=True) == 2
     assert chosen_round(run, allow_broken=True) == 1
-    assert round_words(run, 1) == "round 1 of 0, 1, 2 (GOOD, the best)"
-    assert round_words(run, 2) == "round 2 of 0, 1, 2 (BROKEN)"
-    for which in (3, -1):
-        with pytest.raises(UserError, match=f"round {which} does not exist; the rounds of the run are 0, 1, 2"):
+    assert round_words(run, 1) == "round 2 of 3 (GOOD, the best)"
+    assert round_words(run, 2) == "round 3 of 3 (BROKEN)"
+    for which in (4, 0):
+        with pytest.raises(UserError, match=f"round {which} does not exist; the run has rounds 1 to 3"):
             chosen_round(run, which)
     broken = kept(rounds({"target": -0.9, "coherence": 0.1}, {"target": None}))
-    with pytest.raises(UserError, match="round 1 is UNREADABLE: .*; no round is intact"):
+    with pytest.raises(UserError, match="round 2 is UNREADABLE: .*; no round is intact"):
         chosen_round(broken)
     assert chosen_round(broken, allow_broken=True) == 1
     with pytest.raises(UserError, match="no healed round"):
@@ -154,7 +168,7 @@ def test_without_a_health_metric_nothing_is_good():
 # --- tables ------------------------------------------------------------------------------------------------------
 def test_the_table_has_a_row_for_each_state_and_a_column_for_each_shown_metric():
     rows = table(made({"target": -2.0}, control=-1.6))
-    assert [row["state"] for row in rows] == ["base", "control", "steered round 0", "healed round 0"]
+    assert [row["state"] for row in rows] == ["base", "control", "steered round 1", "healed round 1"]
     ratios = ["shift", "lo", "hi", "retain", "slope"]
     shown = ["coherence", "text_tail_ppl_median", "degenerate_frac", "kl_base"]
     assert list(rows[0]) == ["state", "authority_nats", *ratios, *shown]
@@ -163,4 +177,4 @@ def test_the_table_has_a_row_for_each_state_and_a_column_for_each_shown_metric()
 def test_a_result_row_is_that_of_the_last_healed_state():
     events = run_events()
     assert isinstance(events[-1], RunEnd) and isinstance(events[1], Measured)
-    assert result_row(Run([*events[:-1], events[1], events[-1]]))["state"] == "healed round 1"
+    assert result_row(Run([*events[:-1], events[1], events[-1]]))["state"] == "healed round 2"

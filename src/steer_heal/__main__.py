@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
@@ -28,6 +32,12 @@ COMMANDS = {
 """What each module of `commands` does."""
 WRONG = 2
 """Exit status for a wrong argument or file."""
+BROKEN_PIPE = 141
+"""Exit status where the reader of the output has gone."""
+SLOW = ("run", "resume", "chat", "eval", "tasks", "export")
+"""Commands that load a model."""
+SHORT = ("-h", "--help", "--quiet", "--print-config")
+"""With one of these a command does not say that it starts."""
 
 
 def usage() -> str:
@@ -46,24 +56,47 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 143 by SIGTERM."""
+    """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 141 by a closed
+    pipe, 143 by SIGTERM. `run --exit-status` has more."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage())
-        return 0
-    if name == "--version":
-        print(import_module("steer_heal").__version__)
-        return 0
+    if argv is None:
+        _as_program(name, rest)
     try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-        return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(merged(rest))
+        with _flushed():
+            if name in ("-h", "--help"):
+                print(usage())
+                return 0
+            if name == "--version":
+                print(import_module("steer_heal").__version__)
+                return 0
+            if name not in COMMANDS:
+                raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+            return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(merged(rest))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return BROKEN_PIPE
     except (UserError, OSError, ValueError) as error:
         print_error(error)
         return WRONG
     except Stopped as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.status
+
+
+def _as_program(name: str, rest: Sequence[str]) -> None:
+    """What is done once for a process that runs nothing but a command."""
+    atexit.register(gc.freeze)  # else the interpreter spends seconds on collecting what torch has loaded
+    if name in SLOW and not {*SHORT} & {*rest}:
+        print(f"steer-heal {name}: starting", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """A closed pipe is noticed here, not when the interpreter ends."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

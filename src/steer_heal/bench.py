@@ -341,7 +341,7 @@ class Bench:
         teacher: Teacher | None = None,
         *,
         settings: HealCfg | None = None,
-        on_step: Callable[[HealState], None] = lambda state: None,
+        on_step: Callable[[HealState], object] = lambda state: None,
         saved: SavedHeal | None = None,
     ) -> HealReport:
         """Trains the factor of round r. `student.bake()` keeps it, `student.discard_round()` drops it.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -23,6 +25,8 @@ UNPRINTABLE = re.compile(
     "|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 """Terminal sequences, other control characters, overrides of the writing direction, halves of surrogate pairs."""
+
+WHOLE_WORDS: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
 
 
 class UserError(Exception):
@@ -201,6 +205,17 @@ def validated(kind: type[Checked], value: Any, where: str = "") -> Checked:
 def printable(text: str) -> str:
     """The text with U+FFFD in place of each character that cannot be printed, and with newlines as line ends."""
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def wrapped(text: str, indent: int = 0, fallback: int = 0) -> str:
+    """Each line broken between words to the width of the terminal, its second and later parts indented. Where there is
+    no terminal and COLUMNS is not set, the width is `fallback`; 0: the text itself."""
+    width = shutil.get_terminal_size(fallback=(fallback, 0)).columns
+    if not width:
+        return text
+    behind = " " * min(indent, width // 3)
+    parts = [textwrap.wrap(line, width, subsequent_indent=behind, **WHOLE_WORDS) or [""] for line in text.split("\n")]
+    return "\n".join(line for part in parts for line in part)
 
 
 def print_safe(text: object, file: Any = None, end: str = "\n") -> None:

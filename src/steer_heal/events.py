@@ -30,6 +30,7 @@ from steer_heal.records import (
     Teachable,
     Trait,
     Values,
+    round_name,
     state_label,
 )
 from steer_heal.settings import TINY_RANDOM, RunConfig
@@ -345,6 +346,8 @@ class Run:
         self.n_steps = 0
         """Steps of all heals, those that were made void too."""
         self.subscribers: list[Callable[[AnyEvent], object]] = []
+        self.asked_rounds: int | None = None
+        """Number of rounds of the library's `loop`, in place of the settings'."""
         for event in events:
             self.take(event)
 
@@ -379,7 +382,7 @@ class Run:
         """As `at`. UserError where the run has no such event."""
         found = self.at(kind, r)
         if found is None:
-            where = "before the loop" if r is None else f"of round {r}"
+            where = "before the loop" if r is None else f"of {round_name(r)}"
             raise UserError(f"the run has no event {kind.__name__} {where}; ask for another round")
         return found
 
@@ -400,6 +403,8 @@ class Run:
     @property
     def n_rounds(self) -> int:
         """The number of rounds that the run was asked for."""
+        if self.asked_rounds is not None:
+            return self.asked_rounds
         extended = self.each(Extended)
         return extended[-1].n_rounds if extended else self.start.config.n_rounds
 

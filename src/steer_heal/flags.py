@@ -2,16 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
-from typing import Annotated, Any, TypeVar, get_type_hints
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, make_dataclass, replace
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from steer_heal.errors import UserError
+from steer_heal.errors import UserError, print_safe, wrapped
 from steer_heal.settings import RunConfig
 
 Given = TypeVar("Given")
+REGISTRY = ConstructorRegistry()
+EXAMPLES = {
+    "run": ("run fast-dev", "run chat --model path/to/model --trait care --seed 43", "run toy --n-rounds 2 --plan"),
+    "new-trait": ("new-trait mine.toml --positive 'Be blunt.' --negative 'Be mild.'",),
+    "resume": ("resume out/RUN", "resume out/RUN --n-rounds 4"),
+    "sweep": ("sweep studies/toy_arms.toml --jobs 2", "sweep studies/toy_arms.toml --results"),
+    "verify": ("verify out/RUN",),
+    "eval": ("eval --run out/RUN", "eval --model path/to/model --adapter out/RUN/ckpt/r0 --json"),
+    "chat": ("chat out/RUN", "chat out/RUN --web --round 1"),
+    "report": ("report out/RUN", "report out/A out/B --compare compare.html"),
+    "tasks": ("tasks out/RUN --tasks arc_easy --limit 100",),
+    "inspect": ("inspect out/RUN",),
+    "export": ("export out/RUN merged", "export out/RUN model --format gguf --quantization q8_0"),
+    "push": ("push out/RUN OWNER/NAME", "push out/RUN OWNER/NAME --yes"),
+}
+"""What `--help` of a command ends with."""
+
+
+@REGISTRY.primitive_rule
+def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`X | None` is read and shown as X. The word None stands for None."""
+    kinds = get_args(info.type)
+    if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds:
+        return None
+    inner: Any = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
+
+
+def read_flags(
+    kind: type[Given],
+    argv: Sequence[str],
+    command: str,
+    *,
+    default: Given | None = None,
+    description: str | None = None,
+) -> Given:
+    """The flags of a command as a dataclass. UserError with a line for each one that it does not have."""
+    name = f"steer-heal {command}"
+    text = kind.__doc__ or "" if description is None else description
+    described = wrapped(
+        "  " + text.replace("\n", "\n  "), indent=4, fallback=80
+    )  # tyro would join lines without indent
+    given: Any
+    try:
+        given, unknown = tyro.cli(
+            kind,
+            args=argv,
+            prog=name,
+            default=default,
+            description=described,
+            return_unknown_args=True,
+            registry=REGISTRY,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except SystemExit as stopped:
+        if not stopped.code:
+            print_examples(command)
+        raise
+    if unknown:
+        raise UserError(*_not_known([word.partition("=")[0] for word in unknown], list(_names(kind)), name))
+    return given
+
+
+def print_examples(command: str) -> None:
+    lines = [f"  steer-heal {line}" for line in EXAMPLES.get(command.split()[0], ())]
+    if lines:
+        print_safe("\n".join(["examples:", *lines]))
+
+
+def _not_known(words: Sequence[str], known: Sequence[str], name: str) -> Iterator[str]:
+    """A line for each flag that is not known or, if there is none, for each argument too many."""
+    flags = [word for word in words if word.startswith("-")]
+    for word in flags or words:
+        close = get_close_matches(word.replace("_", "-"), known, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        yield f"unknown {'flag' if flags else 'argument'} {word}; {meant}{name} --help lists what it takes"
+
+
+def _names(kind: Any, section: str = "") -> Iterator[str]:
+    """The flags of a dataclass: --seed, --heal.epochs."""
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        if is_dataclass(hints[each.name]):
+            yield from _names(hints[each.name], f"{section}{each.name}.")
+        else:
+            yield f"--{section}{each.name}".replace("__", ".").replace("_", "-")
 
 
 def parsed(
@@ -37,7 +134,7 @@ def parsed(
         made.append((_joined(name), Annotated[hint if switch else hint | None, flag], False if switch else None))
     both = make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     both.__doc__ = kind.__doc__
-    given = tyro.cli(both, args=argv, prog=f"steer-heal {command}")
+    given = read_flags(both, argv, command)
     try:
         own = kind(**{each.name: getattr(given, each.name) for each in fields(kind)})  # pyright: ignore[reportArgumentType]
     except ValueError as error:

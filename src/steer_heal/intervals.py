@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 How = Literal["mean", "log_mean", "median", "rms"]
 """How items become a number. log_mean is log(mean), rms the root of the mean square."""
@@ -82,8 +82,17 @@ def of_difference(
 def _of_shares(change: np.ndarray) -> tuple[float, float]:
     """Wald's interval of the mean change (-1, 0 or 1 an item) with one item added that rose and one that fell."""
     added = np.append(change, (1.0, -1.0))
-    half = stats.norm.ppf(UPPER) * added.std() / math.sqrt(len(added))
+    half = ndtri(UPPER) * added.std() / math.sqrt(len(added))
     return max(-1.0, float(added.mean() - half)), min(1.0, float(added.mean() + half))
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 percent interval of a share of which k of n were seen (Wilson 1927)."""
+    z = float(ndtri(UPPER))
+    centre = 2 * k + z**2
+    half = z * math.sqrt(4 * k * (n - k) / n + z**2)
+    low, high = ((centre + sign * half) / (2 * (n + z**2)) for sign in (-1, 1))
+    return 0.0 if k == 0 else low, 1.0 if k == n else high
 
 
 def studentized(
@@ -104,7 +113,7 @@ def studentized(
     ratios = np.append((again - found)[varied] / errors[varied], 0.0)
     lower, upper = tails(n)
     low, high = np.quantile(ratios, lower, method="lower"), np.quantile(ratios, upper, method="higher")
-    student = stats.t.ppf(UPPER, n - 1)
+    student = stdtrit(n - 1, UPPER)
     return float(found - error * max(high, student)), float(found - error * min(low, -student))
 
 

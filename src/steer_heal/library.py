@@ -42,10 +42,13 @@ from steer_heal.model.student import ROUND_FILE, AdapterState, Factors, Student
 from steer_heal.model.to_gguf import Quantization
 from steer_heal.plugins import load
 from steer_heal.presets import PRESETS
+from steer_heal.progress import SILENT
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
+from steer_heal.report.view import plural
 from steer_heal.runs.begin import start_event
 from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
+from steer_heal.runs.storage import atomic_write
 from steer_heal.runs.stored import FolderRun, MemoryRun
 from steer_heal.settings import RoundName, RunConfig, changed
 from steer_heal.share.card import Form
@@ -183,7 +186,7 @@ class SteerHeal:
 
         Args:
             folder: Of the run.
-            round: `best` as the verdict says, `last`, or a number.
+            round: `best` as the verdict says, `last`, or a number, from 1.
             allow_broken: Whether the model of the round may be broken.
             plugin: The plugins of the run. They run only if they are given here.
         """
@@ -313,12 +316,12 @@ class SteerHeal:
         self,
         collected: Collected | None = None,
         vector: Vector | None = None,
-        on_step: Callable[[HealStep], None] = lambda step: None,
+        on_step: Callable[[int | None, HealStep], object] = lambda r, step: None,
     ) -> HealReport:
         """Trains the factor of this round on collected text, the last by default. `bake` keeps it, `discard` drops it.
 
-        `on_step` is called after each optimiser step. A heal that fails, or is interrupted, leaves no factor. UserError
-        where a loss is not finite.
+        `on_step` is called with round, from 0, and step after each optimiser step. A heal that fails, or is
+        interrupted, leaves no factor. UserError where a loss is not finite.
         """
         used = self._used(vector)
         collected = collected or self.collected or self.collect(vector)
@@ -326,8 +329,9 @@ class SteerHeal:
         recipe = Recipe.of(self.cfg)
         self.teacher = self.bench.make_teacher(recipe, used, collected)
         try:
+            r = self.n_rounds
             return self.bench.heal(
-                recipe, self.n_rounds, collected, self.teacher, on_step=lambda state: on_step(state.steps[-1])
+                recipe, r, collected, self.teacher, on_step=lambda state: on_step(r, state.steps[-1])
             )
         except BaseException:
             self.discard()
@@ -423,6 +427,7 @@ class SteerHeal:
         *,
         on_step: Callable[[int | None, HealStep], object] = lambda r, step: None,
         on_round: Callable[[RoundDone | Dropped], object] = lambda event: None,
+        bar: bool = False,
     ) -> pl.DataFrame:
         """Rounds with all their measurements, as the command does them; returns `table`.
 
@@ -431,8 +436,9 @@ class SteerHeal:
 
         Args:
             n_rounds: None: as the settings say.
-            on_step: Called with round (None: the control) and step, after each optimiser step.
+            on_step: Called with round, from 0 (None: the control), and step, after each optimiser step.
             on_round: Called with the event of a round that was kept or dropped.
+            bar: Whether a progress bar is drawn on stderr, in a notebook too.
         """
         if self.n_rounds != self._n_by_loop:
             raise UserError(
@@ -440,7 +446,13 @@ class SteerHeal:
             )
         self.discard()
         cfg = self.cfg if n_rounds is None else changed(self.cfg, {"n_rounds": n_rounds})
-        loop = Loop(replace(self.bench, cfg=cfg), self._run)
+        self._run.asked_rounds = cfg.n_rounds
+        progress = SILENT
+        if bar:
+            from steer_heal.report.console import Bar
+
+            progress = Bar(self._run, quiet=False, always=True)
+        loop = Loop(replace(self.bench, cfg=cfg), self._run, progress)
 
         def tell(event: AnyEvent) -> None:
             if isinstance(event, HealStepped):
@@ -473,6 +485,15 @@ class SteerHeal:
     def verdict(self) -> str:
         """What the measurements of `loop` say, by the rules in spec.md."""
         return verdict(self._run)
+
+    def report(self, file: str | Path) -> Path:
+        """Writes report.html of what `loop` measured, under this name."""
+        from steer_heal.report.page import page  # matplotlib: a second
+
+        path = Path(file)
+        with atomic_write(path) as part:
+            part.write_text(page(self._run, path.stem), encoding="utf-8", newline="\n")
+        return path
 
     # --- files -------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
@@ -516,6 +537,10 @@ class SteerHeal:
         if self._original is not None:
             self._original.restore()
             self._original = None
+
+    def __repr__(self) -> str:
+        rounds = plural(self.n_rounds, "round")
+        return f"SteerHeal({self.cfg.model!r}, trait {self.inputs.trait.name!r}, {rounds} baked)"
 
     def __enter__(self) -> SteerHeal:
         return self

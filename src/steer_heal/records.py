@@ -47,9 +47,15 @@ def round_label(r: int | None) -> str:
     return "control" if r is None else f"r{r}"
 
 
+def round_name(r: int | None) -> str:
+    """A heal as people read it. They count rounds from 1, events and files from 0: round 0 is `round 1`, None is
+    `control`."""
+    return "control" if r is None else f"round {r + 1}"
+
+
 def state_label(name: str, r: int | None) -> str:
     """A state as people read it: `base`, `healed round 1`."""
-    return name if r is None else f"{name} round {r}"
+    return name if r is None else f"{name} {round_name(r)}"
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -296,6 +302,10 @@ class Collected:
     rehearsal: tuple[Completion, ...] = ()
     """Completions that the base wrote on prompts that have nothing to do with the trait. They train too."""
 
+    def __repr__(self) -> str:
+        found = f"kappa {self.kappa:.3g}, dose {self.dose:.3g}"
+        return f"Collected({len(self.train)} of {len(self.scored)} texts train, {found})"
+
     @property
     def kept(self) -> list[Scored]:
         """What trains, with its scores."""
@@ -360,6 +370,10 @@ class HealReport(HealSummary):
 
     steps: tuple[HealStep, ...]
 
+    def __repr__(self) -> str:
+        fits = " to ".join(f"{row['fit']:.3f}" for row in (self.validation[0], self.validation[-1]))
+        return f"HealReport({len(self.steps)} steps, validation {fits} nats, barrier acted in {self.fired:.0%})"
+
     @property
     def fired(self) -> float:
         """Share of steps in which the divergence of some sample was above tau."""
@@ -396,6 +410,11 @@ class EvalResult:
     items: dict[str, list[Number]] = field(default_factory=dict)
     """Values of the items by name, in the order of the eval's data. Paired intervals resample them."""
     texts: tuple[Answer, ...] = ()
+
+    def __repr__(self) -> str:
+        known = {name: value for name, value in self.metrics.items() if value is not None}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if name[-3:] not in ("_lo", "_hi"))
+        return f"EvalResult({values})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
+import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from tyro.constructors import PrimitiveConstructorSpec
@@ -38,8 +39,9 @@ STRONGEST = 4
 AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
 RoundName = Annotated[
     Literal["best", "last"] | int,
-    Field(description="Round of the run: its number, last (the last that was kept), or best (as the verdict says)."),
+    Field(description="Round of the run: its number (from 1), last (that was kept), or best (as the verdict says)."),
 ]
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 AllowBroken = Annotated[bool, Field(description="Also take a round whose model is broken.")]
 
 
@@ -165,7 +167,8 @@ class SteerCfg:
     n_contexts: Count = 256
     """Number of contexts to read, evenly spaced over the file."""
     refresh: Literal["round", "once"] = "round"
-    """round: extract a new vector from the student of each round. once: keep the vector of round 0 (not measured)."""
+    """round: extract a new vector from the student of each round. once: keep the vector of the first round (not
+    measured)."""
 
     def _rules(self) -> list[Rule]:
         return [_band_rule(self.layers)]
@@ -344,8 +347,9 @@ class HealCfg:
     rounds; base: the original model, so that tau limits all rounds together (not measured over several rounds)."""
     epochs: Count = 6
     """Passes over the training text in each round."""
-    lr: Positive = 1e-4
-    """Peak learning rate. It rises linearly over the first tenth of the steps, then falls to 0 along a cosine."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak learning rate, at most 1. It rises linearly over the first tenth of the steps, then falls to 0 along a
+    cosine."""
     batch_size: Count = 4
     """Completions per optimizer step."""
     tokens_per_pass: Count = 1024
@@ -480,7 +484,7 @@ class RunConfig:
     trait: str = "authority"
     """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
     .toml. A slash selects another phrasing, as in love/inner."""
-    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of every random stream. Runs with the same settings and seed give the same result."""
     n_rounds: Count = 4
     """Number of rounds. Each round starts from the student of the round before it."""

@@ -12,11 +12,10 @@ from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest
 
 from steer_heal.errors import UserError
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
-from steer_heal.intervals import LEVEL, mean_change, studentized
+from steer_heal.intervals import mean_change, studentized, wilson
 from steer_heal.records import (
     OPPOSES,
     PAIR_MOVED,
@@ -25,12 +24,15 @@ from steer_heal.records import (
     Values,
     attack_reference,
     derive_seed,
+    round_name,
     under_attack,
 )
 from steer_heal.settings import BacktrackCfg, RoundName
 
 GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
 """Grades of a healed round whose model is intact, the best first. The others are BROKEN and UNREADABLE."""
+STATUSES = {"GOOD": 0, "UNTRAINED": 0, "MIXED": 3, "SMALL SHIFT": 4, "WRONG WAY": 5}
+"""Exit status of `run --exit-status` by grade."""
 UNTRAINED = "UNTRAINED: the pipeline works, and the numbers mean nothing"
 """Verdict on a model that nobody trained. None of its rounds has a grade, and none is best."""
 SMALLEST_SHARE = 1 / 6
@@ -231,10 +233,12 @@ def grade(state: Measured, run: Run) -> Graded:
     if moved is None or unread:
         reason = f"no item has a value of {', '.join(unread or [target.name])}"
         return Graded(state=state, grade="UNREADABLE", shift=moved, reason=reason)
-    went = f"after round {state.round} {target.name} is {shift_words(moved, target)} from base"
+    went = f"after {round_name(state.round)} {target.name} is {shift_words(moved, target)} from base"
     past = [metric for metric in health if not metric.within(state[metric.name] or 0.0, metric.broken)]
     if past:
         reason = f"{went}, but the model is broken: {health_words(state, past, 'broken')}"
+        if not all(metric.within(base[metric.name] or 0.0, metric.broken) for metric in past):
+            reason += f"; the untouched model already is past a limit: {health_words(base, past, 'broken')}"
         return Graded(state=state, grade="BROKEN", shift=moved, reason=reason)
     condition = health_words(state, health, "good") or "no eval measures whether the model is intact"
     if (small := _not_moved(state, target, moved, run.start.trait.sign)) is not None:
@@ -318,32 +322,42 @@ def best_round(run: Run) -> Graded | None:
 def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = False) -> int:
     """The round that was asked for, among those that were kept. Where no round is best, `best` is the last.
 
-    UserError where there is none, or its model is broken or cannot be judged and that is not allowed.
+    A number counts from 1. UserError where there is none, or its model is broken or cannot be judged and that is
+    not allowed.
     """
     if not run.rounds:
         raise UserError("the run has no healed round; continue it with `steer-heal resume`")
     best = best_round(run)
-    r = run.rounds[-1] if which in ("best", "last") else which
+    r = which - 1 if isinstance(which, int) else run.rounds[-1]
     if which == "best" and best is not None:
         r = best.state.round
     healed = run.measured("healed", r)
     if r not in run.rounds or healed is None:
         dropped = [event for event in run.each(Dropped) if event.round == r]
         why = f"was dropped ({'; '.join(dropped[-1].past)})" if dropped else "does not exist"
-        raise UserError(f"round {r} {why}; the rounds of the run are {', '.join(map(str, run.rounds))}")
+        raise UserError(f"{round_name(r)} {why}; the run has {_rounds(run)}")
     if not (run.untrained or allow_broken) and (found := grade(healed, run)).grade not in GRADES:
-        other = "no round is intact" if best is None else f"take round {best.state.round}"
-        raise UserError(f"round {r} is {found.grade}: {found.reason}; {other}, or give --allow-broken")
+        other = "no round is intact" if best is None else f"take {round_name(best.state.round)}"
+        raise UserError(f"{round_name(r)} is {found.grade}: {found.reason}; {other}, or give --allow-broken")
     return r
 
 
+def _rounds(run: Run) -> str:
+    return "round 1" if len(run.rounds) == 1 else f"rounds 1 to {len(run.rounds)}"
+
+
 def round_words(run: Run, r: int) -> str:
-    """A kept round, what it was graded, and whether it is the best one: round 1 of 0, 1, 2 (MIXED, the best)."""
+    """A kept round, what it was graded, and whether it is the best one: round 2 of 3 (MIXED, the best)."""
     best = best_round(run)
     healed = run.measured("healed", r)
     found = [] if run.untrained or healed is None else [grade(healed, run).grade]
     found += ["the best"] if best is not None and best.state.round == r else []
-    return f"round {r} of {', '.join(map(str, run.rounds))}" + (f" ({', '.join(found)})" if found else "")
+    return f"{round_name(r)} of {len(run.rounds)}" + (f" ({', '.join(found)})" if found else "")
+
+
+def exit_status(run: Run) -> int:
+    """The verdict on the last healed round as an exit status: one of STATUSES, else 6."""
+    return STATUSES.get(verdict(run).partition(":")[0], 6)
 
 
 def verdict(run: Run) -> str:
@@ -367,13 +381,14 @@ def verdict(run: Run) -> str:
 
 
 def _best_words(best: Graded, run: Run) -> str:
-    """best round: 1 (MIXED, -0.82 nats, broken texts 10%): ckpt/r1."""
+    """best round: 2 (MIXED, -0.82 nats, broken texts 10%): ckpt/r1."""
     r = best.state.round
+    assert r is not None
     health = health_words(best.state, health_of(run.metrics.values()))
     why = ", ".join(filter(None, (best.grade, shift_words(best.shift, run.trait_metric), health)))
     trained = run.at(Trained, r)
     saved = f": {trained.checkpoint}" if trained is not None and trained.checkpoint else ""
-    return f"best round: {r} ({why}){saved}"
+    return f"best round: {r + 1} ({why}){saved}"
 
 
 def ended_early(run: Run) -> str:
@@ -385,8 +400,8 @@ def ended_early(run: Run) -> str:
     assert r is not None
     if sum(event.round == r for event in dropped) <= run.start.config.backtrack.retries:
         return ""
-    kept = f"the last intact round is {r - 1}" if r > 0 else "no round was kept"
-    return f"{kept}: round {r} was dropped ({'; '.join(dropped[-1].past)})"
+    kept = f"the last intact round is {r}" if r > 0 else "no round was kept"
+    return f"{kept}: {round_name(r)} was dropped ({'; '.join(dropped[-1].past)})"
 
 
 # --- limits of a round -------------------------------------------------------------------------------------------
@@ -412,8 +427,7 @@ def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
     if len(x) < 2:
         return -math.inf, math.inf
     if np.isin(x, (0.0, 1.0)).all():
-        found = binomtest(int(x.sum()), len(x)).proportion_ci(LEVEL, method="wilson")
-        return float(found.low), float(found.high)
+        return wilson(int(x.sum()), len(x))
     rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
     return studentized("mean", x, np.zeros_like(x), 2000, rng)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from steer_heal.errors import UserError, nearest, printable
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.state import State
-from steer_heal.records import StateName, derive_seed
+from steer_heal.records import StateName, derive_seed, round_name
 from steer_heal.runs.opened import open_bench, put_in, state_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import RunConfig
@@ -89,8 +89,8 @@ class Talk:
         return {
             "base": "the untouched model",
             "prompted": "the untouched model with the persona as system prompt",
-            "steered": f"the student before round {self.round} with {made_by}{scaled if self.round else ''}",
-            "healed": f"the student after round {self.round}{scaled}",
+            "steered": f"the student before {round_name(self.round)} with {made_by}{scaled if self.round else ''}",
+            "healed": f"the student after {round_name(self.round)}{scaled}",
         }[name]
 
     @property

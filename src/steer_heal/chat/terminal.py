@@ -11,6 +11,7 @@ from typing import Any
 
 from steer_heal.chat.talk import Question, Talk
 from steer_heal.errors import UserError, nearest, print_error, print_safe, printable
+from steer_heal.report.view import plural
 
 COMMANDS = {
     "/system": "[TEXT]: a system prompt for all states, which follows the state's own; without TEXT: none",
@@ -77,7 +78,8 @@ class Terminal:
         dose = self.talk.dose(replace(self.question, state="steered"))
         n = max(len(self.turns[name]) for name in self.states) // 2
         system = f", system prompt {self.question.system!r}" if self.question.system else ""
-        return f"{', '.join(self.states)}; dose {dose:.3g}, seed {self.question.seed}{system}; {n} messages so far"
+        so_far = f"{plural(n, 'message')} so far"
+        return f"{', '.join(self.states)}; dose {dose:.3g}, seed {self.question.seed}{system}; {so_far}"
 
     def ask(self, message: str) -> None:
         """Prints the answer of each state to a message. Of a stopped answer, what was written is kept."""

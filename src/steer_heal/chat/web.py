@@ -169,7 +169,7 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
         "run": talk.run.folder.resolve().name,
         "model": start.config.model,
         "trait": start.trait.name,
-        "round": talk.round,
+        "round": talk.round + 1,
         "states": {name: talk.about(name) for name in talk.states},
         "shown": [talk.known(name) for name in states],
         "system": question.system,

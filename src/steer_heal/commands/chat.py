@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-import tyro
 from loguru import logger
 from pydantic import Field
 
 from steer_heal.flags import parsed
 from steer_heal.runs.resume import require_plugins
 from steer_heal.runs.signals import stoppable
-from steer_heal.settings import AdapterScale, AllowBroken, Count, Finite, Names, RoundName, settings
+from steer_heal.settings import AdapterScale, AllowBroken, Count, Finite, Names, RoundName, RunFolder, settings
 from steer_heal.verdict import chosen_round, round_words
 
 
@@ -23,7 +21,7 @@ class Chat:
     """Talk to the states of one round. The base, the steered student and the healed student answer the same message. A
     setting that you leave out keeps the run's value."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
     round: RoundName = "best"
     allow_broken: AllowBroken = False

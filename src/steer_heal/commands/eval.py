@@ -74,8 +74,8 @@ class Eval:
     """State of the run. steered: the student at the start of the round, with what turns it into the teacher (the
     vector, the persona prompt or both)."""
     round: RoundName | None = None
-    """Round whose steered or healed state is measured: its number, last, or best. Default: best (as the verdict
-    says)."""
+    """Round whose steered or healed state is measured: its number (from 1), last, or best. Default: best (as the
+    verdict says)."""
     allow_broken: AllowBroken = False
     adapter: Path | None = None
     """Folder of a checkpoint (out/<run>/ckpt/r3), or of any PEFT LoRA adapter for the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os.path import lexists
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from steer_heal.check import check_writable
 from steer_heal.errors import Problems, print_safe
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
-from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, settings
+from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, RunFolder, settings
 from steer_heal.verdict import chosen_round, round_words
 
 
@@ -22,9 +22,9 @@ class Export:
     """Write the healed student of a run for other programs: merged or as an adapter, for transformers, PEFT, vLLM,
     llama.cpp and Ollama. docs/serve.md says how to load each format."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """New folder for the files."""
     round: RoundName = "best"
     allow_broken: AllowBroken = False

@@ -9,26 +9,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from steer_heal.errors import UserError, print_safe
 from steer_heal.events import Measured, Run, plain
 from steer_heal.flags import parsed
 from steer_heal.runs.log import last_hash, read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import AllowBroken, RoundName, as_json, settings
+from steer_heal.settings import AllowBroken, RoundName, RunFolder, as_json, settings
 from steer_heal.verdict import chosen_round, round_words, verdict
 
 
 @settings("")
 class Inspect:
-    """Write the answers and eval items of each measured state of a run to a log file that `inspect view` opens. With
-    --round, only those of one round and of the states before the loop."""
+    """Write the answers and eval items of a run to a log file that `inspect view` opens: those of one round and of the
+    states before the loop, or with --all-rounds of every measured state."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
-    round: RoundName | None = None
-    """Its number, last, or best (as the verdict says). Default: every round."""
+    round: RoundName = "best"
+    all_rounds: bool = False
+    """Every round, also of a run without a healed one."""
     allow_broken: AllowBroken = False
     out: Path | None = None
     """File of the log, which ends in .eval or .json. Default: inspect.eval in the folder of the run."""
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     with schema_errors(given.run):
         run = Run(read_events(given.run))
         rounds = [event.round for event in run.each(Measured)]
-        if given.round is not None:
+        if not given.all_rounds:
             r = chosen_round(run, given.round, allow_broken=given.allow_broken)
             rounds = [None, r]
             print_safe(round_words(run, r))

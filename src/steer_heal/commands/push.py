@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.settings import AllowBroken, RoundName, settings
+from steer_heal.settings import AllowBroken, RoundName, RunFolder, settings
 
 
 @settings("")
@@ -17,12 +17,13 @@ class Push:
     """Upload a checkpoint or an export with its model card. Without --yes, print what would be uploaded and send
     nothing. Damaged weights and links are refused."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: RunFolder
     """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
-    repo_id: tyro.conf.Positional[str]
+    repo_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
     """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
     round: RoundName | None = None
-    """Round of the run whose checkpoint is uploaded: its number, last, or best. Default: best (as the verdict says)."""
+    """Round of the run whose checkpoint is uploaded: its number (from 1), last, or best. Default: best (as the verdict
+    says)."""
     allow_broken: AllowBroken = False
     base_model: str | None = None
     """OWNER/NAME of the base model on the hub, where the run was given a path: it replaces that path in the uploaded

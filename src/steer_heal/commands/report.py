@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ from steer_heal.settings import settings
 class Report:
     """Redraw the pictures and rewrite the page, the diary and the model cards of each run, from its events alone."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Folders of one or more runs."""
     compare: Path | None = None
     """Write only one page, to this file. It shows all runs side by side."""
@@ -27,7 +28,7 @@ class Report:
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Report, argv, "report")
     if not given.runs:
-        raise UserError("no run was given; name the folders of one or more runs")
+        raise UserError("no run was given; usage: steer-heal report RUN [RUN ...] [--compare FILE]")
     folders = [run_folder(folder) for folder in given.runs]  # before matplotlib is imported
     if given.compare is not None:
         from steer_heal.report.compare import compare

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import tyro
 
 from steer_heal.commands.run import go_on
 from steer_heal.flags import parsed
 from steer_heal.runs.log import read_start
 from steer_heal.runs.resume import more_rounds, require_plugins
-from steer_heal.settings import RUN_ONLY, Count, changed, settings
+from steer_heal.settings import RUN_ONLY, Count, RunFolder, changed, settings
 
 RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
 
@@ -22,7 +19,7 @@ class Resume:
     """Continue a stopped run, or with --n-rounds a finished one. You can change only settings that do not affect the
     rounds so far. A setting that you leave out keeps the run's value."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
     n_rounds: Count | None = None
     """Number of rounds in all, to which a finished run goes on. The result is that of a run that was asked for as many

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 from loguru import logger
@@ -23,6 +23,7 @@ from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
+from steer_heal.flags import REGISTRY, read_flags
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.plugins import load
@@ -41,7 +42,7 @@ from steer_heal.runs.resume import (
 )
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.settings import RunConfig, settings
-from steer_heal.verdict import table, verdict
+from steer_heal.verdict import exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.backends.track import Tracking
@@ -55,7 +56,8 @@ class Source:
     """With --positive TEXT and --negative TEXT, two personas take the place of --trait, for a first try without a trait
     file. In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
     out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
-    prints the stages of the run with their seconds and the memory, and runs nothing."""
+    prints the stages of the run with their seconds and the memory, and runs nothing. With --exit-status, the exit
+    status tells the verdict: 0 GOOD, 3 MIXED, 4 SMALL SHIFT, 5 WRONG WAY, 6 BROKEN."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
@@ -68,6 +70,9 @@ class Source:
     """The opposite persona."""
     plan: bool = False
     """Load the model, probe it for a few seconds, print what the run will take, and write nothing."""
+    exit_status: bool = False
+    """Let the exit status tell the verdict on the last round: 0 GOOD (or a model that nobody trained), 3 MIXED, 4 SMALL
+    SHIFT, 5 WRONG WAY, 6 BROKEN, UNREADABLE or no healed round."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,14 +89,15 @@ def main(argv: Sequence[str]) -> int:
     if cfg.folder is not None:
         if begun(cfg.folder):
             same_settings(cfg.folder, cfg)
-            return go_on(replace(cfg, n_rounds=more_rounds(cfg.folder, None)), cfg.folder)
+            n_rounds = more_rounds(cfg.folder, None)
+            return go_on(replace(cfg, n_rounds=n_rounds), cfg.folder, graded=source.exit_status)
         no_other_files(cfg.folder)
     inputs = check(cfg)
     from steer_heal.loop import run_loop  # torch: seconds
 
     with running(cfg, inputs, preset=preset, command=("steer-heal", "run", *argv)) as opened:
         run_loop(opened.loop)
-    return opened.end()
+    return opened.end(graded=source.exit_status)
 
 
 def first_try(cfg: RunConfig, positive: str, negative: str) -> RunConfig:
@@ -132,42 +138,59 @@ def show_plan(cfg: RunConfig, inputs: Inputs) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
     """(preset name, settings, what was given beside them). A bad value exits with status 2 and names the
-    field, the value and the limit; a bad file or preset is a UserError."""
-    source, rest = tyro.cli(Source, args=argv, return_unknown_args=True, add_help=False)
+    field, the value and the limit; a bad file, flag or preset is a UserError."""
+    if argv and argv[0] in ("-h", "--help"):
+        show_presets()
+    source, rest = tyro.cli(
+        Source, args=argv, return_unknown_args=True, add_help=False, prog="steer-heal run", registry=REGISTRY
+    )
     preset = next(iter(rest), "")
-    choices = PRESETS
     if source.config is not None:
         if preset in PRESETS:
             raise UserError(f"preset {preset!r} and --config {source.config} were given; give one of them")
+        command = f"run --config {source.config}"
         preset, cfg = read_config(source.config)
-        choices = {"config": (f"The settings of {source.config}.", cfg)}
-        rest = ["config", *rest]
-    elif preset and not preset.startswith("-") and preset not in PRESETS:
+    elif not preset or preset.startswith("-"):
+        raise UserError(
+            f"no preset was given before the flags; choose from {', '.join(PRESETS)}, or give --config FILE"
+        )
+    elif preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
+    else:
+        cfg, rest, command = PRESETS[preset][1], rest[1:], f"run {preset}"
     description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
-    cfg = tyro.extras.overridable_config_cli(choices, args=rest, prog="steer-heal run", description=description)
+    cfg = read_flags(RunConfig, rest, command, default=cfg, description=description)
     if source.config is not None and source.config.is_dir():
         require_plugins(source.config, cfg.plugin, same=False)
     return preset, cfg, source
 
 
-def go_on(cfg: RunConfig, folder: Path) -> int:
-    """Continues a run. One that is finished gets the files that are missing beside it. UserError before anything is
-    loaded."""
+def show_presets() -> NoReturn:
+    """Prints what `run` takes in place of settings, and exits."""
+    presets = [f"{name}: {text}" for name, (text, _) in PRESETS.items()]
+    shown = [RunConfig.__doc__, "", "Presets:", *presets, "", "steer-heal run PRESET --help lists the settings."]
+    read_flags(Source, ["--help"], "run PRESET", description="\n".join(map(str, shown)))
+    raise AssertionError("--help exits")
+
+
+def go_on(cfg: RunConfig, folder: Path, *, graded: bool = False) -> int:
+    """Continues a run. One that is finished gets the files that are missing beside it. Returns the exit status, which
+    with `graded` tells the verdict. UserError before anything is loaded."""
     require_plugins(folder, cfg.plugin)
     if finished(folder) and cfg.n_rounds == more_rounds(folder, None):
         from steer_heal.runs.stored import FolderRun
 
-        complete(FolderRun.read(folder), cfg)
+        run = FolderRun.read(folder)
+        complete(run, cfg)
         print_safe(f"{folder} is finished; read {folder / 'report.html'}")
-        return 0
+        return exit_status(run) if graded else 0
     inputs = check(cfg)
     same_inputs(folder, inputs)
     from steer_heal.loop import run_loop
 
     with running(cfg, inputs, folder=folder) as opened:
         run_loop(opened.loop)
-    return opened.end()
+    return opened.end(graded=graded)
 
 
 @dataclass
@@ -178,13 +201,13 @@ class Opened:
     run: FolderRun
     status: int = 0
 
-    def end(self) -> int:
-        """Offers a conversation. Returns the exit status."""
+    def end(self, *, graded: bool = False) -> int:
+        """Offers a conversation. Returns the exit status, which with `graded` tells the verdict."""
         cfg = self.loop.bench.cfg
         del self.loop  # and with it the model, which the question must not hold
         if self.status == 0:
             _offer_chat(self.run, cfg)
-        return self.status
+        return exit_status(self.run) if graded and self.status == 0 else self.status
 
 
 @contextmanager
@@ -224,8 +247,8 @@ def running(
 
 
 def _draw_after(event: AnyEvent, run: FolderRun) -> None:
-    """The pictures, at the end of a round."""
-    if isinstance(event, RoundDone | Dropped):
+    """The pictures, at the end of each round but the last, which `finish` draws."""
+    if isinstance(event, RoundDone | Dropped) and len(run.rounds) < run.n_rounds:
         draw(run.folder)
 
 
@@ -278,7 +301,7 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
         message = f"error: {error}"
         recorded = str(error)
         resumable = error.resumable
-    elif isinstance(error, OSError | SafetensorError):
+    elif isinstance(error, OSError | SafetensorError) and not isinstance(error, BrokenPipeError):
         message = f"error: could not write to {run.folder}: {error}; free some space"
         recorded = ""  # a disk that is full takes no event
     elif isinstance(error, RuntimeError) and ran_out(error):

@@ -10,13 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.report import tables
-from steer_heal.settings import AllowBroken, Count, Names, RoundName, settings
+from steer_heal.settings import AllowBroken, Count, Names, RoundName, RunFolder, settings
 from steer_heal.share.readings import Reading, add_readings, with_stderr
 from steer_heal.verdict import chosen_round, round_words
 
@@ -27,7 +26,7 @@ class Tasks:
     costs. The results are kept in tasks.json in the folder of the run. The model card of the checkpoint shows them, and
     so do those of later exports."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
     tasks: Annotated[Names, Field(min_length=1)]
     """Names of tasks, such as arc_easy. Most tasks download their data."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-
-import tyro
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.runs.log import line_hash, lines_of, read_events
 from steer_heal.runs.verify import unchecked, violations
-from steer_heal.settings import settings
+from steer_heal.settings import RunFolder, settings
 
 HASH = re.compile("[0-9a-f]{64}")
 
@@ -22,7 +19,7 @@ class Verify:
     """Check a run's events, vectors, checkpoints, plugins and base model against their recorded hashes. No plugin runs.
     Print the hash of the last event, and what was not checked. The exit status is 1 if something differs."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
     hash: str | None = None
     """The hash that the last event should have: 64 hex digits, as a model card or an earlier `verify` shows them. The

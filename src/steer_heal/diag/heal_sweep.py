@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
-from steer_heal.settings import settings
+from steer_heal.settings import Count, settings
 from steer_heal.verdict import slope
 
 
@@ -15,27 +15,28 @@ from steer_heal.verdict import slope
 class Flags(OutFlags):
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    round: int = 0
-    """Round whose text is healed again."""
+    round: Count = 1
+    """Round whose text is healed again, counted from 1."""
     divergences: tuple[str, ...] = ("kl_rev", "kl_fwd")
     """Divergences of the barrier."""
     lams: tuple[float, ...] = (0.1, 1.0)
     """Strengths of the barrier."""
     references: tuple[Literal["prev", "base"], ...] = ("prev", "base")
-    """Reference models of the barrier. In round 0 prev and base are the same model."""
+    """Reference models of the barrier. In round 1 prev and base are the same model."""
 
 
 def main(flags: Flags, given: Given) -> None:
-    lab, collected = replay(flags.run, flags.round, given)
+    r = flags.round - 1
+    lab, collected = replay(flags.run, r, given)
     heal = replace(lab.bench.cfg.heal, reference="prev")
     heals = [replace(heal, divergence="none", lam=0.0)]
     for divergence in flags.divergences:
         for lam in flags.lams:
-            for reference in flags.references if flags.round else flags.references[:1]:
+            for reference in flags.references if r else flags.references[:1]:
                 heals.append(replace(heal, divergence=divergence, lam=lam, reference=reference))
     rows = []
     for each in heals:
-        result, steps = lab.healed(collected, each, flags.round)
+        result, steps = lab.healed(collected, each, r)
         row = lab.row(f"{each.divergence} lam {each.lam:g} to {each.reference}", result)
         row["slope"] = slope(result.metrics, lab.base.metrics, lab.target, lab.metrics.values())
         rows.append(row | {"divergence": steps[-1].divergence})

@@ -24,7 +24,7 @@ from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
-from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored
+from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored, round_name
 from steer_heal.report import tables
 from steer_heal.runs.opened import open_bench, settings_of
 from steer_heal.runs.stored import FolderRun
@@ -166,8 +166,8 @@ def replay(folder: Path, r: int, given: Given) -> tuple[Lab, Collected]:
     run = FolderRun.read(folder)
     gathered = run.at(Gathered, r)
     if gathered is None:
-        rounds = [event.round for event in run.each(Gathered) if event.round is not None]
-        raise UserError(f"{folder} has no text of round {r}: its rounds are {rounds}")
+        rounds = [round_name(event.round) for event in run.each(Gathered) if event.round is not None]
+        raise UserError(f"{folder} has no text of {round_name(r)}: it has that of {', '.join(rounds) or 'no round'}")
     cfg = settings_of(run, **given)
     if (trained := run.at(Trained, r)) is not None:
         cfg = replace(cfg, heal=replace(cfg.heal, lr=trained.lr))

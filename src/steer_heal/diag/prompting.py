@@ -46,7 +46,7 @@ def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
     for event in run.each(Trained):
         if event.round is not None:
             run.restore_student(event.round, lab.bench.student)
-            healed.append(lab.row("", lab.measure()) | {"round": event.round})
+            healed.append(lab.row("", lab.measure()) | {"round": event.round + 1})
     both = lab.row("", lab.measure(persona))
     best = furthest(lab, healed)
     last = healed[-1]

@@ -26,6 +26,10 @@ class Vector:
     directions: Mapping[int, Tensor]
     method: str = "mean_diff"
 
+    def __repr__(self) -> str:
+        norms = ", ".join(f"{layer}: {direction.norm():.2f}" for layer, direction in self.directions.items())
+        return f"Vector({self.method}, norm by block {{{norms}}})"
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with one tensor for each block, named by the block's number, counted from 0."""
         tensors = {str(layer): direction.clone().contiguous() for layer, direction in self.directions.items()}

@@ -7,20 +7,34 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import get_args
 
+import numpy as np
 from markupsafe import Markup
 
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, Run, RunStart
-from steer_heal.records import StateName
+from steer_heal.intervals import of_difference
+from steer_heal.records import Metric, StateName, derive_seed
 from steer_heal.report import plot
+from steer_heal.report.page import progress
 from steer_heal.report.texts import Shown, answered, first_answers
-from steer_heal.report.view import MISSING, Table, evenly, model_words, template, visible, with_interval
+from steer_heal.report.view import (
+    MISSING,
+    Table,
+    evenly,
+    model_words,
+    number,
+    template,
+    true_minus,
+    visible,
+    with_interval,
+)
 from steer_heal.runs.log import read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
-from steer_heal.verdict import best_round, title, verdict
+from steer_heal.verdict import best_round, shift, signed, title, verdict
 
 COMPARED_PROMPTS = 8
+N_BOOTSTRAP = 2000
 Runs = Mapping[str, Run]
 """By letter."""
 
@@ -50,32 +64,101 @@ def page(runs: Runs, names: Mapping[str, str]) -> str:
     """The whole page of the runs."""
     verdicts = {}
     for letter, run in runs.items():
-        grade, _, detail = verdict(run).partition(":")
+        grade, _, detail = true_minus(verdict(run)).partition(":")
         verdicts[letter] = (grade, detail.strip().split("; "))
     return template("compare.html.j2", visible).render(
         runs=runs,
         names=names,
         models={letter: model_words(run) for letter, run in runs.items()},
         verdicts=verdicts,
-        picture=Markup(plot.data_uri(plot.comparison(runs))),
+        progress={letter: progress(run) for letter, run in runs.items()},
+        pictures=[(name, Markup(plot.data_uri(plot.comparison(group)))) for name, group in by_target(runs).items()],
+        chosen={letter: state.label if (state := _chosen(run)) else "" for letter, run in runs.items()},
+        differences=differences(runs),
         metrics=metric_tables(runs),
         settings=settings(runs),
         prompts=prompts(runs),
     )
 
 
+def by_target(runs: Runs) -> dict[str, dict[str, Run]]:
+    """The runs that have one target, by the title of its metric."""
+    groups: dict[str, dict[str, Run]] = {}
+    for letter, run in runs.items():
+        groups.setdefault(run.trait_metric.name, {})[letter] = run
+    return {title(next(iter(group.values())).trait_metric): group for group in groups.values()}
+
+
+def shown_metrics(runs: Runs) -> dict[str, Metric]:
+    """By name: the target of each run, then each metric that a table of states shows."""
+    known = [run.trait_metric for run in runs.values()]
+    known += [metric for run in runs.values() for metric in run.metrics.values() if metric.shown]
+    found: dict[str, Metric] = {}
+    for metric in known:
+        found.setdefault(metric.name, metric)
+    return found
+
+
+def differences(runs: Runs) -> Table:
+    """How much further the chosen student of the first run moved from its base than that of each other run."""
+    (letter, first), *others = runs.items()
+    rows = []
+    for metric in shown_metrics(runs).values():
+        cells = [_difference(first, run, metric) for _, run in others]
+        if set(cells) != {MISSING}:
+            rows.append(("", [f"{title(metric)}{metric.unit and ', '}{metric.unit}", *cells]))
+    return ["metric", *(f"{letter} \u2212 {other}" for other, _ in others)], rows
+
+
+def _difference(a: Run, b: Run, metric: Metric) -> str:
+    """The difference of two shifts above its 95 percent interval."""
+    states = [_chosen(a), a.measured("base"), _chosen(b), b.measured("base")]
+    known = [m for m in states if m is not None]
+    if len(known) < len(states) or metric.name not in a.metrics or metric.name not in b.metrics:
+        return MISSING
+    moved = [shift(known[i].metrics, known[i + 1].metrics, metric) for i in (0, 2)]
+    if moved[0] is None or moved[1] is None:
+        return MISSING
+    form = signed(metric)
+    value = number(moved[0] - moved[1], form)
+    found = _paired(known, metric) if _wording(a, metric) == _wording(b, metric) else None
+    if found is None:
+        return value
+    return Markup("{}<small>{} to {}</small>").format(value, *(number(end, form) for end in found))
+
+
+def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] | None:
+    """95 percent interval of the difference over the same items. None: the items differ in number, or the bases differ
+    and the metric is no mean, so that its shift is not made of items."""
+    items = [m.items.get(metric.item, ()) for m in states]
+    if len(set(map(len, items))) > 1:
+        return None
+    x = np.array(items, dtype=float)
+    here, base, there, other = x[:, np.isfinite(x).all(axis=0)]
+    if not np.allclose(base, other):
+        if metric.how != "mean":
+            return None
+        here, there = here - base, there - other
+    rng = np.random.default_rng(derive_seed(0, "compare", len(here)) % 2**32)
+    return of_difference(metric.how, here, there, N_BOOTSTRAP, rng)
+
+
+def _wording(run: Run, metric: Metric) -> object:
+    """What the items of a metric ask."""
+    base = run.measured("base")
+    if metric.of == "text" and base is not None:
+        return [row.prompt for row in base.texts]
+    return run.start.wording.get(metric.of)
+
+
 def metric_tables(runs: Runs) -> list[tuple[str, Table]]:
     """(heading, table) of each trait's metric and each shown metric, with a row for each state and a column for each
     run."""
-    known = [metric for run in runs.values() for metric in run.metrics.values()]
-    of_traits = [run.trait_metric.name for run in runs.values()]
-    shown = [metric.name for metric in known if metric.shown]
     order = get_args(StateName)
     measured = {(m.round, m.state): m for run in runs.values() for m in run.each(Measured)}
     states = sorted(measured, key=lambda key: (-1 if key[0] is None else key[0], order.index(key[1])))
     tables = []
-    for name in dict.fromkeys([*of_traits, *shown]):
-        metric = next(metric for metric in known if metric.name == name)
+    for name, metric in shown_metrics(runs).items():
         rows = [
             (state, [measured[r, state].label, *(_cell(run, state, r, name) for run in runs.values())])
             for r, state in states

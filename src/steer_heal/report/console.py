@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import TextIOBase
 from pathlib import Path
 from statistics import mean
@@ -18,7 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.errors import print_safe, printable
+from steer_heal.errors import printable, wrapped
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
@@ -35,6 +35,7 @@ from steer_heal.events import (
     Trained,
 )
 from steer_heal.progress import Progress
+from steer_heal.records import round_name
 from steer_heal.report import tables
 from steer_heal.report.advice import checks
 from steer_heal.report.view import event_words, last_event, model_words, table_cells, table_columns
@@ -49,8 +50,10 @@ WIDTH = 15
 """Characters of the name at the start of a log line."""
 FULL_BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
 BEFORE = ("preflight", "base", "prompted", "control")
-STAGES = {"extracted": "vector", "calibrated": "calibration", "gathered": "text", "trained": "heal"}
-"""The stage that an event ends, as `RoundDone.seconds` names it. A measurement has the name of its state."""
+A_ROUND = {"extracted": 1, "gathered": 1, "measured": 2, "trained": 1, "round_done": 1}
+"""How many events of each kind a round has."""
+ON_A_LINE = 3
+"""Metrics in the line of a state. The log file has all."""
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
@@ -64,10 +67,13 @@ def start(quiet: bool, log_file: Path | None = None) -> None:
     transformers_logging.disable_progress_bar()
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
-    above_bars = partial(tqdm.write, end="", file=sys.stderr)
-    logger.add(above_bars, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
+    logger.add(_above_bars, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
     if log_file is not None:
         logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level} {message}")
+
+
+def _above_bars(message: str) -> None:
+    tqdm.write(wrapped(message, WIDTH + len("00:00:00  ")), end="", file=sys.stderr)
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -75,10 +81,11 @@ class Bar(Progress):
     """A bar for the stage at hand, with the time left. Shows nothing when `quiet`. If stderr is not a terminal, a line
     per minute takes its place."""
 
-    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None) -> None:
-        """`file`: where to draw, instead of on stderr."""
+    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None, *, always: bool = False) -> None:
+        """`file`: where to draw, instead of on stderr. `always`: draw off a terminal too, as in a notebook."""
         self.run = run
         self.quiet = quiet
+        self.always = always
         self.file = file
         self.bar: tqdm | None = None
         self.what = ""
@@ -90,7 +97,7 @@ class Bar(Progress):
     def stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
         self.what = f"{place(stage, r, self.run)}: {doing}"
         self.spoke = time.monotonic()
-        hidden = True if self.quiet else None  # None: shown on a terminal only
+        hidden = True if self.quiet else False if self.always else None  # None: shown on a terminal only
         with tqdm(
             desc=self.what, bar_format="{desc}", leave=False, disable=hidden, dynamic_ncols=True, file=self.file
         ) as self.bar:
@@ -121,29 +128,39 @@ class Bar(Progress):
 
 
 def place(stage: str, r: int | None, run: Run) -> str:
-    """Where in the run a stage is: `base`, `control`, `round 0 (1 of 4), 5 min left`."""
+    """Where in the run a stage is: `base`, `control`, `round 1 of 4, 5 min left`."""
     if r is None:
-        return stage if stage in BEFORE else "control"
-    left = seconds_left(run)
-    return _of_rounds(r, run) + ("" if left is None else f", {duration(left)} left")
+        return (stage if stage in BEFORE else "control") + left_words(run, ", ")
+    return _of_rounds(r, run) + left_words(run, ", ")
 
 
 def _of_rounds(r: int, run: Run) -> str:
-    return f"round {r} ({r + 1} of {run.n_rounds})"
+    return f"{round_name(r)} of {run.n_rounds}"
 
 
-def seconds_left(run: Run) -> float | None:
-    """Estimate for the rest of the run: for each stage to come, its mean seconds in the finished rounds. None before
-    the first round is finished."""
-    rounds = [event.seconds for event in run.each(RoundDone)]
-    if not rounds:
+def seconds_left(run: Run) -> tuple[float, bool] | None:
+    """(estimate for the rest of the run, whether each kind of step to come was done before). A step takes the mean of
+    its kind so far. None before the first state is measured."""
+    if run.measured("base") is None:
         return None
-    stages = {name for seconds in rounds for name in seconds} - {"total", "base", "prompted"}
-    means = {name: mean(seconds[name] for seconds in rounds if name in seconds) for name in stages}
-    begun = [event for event in run.events if event.round == len(rounds)]
-    done = {event.state if isinstance(event, Measured) else STAGES.get(event.event, "") for event in begun}
-    n_left = run.n_rounds - len(rounds)
-    return n_left * sum(means.values(), 0.0) - sum(means.get(name, 0.0) for name in done)
+    cfg = run.start.config
+    to_come = Counter({(True, kind): n * run.n_rounds for kind, n in A_ROUND.items()})
+    before_the_loop = {"measured": 2 + cfg.control, "gathered": int(cfg.control), "trained": int(cfg.control)}
+    to_come.update({(False, kind): n for kind, n in before_the_loop.items()})
+    to_come.subtract((event.round is not None, event.event) for event in run.events)
+    took: dict[str, list[float]] = {}
+    for before, event in itertools.pairwise(run.events):
+        took.setdefault(event.event, []).append(event.wall_s - before.wall_s)
+    left = [(kind, n) for (_, kind), n in to_come.items() if n > 0]
+    return sum(n * mean(took[kind]) for kind, n in left if kind in took), all(kind in took for kind, _ in left)
+
+
+def left_words(run: Run, before: str) -> str:
+    """`about 5 min left` behind `before`; empty where nothing is left, or nothing is known."""
+    seconds, known = seconds_left(run) or (0.0, True)
+    if seconds < 1:
+        return ""
+    return f"{before}{'about' if known else 'more than'} {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
@@ -167,14 +184,17 @@ def show(event: AnyEvent, run: Run) -> None:
     line = _words(event, run)
     if line:
         advice = "".join(f" | {check.advice}" for check in checks(event, run) if not check.holds)
-        logger.log("WARNING" if isinstance(event, HealRetried | Dropped) else "INFO", line + advice)
+        loud = isinstance(event, HealRetried | Dropped) or (advice and isinstance(event, Measured))
+        logger.log("WARNING" if loud else "INFO", line + advice)
+    if isinstance(event, Measured) and (more := _measured(event, run)[1]):
+        logger.debug(_line(event.label, more))
 
 
 def print_table(run: Run) -> None:
     """The table of states with the verdict below it."""
     headings = {key: heading for key, (heading, _) in table_columns(run).items()}
     tables.show(table_cells(run, ""), headings=headings)
-    print_safe(verdict(run))
+    tables.show_verdict(verdict(run))
 
 
 def _words(event: AnyEvent, run: Run) -> str:
@@ -185,13 +205,14 @@ def _words(event: AnyEvent, run: Run) -> str:
             return _start(event, run)
         case Measured():
             doubts = blind(run) if event.state == "prompted" and not run.untrained else []
-            return _line(event.label, "; ".join([_measured(event, run), *doubts]))
+            measured = _measured(event, run)[0] + left_words(run, "; ")
+            return _line(event.label, "; ".join([measured, *doubts]))
         case Preflight():
             return _line("pre-flight", f"{event.found.verdict}: {event.found.reason}")
         case Extracted():
             norms = ", ".join(f"{layer}: {number(norm, '.2f')}" for layer, norm in event.norms.items())
             cosine = number(event.cosine_to_first, ".2f")
-            return _line("vector", f"norm at layer {norms}; cosine to round 0 {cosine}")
+            return _line("vector", f"norm at layer {norms}; cosine to round 1 {cosine}")
         case Calibrated():
             probes = sorted(event.calibration.probes, key=lambda probe: probe.dose)
             found = ", ".join(f"{probe.dose:.3g}: {number(probe.kl_p95, '.3g')}" for probe in probes)
@@ -208,7 +229,7 @@ def _words(event: AnyEvent, run: Run) -> str:
             return _line(f"{control}heal", _trained(event))
         case Dropped():
             tried = f"dose {event.dose:.3g}, learning rate {event.lr:.3g}"
-            return _line("dropped", f"round {event.round}: {'; '.join(event.past)} ({tried})")
+            return _line("dropped", f"{round_name(event.round)}: {'; '.join(event.past)} ({tried})")
         case RoundDone():
             return _line("done", _done(event, run))
     return ""
@@ -226,16 +247,18 @@ def _start(event: RunStart, run: Run) -> str:
     return line
 
 
-def _measured(event: Measured, run: Run) -> str:
+def _measured(event: Measured, run: Run) -> tuple[str, str]:
+    """(the trait's metric with its interval and, before others, the health of the model; all other shown metrics)."""
     first = run.trait_metric
     words = f"{first.name} {number(event[first.name], first.form)}"
     interval = interval_words(event[f"{first.name}_lo"], event[f"{first.name}_hi"], first)
+    shown = [metric for metric in run.metrics.values() if metric.shown and metric.name != first.name]
     others = [
         f"{title(metric)} {number(event[metric.name], metric.form)}"
-        for metric in run.metrics.values()
-        if metric.shown and metric.name != first.name
+        for metric in sorted(shown, key=lambda metric: not metric.is_health)
     ]
-    return ", ".join([f"{words} (to base: {interval})" if interval else words, *others])
+    line = [f"{words} (to base: {interval})" if interval else words, *others[: ON_A_LINE - 1]]
+    return ", ".join(line), ", ".join(others[ON_A_LINE - 1 :])
 
 
 def _gathered(event: Gathered) -> str:
@@ -278,10 +301,8 @@ def closed_words(event: Trained) -> str:
 def _done(event: RoundDone, run: Run) -> str:
     assert event.round is not None
     kept = "" if event.retain is None else f", retains {event.retain:.0%} of the steered shift"
-    left = seconds_left(run)
-    to_come = f"; about {duration(left)} left" if left else ""
     cosine = number(event.cosine_student_teacher, ".2f")
     return (
-        f"{_of_rounds(event.round, run)} in {duration(event.seconds['total'])}{kept}{to_come}; the adapter's own shift "
-        f"has cosine {cosine} to the vector"
+        f"{_of_rounds(event.round, run)} in {duration(event.seconds['total'])}{kept}; the adapter's own shift "
+        f"has cosine {cosine} to the vector{left_words(run, '; ')}"
     )

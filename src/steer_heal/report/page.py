@@ -24,7 +24,7 @@ from steer_heal.events import (
     Trained,
 )
 from steer_heal.intervals import finite_mean
-from steer_heal.records import NO_ATTACK, Metric, under_attack
+from steer_heal.records import NO_ATTACK, Metric, round_name, under_attack
 from steer_heal.report import plot, view
 from steer_heal.report.advice import Check, checks
 from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
@@ -32,7 +32,7 @@ from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
 from steer_heal.verdict import Kept, attack_title, best_round, health_of, kept, shift, signed, title, verdict
 
-STEERING = ("kappa", "dose", "cosine to round 0", "cosine of student and vector", "cosine of student and vector 0")
+STEERING = ("kappa", "dose", "cosine to round 1", "cosine of student and vector", "cosine of student and vector 1")
 """Columns of the table of steering."""
 KINDS = {
     "vignette": "Metrics of vignettes",
@@ -56,15 +56,15 @@ DIARY_PROMPTS = 3
 
 def save(run: Run, folder: Path) -> Path:
     """Writes report.html and diary.md; returns the path of the first."""
-    for name, text in (("diary.md", diary(run, folder.name)), ("report.html", page(run, folder.name))):
+    for name, text in (("diary.md", diary(run, folder.name)), ("report.html", page(run, folder.name, str(folder)))):
         with atomic_write(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="\n")
     return folder / "report.html"
 
 
-def page(run: Run, name: str) -> str:
-    """The whole of report.html."""
-    grade, _, detail = verdict(run).partition(":")
+def page(run: Run, name: str, folder: str = "") -> str:
+    """The whole of report.html. `folder`: where the run lies; empty for a run in memory, which no command can take."""
+    grade, _, detail = view.true_minus(verdict(run)).partition(":")
     texts = written(run)
     return view.template("report.html.j2", view.visible).render(
         name=name,
@@ -92,9 +92,31 @@ def page(run: Run, name: str) -> str:
         heals=heals(run),
         retries=run.each(HealRetried),
         dropped=run.each(Dropped),
+        folder=shlex.quote(folder) if folder else "",
+        steps=next_steps(run, shlex.quote(folder)) if folder else [],
         command=shlex.join(run.start.command),
         settings={key: setting_words(value) for key, value in leaves(run.start.config).items()},
     )
+
+
+def next_steps(run: Run, folder: str) -> list[tuple[str, str]]:
+    """(what for, command) of what can be done with the run now."""
+    if run.end is None:
+        return [("Go on with the run, once the process that makes it has stopped", f"resume {folder}")]
+    more = ("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}")
+    if not run.rounds:
+        return [more]
+    best = best_round(run)
+    broken = "" if best is not None or run.untrained else " --allow-broken"
+    which = f"round {(run.rounds[-1] if best is None else best.state.round or 0) + 1}{broken and ', which is broken'}"
+    return [
+        (f"Talk to {which}, beside the untouched model", f"chat {folder} --web{broken}"),
+        (f"Write {which} as a model for transformers, or with --format gguf for llama.cpp and Ollama",
+         f"export {folder} {folder}-model{broken}"),
+        ("Measure half of its effect", f"eval --run {folder} --adapter-scale 0.5{broken}"),
+        more,
+        ("Show what an upload to the hub would send; --yes sends it", f"push {folder} OWNER/NAME{broken}"),
+    ]  # fmt: skip
 
 
 def setting_words(value: object) -> str:
@@ -182,7 +204,7 @@ def heals(run: Run) -> list[tuple[str, int, Trained | None, Markup]]:
     """(name, number of steps, its end, data URI of its curves) of every heal that has begun, the control's first."""
     n_steps = Counter(step.round for step in run.steps)
     return [
-        (view.round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
+        (round_name(r), n_steps[r], run.at(Trained, r), Markup(plot.data_uri(figure)))
         for r, figure in plot.heal_curves(run).items()
     ]
 
@@ -286,7 +308,7 @@ def fit_table(run: Run) -> view.Table | None:
         if pairs is not None and base is not None:
             shifts = [None if m is None else shift(m.metrics, base.metrics, pairs) for m in states]
         cells = [
-            view.round_name(event.round),
+            round_name(event.round),
             view.number(None if contrast is None else contrast.found.strength),
             view.number(event.validation[0].get("kl_held_out")),
             *(view.number(event.closed(texts), ".0%") for texts in ("trained", "held_out")),
@@ -311,13 +333,13 @@ def steering_table(run: Run) -> view.Table:
             None if done is None else done.cosine_student_teacher,
             None if done is None else done.cosine_student_first,
         ]
-        rows.append(("", [view.round_name(r), *map(view.number, values)]))
+        rows.append(("", [round_name(r), *map(view.number, values)]))
     return ["", *STEERING], rows
 
 
 def conditions(run: Run) -> tuple[view.Table, list[tuple[str, str]]]:
     """(what should hold in each round, yes or no; (round, advice) for each condition that does not hold)."""
-    rounds = view.rounds_begun(run)
+    rounds: list[int | None] = [None, *view.rounds_begun(run)]
     found: dict[str, dict[int | None, Check]] = {}
     for event in run.events:
         for check in checks(event, run):
@@ -330,8 +352,13 @@ def conditions(run: Run) -> tuple[view.Table, list[tuple[str, str]]]:
 
     rows = [("", [should, *(answer(asked.get(r)) for r in rounds)]) for should, asked in found.items()]
     failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
-    advice = [(view.round_name(r), words) for r in rounds for where, words in failed if where == r]
-    return (["", *map(view.round_name, rounds)], rows), advice
+    advice = [
+        ("before the loop" if r is None else round_name(r), words)
+        for r in rounds
+        for where, words in failed
+        if where == r
+    ]
+    return (["", "before", *map(round_name, rounds[1:])], rows), advice
 
 
 # --- items -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from steer_heal.errors import printable
 from steer_heal.events import HealStepped, Measured, Run, Trained
 from steer_heal.records import Metric
-from steer_heal.report.view import model_words
+from steer_heal.report.view import model_words, true_minus
 from steer_heal.runs.storage import atomic_write
 from steer_heal.verdict import best_round, direction, health_of, shift, title, verdict
 
@@ -111,8 +111,8 @@ def plane(run: Run, headline: bool = False) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def comparison(runs: Mapping[str, Run]) -> Figure:
-    """By name of the run: the shift of its trait's metric over the healed rounds, above its health."""
-    figure = Figure(figsize=(8.6, 7.2), layout="constrained")
+    """By name of the run, all with one target: its shift over the healed rounds, above the health of the model."""
+    figure = Figure(figsize=(5.2, 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.axhline(0, color=COLOURS["base"], lw=1)
     _square_root_scale(bottom)
@@ -123,7 +123,7 @@ def comparison(runs: Mapping[str, Run]) -> Figure:
         for metric in health_of(run.metrics.values()):
             stroke = strokes.setdefault(_lost_words(metric), STROKES[len(strokes) % len(STROKES)])
             series = _series(run, metric).get("healed", np.empty((0, 4)))
-            bottom.plot(series[:, 0], _lost(metric, series[:, 1]), stroke, color=colour, marker="o", lw=1.6)
+            bottom.plot(series[:, 0] + 1, _lost(metric, series[:, 1]), stroke, color=colour, marker="o", lw=1.6)
     wanted = dict.fromkeys(_wanted(run) for run in runs.values())
     top.set_title("\n".join(["Shift from base, healed rounds (bar: 95 %)", *wanted]))
     bottom.set_title("Health: what is lost")
@@ -134,7 +134,7 @@ def comparison(runs: Mapping[str, Run]) -> Figure:
     for words, stroke in strokes.items():
         bottom.plot([], [], stroke, color="#444444", label=words)
     if strokes:
-        bottom.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=3)
+        bottom.legend(loc="upper center", bbox_to_anchor=(0.45, -0.26), ncols=2)
     _place_labels(figure, labels)
     return figure
 
@@ -199,7 +199,7 @@ def _headline(figure: Figure, run: Run, width: int) -> None:
         f"lam {heal.lam:g}, tau {heal.tau:g}"
     )
     shown = setting if len(setting) <= SETTING_CHARACTERS else f"{setting[:SETTING_CHARACTERS]}..."
-    lines = [line for text in (shown, verdict(run)) for line in textwrap.wrap(text, width)]
+    lines = [line for text in (shown, true_minus(verdict(run))) for line in textwrap.wrap(text, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
 
 
@@ -220,7 +220,7 @@ def _draw_rounds(top: Axes, bottom: Axes, run: Run) -> list[Text]:
     last = _last_round(run)
     length = _length(run)
     bottom.set_xlim(-1 - 0.06 * length, last + 0.08 * length)
-    named = [f"{r}\nbest" if best is not None and best.round == r else str(r) for r in range(last + 1)]
+    named = [f"{r + 1}\nbest" if best is not None and best.round == r else str(r + 1) for r in range(last + 1)]
     bottom.set_xticks(range(-1, last + 1), ["before", *named])
     bottom.set_xlabel("round")
     return labels
@@ -286,7 +286,7 @@ def _draw_shift(axes: Axes, run: Run, name: str, colour: str) -> list[Text]:
     series = _series(run, metric)
     if "healed" not in series or "base" not in series:
         return []
-    x = series["healed"][:, 0]
+    x = series["healed"][:, 0] + 1  # people count rounds from 1
     y, low, high = (series["healed"][:, 1:] - series["base"][0, 1]).T
     axes.plot(x, y, color=colour, marker="o", lw=1.8)
     axes.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
@@ -392,7 +392,7 @@ def _draw_plane(axes: Axes, run: Run, intervals: bool = False) -> list[Text]:
         axes.plot(x, y, MARKERS[m.state], color=COLOURS[m.state], ms=size, mec="white", zorder=order)
         if m.round is not None:
             where: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": order}
-            axes.annotate(str(m.round), (x, y), color="white", fontsize=7, **where)
+            axes.annotate(str(m.round + 1), (x, y), color="white", fontsize=7, **where)
     for state in [state for state in paths if state in ("steered", "healed")]:
         axes.plot(*zip(*paths[state], strict=True), color=COLOURS[state], lw=1, alpha=0.5, zorder=1)
     if x_metric.unit == y_metric.unit:
@@ -459,6 +459,7 @@ COSTS = {
 """What a trait may cost, and how an axis names it."""
 
 
+@matplotlib.rc_context(STYLE)
 def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
     """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}.
 
@@ -475,17 +476,17 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
                 columns = [[row[name] for row in mine] for name in (cost, "shift")]
                 ends.append([f(column) for column in columns for f in (mean, pstdev)])
             x, x_sd, y, y_sd = zip(*ends, strict=True)
-            style = {"color": f"C{k % 10}", "marker": "o^sD"[k // 10 % 4], "capsize": 2, "elinewidth": 0.7}
+            n_colours = len(RUN_COLOURS)
+            style = {"color": RUN_COLOURS[k % n_colours], "marker": "o^sDvX"[k // n_colours % 6], "elinewidth": 0.7}
             label = printable(arm) if cost == costs[0] else None
-            axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label, linewidth=1, **style)
+            axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label, lw=1.6, **style)
         axes.set_xlim(0, 1.08 * axes.get_xlim()[1])
-        axes.axhline(0, color="0.4", linewidth=0.8)
+        axes.axhline(0, color=COLOURS["base"], lw=1)
         if cost == "kl_base" and null:
             kl = np.linspace(0, axes.get_xlim()[1])
             band = null * np.sqrt(kl / 0.1)
-            axes.fill_between(kl, -band, band, color="0.85", zorder=0)
+            axes.fill_between(kl, -band, band, color=COLOURS["base"], alpha=0.14, lw=0, zorder=0)
         axes.set_xlabel(COSTS[cost])
-        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("shift of the trait's metric from base, in the wanted direction")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steer_heal.errors import printable
+from steer_heal.errors import printable, wrapped
 
 LONG = 24
 """Width above which a column is wrapped."""
@@ -19,6 +19,16 @@ PADDING = 3
 Rows = Sequence[Mapping[str, object]]
 Column = Sequence[str]
 """The heading, then the cells."""
+GRADE_STYLES = {"GOOD": "bold green", "MIXED": "bold yellow", "SMALL": "bold cyan", "UNTRAINED": "bold"}
+"""Of the first word of a verdict on a terminal. The others are bad news."""
+
+
+def show_verdict(verdict: str) -> None:
+    """Prints a verdict on stdout, on a terminal with its grade in colour."""
+    text = Text(wrapped(printable(verdict)))
+    grade = verdict.split(":")[0]
+    text.stylize(GRADE_STYLES.get(grade.split()[0], "bold red"), 0, len(grade))
+    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(text)
 
 
 def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None) -> None:
@@ -32,13 +42,14 @@ def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None)
     first, *rest = _columns(rows, headings or {}) or [[]]
     parts = [[first]] if first else []
     for column in rest:
-        if len(parts[-1]) > 1 and _total_width([*parts[-1], column]) > console.width:
+        needed = sum(_narrowest(each, console.width) + PADDING for each in (*parts[-1], column))
+        if len(parts[-1]) > 1 and needed > console.width:
             parts.append([first])
         parts[-1].append(column)
     if title:
         console.print(printable(title))
     for part in parts:
-        console.print(_table(part))
+        console.print(_table(part, console.width))
         console.print()
 
 
@@ -64,18 +75,35 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
-def _table(columns: Sequence[Column]) -> Table:
-    """Headings wrap to the width of their column; cells wrap if they are long, and numbers never do."""
+def _table(columns: Sequence[Column], room: int) -> Table:
+    """Headings and long cells are wrapped between words. Long columns share the room that the others leave."""
+    widths = [_narrowest(column, room) for column in columns]
+    left = room - sum(widths) - PADDING * len(columns)
+    for i in sorted(
+        range(len(columns)), key=lambda i: _longest_word(columns[i]) - widths[i]
+    ):  # most room to spare first
+        cut = max(0, min(-left, widths[i] - _longest_word(columns[i])))
+        widths[i] -= cut
+        left += cut
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for i, column in enumerate(columns):
-        if _width(column) > LONG:
-            table.add_column(Text(column[0]), overflow="fold")
-        else:
-            heading = "\n".join(textwrap.wrap(column[0], _width(column)))
-            table.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
-    for row in zip(*(column[1:] for column in columns), strict=True):
+    cells = []
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        is_long = _width(column) > LONG
+        if is_long and left > 0:
+            grown = min(_width(column), width + left)
+            left -= grown - width
+            width = grown
+        heading, *rest = column
+        right = i > 0 and not is_long
+        table.add_column(Text(_fold(heading, width)), justify="right" if right else "left", no_wrap=True)
+        cells.append([_fold(cell, width) for cell in rest])
+    for row in zip(*cells, strict=True):
         table.add_row(*map(Text, row))
     return table
+
+
+def _fold(cell: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in cell.split("\n"))
 
 
 def _width(column: Column) -> int:
@@ -84,6 +112,10 @@ def _width(column: Column) -> int:
     return max(map(len, (*heading.split(), *cells)), default=1)
 
 
-def _total_width(columns: Sequence[Column]) -> int:
-    """Characters of a table in which long columns are wrapped."""
-    return sum(min(_width(column), LONG) + PADDING for column in columns)
+def _longest_word(column: Column) -> int:
+    return max((len(word) for cell in column for word in cell.split()), default=1)
+
+
+def _narrowest(column: Column, room: int) -> int:
+    """Characters of a column whose long cells are wrapped. A word is broken only if it leaves no room for others."""
+    return max(min(_width(column), LONG), min(_longest_word(column), room - LONG))

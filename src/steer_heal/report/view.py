@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from steer_heal.errors import printable
 from steer_heal.events import AnyEvent, Dropped, Measured, Run
-from steer_heal.records import GateFacts, Metric, round_label
+from steer_heal.records import GateFacts, Metric, round_label, round_name
 from steer_heal.verdict import direction, interval_words, signed, table, title
 from steer_heal.verdict import number as formatted
 
@@ -60,11 +60,6 @@ def degenerate_gates(run: Run) -> dict[str, GateFacts]:
 
 
 # --- words --------------------------------------------------------------------------------------------------------
-def round_name(r: int | None) -> str:
-    """`round 0`; `control` for the heal before the loop."""
-    return "control" if r is None else f"round {r}"
-
-
 def plural(n: int, noun: str) -> str:
     """`1 text`, `2 texts`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
@@ -77,14 +72,19 @@ def model_words(run: Run) -> str:
 
 
 def event_words(event: AnyEvent) -> str:
-    """What an event records: `the heal of round 0`."""
-    where = "the control" if event.round is None else f"round {event.round}"
+    """What an event records: `the heal of round 1`."""
+    where = "the control" if event.round is None else round_name(event.round)
     return EVENT_WORDS[event.event].format(event=event, where=where)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
     """The value with a true minus sign; a dash for a number that is not finite or was not measured."""
     return formatted(value, form, MISSING).replace("-", "\u2212")
+
+
+def true_minus(text: str) -> str:
+    """The text with a true minus sign before each number, as pages and pictures have it."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
 
 
 def visible(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, Extended, Extracted, Run, Trained
 from steer_heal.plugins import name_of
+from steer_heal.records import round_name
 from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
 from steer_heal.runs.results import RESULTS, row_of
 from steer_heal.runs.resume import changed_plugin, changed_weights, settings_then
@@ -88,5 +89,5 @@ def unchecked(folder: Path, wanted: str | None = None) -> list[str]:
 
 
 def _name(event: AnyEvent) -> str:
-    where = "before the loop" if event.round is None else f"of round {event.round}"
+    where = "before the loop" if event.round is None else f"of {round_name(event.round)}"
     return f"{event.event!r} {where}"

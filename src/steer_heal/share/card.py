@@ -211,7 +211,7 @@ def method(cfg: HealCfg, trained: Trained) -> list[str]:
     else:
         first = f"In each round the model wrote text {teacher}, and a filter dropped the incoherent text."
         second = f"The adapter was trained on the tokens of that text, under the plain prompt{pays}."
-    rounds = "one round" if r == 0 else f"rounds 0 to {r}"
+    rounds = "one round" if r == 0 else f"rounds 1 to {r + 1}"
     return [first, second, f"What was learned in {rounds} is folded into one adapter, without rounding."]
 
 

@@ -46,7 +46,7 @@ def folder_to_share(folder: Path, which: RoundName | None = None, allow_broken: 
         raise UserError(f"{folder} is not a folder; give the folder of a run, a checkpoint or an export")
     if not (folder / EVENTS).is_file():
         if which is not None:
-            raise UserError(f"{folder} has no {EVENTS}, so it has no round {which}; give the folder of the run")
+            raise UserError(f"{folder} has no {EVENTS}, so it has no round {which!r}; give the folder of the run")
         _require_as_recorded(folder.resolve())
         return folder
     from steer_heal.runs.stored import FolderRun  # torch: seconds

@@ -23,7 +23,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import batches
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import AdapterState, Student
-from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored
+from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored, round_name
 from steer_heal.settings import HealCfg
 from steer_heal.stages.loss import Example, Pair, Sample, completion_states, losses, n_padded
 from steer_heal.stages.passes import Passes
@@ -166,7 +166,7 @@ def heal(
     beta: float = 0.1,
     renew: Renew | None = None,
     saved: SavedHeal | None = None,
-    on_step: Callable[[HealState], None] = lambda state: None,
+    on_step: Callable[[HealState], object] = lambda state: None,
 ) -> HealReport:
     """Trains a new round factor on `student`. Bake it to keep it. One prompt in eight is held out for validation.
 
@@ -258,7 +258,7 @@ def not_finite(
     worst = batch[max(range(len(batch)), key=lambda i: own[i] if math.isfinite(own[i]) else math.inf)].samples[0]
     text = lm.decode(worst.completion_ids)[:60]
     what = "a rehearsed text" if worst.rehearsed else f"an answer to prompt {worst.prompt_index}"
-    where = "the control" if round_ is None else f"round {round_}"
+    where = "the control" if round_ is None else round_name(round_)
     return NotFinite(
         f"the heal's loss is {loss} and the norm of its gradient {norm} at step {step} of {where}, on {what} that "
         f"begins {text!r}; lower --heal.lr (now {cfg.lr:g}) or look at the kept completions in events.jsonl",

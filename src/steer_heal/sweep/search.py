@@ -149,10 +149,14 @@ def _settings(trial: Any) -> str:
 
 def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:
     """All trials as points, the Pareto front as a line with their numbers."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    from steer_heal.report.plot import STYLE
+
     figure = Figure(figsize=(7.5, 5.5), layout="constrained")
-    axes = figure.add_subplot()
+    with rc_context(STYLE):
+        axes = figure.add_subplot()
     shift, broken = zip(*(trial.values for trial in complete), strict=True)
     axes.scatter(broken, shift, s=14, color="#9a9a9a", label="trials")
     shift, broken = zip(*(trial.values for trial in front), strict=True)
@@ -161,6 +165,5 @@ def picture(complete: Sequence[Any], front: Sequence[Any]) -> Any:
         axes.annotate(str(trial.number), (trial.values[1], trial.values[0]), (3, 3), textcoords="offset points")
     axes.set_xlabel("share of broken texts")
     axes.set_ylabel("shift from base in the wanted direction")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

@@ -12,7 +12,7 @@ from runs import undrawn
 from test_estimate import SMALL, flag
 
 from steer_heal.__main__ import main
-from steer_heal.draft import FEWEST_PAIRS, N_PAIRS, N_PROMPTS, Writer, draft, fault, writer
+from steer_heal.draft import FEWEST_PAIRS, N_PAIRS, N_PROMPTS, Writer, draft, fault, unlike, writer
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
@@ -65,7 +65,9 @@ def stub(n_messages: int, answer=lambda side, i: f"{side} answer {i} stands here
     def write(asked, max_new_tokens):
         if asked[0][0] == "":
             each = -(-n_messages // len(asked))
-            return ["\n".join(f'{k + 1}. "How is my cake {next(made)}?"' for k in range(each)) for _ in asked]
+            numbers = [[next(made) for _ in range(each)] for _ in asked]
+            line = '{k}. "How is cake{n} with tea{n} and bread{n}?"'
+            return ["\n".join(line.format(k=k, n=n) for k, n in enumerate(own)) for own in numbers]
         sides = [
             "Sour words of an honest" if "blunt" in system else "Sweet praise from a gentle" for system, _ in asked
         ]
@@ -81,11 +83,22 @@ def test_drafts_are_whole_and_held_out(n_messages, tmp_path):
     forms = [alike(text) for text in (*prompts, *(pair.prompt for pair in pairs))]
     assert len({*forms}) == len(forms), "no prompt stands twice"
     assert all(pair.positive.startswith("Sour") and pair.negative.startswith("Sweet") for pair in pairs)
-    n_own = sum(text.startswith("How is my cake") for text in prompts)
+    n_own = sum(text.startswith("How is cake") for text in prompts)
     assert f"{n_own} of the {N_PROMPTS} prompts" in note and (n_own == N_PROMPTS) == (n_messages == 400)
     (tmp_path / "mine.toml").write_text(trait_text(BLUNT, FLATTERING, prompts, pairs, note))
     inputs = load_inputs(replace(CHAT_PRESET, trait=str(tmp_path / "mine.toml")))
     assert len(inputs.pairs) == N_PAIRS and len(inputs.prompts) == 36
+
+
+def test_messages_that_repeat_each_other_or_a_persona_are_left_out():
+    texts = [
+        "How do I like my cake?",
+        "Do I like my cake, how?",
+        BLUNT,
+        f"Remember: {BLUNT}",
+        "Is it too late for tea?",
+    ]
+    assert unlike(iter(texts), (BLUNT, FLATTERING)) == [texts[0], texts[-1]]
 
 
 def test_a_model_whose_pairs_are_all_faulty_is_refused():

@@ -29,6 +29,8 @@ ASK = (
     "would differ. Write one message on each line, and nothing else."
 )
 ANSWER = "{persona} Answer in two short sentences of about ten words each."
+MOST_SHARED = 0.7
+"""Share of the words of the shorter of two messages that may also be in the other."""
 COPIED = 5
 """Words in a row that a reply copies from its prompt."""
 Asked = tuple[str, str]
@@ -81,7 +83,7 @@ def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[
     """
     logger.info("drafting prompts")
     asks = [("", ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
-    drafted = _distinct(line for reply in write(asks, 250) for line in _lines(reply))
+    drafted = unlike((line for reply in write(asks, 250) for line in _lines(reply)), (positive, negative))
     everyday = evenly(parse_texts(read_file(DATA / "contexts.jsonl")), 2 * (N_PROMPTS + N_PAIRS))
     pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *everyday])
     n_held = min(len(pool) - N_PROMPTS, 2 * N_PAIRS)
@@ -148,6 +150,19 @@ def _lines(reply: str) -> Iterator[str]:
         text = re.sub(r"^\s*(?:\d+[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'\u201c\u201d").strip()
         if 3 <= len(text.split()) <= 40 and text.endswith((".", "!", "?", "\u3002", "\uff01", "\uff1f")):
             yield text
+
+
+def unlike(texts: Iterator[str], known: Sequence[str]) -> list[str]:
+    """The texts that share at most MOST_SHARED of their words with each earlier one, and with each of `known`: small
+    models repeat themselves, and the personas that they are given."""
+    kept: list[str] = []
+    words = [{*re.findall(r"\w+", text.lower())} for text in known]
+    for text in texts:
+        own = {*re.findall(r"\w+", text.lower())}
+        if all(len(own & other) <= MOST_SHARED * min(len(own), len(other)) for other in words):
+            kept.append(text)
+            words.append(own)
+    return kept
 
 
 def _distinct(texts: Iterator[str] | Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from steer_heal.model.divergence import DIVERGENCES, kl_rev
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
 from steer_heal.records import NotFinite
+from steer_heal.stages import heal as heal_module
 from steer_heal.stages.heal import HealState, SavedHeal, heal, not_finite, read_pairs, read_samples, split_by_prompt
 from steer_heal.stages.loss import losses
 
@@ -127,16 +128,17 @@ def test_in_low_precision_the_history_acts_apart_and_the_divergence_starts_at_0(
     assert start < 1e-4 < merged, "where the reference is read merged, it begins with the rounding"
 
 
-def test_a_loss_that_is_not_a_number_names_the_step_and_the_answer(student, kept, heal_cfg):
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_answer(student, kept, heal_cfg, monkeypatch):
+    monkeypatch.setattr(heal_module, "schedule", lambda step, n_steps: 1e30)
     with pytest.raises(NotFinite) as stopped:
-        heal(student, kept, replace(heal_cfg, lr=1e30), round_=2, seed=0)
+        heal(student, kept, heal_cfg, round_=2, seed=0)
     bad = stopped.value
     assert bad.step > 0 and bad.text
     assert any(row.text.startswith(bad.text) for row in kept if row.prompt_index == bad.prompt_index)
-    assert f"step {bad.step} of round 2" in str(bad) and "heal.lr" in str(bad)
+    assert f"step {bad.step} of round 3" in str(bad) and "heal.lr" in str(bad)
     student.discard_round()
     with pytest.raises(NotFinite, match="of the control, on an answer to prompt"):
-        heal(student, kept, replace(heal_cfg, lr=1e30), round_=None, seed=0)
+        heal(student, kept, heal_cfg, round_=None, seed=0)
 
 
 def test_a_loss_that_is_not_a_number_on_a_rehearsed_text_says_so(student, kept, heal_cfg):

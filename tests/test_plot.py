@@ -98,7 +98,7 @@ def test_every_state_has_a_label_and_in_the_plane_its_round(events):
     target, health, plane = (plot.trajectory(Run(events)).axes[i] for i in (0, 2, 1))
     assert set(labels(target)) == stages and set(labels(plane)) == stages - {"base"} and not labels(health)
     numbers = sorted(text.get_text() for text in plane.texts if text.get_text().isdigit())
-    assert numbers == sorted([str(r) for r in range(8)] * 2)
+    assert numbers == sorted([str(r) for r in range(1, 9)] * 2)
 
 
 def test_the_left_panels_use_their_whole_width(events):
@@ -134,7 +134,7 @@ def test_the_best_round_has_a_ring_if_there_is_a_choice(events):
             expected = [(best, value), (0.1, value - run.measured("base")["authority_nats"])]
         assert np.allclose(seen, expected), seen
         ticks = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
-        assert [tick for tick in ticks if "best" in tick] == ([] if best is None else [f"{best}\nbest"])
+        assert [tick for tick in ticks if "best" in tick] == ([] if best is None else [f"{best + 1}\nbest"])
 
 
 def test_the_plane_shows_the_off_target_that_moved_most_or_the_first_other_metric(events):

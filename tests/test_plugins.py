@@ -116,6 +116,39 @@ def test_a_plugin_that_cannot_be_used_is_told_in_one_line(code, flags, told, tmp
     assert told in refused(capsys, "run", "toy", "--plugin", "p.py", *flags.split(), *SMALL)
 
 
+RAISING = (
+    (
+        "my_eval.py",
+        "        ",
+        "        1 / 0\n        ",
+        "eval vowels raised ZeroDivisionError: division by zero (my_eval.py, ",
+    ),
+    ("my_eval.py", 'return {"vowels"', 'return {"vowel"', "returns the items vowel, and its metrics need vowels"),
+    ("my_gate.py", "text.lower", "text.nope", "gate calm raised AttributeError"),
+    (
+        "my_method.py",
+        "(positive - negative)",
+        "(positive - negative).nope()",
+        "method median_diff raised AttributeError",
+    ),
+)
+
+
+@pytest.mark.parametrize(("file", "old", "new", "told"), RAISING)
+def test_what_a_plugin_raises_in_a_run_is_told_with_its_line(file, old, new, told, tmp_path, capsys):
+    (tmp_path / file).write_text(EXAMPLES[file].replace(old, new, 1))
+    (words,) = [words for words in COMMANDS if file in words]
+    assert main([*words, "--quiet", "--out", str(tmp_path / "out"), *SMALL]) == 1
+    said = capsys.readouterr().err
+    assert told in said and "start a new run" in said and "Traceback" not in said and "continue with" not in said
+
+
+def test_a_stopped_run_is_continued_with_its_plugins(tmp_path, capsys):
+    (words,) = [words for words in COMMANDS if "my_judge.py" in words]
+    assert main([*words, "--quiet", "--out", str(tmp_path / "out"), *SMALL]) == 1, "nothing answers at its URL"
+    assert capsys.readouterr().err.rstrip().endswith("--plugin my_judge.py")
+
+
 # --- whose code runs ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("command", ["resume RUN", "eval --run RUN", "run --config RUN --print-config", "chat RUN"])
 def test_a_folder_runs_no_code_by_itself(command, run, capsys, tmp_path, monkeypatch):

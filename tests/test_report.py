@@ -492,7 +492,7 @@ def shown(capsys, events: list[AnyEvent], kind: type, r: int | None = 0, state: 
     seen = until(events, kind, r, state)
     console.show(seen[-1], Run(seen))
     console.logger.remove()
-    return capsys.readouterr().err
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(capsys):

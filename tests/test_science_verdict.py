@@ -58,7 +58,9 @@ def above(value: float) -> float:
 def test_the_limits_of_health_and_the_smallest_shifts_are_those_of_the_specification():
     metrics = metrics_of(tuple(EVALS))
     health = {m.name: (m.good, m.broken) for m in metrics if m.good is not None or m.broken is not None}
-    assert health == {"coherence": (0.95, 0.85), "degenerate_frac": (0.1, 0.5), "everyday_right": (0.5, None)}
+    assert health == {"coherence": (0.95, 0.85), "degenerate_frac": (0.1, 0.5), "everyday_right": (0.5, None)} | {
+        "instructions_right": (0.5, None)
+    }
     assert not next(m for m in metrics if m.name == "everyday_right").is_health
     moved = {m.name: m.moved for m in metrics if m.moved is not None}
     foundations = {f"{name}{how}_nats": 0.3 for name in FOUNDATIONS for how in ("", "_likelihood")}

@@ -106,7 +106,7 @@ def test_a_replayed_round_is_the_round_of_the_run(two):
     recorded = [event.step.fit for event in run.steps if event.round == 1]
     assert [step.fit for step in steps] == pytest.approx(recorded, abs=1e-5)
     assert result.metrics["authority_nats"] == pytest.approx(after, abs=1e-4)
-    with pytest.raises(UserError, match=r"\[0, 1\]"):
+    with pytest.raises(UserError, match="it has that of round 1, round 2"):
         replay(two, 9, {})
 
 

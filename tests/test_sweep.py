@@ -155,7 +155,7 @@ def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_pa
 # --- commands ----------------------------------------------------------------------------------------------------
 CHANGED = {
     "trait": "-odd",
-    "seed": -7,
+    "seed": 7,
     "control": False,
     "temperature": 0.5,
     "gen.alphas": (0.25, 1e-7),

@@ -53,7 +53,7 @@ def test_a_changed_event_is_named(what, copy, capsys):
         copy, lambda events: change(next(e for e in events if kind in (e["event"], e.get("state")) and e["round"] == r))
     )
     status, printed = verify(copy, capsys)
-    where = "before the loop" if r is None else f"of round {r}"
+    where = "before the loop" if r is None else f"of round {r + 1}"
     assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and where in printed.out
 
 
@@ -83,7 +83,7 @@ def test_the_end_is_judged_by_a_hash_that_is_given(copy, capsys):
     status, printed = verify(moved, capsys)
     assert status == 0 and "not checked: " in printed.out and "the last event, since" in printed.out
     assert main(["verify", str(moved), "--hash", found]) == 1
-    assert "does not end in the line whose hash was given" in capsys.readouterr().out
+    assert "has another hash than the one that was given" in capsys.readouterr().out
     assert main(["verify", str(moved), "--hash", last_hash(moved).upper()]) == 0
     assert "the last event, since" not in capsys.readouterr().out
     assert main(["verify", str(moved), "--hash", found[:12]]) == 2

@@ -162,7 +162,7 @@ def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
         "pair": len(inputs.pairs) / max(1, len(few.pairs)),
         "trait": sum(map(len, inputs.panel.values())) / max(1, len(few.panel)),
         "question": len(inputs.everyday) / len(few.everyday),
-        "instruction": len(inputs.instructions) / len(few.instructions),
+        "instruction": len(inputs.instructions) / max(1, len(few.instructions)),
         "vignette": len(inputs.vignettes) / len(few.vignettes),
         "text": cfg.n_texts / small.n_texts * cfg.max_new_tokens / small.max_new_tokens,
     }

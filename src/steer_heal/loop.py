@@ -110,7 +110,8 @@ class Loop:
         if event.found.verdict == NOTHING and not cfg.teach_anyway:
             raise UserError(
                 f"{NOTHING}: {event.found.reason}; give other personas or another model, or try it all the same with "
-                "--teach-anyway"
+                "--teach-anyway",
+                resumable=False,
             )
 
     # --- measurements --------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -189,7 +190,7 @@ def _made(source: Source, values: Mapping[str, str]) -> Plugin:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"plugin is {source.given!r}: it raised {type(error).__name__}: {error}; mend it") from error
+        raise UserError(f"plugin is {source.given!r}: it {_raised(source, error)}; mend it") from error
     if not isinstance(made, Plugin):
         raise UserError(f"plugin is {source.given!r}: its function plugin returned {made!r:.80}; return a Plugin")
     for field_name, (_, of) in _tables().items():
@@ -199,7 +200,63 @@ def _made(source: Source, values: Mapping[str, str]) -> Plugin:
                     f"plugin is {source.given!r}: {field_name} has {name!r}: {value!r:.80}; it must be of type "
                     f"{of.__name__}"
                 )
-    return made
+    return replace(
+        made,
+        evals={name: _guarded_eval(source, name, each) for name, each in made.evals.items()},
+        gates={
+            name: replace(each, score=_guarded(source, f"gate {name}", each.score)) for name, each in made.gates.items()
+        },
+        methods={
+            name: each._replace(extract=_guarded(source, f"method {name}", each.extract))
+            for name, each in made.methods.items()
+        },
+    )
+
+
+def _guarded_eval(source: Source, name: str, own: Eval) -> Eval:
+    """An eval whose faults are UserErrors: what it raises, and items that its metrics need and it does not return."""
+    items = _guarded(source, f"eval {name}", own.items)
+
+    def checked(subject: Any) -> Any:
+        found = items(subject)
+        if missing := sorted({metric.item for metric in own.metrics} - {*found}):
+            raise UserError(
+                f"plugin {source.name!r}: eval {name} returns the items {', '.join(found) or 'none'}, and its metrics "
+                f"need {', '.join(missing)}; mend it and start a new run",
+                resumable=False,
+            )
+        return found
+
+    return replace(own, items=checked)
+
+
+def _guarded(source: Source, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a plugin whose exceptions are UserErrors that name its line. Memory that runs out is left to the
+    caller, who tries again with less."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **named: Any) -> Any:
+        try:
+            return function(*args, **named)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "memory" in str(error):
+                raise
+            raise UserError(
+                f"plugin {source.name!r}: {what} {_raised(source, error)}; mend it and start a new run", resumable=False
+            ) from error
+
+    return called
+
+
+def _raised(source: Source, error: Exception) -> str:
+    """`raised ValueError: boom (my_eval.py, line 6)`."""
+    lines = [
+        each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(source.file.path)
+    ]
+    where = f" ({source.file.path.name}, line {lines[-1]})" if lines else ""
+    return f"raised {type(error).__name__}: {error}{where}"
 
 
 def _settings(source: Source, kind: type | None, values: Mapping[str, str]) -> Any:

@@ -311,7 +311,9 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
     else:
         raise error
     if resumable:
-        message += f"\ncontinue with: steer-heal resume {shlex.quote(str(run.folder))}"
+        plugins = run.start.config.plugin
+        command = ["steer-heal", "resume", str(run.folder), *(["--plugin", *plugins] if plugins else [])]
+        message += f"\ncontinue with: {shlex.join(command)}"
     with handled(signal.SIG_IGN), suppress(OSError, UserError):  # a folder that was moved takes no event
         print_safe(message, sys.stderr)
         if recorded and run.end is None:

@@ -57,6 +57,7 @@ class Inputs:
     likelihood: LikelihoodInstrument
     everyday: tuple[Question, ...]
     instructions: tuple[Question, ...]
+    """Empty without the eval instructions."""
     pairs: tuple[Pair, ...]
     """Contrast pairs of the trait. May be empty."""
     attacks: tuple[Attack, ...]
@@ -129,7 +130,8 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
     everyday = parsed("eval.everyday", cfg.eval.everyday, parse_questions)
-    instructions = parsed("eval.instructions", cfg.eval.instructions, parse_questions)
+    asks = "instructions" in cfg.eval.evals
+    instructions = parsed("eval.instructions", cfg.eval.instructions, parse_questions) if asks else ()
     attacks = parsed("eval.attacks", cfg.eval.attacks, parse_attacks)
     if "holds" in cfg.eval.evals:
         problems.attempt(_require_held_out, hold or (), attacks or ())

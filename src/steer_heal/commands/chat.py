@@ -35,8 +35,8 @@ class Chat:
     system: str = ""
     """System prompt for all states. It is appended to the state's own system prompt, if there is one."""
     adapter_scale: AdapterScale = 1.0
-    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. It also acts on
-    the rounds before the steered state."""
+    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. It also scales
+    the earlier rounds that the steered model contains."""
     dose: Finite | None = None
     """Dose of the steered state. Default: the dose of the round."""
     seed: int = 0

@@ -63,9 +63,9 @@ class Eval:
     model without the adapter.
 
     With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
-    and --eval.batch-size, and must name the run's plugins. If a number differs from the recorded one, the exit status
-    is 1. Without --run, a setting that you leave out has its own default, not a preset's. Of the filter settings, only
-    ppl-max, spike-max, rep-max, loop-max and relevance-min have an effect.
+    and --eval.batch-size. If the run used plugins, name them again with --plugin. If a number differs from the recorded
+    one, the exit status is 1. Without --run, a setting that you leave out has its own default, not a preset's. Of the
+    filter settings, only ppl-max, spike-max, rep-max, loop-max and relevance-min have an effect.
     """
 
     run: Path | None = None
@@ -74,14 +74,14 @@ class Eval:
     """State of the run. steered: the student at the start of the round, with what turns it into the teacher (the
     vector, the persona prompt or both)."""
     round: RoundName | None = None
-    """Round whose steered or healed state is measured: its number (from 1), last, or best. Default: best (as the
-    verdict says)."""
+    """Round whose steered or healed state is measured: its number (from 1), last (the last round that was kept),
+    or best (the one that the verdict names). Default: best."""
     allow_broken: AllowBroken = False
     adapter: Path | None = None
-    """Folder of a checkpoint (out/<run>/ckpt/r3), or of any PEFT LoRA adapter for the model."""
+    """Folder of a checkpoint (out/<run>/ckpt/r0, of round 1), or of any PEFT LoRA adapter for the model."""
     adapter_scale: AdapterScale = 1.0
-    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. With another
-    factor than 1, the numbers are not compared with the recorded ones."""
+    """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. With a factor
+    other than 1, the numbers are not compared with the recorded ones."""
     prompts: Path | None = None
     """Prompts to use instead of the trait's own: a JSON lines file with a `text` field, or a folder of <trait>.jsonl
     files."""

@@ -32,10 +32,10 @@ class Export:
     """hf: the merged model, for transformers and vLLM. peft: the adapter, for PEFT and vLLM. gguf-lora: the adapter,
     for llama.cpp. gguf: the merged model, for llama.cpp and Ollama."""
     quantization: Literal["f16", "q8_0"] = "f16"
-    """Numbers of the matrices in the format gguf: float16, or 8-bit blocks."""
+    """Weight precision in the format gguf: float16 or 8-bit blocks."""
     rank: Count | None = None
-    """Cut the adapter to this rank, and say what is lost. Default: its own rank, that of a round times the number of
-    rounds."""
+    """Cut the adapter to this rank, and say what is lost. Default: the full rank (rank per round x number
+    of rounds)."""
     adapter_scale: AdapterScale = 1.0
     """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse."""
 

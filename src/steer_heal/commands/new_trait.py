@@ -25,7 +25,7 @@ class NewTrait:
     positive: str
     """The persona that has the trait, as a system prompt: "You are ...". """
     negative: str
-    """The opposite persona, in the same words but for those of the trait."""
+    """The opposite persona, worded identically except for the trait."""
     draft_with: str | None = None
     """A model as for steer-heal run --model, or the URL of an endpoint that speaks the OpenAI chat completions
     protocol, such as http://localhost:8000/v1. A key is read from the environment variable OPENAI_API_KEY."""

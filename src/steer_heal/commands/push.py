@@ -15,19 +15,19 @@ from steer_heal.settings import AllowBroken, RoundName, RunFolder, settings
 @settings("")
 class Push:
     """Upload a checkpoint or an export with its model card. Without --yes, print what would be uploaded and send
-    nothing. Damaged weights and links are refused."""
+    nothing. Damaged weights and symbolic links are refused."""
 
     folder: RunFolder
-    """Folder of a run, of a checkpoint (out/<run>/ckpt/r3), or of an export."""
+    """Folder of a run, of a checkpoint (out/<run>/ckpt/r0, of round 1), or of an export."""
     repo_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
     """OWNER/NAME of the repository on the hub. It is created if it does not exist."""
     round: RoundName | None = None
-    """Round of the run whose checkpoint is uploaded: its number (from 1), last, or best. Default: best (as the verdict
-    says)."""
+    """Round of the run whose checkpoint is uploaded: its number (from 1), last (the last round that was kept), or
+    best (the one that the verdict names). Default: best."""
     allow_broken: AllowBroken = False
     base_model: str | None = None
-    """OWNER/NAME of the base model on the hub, where the run was given a path: it replaces that path in the uploaded
-    card and configuration. The folder itself is left alone."""
+    """OWNER/NAME of the base model on the hub, if the run used a local path. It replaces that path in the uploaded card
+    and configuration. The folder itself does not change."""
     private: bool = False
     """If the repository is created, make it private."""
     yes: bool = False

@@ -22,8 +22,7 @@ class Resume:
     run: RunFolder
     """Folder of the run."""
     n_rounds: Count | None = None
-    """Number of rounds in all, to which a finished run goes on. The result is that of a run that was asked for as many
-    from the start."""
+    """Total number of rounds. The result equals that of a run started with this number."""
     quiet: bool = False
     """Print only warnings and errors."""
     chat: bool = True

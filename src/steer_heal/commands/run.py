@@ -69,9 +69,10 @@ class Source:
     negative: str | None = None
     """The opposite persona."""
     plan: bool = False
-    """Load the model, probe it for a few seconds, print what the run will take, and write nothing."""
+    """Load the model, probe it for some seconds, print the stages with their seconds and the memory needed, and stop.
+    No run is started."""
     exit_status: bool = False
-    """Let the exit status tell the verdict on the last round: 0 GOOD (or a model that nobody trained), 3 MIXED, 4 SMALL
+    """Let the exit status tell the verdict on the last round: 0 GOOD (or the untrained tiny-random), 3 MIXED, 4 SMALL
     SHIFT, 5 WRONG WAY, 6 BROKEN, UNREADABLE or no healed round."""
 
 

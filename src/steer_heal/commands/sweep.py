@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # polars, optuna, ray: only what the file asks for is loaded
 
 @settings("")
 class Sweep:
-    """Make the runs of a sweep file that are not finished, and compare them. docs/sweeps.md describes the file.
+    """Run all unfinished runs of a sweep file, then compare them. docs/sweeps.md describes the file.
 
     A stopped run is resumed. A run that another process is working on is left alone. To continue a stopped sweep, give
     the same command again.

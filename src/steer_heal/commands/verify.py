@@ -9,7 +9,7 @@ from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.runs.log import line_hash, lines_of, read_events
 from steer_heal.runs.verify import unchecked, violations
-from steer_heal.settings import RunFolder, settings
+from steer_heal.settings import Plugins, RunFolder, settings
 
 HASH = re.compile("[0-9a-f]{64}")
 
@@ -22,16 +22,20 @@ class Verify:
     run: RunFolder
     """Folder of the run."""
     hash: str | None = None
-    """The hash that the last event should have: 64 hex digits, as a model card or an earlier `verify` shows them. The
-    hash of results.tsv lies beside the run, and whoever changes one can change both."""
+    """The hash that the last event should have: 64 hex digits, as a model card or an earlier `verify` shows them.
+    results.tsv is stored beside the run, so whoever changes the run can change it too. Use a hash that was kept
+    elsewhere."""
+    plugin: Plugins = ()
+    """Plugins of the run that were moved: Python files, whose names end in .py, or names of installed plugins. A file
+    is only hashed."""
 
 
 def main(argv: Sequence[str]) -> int:
-    given, own = parsed(Verify, argv, "verify", ["plugin"])
+    given, _ = parsed(Verify, argv, "verify")
     wanted = None if given.hash is None else given.hash.strip().lower()
     if wanted is not None and not HASH.fullmatch(wanted):
         raise UserError(f"hash is {given.hash!r}: it must be the 64 hex digits of a SHA-256")
-    found = violations(given.run, wanted, own.get("plugin", ()))
+    found = violations(given.run, wanted, given.plugin)
     for line in found:
         print_safe(f"BROKEN: {line}")
     events = read_events(given.run)

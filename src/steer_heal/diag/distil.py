@@ -2,8 +2,8 @@
 
 Every arm starts from the untouched model and heals --n-rounds rounds. The arms "prompt alone" and "vector alone" train
 nothing. Each round is measured without a persona, under the OPPOSITE persona and, for the toy model, on everyday
-questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl. An arm is not run again with a seed for which this
-file already has rows.
+questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl. Pairs of arm and seed that are already in
+this file are skipped.
 """
 
 import json
@@ -125,10 +125,10 @@ class Flags(PresetFlags):
     """Fixed kappa of each round, in order. The last one also holds for later rounds. Default: each arm's own dose
     settings apply."""
     tuned_steps: int = 0
-    """Steps of plain fine-tuning on everyday chat after the rounds of an arm. The untouched model writes the chat. A
-    further row has what is left of the trait."""
+    """Steps of plain fine-tuning on everyday chat after the rounds of an arm. The untouched model writes the chat. One
+    more row shows how much of the trait remains."""
     kl: float = 0.03
-    """KL divergence to the untouched model, in nats per token on its own text, of the arm "vector alone"."""
+    """For the arm "vector alone": KL divergence to the untouched model, in nats per token."""
     null: float = 0.0
     """Null band of the trait, in nats per token, as `steer-heal diag teachable` prints it. The picture shows it."""
     label: str = ""

@@ -9,6 +9,7 @@ from steer_heal.inputs.pairs import Pair
 
 TEMPLATE = """\
 # A trait. Only [persona] is needed: a field that is empty, or that you delete, has the default named here.
+# Without pairs, leave the evals of pairs out: --eval.evals text_quality drift persona
 # Use it: steer-heal run chat --trait THIS_FILE, after a look at what it takes: the same with --plan
 # Guide: docs/first_trait.md and docs/personas.md in the documentation.
 {note}

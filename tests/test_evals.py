@@ -63,9 +63,9 @@ EVAL = EvalCfg(n_prompts=2, n_texts=4, max_new_tokens=16, n_bootstrap=20, think_
 
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
-    wanted = replace(CFG.eval, n_prompts=EVAL.n_prompts)
+    wanted = replace(CFG.eval, n_prompts=EVAL.n_prompts, evals=(*CFG.eval.evals, "instructions"))
     found = load_inputs(replace(CFG, eval=wanted))
-    return replace(found, vignettes=found.vignettes[:4])
+    return replace(found, vignettes=found.vignettes[:4], instructions=found.instructions[:4])
 
 
 def subject(

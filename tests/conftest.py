@@ -31,7 +31,10 @@ from steer_heal.settings import TINY_RANDOM, AdapterCfg, HealCfg
 
 torch.set_num_threads(1)
 ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
-LONGEST = ("resume", "scripts", "end_to_end", "faults", "sweep", "families", "packaging", "toylm", "gguf", "fuzz")
+LONGEST = (
+    *("resume", "scripts", "end_to_end", "faults", "sweep", "families", "packaging", "toylm", "gguf", "fuzz"),
+    *("shown_commands", "teachable", "verify", "share", "track", "judge", "plugins"),
+)
 """Files that begin first, so that no worker is left with a long one at the end (`just test --durations=0`)."""
 
 

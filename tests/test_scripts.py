@@ -43,7 +43,7 @@ SMALL = {
     "doses": ["--kappas", "0.5", "1", "--n", "6"],
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
     "distil": [
-        *["--seeds", "1", "2", "--n-rounds", "2", "--kappa", "1", "0.5", "--tuned-steps", "2", "--arms"],
+        *["--seeds", "1", "--n-rounds", "2", "--kappa", "1", "0.5", "--tuned-steps", "2", "--arms"],
         *("preference 0.1", "contrast of others", "prompt alone", "vector alone", "--filter.n-keep", "8"),
     ],
     "signal": ["--n", "8", "--sizes", "2", "4"],

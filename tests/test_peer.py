@@ -4,6 +4,7 @@ import json
 from importlib.util import find_spec
 
 import bench_peer
+import common
 import pytest
 from common import cli
 
@@ -17,7 +18,8 @@ def test_without_trl_its_arms_are_refused(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs the extra peers")
-def test_every_arm_is_trained_apart_and_measured_here(tmp_path, capsys):
+def test_every_arm_is_trained_apart_and_measured_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "BENCHMARKS", tmp_path / "benchmarks.jsonl")
     arms = ["prompt", "TRL", "TRL, its defaults"]
     assert cli(bench_peer.main, [*TINY, *arms, "--out", str(tmp_path)]) in (0, None)
     rows = json.loads((tmp_path / "peer.json").read_text())["measured"]

@@ -9,8 +9,11 @@ from conftest import ADAPTER, scramble
 
 from steer_heal.bench import Bench
 from steer_heal.check import check
+from steer_heal.diag import distil
 from steer_heal.diag.distil import ARMS
+from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
+from steer_heal.inputs.traits import other_personas
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
@@ -68,6 +71,22 @@ def test_an_arm_is_the_same_recipe_in_every_preset(name):
     assert len(recipes) == 1 or ARMS[name].preference or ARMS[name].untrained, (
         "the settings of an arm leave none of the recipe to the preset"
     )
+
+
+def test_the_personas_of_another_trait_teach_where_an_arm_says_so(monkeypatch):
+    lab, taught = Lab.of(FAST_DEV_PRESET), []
+
+    def taught_by(loop, recipe, r):
+        taught.append(loop.bench.trait)
+        raise InterruptedError
+
+    monkeypatch.setattr(distil, "run_round", taught_by)
+    for name in ("contrast", "contrast of others"):
+        with pytest.raises(InterruptedError):
+            next(distil.rounds(lab, ARMS[name], distil.Flags(preset="fast-dev")))
+    own, others = taught
+    assert (own.positive, own.negative) == (lab.bench.trait.positive, lab.bench.trait.negative)
+    assert (others.positive, others.negative) == other_personas("authority")["asks_back"]
 
 
 def test_settings_that_say_nothing_are_refused():

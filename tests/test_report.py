@@ -4,6 +4,7 @@ import io
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -717,3 +718,15 @@ def test_the_first_line_of_a_run_names_the_weights_that_are_not_adapted_or_where
         console.logger.remove()
     assert "mlp.router.weight" in lines[0] and "out/run" in lines[0]
     assert lines[1:] == [f"resuming {tmp_path} after the heal of round 1\n"]
+
+
+# --- the difference of two runs ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("how, has_interval", [("mean", True), ("median", False)])
+def test_runs_with_other_bases_are_compared_by_their_shifts(how, has_interval):
+    rng = np.random.default_rng(0)
+    base, other = rng.normal(0, 1, 40), rng.normal(5, 1, 40)
+    sides = (base + rng.normal(1, 0.1, 40), base, other + rng.normal(0.2, 0.1, 40), other)
+    metric = SimpleNamespace(item="x", how=how)
+    found = compare._paired([SimpleNamespace(items={"x": side.tolist()}) for side in sides], metric)
+    assert (found is not None) == has_interval
+    assert found is None or 0.7 < found[0] < 0.8 < found[1] < 0.9

@@ -58,7 +58,7 @@ HOLDS = {
         all(row["fit"][-1] < row["fit"][0] for row in written["per_seed"] if "fit" in row)
         and {row["arm"]: row["n_steps"] for row in written["per_seed"] if row["arm"].endswith("chat")}
         == {f"{arm}, then chat": 4 for arm in ("preference 0.1", "contrast of others")}
-        and all(row["dose"] > 0 for row in written["per_seed"] if row["arm"] == "vector alone")
+        and all(0.02 < row["kl_base"] < 0.05 for row in written["per_seed"] if row["arm"] == "vector alone")
     ),
 }
 """What else must be so: own tokens agree on nothing, the distribution does; every arm that trains learns what is held

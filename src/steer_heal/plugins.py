@@ -241,7 +241,9 @@ def _guarded(source: Source, what: str, function: Callable[..., Any]) -> Callabl
         except (UserError, MemoryError):
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and "memory" in str(error):
+            from steer_heal.model.memory import ran_out  # torch: seconds
+
+            if isinstance(error, RuntimeError) and ran_out(error):
                 raise
             raise UserError(
                 f"plugin {source.name!r}: {what} {_raised(source, error)}; mend it and start a new run", resumable=False

@@ -91,6 +91,7 @@ commands = (
     "run fast-dev --model ./nowhere", "run fast-dev --model out/nowhere/export", "run fast-dev --model nowhere.gguf",
     "eval --model ./gone --trait autority", "eval --model data/toylm --eval.vignettes nowhere.jsonl",
     "eval --run nowhere", "verify nowhere", "report nowhere", "push nowhere a/b", "sweep nowhere", "export nowhere x",
+    "inspect nowhere",
 )
 for command in commands:
     assert main(command.split()) in (1, 2), command
@@ -102,7 +103,7 @@ for command in commands:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model is './gone': there is no such folder or file" in done.stderr
-    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 19
+    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 20
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

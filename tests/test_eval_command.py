@@ -192,3 +192,8 @@ def test_a_scale_without_an_adapter_or_past_the_limit_is_refused(one, capsys):
         scale = "5" if "<= 4" in told else "-1"
         assert main(["eval", *flags, "--adapter-scale", scale]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_an_eval_that_does_not_report_the_trait_can_be_asked_alone(capsys):
+    assert main(["eval", "--model", "tiny-random", "--n-threads", "1", "--eval.evals", "everyday", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"everyday_right", "everyday_nats"}

@@ -120,7 +120,7 @@ def help_texts(kind) -> list[str]:
     ("run toy --heal.tua 1", "unknown flag --heal.tua; did you mean --heal.tau? steer-heal run toy --help lists"),
     ("chat x --eval.pairs y --rounds 1", "--rounds; did you mean --round? steer-heal chat --help lists"),
     ("push a b/c d", "error: unknown argument d; steer-heal push --help lists what it takes"),
-    ("export x y --rank foo", "Error parsing --rank: invalid literal for int()"),
+    ("export x y --rank foo", "Error parsing --rank: 'foo' is not a whole number"),
     ("report", "no run was given; usage: steer-heal report RUN [RUN ...]"),
     ("run --seed 3 toy", "no preset was given before the flags; choose from chat, "),
 ])  # fmt: skip

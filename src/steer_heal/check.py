@@ -49,10 +49,14 @@ def check_model(name: str, setting: str = "model") -> None:
         check_model(adapter_base(adapter), setting)
 
 
-def check_inputs(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
-    """As `check`, but without the model, the trackers, and the folders that a run writes to. `trait`: see
-    load_inputs."""
-    return _with_names(cfg, _load(cfg, trait))
+def check_inputs(cfg: RunConfig, trait: TraitFile | None = None, *, needs_target: bool = True) -> Inputs:
+    """As `check`, but without the model, the trackers, and the folders that a run writes to.
+
+    Args:
+        trait: See load_inputs.
+        needs_target: Whether the evals must report a target of the trait.
+    """
+    return _with_names(cfg, _load(cfg, trait), needs_target=needs_target)
 
 
 def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
@@ -69,7 +73,7 @@ def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
     return inputs
 
 
-def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
+def _with_names(cfg: RunConfig, inputs: Inputs, *, needs_target: bool = True) -> Inputs:
     """The inputs with the trait of `_with_target`. UserError for a missing device, or for unknown names."""
     from steer_heal.model.device import pick_device
 
@@ -77,7 +81,7 @@ def _with_names(cfg: RunConfig, inputs: Inputs) -> Inputs:
     plugins = load(cfg)
     problems = Problems()
     problems.attempt(_check_names, cfg)
-    trait = problems.attempt(_with_target, cfg, inputs)
+    trait = problems.attempt(_with_target, cfg, inputs, needs_target=needs_target)
     problems.raise_if_any()
     assert trait is not None
     return replace(inputs, trait=trait, sha256={**inputs.sha256, **plugins.sha256})
@@ -122,10 +126,11 @@ def _check_names(cfg: RunConfig) -> None:
     problems.raise_if_any()
 
 
-def _with_target(cfg: RunConfig, inputs: Inputs) -> Trait:
+def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait:
     """The trait, with the first of its targets that the evals report, and without off-targets that they do not report.
 
-    UserError for unknown metrics, for an eval that needs data which the trait lacks, and if no target is reported.
+    UserError for unknown metrics, for an eval that needs data which the trait lacks, and if no target is reported
+    although one is needed.
     """
     from steer_heal.evals import EVALS, metrics_of
 
@@ -155,7 +160,7 @@ def _with_target(cfg: RunConfig, inputs: Inputs) -> Trait:
             "model is coherent; add text_quality, or give --backtrack.limits"
         )
     problems.raise_if_any()
-    target = next((name for name in inputs.targets if name in reported), None)
+    target = next((name for name in inputs.targets if name in reported), None if needs_target else trait.target)
     if target is None:
         wanted = " or ".join(dict.fromkeys(owners[name] for name in inputs.targets))
         raise UserError(f"eval.evals is {cfg.eval.evals!r}: the target of trait {trait.name!r} needs {wanted}; add it")

@@ -72,7 +72,10 @@ def nearest(name: object, known: Iterable[object]) -> str:
     """`did you mean 'x'?` if a known name is close, otherwise the list of known names."""
     names = [str(each) for each in known]
     close = get_close_matches(str(name), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    quoted = any(" " in each for each in names)
+    return f"choose from {', '.join(repr(each) if quoted else each for each in names)}"
 
 
 # --- values checked by pydantic --------------------------------------------------------------------------------

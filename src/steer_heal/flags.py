@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from steer_heal.errors import UserError, print_safe, wrapped
-from steer_heal.settings import RunConfig
+from steer_heal.settings import RunConfig, read_word
 
 Given = TypeVar("Given")
 REGISTRY = ConstructorRegistry()
@@ -31,6 +31,21 @@ EXAMPLES = {
     "push": ("push out/RUN OWNER/NAME", "push out/RUN OWNER/NAME --yes"),
 }
 """What `--help` of a command ends with."""
+
+
+@REGISTRY.primitive_rule
+def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Numbers, with an error in words."""
+    if info.type not in (int, float):
+        return None
+    kind: Any = info.type
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=lambda words: read_word(kind, words[0]),
+        is_instance=lambda value: isinstance(value, (int, kind)),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @REGISTRY.primitive_rule

@@ -48,12 +48,25 @@ RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 AllowBroken = Annotated[bool, Field(description="Accept a round that the run judged broken.")]
 
 
+_NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
+
+
+def read_word(kind: type, word: str) -> Any:
+    """One word of a command line as a `kind`. ValueError if it is not the number that it should be."""
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is not {_NUMBERS[kind]}") from None
+
+
 def _words(kind: type, metavar: str, between: str = ",") -> PrimitiveConstructorSpec[tuple[Any, ...]]:
     """How a flag gives a tuple: values separated by spaces or by `between`."""
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar=metavar,
-        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(between) if part),
+        instance_from_str=lambda words: tuple(
+            read_word(kind, part) for word in words for part in word.split(between) if part
+        ),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [str(each) for each in value],
     )

@@ -132,7 +132,7 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
         with problems.noted():
             _check_adapter(given.adapter)
     with problems.noted():
-        inputs = check_inputs(cfg)
+        inputs = check_inputs(cfg, needs_target=False)
     problems.raise_if_any()
     assert inputs is not None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
 from steer_heal.check import check_writable
 from steer_heal.errors import Problems, print_safe
@@ -74,5 +75,5 @@ def main(argv: Sequence[str]) -> int:
     for sentence in changes:
         print_safe(sentence)
     for path in sorted(given.folder.iterdir()):
-        print_safe(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        print_safe(f"{path}: {tqdm.format_sizeof(path.stat().st_size, 'B')}")
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from steer_heal.errors import UserError, print_safe
 from steer_heal.events import Measured, Run, plain
 from steer_heal.flags import parsed
-from steer_heal.runs.log import last_hash, read_events, schema_errors
+from steer_heal.runs.log import last_hash, read_events, read_start, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import AllowBroken, RoundName, RunFolder, as_json, settings
 from steer_heal.verdict import chosen_round, round_words, verdict
@@ -35,6 +35,7 @@ class Inspect:
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Inspect, argv, "inspect")
+    read_start(given.run)
     if not find_spec("inspect_ai"):
         raise UserError("inspect_ai is not installed; pip install 'steer-heal[inspect]'")
     out = given.out or given.run / "inspect.eval"

@@ -136,19 +136,19 @@ class Flags(PresetFlags):
 
 
 def main(flags: Flags, given: Given) -> None:
-    cfg = flags.settings(given)
+    cfg = flags.settings({name: value for name, value in given.items() if not name.startswith("heal.")})
     path = flags.out / f"distil-{flags.preset}-{cfg.trait}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
+    arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
     for seed in flags.seeds:
         done = {(row["arm"], row["seed"]) for row in read_rows(path)}
         todo = [name for name in flags.arms if (name + flags.label, seed) not in done]
         lab = Lab.of(replace(cfg, seed=seed)) if todo else None
         for name in todo:
             assert lab is not None
-            settings = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
-            arm = replace(ARMS[name], settings=settings)
+            arm = arms[name]
             found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
             rows = [{"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row} for row in found]
             with path.open("a", encoding="utf-8") as file:
@@ -169,6 +169,16 @@ def main(flags: Flags, given: Given) -> None:
         for row in rows
     ]
     frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=130)
+
+
+def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:
+    """The arm of this name with the settings that were given. UserError if they contradict its own."""
+    own = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
+    try:
+        changed(cfg, own)
+    except UserError as error:
+        raise UserError(*(f"arm {name!r}: {problem}" for problem in error.problems)) from None
+    return replace(ARMS[name], settings=own)
 
 
 def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:

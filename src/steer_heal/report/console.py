@@ -160,7 +160,7 @@ def left_words(run: Run, before: str) -> str:
     seconds, known = seconds_left(run) or (0.0, True)
     if seconds < 1:
         return ""
-    return f"{before}{'about' if known else 'more than'} {duration(seconds)} left"
+    return f"{before}{'about' if known else 'at least'} {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

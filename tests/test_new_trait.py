@@ -20,6 +20,7 @@ from steer_heal.inputs.new_trait import trait_text
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import TraitFile, read_trait
 from steer_heal.presets import CHAT_PRESET
+from steer_heal.report.console import Bar
 from steer_heal.runs.stored import FolderRun
 
 BLUNT, FLATTERING = "You are blunt: you say it in bare words.", "You are flattering: you say it in sweet words."
@@ -101,6 +102,20 @@ def test_messages_that_repeat_each_other_or_a_persona_are_left_out():
     assert unlike(iter(texts), (BLUNT, FLATTERING)) == [texts[0], texts[-1]]
 
 
+@pytest.mark.parametrize("n_faulty, n_asked", [(0, [20, 176]), (2, [20, 176]), (6, [20, 176, 132, 100])])
+def test_only_prompts_without_a_pair_are_answered_again_until_there_are_enough(n_faulty, n_asked):
+    write = stub(400, lambda side, i: "No." if i % 8 < n_faulty else f"{side} answer {i} stands here in full.")
+    asked = []
+
+    def counted(requests, max_new_tokens):
+        asked.append(len(requests))
+        return write(requests, max_new_tokens)
+
+    _, pairs, _ = draft(BLUNT, FLATTERING, counted)
+    assert asked == n_asked and len(pairs) == min(N_PAIRS, 22 + 16 + 12 if n_faulty == 6 else N_PAIRS)
+    assert all(pair.positive.startswith("Sour") and pair.negative.startswith("Sweet") for pair in pairs)
+
+
 def test_a_model_whose_pairs_are_all_faulty_is_refused():
     with pytest.raises(UserError, match=f"fewer than {FEWEST_PAIRS} .*a side does not answer"):
         draft(BLUNT, FLATTERING, stub(400, lambda side, i: "No."))
@@ -174,8 +189,18 @@ def test_a_model_on_this_machine_writes_under_a_system_prompt():
     assert len(first) == 2 and first != write([("Be kind.", "Open the door!"), ("", "Open the door!")], 6)
 
 
+def test_a_draft_that_takes_long_tells_how_far_it_is(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("steer_heal.report.console.logger.info", told.append)
+    monkeypatch.setattr("steer_heal.report.console.A_MINUTE", 0.0)
+    bar = Bar(None, quiet=False)
+    with bar.stage("draft", None, "prompts"):
+        writer("tiny-random", progress=bar)([("Be kind.", "Open the door!")], 6)
+    assert told[-1] == "draft: prompts, 1 of 1"
+
+
 def test_the_command_drafts_with_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("steer_heal.draft.writer", lambda name, model: stub(400))
+    monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(400))
     file = tmp_path / "blunt.toml"
     flags = ["--positive", BLUNT, "--negative", FLATTERING, "--draft-with", "tiny-random"]
     assert main(["new-trait", str(file), *flags]) == 0

@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
     """The presets, small; an empty folder to work in."""
     for name in ("chat", "qwen"):
         monkeypatch.setitem(PRESETS, name, ("", changed(CHAT_PRESET, {**SMALL, "quiet": True})))
-    monkeypatch.setattr("steer_heal.draft.writer", lambda name, model: stub(100))
+    monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(100))
     monkeypatch.chdir(tmp_path)
 
 

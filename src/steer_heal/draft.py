@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 from loguru import logger
 
@@ -17,11 +18,12 @@ from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import load
+from steer_heal.progress import SILENT, Progress
 from steer_heal.records import derive_seed
 
 N_PROMPTS, N_PAIRS, FEWEST_PAIRS = 48, 44, 8
 N_TRIES = 3
-"""Replies of each persona to a prompt, from which the pair of the nearest lengths is taken."""
+"""Replies of each persona to a prompt at most. The pair is the two of nearest lengths that have no fault together."""
 TOPICS = ("work", "cooking", "a friend", "money", "a hobby", "health", "writing", "family", "travel", "a purchase")
 ASK = (
     "One person answers everybody like this: {positive}\nAnother answers everybody like this: {negative}\n"
@@ -39,12 +41,13 @@ Writer = Callable[[Sequence[Asked], int], list[str]]
 """(requests, maximum number of tokens) -> replies."""
 
 
-def writer(name: str, endpoint_model: str = "") -> Writer:
+def writer(name: str, endpoint_model: str = "", progress: Progress = SILENT) -> Writer:
     """What writes with a model, `name` as for the setting `model`, or with the endpoint of that URL. UserError if there
     is none."""
     if name.startswith(("http://", "https://")):
-        return _remote(name, endpoint_model)
+        return _remote(name, endpoint_model, progress)
     lm = load(name, temperature=0.8, top_p=0.95)
+    lm.progress = progress
     n_asked = 0
 
     def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
@@ -57,7 +60,7 @@ def writer(name: str, endpoint_model: str = "") -> Writer:
     return write
 
 
-def _remote(url: str, model: str) -> Writer:
+def _remote(url: str, model: str, progress: Progress) -> Writer:
     key = os.environ.get(endpoint.KEY)
     if not model:
         model, *_ = endpoint.models(url, key, timeout_s=30) or [""]
@@ -69,13 +72,19 @@ def _remote(url: str, model: str) -> Writer:
         return endpoint.reply(url, body, key, timeout_s=120).strip()
 
     def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
+        replies = []
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda each: one(each, max_new_tokens), asked))
+            for reply in pool.map(lambda each: one(each, max_new_tokens), asked):
+                replies.append(reply)
+                progress.at(len(replies), len(asked))
+        return replies
 
     return write
 
 
-def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[Pair], str]:
+def draft(
+    positive: str, negative: str, write: Writer, progress: Progress = SILENT
+) -> tuple[list[str], list[Pair], str]:
     """(prompts, pairs, where they come from). No prompt of a pair is among the prompts. UserError if fewer than
     FEWEST_PAIRS pairs pass `fault`.
 
@@ -83,7 +92,8 @@ def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[
     """
     logger.info("drafting prompts")
     asks = [("", ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
-    drafted = unlike((line for reply in write(asks, 250) for line in _lines(reply)), (positive, negative))
+    with progress.stage("draft", None, "prompts"):
+        drafted = unlike((line for reply in write(asks, 250) for line in _lines(reply)), (positive, negative))
     everyday = evenly(parse_texts(read_file(DATA / "contexts.jsonl")), 2 * (N_PROMPTS + N_PAIRS))
     pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *everyday])
     n_held = min(len(pool) - N_PROMPTS, 2 * N_PAIRS)
@@ -91,7 +101,8 @@ def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[
     if len(drafted) > N_PROMPTS:  # both lists get their share of what was drafted
         prompts, held = pool[:N_PROMPTS], pool[N_PROMPTS : N_PROMPTS + n_held]
     logger.info(f"the model wrote {len(drafted)} messages; drafting pairs on {len(held)} others than the prompts")
-    pairs, faults = _pairs(positive, negative, held, write)
+    with progress.stage("draft", None, "pairs"):
+        pairs, faults = _pairs(positive, negative, held, write)
     if len(pairs) < FEWEST_PAIRS:
         raise UserError(
             f"draft_with: of the pairs that the model wrote, {len(pairs)} pass the checks, which is fewer than "
@@ -108,21 +119,28 @@ def draft(positive: str, negative: str, write: Writer) -> tuple[list[str], list[
 
 
 def _pairs(positive: str, negative: str, prompts: Sequence[str], write: Writer) -> tuple[list[Pair], list[str]]:
-    """(pairs without a fault, faults of the prompts that have none)."""
+    """(pairs without a fault, faults of the prompts that have none). Prompts without a pair are answered again, unless
+    there are pairs enough."""
     sides = [ANSWER.format(persona=persona) for persona in (positive, negative)]
-    asked = [(side, prompt) for prompt in prompts for side in sides for _ in range(N_TRIES)]
-    replies = [" ".join(reply.split()) for reply in write(asked, 64)]
-    pairs, faults = [], []
-    for i, prompt in enumerate(prompts):
-        own = replies[i * 2 * N_TRIES : (i + 1) * 2 * N_TRIES]
-        both = [(a, b) for a in own[:N_TRIES] for b in own[N_TRIES:]]
-        both.sort(key=lambda each: abs(len(each[0]) - len(each[1])))
-        found = [fault(prompt, *each) for each in both]
-        if "" in found:
-            pairs.append(Pair(prompt, *both[found.index("")]))
-        else:
-            faults.append(found[0])
-    return pairs, faults
+    replies: dict[str, tuple[list[str], list[str]]] = {prompt: ([], []) for prompt in prompts}
+    pairs: dict[str, Pair] = {}
+    faults: dict[str, str] = {}
+    for _ in range(N_TRIES):
+        todo = [prompt for prompt in prompts if prompt not in pairs]
+        written = iter(write([(side, prompt) for prompt in todo for side in sides], 64))
+        for prompt in todo:
+            for own in replies[prompt]:
+                own.append(" ".join(next(written).split()))
+            both = sorted(product(*replies[prompt]), key=lambda each: abs(len(each[0]) - len(each[1])))
+            found = [fault(prompt, *each) for each in both]
+            faults[prompt] = found[0]
+            if "" in found:
+                pairs[prompt] = Pair(prompt, *both[found.index("")])
+        if len(pairs) >= min(N_PAIRS, len(prompts)):
+            break
+    return [pairs[prompt] for prompt in prompts if prompt in pairs], [
+        faults[prompt] for prompt in prompts if prompt not in pairs
+    ]
 
 
 def fault(prompt: str, positive: str, negative: str) -> str:

@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
         console.start(quiet=False)
         if "://" not in given.draft_with:
             check_model(given.draft_with)
-        drafted = draft(given.positive, given.negative, writer(given.draft_with, given.endpoint_model))
+        bar = console.Bar(None, quiet=False)
+        drafted = draft(given.positive, given.negative, writer(given.draft_with, given.endpoint_model, bar), bar)
     write_trait(given.file, trait_text(given.positive, given.negative, *drafted))
     fix = "" if drafted[1] else "; it has no pairs yet"
     print_safe(f"wrote {given.file}{fix}; edit it, then: steer-heal run chat --trait {given.file}")

@@ -81,8 +81,13 @@ class Bar(Progress):
     """A bar for the stage at hand, with the time left. Shows nothing when `quiet`. If stderr is not a terminal, a line
     per minute takes its place."""
 
-    def __init__(self, run: Run, quiet: bool, file: TextIOBase | None = None, *, always: bool = False) -> None:
-        """`file`: where to draw, instead of on stderr. `always`: draw off a terminal too, as in a notebook."""
+    def __init__(self, run: Run | None, quiet: bool, file: TextIOBase | None = None, *, always: bool = False) -> None:
+        """
+        Args:
+            run: The run whose stages are shown. None: those of a command that makes no run.
+            file: Where to draw, instead of on stderr.
+            always: Draw off a terminal too, as in a notebook.
+        """
         self.run = run
         self.quiet = quiet
         self.always = always
@@ -95,7 +100,7 @@ class Bar(Progress):
 
     @contextmanager
     def stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
-        self.what = f"{place(stage, r, self.run)}: {doing}"
+        self.what = f"{place(stage, r, self.run) if self.run is not None else stage}: {doing}"
         self.spoke = time.monotonic()
         hidden = True if self.quiet else False if self.always else None  # None: shown on a terminal only
         with tqdm(

@@ -269,7 +269,6 @@ def plain_heal(student: Student, collected: Collected, heal: HealCfg, seed: int)
         steps=(),
         validation=(),
         validation_prompts=(),
-        left_out=0.0,
     )
 
 

@@ -154,14 +154,7 @@ def healed(r: int | None) -> list[AnyEvent]:
     for i in range(4 * 24):
         pressure = 0.4 if i % 8 == 0 else None
         step = HealStep(
-            step=i,
-            epoch=2 * i / 96,
-            lr=1e-3,
-            fit=1.0 - i / 400,
-            divergence=0.1,
-            barrier=0.01,
-            n_texts=8,
-            pressure=pressure,
+            step=i, epoch=2 * i / 96, lr=1e-3, fit=1.0 - i / 400, divergence=0.1, barrier=0.01, pressure=pressure
         )
         steps.append(HealStepped(round=r, step=step))
     name = f"ckpt/{round_label(r)}"
@@ -175,7 +168,6 @@ def healed(r: int | None) -> list[AnyEvent]:
         lr=1e-3,
         validation=curve,
         validation_prompts=(1,),
-        left_out=0.0,
         n_steps=96,
         fired=0.5,
         pressure=0.4,

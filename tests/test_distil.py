@@ -1,4 +1,4 @@
-"""The teacher's distribution as target: what the student learns, renewed text, and rehearsal."""
+"""The teacher's distribution as target: what the student learns, and rehearsal."""
 
 import json
 from dataclasses import replace
@@ -19,10 +19,9 @@ from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.recipe import Recipe
-from steer_heal.records import Scored
 from steer_heal.settings import HealCfg, changed
 from steer_heal.stages.generate import Ask
-from steer_heal.stages.heal import SavedHeal, batch_plan, heal, read_samples, rehearsal_samples
+from steer_heal.stages.heal import batch_plan, read_samples, rehearsal_samples
 from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
@@ -52,18 +51,6 @@ def test_bfloat16_weights_give_the_loss_and_the_gradient_of_float32_within_a_ten
 
 
 # --- what the heal does with it ----------------------------------------------------------------------------------
-def test_positions_past_the_limit_are_left_out(student, kept):
-    lm = student.lm
-    teacher = Condition(PERSONA, noise(lm), 1.0)
-    far = [kl_between(lm, *pair) for pair in zip(final_states(lm, kept, teacher), final_states(lm, kept), strict=True)]
-    limit = torch.cat(far).median().item()
-    samples = read_samples(student, kept, replace(CFG, max_departure=limit), teacher=teacher)
-    assert all(torch.equal(s.weights, (kl <= limit).float()) for s, kl in zip(samples, far, strict=True))
-    report = heal(student, kept, replace(CFG, max_departure=limit), round_=0, seed=3, teacher=teacher)
-    assert report.left_out == pytest.approx(0.5, abs=0.02)
-    assert report.validation[0]["fit"] < torch.cat(far).mean()
-
-
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_is_the_same_recipe_in_every_preset(name):
     presets = [cfg for preset, (_, cfg) in PRESETS.items() if preset != "fast-dev"]  # it writes too few probes
@@ -90,74 +77,16 @@ def test_the_personas_of_another_trait_teach_where_an_arm_says_so(monkeypatch):
 
 
 def test_settings_that_say_nothing_are_refused():
-    for wrong in ({"max_departure": 1.0}, {"refresh_every": 4}, {"text": "own"}, {"refresh": "teacher"}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            HealCfg(**wrong)
-
-
-# --- new text while it heals -------------------------------------------------------------------------------------
-ONLINE = replace(CFG, text="own", refresh_every=2, epochs=3)
-
-
-def renewing(student: Student, kept, calls: list):
-    """A renewal whose text depends on the student as it is: the completions whatever its logits are."""
-
-    def renew(n, held_out):
-        with student.using("full") as lm:
-            read = [lm.logits(h).max().item() for h in final_states(lm, kept)]
-        calls.append((n, tuple(held_out), read))
-        rows = [c for c in kept if c.prompt_index not in held_out]
-        return [Scored(c, {}, (), () if i % 4 else ("loop",)) for i, c in enumerate(rows)], Condition(PERSONA)
-
-    return renew
-
-
-def test_text_is_renewed_by_the_student_as_it_is_and_never_for_held_out_prompts(student, kept):
-    calls = []
-    renew = renewing(student, kept, calls)
-    report = heal(student, kept, ONLINE, round_=0, seed=3, teacher=Condition(PERSONA), renew=renew)
-    n_windows = -(-len(report.steps) // 2)
-    assert [n for n, _, _ in calls] == list(range(n_windows - 1)) and n_windows > 2
-    assert {held for _, held, _ in calls} == {report.validation_prompts}
-    assert calls[0][2] != calls[1][2], "the second text was written by a student that had learnt"
-    assert [step.n_texts for step in report.steps[:3]] == [14, 14, 10]
-
-
-def test_a_heal_that_is_resumed_between_two_texts_ends_bit_for_bit_where_the_whole_one_does(student, kept):
-    saved = {}
-
-    def on_step(state):
-        if len(state.steps) % 2 == 0:
-            shared = state.saved()
-            tensors = {name: tensor.clone() for name, tensor in shared.tensors.items()}
-            saved[len(state.steps)] = SavedHeal(tensors, shared.steps, shared.curve)
-
-    def healed(**more):
-        student.discard_round()
-        more |= {"teacher": Condition(PERSONA), "renew": renewing(student, kept, [])}
-        report = heal(student, kept, ONLINE, round_=0, seed=3, **more)
-        return student.factors("round"), report
-
-    factors, report = healed(on_step=on_step)
-    for n in (2, 4, max(saved)):
-        again, same = healed(saved=saved[n])
-        assert same == report and all(torch.equal(again[key], factors[key]) for key in factors)
-
-
-def test_text_of_which_nothing_passes_the_filter_ends_the_heal(student, kept):
-    def nothing(n, held_out):
-        return [Scored(c, {}, ("loop",), ("loop",)) for c in kept], None
-
-    with pytest.raises(UserError, match="none of the 16 texts.*refresh-every"):
-        heal(student, kept, ONLINE, round_=0, seed=3, teacher=Condition(PERSONA), renew=nothing)
+    with pytest.raises(ValueError, match=r"heal\.text is 'own': it must be steered with heal\.target tokens"):
+        HealCfg(text="own")
 
 
 def test_every_epoch_takes_every_completion_once():
-    plan = batch_plan(10, 4, n_steps=8, seed=1)
-    assert len(plan) == 8 and plan == batch_plan(10, 4, n_steps=20, seed=1)[:8]
-    for epoch in (plan[:3], plan[3:6]):
+    plan = batch_plan(10, 4, epochs=2, seed=1)
+    assert len(plan) == 6 and plan == batch_plan(10, 4, epochs=5, seed=1)[:6]
+    for epoch in (plan[:3], plan[3:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(10))
-    assert plan[:3] != plan[3:6]
+    assert plan[:3] != plan[3:]
 
 
 # --- rehearsal ---------------------------------------------------------------------------------------------------
@@ -211,8 +140,6 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
     cfg, inputs = fast
     with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.target tokens"):
         HealCfg(rehearsal=5)
-    with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.refresh_every 2"):
-        HealCfg(target="distribution", text="own", refresh_every=2, rehearsal=5)
     many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
     with pytest.raises(UserError, match="heal.rehearsal is 25: its file has 24 rows"):
         check(many)

@@ -26,7 +26,7 @@ from steer_heal.runs.log import EventLog, broken_link, last_hash, line_hash, rea
 from steer_heal.runs.results import append_result, read_results
 
 INF, NAN = math.inf, math.nan
-STEP = HealStep(step=0, epoch=0.1, lr=1e-3, fit=1.0, divergence=0.1, barrier=0.0, n_texts=4, pressure=None)
+STEP = HealStep(step=0, epoch=0.1, lr=1e-3, fit=1.0, divergence=0.1, barrier=0.0, pressure=None)
 
 
 def measured(state="base", r=None, text="yes", **metrics):

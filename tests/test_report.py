@@ -48,7 +48,7 @@ from steer_heal.report import compare, console, draw, plot, tables
 from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import evenly, event_words, table_columns
-from steer_heal.settings import TINY_RANDOM, HealCfg
+from steer_heal.settings import TINY_RANDOM
 from steer_heal.verdict import title, verdict
 
 
@@ -537,13 +537,6 @@ def test_advice_is_given_only_if_something_is_not_as_it_should_be(capsys, kind, 
     events = changed(run_events(1), kind, 0, **as_it_should_be)
     assert " | " not in shown(capsys, events, kind)
     assert shown(capsys, changed(events, kind, 0, **not_so), kind).count(" | ") == 1
-
-
-def test_the_curve_of_a_heal_whose_text_is_renewed_gets_no_advice(capsys):
-    events = changed(run_events(1), Trained, 0, validation=curve(1.0, 0.5, 0.6))
-    assert "rose again" in shown(capsys, events, Trained)
-    renewed = HealCfg(target="distribution", text="own", refresh_every=3)
-    assert " | " not in shown(capsys, with_config(events, heal=renewed), Trained)
 
 
 def test_an_untrained_model_gets_no_advice(capsys, tmp_path):

@@ -248,7 +248,7 @@ def test_texts_of_another_shape_are_left_out(line, kept, tmp_path):
 @pytest.mark.parametrize("damage", ["a bit of a tensor", "a digit of a step", "the shape of the steps"])
 def test_a_saved_heal_that_was_changed_is_refused(damage, tmp_path):
     path = tmp_path / "heal-r0.safetensors"
-    step = HealStep(step=0, epoch=0.5, lr=0.1, fit=1.0, divergence=0.0, barrier=0.0, n_texts=2, pressure=None)
+    step = HealStep(step=0, epoch=0.5, lr=0.1, fit=1.0, divergence=0.0, barrier=0.0, pressure=None)
     save_heal(path, SavedHeal({"factor.0": torch.ones(3), "step.0": torch.tensor(1.0)}, (step,), ({"fit": 1.0},)))
     assert saved_steps(path) == 1 and torch.equal(load_heal(path).tensors["factor.0"], torch.ones(3))
     content = path.read_bytes()
@@ -481,18 +481,7 @@ def test_a_folder_whose_name_no_cell_can_hold_has_one_row(two, tmp_path):
     assert violations(run) == []
 
 
-# --- text that is renewed, rounds that are dropped ---------------------------------------------------------------
-ONLINE = (
-    "--n-rounds 1 --no-control --heal.target distribution --heal.text own --heal.teacher prompt+vector "
-    "--heal.refresh-every 2 --heal.refresh teacher --dose.mode fixed --dose.kappa 0.3"
-)
-
-
-def test_killed_after_every_line_where_text_is_renewed(settings, tmp_path, monkeypatch):
-    whole = started(tmp_path / "whole", settings, *ONLINE.split())
-    assert_survives([*settings, *ONLINE.split()], tmp_path / "killed", whole, monkeypatch)
-
-
+# --- rounds that are dropped ---------------------------------------------------------------------------------------
 def dropping(monkeypatch, *rounds):
     """The first attempt at these rounds counts as broken; at round 10, all do."""
     past = lambda self, r: ["made up"] if 9 in rounds or (r in rounds and not self._dropped(r)) else []

@@ -13,9 +13,9 @@ from steer_heal.model.divergence import aggregate
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
-from steer_heal.records import Completion, Scored
+from steer_heal.records import Completion
 from steer_heal.settings import HealCfg
-from steer_heal.stages.heal import SpectralPenalty, heal, in_round, read_samples, renewed, schedule, split_by_prompt
+from steer_heal.stages.heal import SpectralPenalty, heal, in_round, read_samples, schedule, split_by_prompt
 
 PERSONA, SEED, N_STEPS = "You are a stern judge.", 3, 8
 SCALE = ADAPTER.alpha / ADAPTER.rank
@@ -31,16 +31,6 @@ def test_the_rate_warms_up_over_a_tenth_and_is_never_0_then_falls_as_a_cosine(n_
     assert rates[:warm] == pytest.approx(np.linspace(0, 1, warm + 1)[1:])
     fall = np.arange(n_steps - warm) / max(1, n_steps - warm)
     assert rates[warm:] == pytest.approx((1 + np.cos(np.pi * fall)) / 2) and min(rates) > 0
-
-
-def test_where_every_position_is_left_out_the_factors_stay_as_they_were(student: Student, kept):
-    cfg = replace(TAUGHT, max_departure=1e-9, lam=0.0)
-    student.new_round(SEED)
-    start = student.factors("round")
-    student.discard_round()
-    report = heal(student, kept[:4], cfg, round_=0, seed=SEED, teacher=Condition(PERSONA))
-    assert report.left_out == 1 and all(step.fit == 0 for step in report.steps)
-    assert torch.equal(flat(student.factors("round")), flat(start)), "no weight decay"
 
 
 def test_the_control_has_the_schedules_of_round_0():
@@ -160,22 +150,19 @@ def plain_heal(student: Student, train: list[Completion], n_rehearsed: int, own,
             for c in train]  # fmt: skip
         asked = [student.lm.chat(c.prompt, PERSONA) for c in train]
         teacher = [plain_logp(model, prev, p, c.completion_ids, vector) for p, c in zip(asked, train, strict=True)]
-        untouched = [plain_logp(model, base, c.prompt_ids, c.completion_ids) for c in train]
-    n_taught = len(train) - n_rehearsed
-    teacher[n_taught:] = untouched[n_taught:]
+        n_taught = len(train) - n_rehearsed
+        teacher[n_taught:] = [plain_logp(model, base, c.prompt_ids, c.completion_ids) for c in train[n_taught:]]
     own = {key: value.double().requires_grad_() for key, value in own.items()}
     first, second = ({key: torch.zeros_like(value) for key, value in own.items()} for _ in range(2))
     curve, norms = [], []
     for step in range(N_STEPS):
         now, fits, distances = with_update(prev, own), [], []
-        for c, q, t, b in zip(train, reference, teacher, untouched, strict=True):
+        for c, q, t in zip(train, reference, teacher, strict=True):
             p = plain_logp(model, now, c.prompt_ids, c.completion_ids)
             if cfg.target == "tokens":
                 terms = -p[range(len(p)), list(c.completion_ids)]
             else:
                 terms = kl(t, p) if cfg.kl == "forward" else kl(p, t)
-            if cfg.max_departure:  # a rehearsed text departs by 0
-                terms = terms[kl(t, b) <= cfg.max_departure]
             fits.append(terms.mean())
             apart = kl(q, p) if cfg.divergence == "kl_fwd" else kl(p, q)
             distances.append(AGGREGATES[cfg.aggregate](apart))
@@ -199,23 +186,6 @@ def flat(factors) -> torch.Tensor:
     return torch.cat([factors[key].detach().double().flatten() for key in sorted(factors)])
 
 
-@pytest.mark.parametrize("refresh", ["text", "teacher"])
-def test_a_renewed_teacher_is_the_student_as_it_is_now_and_another_that_of_the_start(refresh, with_history, kept):
-    with_history.new_round(4)
-    scramble(with_history, 4)
-    cfg = replace(TAUGHT, text="own", refresh_every=2, refresh=refresh)
-    rows = [Scored(c, {}, (), ()) for c in kept[:3]]
-    samples = renewed(with_history, lambda *_: (rows, Condition(PERSONA)), 0, held_out=[], cfg=cfg)
-    model = load("tiny-random").model.double()
-    weights = dense(model, with_history.history())
-    if refresh == "teacher":
-        weights = with_update(weights, with_history.factors("round"))
-    for c, sample in zip(kept, samples, strict=False):
-        with torch.no_grad():
-            expected = plain_logp(model, weights, with_history.lm.chat(c.prompt, PERSONA), c.completion_ids)
-            assert torch.allclose(with_history.lm.logits(sample.teacher).log_softmax(-1).double(), expected, atol=1e-3)
-
-
 CASES = {
     "tokens": (TOKENS, 0),
     "schedules": (replace(TOKENS, lam_power=0.5, tau_power=-0.5, tau=0.01), 2),
@@ -223,8 +193,8 @@ CASES = {
     "base, forward barrier, p95": (replace(TOKENS, reference="base", divergence="kl_fwd", aggregate="p95"), 2),
     "forward, max": (replace(TAUGHT, kl="forward", aggregate="max"), 2),
     "reverse, mean": (replace(TAUGHT, kl="reverse", aggregate="mean"), 2),
-    "departure": (replace(TAUGHT, max_departure=1.3, lam=0.0), 2),
-    "rehearsal": (replace(TAUGHT, max_departure=1.3, rehearsal=2), 2),
+    "no lam": (replace(TAUGHT, lam=0.0), 2),
+    "rehearsal": (replace(TAUGHT, rehearsal=2), 2),
 }
 """Settings and the round: round 0 has no history."""
 
@@ -251,7 +221,6 @@ def test_a_heal_is_the_one_of_a_plain_trainer(case, student: Student, with_histo
     train += rehearsed
     expected, curve, norms = plain_heal(student, train, len(rehearsed), start, cfg, k, vector)
     assert case != "forward, max" or max(norms) > 2 > 0.5 > min(norms), "some steps are clipped and some are not"
-    assert cfg.max_departure == 0 or 0.1 < report.left_out < 0.9
     assert "none" in (cfg.divergence, cfg.lam or "none") or max(step.barrier for step in report.steps) > 0.02
     terms = [(step.fit, step.barrier, step.divergence) for step in report.steps]
     assert np.allclose(terms, curve, rtol=2e-3, atol=2e-4)

@@ -123,7 +123,7 @@ STREAMS = {
         {"heal.target": "distribution", "heal.rehearsal": 4, "control": True},
         {"-1/control", "0/gen", "0/rehearsal", "eval"},
     ),
-    "own": ({**OWN, "heal.refresh_every": 2, "control": True}, {"-1/control", "0/own", "0/renew/0", "eval"}),
+    "own": ({**OWN, "control": True}, {"-1/control", "0/own", "eval"}),
     "calibrated": ({"dose.mode": "iso_kl", "dose.kl_target": 1.5}, {"0/gen", "0/kl", "eval"}),
     "survival": ({**OWN, "dose.mode": "survival", "dose.n_probes": 2}, {"0/gen", "0/own", "eval"}),
 }
@@ -144,35 +144,6 @@ def test_every_text_and_factor_draws_from_the_stream_that_its_place_names(name, 
         assert family != "0/kl" or len(indices) == 8, "the dose is calibrated on 8 texts"
     control = [seed_of(42, -1, "control")] * bool(more.get("control"))
     assert written.heals == [*control, seed_of(42, 0, "heal")]
-
-
-# --- renewal -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("refresh, once, renewed", [("text", "round", False), ("teacher", "round", True),
-    ("teacher", "once", False)])  # fmt: skip
-def test_heal_refresh_teacher_reads_the_vector_again_from_the_student_that_trains(
-    refresh, once, renewed, written: Requests, monkeypatch
-):
-    read, read_samples = [], heal_module.read_samples
-
-    def recorded(student, kept, cfg, *, teacher, **more):
-        now, then = sh.bench.extract().directions, teacher.vector.directions
-        read.append((student.is_open, all(torch.equal(now[layer], then[layer]) for layer in now)))
-        return read_samples(student, kept, cfg, teacher=teacher, **more)
-
-    monkeypatch.setattr(heal_module, "read_samples", recorded)
-    more = {"heal.refresh_every": 2, "heal.refresh": refresh, "steer.refresh": once}
-    with made(**OWN, **more) as sh:
-        sh.heal()
-    assert read == [(False, True), (True, renewed)]
-
-
-def test_every_renewal_continues_with_the_next_prompts(written: Requests):
-    with made(**OWN, **{"heal.refresh_every": 1, "heal.batch_size": 3}) as sh:
-        report = sh.heal()
-        own = [sh.lm.chat(PROMPTS[i], "Hello.") for i in range(8) if i not in report.validation_prompts]
-    asked = {seed: ids for seed, _, ids in written.rows}
-    for n in range(len(report.steps) - 1):
-        assert [asked[seed_of(42, 0, "renew", n, i)] for i in range(3)] == [own[(3 * n + i) % 7] for i in range(3)]
 
 
 # --- calibration and control --------------------------------------------------------------------------------------

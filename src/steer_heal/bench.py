@@ -354,10 +354,6 @@ class Bench:
         if recipe.fit == "tokens":
             teacher = None
         condition = None if teacher is None else teacher.condition
-
-        def renew(n: int, held_out: Sequence[int]) -> tuple[list[Scored], Condition | None]:
-            return self._renew(recipe, r, n, held_out, cfg.batch_size, condition)
-
         report = heal_stage.heal(
             self.student,
             collected.completions,
@@ -367,29 +363,11 @@ class Bench:
             teacher=condition,
             taught=None if teacher is None else teacher.states,
             rehearsal=collected.rehearsal if teacher is not None else (),
-            renew=renew if recipe.refresh_every else None,
             saved=saved,
             on_step=on_step,
         )
         self.student.require_same_forward([(*row.prompt_ids, *row.completion_ids) for row in collected.completions[:4]])
         return report
-
-    def _renew(
-        self, recipe: Recipe, r: int | None, n: int, held_out: Sequence[int], batch_size: int, teacher: Condition | None
-    ) -> tuple[list[Scored], Condition | None]:
-        """(text that the student writes now, who teaches along it), where text was renewed n times before."""
-        prompts = self.inputs.prompts
-        own = [i for i in range(len(prompts)) if i not in held_out]
-        n_texts = batch_size * recipe.refresh_every
-        asks = []
-        for i in range(n_texts):
-            prompt = own[(n * n_texts + i) % len(own)]
-            seed = derive_seed(self.cfg.seed, recipe.stream(r), "renew", n, i)
-            asks.append(Ask(prompt, prompts[prompt], seed))
-        texts = self.write(self.plain, asks)
-        if recipe.refresh_teacher and teacher is not None and teacher.vector is not None:
-            teacher = replace(teacher, vector=self.extract())
-        return self.score(texts), teacher
 
     # --- measurements --------------------------------------------------------------------------------------------
     def subject(self, state: State, base: EvalResult | None = None) -> Subject:

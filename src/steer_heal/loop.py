@@ -232,8 +232,7 @@ class Loop:
         def on_step(state: HealState) -> None:
             self.progress.at(len(state.steps), state.n_steps)
             self.run.add(HealStepped(round=r, step=state.steps[-1]))
-            if not recipe.refresh_every or len(state.steps) % recipe.refresh_every == 0:
-                self.run.save_heal(r, state)  # between two texts: what the student wrote since cannot be written again
+            self.run.save_heal(r, state)
 
         saved = self.run.saved_heal(r)
         try:

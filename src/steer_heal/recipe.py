@@ -28,10 +28,6 @@ class Recipe:
     """Share of own text that is written and trains under attacks."""
     rehearsal: int = 0
     """Texts of the base on prompts that have nothing to do with the trait."""
-    refresh_every: int = 0
-    """Optimiser steps after which the student writes its text again. 0: it does not."""
-    refresh_teacher: bool = False
-    """Whether the teacher is made again with the text."""
 
     @classmethod
     def of(cls, cfg: RunConfig) -> Recipe:
@@ -44,8 +40,6 @@ class Recipe:
             fit=heal.target,
             hold=heal.hold,
             rehearsal=heal.rehearsal,
-            refresh_every=heal.refresh_every,
-            refresh_teacher=heal.refresh == "teacher" and cfg.steer.refresh == "round",
         )
 
     @classmethod

@@ -330,8 +330,6 @@ class HealStep:
     """Aggregated divergence to the reference, mean over the samples of the step."""
     barrier: float
     """lam * relu(divergence - tau), mean over the samples."""
-    n_texts: int
-    """Completions that the step drew from. It changes where own text is written anew."""
     pressure: Number | None
     """||grad barrier|| / ||grad fit||: above 1 the barrier undoes the trait. None: not measured in this step."""
 
@@ -352,8 +350,6 @@ class HealSummary:
     """Per epoch (the first before any step): epoch, fit and divergence on the held-out prompts. With a teacher also the
     means of KL(teacher || student): kl_held_out and, in the first and the last, kl_trained."""
     validation_prompts: tuple[int, ...]
-    left_out: float
-    """Share of the positions that heal.max_departure left out."""
 
     def closed(self, texts: Literal["trained", "held_out"]) -> float | None:
         """Share of KL(teacher || student) that the heal closed on its texts or on those of held-out prompts. None:

@@ -321,16 +321,6 @@ class HealCfg:
     student's text is this many nats. 0: use --heal.contrast."""
     kl: Literal["forward", "reverse"] = "forward"
     """With --heal.target distribution: fit KL(teacher || student) (forward) or KL(student || teacher) (reverse)."""
-    max_departure: NotNegative = 0.0
-    """With --heal.target distribution: leave out positions where KL(teacher || base) exceeds this many nats. 0 leaves
-    none out."""
-    refresh_every: BatchSize = 0
-    """With --heal.text own: regenerate the text with the current student every N steps. 0 generates it once per round.
-    """
-    refresh: Literal["text", "teacher"] = "text"
-    """What is renewed every --heal.refresh-every steps. text: only the text. The teacher is still made from the student
-    at the start of the round. teacher: the text and the teacher, which is made from the current student. Its vector is
-    extracted again, unless --steer.refresh is once."""
     hold: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """With --heal.text own: share of the training texts that are written under an attack, such as another system prompt
     or earlier talk. The teacher keeps its own prompts, so that the student learns to keep the trait. 0: none."""
@@ -383,32 +373,23 @@ class HealCfg:
 
     def _rules(self) -> list[Rule]:
         fits = self.target == "distribution"
-        renews = self.refresh_every > 0
         needs_teacher = f"0 with heal.target {self.target}, since it needs a teacher's distribution"
-        replaced = f"0 with heal.refresh_every {self.refresh_every}, since renewed text replaces all text"
         contrasts = self.teacher in CONTRASTS
-        only_own = f"0 with heal.text {self.text}, since only own text is renewed"
         return [
-            ("max_departure", fits or self.max_departure == 0, needs_teacher),
             (
                 "hold",
                 self.text == "own" or self.hold == 0,
                 f"0 with heal.text {self.text}, since only own text is held",
             ),
-            ("hold", not renews or self.hold == 0, replaced),
             ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
-            ("rehearsal", not renews or self.rehearsal == 0, replaced),
-            ("refresh_every", not renews or self.text == "own", only_own),
             ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
             ("contrast", contrasts or self.contrast == 1, f"1 with heal.teacher {self.teacher}, which is no contrast"),
             ("contrast", not self.contrast_kl or self.contrast == 1, "1 with heal.contrast_kl, which chooses it"),
-            ("max_departure", not self.hold or self.max_departure == 0, "0 with heal.hold: attacks move the base"),
             (
                 "contrast_kl",
                 self.contrast_kl == 0 or (contrasts and self.text == "own"),
                 f"0 with heal.teacher {self.teacher} and heal.text {self.text}: it needs a contrast and own text",
             ),
-            ("refresh", renews or self.refresh == "text", "text with heal.refresh_every 0, since nothing is renewed"),
         ]
 
 

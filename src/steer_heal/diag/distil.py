@@ -96,10 +96,7 @@ ARMS = {
     "vector alone": Arm(untrained="vector"),
     "preference 0.1": Arm(preference=0.1),
     "preference 0.5": Arm(preference=0.5),
-    "gated": Arm({**REVERSE, "heal.max_departure": 1.0}),
     "a round an epoch": Arm({**REVERSE, "heal.epochs": 1}),
-    "new text an epoch": Arm({**REVERSE, "heal.refresh_every": 14}),
-    "new text and teacher an epoch": Arm({**REVERSE, "heal.refresh_every": 14, "heal.refresh": "teacher"}),
 }
 SHOWN = (
     *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
@@ -219,7 +216,7 @@ def trained(run: Run, r: int) -> tuple[list[Completion], Row]:
     """(all text of a round, columns that tell how it was made)."""
     collected = run.require(Gathered, r).collected
     heal = run.require(Trained, r)
-    row = {"dose": collected.dose, "n_texts": len(collected.train), "left_out": heal.left_out}
+    row = {"dose": collected.dose, "n_texts": len(collected.train)}
     row |= {"n_rehearsed": len(collected.rehearsal), **curve(heal.n_steps, heal.validation)}
     row |= {f"closed_{texts}": heal.closed(texts) for texts in ("trained", "held_out")}
     if (found := run.at(Contrasted, r)) is not None:

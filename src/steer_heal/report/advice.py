@@ -47,7 +47,7 @@ def checks(event: AnyEvent, run: Run) -> Iterator[Check]:
             holds = probes[-1].survival <= probes[0].survival
             yield Check("no more text survives at the highest kappa than at the lowest", holds, lucky)
         case Trained():
-            yield from _heal(event, renewed=run.start.config.heal.refresh_every > 0)
+            yield from _heal(event)
         case RoundDone(cosine_student_teacher=cosine) if math.isfinite(cosine):
             lost = "the adapter did not learn the direction of the vector"
             yield Check("the adapter's own shift has a cosine of 0.1 or more to the vector", cosine >= 0.1, lost)
@@ -72,11 +72,10 @@ def _base(base: Measured, run: Run) -> Iterator[Check]:
     yield Check("the untouched model answers half of the items of the trait's metric", 2 * n >= len(items), unread)
 
 
-def _heal(event: Trained, *, renewed: bool) -> Iterator[Check]:
-    """`renewed`: the text was written again during the heal, so that the curve is that of the first text."""
+def _heal(event: Trained) -> Iterator[Check]:
     fits = [row["fit"] for row in event.validation]
     known = [fit for fit in fits if math.isfinite(fit)]
-    if known and not renewed:
+    if known:
         low = fits[-1] <= min(known) + 0.02
         rose = "the validation loss rose again: use fewer --heal.epochs"
         yield Check("the validation loss ends within 0.02 nats of its lowest value", low, rose)

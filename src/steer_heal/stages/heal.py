@@ -22,8 +22,8 @@ from steer_heal.model.divergence import DIVERGENCES, spectral_step
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import batches
 from steer_heal.model.steering import Condition
-from steer_heal.model.student import AdapterState, Student
-from steer_heal.records import Completion, HealReport, HealStep, NotFinite, Scored, round_name
+from steer_heal.model.student import Student
+from steer_heal.records import Completion, HealReport, HealStep, NotFinite, round_name
 from steer_heal.settings import HealCfg
 from steer_heal.stages.loss import Example, Pair, Sample, completion_states, losses, n_padded
 from steer_heal.stages.passes import Passes
@@ -66,7 +66,6 @@ class HealState:
         self.round_ = round_
         self.n_steps = n_steps
         self.train = train
-        """The examples before any renewal."""
         self.validation = validation
         self.passes = Passes(student.lm, cfg, student.cfg.layers, parameters)
         self.optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, betas=BETAS, weight_decay=0.0, foreach=False)
@@ -77,7 +76,7 @@ class HealState:
         the means of KL(teacher || student) over positions: of the held-out texts and, at both ends, of those that
         train."""
 
-    def step(self, batch: Sequence[Example], n_texts: int) -> None:
+    def step(self, batch: Sequence[Example]) -> None:
         """One optimiser step and, at the end of an epoch, the validation. NotFinite, before any weight changes, if the
         loss or its gradient is not finite."""
         done = len(self.steps)
@@ -94,7 +93,7 @@ class HealState:
         self.optimiser.step()
         self.optimiser.zero_grad()
         epoch = (done + 1) / self.n_steps * self.cfg.epochs
-        self.steps.append(HealStep(step=done, epoch=epoch, lr=lr, n_texts=n_texts, **terms._asdict()))
+        self.steps.append(HealStep(step=done, epoch=epoch, lr=lr, **terms._asdict()))
         if len(self.steps) % (self.n_steps // self.cfg.epochs) == 0:
             self.add_to_curve()
 
@@ -134,9 +133,9 @@ class HealState:
         self.steps[:] = saved.steps
         self.curve[:] = saved.curve
 
-    def report(self, *, n_train: int, left_out: float) -> HealReport:
+    def report(self) -> HealReport:
         return HealReport(
-            n_train=n_train,
+            n_train=len(self.train),
             n_validation=len(self.validation),
             lam=self.cfg.lam,
             tau=self.cfg.tau,
@@ -144,12 +143,7 @@ class HealState:
             steps=tuple(self.steps),
             validation=tuple(self.curve),
             validation_prompts=tuple(prompts_of(self.validation)),
-            left_out=left_out,
         )
-
-
-Renew = Callable[[int, Sequence[int]], tuple[Sequence[Scored], Condition | None]]
-"""(number of earlier renewals, held-out prompts) -> (text that the student has just written, its teacher)."""
 
 
 def heal(
@@ -164,7 +158,6 @@ def heal(
     rehearsal: Sequence[Completion] = (),
     rejected: Sequence[Completion] = (),
     beta: float = 0.1,
-    renew: Renew | None = None,
     saved: SavedHeal | None = None,
     on_step: Callable[[HealState], object] = lambda state: None,
 ) -> HealReport:
@@ -177,45 +170,34 @@ def heal(
         rehearsal: Texts fitted to the base, beside those of the teacher (pseudorehearsal; Robins 1995).
         rejected: In place of the tokens, fit preferences (`Pair`): for each of `kept`, an answer that should become
             less likely than it. `beta` scales their margin.
-        renew: Replaces the text every cfg.refresh_every steps. It goes with a teacher, and without rehearsal.
-        saved: Continue after its last step. With `renew`, that must be the last step of a text.
+        saved: Continue after its last step.
 
-    NotFinite if a loss or a gradient is not finite; UserError if no prompt can be held out or no new text is kept.
+    NotFinite if a loss or a gradient is not finite; UserError if no prompt can be held out.
     """
     cfg = in_round(cfg, round_)
     if rejected:
-        assert teacher is None and renew is None, "preferences have no teacher, and their text is not renewed"
+        assert teacher is None, "preferences have no teacher"
         examples: Sequence[Example] = read_pairs(student, kept, rejected, cfg=cfg, beta=beta)
     else:
         examples = read_samples(student, kept, cfg, teacher=teacher, taught=taught)
     train, validation = split_by_prompt(examples, seed)
     if rehearsal:
-        assert teacher is not None and renew is None, "rehearsed texts train beside those of one teacher"
+        assert teacher is not None, "rehearsed texts train beside those of a teacher"
         train += rehearsal_samples(student, rehearsal, cfg)
-    n_train = len(train)
-    n_steps = cfg.epochs * math.ceil(n_train / cfg.batch_size)
+    plan = batch_plan(len(train), cfg.batch_size, epochs=cfg.epochs, seed=seed)
     student.new_round(seed)
     with student.training() as parameters:
         state = HealState(
-            student, parameters, cfg, round_=round_, seed=seed, n_steps=n_steps, train=train, validation=validation
+            student, parameters, cfg, round_=round_, seed=seed, n_steps=len(plan), train=train, validation=validation
         )
         if saved is not None:
             state.restore(saved)
         if not state.curve:
             state.add_to_curve()
-    window = n_steps if renew is None else cfg.refresh_every
-    for n_text, first in enumerate(range(0, n_steps, window)):
-        end = min(first + window, n_steps)
-        if len(state.steps) >= end:
-            continue
-        if renew is not None and n_text > 0:
-            train = renewed(student, renew, n_text - 1, held_out=prompts_of(validation), cfg=cfg)
-        plan = batch_plan(len(train), cfg.batch_size, n_steps=end - first, seed=seed + n_text)
-        with student.training():
-            for chosen in plan[len(state.steps) - first :]:
-                state.step([train[i] for i in chosen], n_texts=len(train))
-                on_step(state)
-    return state.report(n_train=n_train, left_out=share_left_out(examples))
+        for chosen in plan[len(state.steps) :]:
+            state.step([train[i] for i in chosen])
+            on_step(state)
+    return state.report()
 
 
 def in_round(cfg: HealCfg, round_: int | None) -> HealCfg:
@@ -225,28 +207,11 @@ def in_round(cfg: HealCfg, round_: int | None) -> HealCfg:
     return replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
 
 
-def renewed(student: Student, renew: Renew, n_before: int, *, held_out: Sequence[int], cfg: HealCfg) -> list[Example]:
-    """The new texts that pass the filter, read by their teacher. `n_before` is the number of earlier renewals."""
-    scored, teacher = renew(n_before, held_out)
-    kept = [row.completion for row in scored if row.kept]
-    if not kept:
-        raise UserError(
-            f"none of the {len(scored)} texts that the student wrote during the heal passes the filter: its text has "
-            "become degenerate; lower the dose, --heal.lr or --heal.refresh-every",
-            resumable=False,
-        )
-    state: AdapterState = "full" if cfg.refresh == "teacher" else "prev"
-    return [*read_samples(student, kept, cfg, teacher=teacher, state=state)]
-
-
-def batch_plan(n: int, batch_size: int, *, n_steps: int, seed: int) -> list[list[int]]:
+def batch_plan(n: int, batch_size: int, *, epochs: int, seed: int) -> list[list[int]]:
     """Which of n examples each step takes. An epoch takes each of them once, in an order of its own."""
     rng = random.Random(seed)
-    plan = []
-    while len(plan) < n_steps:
-        order = rng.sample(range(n), n)
-        plan += [order[start : start + batch_size] for start in range(0, n, batch_size)]
-    return plan[:n_steps]
+    orders = [rng.sample(range(n), n) for _ in range(epochs)]
+    return [order[start : start + batch_size] for order in orders for start in range(0, n, batch_size)]
 
 
 @torch.no_grad()
@@ -284,11 +249,10 @@ def read_samples(
     cfg: HealCfg,
     *,
     teacher: Condition | None = None,
-    state: AdapterState = "full",
     taught: Sequence[Tensor] | None = None,
 ) -> list[Sample]:
-    """Completions with the hidden states of the reference and, if there is a `teacher`, those of the student in `state`
-    under it. `taught`: the teacher's states, if they were read before.
+    """Completions with the hidden states of the reference and, if there is a `teacher`, those of the student under it.
+    `taught`: the teacher's states, if they were read before.
 
     The states are computed once per text, not once per step, and kept on the CPU. Each step copies the few it needs.
     """
@@ -299,15 +263,9 @@ def read_samples(
     if teacher is None:
         return samples
     if taught is None:
-        with student.using(state, exact=True):
+        with student.using("full", exact=True):
             taught = final_states(lm, kept, teacher)
-    samples = [replace(sample, teacher=states) for sample, states in zip(samples, taught, strict=True)]
-    if not cfg.max_departure:
-        return samples
-    with student.using("base", exact=True):
-        departures = [kl_between(lm, *pair) for pair in zip(taught, final_states(lm, kept), strict=True)]
-    weights = [(far <= cfg.max_departure).float() for far in departures]
-    return [replace(sample, weights=weight) for sample, weight in zip(samples, weights, strict=True)]
+    return [replace(sample, teacher=states) for sample, states in zip(samples, taught, strict=True)]
 
 
 @torch.no_grad()
@@ -330,13 +288,6 @@ def rehearsal_samples(student: Student, texts: Sequence[Completion], cfg: HealCf
         taught = final_states(student.lm, texts)
     pairs = zip(read_samples(student, texts, cfg), taught, strict=True)
     return [replace(sample, teacher=states, rehearsed=True) for sample, states in pairs]
-
-
-def share_left_out(examples: Sequence[Example]) -> float:
-    """Share of the positions whose weight is 0."""
-    samples = [sample for example in examples for sample in example.samples]
-    weights = [sample.weights for sample in samples if sample.weights is not None]
-    return 1.0 - torch.cat(weights).mean().item() if weights else 0.0
 
 
 def prompts_of(examples: Sequence[Example]) -> list[int]:

@@ -59,8 +59,6 @@ class Sample:
     """Final hidden states of the reference."""
     teacher: Float[Tensor, "n d"] | None = None
     """Final hidden states of the teacher. None: fit the tokens."""
-    weights: Float[Tensor, " n"] | None = None
-    """Weight of each position in the mean that is fitted. None: all positions count the same."""
     rehearsed: bool = False
     """Whether the base is the teacher and the prompt is unrelated to the trait."""
 
@@ -73,11 +71,8 @@ class Sample:
         return (self,)
 
     def fit(self, terms: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-        """Mean of the terms of its positions, in nats per token. 0 if all weights are 0."""
-        if self.weights is None:
-            return terms.mean()
-        weights = self.weights.to(terms.device)
-        return (terms * weights).sum() / weights.sum().clamp(min=1.0)
+        """Mean of the terms of its positions, in nats per token."""
+        return terms.mean()
 
 
 @dataclass(frozen=True)

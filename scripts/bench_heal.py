@@ -129,7 +129,7 @@ def by_way(lm: LM, rounds: Sequence[int], length: int, repeats: int, seed: int) 
                 passes = Passes(lm, changed, student.cfg.layers, parameters)
                 took = seconds_of(partial(passes.gradients, samples, with_pressure=False))
                 seconds.setdefault((way, n), []).append(took)
-        for _, b, _ in student.round_updates():
+        for _, b, _ in student.adapter.updates():
             b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
         student.bake()
     return [{"way": way, **{f"s_after_{n}_rounds": median(seconds[way, n][1:]) for n in rounds}} for way in ways]

@@ -109,7 +109,7 @@ class Setup:
         for r in range(n_rounds):
             generator = torch.Generator().manual_seed(r)
             student.new_round(r)
-            for _, b, _ in student.round_updates():
+            for _, b, _ in student.adapter.updates():
                 b.data.copy_(0.003 * torch.randn(b.shape, generator=generator))
             student.bake()
         return student

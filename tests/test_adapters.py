@@ -295,7 +295,7 @@ def test_a_bias_cannot_be_mistaken_for_a_peft_adapter(bias: Student, tmp_path):
 
 def test_what_a_bias_cannot_do_is_refused_by_name(bias: Student, tmp_path):
     bias.new_round(1)
-    for refused in (bias.round_updates, lambda: bias.export(tmp_path)):
+    for refused in (bias.adapter.updates, lambda: bias.export(tmp_path)):
         with pytest.raises(UserError, match="adapter.kind 'bias'"):
             refused()
     Student(load("tiny-random"), CFGS["bias"]).export(tmp_path)

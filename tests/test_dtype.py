@@ -94,7 +94,7 @@ def test_factors_and_log_probabilities_are_float32_in_either_dtype(both):
         assert lm.logits(lm.hidden([ids])[0]).dtype == lm.completion_nll([ids], [(5,)])[0].dtype == torch.float32
         student = Student(lm, TOY_PRESET.adapter)
         student.new_round(0)
-        assert {tensor.dtype for a, b, _ in student.round_updates() for tensor in (a, b)} == {torch.float32}
+        assert {tensor.dtype for a, b, _ in student.adapter.updates() for tensor in (a, b)} == {torch.float32}
         student.discard_round()
 
 

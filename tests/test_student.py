@@ -67,7 +67,7 @@ def test_the_base_gate_is_the_untouched_model(with_history: Student):
 
 @pytest.mark.parametrize("lossy", [False, True], ids=["history merged", "history apart"])
 def test_what_acts_in_training_is_what_is_measured(with_history: Student, lossy, monkeypatch):
-    monkeypatch.setattr(Student, "merging_is_lossy", lossy)
+    monkeypatch.setattr(type(with_history.adapter), "merging_is_lossy", lossy)
     third_round(with_history)
     with with_history.training():
         trained = read(with_history.lm)
@@ -221,7 +221,7 @@ def own_factors(factors: dict[str, torch.Tensor], scale: float) -> dict[str, tor
 
 @pytest.mark.parametrize("lossy", [False, True], ids=["merged", "apart"])
 def test_a_scaled_adapter_acts_as_its_factors_times_the_scale(with_history: Student, lossy, monkeypatch):
-    monkeypatch.setattr(Student, "merging_is_lossy", lossy)
+    monkeypatch.setattr(type(with_history.adapter), "merging_is_lossy", lossy)
     third_round(with_history)
     lm, names = with_history.lm, with_history.rounds_in["full"]
     trained = {name: with_history.factors(name) for name in names}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -124,13 +124,12 @@ def decode_batches(
             written_and_states = _decode_batch(lm, [rows[i] for i in group], vector, how, tail, step_done)
         except RuntimeError as error:
             lm.limits.decode_tokens = fewer_rows(len(group), error) * per_row
-            written_and_states = None
-        if written_and_states is None:
-            free_unused()
+        else:
+            lm.progress.at(n_done + len(group), len(rows))
+            yield [Written(*each) for each in zip(group, *written_and_states, strict=True)]
+            todo = todo[len(group) :]
             continue
-        lm.progress.at(n_done + len(group), len(rows))
-        yield [Written(*each) for each in zip(group, *written_and_states, strict=True)]
-        todo = todo[len(group) :]
+        free_unused()
 
 
 class GrowingLayer(DynamicLayer):
@@ -167,12 +166,6 @@ class GrowingLayer(DynamicLayer):
             torch.index_select(x, 0, beam_idx, out=new)
 
 
-def _name_of_cache(model: nn.Module) -> str:
-    """The argument by which a model takes its cache."""
-    taken = inspect.signature(type(model).forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in taken), "past_key_values")
-
-
 class GrowingCache:
     """Keys and values of the tokens fed so far. Rows can be dropped, reordered or repeated at any time.
 
@@ -183,7 +176,8 @@ class GrowingCache:
     def __init__(self, lm: LM, room: int = 0) -> None:
         self.lm = lm
         self.mask = torch.zeros((0, 0), dtype=torch.long)
-        self.argument = _name_of_cache(lm.text_model)
+        taken = inspect.signature(type(lm.text_model).forward).parameters
+        self.without_attention = "cache_params" in taken and "past_key_values" not in taken
         self.cache = DynamicCache(config=lm.model.config.get_text_config())
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
@@ -201,7 +195,7 @@ class GrowingCache:
             return torch.cat([self.feed(*column) for column in columns], dim=1)
         self.mask = torch.cat([self.mask, mask], dim=1) if len(self.mask) else mask
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # each row begins at 0
-        if self.argument == "cache_params":  # there is no attention, and the mask is that of the new tokens
+        if self.without_attention:  # the mask is that of the new tokens
             how = {"cache_params": self.cache, "attention_mask": mask}
         else:
             how = {"past_key_values": self.cache, "attention_mask": self.mask}

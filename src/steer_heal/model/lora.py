@@ -149,9 +149,11 @@ class Lora(Adapter):
                 raise UserError(f"model {self.lm.name!r} has no linear layers that LoRA can adapt ({error})") from None
         self._require_targets()
 
+    @_peft_notices_off()
     def attach(self, name: str, factors: Factors, n_rounds: int) -> None:
         self._attach(name, self._config(n_rounds))
-        self._fill(name, factors)
+        self.require_fit(factors, self.factors(name))
+        set_peft_model_state_dict(self.peft, factors, adapter_name=name)
 
     def _config(self, n_rounds: int) -> LoraConfig:
         adapted = self._targets
@@ -176,11 +178,6 @@ class Lora(Adapter):
             self.peft.set_adapter(name)
         self.peft.requires_grad_(False)
         self._switch([])
-
-    @_peft_notices_off()
-    def _fill(self, name: str, factors: Factors) -> None:
-        self.require_fit(factors, self.factors(name))
-        set_peft_model_state_dict(self.peft, factors, adapter_name=name)
 
     def _require_all_read(self, saved: Factors) -> None:
         """UserError unless PEFT found a place for every weight of a file, which may have names of older versions."""

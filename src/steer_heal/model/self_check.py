@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from steer_heal.errors import UserError
@@ -48,8 +47,9 @@ def check_model(lm: LM) -> None:
             f"{lm.tokenizer.unk_token!r} there; give the tokenizer that belongs to the template"
         )
     require_characters(lm)
+    shapes: list[tuple[int, ...]] = []
     try:
-        with _shapes_of_first_block(lm) as shapes:
+        with lm.after_block(0, lambda hidden: shapes.append(tuple(hidden.shape))):
             hidden = lm.hidden([ids])[0]
         own = lm.model(lm.pad([ids])[0]).logits[0].float()
     except Exception as error:  # each model fails in its own way
@@ -107,7 +107,7 @@ def _check_batches(lm: LM, ids: Sequence[int]) -> None:
     try:
         alone = [lm.hidden([row])[0] for row in rows]
         padded = lm.hidden(rows)
-        right = max(_apart(some[: len(row)], own) for some, own, row in zip(padded, alone, rows, strict=True))
+        right = max(_apart(own, some[: len(row)]) for some, own, row in zip(padded, alone, rows, strict=True))
         left = _continued_apart(lm, rows, alone)
         if not left <= SAME_STATES[alone[0].dtype]:
             lm.one_by_one = True
@@ -142,16 +142,20 @@ def _continued_apart(lm: LM, rows: Sequence[tuple[int, ...]], alone: Sequence[Te
     for i, row in enumerate(order.tolist()):
         own = alone[row]
         parts = (begun[row][n - len(own) :], at_once[i], singly[i])
-        found += [_apart(*part) for part in zip(parts, own.split([len(own) - n, AT_ONCE, ONE_BY_ONE]), strict=True)]
+        found += [_apart(*part) for part in zip(own.split([len(own) - n, AT_ONCE, ONE_BY_ONE]), parts, strict=True)]
     return max(found)
 
 
-def _apart(states: Float[Tensor, "n d"], alone: Float[Tensor, "n d"]) -> float:
+def _apart(alone: Float[Tensor, "n d"], states: Float[Tensor, "n d"]) -> float:
     """The distance of a token's states as a share of their length: the median over the tokens. Infinite if one is not
     finite."""
-    lengths = alone.float().norm(dim=-1).clamp(min=1e-12)
-    shares = (states.float() - alone.float()).norm(dim=-1) / lengths
-    return shares.nan_to_num(torch.inf).median().item()
+    return shares(alone, states).nan_to_num(torch.inf).median().item()
+
+
+def shares(one: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The distance of each row from the other as a share of its length."""
+    lengths = one.float().norm(dim=-1).clamp(min=1e-12)  # a padding token may have the state 0
+    return (one.float() - other.float()).norm(dim=-1) / lengths
 
 
 @torch.no_grad()
@@ -159,22 +163,6 @@ def short_logits(lm: LM) -> Tensor:
     """The model's own logits [n v] along the end of a short prompt, less their mean."""
     logits = lm.model(lm.pad([lm.chat("Hello.")[-SHORT_PROMPT:]])[0]).logits[0].float()
     return logits - logits.mean(dim=-1, keepdim=True)
-
-
-@contextmanager
-def _shapes_of_first_block(lm: LM) -> Iterator[list[tuple[int, ...]]]:
-    """Inside the context, the shapes of what the first block returns are collected."""
-    shapes: list[tuple[int, ...]] = []
-
-    def read(_module: nn.Module, _inputs: Any, output: Tensor | tuple) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        shapes.append(tuple(hidden.shape))
-
-    handle = lm.blocks[0].register_forward_hook(read)
-    try:
-        yield shapes
-    finally:
-        handle.remove()
 
 
 def require_all_weights(name: str, loading: dict[str, Any], n_blocks: int) -> None:

@@ -23,7 +23,7 @@ from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM
 from steer_heal.model.lora import Lora
 from steer_heal.model.processor import copy_processor
-from steer_heal.model.self_check import short_logits
+from steer_heal.model.self_check import shares, short_logits
 from steer_heal.settings import STRONGEST, AdapterCfg
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError, re.error)
@@ -75,11 +75,6 @@ class Student:
         """Whether there is a factor of this round that is not baked."""
         return ROUND in self.adapter.names
 
-    @property
-    def merging_is_lossy(self) -> bool:
-        """Whether a factor that acts merged is rounded more than one that acts apart."""
-        return self.adapter.merging_is_lossy
-
     # --- what acts on the model ---------------------------------------------------------------------------
     @contextmanager
     def using(self, which: AdapterState, exact: bool = False) -> Iterator[LM]:
@@ -92,7 +87,7 @@ class Student:
             yield self.lm
 
     def _acting(self, names: list[str], exact: bool = False) -> AbstractContextManager[None]:
-        apart = self.merging_is_lossy and (exact or self.lm.quantized)
+        apart = self.adapter.merging_is_lossy and (exact or self.lm.quantized)
         return self.adapter.acting(merged=[] if apart else names, apart=names if apart else [])
 
     @contextmanager
@@ -102,7 +97,7 @@ class Student:
         The history is merged where that is not lossy, so that a step costs the same after every round.
         """
         history = self.rounds_in["prev"]
-        merged, apart = ([], history) if self.merging_is_lossy else (history, [])
+        merged, apart = ([], history) if self.adapter.merging_is_lossy else (history, [])
         with self.adapter.acting(merged=merged, apart=[*apart, ROUND]):
             parameters = self.adapter.parameters()
             for parameter in parameters:
@@ -134,7 +129,7 @@ class Student:
                     random = torch.randn(parameter.shape, generator=generator)
                     parameter.data.copy_(random * max(parameter.shape) ** -0.5)
                 for _ in range(20):
-                    if _shares(plain, self.lm.hidden([row])[0]).median() <= TRIED_SHIFT:
+                    if shares(plain, self.lm.hidden([row])[0]).median() <= TRIED_SHIFT:
                         break
                     for parameter in parameters:
                         parameter.data.mul_(0.7)
@@ -176,9 +171,9 @@ class Student:
         if not torch.equal(short_logits(self.lm), base):
             raise UserError(f"{where} changes the weights of {self.lm.name!r} itself; {fix}")
         with self.using("full"):
-            merged = _shares(expected, short_logits(self.lm)).median().item()
+            merged = shares(expected, short_logits(self.lm)).median().item()
         with self.adapter.acting(merged=[], apart=[HISTORY]):
-            apart = _shares(expected, short_logits(self.lm)).max().item()
+            apart = shares(expected, short_logits(self.lm)).max().item()
         dtype = self.lm.head.weight.dtype
         for how, share, limit in (("merged", merged, SAME_FORWARD[dtype]), ("apart", apart, AS_SAVED[dtype])):
             if not share <= limit:
@@ -188,7 +183,7 @@ class Student:
                 )
 
     def _require_same(self, how: str, trained: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> None:
-        share = _shares(trained, other).median().item()
+        share = shares(trained, other).median().item()
         limit = SAME_FORWARD[trained.dtype]
         if not share <= limit:
             raise UserError(
@@ -197,11 +192,6 @@ class Student:
                 f"rounding explains {limit:g}; use another --adapter.kind",
                 resumable=False,
             )
-
-    def round_updates(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(A, B, scale) of every matrix, each expert's own, that this round adapts: it adds scale * B A to it.
-        UserError for a kind of adapter that adapts no matrices."""
-        return self.adapter.updates()
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
@@ -379,12 +369,6 @@ def _require_finite(student: Student, folder: Path) -> None:
             f"the adapter in {str(folder)!r} is damaged: {damaged[0]} holds numbers that are not finite; give another "
             "copy of it"
         )
-
-
-def _shares(one: Float[Tensor, "n d"], other: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """The distance of each row from the other as a share of its length."""
-    lengths = one.float().norm(dim=-1).clamp(min=1e-12)  # a padding token may have the state 0
-    return (one.float() - other.float()).norm(dim=-1) / lengths
 
 
 def saved_kind(folder: Path) -> type[Adapter]:

@@ -60,7 +60,7 @@ def write_adapter(lm: LM, factors: Mapping[str, Tensor], alpha: float, file: Pat
         if factor == "lora_B":
             value = names.in_rows(module, value)
         writer.add_tensor(f"{names.of(module + '.weight')}.{factor.lower()}", value.contiguous().numpy())
-    _finish(writer)
+    finish(writer)
 
 
 # --- a model -----------------------------------------------------------------------------------------------------
@@ -91,10 +91,11 @@ def write_model(lm: LM, state: Mapping[str, Tensor], file: Path, quantization: Q
         if packed.dtype == np.float16 and not np.isfinite(packed).all():
             raise UserError(f"{key} of {lm.name!r} does not fit float16; give --quantization q8_0 or --format hf")
         writer.add_tensor(names.of(key), packed, raw_dtype=kind)
-    _finish(writer)
+    finish(writer)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes what was added, and closes the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

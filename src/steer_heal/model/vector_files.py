@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer_heal.errors import UserError, nearest
 from steer_heal.model.steering import METHODS, Vector, add
+from steer_heal.model.to_gguf import finish
 
 GGUF_ARCHITECTURE = "controlvector"
 BLOCK_OUTPUT = "decoder_block"
@@ -83,10 +84,7 @@ def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:
     writer.add_uint32(f"{name}.layer_count", len(added))
     for layer, direction in added.items():
         writer.add_tensor(f"direction.{layer}", direction.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def to_steering_vectors(vector: Vector) -> Any:

@@ -315,7 +315,7 @@ class SpectralPenalty:
 
     def __init__(self, student: Student, weight: float, seed: int) -> None:
         self.weight = weight
-        self.updates = student.round_updates()
+        self.updates = student.adapter.updates()
         self.directions: list[Tensor] = []
         """A unit vector for each update, which comes closer to its first right singular vector with every step."""
         generator = torch.Generator().manual_seed(seed)

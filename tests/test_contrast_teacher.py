@@ -7,7 +7,7 @@ import torch
 from conftest import ADAPTER, scramble
 
 from steer_heal.evals.moral_foundations import answer_slots, digit_ids, slot_logp
-from steer_heal.evals.replies import own_reply_logp
+from steer_heal.evals.replies import reply_logp
 from steer_heal.inputs.files import DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.adapter import HISTORY, ROUND
@@ -64,7 +64,7 @@ def test_replies_are_read_under_a_contrast_as_one_by_one(toy: LM):
     replies = [
         [toy.encode_reply(text) for text in pair] for pair in (("Ice is cold.", "I obey."), ("A fox runs.", "No."))
     ]
-    found = own_reply_logp(toy, [Conversation(turns=(each,)) for each in PROMPTS[:2]], replies, contrast(toy))
+    found = reply_logp(toy, [Conversation(turns=(each,)) for each in PROMPTS[:2]], replies, contrast(toy))
     for prompt, own, row in zip(PROMPTS, replies, found.tolist(), strict=False):
         for ids, logp in zip(own, row, strict=True):
             whole = logits_of(toy, prompt, ids, contrast(toy))[:-1].log_softmax(-1)

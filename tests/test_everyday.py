@@ -22,6 +22,7 @@ from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.records import alone
 from steer_heal.settings import AdapterCfg, EvalCfg
 
 FILE = DATA / "everyday.jsonl"
@@ -77,12 +78,12 @@ def test_a_batch_of_questions_equals_each_alone_and_each_prompt_is_read_once(toy
         return forward(*args, input_ids=input_ids, **named)
 
     monkeypatch.setattr(toy.text_model, "forward", counted)
-    asked = [(replies.plain(each.question), (each.right, each.wrong)) for each in QUESTIONS]
+    asked = [(alone(each.question), (each.right, each.wrong)) for each in QUESTIONS]
     together = replies.margins(replace(toy, limits=BatchLimits(16_384)), *zip(*asked, strict=True), condition)
     rows, n_questions = [n for n, _ in fed], len(QUESTIONS)
     assert rows == [1, n_questions, 2 * n_questions], "what the prompts share, the prompts, and the answers"
-    alone = [replies.margins(toy, [question], [answers], condition)[0] for question, answers in asked]
-    assert together == pytest.approx(alone, abs=1e-4)
+    one_by_one = [replies.margins(toy, [question], [answers], condition)[0] for question, answers in asked]
+    assert together == pytest.approx(one_by_one, abs=1e-4)
 
 
 def test_a_model_that_answers_right_has_all_questions_right_and_one_that_does_not_has_none(toy: LM, monkeypatch):
@@ -95,7 +96,7 @@ def test_a_model_that_answers_right_has_all_questions_right_and_one_that_does_no
             rows = [[-len(ids) * (1 if (ids in right) == (sign > 0) else 2) for ids in own] for own in replies]
             return torch.tensor(rows, dtype=torch.float64)
 
-        monkeypatch.setattr(replies, "own_reply_logp", logp)
+        monkeypatch.setattr(replies, "reply_logp", logp)
         return evaluate(subject(Student(lm, AdapterCfg()), Condition()), [EVALS["everyday"]]).metrics
 
     for sign, share in ((1.0, 1.0), (-1.0, 0.0)):

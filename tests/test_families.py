@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steer_heal.errors import UserError
-from steer_heal.evals.replies import pair_margins, plain, reply_logp
+from steer_heal.evals.replies import pair_margins, reply_logp
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model import lora
 from steer_heal.model.decode import Decoding, Row, decode
@@ -23,6 +23,7 @@ from steer_heal.model.lora import targets
 from steer_heal.model.self_check import check_model
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
+from steer_heal.records import alone
 from steer_heal.settings import AdapterCfg
 from steer_heal.stages.heal import heal
 
@@ -97,7 +98,7 @@ def test_a_family_heals_bakes_and_saves(name, toy, tmp_path, monkeypatch):
         merged = logits(student)
         assert not torch.allclose(merged, logits(student, "prev"), atol=1e-1)
         for lossy in (False, True):  # the history merged, and every factor apart
-            monkeypatch.setattr(Student, "merging_is_lossy", lossy)
+            monkeypatch.setattr(type(student.adapter), "merging_is_lossy", lossy)
             with student.training():
                 assert torch.allclose(read(lm), merged, atol=2e-3)
         own = student.bake()
@@ -145,7 +146,7 @@ def test_a_family_writes_what_its_own_generation_writes(name, toy):
 def test_the_updates_of_a_round_are_what_merging_adds(name, toy):
     student = scrambled(family(name, toy))
     before = {path: value.clone() for path, value in student.lm.model.state_dict().items() if ".lora_" not in path}
-    updates = [scale * b @ a for a, b, scale in student.round_updates()]
+    updates = [scale * b @ a for a, b, scale in student.adapter.updates()]
     with student.using("full") as lm:
         state = lm.model.state_dict()
         added = {path: state[path] - value for path, value in before.items()}
@@ -160,7 +161,9 @@ def test_the_spectral_penalty_shrinks_the_update_of_layers_and_of_stacked_expert
     for weight in (0.0, 10.0):
         student = Student(family(name, toy), UPPER)
         heal(student, kept, replace(heal_cfg, spectral=weight), round_=0, seed=0)
-        sizes.append(max(torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.round_updates()))
+        sizes.append(
+            max(torch.linalg.matrix_norm(scale * b @ a, 2).item() for a, b, scale in student.adapter.updates())
+        )
     assert 0 < sizes[1] < sizes[0]
 
 
@@ -202,7 +205,7 @@ def test_a_state_space_model_that_cannot_continue_with_several_tokens_goes_on_on
     assert lm.one_by_one
     questions, texts = (QUESTION, "What is ice?"), ("No.", "Ice is frozen.")
     replies = [lm.encode_reply(text) for text in texts]
-    together = reply_logp(lm, [plain(question) for question in questions], replies, Condition())
+    together = reply_logp(lm, [alone(question) for question in questions], [replies] * len(questions), Condition())
     nll = [[lm.completion_nll([lm.chat(each)], [reply])[0] for reply in replies] for each in questions]
     assert torch.allclose(together, -torch.tensor([[n.sum() for n in row] for row in nll]).double(), atol=1e-3)
     found = pair_margins(lm, [Pair(question, *texts) for question in questions], Condition())

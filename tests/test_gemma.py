@@ -19,13 +19,14 @@ from transformers import (
 
 from steer_heal.__main__ import main
 from steer_heal.evals.moral_foundations import answer_slots
-from steer_heal.evals.replies import plain, reply_logp
+from steer_heal.evals.replies import reply_logp
 from steer_heal.inputs.files import ADAPTER_FILE, DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student, attach_saved
+from steer_heal.records import alone
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import AdapterCfg
 
@@ -129,11 +130,13 @@ def test_batched_decoding_past_the_sliding_window_is_the_model_s_own(gemma: LM):
 
 
 def test_replies_past_the_sliding_window_are_read_as_in_one_plain_sequence_each(gemma: LM):
-    questions = [plain(text) for text in ("What is ice?", "Tell me about a fox and a golden key. " * 3)]
+    questions = [alone(text) for text in ("What is ice?", "Tell me about a fox and a golden key. " * 3)]
     replies = [
         gemma.encode(text) for text in ("It is frozen water.", "The fox was looking for the golden key again. " * 3)
     ]
-    for question, row in zip(questions, reply_logp(gemma, questions, replies, Condition()), strict=True):
+    for question, row in zip(
+        questions, reply_logp(gemma, questions, [replies] * len(questions), Condition()), strict=True
+    ):
         nll = gemma.completion_nll([gemma.prompt(question)] * 2, replies)
         assert torch.allclose(row, -torch.stack([n.double().sum() for n in nll]), atol=1e-4)
 

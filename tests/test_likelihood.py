@@ -12,7 +12,7 @@ from steer_heal.errors import UserError
 from steer_heal.evals import likelihood
 from steer_heal.evals.base import Subject, evaluate
 from steer_heal.evals.moral_foundations import digit_ids
-from steer_heal.evals.replies import plain, reply_logp
+from steer_heal.evals.replies import reply_logp
 from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.files import DATA, parse_toml, read_file
 from steer_heal.inputs.instruments import FOUNDATIONS, parse_likelihood
@@ -22,6 +22,7 @@ from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
+from steer_heal.records import alone
 from steer_heal.settings import EvalCfg
 
 FILE = DATA / "instruments/likelihood.toml"
@@ -32,7 +33,7 @@ EVAL = EvalCfg(n_prompts=2, n_texts=1, max_new_tokens=4, n_bootstrap=20)
 
 def asked(lm: LM) -> tuple[list, list]:
     """Conversations and replies of different lengths, the last reply a single token."""
-    questions = [plain(text) for text in ("Who?", "You see a man in the park. Is it fine?", "What is ice?")]
+    questions = [alone(text) for text in ("Who?", "You see a man in the park. Is it fine?", "What is ice?")]
     return questions, [lm.encode(text) for text in ("It is cruel to hurt a child.", "The boy lied.", "x")]
 
 
@@ -57,17 +58,17 @@ def vector(toy: LM) -> Vector:
 def test_replies_are_read_as_in_one_plain_sequence_each(toy: LM, vector, read_tokens):
     lm, (questions, replies) = replace(toy, limits=BatchLimits(read_tokens)), asked(toy)
     for dose in (0.0, 0.7):
-        found = reply_logp(lm, questions, replies, Condition(PERSONA, vector, dose))
+        found = reply_logp(lm, questions, [replies] * len(questions), Condition(PERSONA, vector, dose))
         prompts = [lm.prompt(each, PERSONA) for each in questions]
         expected = [[plain_logp(lm, prompt, reply, vector, dose) for reply in replies] for prompt in prompts]
         assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
-        alone = reply_logp(lm, questions, replies[-1:], Condition(PERSONA, vector, dose))
-        assert torch.allclose(alone, found[:, -1:], atol=1e-4), "a single token is read from the prompt alone"
+        last = reply_logp(lm, questions, [replies[-1:]] * len(questions), Condition(PERSONA, vector, dose))
+        assert torch.allclose(last, found[:, -1:], atol=1e-4), "a single token is read from the prompt alone"
 
 
 def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch):
     lm, (questions, replies) = replace(toy, limits=BatchLimits()), asked(toy)
-    whole, nll = reply_logp(lm, questions, replies, Condition()), LM.nll
+    whole, nll = reply_logp(lm, questions, [replies] * len(questions), Condition()), LM.nll
 
     def too_large(self, hidden, ids):
         if len(ids) > sum(map(len, replies)):  # more than one prompt
@@ -76,7 +77,7 @@ def test_a_batch_that_does_not_fit_is_read_in_smaller_ones(toy: LM, monkeypatch)
 
     monkeypatch.setattr(LM, "nll", too_large)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert torch.allclose(reply_logp(lm, questions, replies, Condition()), whole, atol=1e-5)
+        assert torch.allclose(reply_logp(lm, questions, [replies] * len(questions), Condition()), whole, atol=1e-5)
 
 
 def test_a_prompt_is_read_once_for_all_its_replies(toy: LM, monkeypatch):
@@ -85,7 +86,7 @@ def test_a_prompt_is_read_once_for_all_its_replies(toy: LM, monkeypatch):
         n_fed.append(input_ids.numel()) or forward(*args, input_ids=input_ids, **named)
     )
     monkeypatch.setattr(toy.text_model, "forward", count)
-    reply_logp(toy, questions, replies, Condition())
+    reply_logp(toy, questions, [replies] * len(questions), Condition())
     prompts = [toy.prompt(each) for each in questions]
     assert sum(n_fed) <= len(prompts) * (max(map(len, prompts)) + len(replies) * max(map(len, replies)))
 
@@ -99,7 +100,7 @@ def test_a_tokenizer_that_splits_digits_serves(toy: LM):
         digit_ids(lm)
     questions, replies = asked(lm)
     assert set(map(tuple, asked(toy)[1])) != set(map(tuple, replies))
-    found = reply_logp(lm, questions, replies, Condition())
+    found = reply_logp(lm, questions, [replies] * len(questions), Condition())
     nothing, prompts = Vector({1: torch.zeros(lm.width)}), [lm.prompt(each) for each in questions]
     expected = [[plain_logp(lm, prompt, reply, nothing, 0.0) for reply in replies] for prompt in prompts]
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-4)

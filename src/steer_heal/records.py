@@ -171,6 +171,11 @@ class Conversation:
     """What the assistant's reply begins with. White space at its end is read as the beginning of what follows."""
 
 
+def alone(prompt: str) -> Conversation:
+    """A conversation of one message."""
+    return Conversation(turns=(prompt,))
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer. Token ids are what the model wrote: never decoded and encoded again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from steer_heal.bench import Bench
-from steer_heal.evals.replies import plain as alone
 from steer_heal.evals.replies import reply_states
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import other_personas
 from steer_heal.intervals import of_difference
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector, weighted
-from steer_heal.records import NOTHING, Completion, Teachable, Teaching, derive_seed
-from steer_heal.stages.calibrate import contrast_strength, mean_kl, strength_at
+from steer_heal.records import NOTHING, Completion, Teachable, Teaching, alone, derive_seed
+from steer_heal.stages.calibrate import contrast_strength, dose_at, mean_kl
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.states import final_states
 
@@ -60,10 +59,9 @@ class Reader:
     pairs: Sequence[Pair]
 
     def read(self, condition: Condition) -> Read:
-        return Read(final_states(self.lm, self.texts, condition), self._replies(condition))
-
-    def _replies(self, condition: Condition) -> list[list[Tensor]]:
-        return reply_states(self.lm, [alone(pair.prompt) for pair in self.pairs], self.reply_ids, condition)
+        asked = [alone(pair.prompt) for pair in self.pairs]
+        replies = reply_states(self.lm, asked, self.reply_ids, condition)
+        return Read(final_states(self.lm, self.texts, condition), replies)
 
     @cached_property
     def reply_ids(self) -> list[list[tuple[int, ...]]]:
@@ -142,15 +140,9 @@ def _random(bench: Bench, reader: Reader, base: Read, i: int) -> Read | None:
     generator = torch.Generator().manual_seed(derive_seed(bench.cfg.seed, "teachable", "vector", i))
     blocks = lm.band("steer.layers", bench.cfg.steer.layers)
     vector = Vector({block: torch.randn(lm.width, generator=generator) for block in blocks})
-
-    def at(dose: float) -> Condition:
-        return Condition(bench.trait.plain_system, vector, dose)
-
-    def kl_at(dose: float) -> float:
-        return mean_kl(lm, final_states(lm, reader.texts, at(dose)), base.texts)
-
-    dose = strength_at(kl_at, BUDGET)
-    return None if dose is None else reader.read(at(dose))
+    steered = Condition(bench.trait.plain_system, vector)
+    dose = dose_at(lm, steered, reader.texts, base.texts, BUDGET)
+    return None if dose is None else reader.read(replace(steered, dose=dose))
 
 
 def judged(personas: tuple[Teaching, ...], contrasts: tuple[Teaching, ...], null: tuple[Teaching, ...]) -> Teachable:
@@ -162,19 +154,19 @@ def judged(personas: tuple[Teaching, ...], contrasts: tuple[Teaching, ...], null
     """
     own = next((each for each in contrasts if abs(each.kl / BUDGET - 1) < 0.1), None)
     band = math.sqrt(sum(each.shift**2 for each in null) / len(null)) if null else 0.0
+    verdict = "weak"
     if own is None:
-        reason = f"no strength of the contrast of the personas moves the base by {BUDGET:g} nats: they hardly differ"
-        return Teachable(verdict=NOTHING, reason=reason, band=band, personas=personas, contrasts=contrasts, null=null)
-    ends = "unknown" if own.low is None or own.high is None else f"{own.low:+.3f} to {own.high:+.3f}"
-    reason = (
-        f"at {BUDGET:g} nats from the base, the contrast of the personas moves the pairs by {own.shift:+.3f} nats per "
-        f"token (95 % interval {ends}), {own.right:.0%} of them the right way; teachers that have nothing to do with "
-        f"the trait move them by {band:.3f}"
-    )
-    if own.low is not None and own.low <= 0:
         verdict = NOTHING
-    elif own.low is not None and own.shift >= TIMES_BAND * band and min(own.halves) > 0:
-        verdict = "teachable"
+        reason = f"no strength of the contrast of the personas moves the base by {BUDGET:g} nats: they hardly differ"
     else:
-        verdict = "weak"
+        ends = "unknown" if own.low is None or own.high is None else f"{own.low:+.3f} to {own.high:+.3f}"
+        reason = (
+            f"at {BUDGET:g} nats from the base, the contrast of the personas moves the pairs by {own.shift:+.3f} nats "
+            f"per token (95 % interval {ends}), {own.right:.0%} of them the right way; teachers that have nothing to "
+            f"do with the trait move them by {band:.3f}"
+        )
+        if own.low is not None and own.low <= 0:
+            verdict = NOTHING
+        elif own.low is not None and own.shift >= TIMES_BAND * band and min(own.halves) > 0:
+            verdict = "teachable"
     return Teachable(verdict=verdict, reason=reason, band=band, personas=personas, contrasts=contrasts, null=null)

@@ -29,7 +29,7 @@ from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
 from steer_heal.settings import RunConfig, changed, leaves, settings
-from steer_heal.stages.calibrate import mean_kl, strength_at
+from steer_heal.stages.calibrate import dose_at
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
 from steer_heal.stages.states import final_states
@@ -236,16 +236,12 @@ def untrained(lab: Lab, arm: Arm, kl: float) -> list[Row]:
         prompts = bench.inputs.prompts[: bench.cfg.filter.n_keep]
         asks = [Ask(i, text, derive_seed(bench.cfg.seed, "steered", i)) for i, text in enumerate(prompts)]
         texts = bench.write(bench.plain, asks)
-
-        def at(dose: float) -> Condition:
-            return Condition(bench.trait.plain_system, lab.vector, dose)
-
+        condition = Condition(bench.trait.plain_system, lab.vector)
         with bench.student.using("full", exact=True) as lm:
-            base = final_states(lm, texts)
-            dose = strength_at(lambda dose: mean_kl(lm, final_states(lm, texts, at(dose)), base), kl)
+            dose = dose_at(lm, condition, texts, final_states(lm, texts), kl)
         if dose is None:
             raise UserError(f"no dose of the vector is {kl:g} nats from the untouched model; give another --kl")
-        condition = at(dose)
+        condition = replace(condition, dose=dose)
     return [{"round": 0, **measured(lab, lab.measure(condition)), "dose": condition.dose}]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +101,12 @@ class Eval:
     """Fields of Inputs that a run without this eval may leave empty."""
     wording: tuple[str, ...] = ()
     """Keys of `Inputs.wording`, besides `of`, that readers of its items need."""
+
+
+per_token = partial(Metric, form="+.3f", unit="nats per token")
+"""A metric of log-likelihoods."""
+log_probability = partial(Metric, how="log_mean", form="+.3f", unit="nats", moved=0.3, shown=False)
+"""A metric of the probability of an answer."""
 
 
 def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILENT) -> EvalResult:

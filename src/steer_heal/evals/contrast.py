@@ -5,7 +5,7 @@ This eval works for every trait and tokenizer. It needs neither moral foundation
 
 from __future__ import annotations
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.replies import won
 from steer_heal.records import PAIR_MOVED, Metric
 
@@ -19,14 +19,7 @@ def items(subject: Subject) -> Items:
 EVAL = Eval(
     items,
     (
-        Metric(
-            name="contrast_nats",
-            item="contrast",
-            title="contrast of pairs",
-            form="+.3f",
-            unit="nats per token",
-            moved=PAIR_MOVED,
-        ),
+        per_token(name="contrast_nats", item="contrast", title="contrast of pairs", moved=PAIR_MOVED),
         Metric(name="contrast_win", item="contrast_win", title="pairs won", form=".0%", shown=False),
     ),
     of="pair",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.replies import margins, won
 from steer_heal.inputs.pairs import Question
 from steer_heal.records import Conversation, Metric
@@ -28,14 +28,7 @@ EVAL = Eval(
     items,
     (
         Metric(name="everyday_right", item="everyday", title="everyday questions right", form=".0%", good=0.5),
-        Metric(
-            name="everyday_nats",
-            item="everyday_margin",
-            title="margin of right answers",
-            form="+.3f",
-            unit="nats per token",
-            shown=False,
-        ),
+        per_token(name="everyday_nats", item="everyday_margin", title="margin of right answers", shown=False),
     ),
     of="question",
 )

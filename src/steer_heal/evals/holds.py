@@ -6,10 +6,10 @@ from functools import partial
 
 import numpy as np
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs.attacks import attacked
-from steer_heal.records import Metric, attack_reference, under_attack
+from steer_heal.records import attack_reference, under_attack
 
 
 def items(subject: Subject) -> Items:
@@ -29,7 +29,7 @@ def items(subject: Subject) -> Items:
 
 EVAL = Eval(
     items,
-    (Metric(name="holds_nats", item="holds", title="shift under attack", form="+.3f", unit="nats per token"),),
+    (per_token(name="holds_nats", item="holds", title="shift under attack"),),
     of="pair",
     needs=("pairs",),
     wording=("attack",),

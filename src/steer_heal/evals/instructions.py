@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.everyday import question_margins
 from steer_heal.evals.replies import won
 from steer_heal.records import Metric
@@ -18,14 +18,7 @@ EVAL = Eval(
     items,
     (
         Metric(name="instructions_right", item="instructions", title="system prompts followed", form=".0%", good=0.5),
-        Metric(
-            name="instructions_nats",
-            item="instructions_margin",
-            title="margin of following",
-            form="+.3f",
-            unit="nats per token",
-            shown=False,
-        ),
+        per_token(name="instructions_nats", item="instructions_margin", title="margin of following", shown=False),
     ),
     of="instruction",
 )

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.evals.base import Eval, Items, Subject
-from steer_heal.evals.replies import plain, reply_logp
+from steer_heal.evals.base import Eval, Items, Subject, log_probability
+from steer_heal.evals.replies import reply_logp
 from steer_heal.inputs.instruments import FOUNDATIONS, LikelihoodInstrument, Vignette
 from steer_heal.model.lm import LM
 from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition
-from steer_heal.records import Metric
+from steer_heal.records import Metric, alone
 
 LOGP = "logp_"
 """Prefix of the items with the log-likelihood of a foundation."""
@@ -27,9 +27,9 @@ def ask(
     lm: LM, vignettes: Sequence[Vignette], instrument: LikelihoodInstrument, condition: Condition
 ) -> Float[Tensor, "i f"]:
     """For each vignette, the mean of log p over the wordings of each of the seven answers, in nats, not calibrated."""
-    asked = [plain(instrument.question(vignette.text)) for vignette in vignettes]
+    asked = [alone(instrument.question(vignette.text)) for vignette in vignettes]
     replies = [[lm.encode_reply(text) for text in instrument.answers[name]] for name in FOUNDATIONS]
-    logp = reply_logp(lm, asked, list(chain.from_iterable(replies)), condition)
+    logp = reply_logp(lm, asked, [list(chain.from_iterable(replies))] * len(asked), condition)
     if not condition.dose:
         require_finite(lm, logp)
     by_answer = logp.split([len(wordings) for wordings in replies], dim=1)
@@ -78,16 +78,7 @@ EVAL = Eval(
     items,
     (
         *(
-            Metric(
-                name=f"{name}_likelihood_nats",
-                item=P + name,
-                how="log_mean",
-                title=f"{name} (likelihood)",
-                form="+.3f",
-                unit="nats",
-                moved=0.3,
-                shown=False,
-            )
+            log_probability(name=f"{name}_likelihood_nats", item=P + name, title=f"{name} (likelihood)")
             for name in FOUNDATIONS
         ),
         Metric(name="answers_nats", item="answers_logp", title="all answers", form="+.2f", unit="nats"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer_heal.backends import tinymfv
 from steer_heal.errors import UserError
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, log_probability
 from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
@@ -211,19 +211,7 @@ def items(subject: Subject) -> Items:
 EVAL = Eval(
     items,
     (
-        *(
-            Metric(
-                name=f"{name}_nats",
-                item=f"p_{name}",
-                how="log_mean",
-                title=name,
-                form="+.3f",
-                unit="nats",
-                moved=0.3,
-                shown=False,
-            )
-            for name in FOUNDATIONS
-        ),
+        *(log_probability(name=f"{name}_nats", item=f"p_{name}", title=name) for name in FOUNDATIONS),
         Metric(name="coherence", item="mass", title="coherence", form=".4f", good=0.95, broken=0.85),
         Metric(name="prefill_nll", item="prefill_nll", title="prefill NLL", form=".4f", unit="nats per token"),
         Metric(name="frac_unscorable", item="unscorable", title="unscorable vignettes", form=".0%", shown=False),

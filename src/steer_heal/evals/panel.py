@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs.traits import available
 from steer_heal.intervals import mean_change
@@ -29,14 +29,7 @@ EVAL = Eval(
     items,
     (
         *(
-            Metric(
-                name=f"{PREFIX}{name}_nats",
-                item=PREFIX + name,
-                title=f"pairs of {name}",
-                form="+.3f",
-                unit="nats per token",
-                shown=False,
-            )
+            per_token(name=f"{PREFIX}{name}_nats", item=PREFIX + name, title=f"pairs of {name}", shown=False)
             for name in TRAITS
         ),
         Metric(name="panel_rms_nats", item="panel", how="rms", title="other traits (rms)", unit="nats per token"),

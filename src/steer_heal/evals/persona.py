@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.model.lm import LM
-from steer_heal.records import Completion, Metric, Trait
+from steer_heal.records import Completion, Trait
 
 
 def log_odds(lm: LM, texts: Sequence[Completion], trait: Trait) -> list[float]:
@@ -30,15 +30,6 @@ def items(subject: Subject) -> Items:
 
 EVAL = Eval(
     items,
-    (
-        Metric(
-            name="persona_log_odds",
-            item="persona_log_odds",
-            title="persona log-odds",
-            form="+.3f",
-            unit="nats per token",
-            moved=0.05,
-        ),
-    ),
+    (per_token(name="persona_log_odds", item="persona_log_odds", title="persona log-odds", moved=0.05),),
     of="text",
 )

@@ -14,24 +14,17 @@ from steer_heal.model.decode import GrowingCache
 from steer_heal.model.lm import LM
 from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition, steer, weighted
-from steer_heal.records import Conversation
+from steer_heal.records import Conversation, alone
 
 
 def reply_logp(
-    lm: LM, conversations: Sequence[Conversation], replies: Sequence[Sequence[int]], condition: Condition
+    lm: LM, conversations: Sequence[Conversation], replies: Sequence[Sequence[Sequence[int]]], condition: Condition
 ) -> Float[Tensor, "i w"]:
-    """log p of each of w replies (the sum over its tokens) after each of i conversations under `condition`, in nats.
+    """log p of the w replies (the sum over its tokens) to each of i conversations under `condition`, in nats.
+    `replies`: token ids, as `LM.encode_reply` gives them.
 
     The model runs over each conversation once. The replies continue from its cache, each as a row.
     """
-    return own_reply_logp(lm, conversations, [replies] * len(conversations), condition)
-
-
-def own_reply_logp(
-    lm: LM, conversations: Sequence[Conversation], replies: Sequence[Sequence[Sequence[int]]], condition: Condition
-) -> Float[Tensor, "i w"]:
-    """As `reply_logp`, for conversations that each have w replies of their own. `replies`: token ids, as
-    `LM.encode_reply` gives them."""
     n = max(map(len, replies), default=0)
     out = torch.full((len(conversations), n), torch.nan, dtype=torch.float64)
 
@@ -47,7 +40,7 @@ def own_reply_logp(
 def reply_states(
     lm: LM, conversations: Sequence[Conversation], replies: Sequence[Sequence[Sequence[int]]], condition: Condition
 ) -> list[list[Float[Tensor, "_ d"]]]:
-    """The final hidden states before each token of the replies of `own_reply_logp`, on the CPU."""
+    """The final hidden states before each token of the replies of `reply_logp`, on the CPU."""
     n = max(map(len, replies), default=0)
     out: list[list[Tensor]] = [[] for _ in conversations]
 
@@ -115,20 +108,15 @@ def margins(
     """
     asked = zip(conversations, replies, strict=True)
     ids = [[lm.encode_reply(text, each.prefill) for text in both] for each, both in asked]
-    logp = own_reply_logp(lm, conversations, ids, condition)
+    logp = reply_logp(lm, conversations, ids, condition)
     if not condition.dose:
         require_finite(lm, logp)
     first, second = (logp / torch.tensor([[*map(len, both)] for both in ids])).unbind(1)
     return (first - second).tolist()
 
 
-def plain(prompt: str) -> Conversation:
-    """A conversation of one message."""
-    return Conversation(turns=(prompt,))
-
-
 def pair_margins(
-    lm: LM, pairs: Sequence[Pair], condition: Condition, asked: Callable[[str], Conversation] = plain
+    lm: LM, pairs: Sequence[Pair], condition: Condition, asked: Callable[[str], Conversation] = alone
 ) -> list[float]:
     """For each contrast pair, the margin of the positive reply over the negative one. `asked` makes a conversation of
     the prompt."""

@@ -40,7 +40,7 @@ from steer_heal.model.sampling import require_sampling, token_ids
 from steer_heal.model.self_check import OTHER_MODEL, check_model, require_all_weights, require_decoder
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
-from steer_heal.records import Conversation
+from steer_heal.records import Conversation, alone
 from steer_heal.settings import TINY_RANDOM, Band
 
 LOGIT_CHUNK_ELEMENTS = 2**24
@@ -215,7 +215,7 @@ class LM:
 
     def chat(self, user: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of one user message, up to where the assistant's reply begins."""
-        return self.prompt(Conversation(turns=(user,)), system)
+        return self.prompt(alone(user), system)
 
     def prompt(self, conversation: Conversation, system: str | None = None) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the assistant's reply goes on. `system` is the system prompt if the
@@ -289,17 +289,15 @@ class LM:
         self.progress.at(0, len(lengths))
         while todo:
             group = todo[0]
-            n_next = None
             try:
                 work(group)
             except RuntimeError as error:
-                n_next = fewer_rows(len(group), error)
-            if n_next is None:
+                self.limits.read_tokens = fewer_rows(len(group), error) * lengths[group[-1]]
+            else:
                 todo.pop(0)
                 self.progress.at(len(lengths) - sum(map(len, todo)), len(lengths))
                 continue
             free_unused()
-            self.limits.read_tokens = n_next * lengths[group[-1]]
             rest = [i for later in todo for i in later]
             todo = [[rest[j] for j in part] for part in batches([lengths[i] for i in rest], self.limits.read_tokens)]
 

@@ -75,6 +75,12 @@ def contrast_strength(lm: LM, plain: Sequence[Tensor], difference: Sequence[Tens
     return strength_at(kl_at, target)
 
 
+def dose_at(lm: LM, steered: Condition, texts: Sequence[Completion], base: Sequence[Tensor], kl: float) -> float | None:
+    """The dose of a vector at which the mean of KL(steered || base) along the texts is `kl` nats. None: none is found.
+    `base`: the base's final hidden states on them, each Float[n d]."""
+    return strength_at(lambda dose: mean_kl(lm, final_states(lm, texts, replace(steered, dose=dose)), base), kl)
+
+
 def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
     """The strength of a teacher at which its KL is `target` nats, up to KL_TOLERANCE. None: none is found.
 

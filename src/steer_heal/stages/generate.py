@@ -9,7 +9,7 @@ from functools import partial
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition
-from steer_heal.records import Completion, Conversation
+from steer_heal.records import Completion, Conversation, alone
 
 Batch = Mapping[tuple[int, float], tuple[int, ...]]
 """Token ids of completions that were decoded together, by the seed and dose of their request."""
@@ -38,7 +38,7 @@ class Ask:
 
     @property
     def asked(self) -> Conversation:
-        return self.conversation or Conversation(turns=(self.prompt,))
+        return self.conversation or alone(self.prompt)
 
     @property
     def dose(self) -> float:

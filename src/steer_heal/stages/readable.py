@@ -11,6 +11,7 @@ from steer_heal.inputs.attacks import attacked
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.lm import LM
 from steer_heal.model.prompts import require_characters, require_no_marks, require_room
+from steer_heal.records import alone
 from steer_heal.settings import RunConfig
 
 
@@ -43,24 +44,19 @@ def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
     teachers += (trait.steered_system,) if cfg.heal.teacher == "contrast+vector" else ()
     n_written, n_answered = cfg.gen.max_new_tokens, cfg.eval.max_new_tokens
     problems = Problems()
-    for prompts, systems, n_new, flag in (
-        (inputs.prompts, (plain, *teachers), n_written, "--gen.max-new-tokens"),
-        (inputs.rehearsal, (plain,), n_written, "--gen.max-new-tokens"),
-        (inputs.eval_prompts, (plain, persona, *teachers), n_answered, "--eval.max-new-tokens"),
-        (inputs.contexts, (persona, trait.negative), 0, ""),
-    ):
-        with problems.noted():
-            asked = [lm.chat(prompt, system) for prompt in prompts for system in dict.fromkeys(systems)]
-            require_room(lm, max(map(len, asked), default=0), n_new, flag)
     longest = max((pair.prompt for pair in inputs.pairs), key=len, default="")
     holds = inputs.attacks if "holds" in cfg.eval.evals and inputs.pairs else ()
     held = [attacked(attack, prompt, trait) for attack in inputs.hold for prompt in inputs.prompts]
-    for under, systems, n_new, flag in (
+    for conversations, systems, n_new, flag in (
+        (map(alone, inputs.prompts), (plain, *teachers), n_written, "--gen.max-new-tokens"),
+        (map(alone, inputs.rehearsal), (plain,), n_written, "--gen.max-new-tokens"),
+        (map(alone, inputs.eval_prompts), (plain, persona, *teachers), n_answered, "--eval.max-new-tokens"),
+        (map(alone, inputs.contexts), (persona, trait.negative), 0, ""),
         (held, (plain,), n_written, "--gen.max-new-tokens"),
         ([attacked(attack, longest, trait) for attack in holds], (plain, persona, *teachers), 0, ""),
     ):
         with problems.noted():
-            asked = [lm.prompt(each, system) for each in under for system in dict.fromkeys(systems)]
+            asked = [lm.prompt(each, system) for each in conversations for system in dict.fromkeys(systems)]
             require_room(lm, max(map(len, asked), default=0), n_new, flag)
     problems.raise_if_any()
 

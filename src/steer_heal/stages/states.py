@@ -11,7 +11,7 @@ from torch import Tensor
 from steer_heal.model.divergence import kl_rev
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Term, Vector, steer, weighted
-from steer_heal.records import Completion, Conversation
+from steer_heal.records import Completion, alone
 
 
 def final_states(lm: LM, completions: Sequence[Completion], condition: Condition | None = None) -> list[Tensor]:
@@ -27,7 +27,7 @@ def final_states(lm: LM, completions: Sequence[Completion], condition: Condition
 
 def term_states(lm: LM, completions: Sequence[Completion], vector: Vector | None, term: Term) -> list[Tensor]:
     """As `final_states`, of a single term of a condition."""
-    prompts = [lm.prompt(c.taught or Conversation(turns=(c.prompt,)), term.system) for c in completions]
+    prompts = [lm.prompt(c.taught or alone(c.prompt), term.system) for c in completions]
     return _read(lm, completions, prompts, vector, term.dose)
 
 

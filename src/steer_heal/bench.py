@@ -149,13 +149,13 @@ class Bench:
         """The teacher of a heal on the collected text. A contrast reads the text to find its strength, unless it is
         `known`. UserError if no strength reaches heal.contrast_kl."""
         cfg = self.cfg.heal
-        condition = recipe.teacher_condition(self.trait, vector, collected.dose, cfg.contrast)
-        if condition.contrast is None:
-            return Teacher(condition=condition)
 
         def at(strength: float) -> Condition:
             return recipe.teacher_condition(self.trait, vector, collected.dose, strength)
 
+        condition = at(cfg.contrast)
+        if condition.contrast is None:
+            return Teacher(condition=condition)
         if known is not None:
             return Teacher(condition=at(known.strength), strength=known)
         texts = collected.completions

@@ -69,7 +69,7 @@ def _remote(url: str, model: str, progress: Progress) -> Writer:
         roles = zip(("system", "user"), asked, strict=True)
         messages = [{"role": role, "content": content} for role, content in roles if content]
         body = {"model": model, "temperature": 0.8, "max_tokens": max_new_tokens, "messages": messages}
-        return endpoint.reply(url, body, key, timeout_s=120).strip()
+        return endpoint.ask(url, body, key, timeout_s=120).text.strip()
 
     def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
         replies = []

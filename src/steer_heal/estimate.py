@@ -48,17 +48,12 @@ class _Enough(Exception):
     """Ends the heal of a probe."""
 
 
-class _Clock:
-    """Seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that the context takes."""
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
 
 
 def estimate(bench: Bench) -> list[Planned]:
@@ -66,29 +61,29 @@ def estimate(bench: Bench) -> list[Planned]:
     cfg, inputs, recipe = bench.cfg, bench.inputs, Recipe.of(bench.cfg)
     n_keep, longest = cfg.filter.n_keep, cfg.gen.max_new_tokens
     n_probe = min(cfg.gen.batch_size or ROWS_ON_CPU, n_keep)
-    clock = _Clock()
+    seconds: dict[str, float] = {}
     prompts = [inputs.prompts[i % len(inputs.prompts)] for i in range(n_probe)]
     asks = [Ask(i, text, derive_seed(cfg.seed, "estimate", i)) for i, text in enumerate(prompts)]
-    with clock.of("write"):
+    with _timed(seconds, "write"):
         texts = bench.write(bench.plain, asks, max_new_tokens=PROBE_TOKENS)
-    with clock.of("score"):
+    with _timed(seconds, "score"):
         scored = bench.score(texts)
     few = replace(bench, inputs=replace(inputs, contexts=evenly(inputs.contexts, 2 * FEW)))
-    with clock.of("vector"):
+    with _timed(seconds, "vector"):
         vector = few.extract()
     collected = Collected(scored=tuple(scored), train=tuple(range(n_probe)))
     heal = replace(cfg.heal, contrast_kl=0.0, rehearsal=0)
-    with clock.of("teacher"):
+    with _timed(seconds, "teacher"):
         teacher = replace(bench, cfg=replace(cfg, heal=heal)).make_teacher(recipe, vector, collected)
     step_s = _seconds_of_a_step(bench, recipe, collected, teacher)
-    of_state = _seconds_of_a_state(bench, clock)
+    of_state = _seconds_of_a_state(bench, seconds)
 
     def written(n: int, n_tokens: int) -> float:
-        return clock.seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
+        return seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
 
     n_prompt = sum(len(text.prompt_ids) for text in texts) / n_probe
     longer = (n_prompt + longest) / (n_prompt + PROBE_TOKENS)
-    read = clock.seconds["score"] * n_keep / n_probe * longer
+    read = seconds["score"] * n_keep / n_probe * longer
     n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
     n_steps = cfg.heal.epochs * math.ceil((n_keep * 7 / 8 + cfg.heal.rehearsal) / cfg.heal.batch_size)
     n_text = n_keep + cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
@@ -114,8 +109,8 @@ def estimate(bench: Bench) -> list[Planned]:
             f"{len(inputs.contexts)} contexts, {n_keep} texts",
             n_rounds
             * (
-                3 * clock.seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
-                + clock.seconds["teacher"] * n_keep / n_probe * longer
+                3 * seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
+                + seconds["teacher"] * n_keep / n_probe * longer
             ),
         ),
         Planned("heal", n_heals, f"{n_steps} steps", n_heals * n_steps * step_s * longer),
@@ -144,7 +139,7 @@ def _seconds_of_a_step(bench: Bench, recipe: Recipe, collected: Collected, teach
     return ends[1] - ends[0]
 
 
-def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
+def _seconds_of_a_state(bench: Bench, seconds: dict[str, float]) -> dict[str, float]:
     """Of each eval of one state, and of the margins of its pairs. The probe measures a few items of the base."""
     cfg, inputs = bench.cfg.eval, bench.inputs
     small = replace(cfg, n_texts=min(cfg.n_texts, ROWS_ON_CPU), max_new_tokens=min(cfg.max_new_tokens, PROBE_TOKENS))
@@ -166,13 +161,13 @@ def _seconds_of_a_state(bench: Bench, clock: _Clock) -> dict[str, float]:
         "vignette": len(inputs.vignettes) / len(few.vignettes),
         "text": cfg.n_texts / small.n_texts * cfg.max_new_tokens / small.max_new_tokens,
     }
-    with clock.of("margins"):
+    with _timed(seconds, "margins"):
         _ = subject.margins if few.pairs else None
-    found = {"margins": clock.seconds["margins"] * ratios["pair"]}
+    found = {"margins": seconds["margins"] * ratios["pair"]}
     for name in bench.cfg.eval.evals:
-        with clock.of(name):
+        with _timed(seconds, name):
             EVALS[name].items(subject)
-        found[name] = clock.seconds[name] * ratios[EVALS[name].of]
+        found[name] = seconds[name] * ratios[EVALS[name].of]
     return found
 
 

@@ -135,7 +135,8 @@ class SteerHeal:
             raise UserError(f"preset is {preset!r}: {nearest(preset, PRESETS)}")
         given: dict[str, Any] = {} if seed is None else {"seed": seed}
         if model is not None:
-            given["model"] = model if isinstance(model, str) else _name_of(model)
+            named = getattr(model, "name_or_path", "") or type(model).__name__
+            given["model"] = model if isinstance(model, str) else named  # what an adapter names as its base
         if trait is not None:
             given["trait"] = trait if isinstance(trait, str) else f"{name}.toml"
         if isinstance(settings, RunConfig):
@@ -553,11 +554,6 @@ def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
     """Results of `evaluate` by name, one a row: `state` and every metric."""
     rows = [{"state": name, **result.metrics} for name, result in results.items()]
     return pl.DataFrame(rows, infer_schema_length=None)
-
-
-def _name_of(model: Any) -> str:
-    """What an adapter of a loaded model names as its base."""
-    return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 @contextmanager

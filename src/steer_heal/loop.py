@@ -238,11 +238,9 @@ class Loop:
         try:
             with self.bench.student.lm.watched_by(SILENT):  # the bar counts steps, not the rows that they read
                 return self.bench.heal(recipe, r, collected, teacher, settings=cfg, on_step=on_step, saved=saved)
-        except NotFinite:
-            self.run.forget_heal(r)  # the second attempt must not find the file of the first
-            self.bench.student.discard_round()
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NotFinite):
+                self.run.forget_heal(r)  # the second attempt must not find the file of the first
             self.bench.student.discard_round()
             raise
 
@@ -300,8 +298,6 @@ class Loop:
         """Undoes the round: the next attempt has half the dose or, without a vector, half the learning rate."""
         collected = self.run.require(Gathered, r).collected
         trained = self.run.require(Trained, r)
-        healed = self.run.measured("healed", r)
-        assert healed is not None
         steered = collected.dose > 0 and not Recipe.of(self.bench.cfg).uses_contrast
         self.run.add(
             Dropped(
@@ -309,7 +305,7 @@ class Loop:
                 past=tuple(past),
                 dose=collected.dose,
                 lr=trained.lr,
-                metrics=healed.metrics,
+                metrics=self._metrics("healed", r),
                 next_kappa=collected.kappa / 2 if steered else collected.kappa,
                 next_lr_share=1.0 if steered else trained.lr / (2 * self.bench.cfg.heal.lr),
             )

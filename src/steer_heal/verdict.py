@@ -335,15 +335,12 @@ def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = Fa
     if r not in run.rounds or healed is None:
         dropped = [event for event in run.each(Dropped) if event.round == r]
         why = f"was dropped ({'; '.join(dropped[-1].past)})" if dropped else "does not exist"
-        raise UserError(f"{round_name(r)} {why}; the run has {_rounds(run)}")
+        rounds = "round 1" if len(run.rounds) == 1 else f"rounds 1 to {len(run.rounds)}"
+        raise UserError(f"{round_name(r)} {why}; the run has {rounds}")
     if not (run.untrained or allow_broken) and (found := grade(healed, run)).grade not in GRADES:
         other = "no round is intact" if best is None else f"take {round_name(best.state.round)}"
         raise UserError(f"{round_name(r)} is {found.grade}: {found.reason}; {other}, or give --allow-broken")
     return r
-
-
-def _rounds(run: Run) -> str:
-    return "round 1" if len(run.rounds) == 1 else f"rounds 1 to {len(run.rounds)}"
 
 
 def round_words(run: Run, r: int) -> str:

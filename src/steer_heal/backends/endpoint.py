@@ -50,11 +50,6 @@ def ask(url: str, body: Mapping[str, Any], key: str | None, timeout_s: float) ->
     return Reply(text if isinstance(text, str) else "", n_requests, *tokens)
 
 
-def reply(url: str, body: Mapping[str, Any], key: str | None, timeout_s: float) -> str:
-    """The text of the answer to a request."""
-    return ask(url, body, key, timeout_s).text
-
-
 def models(url: str, key: str | None, timeout_s: float) -> Sequence[str]:
     """The names of the endpoint's models. UserError if it does not list them."""
     try:

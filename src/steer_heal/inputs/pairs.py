@@ -12,6 +12,12 @@ from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DataFile, Text, parse_jsonl
 
 
+def require_two(what: str, *sides: str) -> None:
+    """ValueError unless the two sides differ and none is empty. `what` names them."""
+    if len({side.strip() for side in sides} - {""}) < 2:
+        raise ValueError(f"{what}, and not empty")
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Pair:
     """A held-out prompt, and the replies that the positive and the negative persona would give."""
@@ -22,9 +28,7 @@ class Pair:
 
     @model_validator(mode="after")
     def _check(self) -> Pair:
-        sides = {self.positive.strip(), self.negative.strip()}
-        if len(sides) == 1 or "" in sides:
-            raise ValueError("positive and negative must be different replies, and not empty")
+        require_two("positive and negative must be different replies", self.positive, self.negative)
         return self
 
 
@@ -40,9 +44,7 @@ class Question:
 
     @model_validator(mode="after")
     def _check(self) -> Question:
-        answers = {self.right.strip(), self.wrong.strip()}
-        if len(answers) == 1 or "" in answers:
-            raise ValueError("right and wrong must be different answers, and not empty")
+        require_two("right and wrong must be different answers", self.right, self.wrong)
         return self
 
 

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, nearest, validated
 from steer_heal.inputs.files import DATA, DataFile, Text, candidates, parse_toml, read_file, resolve
-from steer_heal.inputs.pairs import Pair, parse_pairs
+from steer_heal.inputs.pairs import Pair, parse_pairs, require_two
 from steer_heal.records import Trait
 
 TRAITS = DATA / "traits"
@@ -51,9 +51,7 @@ class PersonaPair:
 
     @model_validator(mode="after")
     def _check(self) -> PersonaPair:
-        sides = {self.positive.strip(), self.negative.strip()}
-        if len(sides) == 1 or "" in sides:
-            raise ValueError("positive and negative must be different, and not empty")
+        require_two("positive and negative must be different", self.positive, self.negative)
         return self
 
 
@@ -166,9 +164,9 @@ def _file_of(name: str) -> DataFile:
 
 def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait:
     """The trait that a file describes, with its first target. A trait given by its path has the name of its file."""
-    source, phrasing = _split(name)
+    _, phrasing = _split(name)
     pair = _pair(name, file, phrasing)
-    stem = Path(source).stem if by_path(name) else source
+    stem = _stem(name)
     return Trait(
         name=f"{stem}/{phrasing}" if phrasing else stem,
         description=file.description,
@@ -186,8 +184,7 @@ def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait
 
 def other_personas(name: str) -> dict[str, tuple[str, str]]:
     """The positive and the negative persona of each bundled trait, except the one of the same name."""
-    stem, _ = _split(name)
-    own = Path(stem).stem if by_path(name) else stem
+    own = _stem(name)
     others = {other: make_trait(other, read_trait(other)[1]) for other in available() if other != own}
     return {other: (trait.positive, trait.negative) for other, trait in others.items()}
 
@@ -195,6 +192,12 @@ def other_personas(name: str) -> dict[str, tuple[str, str]]:
 def by_path(name: str) -> bool:
     """Whether the name of a trait is the path of its file."""
     return _BY_PATH.fullmatch(name) is not None
+
+
+def _stem(name: str) -> str:
+    """The name of a trait without its phrasing or, if it is the path of a file, the name of that file."""
+    source, _ = _split(name)
+    return Path(source).stem if by_path(name) else source
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -256,8 +259,7 @@ def read_panel(source: Path | None, name: str) -> dict[str, tuple[DataFile, list
 
     If `source` is a folder, only files in it are read. UserError if there is no other trait.
     """
-    stem, _ = _split(name)
-    own = Path(stem).stem if by_path(name) else stem
+    own = _stem(name)
     folder = None if source is None else _folder(source)
     found = {}
     for other in available():

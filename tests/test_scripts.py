@@ -109,9 +109,9 @@ def test_a_replayed_round_is_the_round_of_the_run(two):
     run = FolderRun.read(two)
     before, after = (run.measured("healed", r).metrics["authority_nats"] for r in (0, 1))
     assert lab.measure().metrics["authority_nats"] == pytest.approx(before, abs=1e-4)
-    result, steps = lab.healed(collected, lab.bench.cfg.heal, 1)
+    result, report = lab.healed(collected, lab.bench.cfg.heal, 1)
     recorded = [event.step.fit for event in run.steps if event.round == 1]
-    assert [step.fit for step in steps] == pytest.approx(recorded, abs=1e-5)
+    assert [step.fit for step in report.steps] == pytest.approx(recorded, abs=1e-5)
     assert result.metrics["authority_nats"] == pytest.approx(after, abs=1e-4)
     with pytest.raises(UserError, match="it has that of round 1, round 2"):
         replay(two, 9, {})

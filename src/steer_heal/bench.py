@@ -343,11 +343,12 @@ class Bench:
         settings: HealCfg | None = None,
         on_step: Callable[[HealState], object] = lambda state: None,
         saved: SavedHeal | None = None,
+        n_steps: int | None = None,
     ) -> HealReport:
         """Trains the factor of round r. `student.bake()` keeps it, `student.discard_round()` drops it.
 
-        The `teacher` is needed where its distribution is fitted. `settings` replace cfg.heal. `on_step` and `saved`:
-        see stages/heal.py.
+        The `teacher` is needed where its distribution is fitted. `settings` replace cfg.heal. `on_step`,
+        `saved` and `n_steps`: see stages/heal.py.
         """
         cfg = settings or self.cfg.heal
         assert teacher is not None or recipe.fit == "tokens", "a distribution needs its teacher"
@@ -364,6 +365,7 @@ class Bench:
             taught=None if teacher is None else teacher.states,
             rehearsal=collected.rehearsal if teacher is not None else (),
             saved=saved,
+            n_steps=n_steps,
             on_step=on_step,
         )
         self.student.require_same_forward([(*row.prompt_ids, *row.completion_ids) for row in collected.completions[:4]])

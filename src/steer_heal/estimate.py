@@ -21,7 +21,6 @@ from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, derive_seed
 from steer_heal.settings import TINY_RANDOM
 from steer_heal.stages.generate import Ask
-from steer_heal.stages.heal import HealState
 from steer_heal.teachable import N_TEXTS, N_TOKENS
 
 PROBE_TOKENS = 16
@@ -42,10 +41,6 @@ class Planned:
     """What is done each time."""
     seconds: float
     """Of all times together."""
-
-
-class _Enough(Exception):
-    """Ends the heal of a probe."""
 
 
 @contextmanager
@@ -123,17 +118,11 @@ def estimate(bench: Bench) -> list[Planned]:
 def _seconds_of_a_step(bench: Bench, recipe: Recipe, collected: Collected, teacher: Teacher) -> float:
     """Of the second optimiser step of a heal, which is then dropped."""
     ends: list[float] = []
-
-    def on_step(state: HealState) -> None:
-        ends.append(time.monotonic())
-        if len(ends) == 2:
-            raise _Enough
-
+    heal = replace(bench.cfg.heal, epochs=2, rehearsal=0)
     try:
-        settings = replace(bench.cfg.heal, epochs=2, rehearsal=0)
-        bench.heal(recipe, 0, collected, teacher, settings=settings, on_step=on_step)
-    except _Enough:
-        pass
+        bench.heal(
+            recipe, 0, collected, teacher, settings=heal, n_steps=2, on_step=lambda _: ends.append(time.monotonic())
+        )
     finally:
         bench.student.discard_round()
     return ends[1] - ends[0]

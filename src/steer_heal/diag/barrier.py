@@ -3,7 +3,6 @@
 The preset chooses the dose and filters the text, unless --kappa is given.
 """
 
-import statistics
 from dataclasses import replace
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
@@ -28,13 +27,10 @@ def main(flags: Flags, given: Given) -> None:
     heal = replace(heal, aggregate=flags.aggregate or heal.aggregate)
     rows = []
     for lam in flags.lams:
-        result, steps = lab.healed(collected, replace(heal, lam=lam))
-        firing = [step.pressure for step in steps if step.pressure]
+        result, report = lab.healed(collected, replace(heal, lam=lam))
         row = lab.row(f"lam {lam:g}", result)
-        row["divergence"] = steps[-1].divergence
-        row["fired"] = sum(step.barrier > 0 for step in steps) / len(steps)
-        row["pressure"] = statistics.median(firing) if firing else 0.0
-        rows.append(row)
+        of_heal = {"divergence": report.steps[-1].divergence, "fired": report.fired, "pressure": report.pressure or 0.0}
+        rows.append(row | of_heal)
     should = (
         "divergence and kl_base fall as lam rises, and fired (share of steps above tau) not be near 0, otherwise tau "
         "is above the operating divergence.",

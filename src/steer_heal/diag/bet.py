@@ -59,8 +59,8 @@ class Seed:
         return statistics.mean(min(perplexity(nll), 1e6) for nll in nlls)
 
     def arm(self, heal: HealCfg, collected: Collected | None = None, n_steps: int | None = None) -> Row:
-        result, steps = self.lab.healed(collected or self.steered, heal, n_steps=n_steps)
-        return self.lab.row("", result) | {"n_steps": len(steps)}
+        result, report = self.lab.healed(collected or self.steered, heal, n_steps=n_steps)
+        return self.lab.row("", result) | {"n_steps": len(report.steps)}
 
     def stopped_at(self, heal: HealCfg, shift: float, n_steps: int) -> Row:
         """The heal, ended at the step where its shift comes closest to `shift`. The step is found by bisection."""

@@ -36,10 +36,10 @@ def main(flags: Flags, given: Given) -> None:
                 heals.append(replace(heal, divergence=divergence, lam=lam, reference=reference))
     rows = []
     for each in heals:
-        result, steps = lab.healed(collected, each, r)
+        result, report = lab.healed(collected, each, r)
         row = lab.row(f"{each.divergence} lam {each.lam:g} to {each.reference}", result)
         row["slope"] = slope(result.metrics, lab.base.metrics, lab.target, lab.metrics.values())
-        rows.append(row | {"divergence": steps[-1].divergence})
+        rows.append(row | {"divergence": report.steps[-1].divergence})
 
     def rank(row: Row) -> tuple[bool, bool, float]:
         """Intact rows first, then those that moved, then by shift in the wanted direction."""

@@ -6,7 +6,6 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +23,11 @@ from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
-from steer_heal.records import Collected, Completion, EvalResult, HealStep, Metric, Scored, round_name
+from steer_heal.records import Collected, Completion, EvalResult, HealReport, Metric, Scored, round_name
 from steer_heal.report import tables
 from steer_heal.runs.opened import open_bench, settings_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import HealCfg, RunConfig, changed, settings
-from steer_heal.stages.heal import HealState
 from steer_heal.verdict import health_of, shift
 
 Given = Mapping[str, Any]
@@ -126,32 +124,20 @@ class Lab:
 
     def healed(
         self, collected: Collected, heal: HealCfg, r: int = 0, n_steps: int | None = None
-    ) -> tuple[EvalResult, list[HealStep]]:
-        """(metrics after a heal of the student as it is, steps of that heal). The heal is then dropped again.
+    ) -> tuple[EvalResult, HealReport]:
+        """(metrics after a heal of the student as it is, what is known of that heal). The heal is then dropped again.
 
         `n_steps` ends it early, on the same schedule.
         """
-        steps: list[HealStep] = []
-
-        def on_step(state: HealState) -> None:
-            steps.append(state.steps[-1])
-            if len(steps) == n_steps:
-                raise _Enough
-
         cfg = replace(self.bench.cfg, heal=heal)
         recipe = Recipe.of(cfg)
         bench = replace(self.bench, cfg=cfg)
         teacher = bench.make_teacher(recipe, self.vector, collected) if recipe.fit == "distribution" else None
         try:
-            with suppress(_Enough):
-                bench.heal(recipe, r, collected, teacher, on_step=on_step)
-            return self.measure(), steps
+            report = bench.heal(recipe, r, collected, teacher, n_steps=n_steps)
+            return self.measure(), report
         finally:
             self.bench.student.discard_round()
-
-
-class _Enough(Exception):
-    """Ends a heal early."""
 
 
 def unfiltered(completions: Sequence[Completion]) -> Collected:

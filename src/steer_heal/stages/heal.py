@@ -159,6 +159,7 @@ def heal(
     rejected: Sequence[Completion] = (),
     beta: float = 0.1,
     saved: SavedHeal | None = None,
+    n_steps: int | None = None,
     on_step: Callable[[HealState], object] = lambda state: None,
 ) -> HealReport:
     """Trains a new round factor on `student`. Bake it to keep it. One prompt in eight is held out for validation.
@@ -171,6 +172,7 @@ def heal(
         rejected: In place of the tokens, fit preferences (`Pair`): for each of `kept`, an answer that should become
             less likely than it. `beta` scales their margin.
         saved: Continue after its last step.
+        n_steps: End after this many steps, on the same schedule. None: after the last epoch.
 
     NotFinite if a loss or a gradient is not finite; UserError if no prompt can be held out.
     """
@@ -194,7 +196,7 @@ def heal(
             state.restore(saved)
         if not state.curve:
             state.add_to_curve()
-        for chosen in plan[len(state.steps) :]:
+        for chosen in plan[len(state.steps) : n_steps]:
             state.step([train[i] for i in chosen])
             on_step(state)
     return state.report()

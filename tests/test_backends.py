@@ -41,16 +41,15 @@ SCENES = [
 
 
 # --- steering-lite ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("normalize", [False, True])
-def test_steering_lite_extracts_the_mean_difference(toy: LM, normalize: bool):
+def test_steering_lite_extracts_the_mean_difference(toy: LM):
     pytest.importorskip("steering_lite", reason="the package is not installed")
     personas, band = ("You obey.", "You do as you like, whoever gives the orders."), range(1, 3)
     positive, negative = ([toy.chat(scene.text, persona) for scene in SCENES] for persona in personas)
-    theirs = steering_lite.extract(toy, positive, negative, band, normalize=normalize)
+    theirs = steering_lite.extract(toy, positive, negative, band)
     assert theirs.keys() == set(band)
     for layer, states in last_token_states(toy, [*positive, *negative], band).items():
         ours = mean_diff(states[: len(SCENES)], states[len(SCENES) :])
-        assert torch.allclose(theirs[layer], ours / ours.norm() if normalize else ours, atol=1e-4)
+        assert torch.allclose(theirs[layer], ours, atol=1e-4)
 
 
 def test_a_run_with_pca_is_refused_before_its_model_is_loaded(tmp_path):

@@ -43,12 +43,11 @@ def check(method: str) -> None:
 
 
 def extract(
-    lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range, *, normalize: bool
+    lm: LM, positive: Sequence[tuple[int, ...]], negative: Sequence[tuple[int, ...]], band: range
 ) -> dict[int, Tensor]:
     """Mean difference of hidden states at the last token, float32[d] on the CPU for each block of the band.
 
     `positive` and `negative` are the token ids of paired prompts. They are decoded, because the package needs text.
-    With `normalize`, each direction has length 1.
     """
     import torch
 
@@ -57,7 +56,7 @@ def extract(
     adds_bos = lm.tokenizer("").input_ids == [lm.tokenizer.bos_token_id]  # the package calls the tokenizer like this
     added = bos if adds_bos else ""
     texts = [[str(lm.tokenizer.decode(list(ids))).removeprefix(added) for ids in side] for side in (positive, negative)]
-    config = package.MeanDiffC(layers=tuple(band), normalize=normalize, dtype=torch.float32)
+    config = package.MeanDiffC(layers=tuple(band), normalize=False, dtype=torch.float32)
     vector = package.Vector.train(lm.model, lm.tokenizer, *texts, config, max_length=MAX_LENGTH)
     states = vector.state if hasattr(vector, "state") else vector.stacked  # newer versions: `stacked`, [1, d]
     return {layer: state["v"].detach().float().cpu().reshape(-1) for layer, state in states.items()}

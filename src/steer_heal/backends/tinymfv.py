@@ -96,17 +96,15 @@ def ask(lm: LM, vignettes: Sequence[Vignette], condition: Any, think_tokens: int
 
 def _columns(vignettes: Sequence[Vignette], answers: Sequence[Any]) -> dict[str, list[float]]:
     """The package's answers as item values."""
-    columns: dict[str, list[float]] = {f"p_{name}": [] for name in FOUNDATIONS}
-    columns |= {"mass": [], "prefill_nll": [], "top1": [], "unscorable": []}
+    rows = []
     for vignette, answer in zip(vignettes, answers, strict=True):
         right = answer.top1 in (vignette.foundation, vignette.also)
         row = {f"p_{name}": answer.p[name] for name in FOUNDATIONS}
         row |= {"mass": answer.pmass_allowed, "prefill_nll": answer.nll_prefill, "top1": right}
         scorable = all(map(math.isfinite, row.values()))
-        for name, value in row.items():
-            columns[name].append(float(value) if scorable else math.nan)
-        columns["unscorable"].append(float(not scorable))
-    return columns
+        shown = {name: float(value) if scorable else math.nan for name, value in row.items()}
+        rows.append({**shown, "unscorable": float(not scorable)})
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 @contextmanager
@@ -122,11 +120,8 @@ def unpadded(lm: LM) -> Iterator[None]:
                 "results for padded prompts are wrong; use builtin"
             )
 
-    handle = lm.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    try:
+    with lm.model.register_forward_pre_hook(refuse, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _check_tokens(lm: LM, prompts: Sequence[tuple[int, ...]]) -> None:

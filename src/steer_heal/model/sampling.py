@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper
 
 from steer_heal.errors import UserError
 
@@ -30,16 +30,14 @@ def sampler(config: GenerationConfig) -> Callable[[Float[Tensor, "b v"], Float[T
     temperature or top-p of 0 leaves the likeliest token only."""
     if config.temperature == 0 or config.top_p == 0:
         return lambda logits, uniform: logits.argmax(-1)
-    temper: Any = LogitsProcessorList()  # these processors ignore the tokens before
-    floor: Any = LogitsProcessorList()
+    temperature = 1.0 if config.temperature is None else float(config.temperature)
     top_p = 1.0 if config.top_p is None else config.top_p
-    if config.temperature is not None and config.temperature != 1:
-        temper.append(TemperatureLogitsWarper(float(config.temperature)))
-    if getattr(config, "min_p", None):
-        floor.append(MinPLogitsWarper(float(config.min_p)))
+    min_p = getattr(config, "min_p", None)
+    floor: Any = MinPLogitsWarper(float(min_p)) if min_p else lambda ids, logits: logits  # it ignores the tokens before
 
     def pick(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-        logits = temper(None, logits)
+        if temperature != 1:
+            logits = logits / temperature
         ids = None
         if config.top_k and config.top_k < logits.shape[-1]:
             logits, ids = candidates(logits, config.top_k)

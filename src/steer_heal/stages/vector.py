@@ -28,7 +28,7 @@ def teacher_vec(lm: LM, trait: Trait, contexts: Sequence[str], cfg: SteerCfg) ->
     band = lm.band("steer.layers", cfg.layers)
     positive, negative = ([lm.chat(c, persona) for c in contexts] for persona in (trait.positive, trait.negative))
     if cfg.backend == "steering-lite":
-        directions = steering_lite.extract(lm, positive, negative, band, normalize=cfg.normalize)
+        directions = steering_lite.extract(lm, positive, negative, band)
     else:
         states = last_token_states(lm, [*positive, *negative], band)
         n = len(contexts)

@@ -18,20 +18,16 @@ def _parse(template: str) -> tuple:
     def sequence(i: int) -> tuple[tuple, int]:
         parts: list = []
         while i < len(tokens) and tokens[i] not in ("|", ")"):
-            if tokens[i] == "(":
+            token = tokens[i]
+            if token == "(":
                 options = []
-                i += 1
-                while True:
-                    option, i = sequence(i)
+                while tokens[i] != ")":
+                    option, i = sequence(i + 1)
                     options.append(option)
-                    i += 1
-                    if tokens[i - 1] == ")":
-                        break
                 parts.append(("any", tuple(options)))
             else:
-                token = tokens[i]
                 parts.append(("slot", token[1:-1]) if token[0] == "{" else token)
-                i += 1
+            i += 1
         return tuple(parts), i
 
     return sequence(0)[0]

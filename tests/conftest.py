@@ -1,24 +1,14 @@
-"""Shared models: loaded once, never trained on directly (a Student adds and removes its own adapters).
-
-Every annotated shape is checked in the process of the tests. Their subprocesses skip the checks: installing them takes
-seconds in each process.
-"""
+"""Shared models: loaded once, never trained on directly (a Student adds and removes its own adapters)."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+import shapes  # noqa: F401 - before any module that it checks
 import torch
-
-os.environ["BEARTYPE"] = "1"
-import steer_heal  # noqa: F401 - reads BEARTYPE
-
-del os.environ["BEARTYPE"]
-
 from runs import SETTINGS, started, undrawn
 
 from steer_heal.errors import UserError

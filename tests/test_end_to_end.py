@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from places import ROOT
-from runs import SETTINGS, UNDRAWN_COMMAND, of, recorded
+from runs import SETTINGS, of, recorded, started
 
 from steer_heal.__main__ import main
 from steer_heal.model.lm import load
@@ -20,20 +20,17 @@ from steer_heal.verdict import UNTRAINED
 N_VIGNETTES = "12"
 
 
-def run(out, *flags, command=(sys.executable, "-m", "steer_heal")):
-    """(run folder, what was printed) of a fast-dev run in a process of its own, in which no shape was wrong."""
-    command = [*command, "run", "fast-dev", "--out", str(out), *flags]
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(run folder, what was printed) of a fast-dev run in a process of its own, where no type or shape is wrong."""
+    out = tmp_path_factory.mktemp("out with space")
+    command = [sys.executable, "-m", "steer_heal", "run", "fast-dev", "--out", str(out)]
+    command += ["--eval.n-vignettes", N_VIGNETTES]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BEARTYPE": "1"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     folder = next(path.parent for path in out.glob("*/events.jsonl"))
     assert "could not draw" not in (folder / "run.log").read_text(encoding="utf-8")
     return folder, done.stdout
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out with space")
-    return run(out, "--eval.n-vignettes", N_VIGNETTES)
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +121,14 @@ def test_the_table_the_row_of_results_and_the_verdict_say_the_same(done, events)
     assert {"report.html", "diary.md", "trajectory.png"} < {path.name for path in folder.iterdir()}
 
 
-def test_every_other_way_through_a_round_runs(tmp_path):
+def test_every_other_way_through_a_round_runs(tmp_path, quick):
     """Calibrated dose, frozen and ablating vector, highest dose only, spectral penalty, barrier to base, one gate."""
     flags = (
         "--dose.mode iso_kl --dose.train-on highest --dose.kl-tokens 8 --steer.method directional_ablation "
         "--steer.normalize --steer.refresh once --heal.spectral 0.1 --heal.reference base --heal.aggregate p95 "
         "--heal.divergence kl_fwd --heal.tau-power 1 --filter.gates short --trait love/inner --no-control"
     )
-    folder, _ = run(tmp_path, *SETTINGS.split(), *flags.split(), command=UNDRAWN_COMMAND)
-    events = recorded(folder)
+    events = recorded(started(tmp_path, SETTINGS.split(), *flags.split()))
     for found, gathered in zip(of(events, "calibrated"), of(events, "gathered"), strict=True):
         dose, collected = found["calibration"]["dose"], gathered["collected"]
         assert gathered["mode"] == "iso_kl" and collected["kappa"] == pytest.approx(dose)

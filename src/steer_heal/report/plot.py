@@ -434,7 +434,7 @@ def _place_labels(figure: Figure, labels: Sequence[Text]) -> None:
         texts = [label for label in labels if label.axes is axes]
         if texts:
             x, y = axes.transData.inverted().transform(_drawn_pixels(axes)).T
-            adjust_text(texts, x, y, ax=axes, iter_lim=500, min_arrow_len=12, arrowprops=LEADER)
+            adjust_text(texts, x, y, ax=axes, iter_lim=100, min_arrow_len=12, arrowprops=LEADER)
 
 
 def _drawn_pixels(axes: Axes) -> np.ndarray:

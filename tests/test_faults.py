@@ -5,8 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,20 +12,7 @@ import pytest
 import torch
 from compare import comparable, weights
 from conftest import ADAPTER
-from places import ROOT
-from runs import (
-    FULL_LR,
-    POISONED_STEP,
-    UNDRAWN_COMMAND,
-    assert_same,
-    killing,
-    of,
-    poisoned,
-    recorded,
-    resumed,
-    rewritten,
-    started,
-)
+from runs import FULL_LR, POISONED_STEP, assert_same, killing, of, poisoned, recorded, resumed, rewritten, started
 
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError
@@ -165,26 +150,6 @@ def test_a_second_process_is_kept_out(after_round_0, two, capsys):
     assert "another process" in capsys.readouterr().err
     assert (after_round_0 / "events.jsonl").read_bytes() == before
     assert_same(resumed(after_round_0), two)
-
-
-def test_stopped_by_sigterm_and_then_by_sigkill(settings, one, tmp_path):
-    def stopped(signum, at, *argv):
-        streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen([*UNDRAWN_COMMAND, *argv], cwd=ROOT, **streams) as process:
-            seen = lambda: any(f'"{at}"' in path.read_text() for path in tmp_path.glob("*/events.jsonl"))
-            while process.poll() is None and not seen():
-                time.sleep(0.01)
-            process.send_signal(signum)
-            printed = process.stderr.read()
-        return process.returncode, printed
-
-    status, printed = stopped(
-        signal.SIGTERM, "gathered", "run", "fast-dev", "--out", str(tmp_path), *settings, "--n-rounds", "1"
-    )
-    run = next(path.parent for path in tmp_path.glob("*/events.jsonl"))
-    assert status == 143 and f"resume {run}" in printed and "Traceback" not in printed
-    assert stopped(signal.SIGKILL, "steered", "resume", str(run), "--quiet")[0] == -signal.SIGKILL
-    assert_same(resumed(run), one)
 
 
 def stopped_in_native_code(_student):

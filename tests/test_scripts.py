@@ -149,15 +149,15 @@ def test_measurements_leave_no_trace_in_the_student(two):
 
 
 # --- the fault drill ---------------------------------------------------------------------------------------------
-def test_the_fault_drill_kills_a_run_and_finds_it_whole(tmp_path):
-    flags = ["--n", "3", "--faults", "kill", "kill twice", "--out", str(tmp_path)]
+def test_the_fault_drill_stops_runs_and_finds_them_whole(tmp_path):
+    flags = ["--n", "3", "--faults", "kill twice", "sigterm", "--out", str(tmp_path)]
     command = [sys.executable, "scripts/fault_drill.py", *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "BEARTYPE": "0", "PYTHONPATH": "src"}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     rows = table(tmp_path, "fault_drill")["rows"]
-    assert [row["fault"] for row in rows] == ["kill", "kill twice"]
-    assert [row["tried"] + row["too late"] for row in rows] == [2, 1]
+    assert [row["fault"] for row in rows] == ["kill twice", "sigterm"]
+    assert [row["tried"] + row["too late"] for row in rows] == [1, 1]
     assert all(row["survived"] == row["tried"] and row["lost"] == 0 for row in rows)
 
 

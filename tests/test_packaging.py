@@ -196,17 +196,21 @@ def test_the_wheel_runs_from_an_empty_folder(installed, tmp_path):
     def run(*command, said=""):
         return output_of(command, empty, where, said)
 
-    found = run(sys.executable, "-c", "import steer_heal; print(steer_heal.__file__)")
-    assert found.startswith(str(site)), "not the checkout"
-    run(sys.executable, "-m", "steer_heal", "run", "fast-dev", *flags)
-    [folder] = [path for path in (empty / "out").iterdir() if path.is_dir()]
-    assert all((folder / name).is_file() for name in ("report.html", "diary.md", "ckpt/r0/README.md"))
-    script = (site / "bin" / "steer-heal").read_text().splitlines()
-    assert "steer_heal.__main__ import main" in "\n".join(script)
-    command = sys.executable, str(site / "bin" / "steer-heal")
-    assert "as recorded" in run(*command, "verify", str(folder))
-    later = [["eval", "--run", str(folder)], ["report", str(folder)], ["chat", str(folder), "--max-new-tokens", "4"]]
-    code = f"from steer_heal.__main__ import main\nfor words in {later!r}:\n    assert main(words) == 0, words"
+    assert run(sys.executable, str(site / "bin" / "steer-heal"), "--help").startswith("usage: steer-heal COMMAND")
+    commands = [
+        ["run", "fast-dev", "--folder", "out/a", *flags],
+        *(["verify", "out/a"], ["eval", "--run", "out/a"], ["report", "out/a"]),
+        ["chat", "out/a", "--max-new-tokens", "4"],
+    ]
+    code = f"""
+import steer_heal
+print(steer_heal.__file__)
+from steer_heal.__main__ import main
+for words in {commands!r}:
+    assert main(words) == 0, words
+"""
     printed = run(sys.executable, "-c", code, said="Hello.\n")
-    assert "are the recorded ones to the last digit" in printed and "report.html" in printed
-    assert "--- healed" in printed
+    assert printed.startswith(str(site)), "not the checkout"
+    assert all((empty / "out/a" / name).is_file() for name in ("report.html", "diary.md", "ckpt/r0/README.md"))
+    assert "as recorded" in printed and "are the recorded ones to the last digit" in printed
+    assert "report.html" in printed and "--- healed" in printed

@@ -84,7 +84,7 @@ def test_every_question_has_a_test():
 @pytest.mark.parametrize("question", SMALL)
 def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys, monkeypatch):
     told, cfg = PRESETS["fast-dev"]
-    few = replace(cfg.eval, n_vignettes=12, think_tokens=1, n_bootstrap=20)
+    few = replace(cfg.eval, n_vignettes=6, think_tokens=1, n_texts=4, max_new_tokens=12, n_bootstrap=20)
     monkeypatch.setitem(PRESETS, "fast-dev", (told, replace(cfg, eval=few)))
     arguments = ["--preset", "fast-dev", "--out", str(tmp_path), *SMALL[question]]
     assert main(["diag", question, *arguments]) == 0

@@ -44,9 +44,9 @@ def write_cards(folder: Path) -> list[Path]:
     digest = last_hash(folder)
     tasks = read_readings(folder)
     written = []
-    for trained in measured_heals(run):
+    for trained in run.each(Trained):
         name = trained.checkpoint
-        if name is not None and (folder / name).is_dir():
+        if name is not None and _student(run, trained.round) is not None and (folder / name).is_dir():
             written.append(_write(folder / name, card(run, trained.round, digest, tasks.get(name, ()))))
     return written
 
@@ -61,11 +61,6 @@ def _write(folder: Path, text: str) -> Path:
     with atomic_write(folder / CARD) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
     return folder / CARD
-
-
-def measured_heals(run: Run) -> list[Trained]:
-    """The heals whose student was measured, in order."""
-    return [heal for heal in run.each(Trained) if _student(run, heal.round) is not None]
 
 
 def _student(run: Run, r: int | None) -> Measured | None:
@@ -122,14 +117,9 @@ def card(
         readings=readings(seen, r),
         tasks=tasks,
         with_stderr=with_stderr,
-        adapter_sha256=_adapter_sha256(trained),
+        adapter_sha256=trained.files.get(f"{trained.checkpoint}/{ADAPTER_FILE}"),
         digest=digest,
     )
-
-
-def _adapter_sha256(trained: Trained) -> str | None:
-    """SHA-256 of the adapter's weights. None: it was not recorded."""
-    return trained.files.get(f"{trained.checkpoint}/{ADAPTER_FILE}")
 
 
 def _literal(value: str) -> Markup:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from steer_heal.errors import UserError, nearest
@@ -100,10 +101,6 @@ def _items(found: Results, task: str, metric: str, chain: str) -> dict[int, floa
 def _paired_stderr(base: Mapping[int, float], healed: Mapping[int, float], change: float) -> float | None:
     """Standard error of the mean of item differences. None unless that mean is the change of the metric."""
     differences = [healed[i] - base[i] for i in base if i in healed]
-    n = len(differences)
-    if n < 2 or len(base) != n:
+    if not 2 <= len(differences) == len(base) or not math.isclose(fmean(differences), change, abs_tol=1e-9):
         return None
-    mean = sum(differences) / n
-    if not math.isclose(mean, change, abs_tol=1e-9):
-        return None
-    return math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    return stdev(differences) / math.sqrt(len(differences))

@@ -105,17 +105,13 @@ def _batch(line: bytes) -> Batch:
 
 def _sha256(value: Any, tensors: dict[str, Tensor] | None = None) -> str:
     """SHA-256 of a value made of JSON types, and of tensors with their names."""
+    from torch import uint8  # a folder without a run is refused without torch
+
     digest = hashlib.sha256(json.dumps(value).encode())
     for name, tensor in sorted((tensors or {}).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(_bytes()).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch  # a folder without a run is refused without it
-
-    return torch.uint8
 
 
 def save_heal(path: Path, heal: SavedHeal) -> None:

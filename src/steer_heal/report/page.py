@@ -277,20 +277,11 @@ def teaching_table(run: Run) -> view.Table | None:
     if event is None:
         return None
     found = event.found
-    rows = [
-        (
-            "",
-            [
-                each.name,
-                view.number(each.strength),
-                view.number(each.kl),
-                view.number(each.shift, "+.3f"),
-                f"{view.number(each.low, '+.3f')} to {view.number(each.high, '+.3f')}",
-                view.number(each.right, ".0%"),
-            ],
-        )
-        for each in (*found.personas, *found.contrasts, *found.null)
-    ]
+    rows = []
+    for each in (*found.personas, *found.contrasts, *found.null):
+        moved, low, high = (view.number(value, "+.3f") for value in (each.shift, each.low, each.high))
+        strength, kl = map(view.number, (each.strength, each.kl))
+        rows.append(("", [each.name, strength, kl, moved, f"{low} to {high}", view.number(each.right, ".0%")]))
     return ["teacher", "strength", "KL to base, nats", "shift of the pairs", "95 % interval", "pairs that rise"], rows
 
 
@@ -351,12 +342,11 @@ def conditions(run: Run) -> tuple[view.Table, list[tuple[str, str]]]:
         return "yes" if check.holds else "no"
 
     rows = [("", [should, *(answer(asked.get(r)) for r in rounds)]) for should, asked in found.items()]
-    failed = [(r, check.advice) for asked in found.values() for r, check in asked.items() if not check.holds]
     advice = [
-        ("before the loop" if r is None else round_name(r), words)
+        ("before the loop" if r is None else round_name(r), asked[r].advice)
         for r in rounds
-        for where, words in failed
-        if where == r
+        for asked in found.values()
+        if r in asked and not asked[r].holds
     ]
     return (["", "before", *map(round_name, rounds[1:])], rows), advice
 

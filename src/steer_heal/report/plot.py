@@ -124,7 +124,9 @@ def comparison(runs: Mapping[str, Run]) -> Figure:
             stroke = strokes.setdefault(_lost_words(metric), STROKES[len(strokes) % len(STROKES)])
             series = _series(run, metric).get("healed", np.empty((0, 4)))
             bottom.plot(series[:, 0] + 1, _lost(metric, series[:, 1]), stroke, color=colour, marker="o", lw=1.6)
-    wanted = dict.fromkeys(_wanted(run) for run in runs.values())
+    wanted = dict.fromkeys(
+        f"{_axis(run.trait_metric)}, wanted {direction(run.start.trait.sign)}" for run in runs.values()
+    )
     top.set_title("\n".join(["Shift from base, healed rounds (bar: 95 %)", *wanted]))
     bottom.set_title("Health: what is lost")
     _share_axis(bottom, max([0.0, *(y for line in bottom.get_lines() for y in np.asarray(line.get_ydata()))]))
@@ -291,11 +293,6 @@ def _draw_shift(axes: Axes, run: Run, name: str, colour: str) -> list[Text]:
     axes.plot(x, y, color=colour, marker="o", lw=1.8)
     axes.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
     return [_label(axes, (x[-1], y[-1]), name, colour)]
-
-
-def _wanted(run: Run) -> str:
-    """The trait's metric and where it should go."""
-    return f"{_axis(run.trait_metric)}, wanted {direction(run.start.trait.sign)}"
 
 
 def _axis(metric: Metric) -> str:

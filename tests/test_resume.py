@@ -33,6 +33,8 @@ from steer_heal.verdict import UNTRAINED
 pytestmark = pytest.mark.usefixtures("quick")
 ONE, TWO = ["--n-rounds", "1"], ["--n-rounds", "2", "--no-control"]
 """Flags of the fixtures of these names."""
+FEW = ["--filter.n-keep", "8", "--eval.evals", "moral_foundations", "text_quality", "drift"]
+"""Fewer texts and evals, where a run is not compared with one of the fixtures."""
 
 
 # --- killed ------------------------------------------------------------------------------------------------------
@@ -79,13 +81,13 @@ def test_killed_after_every_line(settings, two, tmp_path, monkeypatch):
 
 def test_killed_after_every_line_where_all_heals_were_tried_twice(settings, tmp_path, monkeypatch):
     poisoned(monkeypatch)
-    whole = started(tmp_path / "whole", settings, *ONE)
+    whole = started(tmp_path / "whole", settings, *ONE, *FEW)
     assert [e["round"] for e in of(recorded(whole), "heal_retried")] == [None, 0]
-    assert_survives([*settings, *ONE], tmp_path / "killed", whole, monkeypatch)
+    assert_survives([*settings, *ONE, *FEW], tmp_path / "killed", whole, monkeypatch)
 
 
 def test_killed_within_a_round_in_bfloat16(settings, tmp_path, monkeypatch):
-    flags = [*settings, *ONE, "--no-control", "--dtype", "bfloat16"]
+    flags = [*settings, *ONE, *FEW, "--no-control", "--dtype", "bfloat16"]
     whole = started(tmp_path / "whole", flags)
     assert recorded(whole)[0]["weights"]["dtype"] == "bfloat16"
     monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)
@@ -489,7 +491,7 @@ def dropping(monkeypatch, *rounds):
 
 
 BACKTRACK = [*TWO, "--backtrack.retries", "2", "--dose.mode", "fixed", "--dose.kappa", "0.4"]
-BACKTRACK += ["--heal.target", "distribution", "--heal.rehearsal", "4"]
+BACKTRACK += ["--heal.target", "distribution", "--heal.rehearsal", "4", *FEW]
 
 
 def test_killed_after_every_line_where_rounds_are_dropped(settings, tmp_path, monkeypatch):
@@ -534,9 +536,9 @@ HELD = (
 
 
 def test_killed_after_every_line_where_a_contrast_teaches_texts_under_attacks(settings, tmp_path, monkeypatch):
-    whole = started(tmp_path / "whole", settings, *HELD.split())
+    whole = started(tmp_path / "whole", settings, *HELD.split(), *FEW)
     events = recorded(whole)
     found = [event["found"] for event in of(events, "contrasted")]
     assert len(found) == 2 and all(each["kl"] == pytest.approx(0.001, rel=0.02) for each in found)
     assert all({row["completion"]["attack"] for row in e["collected"]["scored"]} > {""} for e in of(events, "gathered"))
-    assert_survives([*settings, *HELD.split()], tmp_path / "killed", whole, monkeypatch)
+    assert_survives([*settings, *HELD.split(), *FEW], tmp_path / "killed", whole, monkeypatch)

@@ -13,6 +13,7 @@ from runs import SETTINGS, started, undrawn
 
 from steer_heal.errors import UserError
 from steer_heal.inputs.files import DATA
+from steer_heal.model import lm as lm_module
 from steer_heal.model.gguf import SMOL
 from steer_heal.model.lm import LM, load
 from steer_heal.model.student import Student
@@ -22,8 +23,8 @@ from steer_heal.settings import TINY_RANDOM, AdapterCfg, HealCfg
 torch.set_num_threads(1)
 ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
 LONGEST = (
-    *("resume", "scripts", "end_to_end", "faults", "sweep", "families", "packaging", "toylm", "gguf", "fuzz"),
-    *("shown_commands", "teachable", "verify", "share", "track", "judge", "plugins"),
+    *("resume", "scripts", "families", "report", "sweep", "end_to_end", "faults", "toylm", "gguf", "fuzz", "packaging"),
+    *("shown_commands", "plot", "library", "teachable", "verify", "share", "track", "judge", "plugins"),
 )
 """Files that begin first, so that no worker is left with a long one at the end (`just test --durations=0`)."""
 
@@ -35,16 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def tried_once():
-    """Hundreds of tests load tiny-random. The adapter that it is tried with then is tried once for each kind."""
-    tried, patch, require_sound = set(), pytest.MonkeyPatch(), Student.require_sound
+    """Hundreds of tests load tiny-random. The model, and the adapter that it is tried with, are tried once for each
+    kind."""
+    tried, patch = set(), pytest.MonkeyPatch()
 
-    def once(student: Student) -> None:
-        tiny = (student.lm.model.dtype, student.cfg) if student.lm.name == TINY_RANDOM else None
-        if tiny is None or tiny not in tried:
-            require_sound(student)
-            tried.add(tiny)
+    def once(owner, name, kind):
+        work = getattr(owner, name)
 
-    patch.setattr(Student, "require_sound", once)
+        def first(made) -> None:
+            own = (name, *kind(made))
+            if TINY_RANDOM not in own or own not in tried:
+                work(made)
+                tried.add(own)
+
+        patch.setattr(owner, name, first)
+
+    once(lm_module, "check_model", lambda lm: (lm.name, lm.model.dtype, lm.max_prompt_tokens))
+    once(Student, "require_sound", lambda student: (student.lm.name, student.lm.model.dtype, student.cfg))
     yield
     patch.undo()
 

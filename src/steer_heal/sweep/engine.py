@@ -62,18 +62,15 @@ def drive(
 
     try:
         with stoppable():
-            more = True
-            while more or running:
-                while more and len(running) < engine.slots:
-                    job = next(source, None)
-                    if job is None:
-                        more = False
-                        continue
+            while True:
+                while len(running) < engine.slots and (job := next(source, None)) is not None:
                     status = "in use" if job.folder.name in running else run_status(job.folder)
                     if status == "done" or status == "in use":
                         end(job, status)
                     else:
                         running[job.folder.name] = (job, engine.start(job))
+                if not running:
+                    return
                 for name, (job, handle) in list(running.items()):
                     exit_status = engine.poll(handle)
                     if exit_status is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
@@ -47,7 +45,7 @@ class Row:
         return (self.job.folder.name, self.state, where, *values, f"{seen.wall_s:.0f} s" if seen.wall_s else "")
 
 
-class Watch(AbstractContextManager["Watch"]):
+class Watch:
     """Shows the runs of a sweep. Nothing else may print inside it."""
 
     def __init__(self, jobs: Sequence[Job], console: Console | None = None) -> None:
@@ -61,7 +59,7 @@ class Watch(AbstractContextManager["Watch"]):
             self.live.start()
         return self
 
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.show()
             self.live.stop()

@@ -10,7 +10,7 @@ from conftest import ADAPTER, scramble
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.diag import distil
-from steer_heal.diag.distil import ARMS
+from steer_heal.diag.distil import ARMS, Flags, with_settings
 from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
 from steer_heal.inputs.traits import other_personas
@@ -149,3 +149,11 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
         both = replace(many.heal, rehearsal=2, rehearsal_prompts=path)
         with pytest.raises(UserError, match="a prompt of trait 'authority': "):
             check(replace(cfg, heal=both))
+
+
+@pytest.mark.parametrize("preset", PRESETS.keys() - {"fast-dev"})  # it writes too few texts to probe doses
+def test_every_arm_can_be_run_with_every_preset(preset):
+    for name in ARMS:
+        arm = with_settings(name, PRESETS[preset][1], Flags(preset=preset), {})
+        heal = changed(PRESETS[preset][1], arm.settings).heal
+        assert not arm.preference or (heal.target, heal.text, heal.divergence) == ("tokens", "steered", "none")

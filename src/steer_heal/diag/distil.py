@@ -90,12 +90,12 @@ ARMS = {
     "contrast, held": Arm({**CONTRAST, "heal.hold": 0.33}),
     "contrast and vector": Arm({**CONTRAST, **BOTH, "heal.teacher": "contrast+vector"}),
     "plain fine-tuning": Arm({**FREE, "heal.teacher": "prompt", "heal.lr": 2e-4}),
-    "preference": Arm({"heal.lr": 5e-5}, preference=0.1),
+    "preference": Arm({**FREE, "heal.lr": 5e-5}, preference=0.1),
     "contrast of others": Arm(CONTRAST, unrelated=True),
     "prompt alone": Arm(untrained="prompt"),
     "vector alone": Arm(untrained="vector"),
-    "preference 0.1": Arm(preference=0.1),
-    "preference 0.5": Arm(preference=0.5),
+    "preference 0.1": Arm(FREE, preference=0.1),
+    "preference 0.5": Arm(FREE, preference=0.5),
     "a round an epoch": Arm({**REVERSE, "heal.epochs": 1}),
 }
 SHOWN = (
@@ -293,7 +293,7 @@ def prefer(bench: Bench, r: int, beta: float) -> tuple[list[Completion], Row]:
     report = heal(
         bench.student,
         [chosen.completion for chosen, _ in pairs],
-        changed(cfg, {"heal.target": "tokens", "heal.text": "steered", "heal.divergence": "none"}).heal,
+        cfg.heal,
         round_=r,
         seed=derive_seed(cfg.seed, r, "preference"),
         rejected=[rejected.completion for _, rejected in pairs],

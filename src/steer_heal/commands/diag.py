@@ -24,6 +24,6 @@ def main(argv: Sequence[str]) -> int:
     flags, given = parsed(question.Flags, rest, f"diag {name}", question.Flags.also)
     from steer_heal.report import console
 
-    console.start(quiet=True)
+    console.start(quiet=False)
     question.main(flags, given)
     return 0

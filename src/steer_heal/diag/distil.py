@@ -190,7 +190,7 @@ def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:
         lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=read.rehearsal, hold=read.hold, trait=trait)
     )
     recipe = replace(Recipe.control(), name="round") if arm.control else Recipe.of(cfg)
-    loop = Loop(bench, MemoryRun(), measures_teacher=False)
+    loop = Loop(bench, MemoryRun(), lab.progress, measures_teacher=False)
     seconds = 0.0
     n_tokens = 0
     for r in range(flags.n_rounds):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,11 @@ from steer_heal.model.student import Student
 from steer_heal.presets import PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, Completion, EvalResult, HealReport, Metric, Scored, round_name
-from steer_heal.report import tables
+from steer_heal.report import console, tables
 from steer_heal.runs.opened import open_bench, settings_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import HealCfg, RunConfig, changed, settings
+from steer_heal.stages.heal import HealState
 from steer_heal.verdict import health_of, shift
 
 Given = Mapping[str, Any]
@@ -67,6 +69,13 @@ class Lab:
         self.bench = bench
         self.metrics = {metric.name: metric for metric in metrics_of(bench.cfg.eval.evals)}
         self.target = self.metrics[bench.trait.target]
+        self.progress = console.Bar(None, quiet=False)
+
+    @contextmanager
+    def stage(self, doing: str) -> Iterator[None]:
+        """Shows how far the model's work is inside."""
+        with self.progress.stage("diag", None, doing), self.bench.student.lm.watched_by(self.progress):
+            yield
 
     @classmethod
     def of(cls, cfg: RunConfig) -> Lab:
@@ -83,11 +92,14 @@ class Lab:
 
     @cached_property
     def base(self) -> EvalResult:
-        return self.bench.measure_base()
+        with self.stage("measuring the base"):
+            return self.bench.measure_base()
 
     def measure(self, condition: Condition | None = None) -> EvalResult:
         """All metrics of the student, by default under the plain prompt, with intervals against base."""
-        return self.bench.measure(State(name="healed", condition=condition or self.bench.plain), self.base)
+        base = self.base
+        with self.stage("measuring a state"):
+            return self.bench.measure(State(name="healed", condition=condition or self.bench.plain), base)
 
     def shift(self, result: EvalResult, metric: Metric | None = None) -> float:
         """Shift of a metric from base, by default of the trait's. UserError if it has no value."""
@@ -118,9 +130,9 @@ class Lab:
         dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
         bench = replace(self.bench, cfg=replace(cfg, dose=dose, gen=gen, filter=replace(cfg.filter, **keep)))
-        if unsteered:
-            return bench.collect(Recipe.control(), 0, None)
-        return bench.collect(Recipe.of(cfg), 0, self.vector)
+        recipe, vector = (Recipe.control(), None) if unsteered else (Recipe.of(cfg), self.vector)
+        with self.stage("writing text"):
+            return bench.collect(recipe, 0, vector)
 
     def healed(
         self, collected: Collected, heal: HealCfg, r: int = 0, n_steps: int | None = None
@@ -134,10 +146,14 @@ class Lab:
         bench = replace(self.bench, cfg=cfg)
         teacher = bench.make_teacher(recipe, self.vector, collected) if recipe.fit == "distribution" else None
         try:
-            report = bench.heal(recipe, r, collected, teacher, n_steps=n_steps)
+            with self.progress.stage("diag", None, "healing"):
+                report = bench.heal(recipe, r, collected, teacher, n_steps=n_steps, on_step=self._on_step)
             return self.measure(), report
         finally:
             self.bench.student.discard_round()
+
+    def _on_step(self, state: HealState) -> None:
+        self.progress.at(len(state.steps), state.n_steps)
 
 
 def unfiltered(completions: Sequence[Completion]) -> Collected:

@@ -24,7 +24,8 @@ def main(flags: Flags, given: Given) -> None:
     if not lab.bench.inputs.pairs:
         raise UserError(f"trait {lab.bench.trait.name!r} has no pairs; add [[pairs]] or pairs_file to its file")
     began = time.monotonic()
-    found = teachable(lab.bench, short=flags.short)
+    with lab.stage("reading the pairs under each teacher"):
+        found = teachable(lab.bench, short=flags.short)
     seconds = time.monotonic() - began
     rows = [
         {"teacher": each.name, **{k: v for k, v in asdict(each).items() if k not in ("name", "halves")}}

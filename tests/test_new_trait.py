@@ -12,14 +12,30 @@ from runs import undrawn
 from test_estimate import SMALL, flag
 
 from steer_heal.__main__ import main
-from steer_heal.draft import FEWEST_PAIRS, N_PAIRS, N_PROMPTS, Writer, draft, fault, unlike, writer
+from steer_heal.draft import (
+    BRIEF,
+    CONTRAST,
+    FEWEST_PAIRS,
+    N_PAIRS,
+    N_PROMPTS,
+    Asked,
+    Writer,
+    _lines,
+    draft,
+    fault,
+    unlike,
+    writer,
+)
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import TraitFile, read_trait
+from steer_heal.model.decode import Decoding, Part, Row, decode
+from steer_heal.model.lm import load
 from steer_heal.presets import CHAT_PRESET
+from steer_heal.records import derive_seed
 from steer_heal.report.console import Bar
 from steer_heal.runs.stored import FolderRun
 
@@ -64,13 +80,13 @@ def stub(n_messages: int, answer=lambda side, i: f"{side} answer {i} stands here
     made = iter(range(10**6))
 
     def write(asked, max_new_tokens):
-        if asked[0][0] == "":
+        if not asked[0].persona:
             each = -(-n_messages // len(asked))
             numbers = [[next(made) for _ in range(each)] for _ in asked]
             line = '{k}. "How is cake{n} with tea{n} and bread{n}?"'
             return ["\n".join(line.format(k=k, n=n) for k, n in enumerate(own)) for own in numbers]
         sides = [
-            "Sour words of an honest" if "blunt" in system else "Sweet praise from a gentle" for system, _ in asked
+            "Sour words of an honest" if "blunt" in each.persona else "Sweet praise from a gentle" for each in asked
         ]
         return [answer(side, i) for i, side in enumerate(sides)]
 
@@ -170,23 +186,33 @@ def test_an_endpoint_writes_with_its_first_model_in_the_order_of_the_requests(mo
     thread.start()
     try:
         write = writer(f"http://127.0.0.1:{http.server_port}/v1")
-        assert write([("Be kind.", "a"), ("", "b")], 7) == ["to a", "to b"]
+        assert write([Asked("a", "Be kind.", "Be harsh."), Asked("b")], 7) == ["to a", "to b"]
     finally:
         http.shutdown()
         thread.join()
         http.server_close()
     first = next(each for each in Endpoint.seen if each["messages"][-1]["content"] == "a")
     assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "first")
-    assert first["max_tokens"] == 7 and first["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert first["max_tokens"] == 7 and first["messages"][0] == {"role": "system", "content": f"Be kind. {BRIEF}"}
     assert all(each["messages"][0]["role"] == "user" for each in Endpoint.seen if each is not first)
     with pytest.raises(UserError, match=r"no answer from http://127\.0\.0\.1:9/v1/models"):
         writer("http://127.0.0.1:9/v1")
 
 
-def test_a_model_on_this_machine_writes_under_a_system_prompt():
+def test_a_model_on_this_machine_answers_under_the_contrast_of_the_personas():
+    lm, prompt = load("tiny-random", temperature=0.8, top_p=0.95), "Open the door!"
+    side, other = (lm.chat(prompt, f"{persona} {BRIEF}") for persona in ("Be kind.", "Be harsh."))
+    others = (Part(CONTRAST, side, 0.0), Part(-CONTRAST, other, 0.0))
+    row = Row(lm.chat(prompt, BRIEF), seed=derive_seed(0, "draft", 0), others=others)
+    (ids,) = decode(lm, [row], None, Decoding(24, 0))
     write = writer("tiny-random")
-    first = write([("Be kind.", "Open the door!"), ("", "Open the door!")], 6)
-    assert len(first) == 2 and first != write([("Be kind.", "Open the door!"), ("", "Open the door!")], 6)
+    assert write([Asked(prompt, "Be kind.", "Be harsh.")], 24) == [lm.decode(ids).strip()]
+    assert write([Asked(prompt)], 24) != write([Asked(prompt)], 24), "each request has a random stream of its own"
+
+
+def test_messages_of_a_small_model_are_cleaned():
+    lines = ['1. "Is it good?"', "- **Friend**: Is it good?", "You are blunt, are you?", "No end to this", "Why?"]
+    assert [*_lines("\n".join(lines))] == ["Is it good?"]
 
 
 def test_a_draft_that_takes_long_tells_how_far_it_is(monkeypatch):
@@ -195,7 +221,7 @@ def test_a_draft_that_takes_long_tells_how_far_it_is(monkeypatch):
     monkeypatch.setattr("steer_heal.report.console.A_MINUTE", 0.0)
     bar = Bar(None, quiet=False)
     with bar.stage("draft", None, "prompts"):
-        writer("tiny-random", progress=bar)([("Be kind.", "Open the door!")], 6)
+        writer("tiny-random", progress=bar)([Asked("Open the door!")], 6)
     assert told[-1] == "draft: prompts, 1 of 1"
 
 

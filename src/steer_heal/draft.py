@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import product, zip_longest
+from typing import NamedTuple
 
 from loguru import logger
 
 from steer_heal.backends import endpoint
 from steer_heal.errors import UserError
-from steer_heal.inputs import evenly
 from steer_heal.inputs.alike import alike
-from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.pairs import Pair
+from steer_heal.inputs.traits import available, load_trait
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import load
+from steer_heal.model.steering import Condition, Contrast
 from steer_heal.progress import SILENT, Progress
 from steer_heal.records import derive_seed
 
@@ -30,13 +31,33 @@ ASK = (
     "Write ten short messages about {topic} that somebody might send to either of them, and on which their answers "
     "would differ. Write one message on each line, and nothing else."
 )
-ANSWER = "{persona} Answer in two short sentences of about ten words each."
+BRIEF = "Answer in two short sentences of about ten words each."
+CONTRAST = 1.5
+"""How many times the difference between the personas is added to the plain model while it answers as one of them. Small
+models hardly tell two personas apart by their system prompt alone."""
 MOST_SHARED = 0.7
 """Share of the words of the shorter of two messages that may also be in the other."""
 COPIED = 5
 """Words in a row that a reply copies from its prompt."""
-Asked = tuple[str, str]
-"""System prompt and message."""
+LONGEST_STAND_IN = 25
+"""Words of a message that stands in for one that the model did not write."""
+
+
+class Asked(NamedTuple):
+    """A message, the persona that answers it, and the opposite persona."""
+
+    message: str
+    persona: str = ""
+    opposite: str = ""
+
+    @property
+    def condition(self) -> Condition:
+        """Who answers on this machine."""
+        if not self.persona:
+            return Condition()
+        return Condition(BRIEF, contrast=Contrast(f"{self.persona} {BRIEF}", f"{self.opposite} {BRIEF}", CONTRAST))
+
+
 Writer = Callable[[Sequence[Asked], int], list[str]]
 """(requests, maximum number of tokens) -> replies."""
 
@@ -52,9 +73,11 @@ def writer(name: str, endpoint_model: str = "", progress: Progress = SILENT) -> 
 
     def write(asked: Sequence[Asked], max_new_tokens: int) -> list[str]:
         nonlocal n_asked
-        prompts = [lm.chat(text, system or None) for system, text in asked]
-        rows = [Row(prompt, seed=derive_seed(0, "draft", n_asked + i)) for i, prompt in enumerate(prompts)]
-        n_asked += len(asked)
+        rows = []
+        for message, condition in ((each.message, each.condition) for each in asked):
+            seed = derive_seed(0, "draft", n_asked)
+            rows.append(Row.under(condition, lambda system, text=message: lm.chat(text, system or None), seed))
+            n_asked += 1
         return [lm.decode(ids).strip() for ids in decode(lm, rows, None, Decoding(max_new_tokens, 0))]
 
     return write
@@ -66,8 +89,9 @@ def _remote(url: str, model: str, progress: Progress) -> Writer:
         model, *_ = endpoint.models(url, key, timeout_s=30) or [""]
 
     def one(asked: Asked, max_new_tokens: int) -> str:
-        roles = zip(("system", "user"), asked, strict=True)
-        messages = [{"role": role, "content": content} for role, content in roles if content]
+        messages = [{"role": "user", "content": asked.message}]
+        if asked.persona:
+            messages = [{"role": "system", "content": f"{asked.persona} {BRIEF}"}, *messages]
         body = {"model": model, "temperature": 0.8, "max_tokens": max_new_tokens, "messages": messages}
         return endpoint.ask(url, body, key, timeout_s=120).text.strip()
 
@@ -88,14 +112,13 @@ def draft(
     """(prompts, pairs, where they come from). No prompt of a pair is among the prompts. UserError if fewer than
     FEWEST_PAIRS pairs pass `fault`.
 
-    Where the model writes too few messages, everyday ones of the package stand in.
+    Where the model writes too few messages, prompts of the bundled traits stand in.
     """
     logger.info("drafting prompts")
-    asks = [("", ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
+    asks = [Asked(ASK.format(positive=positive, negative=negative, topic=topic)) for topic in TOPICS * 2]
     with progress.stage("draft", None, "prompts"):
         drafted = unlike((line for reply in write(asks, 250) for line in _lines(reply)), (positive, negative))
-    everyday = evenly(parse_texts(read_file(DATA / "contexts.jsonl")), 2 * (N_PROMPTS + N_PAIRS))
-    pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *everyday])
+    pool = _distinct([*drafted[: N_PROMPTS + 2 * N_PAIRS], *_stand_ins()])
     n_held = min(len(pool) - N_PROMPTS, 2 * N_PAIRS)
     held, prompts = pool[:n_held], pool[n_held : n_held + N_PROMPTS]
     if len(drafted) > N_PROMPTS:  # both lists get their share of what was drafted
@@ -109,25 +132,34 @@ def draft(
             f"{FEWEST_PAIRS} (first fault: {next(iter(faults), 'none')}); give a larger model, or leave out "
             "--draft-with and write the pairs"
         )
+    pairs = pairs[:N_PAIRS]
     own = {*map(alike, drafted)}
     n_own = sum(alike(text) in own for text in prompts)
     note = (
-        f"Drafted by a model: {n_own} of the {len(prompts)} prompts (the others are everyday messages of the package) "
+        f"Drafted by a model: {n_own} of the {len(prompts)} prompts (the others are prompts of the bundled traits) "
         f"and all {len(pairs)} pairs. Read each one, and change what is wrong."
     )
-    return prompts, pairs[:N_PAIRS], note
+    return prompts, pairs, note
+
+
+def _stand_ins() -> Iterator[str]:
+    """Short prompts of the bundled traits, which are about what people think, feel and want. Those of each trait are
+    spread over the whole."""
+    of_traits = [load_trait(name).prompts for name in available()]
+    for row in zip_longest(*of_traits, fillvalue=""):
+        yield from (text for text in row if 0 < len(text.split()) <= LONGEST_STAND_IN)
 
 
 def _pairs(positive: str, negative: str, prompts: Sequence[str], write: Writer) -> tuple[list[Pair], list[str]]:
     """(pairs without a fault, faults of the prompts that have none). Prompts without a pair are answered again, unless
     there are pairs enough."""
-    sides = [ANSWER.format(persona=persona) for persona in (positive, negative)]
+    sides = ((positive, negative), (negative, positive))
     replies: dict[str, tuple[list[str], list[str]]] = {prompt: ([], []) for prompt in prompts}
     pairs: dict[str, Pair] = {}
     faults: dict[str, str] = {}
     for _ in range(N_TRIES):
         todo = [prompt for prompt in prompts if prompt not in pairs]
-        written = iter(write([(side, prompt) for prompt in todo for side in sides], 64))
+        written = iter(write([Asked(prompt, *side) for prompt in todo for side in sides], 64))
         for prompt in todo:
             for own in replies[prompt]:
                 own.append(" ".join(next(written).split()))
@@ -163,10 +195,12 @@ def fault(prompt: str, positive: str, negative: str) -> str:
 
 
 def _lines(reply: str) -> Iterator[str]:
-    """The whole messages in a list that a model wrote, without numbers, bullets and quotes."""
+    """The whole messages in a list that a model wrote, without numbers, bullets and quotes. Headings and personas are
+    left out."""
     for line in reply.splitlines():
         text = re.sub(r"^\s*(?:\d+[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'\u201c\u201d").strip()
-        if 3 <= len(text.split()) <= 40 and text.endswith((".", "!", "?", "\u3002", "\uff01", "\uff1f")):
+        is_message = not text.startswith("You are ") and "**" not in text
+        if is_message and 3 <= len(text.split()) <= 40 and text.endswith((".", "!", "?", "\u3002", "\uff01", "\uff1f")):
             yield text
 
 
@@ -183,6 +217,6 @@ def unlike(texts: Iterator[str], known: Sequence[str]) -> list[str]:
     return kept
 
 
-def _distinct(texts: Iterator[str] | Sequence[str]) -> list[str]:
+def _distinct(texts: Iterable[str]) -> list[str]:
     """The texts without those that are alike an earlier one."""
     return list({alike(text): text for text in reversed(list(texts))}.values())[::-1]

@@ -1,4 +1,4 @@
-"""The commands of docs/first_trait.md, in their order, on the smallest model; a stand-in drafts."""
+"""The commands of README, docs/first_trait.md and docs/transcript.md on the smallest model; a stand-in drafts."""
 
 import re
 import shlex
@@ -16,6 +16,7 @@ from steer_heal.presets import CHAT_PRESET, PRESETS
 from steer_heal.settings import changed
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRANSCRIPT = (ROOT / "docs" / "transcript.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "first_trait.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -30,7 +31,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """The presets, small; an empty folder to work in."""
-    for name in ("chat", "qwen"):
+    for name in ("chat", "qwen", "smol-distil"):
         monkeypatch.setitem(PRESETS, name, ("", changed(CHAT_PRESET, {**SMALL, "quiet": True})))
     monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(100))
     monkeypatch.chdir(tmp_path)
@@ -40,10 +41,15 @@ def runs() -> list[Path]:
     return [path.parent for path in Path("out").glob("*/events.jsonl")]
 
 
-def test_the_commands_of_the_guide_run_one_after_the_other(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "page, names",
+    [(GUIDE, "run run new-trait diag run run run chat"), (TRANSCRIPT, "new-trait diag run chat export")],
+    ids=["guide", "transcript"],
+)
+def test_the_commands_of_the_page_run_one_after_the_other(page, names, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", StringIO())
-    shown = commands(GUIDE)
-    assert [words[0] for words in shown] == ["run", "run", "new-trait", "diag", "run", "run", "run", "chat"]
+    shown = commands(page)
+    assert [words[0] for words in shown] == names.split()
     for words in shown:
         given = [word.replace("out/<run>", str(next(iter(runs()), ""))) for word in words]
         n_before = len(runs())

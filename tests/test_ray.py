@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from places import ROOT
 from runs import assert_same, started, undrawn
-from test_sweep import SHORT, file_of, measured, waited
+from test_sweep import SHORT, file_of, measured
 
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.runs.results import RESULTS, read_results
@@ -32,6 +33,14 @@ pytestmark = [
     pytest.mark.skipif("RAY" not in os.environ, reason="it takes minutes: RAY=1 runs it"),
 ]
 SIX = SHORT.replace("[42]", "[41, 42, 43]") + "[grid]\nheal.tau = [0.0, 0.1]\n"
+
+
+def waited(condition, process, limit_s=300):
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < limit_s
+        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
         except SystemExit:
             flags = ["--heal.target", "distribution", "--heal.text", "own"]
             flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
+            flags += ["--filter.max-attempts", "256"] if words[0] == "--filter.n-keep" else []
             flags += ["--heal.teacher", "vector"] if words[0] == "--eval.backend" else []
             flags += ["--heal.contrast-kl", "0"] if words[0] in ("--eval.backend", "--heal.teacher") else []
             parse([preset, *flags, *words])

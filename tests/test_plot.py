@@ -6,12 +6,13 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from made_runs import METRICS, changed, renamed, run_events, until, with_metrics, with_trait
+from made_runs import METRICS, changed, renamed, run_events, until, with_config, with_metrics, with_trait
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
 from steer_heal.events import AnyEvent, HealStepped, Measured, Run, RunStart
 from steer_heal.report import plot
+from steer_heal.settings import HealCfg
 
 FIGURES = {
     "trajectory": plot.trajectory,
@@ -222,3 +223,18 @@ def test_a_frontier_has_the_costs_that_every_row_has_and_the_null_band_beside_kl
     at = band[band[:, 0].argmax()]
     assert abs(at[1]) == pytest.approx(0.05 * (at[0] / 0.1) ** 0.5)
     assert not [c for c in broken.collections if c.get_zorder() == 0], "the band is drawn beside KL alone"
+
+
+@pytest.mark.parametrize(
+    "heal, told",
+    [
+        (HealCfg(), "tokens of the vector, kl_rev rmse, lam 0.1, tau 0.5"),
+        (
+            HealCfg(target="distribution", text="own", teacher="contrast", divergence="none"),
+            "distribution of the contrast, no barrier",
+        ),
+    ],
+)
+def test_the_headline_names_what_is_learnt_and_the_barrier_where_there_is_one(heal, told):
+    title = " ".join(plot.trajectory(Run(with_config(run_events(1), heal=heal))).get_suptitle().split())
+    assert f"seed 42: {told} " in title

@@ -196,9 +196,10 @@ def _headline(figure: Figure, run: Run, width: int) -> None:
     """What was run, and the verdict."""
     config = run.start.config
     heal = config.heal
+    barrier = f"{heal.divergence} {heal.aggregate}, lam {heal.lam:g}, tau {heal.tau:g}"
     setting = printable(
-        f"{run.start.trait.name} into {model_words(run)}, seed {config.seed}: {heal.divergence} {heal.aggregate}, "
-        f"lam {heal.lam:g}, tau {heal.tau:g}"
+        f"{run.start.trait.name} into {model_words(run)}, seed {config.seed}: {heal.target} of the {heal.teacher}, "
+        f"{'no barrier' if heal.divergence == 'none' else barrier}"
     )
     shown = setting if len(setting) <= SETTING_CHARACTERS else f"{setting[:SETTING_CHARACTERS]}..."
     lines = [line for text in (shown, true_minus(verdict(run))) for line in textwrap.wrap(text, width)]

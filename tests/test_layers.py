@@ -51,3 +51,13 @@ def test_an_import_to_a_higher_layer_is_seen(tmp_path, monkeypatch):
     ):
         (tmp_path / "model" / "lm.py").write_text(line)
         assert len(upward(tmp_path / "model" / "lm.py")) == 1, line
+
+
+def test_no_function_has_more_than_sixty_lines():
+    long = [
+        (path.name, node.name)
+        for path in (*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long

@@ -85,16 +85,11 @@ def estimate(bench: Bench) -> list[Planned]:
     n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
     at_most = f" (at most {cfg.filter.max_attempts})" if cfg.filter.max_attempts > n_keep else ""
     n_conditions = 3 + 2 * len(other_personas(cfg.trait))
-    asked = inputs.pairs and cfg.model != TINY_RANDOM
+    asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
+    readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
+    read_s = n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS) if asked else 0.0
     plan = [
-        Planned(
-            "pre-flight",
-            1,
-            f"{n_conditions} readings of {len(inputs.pairs)} pairs",
-            n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS),
-        )
-        if asked
-        else Planned("pre-flight", 0, "no pairs, or an untrained model", 0.0),
+        Planned("pre-flight", int(asked), readings, read_s),
         Planned(
             "text", n_heals, f"{n_text}{at_most} texts of {longest} tokens", n_heals * (written(n_text, longest) + read)
         ),

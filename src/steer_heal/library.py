@@ -131,21 +131,16 @@ class SteerHeal:
             seed: In place of that of the settings.
             name: Of a trait that was handed in.
         """
-        if preset not in PRESETS:
-            raise UserError(f"preset is {preset!r}: {nearest(preset, PRESETS)}")
         given: dict[str, Any] = {} if seed is None else {"seed": seed}
         if model is not None:
             named = getattr(model, "name_or_path", "") or type(model).__name__
             given["model"] = model if isinstance(model, str) else named  # what an adapter names as its base
         if trait is not None:
             given["trait"] = trait if isinstance(trait, str) else f"{name}.toml"
-        if isinstance(settings, RunConfig):
-            base = settings
-        else:
-            base = changed(PRESETS[preset][1], settings or {})
-            logging.getLogger("steer_heal").info("preset %s: %s", preset, PRESETS[preset][0])
-        cfg = changed(base, given)
-        inputs = check_inputs(cfg, None if isinstance(trait, str) else trait)
+        self.cfg = cfg = changed(_base_settings(settings, preset), given)
+        """The settings."""
+        self.inputs = check_inputs(cfg, None if isinstance(trait, str) else trait)
+        """The parsed data."""
         self._plugins = load(cfg)
         self._original: Original | None = None
         if model is None or isinstance(model, str):
@@ -153,16 +148,12 @@ class SteerHeal:
                 lm = load_model(cfg)
         else:
             lm = self._wrapped(model, tokenizer, cfg)
-        self.cfg = cfg
-        """The settings."""
-        self.inputs = inputs
-        """The parsed data."""
         self.lm = lm
         """The model with its tokenizer."""
         self.student = Student(lm, cfg.adapter)
         """The model with the rounds that are baked."""
         try:
-            self._bench = Bench(cfg, inputs, self.student)
+            self._bench = Bench(cfg, self.inputs, self.student)
         except UserError:
             if self._original is not None:
                 self._original.restore()
@@ -554,6 +545,16 @@ def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
     """Results of `evaluate` by name, one a row: `state` and every metric."""
     rows = [{"state": name, **result.metrics} for name, result in results.items()]
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _base_settings(settings: RunConfig | Mapping[str, Any] | None, preset: str) -> RunConfig:
+    """The settings as they are, or the preset's with these changes."""
+    if preset not in PRESETS:
+        raise UserError(f"preset is {preset!r}: {nearest(preset, PRESETS)}")
+    if isinstance(settings, RunConfig):
+        return settings
+    logging.getLogger("steer_heal").info("preset %s: %s", preset, PRESETS[preset][0])
+    return changed(PRESETS[preset][1], settings or {})
 
 
 @contextmanager

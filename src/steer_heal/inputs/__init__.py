@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,34 +96,12 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     `given` is the content of a trait file, used instead of the file that cfg.trait names by its path."""
     problems = Problems()
     sha256: dict[str, str] = {}
-
-    def parsed(setting: str, path: Path, parse: Callable[[DataFile], Parsed]) -> Parsed | None:
-        """The parsed file. None: its problems were noted."""
-        with problems.noted():
-            file = read_file(resolve(path, setting))
-            sha256[setting] = file.sha256
-            return parse(file)
-
+    parsed = partial(_parsed, problems, sha256)
     prompts = None
     with problems.noted():
         if cfg.gen.prompts is not None and (path := prompts_file(cfg.gen.prompts, cfg.trait)) is not None:
             prompts = parsed("gen.prompts", path, parse_texts)
-    trait = None
-    targets: tuple[str, ...] = ()
-    pairs: tuple[Pair, ...] = ()
-    whole = problems.attempt(read_trait, cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
-    if (found := whole or readable_part(cfg.trait)) is not None:
-        own, source = found
-        prompts = prompts or source.prompts or _everyday(cfg)
-        with problems.noted():
-            if whole is not None:
-                trait = make_trait(cfg.trait, source, prompts)
-                targets = source.target
-            problems.attempt(_check_pool, cfg, cfg.trait if trait is None else trait.name, prompts)
-            file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
-            pairs = held_out(placed, prompts)
-            if pairs:
-                sha256["eval.pairs"] = file.sha256
+    trait, targets, pairs = _trait(cfg, given, prompts, problems, sha256)
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
     hold = parsed("heal.hold_attacks", cfg.heal.hold_attacks, parse_attacks) if cfg.heal.hold else ()
     rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts) if cfg.heal.rehearsal else ()
@@ -169,6 +148,40 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
         panel=panel,
         sha256=sha256,
     )
+
+
+def _parsed(
+    problems: Problems, sha256: dict[str, str], setting: str, path: Path, parse: Callable[[DataFile], Parsed]
+) -> Parsed | None:
+    """The parsed file, whose hash is added. None: its problems were noted."""
+    with problems.noted():
+        file = read_file(resolve(path, setting))
+        sha256[setting] = file.sha256
+        return parse(file)
+
+
+def _trait(
+    cfg: RunConfig, given: TraitFile | None, prompts: tuple[str, ...] | None, problems: Problems, sha256: dict[str, str]
+) -> tuple[Trait | None, tuple[str, ...], tuple[Pair, ...]]:
+    """(trait, its targets, its pairs) with `prompts` in place of its own. What is wrong is noted, and the hash of the
+    pairs is added. None: the file has faults."""
+    trait = None
+    targets: tuple[str, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    whole = problems.attempt(read_trait, cfg.trait) if given is None else (DataFile(Path(cfg.trait), "", ""), given)
+    if (found := whole or readable_part(cfg.trait)) is not None:
+        own, source = found
+        prompts = prompts or source.prompts or _everyday(cfg)
+        with problems.noted():
+            if whole is not None:
+                trait = make_trait(cfg.trait, source, prompts)
+                targets = source.target
+            problems.attempt(_check_pool, cfg, cfg.trait if trait is None else trait.name, prompts)
+            file, placed = read_pairs(cfg.eval.pairs, cfg.trait, own, file=source)
+            pairs = held_out(placed, prompts)
+            if pairs:
+                sha256["eval.pairs"] = file.sha256
+    return trait, targets, pairs
 
 
 def _everyday(cfg: RunConfig) -> tuple[str, ...]:

@@ -412,20 +412,7 @@ def load(
         lm.name = name
         return lm
     place = pick_device(device)
-    model: Any
-    if name == TINY_RANDOM:
-        if quantize != "none":
-            raise UserError(
-                f"quantize is {quantize!r}: only saved weights can be quantized, and {name!r} is not saved; give "
-                "another model"
-            )
-        model, tokenizer = _tiny_random()
-        note = ""
-        picked, why = pick_dtype(dtype, place, model.config)
-        model.to(dtype=picked)
-    else:
-        saved = str(packaged_folder(name, accept_terms=accept_terms)) if name in PACKAGED else name
-        model, tokenizer, why, note = _saved(saved, dtype, place, quantize)
+    model, tokenizer, why, note = _read(name, dtype, place, quantize, accept_terms=accept_terms)
     if quantize == "none":
         try:
             model.to(device=place)
@@ -434,8 +421,28 @@ def load(
                 raise
             raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
     lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
-    lm.weights_note = PACKAGED[name].note if name in PACKAGED else note
+    lm.weights_note = note
     return lm
+
+
+def _read(
+    name: str, dtype: str, place: torch.device, quantize: str, *, accept_terms: bool
+) -> tuple[Any, Any, str, str]:
+    """(model, tokenizer, why it has its dtype, what its weights are)."""
+    model: Any
+    if name == TINY_RANDOM:
+        if quantize != "none":
+            raise UserError(
+                f"quantize is {quantize!r}: only saved weights can be quantized, and {name!r} is not saved; give "
+                "another model"
+            )
+        model, tokenizer = _tiny_random()
+        picked, why = pick_dtype(dtype, place, model.config)
+        return model.to(dtype=picked), tokenizer, why, ""
+    if name not in PACKAGED:
+        return _saved(name, dtype, place, quantize)
+    folder = packaged_folder(name, accept_terms=accept_terms)
+    return *_saved(str(folder), dtype, place, quantize)[:3], PACKAGED[name].note
 
 
 def wrap(

@@ -31,7 +31,7 @@ from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.inputs.pairs import Pair
-from steer_heal.inputs.traits import TraitFile, read_trait
+from steer_heal.inputs.traits import TraitFile, available, load_trait, read_trait
 from steer_heal.model.decode import Decoding, Part, Row, decode
 from steer_heal.model.lm import load
 from steer_heal.presets import CHAT_PRESET
@@ -101,6 +101,8 @@ def test_drafts_are_whole_and_held_out(n_messages, tmp_path):
     assert len({*forms}) == len(forms), "no prompt stands twice"
     assert all(pair.positive.startswith("Sour") and pair.negative.startswith("Sweet") for pair in pairs)
     n_own = sum(text.startswith("How is cake") for text in prompts)
+    bundled = {text for name in available() for text in load_trait(name).prompts}
+    assert sum(text in bundled for text in prompts) == N_PROMPTS - n_own
     assert f"{n_own} of the {N_PROMPTS} prompts" in note and (n_own == N_PROMPTS) == (n_messages == 400)
     (tmp_path / "mine.toml").write_text(trait_text(BLUNT, FLATTERING, prompts, pairs, note))
     inputs = load_inputs(replace(CHAT_PRESET, trait=str(tmp_path / "mine.toml")))

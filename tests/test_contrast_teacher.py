@@ -129,6 +129,14 @@ def test_a_strength_is_found_where_kl_does_not_grow_as_its_square(target):
     assert strength_at(lambda strength: 0.01, target) is None
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 3.0])
+def test_three_readings_find_a_strength_where_kl_grows_nearly_as_its_square(scale):
+    read = []
+    kl_at = lambda strength: read.append(strength) or scale * strength**1.9
+    assert kl_at(strength_at(kl_at, 0.1)) == pytest.approx(0.1, rel=0.01)
+    assert len(read) <= 4, "three readings and the one of this test"
+
+
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_the_loss_and_the_gradient_are_those_of_plain_float64(with_history: Student, kept, cap, kl):

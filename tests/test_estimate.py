@@ -8,6 +8,7 @@ from runs import DOORS
 from test_shown_flags import SMALLEST
 
 from steer_heal import SteerHeal
+from steer_heal import estimate as module
 from steer_heal.__main__ import main
 from steer_heal.estimate import estimate
 from steer_heal.presets import CHAT_PRESET
@@ -41,6 +42,21 @@ def test_more_of_a_thing_takes_longer_and_a_vector_has_its_probes():
     assert own["text"].each.startswith("10 "), "6 texts and 4 probes"
     assert more["heal"].each != own["heal"].each
     assert more["states"].times > own["states"].times
+
+
+def test_the_probe_reads_more_items_until_they_take_long_enough(monkeypatch):
+    monkeypatch.setattr(module, "LONG_ENOUGH", 1e-9)
+    sizes = []
+    few = module._few
+    monkeypatch.setattr(module, "_few", lambda bench, n: sizes.append(n) or few(bench, n))
+    with SteerHeal(trait=DOORS, settings=changed(CHAT_PRESET, SMALL)) as sh:
+        module._seconds_of_a_state(sh.bench)
+        assert sizes == [1, 4]
+        monkeypatch.setattr(module, "LONG_ENOUGH", 1e9)
+        found = module._seconds_of_a_state(sh.bench)
+    n_items = max(80, len(sh.bench.inputs.pairs))
+    assert sizes[-1] >= n_items > sizes[-2] // 4, "all items, and no more"
+    assert found.keys() == {"margins", "texts", *SMALL["eval.evals"]}
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -81,7 +81,7 @@ def test_every_stage_has_a_bar_that_ends_full(quick, settings, tmp_path, monkeyp
             self.seen = bars.setdefault((stage, r, doing), [])
             yield
 
-        def part(self, n, n_parts):
+        def part(self, n, n_parts, kind="eval"):
             self.seen.append(f"{n} of {n_parts}")
 
         def at(self, done, total):

@@ -16,6 +16,7 @@ from steer_heal.loop import Loop
 from steer_heal.model.steering import Condition, Contrast
 from steer_heal.model.student import Student
 from steer_heal.presets import TOY_PRESET
+from steer_heal.progress import Progress
 from steer_heal.records import NOTHING, EvalResult, Teaching
 from steer_heal.runs.log import read_events
 from steer_heal.runs.stored import MemoryRun
@@ -24,6 +25,14 @@ from steer_heal.teachable import judged, teachable
 
 def teaching(shift: float, low: float, high: float, halves=(0.1, 0.1), kl: float = 0.1) -> Teaching:
     return Teaching(name="", strength=1.0, kl=kl, shift=shift, low=low, high=high, right=0.9, halves=halves)
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.parts = []
+
+    def part(self, n, n_parts, kind="eval") -> None:
+        self.parts.append((n, n_parts, kind))
 
 
 @pytest.fixture
@@ -55,8 +64,10 @@ def test_the_contrast_is_read_as_the_eval_reads_it_at_the_strength_of_its_budget
 
 
 def test_the_short_form_reads_one_budget_and_no_vectors(bench: Bench):
-    found = teachable(bench, short=True)
+    told = Told()
+    found = teachable(bench, short=True, progress=told)
     assert [each.kl for each in found.contrasts] == pytest.approx([0.1], rel=0.02) and len(found.null) == 7
+    assert told.parts == [(i + 1, 17, "teacher") for i in range(17)], "the base, both personas, and seven other pairs"
 
 
 def test_personas_that_hardly_differ_teach_nothing_and_unreachable_teachers_are_no_null_band(bench: Bench, monkeypatch):

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 
 from steer_heal.bench import Bench, Teacher
 from steer_heal.evals import EVALS
+from steer_heal.evals.base import Subject
 from steer_heal.inputs import evenly
 from steer_heal.inputs.traits import other_personas
 from steer_heal.model.memory import ROWS_ON_CPU, free_bytes
@@ -26,7 +28,9 @@ from steer_heal.teachable import N_TEXTS, N_TOKENS
 PROBE_TOKENS = 16
 """Tokens of each text of the probe."""
 FEW = 4
-"""Items of each kind that the probe reads."""
+"""Items of each kind that the probe reads at first."""
+LONG_ENOUGH = 0.5
+"""Seconds of a reading from which the time of all items is taken."""
 GIB = 2**30
 
 
@@ -71,7 +75,7 @@ def estimate(bench: Bench) -> list[Planned]:
     with _timed(seconds, "teacher"):
         teacher = replace(bench, cfg=replace(cfg, heal=heal)).make_teacher(recipe, vector, collected)
     step_s = _seconds_of_a_step(bench, recipe, collected, teacher)
-    of_state = _seconds_of_a_state(bench, seconds)
+    of_state = _seconds_of_a_state(bench)
 
     def written(n: int, n_tokens: int) -> float:
         return seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
@@ -123,36 +127,67 @@ def _seconds_of_a_step(bench: Bench, recipe: Recipe, collected: Collected, teach
     return ends[1] - ends[0]
 
 
-def _seconds_of_a_state(bench: Bench, seconds: dict[str, float]) -> dict[str, float]:
-    """Of each eval of one state, and of the margins of its pairs. The probe measures a few items of the base."""
+def _seconds_of_a_state(bench: Bench) -> dict[str, float]:
+    """Of what the evals of one state share, margins and texts, and of each eval beside that.
+
+    The probe measures a few items of the base. It begins with one that does not count, because the first use of an eval
+    takes longer. Reading a batch costs a part that does not grow with it, so more items follow until they take
+    LONG_ENOUGH.
+    """
+    few = cache(partial(_few, bench))
+    evals = bench.cfg.eval.evals
+    shared = {"margins": "pair"} if bench.inputs.pairs else {}
+    shared |= {"texts": "text"} if any(EVALS[name].of == "text" for name in evals) else {}
+
+    def measured(name: str, kind: str, n: int) -> tuple[float, float]:
+        """(seconds of n items, how many times as many a run has)."""
+        subject, ratios = few(n)
+        seconds: dict[str, float] = {}
+        for once, of in shared.items():
+            if of == kind:
+                with _timed(seconds, once):
+                    getattr(subject, once)
+        if name in evals:
+            with _timed(seconds, name):
+                EVALS[name].items(subject)
+        return seconds[name], max(ratios[kind], 1.0)
+
+    found = {"margins": 0.0}
+    for name, kind in {**shared, **{name: EVALS[name].of for name in evals}}.items():
+        measured(name, kind, 1)
+        n, (seconds, ratio) = FEW, measured(name, kind, FEW)
+        while seconds < LONG_ENOUGH and ratio > 1:
+            n *= 4
+            seconds, ratio = measured(name, kind, n)
+        found[name] = seconds * ratio
+    return found
+
+
+def _few(bench: Bench, n: int) -> tuple[Subject, dict[str, float]]:
+    """The base with n items of each kind, and how many times as many a run has."""
     cfg, inputs = bench.cfg.eval, bench.inputs
-    small = replace(cfg, n_texts=min(cfg.n_texts, ROWS_ON_CPU), max_new_tokens=min(cfg.max_new_tokens, PROBE_TOKENS))
+    small = replace(
+        cfg,
+        n_texts=min(cfg.n_texts, ROWS_ON_CPU * n // FEW),
+        max_new_tokens=min(cfg.max_new_tokens, PROBE_TOKENS * n // FEW),
+    )
     few = replace(
         inputs,
-        pairs=evenly(inputs.pairs, FEW),
-        panel={name: evenly(pairs, 1) for name, pairs in inputs.panel.items()},
-        everyday=evenly(inputs.everyday, FEW),
-        instructions=evenly(inputs.instructions, FEW),
-        vignettes=evenly(inputs.vignettes, FEW),
+        pairs=evenly(inputs.pairs, n),
+        panel={name: evenly(pairs, math.ceil(n / FEW)) for name, pairs in inputs.panel.items()},
+        everyday=evenly(inputs.everyday, n),
+        instructions=evenly(inputs.instructions, n),
+        vignettes=evenly(inputs.vignettes, n),
     )
     subject = replace(bench, cfg=replace(bench.cfg, eval=small), inputs=few).subject(base_state(bench.trait))
-
-    ratios = {
+    return subject, {
         "pair": len(inputs.pairs) / max(1, len(few.pairs)),
-        "trait": sum(map(len, inputs.panel.values())) / max(1, len(few.panel)),
-        "question": len(inputs.everyday) / len(few.everyday),
+        "trait": sum(map(len, inputs.panel.values())) / max(1, sum(map(len, few.panel.values()))),
+        "question": len(inputs.everyday) / max(1, len(few.everyday)),
         "instruction": len(inputs.instructions) / max(1, len(few.instructions)),
-        "vignette": len(inputs.vignettes) / len(few.vignettes),
+        "vignette": len(inputs.vignettes) / max(1, len(few.vignettes)),
         "text": cfg.n_texts / small.n_texts * cfg.max_new_tokens / small.max_new_tokens,
     }
-    with _timed(seconds, "margins"):
-        _ = subject.margins if few.pairs else None
-    found = {"margins": seconds["margins"] * ratios["pair"]}
-    for name in bench.cfg.eval.evals:
-        with _timed(seconds, name):
-            EVALS[name].items(subject)
-        found[name] = seconds[name] * ratios[EVALS[name].of]
-    return found
 
 
 def memory(bench: Bench) -> str:

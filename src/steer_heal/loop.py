@@ -105,7 +105,7 @@ class Loop:
             if self.base is not None:  # it began without one
                 return
             with self._stage("preflight", None, "reading the personas"):
-                event = Preflight(found=teachable(self.bench, short=True))
+                event = Preflight(found=teachable(self.bench, short=True, progress=self.progress))
             self.run.add(event)
         if event.found.verdict == NOTHING and not cfg.teach_anyway:
             raise UserError(

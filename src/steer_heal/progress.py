@@ -14,8 +14,8 @@ class Progress:
         """A stage of round r runs inside. Round None is before the loop."""
         yield
 
-    def part(self, n: int, n_parts: int) -> None:
-        """Part n of the stage begins, counted from 1."""
+    def part(self, n: int, n_parts: int, kind: str = "eval") -> None:
+        """Part n of the stage begins, counted from 1. `kind` says what its parts are."""
 
     def at(self, done: int | float, total: int) -> None:
         """`done` of `total` rows or steps are finished."""

@@ -8,9 +8,10 @@ from the base: contrasts of the personas of other traits, and vectors that point
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +25,7 @@ from steer_heal.inputs.traits import other_personas
 from steer_heal.intervals import of_difference
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector, weighted
+from steer_heal.progress import SILENT, Progress
 from steer_heal.records import NOTHING, Completion, Teachable, Teaching, alone, derive_seed
 from steer_heal.stages.calibrate import contrast_strength, dose_at, mean_kl
 from steer_heal.stages.generate import Ask
@@ -57,8 +59,12 @@ class Reader:
     lm: LM
     texts: Sequence[Completion]
     pairs: Sequence[Pair]
+    progress: Progress
+    n_readings: int
+    n_read: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def read(self, condition: Condition) -> Read:
+        self.progress.part(next(self.n_read), self.n_readings, "teacher")
         asked = [alone(pair.prompt) for pair in self.pairs]
         replies = reply_states(self.lm, asked, self.reply_ids, condition)
         return Read(final_states(self.lm, self.texts, condition), replies)
@@ -76,14 +82,15 @@ class Reader:
         return np.array(found)
 
 
-def teachable(bench: Bench, *, short: bool = False) -> Teachable:
+def teachable(bench: Bench, *, short: bool = False, progress: Progress = SILENT) -> Teachable:
     """The verdict on the trait of a bench, which has pairs, with the readings that it rests on. `short`: at one budget
-    and without random vectors."""
+    and without random vectors. Each reading of the pairs is a part of `progress`."""
     inputs, trait, cfg = bench.inputs, bench.trait, bench.cfg
     asks = [Ask(i, p, derive_seed(cfg.seed, "teachable", i)) for i, p in enumerate(inputs.prompts[:N_TEXTS])]
     texts = bench.write(bench.plain, asks, adapters="base", max_new_tokens=N_TOKENS)
     with bench.student.using("base") as lm:
-        reader = Reader(lm, texts, inputs.pairs)
+        others = other_personas(cfg.trait)
+        reader = Reader(lm, texts, inputs.pairs, progress, 3 + 2 * len(others) + (0 if short else N_RANDOM))
         base = reader.read(bench.plain)
         start = reader.margins(base.replies)
         rng = np.random.default_rng(derive_seed(cfg.seed, "teachable") % 2**32)
@@ -113,7 +120,7 @@ def teachable(bench: Bench, *, short: bool = False) -> Teachable:
         budgets = (BUDGET,) if short else BUDGETS
         contrasts = [each for b in budgets for each in contrast(f"contrast at {b:g}", positive, negative, b)]
         null = []
-        for name, sides in other_personas(cfg.trait).items():
+        for name, sides in others.items():
             of, against = (reader.read(Condition(side)) for side in sides)
             null += contrast(f"contrast of {name}", of, against, BUDGET)
         for i in range(0 if short else N_RANDOM):

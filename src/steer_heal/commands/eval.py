@@ -274,7 +274,7 @@ class EvalNames(Progress):
         self.state = state
         self.names = cfg.eval.evals
 
-    def part(self, n: int, n_parts: int) -> None:
+    def part(self, n: int, n_parts: int, kind: str = "eval") -> None:
         logger.info(f"{self.state}: {self.names[n - 1]} ({n} of {n_parts})")
 
 

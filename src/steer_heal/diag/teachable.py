@@ -16,7 +16,7 @@ from steer_heal.teachable import teachable
 @settings("")
 class Flags(PresetFlags):
     short: bool = False
-    """Read 24 of the pairs, one distance, and no random vectors, as at the start of a run."""
+    """Read the contrast at one distance, and no random vectors, as at the start of a run."""
 
 
 def main(flags: Flags, given: Given) -> None:
@@ -24,8 +24,8 @@ def main(flags: Flags, given: Given) -> None:
     if not lab.bench.inputs.pairs:
         raise UserError(f"trait {lab.bench.trait.name!r} has no pairs; add [[pairs]] or pairs_file to its file")
     began = time.monotonic()
-    with lab.stage("reading the pairs under each teacher"):
-        found = teachable(lab.bench, short=flags.short)
+    with lab.stage("reading the pairs"):
+        found = teachable(lab.bench, short=flags.short, progress=lab.progress)
     seconds = time.monotonic() - began
     rows = [
         {"teacher": each.name, **{k: v for k, v in asdict(each).items() if k not in ("name", "halves")}}

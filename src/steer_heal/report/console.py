@@ -93,14 +93,14 @@ class Bar(Progress):
         self.always = always
         self.file = file
         self.bar: tqdm | None = None
-        self.what = ""
-        """The stage in words."""
+        self.doing = self.what = ""
+        """The stage in words, without and with its part."""
         self.spoke = 0.0
         """Time of the last line, or of the start of the stage."""
 
     @contextmanager
     def stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
-        self.what = f"{place(stage, r, self.run) if self.run is not None else stage}: {doing}"
+        self.doing = self.what = f"{place(stage, r, self.run) if self.run is not None else stage}: {doing}"
         self.spoke = time.monotonic()
         hidden = True if self.quiet else False if self.always else None  # None: shown on a terminal only
         with tqdm(
@@ -109,8 +109,8 @@ class Bar(Progress):
             yield
         self.bar = None
 
-    def part(self, n: int, n_parts: int) -> None:
-        self.what = f"{self.what.partition(', eval')[0]}, eval {n} of {n_parts}"
+    def part(self, n: int, n_parts: int, kind: str = "eval") -> None:
+        self.what = f"{self.doing}, {kind} {n} of {n_parts}"
         if self.bar is not None and not self.bar.disable:
             self.bar.desc = self.what
 

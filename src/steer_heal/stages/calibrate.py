@@ -28,6 +28,8 @@ N_INNER = 3
 """New doses in each of them."""
 KL_TOLERANCE = 0.01
 """Share of the target by which the KL of a contrast may miss it."""
+N_STEPS = 4
+"""Steps of the secant method."""
 WIDTHS = (0.2, 0.8, 3.0)
 """Distances from the first guess, in the logarithm of the strength, between which a strength is searched."""
 
@@ -84,7 +86,8 @@ def dose_at(lm: LM, steered: Condition, texts: Sequence[Completion], base: Seque
 def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
     """The strength of a teacher at which its KL is `target` nats, up to KL_TOLERANCE. None: none is found.
 
-    KL grows nearly as the square of the strength, which gives the first guess. Around it Brent's method searches.
+    KL grows nearly as the square of the strength, which gives the first guess. As a rule the secant method is close
+    enough at the third reading. Where it is not after N_STEPS, Brent's method searches around the first guess.
     """
 
     @cache
@@ -92,10 +95,21 @@ def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
         kl = kl_at(math.exp(log_strength))
         return math.log(kl / target) if 0 < kl < math.inf else -math.inf
 
-    guess = -excess(0.0) / 2
-    for width in WIDTHS if math.isfinite(guess) else ():
-        if excess(guess - width) <= 0 <= excess(guess + width):
-            found = brentq(excess, guess - width, guess + width, xtol=KL_TOLERANCE / 2)
+    first = -excess(0.0) / 2
+    if not math.isfinite(first):
+        return None
+    before, guess = 0.0, first
+    for _ in range(N_STEPS):
+        ahead = excess(guess)
+        if abs(ahead) <= KL_TOLERANCE:
+            return math.exp(guess)
+        slope = (ahead - excess(before)) / (guess - before)
+        if not 0 < slope < math.inf:
+            break
+        before, guess = guess, guess - ahead / slope
+    for width in WIDTHS:
+        if excess(first - width) <= 0 <= excess(first + width):
+            found = brentq(excess, first - width, first + width, xtol=KL_TOLERANCE / 2)
             return math.exp(float(found))  # pyright: ignore[reportArgumentType]  not asked for its full output
     return None
 

@@ -82,6 +82,11 @@ def test_all_that_is_wrong_is_said_at_once(capsys, tmp_path):
 
 def test_what_needs_no_model_is_refused_without_torch(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for folder, name in (("bare", "notes.txt"), ("unweighed", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    (tmp_path / "mine.toml").touch()
     code = """
 import sys
 from steer_heal.__main__ import main
@@ -91,7 +96,10 @@ commands = (
     "run fast-dev --model ./nowhere", "run fast-dev --model out/nowhere/export", "run fast-dev --model nowhere.gguf",
     "eval --model ./gone --trait autority", "eval --model data/toylm --eval.vignettes nowhere.jsonl",
     "eval --run nowhere", "verify nowhere", "report nowhere", "push nowhere a/b", "sweep nowhere", "export nowhere x",
-    "inspect nowhere",
+    "inspect nowhere", "run fast-dev --filter.gates perplexty", "run fast-dev --eval.evals perssona",
+    "run fast-dev --steer.method meandiff", "run fast-dev --adapter.kind lorra", "run fast-dev --heal.divergence kl",
+    "run fast-dev --model smollm2-135m-instrct", "run fast-dev --model empty", "run fast-dev --model file",
+    "run fast-dev --model bare", "run fast-dev --model unweighed", "run fast-dev --trait ./mine",
 )
 for command in commands:
     assert main(command.split()) in (1, 2), command
@@ -102,8 +110,37 @@ for command in commands:
     env = os.environ | {"BEARTYPE": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "model is './gone': there is no such folder or file" in done.stderr
-    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 20
+    for told in (
+        "model is './gone': there is no such folder or file",
+        "filter.gates is 'perplexty': did you mean 'perplexity'?",
+        "model is 'smollm2-135m-instrct': did you mean 'smollm2-135m-instruct'?",
+        "model is 'empty': this folder is empty",
+        "model is 'file': it is neither a folder nor a GGUF file (.gguf)",
+        "model is 'bare': this folder has no config.json",
+        "model is 'unweighed': this folder holds no weights (*.safetensors)",
+        "trait is './mine': the name of a trait file ends in .toml; did you mean './mine.toml'?",
+    ):
+        assert told in done.stderr, told
+    assert done.stderr.count("error: ") == done.stderr.count("REFUSED ") == 31
+
+
+def test_the_names_that_need_no_torch_are_those_of_the_tables():
+    code = """
+from steer_heal.evals import EVALS
+from steer_heal.model.divergence import DIVERGENCES
+from steer_heal.model.gguf import PACKAGED
+from steer_heal.model.steering import METHODS
+from steer_heal.model.student import ADAPTERS
+from steer_heal.settings import BUILT_IN, MODELS
+from steer_heal.stages.filter import GATES
+tables = {
+    "heal.divergence": DIVERGENCES, "steer.method": METHODS, "adapter.kind": ADAPTERS, "filter.gates": GATES,
+    "eval.evals": EVALS,
+}
+assert {setting: tuple(table) for setting, table in tables.items()} == BUILT_IN
+assert tuple(PACKAGED) == MODELS
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # elsewhere a test may have added to a table
 
 
 def test_many_problems_are_counted(tmp_path, capsys):

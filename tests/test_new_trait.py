@@ -12,6 +12,8 @@ from runs import undrawn
 from test_estimate import SMALL, flag
 
 from steer_heal.__main__ import main
+from steer_heal.check import check
+from steer_heal.commands.run import parse
 from steer_heal.draft import (
     BRIEF,
     CONTRAST,
@@ -55,6 +57,16 @@ def test_the_file_says_what_it_was_given_and_names_every_field(prompts, pairs, t
     assert (list(found.prompts), list(found.pairs)) == (prompts, pairs)
     for name in TraitFile.__dataclass_fields__:
         assert re.search(rf"^(# )?\[*{name}\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_the_command_for_a_file_without_pairs_passes_all_checks(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    assert main(["new-trait", str(file), "--positive", BLUNT, "--negative", FLATTERING]) == 0
+    *_, with_pairs, without = capsys.readouterr().out.strip().splitlines()
+    assert with_pairs == f"wrote {file}; add pairs, then: steer-heal run chat --trait {file}"
+    words = without.removeprefix("or without pairs: steer-heal run ").split()
+    _, cfg, _ = parse([*words, "--model", "tiny-random", "--out", str(tmp_path)])
+    assert check(cfg).trait.target == "persona_log_odds"
 
 
 def test_what_may_be_empty_may_be_left_out(tmp_path):

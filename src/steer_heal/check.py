@@ -1,13 +1,15 @@
 """All checks of the settings that are possible before a model is loaded.
 
-Problems are reported in up to three steps: first those of files, folders and trackers, which need no torch; then a
-missing device; then those of names.
+Problems are reported in up to three steps: first those of files, folders, trackers and, without plugins, names, which
+need no torch; then a missing device; then those of all names and metrics.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from os.path import exists
 from pathlib import Path
@@ -16,11 +18,12 @@ from tempfile import TemporaryDirectory
 from steer_heal.backends import track
 from steer_heal.errors import Problems, UserError, nearest
 from steer_heal.inputs import Inputs, load_inputs
-from steer_heal.inputs.files import adapter_base, adapter_folder, candidates, is_path
+from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, adapter_base, adapter_folder, candidates, is_path
+from steer_heal.inputs.new_trait import WITHOUT_PAIRS
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.plugins import load
 from steer_heal.records import Trait
-from steer_heal.settings import RunConfig
+from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig
 
 TRIAL = ".steer-heal-"
 """Prefix of the temporary folders that test whether a folder is writable."""
@@ -41,12 +44,36 @@ def check(cfg: RunConfig) -> Inputs:
 
 
 def check_model(name: str, setting: str = "model") -> None:
-    """UserError for a path that does not exist, or an adapter whose base does not. Any other name may be on the hub,
-    which is asked when it is loaded."""
-    if is_path(name) and not any(map(exists, candidates(name))):
+    """UserError for a path that does not exist or holds no model, for an adapter whose base does not exist, and for a
+    name close to one of MODELS. Any other name may be on the hub, which is asked when it is loaded."""
+    place = next((place for place in candidates(name) if exists(place)), None)
+    if place is None and is_path(name):
         raise UserError(f"{setting} is {name!r}: there is no such folder or file; give an existing path, or a hub id")
+    known = (*MODELS, TINY_RANDOM)
+    if place is None and "/" not in name and name not in known and get_close_matches(name, known, cutoff=0.8):
+        raise UserError(f"{setting} is {name!r}: {nearest(name, known)}")
+    if place is not None and (why := _no_model(place)):
+        raise UserError(f"{setting} is {name!r}: {why}")
     if (adapter := adapter_folder(name)) is not None:
         check_model(adapter_base(adapter), setting)
+
+
+def _no_model(place: Path) -> str:
+    """Why nothing that exists at this place can be loaded. Empty: it may be a model or an adapter."""
+    if not place.is_dir():
+        return "" if place.suffix == ".gguf" else "it is neither a folder nor a GGUF file (.gguf)"
+    try:
+        names = [each.name for each in place.iterdir()]
+    except OSError as error:
+        return f"this folder cannot be read ({error.strerror})"
+    if not names:
+        return "this folder is empty"
+    kinds = ("config.json", "config of an adapter (adapter_config.json)", "GGUF file (.gguf)")
+    if not any(name in ("config.json", *ADAPTER_CONFIG_FILES) or name.endswith(".gguf") for name in names):
+        return f"this folder has no {', '.join(kinds[:-1])} or {kinds[-1]}"
+    if not any(name.endswith((".safetensors", ".gguf")) for name in names):
+        return "this folder holds no weights (*.safetensors)"
+    return ""
 
 
 def check_inputs(cfg: RunConfig, trait: TraitFile | None = None, *, needs_target: bool = True) -> Inputs:
@@ -68,6 +95,16 @@ def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
             f"quantize is {cfg.quantize!r}: its package is not installed; pip install 'steer-heal[quantize]', or leave "
             "it out"
         )
+    if not cfg.plugin and "torch" not in sys.modules:  # with torch, `_check_names` knows the tables as they are
+        given = {
+            "heal.divergence": (cfg.heal.divergence,),
+            "steer.method": (cfg.steer.method,),
+            "adapter.kind": (cfg.adapter.kind,),
+            "filter.gates": cfg.filter.gates,
+            "eval.evals": cfg.eval.evals,
+        }
+        for setting, names in given.items():
+            problems.found += _unknown(setting, names, BUILT_IN[setting])
     problems.raise_if_any()
     assert inputs is not None
     return inputs
@@ -138,7 +175,7 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
     if _unknown("eval.evals", cfg.eval.evals, EVALS):
         return trait
     problems = Problems()
-    without = {"pairs": " (without pairs: --eval.evals text_quality drift persona)"}
+    without = {"pairs": f" (without pairs: {WITHOUT_PAIRS})"}
     for name in cfg.eval.evals:
         problems.found += [
             f"eval.evals contains {name!r}: trait {trait.name!r} has no {field}; add [[{field}]] or {field}_file to "

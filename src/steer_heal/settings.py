@@ -21,6 +21,19 @@ from tyro.constructors import PrimitiveConstructorSpec
 from steer_heal.errors import Problems, nearest, problem_lines, validated
 
 TINY_RANDOM = "tiny-random"
+MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "gemma-3-270m")
+"""Names of models whose weights come from the package index."""
+BUILT_IN = {
+    "heal.divergence": ("kl_rev", "kl_fwd", "none"),
+    "steer.method": ("mean_diff", "pca", "cosine_gated", "directional_ablation"),
+    "adapter.kind": ("lora", "bias"),
+    "filter.gates": (*("perplexity", "spike", "repetition", "loop", "relevance", "short", "narration", "refusal"),),
+    "eval.evals": (
+        *("moral_foundations", "likelihood", "text_quality", "drift", "persona", "contrast", "everyday"),
+        *("instructions", "holds", "panel", "judge", "toylm"),
+    ),
+}
+"""The names that these settings take without plugins. They are here because their tables import torch."""
 """Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

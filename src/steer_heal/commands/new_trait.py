@@ -9,7 +9,7 @@ import tyro
 
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.inputs.new_trait import trait_text
+from steer_heal.inputs.new_trait import WITHOUT_PAIRS, trait_text
 from steer_heal.inputs.traits import PersonaPair
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import UserPath, settings
@@ -54,8 +54,11 @@ def main(argv: Sequence[str]) -> int:
         bar = console.Bar(None, quiet=False)
         drafted = draft(given.positive, given.negative, writer(given.draft_with, given.endpoint_model, bar), bar)
     write_trait(given.file, trait_text(given.positive, given.negative, *drafted))
-    fix = "" if drafted[1] else "; it has no pairs yet"
-    print_safe(f"wrote {given.file}{fix}; edit it, then: steer-heal run chat --trait {given.file}")
+    command = f"steer-heal run chat --trait {given.file}"
+    if drafted[1]:
+        print_safe(f"wrote {given.file}; edit it, then: {command}")
+    else:
+        print_safe(f"wrote {given.file}; add pairs, then: {command}\nor without pairs: {command} {WITHOUT_PAIRS}")
     return 0
 
 

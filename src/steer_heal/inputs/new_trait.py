@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from steer_heal.inputs.pairs import Pair
 
+WITHOUT_PAIRS = "--eval.evals text_quality drift persona"
+"""Flags of a run on a trait that has no pairs."""
 TEMPLATE = """\
 # A trait. Only [persona] is needed: a field that is empty, or that you delete, has the default named here.
 # Without pairs, leave the evals of pairs out: --eval.evals text_quality drift persona

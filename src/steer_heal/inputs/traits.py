@@ -158,6 +158,9 @@ def _file_of(name: str) -> DataFile:
         return read_file(resolve(source, "trait"))
     if source in available():
         return read_file(TRAITS / f"{source}.toml")
+    if source not in available() and (name.startswith((".", "/", "~")) or Path(f"{name}.toml").is_file()):
+        close = f"; did you mean {name + '.toml'!r}?" if Path(f"{name}.toml").is_file() else ""
+        raise UserError(f"trait is {name!r}: the name of a trait file ends in .toml{close}")
     fix = "give your own trait by its path, which ends in .toml"
     raise UserError(f"trait is {source!r}: {nearest(source, available())} ({fix})")
 

@@ -165,7 +165,7 @@ def main(flags: Flags, given: Given) -> None:
         {**row, "shift": sign * row["shift"], "broken": row["degenerate_frac"], "panel": row.get("panel_rms_nats")}
         for row in rows
     ]
-    frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=130)
+    frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=200)
 
 
 def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:

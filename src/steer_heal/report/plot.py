@@ -452,7 +452,7 @@ def _drawn_pixels(axes: Axes) -> np.ndarray:
 COSTS = {
     "broken": "share of broken texts",
     "kl_base": "KL to base, nats",
-    "panel": "RMS shift of the other traits, nats per token",
+    "panel": "RMS shift of other traits, nats per token",
 }
 """What a trait may cost, and how an axis names it."""
 
@@ -465,7 +465,7 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
     teachers do that have nothing to do with the trait: `null` at 0.1 nats, in proportion to the root of KL.
     """
     costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
-    figure = Figure(figsize=(2.5 + 5 * len(costs), 5), layout="constrained")
+    figure = Figure(figsize=(0.6 + 3.1 * len(costs), 4.2), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
             ends = []
@@ -485,6 +485,6 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
             band = null * np.sqrt(kl / 0.1)
             axes.fill_between(kl, -band, band, color=COLOURS["base"], alpha=0.14, lw=0, zorder=0)
         axes.set_xlabel(COSTS[cost])
-    figure.axes[0].set_ylabel("shift of the trait's metric from base, in the wanted direction")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.axes[0].set_ylabel("shift of the trait, wanted direction")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure

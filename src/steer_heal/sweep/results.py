@@ -115,5 +115,5 @@ def draw(path: Path, runs: pl.DataFrame, arms: Sequence[Arm]) -> str:
     from steer_heal.report.plot import frontier
 
     with atomic_write(path) as part:
-        frontier(points).savefig(part, format="png", dpi=130)
+        frontier(points).savefig(part, format="png", dpi=200)
     return f", the picture is {path}"

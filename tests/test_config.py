@@ -120,6 +120,5 @@ def test_every_tuple_is_given_with_spaces_or_commas():
 
 @pytest.mark.parametrize("layers", [["0.3"], ["0.3,0.5,0.7"], ["0.7,0.3"], ["a,b"]])
 def test_a_band_that_is_none_is_refused(layers, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(["toy", "--steer.layers", *layers])
-    assert stopped.value.code == 2 and "steer.layers" in capsys.readouterr().err
+    assert main(["run", "toy", "--steer.layers", *layers]) == 2
+    assert "error: --steer.layers is" in capsys.readouterr().err

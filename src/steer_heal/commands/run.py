@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import tyro
 from loguru import logger
 from safetensors import SafetensorError
 
@@ -23,7 +22,7 @@ from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
-from steer_heal.flags import REGISTRY, read_flags
+from steer_heal.flags import read_flags, read_known
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.plugins import load
@@ -53,11 +52,7 @@ if TYPE_CHECKING:  # torch: seconds
 
 @settings("")
 class Source:
-    """With --positive TEXT and --negative TEXT, two personas take the place of --trait, for a first try without a trait
-    file. In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
-    prints the stages of the run with their seconds and the memory, and runs nothing. With --exit-status, the exit
-    status tells the verdict: 0 GOOD, 3 MIXED, 4 SMALL SHIFT, 5 WRONG WAY, 6 BROKEN."""
+    """What is given beside the settings of a run."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
@@ -142,9 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
     field, the value and the limit; a bad file, flag or preset is a UserError."""
     if argv and argv[0] in ("-h", "--help"):
         show_presets()
-    source, rest = tyro.cli(
-        Source, args=argv, return_unknown_args=True, add_help=False, prog="steer-heal run", registry=REGISTRY
-    )
+    source, rest = read_known(Source, argv, "run")
     preset = next(iter(rest), "")
     if source.config is not None:
         if preset in PRESETS:
@@ -159,8 +152,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     else:
         cfg, rest, command = PRESETS[preset][1], rest[1:], f"run {preset}"
-    description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
-    cfg = read_flags(RunConfig, rest, command, default=cfg, description=description)
+    cfg = read_flags(RunConfig, rest, command, default=cfg, beside=Source)
     if source.config is not None and source.config.is_dir():
         require_plugins(source.config, cfg.plugin, same=False)
     return preset, cfg, source

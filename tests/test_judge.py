@@ -212,7 +212,7 @@ def test_the_judge_is_the_library_s_eval_too():
     [
         ("", "eval.judge_model is '': the eval judge needs a model; give --eval.judge-url"),
         ("--eval.judge-url ftp://x --eval.judge-model m", "it must begin with http:// or https://"),
-        ("--eval.judge-model ./none", "eval.judge_model is './none': there is no such folder or file"),
+        ("--eval.judge-model ./none", "--eval.judge-model is './none': there is no such folder or file"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused_at_once(words, told, capsys):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
-from steer_heal.flags import merged
+from steer_heal.flags import flags_in, merged, typed
 from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
@@ -75,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return BROKEN_PIPE
-    except (UserError, OSError, ValueError) as error:
+    except UserError as error:
+        print_error(UserError(*(typed(line, flags_in(rest)) for line in error.problems)))
+        return WRONG
+    except (OSError, ValueError) as error:
         print_error(error)
         return WRONG
     except Stopped as stopped:

@@ -100,9 +100,8 @@ def main(argv: Sequence[str]) -> int:
     if given.run is not None:
         return again(given.run, given, own)
     if given.round is not None or given.state != "healed":
-        raise UserError(
-            f"round is {given.round}, state is {given.state!r}: a run has rounds and states; give --run too"
-        )
+        flag = "--state" if given.round is None else "--round"
+        raise UserError(f"{flag} was given without a run, and only a run has rounds and states; give --run too")
     if "model" not in own:
         raise UserError("give --run out/<run> to measure a state of a run, or --model MODEL to measure a model")
     if given.adapter is None:

@@ -22,7 +22,7 @@ from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
-from steer_heal.flags import read_flags, read_known
+from steer_heal.flags import flags_in, read_flags, read_known
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.plugins import load
@@ -74,9 +74,15 @@ class Source:
 def main(argv: Sequence[str]) -> int:
     preset, cfg, source = parse(argv)
     if source.positive is not None or source.negative is not None:
-        if any(word.partition("=")[0] == "--trait" for word in argv):
-            raise UserError("--trait and personas were given; give --positive and --negative, or --trait")
+        if "trait" in flags_in(argv):
+            given = "--negative" if source.positive is None else "--positive"
+            raise UserError(f"--trait and {given} were given; give --trait, or --positive and --negative")
+        for one, flag in ((source.positive, "--positive"), (source.negative, "--negative")):
+            if one is None:
+                raise UserError(f"one persona was given; give {flag} too")
         cfg = first_try(cfg, source.positive or "", source.negative or "")
+    if source.plan and source.print_config:
+        raise UserError("--plan and --print-config were given; give one of them")
     if source.print_config:
         print_safe(as_toml(cfg).rstrip())
         return 0

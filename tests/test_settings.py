@@ -200,6 +200,33 @@ def test_the_program_speaks_before_it_reads_its_settings_and_is_silent_in_a_clos
     assert done.returncode == 141 and done.stderr == ""
 
 
+def test_a_table_in_a_closed_pipe_ends_with_the_status_of_one():
+    code = """
+import sys
+from steer_heal import __main__ as program
+from steer_heal.commands import report
+from steer_heal.report import tables
+report.main = lambda argv: tables.show([{"metric": "kl_base", "value": 1}])
+sys.exit(program.main(["report"]))
+"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_help_is_shown_where_it_is_asked_for_and_where_no_command_is_given(capsys):
+    for argv, status in ((["--help"], 0), (["-h"], 0), (["help"], 0), ([], 2), (["diag", "--help"], 0), (["diag"], 2)):
+        assert main(argv) == status
+        printed = capsys.readouterr()
+        assert (printed.err if status else printed.out).startswith("usage: steer-heal ")
+        assert (printed.out if status else printed.err) == ""
+    for word, told in (("--verison", "--version"), ("--hlep", "--help")):
+        assert main([word]) == 2
+        assert capsys.readouterr().err == f"error: unknown flag {word}; did you mean {told!r}?\n"
+
+
 def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effect_differ():
     cfg = FAST_DEV_PRESET
     own = {

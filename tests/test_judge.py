@@ -220,6 +220,13 @@ def test_a_judge_that_cannot_be_asked_is_refused_at_once(words, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run fast-dev", "eval --model tiny-random"])
+def test_a_url_that_no_eval_asks_is_refused(command, capsys):
+    assert main([*command.split(), "--eval.evals", "drift", "--eval.judge-url", "http://x"]) == 2
+    told = "--eval.judge-url is 'http://x': only the eval judge asks it; add judge to --eval.evals, or leave it out"
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
 def test_the_commands_of_the_page_run(server, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setitem(PRESETS, "chat", ("", changed(CHAT_PRESET, {**SMALL, "quiet": True, "model": "tiny-random"})))
     monkeypatch.setattr(judge, "local", lambda name, device: None)

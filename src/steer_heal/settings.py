@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from tyro.constructors import PrimitiveConstructorSpec
 
-from steer_heal.errors import Problems, nearest, problem_lines, shown, validated
+from steer_heal.errors import Problems, UserError, nearest, problem_lines, shown, validated
 
 TINY_RANDOM = "tiny-random"
 """Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
@@ -673,3 +673,13 @@ def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settin
             problems.found.append(f"{place}: there is no section {section!r}; {nearest(section, SECTIONS)}")
     problems.raise_if_any()
     return validated(type(cfg), nested, where)
+
+
+def require_judge(cfg: EvalCfg) -> None:
+    """UserError if a URL is given although no judge is asked there. Not a rule of EvalCfg: recorded runs may have
+    one."""
+    if cfg.judge_url and "judge" not in cfg.evals:
+        raise UserError(
+            f"eval.judge_url is {cfg.judge_url!r}: only the eval judge asks it; add judge to --eval.evals, or leave it "
+            "out"
+        )

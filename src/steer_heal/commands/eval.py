@@ -33,6 +33,7 @@ from steer_heal.settings import (
     RunConfig,
     changed,
     leaves,
+    require_judge,
     settings,
 )
 from steer_heal.verdict import chosen_round, round_words
@@ -124,6 +125,7 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
 
     cfg = changed(RunConfig(), {"steer.n_contexts": 1, "gen.n_prompts": 2, **own})
     problems = Problems()
+    problems.attempt(require_judge, cfg.eval)
     inputs = None
     with problems.noted():
         check_model(cfg.model)

@@ -40,7 +40,7 @@ from steer_heal.runs.resume import (
     same_settings,
 )
 from steer_heal.runs.signals import handled, stoppable
-from steer_heal.settings import RunConfig, settings
+from steer_heal.settings import RunConfig, require_judge, settings
 from steer_heal.verdict import exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
@@ -73,6 +73,7 @@ class Source:
 
 def main(argv: Sequence[str]) -> int:
     preset, cfg, source = parse(argv)
+    require_judge(cfg.eval)
     if source.positive is not None or source.negative is not None:
         if "trait" in flags_in(argv):
             given = "--negative" if source.positive is None else "--positive"

@@ -84,9 +84,10 @@ def test_what_is_wrong_with_a_file_is_one_line(text, told, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, told",
     [
-        (["--config", "nowhere.toml"], "config is 'nowhere.toml': there is no such file"),
+        (["--config", "nowhere.toml"], "error: --config is 'nowhere.toml': there is no such file"),
         (["--config", "docs"], "docs has no events.jsonl; give a run folder"),
         (["toy", "--config", "README.md"], "preset 'toy' and --config README.md were given"),
+        (["toy", "--plan", "--print-config"], "--plan and --print-config were given; give one of them"),
     ],
 )
 def test_a_config_that_is_none_is_refused(argv, told, capsys):
@@ -120,6 +121,5 @@ def test_every_tuple_is_given_with_spaces_or_commas():
 
 @pytest.mark.parametrize("layers", [["0.3"], ["0.3,0.5,0.7"], ["0.7,0.3"], ["a,b"]])
 def test_a_band_that_is_none_is_refused(layers, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(["toy", "--steer.layers", *layers])
-    assert stopped.value.code == 2 and "steer.layers" in capsys.readouterr().err
+    assert main(["run", "toy", "--steer.layers", *layers]) == 2
+    assert "error: --steer.layers is" in capsys.readouterr().err

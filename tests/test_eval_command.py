@@ -84,12 +84,15 @@ def test_a_number_that_one_side_lacks_differs():
     [
         (
             ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
-            ("3 problems", "trait is love, but authority in", "eval.n_texts is 9, but 2 in", "adapter is x"),
+            ("3 problems", "--trait is love, but authority in", "--eval.n-texts is 9, but 2 in", "--adapter is x"),
         ),
+        (("--eval.evals", "perssona"), ("error: --eval.evals is 'perssona': did you mean 'persona'?",)),
+        (("--filter.gates", "lop"), ("error: --filter.gates is 'lop': did you mean 'loop'?",)),
+        (("--eval.evals", "persona", "drift"), ("error: --eval.evals is persona drift, but moral_foundations ",)),
         (("--round", "8"), ("round 8 does not exist", "the run has rounds 1 to 2")),
         (
             ("--state", "base", "--round", "1"),
-            ("round is 1: base is measured once per run", "leave out --round or --state"),
+            ("--round is 1: base is measured once per run", "leave out --round or --state"),
         ),
         (("--state", "control"), ("did not measure control", "give another --round or --state")),
     ],
@@ -133,7 +136,9 @@ def test_no_run_and_no_model_are_refused(tmp_path, capsys):
         (["--run", str(tmp_path)], "has no events.jsonl; give a run folder"),
         ([], "--run out/<run>"),
         (["--model", "tiny-random", "--round", "2"], "give --run too"),
-        (["--model", "tiny-random", "--state", "base"], "give --run too"),
+        (["--model", "tiny-random", "--state", "base"], "--state was given without a run"),
+        (["--model", "tiny-random", "--prompts", "gone.jsonl"], "error: --prompts is 'gone.jsonl': there is no such"),
+        (["--model", "tiny-random", "--eval.pairs", "gone"], "error: --eval.pairs is 'gone': there is no such"),
     ):
         assert main(["eval", *flags]) == 2
         assert told in capsys.readouterr().err
@@ -187,9 +192,9 @@ def test_a_scale_without_an_adapter_or_past_the_limit_is_refused(one, capsys):
         (("--model", "tiny-random"), "no adapter was given; give --adapter"),
         (("--run", str(one), "--state", "base"), "the state base of this round has no adapter"),
         (("--run", str(one), "--state", "steered"), "the state steered of this round has no adapter"),
-        (("--run", str(one)), "adapter_scale is 5.0: it must be <= 4"),
+        (("--run", str(one)), "--adapter-scale is 5.0: it must be from -4 to 4"),
     ):
-        scale = "5" if "<= 4" in told else "-1"
+        scale = "5" if "to 4" in told else "-1"
         assert main(["eval", *flags, "--adapter-scale", scale]) == 2
         assert told in capsys.readouterr().err
 

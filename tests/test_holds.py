@@ -80,13 +80,13 @@ def test_ten_turns_leave_room_for_a_pair(toy: LM):
 
 
 BAD = {
-    'name = "a"\nopposes = true\nafter = "x"\nsuffix = "y"': "'attack.0.suffix' is not a known field",
+    'name = "a"\nopposes = true\nafter = "x"\nsuffix = "y"': "'attack.1.suffix' is not a known field",
     'name = "a"\nopposes = true\nturns = ["x"]': "turns holds 1 messages",
     'name = "a"\nopposes = true\nbefore = "  "': "the attack is empty",
     'name = "plain"\nopposes = true\nafter = "x"': "'plain', which stands for no attack",
     'name = "A b"\nopposes = true\nafter = "x"': "'A b'",
     'name = "a"\nopposes = true\nafter = "{negative}"': "after contains {negative}",
-    'name = "a"\nafter = "x"': "'attack.0.opposes' is missing",
+    'name = "a"\nafter = "x"': "'attack.1.opposes' is missing",
 }
 
 

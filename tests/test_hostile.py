@@ -222,7 +222,7 @@ def test_a_run_s_folder_lies_in_out_under_a_plain_name(slug, tmp_path):
 )
 def test_a_trait_is_a_name_and_never_a_path(trait, tmp_path, capsys):
     assert main(["run", "fast-dev", "--trait", trait, "--out", str(tmp_path / "out")]) == 2
-    assert re.search("^(error:|-) trait is ", capsys.readouterr().err, re.M) and not (tmp_path / "out").exists()
+    assert re.search("^(error:|-) --trait is ", capsys.readouterr().err, re.M) and not (tmp_path / "out").exists()
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -212,12 +212,19 @@ def test_the_judge_is_the_library_s_eval_too():
     [
         ("", "eval.judge_model is '': the eval judge needs a model; give --eval.judge-url"),
         ("--eval.judge-url ftp://x --eval.judge-model m", "it must begin with http:// or https://"),
-        ("--eval.judge-model ./none", "eval.judge_model is './none': there is no such folder or file"),
+        ("--eval.judge-model ./none", "--eval.judge-model is './none': there is no such folder or file"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused_at_once(words, told, capsys):
     assert main(["run", "fast-dev", *FLAGS, "--eval.evals", "moral_foundations", "judge", *words.split()]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run fast-dev", "eval --model tiny-random"])
+def test_a_url_that_no_eval_asks_is_refused(command, capsys):
+    assert main([*command.split(), "--eval.evals", "drift", "--eval.judge-url", "http://x"]) == 2
+    told = "--eval.judge-url is 'http://x': only the eval judge asks it; add judge to --eval.evals, or leave it out"
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_the_commands_of_the_page_run(server, monkeypatch, tmp_path):  # noqa: F811

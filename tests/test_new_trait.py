@@ -267,7 +267,13 @@ def test_two_personas_are_enough_for_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given, told", [(["--positive", "a"], "different"), (["--trait", "love", "--positive", "a"], "give")]
+    "given, told",
+    [
+        (["--positive", "a", "--negative", "a"], "different"),
+        (["--positive", "a"], "error: one persona was given; give --negative too\n"),
+        (["--negative", "a"], "error: one persona was given; give --positive too\n"),
+        (["--trait", "love", "--negative", "a"], "error: --trait and --negative were given; give --trait, or --pos"),
+    ],
 )
 def test_half_a_pair_or_a_trait_too_is_refused(given, told, tmp_path, capsys):
     assert main(["run", "chat", "--out", str(tmp_path), *given]) == 2

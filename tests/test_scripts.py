@@ -75,7 +75,7 @@ def test_settings_that_an_arm_of_distil_cannot_have_are_refused_before_any_other
     flags = ["--heal.contrast-kl", "0.05", "--out", str(tmp_path), "--arms", "contrast", "prompt"]
     assert main(["diag", "distil", *flags]) == 2
     told = capsys.readouterr().err
-    assert "error: arm 'prompt': heal: heal.contrast_kl is 0.05" in told and "'contrast':" not in told
+    assert "error: arm 'prompt': heal.contrast_kl is 0.05" in told and "'contrast':" not in told
 
 
 def test_every_question_has_a_test():

@@ -15,6 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from steer_heal.__main__ import COMMANDS, main
+from steer_heal.commands.run import Source
 from steer_heal.errors import UserError, validated, validated_json
 from steer_heal.flags import EXAMPLES
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
@@ -50,11 +51,11 @@ BAD = [
             "heal.checkpoint is 'maybe': choose from auto, on, off",
         ],
     ),
-    (SteerCfg, {"layers": (0.5, 0.4)}, ["steer.layers is (0.5, 0.4): it must be LO HI with 0 <= LO < HI <= 1"]),
-    (AdapterCfg, {"layers": (0.5, 1.4)}, ["adapter.layers is (0.5, 1.4): it must be LO HI with 0 <= LO < HI <= 1"]),
-    (GenCfg, {"alphas": ()}, ["gen.alphas is (): it must hold at least 1"]),
-    (GenCfg, {"alphas": (NAN,)}, ["gen.alphas.0 is nan: it must be a finite number"]),
-    (GenCfg, {"alphas": (0.5, -1.0)}, ["gen.alphas.1 is -1.0: it must be > 0"]),
+    (SteerCfg, {"layers": (0.5, 0.4)}, ["steer.layers is 0.5 0.4: it must be LO HI with 0 <= LO < HI <= 1"]),
+    (AdapterCfg, {"layers": (0.5, 1.4)}, ["adapter.layers is 0.5 1.4: it must be LO HI with 0 <= LO < HI <= 1"]),
+    (GenCfg, {"alphas": ()}, ["gen.alphas is empty: it must hold at least 1"]),
+    (GenCfg, {"alphas": (NAN,)}, ["gen.alphas.1 is nan: it must be a finite number"]),
+    (GenCfg, {"alphas": (0.5, -1.0)}, ["gen.alphas.2 is -1.0: it must be > 0"]),
     (FilterCfg, {"min_train": 99, "n_keep": 20}, ["filter.min_train is 99: it must be <= filter.n_keep = 20"]),
     (FilterCfg, {"n_keep": 200}, ["filter.max_attempts is 192: it must be >= filter.n_keep = 200"]),
     (FilterCfg, {"ppl_max": 1.0}, ["filter.ppl_max is 1.0: it must be > 1"]),
@@ -99,7 +100,8 @@ def test_help_begins_with_the_common_flags_and_has_a_text_for_each_flag(capsys, 
         main(["run", "toy", "--help"])
     printed = capsys.readouterr().out
     flags = re.findall(r"^. --(\w[\w.-]*)", printed, re.M)
-    assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig()))
+    assert flags[: len(COMMON)] == COMMON and len(flags) == len(leaves(RunConfig())) + len(leaves(Source()))
+    assert {"positive", "negative", "config", "plan", "print-config", "exit-status"} < {*flags}
     printed = " ".join(re.sub("[^ -~]", " ", printed).split())
     for text in help_texts(RunConfig):
         assert text and " ".join(text.split()) in printed
@@ -120,17 +122,59 @@ def help_texts(kind) -> list[str]:
     ("run toy --heal.tua 1", "unknown flag --heal.tua; did you mean --heal.tau? steer-heal run toy --help lists"),
     ("chat x --eval.pairs y --rounds 1", "--rounds; did you mean --round? steer-heal chat --help lists"),
     ("push a b/c d", "error: unknown argument d; steer-heal push --help lists what it takes"),
-    ("export x y --rank foo", "Error parsing --rank: 'foo' is not a whole number"),
+    ("export x y --rank foo", "error: --rank is 'foo': it must be a whole number"),
     ("report", "no run was given; usage: steer-heal report RUN [RUN ...]"),
     ("run --seed 3 toy", "no preset was given before the flags; choose from chat, "),
 ])  # fmt: skip
 def test_a_wrong_word_is_told_once_with_the_command_that_helps(argv, told, capsys):
-    try:
-        assert main(argv.split()) == 2
-    except SystemExit as stopped:
-        assert stopped.code == 2
+    assert main(argv.split()) == 2
     heard = capsys.readouterr().err
     assert told in heard and heard.count(told) == 1 and "tyro" not in heard and "{None}" not in heard
+
+
+@pytest.mark.parametrize("argv, told", [
+    ("run toy --seed -1", "--seed is -1: it must be >= 0"),
+    ("run toy --seed x", "--seed is 'x': it must be a whole number"),
+    ("run toy --seed --quiet", "--seed needs a value; steer-heal run toy --help lists what it takes"),
+    ("run toy --heal.lr nan", "--heal.lr is nan: it must be a number"),
+    ("run toy --device gpu", "--device is 'gpu': choose auto, cpu, cuda or cuda:N"),
+    ("run toy --date yesterday", "--date is 'yesterday': it must be a date as YYYY-MM-DD"),
+    ("run toy --top-p 2", "--top-p is 2.0: it must be <= 1"),
+    ("run toy --gen.alphas 1 0", "--gen.alphas.2 is 0.0: it must be > 0"),
+    ("run toy --gen.alphas", "--gen.alphas is empty: it must hold at least 1"),
+    ("run toy --steer.layers 0.8", "--steer.layers is '0.8': it takes 2 values, LO HI"),
+    ("run toy --steer.layers 0.8 0.2", "--steer.layers is 0.8 0.2: it must be LO HI with 0 <= LO < HI <= 1 "
+     "(fractions of the depth)"),
+    ("run toy --backtrack.limits kl_base", "--backtrack.limits is 'kl_base': give NAME LIMIT, such as kl_base 0.2"),
+    ("run toy --backtrack.limits kl_base x", "--backtrack.limits is 'x': it must be a number"),
+    ("run toy --heal.txet own", "unknown flag --heal.txet; did you mean --heal.text? steer-heal run toy --help lists "
+     "what it takes"),
+    ("run --config", "--config needs a value; steer-heal run --help lists what it takes"),
+    ("export x y --round first", "--round is 'first': give best, last or a number from 1"),
+    ("export x y --round 0", "--round is '0': give best, last or a number from 1"),
+    ("export x y --format GGUF", "--format is 'GGUF': did you mean 'gguf'?"),
+    ("export x", "give RUN DIR; steer-heal export --help lists what it takes"),
+    ("eval --model tiny-random --adapter-scale 10", "--adapter-scale is 10.0: it must be from -4 to 4"),
+    ("eval --model tiny-random --eval.n-texts 0", "--eval.n-texts is 0: it must be >= 1"),
+])  # fmt: skip
+def test_a_value_that_a_flag_does_not_take_is_told_in_one_line(argv, told, capsys):
+    assert main(argv.split()) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_all_flags_with_values_that_they_do_not_take_are_told_at_once(capsys):
+    assert main(["run", "toy", "--seed", "x", "--heal.text", "x", "--gen.alphas", "1,b"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: 3 problems"
+    assert main(["eval", "--model", "tiny-random", "--adapter-scale", "10", "--eval.n-texts", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: 2 problems"
+
+
+def test_the_default_of_a_flag_that_has_none_is_not_shown(capsys):
+    for argv in ("run toy", "report"):
+        with pytest.raises(SystemExit):
+            main([*argv.split(), "--help"])
+        printed = capsys.readouterr().out
+        assert "default: )" not in printed and "default: '')" not in printed and "(default: 8765" not in printed
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "diag"])
@@ -154,6 +198,33 @@ def test_the_program_speaks_before_it_reads_its_settings_and_is_silent_in_a_clos
     done = subprocess.run([sys.executable, "-c", code.format(argv)], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_table_in_a_closed_pipe_ends_with_the_status_of_one():
+    code = """
+import sys
+from steer_heal import __main__ as program
+from steer_heal.commands import report
+from steer_heal.report import tables
+report.main = lambda argv: tables.show([{"metric": "kl_base", "value": 1}])
+sys.exit(program.main(["report"]))
+"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_help_is_shown_where_it_is_asked_for_and_where_no_command_is_given(capsys):
+    for argv, status in ((["--help"], 0), (["-h"], 0), (["help"], 0), ([], 2), (["diag", "--help"], 0), (["diag"], 2)):
+        assert main(argv) == status
+        printed = capsys.readouterr()
+        assert (printed.err if status else printed.out).startswith("usage: steer-heal ")
+        assert (printed.out if status else printed.err) == ""
+    for word, told in (("--verison", "--version"), ("--hlep", "--help")):
+        assert main([word]) == 2
+        assert capsys.readouterr().err == f"error: unknown flag {word}; did you mean {told!r}?\n"
 
 
 def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effect_differ():
@@ -290,18 +361,18 @@ class Everything:
         ({"side": "rigth"}, "'side' is 'rigth': did you mean 'right'?"),
         ({"side": 3}, "'side' is 3: choose from left, right"),
         ({"names": "a"}, "'names' is 'a': it must be a list"),
-        ({"names": [1]}, "'names.0' is 1: it must be a string"),
-        ({"band": [0.5, "c"]}, "'band.1' is 'c': choose from a, b"),
+        ({"names": [1]}, "'names.1' is 1: it must be a string"),
+        ({"band": [0.5, "c"]}, "'band.2' is 'c': choose from a, b"),
         ({"many": [1, 2, 3]}, "'many' is [1, 2, 3]: it must hold at most 2"),
         ({"limits": 3}, "'limits' is 3: it must be a table of named values"),
         ({"limits": {"a": None}}, "'limits.a' is None: it must be a number"),
         ({"inner": 3}, "'inner' is 3: it must be a table of named values"),
         ({"inner": {"sign": 0, "side": "left"}}, "'inner.sign' is 0: choose from -1, 1"),
         ({"inner": {}}, "'inner.side' is missing"),
-        ({"inners": {"x": [{"side": "lft"}]}}, "'inners.x.0.side' is 'lft': did you mean 'left'?"),
+        ({"inners": {"x": [{"side": "lft"}]}}, "'inners.x.1.side' is 'lft': did you mean 'left'?"),
         (
             {"inners": {"x": [{"side": "left", "sing": 1}]}},
-            "'inners.x.0.sing' is not a known field; did you mean 'sign'?",
+            "'inners.x.1.sing' is not a known field; did you mean 'sign'?",
         ),
         ({"txet": "a"}, "'txet' is not a known field; did you mean 'text'?"),
     ],

@@ -68,7 +68,7 @@ def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
     for words in shown():
         try:
             parse([preset, *words])
-        except SystemExit:
+        except UserError:
             flags = ["--heal.target", "distribution", "--heal.text", "own"]
             flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
             flags += ["--filter.max-attempts", "256"] if words[0] == "--filter.n-keep" else []

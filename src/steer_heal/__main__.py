@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
-from steer_heal.flags import merged
+from steer_heal.flags import flags_in, merged, typed
 from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
@@ -36,7 +36,8 @@ BROKEN_PIPE = 141
 """Exit status where the reader of the output has gone."""
 SLOW = ("run", "resume", "chat", "eval", "tasks", "export")
 """Commands that load a model."""
-SHORT = ("-h", "--help", "--quiet", "--print-config")
+HELP = ("-h", "--help")
+SHORT = (*HELP, "--quiet", "--print-config")
 """With one of these a command does not say that it starts."""
 
 
@@ -58,24 +59,29 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 stopped or a check failed, 2 a wrong argument or file, 130 by Ctrl-C, 141 by a closed
     pipe, 143 by SIGTERM. `run --exit-status` has more."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if argv is None:
         _as_program(name, rest)
     try:
         with _flushed():
-            if name in ("-h", "--help"):
-                print(usage())
-                return 0
+            if name in ("", "help", *HELP):
+                print(usage(), file=None if name else sys.stderr)
+                return 0 if name else WRONG
             if name == "--version":
                 print(import_module("steer_heal").__version__)
                 return 0
+            if name.startswith("-"):
+                raise UserError(f"unknown flag {name}; {nearest(name, ('--help', '--version'))}")
             if name not in COMMANDS:
                 raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
             return import_module(f"steer_heal.commands.{name.replace('-', '_')}").main(merged(rest))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return BROKEN_PIPE
-    except (UserError, OSError, ValueError) as error:
+    except UserError as error:
+        print_error(UserError(*(typed(line, flags_in(rest)) for line in error.problems)))
+        return WRONG
+    except (OSError, ValueError) as error:
         print_error(error)
         return WRONG
     except Stopped as stopped:

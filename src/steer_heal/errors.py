@@ -71,7 +71,7 @@ class Problems:
 def nearest(name: object, known: Iterable[object]) -> str:
     """`did you mean 'x'?` if a known name is close, otherwise the list of known names."""
     names = [str(each) for each in known]
-    close = get_close_matches(str(name), names, n=1)
+    close = get_close_matches(str(name), names, n=1) or [each for each in names if each.lower() == str(name).lower()]
     if close:
         return f"did you mean {close[0]!r}?"
     quoted = any(" " in each for each in names)
@@ -111,14 +111,16 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]) -> list[str]:
     """One line for each invalid field of a value that should be a `kind`: its place, its value, and its limit or fix.
 
-    `where` turns the dotted place of a field into the words that name it; the place of the whole value is empty.
+    `where` turns the dotted place of a field into the words that name it; the place of the whole value is empty. Places
+    in a list count from 1.
     """
     lines = []
     for found in error.errors():
-        place = where(".".join(map(str, found["loc"])))
+        place = where(".".join(str(step + 1 if isinstance(step, int) else step) for step in found["loc"]))
         context = found.get("ctx", {})
         if found["type"] == "value_error":  # raised by our own validators, with a line for each problem
-            lines += [f"{place}: {line}".removeprefix(": ") for line in str(context["error"]).split("\n")]
+            told = str(context["error"]).split("\n")
+            lines += [line if line.startswith(f"{place}.") else f"{place}: {line}".removeprefix(": ") for line in told]
         elif found["type"] in _MISSING:
             lines.append(f"{place} is missing")
         elif found["type"] in _UNKNOWN:
@@ -126,8 +128,13 @@ def problem_lines(error: ValidationError, kind: Any, where: Callable[[str], str]
         elif found["type"] == "too_short" and len(found["input"]) >= context["min_length"]:
             continue  # the list is long enough; its invalid items have lines of their own
         else:
-            lines.append(f"{place} is {found['input']!r:.80}: {_limit(found, kind)}")
+            lines.append(f"{place} is {shown(found['input']):.80}: {_limit(found, kind)}")
     return lines
+
+
+def shown(value: object) -> str:
+    """A value as it is told about: the items of a tuple as they are typed, anything else as Python writes it."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else repr(value)
 
 
 def _fix_of_name(kind: Any, *place: int | str) -> str:
@@ -146,6 +153,8 @@ def _fix_of_name(kind: Any, *place: int | str) -> str:
 def _limit(found: Any, kind: Any) -> str:
     """What the value of one of pydantic's errors must be."""
     context = found.get("ctx", {})
+    if found["input"] != found["input"] and found["type"] != "finite_number":
+        return "it must be a number"  # NaN, which every limit refuses
     limit = _LIMITS.get(found["type"]) or _LIMITS.get(found["type"].partition("_")[0])
     if limit:
         return limit.format_map(context)

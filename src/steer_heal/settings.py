@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 from tyro.constructors import PrimitiveConstructorSpec
 
-from steer_heal.errors import Problems, nearest, problem_lines, validated
+from steer_heal.errors import Problems, UserError, nearest, problem_lines, shown, validated
 
 TINY_RANDOM = "tiny-random"
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "gemma-3-270m")
@@ -49,43 +50,95 @@ CONTRASTS = ("contrast", "contrast+vector")
 """Teachers that are made of the difference between the two personas."""
 STRONGEST = 4
 """Largest factor by which the effect of an adapter is multiplied, in either direction."""
-AdapterScale = Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)]
+
+
+class Unread:
+    """Words of a command line that are no value of their flag, and what they must be."""
+
+    def __init__(self, words: str, limit: str) -> None:
+        self.words = words
+        self.limit = limit
+
+
+_NUMBERS: dict[type, str] = {int: "it must be a whole number", float: "it must be a number"}
+
+
+def read_word(kind: type, word: str) -> Any:
+    """One word of a command line as a `kind`, or Unread."""
+    try:
+        return kind(word)
+    except ValueError:
+        return Unread(word, _NUMBERS[kind])
+
+
+def _words(kind: type, metavar: str, between: str = ",", n: int = 0) -> PrimitiveConstructorSpec[Any]:
+    """How a flag gives a tuple: values separated by spaces or by `between`; `n` of them, unless that is 0."""
+
+    def read(words: list[str]) -> Any:
+        parts = [part for word in words for part in word.split(between) if part]
+        if n and len(parts) != n:
+            return Unread(" ".join(parts), f"it takes {n} values, {metavar}")
+        return tuple(read_word(kind, part) for part in parts)
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(each) for each in value],
+    )
+
+
+def _read_limits(words: list[str]) -> Any:
+    if len(words) % 2:
+        return Unread(" ".join(words), "give NAME LIMIT, such as kl_base 0.2")
+    return {name: read_word(float, word) for name, word in zip(words[::2], words[1::2], strict=True)}
+
+
+def _read_round(words: list[str]) -> Any:
+    word = words[0]
+    if word in ("best", "last"):
+        return word
+    number = read_word(int, word)
+    if isinstance(number, int) and number > 0:
+        return number
+    return Unread(word, "give best, last or a number from 1")
+
+
+def _scale(value: float) -> float:
+    if not -STRONGEST <= value <= STRONGEST:
+        raise PydanticCustomError("scale", f"it must be from -{STRONGEST} to {STRONGEST}")  # pyright: ignore
+    return value
+
+
+AdapterScale = Annotated[float, AfterValidator(_scale)]
 RoundName = Annotated[
     Literal["best", "last"] | int,
     Field(
         description="Round of the run: its number (from 1), last (the last round that was kept), or best (the one "
         "that the verdict names)."
     ),
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{best,last}|INT",
+        instance_from_str=_read_round,
+        is_instance=lambda value: isinstance(value, (str, int)),
+        str_from_instance=lambda value: [str(value)],
+    ),
 ]
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 AllowBroken = Annotated[bool, Field(description="Accept a round that the run judged broken.")]
-
-
-_NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
-
-
-def read_word(kind: type, word: str) -> Any:
-    """One word of a command line as a `kind`. ValueError if it is not the number that it should be."""
-    try:
-        return kind(word)
-    except ValueError:
-        raise ValueError(f"{word!r} is not {_NUMBERS[kind]}") from None
-
-
-def _words(kind: type, metavar: str, between: str = ",") -> PrimitiveConstructorSpec[tuple[Any, ...]]:
-    """How a flag gives a tuple: values separated by spaces or by `between`."""
-    return PrimitiveConstructorSpec(
+Band = Annotated[tuple[float, float], _words(float, "LO HI", n=2)]
+Limits = Annotated[
+    dict[str, Finite],
+    PrimitiveConstructorSpec(
         nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda words: tuple(
-            read_word(kind, part) for word in words for part in word.split(between) if part
-        ),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(each) for each in value],
-    )
-
-
-Band = Annotated[tuple[float, float], _words(float, "LO HI")]
+        metavar="[NAME LIMIT ...]",
+        instance_from_str=_read_limits,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    ),
+]
 Names = Annotated[tuple[str, ...], _words(str, "NAME [NAME ...]")]
 Plugins = Annotated[tuple[str, ...], _words(str, "PLUGIN [PLUGIN ...]", "\n")]
 Assignments = Annotated[tuple[str, ...], _words(str, "NAME.KEY=VALUE [...]", "\n")]
@@ -105,14 +158,14 @@ def _utf8(path: Path) -> Path:
 def _device(name: str) -> str:
     if re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
         return name
-    raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+    raise PydanticCustomError("device", "choose auto, cpu, cuda or cuda:N")
 
 
 def _iso_date(value: str) -> str:
     try:
         return Date.fromisoformat(value).isoformat() if value else ""
     except ValueError:
-        raise ValueError("it must be a date as YYYY-MM-DD") from None
+        raise PydanticCustomError("date", "it must be a date as YYYY-MM-DD") from None
 
 
 UserPath = Annotated[Path, AfterValidator(_utf8)]
@@ -137,7 +190,7 @@ def settings(section: str) -> Callable[[type[Settings]], type[Settings]]:
 
     def check(self: Any) -> Any:
         lines = [
-            f"{placed(name)} is {attrgetter(name)(self)!r}: it must be {limit}"
+            f"{placed(name)} is {shown(attrgetter(name)(self))}: it must be {limit}"
             for name, holds, limit in self._rules()
             if not holds
         ]
@@ -414,7 +467,7 @@ class BacktrackCfg:
 
     retries: BatchSize = 0
     """Maximum number of times that a round is repeated because its student exceeds a limit. 0 keeps every round."""
-    limits: dict[str, Finite] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
     """NAME LIMIT ...: limits of metrics, such as kl_base 0.2. A limit is a maximum, or a minimum for a metric that
     should be high, such as coherence. Each health metric that is not named has the limit of a healthy model, or the
     worse end of the base model's own 95 percent interval if that allows more."""
@@ -633,3 +686,13 @@ def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settin
             problems.found.append(f"{place}: there is no section {section!r}; {nearest(section, SECTIONS)}")
     problems.raise_if_any()
     return validated(type(cfg), nested, where)
+
+
+def require_judge(cfg: EvalCfg) -> None:
+    """UserError if a URL is given although no judge is asked there. Not a rule of EvalCfg: recorded runs may have
+    one."""
+    if cfg.judge_url and "judge" not in cfg.evals:
+        raise UserError(
+            f"eval.judge_url is {cfg.judge_url!r}: only the eval judge asks it; add judge to --eval.evals, or leave it "
+            "out"
+        )

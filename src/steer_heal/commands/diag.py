@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -12,11 +13,11 @@ from steer_heal.settings import reflowed
 
 
 def main(argv: Sequence[str]) -> int:
-    name, *rest = argv or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: steer-heal diag QUESTION ...\n")
-        print("\n".join(f"  {question:<10}  {asked}" for question, asked in QUESTIONS.items()))
-        return 0
+    name, *rest = argv or [""]
+    if name in ("", "-h", "--help"):
+        questions = [f"  {question:<10}  {asked}" for question, asked in QUESTIONS.items()]
+        print("\n".join(["usage: steer-heal diag QUESTION ...", "", *questions]), file=None if name else sys.stderr)
+        return 0 if name else 2
     if name not in QUESTIONS:
         raise UserError(f"unknown question {name!r}; {nearest(name, QUESTIONS)}")
     question = import_module(f"steer_heal.diag.{name}")  # torch: seconds

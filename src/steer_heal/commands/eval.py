@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from steer_heal.errors import Problems, UserError, print_safe
+from steer_heal.errors import Problems, UserError, nearest, print_safe, shown
 from steer_heal.events import RunStart, plain
 from steer_heal.flags import parsed
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
@@ -33,6 +33,7 @@ from steer_heal.settings import (
     RunConfig,
     changed,
     leaves,
+    require_judge,
     settings,
 )
 from steer_heal.verdict import chosen_round, round_words
@@ -100,9 +101,8 @@ def main(argv: Sequence[str]) -> int:
     if given.run is not None:
         return again(given.run, given, own)
     if given.round is not None or given.state != "healed":
-        raise UserError(
-            f"round is {given.round}, state is {given.state!r}: a run has rounds and states; give --run too"
-        )
+        flag = "--state" if given.round is None else "--round"
+        raise UserError(f"{flag} was given without a run, and only a run has rounds and states; give --run too")
     if "model" not in own:
         raise UserError("give --run out/<run> to measure a state of a run, or --model MODEL to measure a model")
     if given.adapter is None:
@@ -125,6 +125,7 @@ def measure(given: Eval, own: Mapping[str, object]) -> Values:
 
     cfg = changed(RunConfig(), {"steer.n_contexts": 1, "gen.n_prompts": 2, **own})
     problems = Problems()
+    problems.attempt(require_judge, cfg.eval)
     inputs = None
     with problems.noted():
         check_model(cfg.model)
@@ -219,12 +220,30 @@ def _require_same(folder: Path, given: Eval, own: Mapping[str, Any]) -> None:
     then = leaves(cfg)
     now = leaves(changed(cfg, own))
     differ = {name: then[name] for name in own if name not in FREE and now[name] != then[name]}
-    lines = [f"{name} is {now[name]}, but {value} in {folder}" for name, value in differ.items()]
+    if {"eval.evals", "filter.gates"} & {*differ}:
+        _require_known(now["eval.evals"], now["filter.gates"])
+    lines = [f"{name} is {_words(now[name])}, but {_words(value)} in {folder}" for name, value in differ.items()]
     for name, value in (("adapter", given.adapter), ("system", given.system)):
         if value:
             lines.append(f"{name} is {value}, but {folder} has its own adapters and system prompts")
     if lines:
         raise UserError(*(f"{line}; leave it out, or give --model and --adapter instead of --run" for line in lines))
+
+
+def _require_known(evals: Sequence[str], gates: Sequence[str]) -> None:
+    """UserError with a line for each eval or gate that does not exist."""
+    from steer_heal.evals import EVALS  # torch: seconds
+    from steer_heal.stages.filter import GATES
+
+    named = [("eval.evals", name, EVALS) for name in evals] + [("filter.gates", name, GATES) for name in gates]
+    lines = [f"{setting} is {name!r}: {nearest(name, table)}" for setting, name, table in named if name not in table]
+    if lines:
+        raise UserError(*lines)
+
+
+def _words(value: object) -> str:
+    """The value of a setting as it is typed."""
+    return shown(value) if isinstance(value, tuple) else str(value)
 
 
 def changed_versions(start: RunStart, here: Mapping[str, str | None]) -> list[str]:

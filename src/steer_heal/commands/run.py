@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import tyro
 from loguru import logger
 from safetensors import SafetensorError
 
@@ -23,7 +22,7 @@ from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
 from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
-from steer_heal.flags import REGISTRY, read_flags
+from steer_heal.flags import flags_in, read_flags, read_known
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.plugins import load
@@ -41,7 +40,7 @@ from steer_heal.runs.resume import (
     same_settings,
 )
 from steer_heal.runs.signals import handled, stoppable
-from steer_heal.settings import RunConfig, settings
+from steer_heal.settings import RunConfig, require_judge, settings
 from steer_heal.verdict import exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
@@ -53,11 +52,7 @@ if TYPE_CHECKING:  # torch: seconds
 
 @settings("")
 class Source:
-    """With --positive TEXT and --negative TEXT, two personas take the place of --trait, for a first try without a trait
-    file. In place of a preset, --config FILE starts from a TOML file, or from the settings of an earlier run (--config
-    out/<run>). With --print-config, the command prints the settings as a TOML file and runs nothing. With --plan, it
-    prints the stages of the run with their seconds and the memory, and runs nothing. With --exit-status, the exit
-    status tells the verdict: 0 GOOD, 3 MIXED, 4 SMALL SHIFT, 5 WRONG WAY, 6 BROKEN."""
+    """What is given beside the settings of a run."""
 
     config: Path | None = None
     """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
@@ -78,10 +73,17 @@ class Source:
 
 def main(argv: Sequence[str]) -> int:
     preset, cfg, source = parse(argv)
+    require_judge(cfg.eval)
     if source.positive is not None or source.negative is not None:
-        if any(word.partition("=")[0] == "--trait" for word in argv):
-            raise UserError("--trait and personas were given; give --positive and --negative, or --trait")
+        if "trait" in flags_in(argv):
+            given = "--negative" if source.positive is None else "--positive"
+            raise UserError(f"--trait and {given} were given; give --trait, or --positive and --negative")
+        for one, flag in ((source.positive, "--positive"), (source.negative, "--negative")):
+            if one is None:
+                raise UserError(f"one persona was given; give {flag} too")
         cfg = first_try(cfg, source.positive or "", source.negative or "")
+    if source.plan and source.print_config:
+        raise UserError("--plan and --print-config were given; give one of them")
     if source.print_config:
         print_safe(as_toml(cfg).rstrip())
         return 0
@@ -142,9 +144,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
     field, the value and the limit; a bad file, flag or preset is a UserError."""
     if argv and argv[0] in ("-h", "--help"):
         show_presets()
-    source, rest = tyro.cli(
-        Source, args=argv, return_unknown_args=True, add_help=False, prog="steer-heal run", registry=REGISTRY
-    )
+    source, rest = read_known(Source, argv, "run")
     preset = next(iter(rest), "")
     if source.config is not None:
         if preset in PRESETS:
@@ -159,8 +159,7 @@ def parse(argv: Sequence[str]) -> tuple[str, RunConfig, Source]:
         raise UserError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
     else:
         cfg, rest, command = PRESETS[preset][1], rest[1:], f"run {preset}"
-    description = f"{RunConfig.__doc__}\n\n{Source.__doc__}"
-    cfg = read_flags(RunConfig, rest, command, default=cfg, description=description)
+    cfg = read_flags(RunConfig, rest, command, default=cfg, beside=Source)
     if source.config is not None and source.config.is_dir():
         require_plugins(source.config, cfg.plugin, same=False)
     return preset, cfg, source

@@ -23,12 +23,19 @@ GRADE_STYLES = {"GOOD": "bold green", "MIXED": "bold yellow", "SMALL": "bold cya
 """Of the first word of a verdict on a terminal. The others are bad news."""
 
 
+class Terminal(Console):
+    """A console that leaves a closed pipe to the command, which then ends with the status of one."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show_verdict(verdict: str) -> None:
     """Prints a verdict on stdout, on a terminal with its grade in colour."""
     text = Text(wrapped(printable(verdict)))
     grade = verdict.split(":")[0]
     text.stylize(GRADE_STYLES.get(grade.split()[0], "bold red"), 0, len(grade))
-    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(text)
+    Terminal(markup=False, emoji=False, highlight=False, soft_wrap=True).print(text)
 
 
 def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None) -> None:
@@ -38,7 +45,7 @@ def show(rows: Rows, title: str = "", headings: Mapping[str, str] | None = None)
         rows: By column. A column exists if any row has it. A value that is missing or None leaves its cell empty.
         headings: What stands above a column, if that is not its name.
     """
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = Terminal(markup=False, emoji=False, highlight=False)
     first, *rest = _columns(rows, headings or {}) or [[]]
     parts = [[first]] if first else []
     for column in rest:

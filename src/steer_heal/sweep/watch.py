@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer_heal.errors import print_safe, printable
+from steer_heal.report.tables import Terminal
 from steer_heal.sweep.plan import Job
 from steer_heal.sweep.progress import Follower, Seen
 from steer_heal.verdict import number
@@ -50,7 +51,7 @@ class Watch:
 
     def __init__(self, jobs: Sequence[Job], console: Console | None = None) -> None:
         """`jobs` are those that are known before the first one starts."""
-        self.console = console or Console(highlight=False)
+        self.console = console or Terminal(highlight=False)
         self.rows = {job.folder.name: Row(job) for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 

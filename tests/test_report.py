@@ -476,7 +476,7 @@ def test_runs_that_cannot_be_compared_are_refused(compared, tmp_path, capsys):
     (one, other), _ = compared
     begun = write_run(tmp_path / "begun", run_events()[:1])
     for argv, word in (
-        ([one, "--compare", tmp_path / "x.html"], "takes 2 to 26"),
+        ([one, "--compare", tmp_path / "x.html"], "got 1 run folder: it takes 2 to 26"),
         ([one, other, "--compare", tmp_path], "is a folder"),
         ([one, begun, "--compare", tmp_path / "x.html"], "not measured yet"),
         ([one, tmp_path, "--compare", tmp_path / "x.html"], "no events.jsonl"),

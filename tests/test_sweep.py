@@ -372,7 +372,7 @@ def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(pla
     assert runs is not None and len(runs) == 6 and runs["shift"].to_list() == [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]
     show_results(plan.out, plan.jobs)
     printed = capsys.readouterr().out
-    assert "6 of 8 runs are finished" in printed and "-2.000 ± 2.828" in printed
+    assert "finished: 6 of 8 runs" in printed and "-2.000 ± 2.828" in printed
     arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")
     assert arms["arm"].to_list() == [job.arm.label for job in plan.jobs[:4]] and arms["n"].to_list() == [2, 2, 1, 1]
     assert arms["shift"].to_list() == [-2.0, -3.0, -2.0, -3.0]
@@ -429,7 +429,7 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
     assert main(["sweep", str(file), "--jobs", "2"]) == 1
     out, err = capsys.readouterr()
     assert f"failed: {fails.folder}" in err and "filter.min_train" in err
-    assert run_status(works.folder) == "done" and "1 of 2 runs are finished" in out
+    assert run_status(works.folder) == "done" and "finished: 1 of 2 runs" in out
     with undrawn():
         whole = started(tmp_path / "plain", as_flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
     assert_same(works.folder, whole)

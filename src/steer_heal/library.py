@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.bench import Bench, Teacher, load_model, require_bands, weights_of
 from steer_heal.check import check_inputs
-from steer_heal.errors import UserError, nearest, validated
+from steer_heal.errors import UserError, nearest, plural, validated
 from steer_heal.events import (
     AnyEvent,
     Contrasted,
@@ -45,7 +45,6 @@ from steer_heal.presets import PRESETS
 from steer_heal.progress import SILENT
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
-from steer_heal.report.view import plural
 from steer_heal.runs.begin import start_event
 from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
 from steer_heal.runs.storage import atomic_write

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from steer_heal.chat.talk import Question, Talk
-from steer_heal.errors import UserError, nearest, print_error, print_safe, printable
-from steer_heal.report.view import plural
+from steer_heal.errors import UserError, nearest, plural, print_error, print_safe, printable
 
 COMMANDS = {
     "/system": "[TEXT]: a system prompt for all states, which follows the state's own; without TEXT: none",

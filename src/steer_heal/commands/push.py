@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from steer_heal.errors import Problems, UserError, print_safe
+from steer_heal.errors import Problems, UserError, plural, print_safe
 from steer_heal.flags import parsed
 from steer_heal.settings import AllowBroken, RoundName, RunFolder, settings
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     size = sum(map(shared.size, shared.names))
     access = "private" if given.private else "public"
     print_safe(
-        f"{shared.content}: {len(shared.names)} files, {size / 1e6:.1f} MB; the repository is {access} if it is new"
+        f"{shared.content}: {plural(len(shared.names), 'file')}, {size / 1e6:.1f} MB; the repository is {access} if it is new"
     )
     if given.yes:
         upload(shared, given.repo_id, private=given.private)

@@ -506,7 +506,7 @@ class SteerHeal:
         *,
         adapter_scale: float = 1.0,
         rank: int | None = None,
-        quantization: Quantization = "f16",
+        quantization: Quantization | None = None,
     ) -> Path:
         """Writes the baked rounds for another program. UserError where the folder is not empty, and for what the format
         cannot hold.
@@ -516,7 +516,7 @@ class SteerHeal:
                 llama.cpp; `gguf`, a merged model for llama.cpp.
             adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied. -1 reverses it.
             rank: Rank to which an adapter is cut. None: its own.
-            quantization: `f16` or `q8_0`, of a merged GGUF.
+            quantization: `f16` (also None) or `q8_0`, of a merged GGUF.
         """
         path = Path(folder)
         export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)

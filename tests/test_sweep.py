@@ -165,6 +165,18 @@ def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--cpus", "2", "--gpus", "0"], ["cpus is 2.0: only --engine ray", "gpus is 0.0: only --engine ray"]),
+    (["--address", "auto"], ["address is auto: only --engine ray"]),
+    (["--engine", "print", "--jobs", "2"], ["jobs is 2: --engine print starts no run"]),
+    (["--results", "--engine", "print"], ["engine is 'print': --results prints no commands"]),
+])  # fmt: skip
+def test_a_flag_without_effect_is_refused(flags, told, tmp_path, capsys):
+    assert main(["sweep", str(file_of(tmp_path)), *flags]) == 2
+    err = capsys.readouterr().err
+    assert all(words in err for words in told) and err.count("leave") == len(told)
+
+
 def test_a_sweep_file_is_refused_without_torch(tmp_path):
     file_of(tmp_path, 'preset = "toy"\nseeds = [1]\n[grid]\n"heal.lrr" = [5]')
     code = "import sys; from steer_heal.__main__ import main; print(main(['sweep', 's.toml']), 'torch' in sys.modules)"

@@ -36,7 +36,7 @@ OF_THE_SWEEP = {
 """Settings that a file cannot give to its runs, and what to do instead."""
 Given = Mapping[str, Any]
 """Values of settings by their dotted names."""
-Sources = Mapping[str, Given]
+Sources = dict[str, Given]
 """Settings by the table of the file that gives them. A later one takes precedence."""
 READABLE = 60
 """Maximum length of the readable part of a folder's name."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from contextlib import closing, contextmanager
@@ -290,11 +291,49 @@ def test_every_command_takes_the_best_round_and_a_broken_one_only_if_it_is_allow
         ([], "round 1 of 2 (GOOD, the best)"),
         (["--round", "1"], "round 1 of 2 (GOOD, the best)"),
         (["--round", "last"], "error: round 2 is BROKEN: "),
-        (["--round", "2"], "take round 1, or give --allow-broken"),
+        (["--round", "2"], "take round 1; --allow-broken takes round 2 all the same"),
         (["--round", "last", "--allow-broken"], "round 2 of 2 (BROKEN)"),
     ):
         assert main([*given, *flags, *more]) == 2
         assert told in "".join(capsys.readouterr()), more
+
+
+def test_what_the_events_tell_is_refused_without_torch(tmp_path):
+    write_run(tmp_path / "run", run_events(2))
+    write_run(tmp_path / "begun", run_events(2)[:1])
+    (tmp_path / "file").touch()
+    (tmp_path / "ckpt").mkdir()
+    commands = {
+        "export run new --round 9": "round 9 does not exist; the run has rounds 1 to 2",
+        "export run new --round 0": "round 0 does not exist",
+        "export run file": "DIR is 'file': it exists already; give a new one",
+        "export run file/new": "DIR is 'file/new': this folder cannot be created (",
+        "export run new --quantization q8_0": "quantization is 'q8_0': format 'hf' has none",
+        "export run new --format gguf-lora --quantization f16": "quantization is 'f16': format 'gguf-lora' has none",
+        "export run new --format gguf --rank 2": "rank is 2: format 'gguf' has none",
+        "push run mine": "OWNER/NAME is 'mine'",
+        "push run me/mine --round 9": "round 9 does not exist",
+        "push ckpt me/mine --allow-broken": "--allow-broken has no effect",
+        "chat run --states base heeled": "unknown state 'heeled'; did you mean 'healed'?",
+        "chat run --port 8000": "port is 8000: only --web has a port",
+        "chat run --round 9": "round 9 does not exist",
+        "chat begun": "the run has no healed round",
+        "inspect run --all-rounds --round 2": "--round and --allow-broken have no effect",
+    }
+    code = """
+import sys
+from steer_heal.__main__ import main
+for command in sys.argv[1:]:
+    assert main(command.split()) == 2, command
+    assert "torch" not in sys.modules, command
+"""
+    env = os.environ | {"BEARTYPE": "0"}
+    argv = [sys.executable, "-c", code, *commands]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == len(commands) and done.stdout == "", done.stderr
+    assert all(want in line for want, line in zip(commands.values(), told, strict=True)), told
 
 
 # --- the page that shows all this --------------------------------------------------------------------------------

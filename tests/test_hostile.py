@@ -133,6 +133,7 @@ def test_hostile_text_stays_inside_its_block_of_the_diary(hostile):
         ("a\x00b\x7fc\x9bd", "a\ufffdb\ufffdc\ufffdd"),
         ("\ud83d", "\ufffd"),
         ("a\r\nb\rc", "a\nb\nc"),
+        ("y" * 1501, "y" * 1500 + "... (1 character more)"),
         ("y" * 1502, "y" * 1500 + "... (2 characters more)"),
     ],
 )

@@ -150,7 +150,7 @@ def test_ctrl_c_stops_the_runs_of_a_cluster_and_the_same_command_goes_on(cluster
     assert [run_status(job.folder) for job in (*shared, last)] == ["stopped", "stopped", "new"]
     begun = [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared]
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
-    assert second.returncode == 0 and "3 of 3 runs are finished" in second.stdout, second
+    assert second.returncode == 0 and "finished: 3 of 3 runs" in second.stdout, second
     for job in (*shared, last):
         assert violations(job.folder) == []
     assert begun == [job.folder.joinpath("events.jsonl").read_bytes().split(b"\n")[0] for job in shared], "they went on"

@@ -475,8 +475,10 @@ def test_a_page_refers_to_nothing_outside_itself_and_every_link_leads_to_a_place
 def test_runs_that_cannot_be_compared_are_refused(compared, tmp_path, capsys):
     (one, other), _ = compared
     begun = write_run(tmp_path / "begun", run_events()[:1])
+    again = one / ".." / one.name
     for argv, word in (
-        ([one, "--compare", tmp_path / "x.html"], "takes 2 to 26"),
+        ([one, "--compare", tmp_path / "x.html"], "got 1 run folder: it takes 2 to 26"),
+        ([one, other, again, "--compare", tmp_path / "x.html"], "2 times; give each run once"),
         ([one, other, "--compare", tmp_path], "is a folder"),
         ([one, begun, "--compare", tmp_path / "x.html"], "not measured yet"),
         ([one, tmp_path, "--compare", tmp_path / "x.html"], "no events.jsonl"),

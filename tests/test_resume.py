@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -409,10 +411,23 @@ def test_a_finished_run_gets_the_row_that_it_lacks_and_is_left_alone_otherwise(s
     contexts.unlink()
     for _ in range(2):
         resumed(run)
-        assert "is finished" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "is finished" in told and f"more rounds: steer-heal resume {run} --n-rounds 2\n" in told
         (row,) = read_results(run.parent / "results.tsv")
         assert row["run"] == run.name and violations(run) == []
         assert before == (weights(run), (run / "events.jsonl").read_bytes())
+
+
+def test_a_finished_run_with_its_row_is_left_as_it_is_without_torch(copy):
+    (copy / "report.html").write_text("as it was")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(copy.parent.rglob("*"))}
+    code = "import sys; from steer_heal.__main__ import main; assert main(['resume', sys.argv[1]]) == 0"
+    env = os.environ | {"BEARTYPE": "0"}
+    argv = [sys.executable, "-c", f"{code}; assert not {{'torch', 'matplotlib'}} & {{*sys.modules}}", str(copy)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "is finished" in done.stdout, done.stderr
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(copy.parent.rglob("*"))}
+    assert after == before
 
 
 # --- more rounds -------------------------------------------------------------------------------------------------
@@ -471,6 +486,7 @@ def test_what_a_user_puts_beside_the_checkpoints_stays(two, tmp_path):
     for path in (*own, half):
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
+    (tmp_path / "out/results.tsv").unlink()  # as if it had been killed before its row
     resumed(run)
     assert all(path.read_text() == "mine" for path in own) and not half.parent.exists()
 

@@ -107,6 +107,41 @@ def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path)
     assert {row["state"] for row in rows[1:]} == arms
 
 
+def test_what_needs_no_model_is_refused_before_torch_is_imported(tmp_path):
+    write_run(tmp_path / "begun", run_events(1)[:1])
+    write_run(tmp_path / "run", run_events(1))
+    commands = {
+        "diag prompting": "no run was given",
+        "diag prompting nowhere": "has no events.jsonl",
+        "diag prompting begun": "the run has no healed round",
+        "diag prompting run ./run": "a run is given twice",
+        "diag heal_sweep nowhere": "has no events.jsonl",
+        "diag heal_sweep run --round 9": "has no text of round 9: it has that of round 1",
+        "diag teachable --preset toyy": "preset is 'toyy': did you mean 'toy'?",
+        "diag signal --preset toyy": "preset is 'toyy': did you mean 'toy'?",
+        "diag heal_sweep": "",
+    }
+    code = """
+import sys
+from steer_heal.__main__ import main
+for command in sys.argv[1:]:
+    try:
+        assert main(command.split()) == 2, command
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert "torch" not in sys.modules, command
+"""
+    argv = [sys.executable, "-c", code, *commands]
+    env = os.environ | {"BEARTYPE": "0"}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    wanted = [words for words in commands.values() if words]
+    assert len(told) == len(wanted), done.stderr
+    assert all(words in line for words, line in zip(wanted, told, strict=True)), told
+    assert "RUN" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_replayed_round_is_the_round_of_the_run(two):
     lab, collected = replay(two, 1, {})
     run = FolderRun.read(two)

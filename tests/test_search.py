@@ -87,7 +87,7 @@ def test_a_trial_has_the_means_over_its_seeds_and_the_front_is_shown(tmp_path, c
     capsys.readouterr()
     trials.show()
     printed = capsys.readouterr().out
-    assert "6 of 6 trials are complete" in printed and printed.count("heal") == 0
+    assert "complete: 6 of 6 trials" in printed and printed.count("heal") == 0
     assert printed.count("lam=") == 6, "more trait costs more: no trial beats another"
     assert (plan.out / "pareto.png").read_bytes().startswith(b"\x89PNG") and str(plan.out / "arms.tsv") in printed
     arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")

@@ -356,7 +356,7 @@ class Everything:
         ({"count": 9}, "'count' is 9: it must be < 9"),
         ({"flag": 1}, "'flag' is 1: it must be true or false"),
         ({"text": 7}, "'text' is 7: it must be a string"),
-        ({"text": "a"}, "'text' is 'a': it must have at least 2 characters"),
+        ({"text": "a"}, "'text' is 'a': it must have 2 or more characters"),
         ({"path": 1}, "'path' is 1: it must be a string"),
         ({"side": "rigth"}, "'side' is 'rigth': did you mean 'right'?"),
         ({"side": 3}, "'side' is 3: choose from left, right"),

@@ -276,8 +276,8 @@ def test_what_is_printed_is_what_is_sent(copy, hub, capsys):
 
 
 @pytest.mark.parametrize("spoil, flags, told", [
-    (lambda run: None, ["mine"], "repo_id is 'mine'"),
-    (lambda run: None, ["me/mine/too"], "repo_id is 'me/mine/too'"),
+    (lambda run: None, ["mine"], "OWNER/NAME is 'mine'"),
+    (lambda run: None, ["me/mine/too"], "OWNER/NAME is 'me/mine/too'"),
     (lambda run: None, ["me/mine", "--round", "8"], "round 8 does not exist"),
     (lambda run: (run / "ckpt/r0/README.md").unlink(), ["me/mine"], "has no model card"),
     (lambda run: (run / "ckpt/r0/adapter_model.safetensors").unlink(), ["me/mine"], "safetensors is missing"),

@@ -114,7 +114,7 @@ BAD = {
         "unknown setting 'heal.lamb'; did you mean 'heal.lam'?",
         "seed cannot be set here; list it in seeds",
         "unknown setting 'xyz'; `steer-heal run",
-        "'heal.tau' is -1: it must be >= 0",
+        "s.toml: fixed: heal.tau is -1: it must be >= 0",
     ],
     'preset = "toy"\nseeds = [1]\n[grid]\nheal.lam = [0.1]\n[search]\nn_trials = 1\nheal.tau = {low = 0.1, high = 1}': [
         "holds search and grid"
@@ -132,10 +132,23 @@ BAD = {
     'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\nn_threads = 2': [
         "have the same settings"
     ],
-    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\ntrait = "x"\n[[runs]]\nheal.divergence = "kl_rve"\n': [
-        "run 2 has the name None",
+    'preset = "toy"\nseeds = [-1]\n[fixed]\nheal.tau = -1\n[grid]\nheal.lr = [5, 0.1]\n[[runs]]\nn_rounds = 0': [
+        "s.toml: run 1 has the name None",
+        "s.toml: seeds: 'seed' is -1: it must be >= 0",
+        "s.toml: fixed: heal.tau is -1: it must be >= 0",
+        "s.toml: grid: heal.lr is 5: it must be <= 1",
+        "s.toml: runs: n_rounds is 0: it must be >= 1",
+    ],
+    'preset = "toy"\nseeds = [1]\n[search]\nn_trials = 1\nheal.lr = {low = 0.1, high = 5}': [
+        "s.toml: search: heal.lr is 5.0: it must be <= 1"
+    ],
+    "description = 'x'\nprompts = []": [
+        "s.toml looks like a file of a trait, not of a sweep: steer-heal run PRESET --"
+    ],
+    "trait = 'care'\nn_rounds = 2": ["s.toml looks like a file of settings, not of a sweep: steer-heal run --config "],
+    'preset = "toy"\nseeds = [1]\n[[runs]]\nname = "a"\ntrait = "x"\n[[runs]]\nname = "b"\nsteer.method = "men"': [
         "trait is 'x'",
-        "heal.divergence is 'kl_rve': did you mean 'kl_rev'?",
+        "steer.method is 'men': ",
     ],
     "preset": ["is not valid TOML"],
     ".".join("a" * 200) + " = 1": ["tables nested more than 20 deep"],
@@ -150,6 +163,26 @@ def test_everything_that_is_wrong_is_one_message_and_nothing_starts(body, tmp_pa
     assert all(any(words in line for line in error.value.problems) for words in BAD[body]), error.value.problems
     assert main(["sweep", str(tmp_path / "s.toml")]) == 2 and "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--cpus", "2", "--gpus", "0"], ["cpus is 2.0: only --engine ray", "gpus is 0.0: only --engine ray"]),
+    (["--address", "auto"], ["address is auto: only --engine ray"]),
+    (["--engine", "print", "--jobs", "2"], ["jobs is 2: --engine print starts no run"]),
+    (["--results", "--engine", "print"], ["engine is 'print': --results prints no commands"]),
+])  # fmt: skip
+def test_a_flag_without_effect_is_refused(flags, told, tmp_path, capsys):
+    assert main(["sweep", str(file_of(tmp_path)), *flags]) == 2
+    err = capsys.readouterr().err
+    assert all(words in err for words in told) and err.count("leave") == len(told)
+
+
+def test_a_sweep_file_is_refused_without_torch(tmp_path):
+    file_of(tmp_path, 'preset = "toy"\nseeds = [1]\n[grid]\n"heal.lrr" = [5]')
+    code = "import sys; from steer_heal.__main__ import main; print(main(['sweep', 's.toml']), 'torch' in sys.modules)"
+    env = os.environ | {"BEARTYPE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "2 False\n" and "s.toml: grid: unknown setting 'heal.lrr'; did you mean" in done.stderr
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -372,7 +405,7 @@ def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(pla
     assert runs is not None and len(runs) == 6 and runs["shift"].to_list() == [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]
     show_results(plan.out, plan.jobs)
     printed = capsys.readouterr().out
-    assert "6 of 8 runs are finished" in printed and "-2.000 ± 2.828" in printed
+    assert "finished: 6 of 8 runs" in printed and "-2.000 ± 2.828" in printed
     arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")
     assert arms["arm"].to_list() == [job.arm.label for job in plan.jobs[:4]] and arms["n"].to_list() == [2, 2, 1, 1]
     assert arms["shift"].to_list() == [-2.0, -3.0, -2.0, -3.0]
@@ -429,7 +462,7 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_and_one_that_fails_does_not_stop_the_
     assert main(["sweep", str(file), "--jobs", "2"]) == 1
     out, err = capsys.readouterr()
     assert f"failed: {fails.folder}" in err and "filter.min_train" in err
-    assert run_status(works.folder) == "done" and "1 of 2 runs are finished" in out
+    assert run_status(works.folder) == "done" and "finished: 1 of 2 runs" in out
     with undrawn():
         whole = started(tmp_path / "plain", as_flags(replace(works.cfg, folder=None), FAST_DEV_PRESET))
     assert_same(works.folder, whole)

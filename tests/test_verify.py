@@ -7,8 +7,9 @@ from torch import nn
 
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError
+from steer_heal.events import RunEnd
 from steer_heal.model.lm import weights_digest
-from steer_heal.runs.log import last_hash
+from steer_heal.runs.log import EventLog, last_hash
 from steer_heal.runs.verify import violations
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -46,6 +47,29 @@ def test_a_run_that_nobody_changed_holds(copy, capsys):
     assert status == 0 and f"{len(recorded(copy))} events" in printed.out
 
 
+@pytest.mark.parametrize("end", ["cut off", "a torn line", "an error"])
+def test_a_run_that_is_not_finished_is_said_to_be_so(end, after_round_0, capsys):
+    path = after_round_0 / "events.jsonl"
+    n, error = len(recorded(after_round_0)), ""
+    if end == "a torn line":
+        path.write_bytes(path.read_bytes() + b'{"event": "tra')
+    elif end == "an error":
+        log = EventLog(after_round_0)
+        log.write(RunEnd(error="interrupted"))
+        log.close()
+        n, error = n + 1, ", where it stopped (interrupted)"
+    status, printed = verify(after_round_0, capsys)
+    assert status == 0 and printed.out.startswith(f"as recorded: {n} events, ")
+    assert f"is not finished: its events end after the text of round 2{error}; continue it: " in printed.out
+    assert printed.err.count("the last line is torn") == (end == "a torn line") and "WARNING" not in printed.err
+
+
+def test_the_end_of_a_run_comes_after_its_loop(copy, capsys):
+    assert "is not finished" not in verify(copy, capsys)[1].out
+    assert main(["verify", str(copy), "--hash", "a" * 64]) == 1
+    assert "'run_end' after the loop, has another hash" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_event_is_named(what, copy, capsys):
     kind, r, change = CHANGES[what]
@@ -53,7 +77,7 @@ def test_a_changed_event_is_named(what, copy, capsys):
         copy, lambda events: change(next(e for e in events if kind in (e["event"], e.get("state")) and e["round"] == r))
     )
     status, printed = verify(copy, capsys)
-    where = "before the loop" if r is None else f"of round {r + 1}"
+    where = "after the loop" if kind == "run_end" else "before the loop" if r is None else f"of round {r + 1}"
     assert status == 1 and printed.out.startswith("BROKEN: events.jsonl") and where in printed.out
 
 

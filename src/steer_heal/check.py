@@ -211,17 +211,21 @@ def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[s
 
 
 def check_writable(field_name: str, folder: Path) -> None:
-    """UserError unless the folder can be created and written to. The probe folder is removed."""
+    """UserError unless the folder can be created and written to."""
+    if why := why_unwritable(folder):
+        raise UserError(f"{field_name} is {str(folder)!r}: {why}; give another --{field_name}")
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why a folder cannot be created or written to. Empty: it can be. The probe folder is removed."""
     try:
         there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
         if not there.is_dir():
             raise ValueError(f"{there} is not a folder")
         _try_to_write(there)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{field_name} is {str(folder)!r}: this folder cannot be created ({why}); give another --{field_name}"
-        ) from None
+        return f"this folder cannot be created ({getattr(error, 'strerror', None) or error})"
+    return ""
 
 
 def _try_to_write(folder: Path) -> None:

@@ -90,7 +90,7 @@ _LIMITS = {
     "int_parsing_size": "it must be a whole number with fewer digits",
     "int": "it must be a whole number",
     "bool": "it must be true or false",
-    "string_too_short": "it must have at least {min_length} characters",
+    "string_too_short": "it must have {min_length} or more characters",
     "string_unicode": "it must be valid Unicode",
     "string_type": "it must be a string",
     "path": "it must be a path",
@@ -217,6 +217,11 @@ def validated(kind: type[Checked], value: Any, where: str = "") -> Checked:
 def printable(text: str) -> str:
     """The text with U+FFFD in place of each character that cannot be printed, and with newlines as line ends."""
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 text`, `2,000 texts`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def wrapped(text: str, indent: int = 0, fallback: int = 0) -> str:

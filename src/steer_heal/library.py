@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.bench import Bench, Teacher, load_model, require_bands, weights_of
 from steer_heal.check import check_inputs
-from steer_heal.errors import UserError, nearest, validated
+from steer_heal.errors import UserError, nearest, plural, validated
 from steer_heal.events import (
     AnyEvent,
     Contrasted,
@@ -45,7 +45,6 @@ from steer_heal.presets import PRESETS
 from steer_heal.progress import SILENT
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
-from steer_heal.report.view import plural
 from steer_heal.runs.begin import start_event
 from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
 from steer_heal.runs.storage import atomic_write
@@ -507,7 +506,7 @@ class SteerHeal:
         *,
         adapter_scale: float = 1.0,
         rank: int | None = None,
-        quantization: Quantization = "f16",
+        quantization: Quantization | None = None,
     ) -> Path:
         """Writes the baked rounds for another program. UserError where the folder is not empty, and for what the format
         cannot hold.
@@ -517,7 +516,7 @@ class SteerHeal:
                 llama.cpp; `gguf`, a merged model for llama.cpp.
             adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied. -1 reverses it.
             rank: Rank to which an adapter is cut. None: its own.
-            quantization: `f16` or `q8_0`, of a merged GGUF.
+            quantization: `f16` (also None) or `q8_0`, of a merged GGUF.
         """
         path = Path(folder)
         export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from steer_heal.errors import UserError, nearest
 from steer_heal.settings import (
     TINY_RANDOM,
     AdapterCfg,
@@ -152,3 +153,9 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "smol-distil": ("chat for SmolLM2-135M-Instruct (4-bit weights, repacked), on two CPU cores.", SMOL_DISTIL_PRESET),
     "fast-dev": ("A tiny random model, to run every stage in seconds. The numbers mean nothing.", FAST_DEV_PRESET),
 }
+
+
+def require_preset(name: str, where: str = "") -> None:
+    """UserError unless there is a preset of this name. `where`: what the error begins with."""
+    if name not in PRESETS:
+        raise UserError(f"{where}preset is {name!r}: {nearest(name, PRESETS)}")

@@ -234,8 +234,7 @@ def grade(state: Measured, run: Run) -> Graded:
         reason = f"no item has a value of {', '.join(unread or [target.name])}"
         return Graded(state=state, grade="UNREADABLE", shift=moved, reason=reason)
     went = f"after {round_name(state.round)} {target.name} is {shift_words(moved, target)} from base"
-    past = [metric for metric in health if not metric.within(state[metric.name] or 0.0, metric.broken)]
-    if past:
+    if past := _past_limits(state, run):
         reason = f"{went}, but the model is broken: {health_words(state, past, 'broken')}"
         if not all(metric.within(base[metric.name] or 0.0, metric.broken) for metric in past):
             reason += f"; the untouched model already is past a limit: {health_words(base, past, 'broken')}"
@@ -250,6 +249,13 @@ def grade(state: Measured, run: Run) -> Graded:
     healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     found = "GOOD" if healthy and alone else "MIXED"
     return Graded(state=state, grade=found, shift=moved, reason="; ".join(parts), healthy=healthy)
+
+
+def _past_limits(state: Measured, run: Run) -> list[Metric]:
+    """The health metrics whose value says that the model is broken. A metric without a value is none of them."""
+    health = health_of(run.metrics.values())
+    values = {metric: state[metric.name] for metric in health}
+    return [metric for metric, value in values.items() if value is not None and not metric.within(value, metric.broken)]
 
 
 def _not_moved(state: Measured, target: Metric, moved: float, sign: int) -> tuple[str, str] | None:
@@ -338,8 +344,11 @@ def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = Fa
         rounds = "round 1" if len(run.rounds) == 1 else f"rounds 1 to {len(run.rounds)}"
         raise UserError(f"{round_name(r)} {why}; the run has {rounds}")
     if not (run.untrained or allow_broken) and (found := grade(healed, run)).grade not in GRADES:
+        past = _past_limits(healed, run)
+        why = health_words(healed, past, "broken") if past else found.reason
         other = "no round is intact" if best is None else f"take {round_name(best.state.round)}"
-        raise UserError(f"{round_name(r)} is {found.grade}: {found.reason}; {other}, or give --allow-broken")
+        taken = f"--allow-broken takes {round_name(r)} all the same"
+        raise UserError(f"{round_name(r)} is {found.grade}: {why}; {other}; {taken}")
     return r
 
 

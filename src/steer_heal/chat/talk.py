@@ -11,16 +11,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from steer_heal.errors import UserError, nearest, printable
+from steer_heal.chat import STATES, known_state
+from steer_heal.errors import UserError, printable
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.state import State
-from steer_heal.records import StateName, derive_seed, round_name
+from steer_heal.records import derive_seed, round_name
 from steer_heal.runs.opened import open_bench, put_in, state_of
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import RunConfig
 
-STATES: tuple[StateName, ...] = ("base", "prompted", "steered", "healed")
-"""The states that answer."""
 HALF_WRITTEN = "\ufffd"
 """Stands for the first bytes of a character until the tokenizer has its last ones."""
 MAKES_TEACHER = {
@@ -99,15 +98,9 @@ class Talk:
         config = self.student.lm.model.config.get_text_config()
         return max(1, (getattr(config, "max_position_embeddings", None) or 4096) - self.max_new_tokens)
 
-    def known(self, name: str) -> str:
-        """The name itself. UserError if no state has it."""
-        if name not in self.states:
-            raise UserError(f"unknown state {name!r}; {nearest(name, self.states)}")
-        return name
-
     def dose(self, question: Question) -> float:
         """The dose that the state of the question is asked at."""
-        own = self.states[self.known(question.state)].condition.dose
+        own = self.states[known_state(question.state)].condition.dose
         return own if question.dose is None or question.state != "steered" else question.dose
 
     def answer(self, question: Question, on_text: Callable[[str], object] = lambda piece: None) -> Answer:
@@ -119,7 +112,7 @@ class Talk:
             on_text: Receives one piece per token as soon as it is written. A piece may be empty. What `on_text` raises
                 ends the answer.
         """
-        state = self.states[self.known(question.state)]
+        state = self.states[known_state(question.state)]
         began = time.monotonic()
         if len(question.turns) % 2 == 0:
             raise UserError(f"turns holds {len(question.turns)} texts: the user must have the first and the last")

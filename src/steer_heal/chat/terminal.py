@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from steer_heal.chat import known_state
 from steer_heal.chat.talk import Question, Talk
-from steer_heal.errors import UserError, nearest, print_error, print_safe, printable
-from steer_heal.report.view import plural
+from steer_heal.errors import UserError, nearest, plural, print_error, print_safe, printable
 
 COMMANDS = {
     "/system": "[TEXT]: a system prompt for all states, which follows the state's own; without TEXT: none",
@@ -35,7 +35,7 @@ class Terminal:
     def __init__(self, talk: Talk, states: Sequence[str], question: Question) -> None:
         self.talk = talk
         self.question = question
-        self.states = [talk.known(name) for name in dict.fromkeys(states)]
+        self.states = [*dict.fromkeys(states)]
         self.turns: dict[str, list[str]] = {name: [] for name in talk.states}
 
     def run(self, lines: Iterator[str]) -> None:
@@ -63,7 +63,7 @@ class Terminal:
             self.question = replace(self.question, seed=_number(int, name, given))
         elif name == "/states":
             names = dict.fromkeys(given.replace(",", " ").split())
-            self.states = [self.talk.known(each) for each in names] or self.states
+            self.states = [known_state(each) for each in names] or self.states
         elif name == "/reset":
             self.turns = {each: [] for each in self.turns}
         elif name == "/help":

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from steer_heal.chat import known_state
 from steer_heal.chat.talk import Question, Talk
 from steer_heal.errors import UserError, print_safe, validated_json
 
@@ -117,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Content-Length must be 0 to {LARGEST_BODY}")
         try:
             question = validated_json(Question, self.rfile.read(length), "the question")
-            self.talk.known(question.state)
+            known_state(question.state)
             return question
         except UserError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
@@ -163,7 +164,7 @@ class Server(ThreadingHTTPServer):
 
 
 def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> Server:
-    """A server of the page. UserError if the port is taken or a state is unknown."""
+    """A server of the page. UserError if the port is taken."""
     start = talk.run.start
     facts = {
         "run": talk.run.folder.resolve().name,
@@ -171,7 +172,7 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
         "trait": start.trait.name,
         "round": talk.round + 1,
         "states": {name: talk.about(name) for name in talk.states},
-        "shown": [talk.known(name) for name in states],
+        "shown": states,
         "system": question.system,
         "dose": question.dose,
         "dose_of_round": talk.states["steered"].condition.dose,

@@ -10,12 +10,14 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from steer_heal.check import check_writable
-from steer_heal.errors import Problems, print_safe
+from steer_heal.check import why_unwritable
+from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.runs.log import read_start
+from steer_heal.report import console
+from steer_heal.runs.chosen import run_and_round
 from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, RunFolder, settings
-from steer_heal.verdict import chosen_round, round_words
+from steer_heal.share.export import require_flags
+from steer_heal.verdict import round_words
 
 
 @settings("")
@@ -32,8 +34,8 @@ class Export:
     format: Literal["hf", "peft", "gguf-lora", "gguf"] = "hf"
     """hf: the merged model, for transformers and vLLM. peft: the adapter, for PEFT and vLLM. gguf-lora: the adapter,
     for llama.cpp. gguf: the merged model, for llama.cpp and Ollama."""
-    quantization: Literal["f16", "q8_0"] = "f16"
-    """Weight precision in the format gguf: float16 or 8-bit blocks."""
+    quantization: Literal["f16", "q8_0"] | None = None
+    """Weight precision in the format gguf: float16 or 8-bit blocks. Default: f16."""
     rank: Count | None = None
     """Cut the adapter to this rank, and say what is lost. Default: the full rank (rank per round x number
     of rounds)."""
@@ -44,11 +46,13 @@ class Export:
 def main(argv: Sequence[str]) -> int:
     given, own = parsed(Export, argv, "export", ["device", "plugin"])
     problems = Problems()
-    if lexists(given.folder):
-        problems.found.append(f"folder is {str(given.folder)!r}: it exists already; give a new one")
-    problems.attempt(check_writable, "folder", given.folder)
-    problems.attempt(read_start, given.run)
+    problems.attempt(_require_new, given.folder)
+    problems.attempt(require_flags, given.format, given.rank, given.quantization)
+    console.lines()
+    chosen = problems.attempt(run_and_round, given.run, given.round, allow_broken=given.allow_broken)
     problems.raise_if_any()
+    assert chosen is not None
+    print_safe(round_words(*chosen))
     from steer_heal.model.student import Student  # torch: seconds
     from steer_heal.runs.opened import model_of, settings_of
     from steer_heal.runs.stored import FolderRun
@@ -57,9 +61,8 @@ def main(argv: Sequence[str]) -> int:
 
     run = FolderRun.read(given.run)
     cfg = settings_of(run, **own)
-    require_form(run.start.config.adapter, given.format, given.rank)
-    r = chosen_round(run, given.round, allow_broken=given.allow_broken)
-    print_safe(round_words(run, r))
+    require_form(run.start.config.adapter, given.format)
+    _, r = chosen
     run.checkpoint(r)  # checks its files before the model is loaded
     student = Student(model_of(run, cfg), cfg.adapter)
     run.restore_student(r, student)
@@ -77,3 +80,10 @@ def main(argv: Sequence[str]) -> int:
     for path in sorted(given.folder.iterdir()):
         print_safe(f"{path}: {tqdm.format_sizeof(path.stat().st_size, 'B')}")
     return 0
+
+
+def _require_new(folder: Path) -> None:
+    """UserError unless the folder can be made."""
+    why = "it exists already" if lexists(folder) else why_unwritable(folder)
+    if why:
+        raise UserError(f"DIR is {str(folder)!r}: {why}; give a new one")

@@ -12,10 +12,12 @@ from typing import Any
 from steer_heal.errors import UserError, print_safe
 from steer_heal.events import Measured, Run, plain
 from steer_heal.flags import parsed
+from steer_heal.report import console
+from steer_heal.runs.chosen import run_and_round
 from steer_heal.runs.log import last_hash, read_events, read_start, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import AllowBroken, RoundName, RunFolder, as_json, settings
-from steer_heal.verdict import chosen_round, round_words, verdict
+from steer_heal.verdict import round_words, verdict
 
 
 @settings("")
@@ -25,7 +27,9 @@ class Inspect:
 
     run: RunFolder
     """Folder of the run."""
-    round: RoundName = "best"
+    round: RoundName | None = None
+    """Round whose answers are written: its number (from 1), last (the last round that was kept), or best (the one that
+    the verdict names). Default: best."""
     all_rounds: bool = False
     """Every round, also of a run without a healed one."""
     allow_broken: AllowBroken = False
@@ -35,17 +39,21 @@ class Inspect:
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Inspect, argv, "inspect")
+    if given.all_rounds and (given.round is not None or given.allow_broken):
+        raise UserError("--all-rounds takes every round, so --round and --allow-broken have no effect; leave them out")
     read_start(given.run)
     if not find_spec("inspect_ai"):
         raise UserError("inspect_ai is not installed; pip install 'steer-heal[inspect]'")
     out = given.out or given.run / "inspect.eval"
     if out.suffix not in (".eval", ".json"):
         raise UserError(f"out is {str(out)!r}: it must end in .eval or .json")
+    console.lines()
     with schema_errors(given.run):
-        run = Run(read_events(given.run))
-        rounds = [event.round for event in run.each(Measured)]
-        if not given.all_rounds:
-            r = chosen_round(run, given.round, allow_broken=given.allow_broken)
+        if given.all_rounds:
+            run = Run(read_events(given.run))
+            rounds = [event.round for event in run.each(Measured)]
+        else:
+            run, r = run_and_round(given.run, given.round or "best", allow_broken=given.allow_broken)
             rounds = [None, r]
             print_safe(round_words(run, r))
         log = eval_log(run, last_hash(given.run), rounds)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from steer_heal.errors import Problems, UserError, print_safe
+from steer_heal.errors import Problems, plural, print_safe
 from steer_heal.flags import parsed
 from steer_heal.settings import AllowBroken, RoundName, RunFolder, settings
+from steer_heal.verdict import round_words
 
 
 @settings("")
@@ -38,28 +39,29 @@ def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Push, argv, "push")
     from huggingface_hub import get_token
 
+    from steer_heal.report import console
     from steer_heal.share.card import hub_id
-    from steer_heal.share.push import Shared, folder_to_share, shared_files, upload
+    from steer_heal.share.push import folder_to_share, round_to_share, shared_files, upload
 
+    console.lines()
     problems = Problems()
-    shared = Shared(given.folder, "", [])
-    for name, value in (("repo_id", given.repo_id), ("base_model", given.base_model)):
+    for name, value in (("OWNER/NAME", given.repo_id), ("--base-model", given.base_model)):
         if value is not None and hub_id(value) is None:
-            problems.found.append(f"{name} is {value!r}: it must be OWNER/NAME in letters, digits, '-', '_' and '.'")
-    with problems.noted():
-        shared = shared_files(folder_to_share(given.folder, given.round, given.allow_broken), given.base_model)
-    with problems.noted():
-        if given.yes and get_token() is None:
-            raise UserError("no token of the hub was found: run `hf auth login`, or set HF_TOKEN")
+            names = "two names with a slash between them, in letters, digits, '-', '_' and '.'"
+            problems.found.append(f"{name} is {value!r}: it must be {names}")
+    chosen = problems.attempt(round_to_share, given.folder, given.round, given.allow_broken)
+    if given.yes and get_token() is None:
+        problems.found.append("no token of the hub was found: run `hf auth login`, or set HF_TOKEN")
     problems.raise_if_any()
+    if chosen is not None:
+        print_safe(round_words(*chosen))
+    shared = shared_files(folder_to_share(given.folder, None if chosen is None else chosen[1]), given.base_model)
     for name in shared.names:
         note = f" (its base model is {given.base_model})" if name in shared.changed else ""
         print_safe(f"{shared.folder / name} -> {given.repo_id}/{name}{note}")
-    size = sum(map(shared.size, shared.names))
+    size = f"{plural(len(shared.names), 'file')}, {sum(map(shared.size, shared.names)) / 1e6:.1f} MB"
     access = "private" if given.private else "public"
-    print_safe(
-        f"{shared.content}: {len(shared.names)} files, {size / 1e6:.1f} MB; the repository is {access} if it is new"
-    )
+    print_safe(f"{shared.content}: {size}; the repository is {access} if it is new")
     if given.yes:
         upload(shared, given.repo_id, private=given.private)
     else:

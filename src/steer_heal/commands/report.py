@@ -10,7 +10,7 @@ import tyro
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.report import draw
+from steer_heal.report import console, draw
 from steer_heal.runs.log import run_folder, schema_errors
 from steer_heal.settings import settings
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     if not given.runs:
         raise UserError("no run was given; usage: steer-heal report RUN [RUN ...] [--compare FILE]")
     folders = [run_folder(folder) for folder in given.runs]  # before matplotlib is imported
+    console.lines()
     if given.compare is not None:
         from steer_heal.report.compare import compare
 

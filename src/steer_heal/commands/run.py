@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from steer_heal.check import check
 from steer_heal.commands.new_trait import require_personas, write_trait
 from steer_heal.errors import UserError, nearest, print_safe
-from steer_heal.events import AnyEvent, Dropped, RoundDone, RunEnd
+from steer_heal.events import AnyEvent, Dropped, RoundDone, Run, RunEnd
 from steer_heal.flags import flags_in, read_flags, read_known
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.new_trait import trait_text
 from steer_heal.plugins import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
-from steer_heal.runs.log import last_hash
-from steer_heal.runs.results import append_result, result_row, run_cell
+from steer_heal.runs.log import last_hash, read_events
+from steer_heal.runs.results import append_result, has_result, result_row, run_cell
 from steer_heal.runs.resume import (
     begun,
     finished,
@@ -41,7 +41,7 @@ from steer_heal.runs.resume import (
 )
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.settings import RunConfig, require_judge, settings
-from steer_heal.verdict import exit_status, table, verdict
+from steer_heal.verdict import ended_early, exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.backends.track import Tracking
@@ -174,15 +174,18 @@ def show_presets() -> NoReturn:
 
 
 def go_on(cfg: RunConfig, folder: Path, *, graded: bool = False) -> int:
-    """Continues a run. One that is finished gets the files that are missing beside it. Returns the exit status, which
-    with `graded` tells the verdict. UserError before anything is loaded."""
+    """Continues a run. One that is finished gets its pictures and its row of results.tsv, if it has no row. Returns the
+    exit status, which with `graded` tells the verdict. UserError before anything is loaded."""
     require_plugins(folder, cfg.plugin)
     if finished(folder) and cfg.n_rounds == more_rounds(folder, None):
-        from steer_heal.runs.stored import FolderRun
+        run = Run(read_events(folder))
+        if not has_result(folder):
+            from steer_heal.runs.stored import FolderRun
 
-        run = FolderRun.read(folder)
-        complete(run, cfg)
+            complete(FolderRun.read(folder), cfg)
         print_safe(f"{folder} is finished; read {folder / 'report.html'}")
+        if not ended_early(run):
+            print_safe(f"more rounds: steer-heal resume {shlex.quote(str(folder))} --n-rounds {run.n_rounds + 1}")
         return exit_status(run) if graded else 0
     inputs = check(cfg)
     same_inputs(folder, inputs)

@@ -40,14 +40,15 @@ class Sweep:
     """Start nothing. Show the results of the finished runs."""
     address: str | None = None
     """With ray: an existing cluster, such as auto or ray://host:10001. Default: a new one on this machine."""
-    cpus: Positive = 1.0
-    """With ray: number of CPUs for each run."""
-    gpus: NotNegative = 0.0
-    """With ray: number of GPUs for each run. 0.5 puts two runs on one GPU."""
+    cpus: Positive | None = None
+    """With ray: number of CPUs for each run. Default: 1."""
+    gpus: NotNegative | None = None
+    """With ray: number of GPUs for each run. 0.5 puts two runs on one GPU. Default: 0."""
 
 
 def main(argv: Sequence[str]) -> int:
     given, _ = parsed(Sweep, argv, "sweep")
+    require_effect(given)
     from steer_heal.sweep.plan import load
 
     try:
@@ -58,6 +59,18 @@ def main(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print_safe(f"interrupted\ncontinue with: {shlex.join(['steer-heal', 'sweep', *argv])}", sys.stderr)
         return stopped.status
+
+
+def require_effect(given: Sweep) -> None:
+    """UserError with a line for each flag that has no effect beside the others."""
+    idle = [name for name in ("address", "cpus", "gpus") if given.engine != "ray" and getattr(given, name) is not None]
+    lines = [f"{name} is {getattr(given, name)}: only --engine ray uses it; leave it out" for name in idle]
+    if given.engine == "print" and given.jobs is not None:
+        lines.append(f"jobs is {given.jobs}: --engine print starts no run; leave it out")
+    if given.engine == "print" and given.results:
+        lines.append("engine is 'print': --results prints no commands; leave one of them out")
+    if lines:
+        raise UserError(*lines)
 
 
 def print_commands(plan: Plan) -> int:
@@ -104,7 +117,7 @@ def engine_of(given: Sweep) -> Engine:
     from steer_heal.sweep.engine import Local
 
     if given.engine == "ray":
-        return Cluster(given.jobs, address=given.address, cpus=given.cpus, gpus=given.gpus)
+        return Cluster(given.jobs, address=given.address, cpus=given.cpus or 1.0, gpus=given.gpus or 0.0)
     return Local(given.jobs or 1)
 
 

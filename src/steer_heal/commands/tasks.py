@@ -14,10 +14,11 @@ from pydantic import Field
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
-from steer_heal.report import tables
+from steer_heal.report import console, tables
+from steer_heal.runs.chosen import run_and_round
 from steer_heal.settings import AllowBroken, Count, Names, RoundName, RunFolder, settings
 from steer_heal.share.readings import Reading, add_readings, with_stderr
-from steer_heal.verdict import chosen_round, round_words
+from steer_heal.verdict import round_words
 
 
 @settings("")
@@ -48,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
     given, own = parsed(Tasks, argv, "tasks", ["device", "plugin"])
     if not find_spec("lm_eval"):
         raise UserError("lm-evaluation-harness is not installed; pip install 'steer-heal[tasks]'")
-    found = measure(given, own)
+    console.lines()
+    run, r = run_and_round(given.run, given.round, allow_broken=given.allow_broken)
+    print_safe(round_words(run, r), sys.stderr)
+    found = measure(given, r, own)
     if given.json:
         print(json.dumps([asdict(reading) for reading in found], allow_nan=False))
         return 0
@@ -57,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
-    """The readings of a checkpoint, which are also added to tasks.json and to the model cards. `own`: settings that
-    replace the run's."""
+def measure(given: Tasks, r: int, own: dict[str, object]) -> list[Reading]:
+    """The readings of the checkpoint of round r, which are also added to tasks.json and to the model cards. `own`:
+    settings that replace the run's."""
     from steer_heal.model.student import Student
     from steer_heal.runs.log import schema_errors
     from steer_heal.runs.opened import model_of, settings_of
@@ -69,8 +73,6 @@ def measure(given: Tasks, own: dict[str, object]) -> list[Reading]:
 
     manager = tasks.task_manager(given.tasks, given.include_path)
     run = FolderRun.read(given.run)
-    r = chosen_round(run, given.round, allow_broken=given.allow_broken)
-    print_safe(round_words(run, r), sys.stderr)
     run.checkpoint(r)  # checks its files before the model is loaded
     cfg = settings_of(run, **own)
     student = Student(model_of(run, cfg), cfg.adapter)

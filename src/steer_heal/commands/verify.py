@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from steer_heal.errors import UserError, print_safe
+from steer_heal.errors import UserError, plural, print_safe
+from steer_heal.events import AnyEvent, RunEnd
 from steer_heal.flags import parsed
+from steer_heal.report import console
+from steer_heal.report.view import event_words
 from steer_heal.runs.log import line_hash, lines_of, read_events
+from steer_heal.runs.resume import finished
 from steer_heal.runs.verify import unchecked, violations
 from steer_heal.settings import Plugins, RunFolder, settings
 
@@ -35,12 +39,23 @@ def main(argv: Sequence[str]) -> int:
     wanted = None if given.hash is None else given.hash.strip().lower()
     if wanted is not None and not HASH.fullmatch(wanted):
         raise UserError(f"hash is {given.hash!r}: it must be the 64 hex digits of a SHA-256")
+    console.lines()
     found = violations(given.run, wanted, given.plugin)
     for line in found:
         print_safe(f"BROKEN: {line}")
     events = read_events(given.run)
     if not found:
-        print_safe(f"{len(events)} events, their files and the base model are as recorded")
+        print_safe(f"as recorded: {plural(len(events), 'event')}, all files that events name, and the base model")
+    if not finished(given.run):
+        print_safe(f"the run is not finished: {_last_words(events)}; continue it: steer-heal resume {given.run}")
     print_safe(f"hash of the last event: {line_hash(lines_of(given.run)[len(events) - 1])}")
     print_safe(f"not checked: {'; '.join(unchecked(given.run, wanted))}")
     return 1 if found else 0
+
+
+def _last_words(events: Sequence[AnyEvent]) -> str:
+    """Where the events of a run end, and the error that stopped it, if one is recorded."""
+    *past, last = events
+    if isinstance(last, RunEnd):
+        return f"its events end after {event_words(past[-1])}, where it stopped ({last.error})"
+    return f"its events end after {event_words(last)}"

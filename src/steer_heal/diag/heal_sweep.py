@@ -1,19 +1,16 @@
 """Which barrier is best for a round's text? Repeats the heal of one round of a finished run with several barriers."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
-from steer_heal.settings import Count, settings
+from steer_heal.settings import Count, RunFolder, settings
 from steer_heal.verdict import slope
 
 
 @settings("")
 class Flags(OutFlags):
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of the run."""
     round: Count = 1
     """Round whose text is healed again, counted from 1."""

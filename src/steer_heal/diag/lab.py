@@ -10,27 +10,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from steer_heal.bench import Bench, load_model
 from steer_heal.check import check
-from steer_heal.errors import UserError, nearest, print_safe
-from steer_heal.evals import metrics_of
-from steer_heal.events import Gathered, Trained, plain
-from steer_heal.model.state import State
-from steer_heal.model.steering import Condition, Vector
-from steer_heal.model.student import Student
-from steer_heal.presets import PRESETS
-from steer_heal.recipe import Recipe
+from steer_heal.errors import UserError, print_safe
+from steer_heal.events import Gathered, Run, Trained, plain
+from steer_heal.presets import PRESETS, require_preset
 from steer_heal.records import Collected, Completion, EvalResult, HealReport, Metric, Scored, round_name
 from steer_heal.report import console, tables
-from steer_heal.runs.opened import open_bench, settings_of
-from steer_heal.runs.stored import FolderRun
+from steer_heal.runs.log import read_events, read_start
 from steer_heal.settings import HealCfg, RunConfig, changed, settings
-from steer_heal.stages.heal import HealState
 from steer_heal.verdict import health_of, shift
+
+if TYPE_CHECKING:  # torch: seconds
+    from steer_heal.bench import Bench
+    from steer_heal.model.steering import Condition, Vector
+    from steer_heal.stages.heal import HealState
 
 Given = Mapping[str, Any]
 """Settings that were given beside the flags of a question, by dotted name."""
@@ -57,8 +52,7 @@ class PresetFlags(OutFlags):
 
     def settings(self, given: Given) -> RunConfig:
         """The preset's settings with those that were given. UserError for an unknown preset."""
-        if self.preset not in PRESETS:
-            raise UserError(f"preset is {self.preset!r}: {nearest(self.preset, PRESETS)}")
+        require_preset(self.preset)
         return changed(PRESETS[self.preset][1], {"out": self.out, **given})
 
 
@@ -66,6 +60,8 @@ class Lab:
     """A bench, and what the tables need. Every state is measured on the same items, against the same base."""
 
     def __init__(self, bench: Bench) -> None:
+        from steer_heal.evals import metrics_of
+
         self.bench = bench
         self.metrics = {metric.name: metric for metric in metrics_of(bench.cfg.eval.evals)}
         self.target = self.metrics[bench.trait.target]
@@ -81,6 +77,11 @@ class Lab:
     def of(cls, cfg: RunConfig) -> Lab:
         """A lab on the untouched model of these settings. UserError if they or their files are invalid."""
         inputs = check(cfg)
+        import torch
+
+        from steer_heal.bench import Bench, load_model
+        from steer_heal.model.student import Student
+
         if cfg.n_threads:
             torch.set_num_threads(cfg.n_threads)
         return cls(Bench(cfg, inputs, Student(load_model(cfg), cfg.adapter)))
@@ -97,6 +98,8 @@ class Lab:
 
     def measure(self, condition: Condition | None = None) -> EvalResult:
         """All metrics of the student, by default under the plain prompt, with intervals against base."""
+        from steer_heal.model.state import State
+
         base = self.base
         with self.stage("measuring a state"):
             return self.bench.measure(State(name="healed", condition=condition or self.bench.plain), base)
@@ -126,6 +129,8 @@ class Lab:
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
     ) -> Collected:
         """The text of round 0, at `kappa` or at the one that the settings choose. `keep` are fields of FilterCfg."""
+        from steer_heal.recipe import Recipe
+
         cfg = self.bench.cfg
         dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
@@ -141,6 +146,8 @@ class Lab:
 
         `n_steps` ends it early, on the same schedule.
         """
+        from steer_heal.recipe import Recipe
+
         cfg = replace(self.bench.cfg, heal=heal)
         recipe = Recipe.of(cfg)
         bench = replace(self.bench, cfg=cfg)
@@ -165,11 +172,16 @@ def unfiltered(completions: Sequence[Completion]) -> Collected:
 def replay(folder: Path, r: int, given: Given) -> tuple[Lab, Collected]:
     """(a lab whose student is that of a run before round r, the text of the round). The learning rate is that of the
     round's heal. UserError if the run has no text of that round."""
-    run = FolderRun.read(folder)
-    gathered = run.at(Gathered, r)
+    read_start(folder)
+    events = Run(read_events(folder))
+    gathered = events.at(Gathered, r)
     if gathered is None:
-        rounds = [round_name(event.round) for event in run.each(Gathered) if event.round is not None]
+        rounds = [round_name(event.round) for event in events.each(Gathered) if event.round is not None]
         raise UserError(f"{folder} has no text of {round_name(r)}: it has that of {', '.join(rounds) or 'no round'}")
+    from steer_heal.runs.opened import open_bench, settings_of
+    from steer_heal.runs.stored import FolderRun
+
+    run = FolderRun.read(folder)
     cfg = settings_of(run, **given)
     if (trained := run.at(Trained, r)) is not None:
         cfg = replace(cfg, heal=replace(cfg.heal, lr=trained.lr))

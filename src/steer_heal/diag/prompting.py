@@ -7,13 +7,14 @@ its run.
 
 import statistics
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from steer_heal.diag.lab import Given, Lab, OutFlags, Row, replay, show
+from steer_heal.errors import UserError
 from steer_heal.events import Trained
-from steer_heal.model.steering import Condition
-from steer_heal.runs.stored import FolderRun
+from steer_heal.runs.chosen import run_and_round
 from steer_heal.settings import settings
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
@@ -21,7 +22,7 @@ NOT_AVERAGED = ("state", "needs", "lo", "hi")
 
 @settings("")
 class Flags(OutFlags):
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """Folders of the runs."""
     doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Doses to try for the steered state."""
@@ -37,6 +38,9 @@ def furthest(lab: Lab, rows: list[Row]) -> Row:
 
 def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
     """Every state of one run. `shift_bare` is the shift that remains without system prompt and hook."""
+    from steer_heal.model.steering import Condition  # torch: seconds
+    from steer_heal.runs.stored import FolderRun
+
     lab, _ = replay(folder, 0, given)
     run = FolderRun.read(folder)
     persona = Condition(lab.bench.trait.positive)
@@ -62,7 +66,13 @@ def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
 
 
 def main(flags: Flags, given: Given) -> None:
-    per_run = {folder.name: of_run(folder, flags.doses, given) for folder in flags.runs}
+    if not flags.runs:
+        raise UserError("no run was given; usage: steer-heal diag prompting RUN [RUN ...]")
+    if len({folder.resolve() for folder in flags.runs}) < len(flags.runs):
+        raise UserError("a run is given twice; give each run once")
+    for folder in flags.runs:
+        run_and_round(folder, "last", allow_broken=True)
+    per_run = {folder: of_run(folder, flags.doses, given) for folder in flags.runs}
     rows = []
     for states in zip(*per_run.values(), strict=True):
         same = list[Row](states)
@@ -73,7 +83,8 @@ def main(flags: Flags, given: Given) -> None:
     should = (
         "every row but base be intact (coherence and degenerate_frac) before its shift is compared.",
         "shift_bare be 0 for prompted and steered, which leave nothing behind; only the healed rows keep theirs.",
-        "healed and prompted move further than prompted, otherwise the adapter adds nothing to a prompt.",
+        "the shift of `healed, last round, and prompted` be larger than that of `prompted`, otherwise the adapter adds "
+        "nothing to a prompt.",
     )
-    by_run = [{"run": run, "rows": states} for run, states in per_run.items()]
+    by_run = [{"run": run.name, "rows": states} for run, states in per_run.items()]
     show(__doc__, rows, should, flags.out, flags.name, per_run=by_run)

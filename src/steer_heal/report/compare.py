@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -10,7 +11,7 @@ from typing import get_args
 import numpy as np
 from markupsafe import Markup
 
-from steer_heal.errors import UserError
+from steer_heal.errors import UserError, plural
 from steer_heal.events import Measured, Run, RunStart
 from steer_heal.intervals import of_difference
 from steer_heal.records import Metric, StateName, derive_seed
@@ -42,7 +43,10 @@ Runs = Mapping[str, Run]
 def compare(folders: Sequence[Path], file: Path) -> Path:
     """Writes the page of the runs, the first of which is A. UserError if they cannot be compared."""
     if not 2 <= len(folders) <= len(ascii_uppercase):
-        raise UserError(f"--compare got {len(folders)} run folders: it takes 2 to {len(ascii_uppercase)}")
+        raise UserError(f"--compare got {plural(len(folders), 'run folder')}: it takes 2 to {len(ascii_uppercase)}")
+    counts = Counter(folder.resolve() for folder in folders)
+    if twice := [folder for folder in folders if counts[folder.resolve()] > 1]:
+        raise UserError(f"--compare got {twice[0]} {counts[twice[0].resolve()]} times; give each run once")
     if file.is_dir():
         raise UserError(f"--compare {file} is a folder: name the file to write, such as compare.html")
     runs: dict[str, Run] = {}

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
-from steer_heal.errors import printable, wrapped
+from steer_heal.errors import plural, printable, wrapped
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
@@ -57,14 +56,21 @@ ON_A_LINE = 3
 
 
 def start(quiet: bool, log_file: Path | None = None) -> None:
-    """Sends log lines and warnings to the terminal, without breaking progress bars, and to the log file of the run.
+    """As `lines`, for a command that loads a model.
 
     Hides notices of peft, and a deprecation warning between it and transformers, which no user can act on.
     """
+    from transformers.utils import logging as transformers_logging  # seconds
+
     warnings.filterwarnings("ignore", module="peft")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     transformers_logging.disable_progress_bar()
+    lines(quiet, log_file)
+
+
+def lines(quiet: bool = False, log_file: Path | None = None) -> None:
+    """Sends log lines to the terminal, without breaking progress bars, and to the log file of the run."""
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
     logger.add(_above_bars, level="WARNING" if quiet else "INFO", format="{time:HH:mm:ss} {message}")
@@ -286,7 +292,7 @@ def _trained(event: Trained) -> str:
     last = event.validation[-1]
     fit = f"{number(first['fit'], '.3f')} to {number(last['fit'], '.3f')}"
     return (
-        f"{event.n_steps} steps; validation {fit} nats; {closed_words(event)}divergence "
+        f"{plural(event.n_steps, 'step')}; validation {fit} nats; {closed_words(event)}divergence "
         f"{number(last['divergence'], '.3f')}, the barrier acted in {event.fired:.0%} of the steps with gradient "
         f"pressure {event.pressure or 0.0:.2f}"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from steer_heal.errors import plural
 from steer_heal.events import (
     Contrasted,
     Dropped,
@@ -157,7 +158,7 @@ def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
 def progress(run: Run) -> tuple[str, str]:
     """(finished, stopped or running, a sentence about it)."""
     last = view.last_event(run)
-    done = f"{len(run.rounds)} of {view.plural(run.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
+    done = f"{len(run.rounds)} of {plural(run.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
     if isinstance(last, RunEnd):
         return ("stopped", f"{done}; {last.error}") if last.error else ("finished", done)
     at = last.t[:19].replace("T", " ")

@@ -12,7 +12,7 @@ from typing import TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from steer_heal.errors import printable
+from steer_heal.errors import plural, printable
 from steer_heal.events import AnyEvent, Dropped, Measured, Run
 from steer_heal.records import GateFacts, Metric, round_label, round_name
 from steer_heal.verdict import direction, interval_words, signed, table, title
@@ -60,11 +60,6 @@ def degenerate_gates(run: Run) -> dict[str, GateFacts]:
 
 
 # --- words --------------------------------------------------------------------------------------------------------
-def plural(n: int, noun: str) -> str:
-    """`1 text`, `2 texts`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def model_words(run: Run) -> str:
     """The model, and how its weights differ from those of that name."""
     note = run.start.weights.note if run.start.weights is not None else ""
@@ -91,7 +86,7 @@ def visible(text: str) -> str:
     """Text that is safe to show: U+FFFD for what cannot be printed. A long text is cut, and the cut is named."""
     text = printable(text)
     n_more = len(text) - SHOWN_CHARACTERS
-    return f"{text[:SHOWN_CHARACTERS]}... ({n_more:,} characters more)" if n_more > 0 else text
+    return f"{text[:SHOWN_CHARACTERS]}... ({plural(n_more, 'character')} more)" if n_more > 0 else text
 
 
 def evenly(rows: Sequence[Row], n: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -112,7 +113,7 @@ def read_events(folder: Path) -> list[AnyEvent]:
                     f"{path} line {number} is not an event of this version ({error}); restore the file, or use the "
                     "version that wrote it"
                 ) from None
-            logger.warning(f"{path}: the last line is torn (the run died while writing it) and is left out")
+            _warn_of_torn(path)
         else:
             if b"\r" in line:
                 raise UserError(
@@ -120,6 +121,11 @@ def read_events(folder: Path) -> list[AnyEvent]:
                     "the line ends, and with them every hash; restore the file"
                 )
     return events
+
+
+@functools.cache  # a command may read the events several times
+def _warn_of_torn(path: Path) -> None:
+    logger.warning(f"{path}: the last line is torn (the run died while writing it) and is left out")
 
 
 def read_start(folder: Path) -> RunStart:

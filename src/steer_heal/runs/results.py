@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from steer_heal.errors import printable
 from steer_heal.events import Extracted, Measured, RoundDone, Run
+from steer_heal.runs.log import last_hash
 from steer_heal.runs.storage import atomic_write
 from steer_heal.verdict import table
 
@@ -71,6 +72,13 @@ def row_of(folder: Path) -> dict[str, str] | None:
     """The row of the run in `folder`; None: it has none."""
     name = run_cell(folder)
     return next((row for row in read_results(folder.resolve().parent / RESULTS) if row.get("run") == name), None)
+
+
+def has_result(folder: Path) -> bool:
+    """Whether results.tsv names the last event of the run, as it does once all that follows from a finished run is
+    made."""
+    row = row_of(folder)
+    return row is not None and row.get("last_hash") == last_hash(folder)
 
 
 def run_cell(folder: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.errors import UserError
-from steer_heal.events import AnyEvent, Extended, Extracted, Run, Trained
+from steer_heal.events import AnyEvent, Extended, Extracted, Run, RunEnd, Trained
 from steer_heal.plugins import name_of
 from steer_heal.records import round_name
 from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
@@ -93,4 +93,6 @@ def unchecked(folder: Path, wanted: str | None = None) -> list[str]:
 
 def _name(event: AnyEvent) -> str:
     where = "before the loop" if event.round is None else f"of {round_name(event.round)}"
+    if isinstance(event, Extended | RunEnd):
+        where = "after the loop"
     return f"{event.event!r} {where}"

@@ -5,28 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steer_heal.errors import UserError
+from steer_heal.errors import Problems, UserError
 from steer_heal.inputs.files import adapter_folder
-from steer_heal.model import to_gguf
-from steer_heal.model.student import ADAPTERS, Student
 from steer_heal.runs.storage import atomic_folder
 from steer_heal.settings import AdapterCfg
 from steer_heal.share.card import Form
+
+if TYPE_CHECKING:  # torch: seconds
+    from steer_heal.model.student import Student
+    from steer_heal.model.to_gguf import Quantization
 
 OF_ADAPTER = ("peft", "gguf-lora")
 """Formats that hold the adapter alone."""
 
 
-def require_form(cfg: AdapterCfg, form: Form, rank: int | None = None) -> None:
-    """UserError for an adapter that the format cannot hold, and for a rank that it does not have."""
+def require_flags(form: Form, rank: int | None, quantization: Quantization | None) -> None:
+    """UserError for a rank or a quantization that the format does not have. None: none was asked for."""
+    problems = Problems()
+    if rank is not None and form not in OF_ADAPTER:
+        problems.found.append(
+            f"rank is {rank}: format {form!r} has none; leave it out, or give {' or '.join(OF_ADAPTER)}"
+        )
+    if quantization is not None and form != "gguf":
+        problems.found.append(
+            f"quantization is {quantization!r}: format {form!r} has none; leave it out, or give --format gguf"
+        )
+    problems.raise_if_any()
+
+
+def require_form(cfg: AdapterCfg, form: Form) -> None:
+    """UserError for an adapter that the format cannot hold."""
+    from steer_heal.model.student import ADAPTERS  # torch: seconds
+
     if not ADAPTERS[cfg.kind].updates_weights:
         raise UserError(
             f"format is {form!r}: it holds updates of weight matrices, and adapter.kind {cfg.kind!r} has none; share a "
             "checkpoint of the run as it is"
         )
-    if rank is not None and form not in OF_ADAPTER:
-        raise UserError(f"rank is {rank}: format {form!r} has none; leave it out, or give {' or '.join(OF_ADAPTER)}")
 
 
 def export(
@@ -36,7 +53,7 @@ def export(
     *,
     adapter_scale: float = 1.0,
     rank: int | None = None,
-    quantization: to_gguf.Quantization = "f16",
+    quantization: Quantization | None = None,
     also: Callable[[Path, Sequence[str]], object] = lambda folder, changes: None,
 ) -> list[str]:
     """Writes the baked rounds to a new or empty folder. Returns a sentence for each thing in which they differ from the
@@ -45,10 +62,11 @@ def export(
     Args:
         adapter_scale: Factor from -4 to 4 by which the effect of the rounds is multiplied.
         rank: Rank of the adapter, in place of its own.
-        quantization: Of a merged GGUF.
+        quantization: Of a merged GGUF. None: f16.
         also: Writes more into the folder, given these sentences, before it gets its name.
     """
-    require_form(student.cfg, form, rank)
+    require_form(student.cfg, form)
+    require_flags(form, rank, quantization)
     if form in OF_ADAPTER and adapter_folder(student.lm.name) is not None:
         raise UserError(
             f"format is {form!r}: the base of this run contains the adapter {student.lm.name!r}, which no published "
@@ -66,19 +84,21 @@ def export(
                 f"The adapter is cut to rank {rank}, which loses {lost.share:.2%} of the squared norm of its updates, "
                 f"and at most {lost.most:.2%} of one matrix ({lost.where})."
             )
-        if form == "gguf" and quantization != "f16":
+        if quantization not in (None, "f16"):
             changes.append(f"The weights are quantized to {quantization}.")
         how.enter_context(student.scaled(adapter_scale))
 
         def write(part: Path) -> None:
-            _write(student, part, form, quantization)
+            _write(student, part, form, quantization or "f16")
             also(part, changes)
 
         write_folder(folder, write)
     return changes
 
 
-def _write(student: Student, folder: Path, form: Form, quantization: to_gguf.Quantization) -> None:
+def _write(student: Student, folder: Path, form: Form, quantization: Quantization) -> None:
+    from steer_heal.model import to_gguf
+
     if form == "hf":
         student.export(folder)
     elif form == "peft":

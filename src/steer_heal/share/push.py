@@ -11,11 +11,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.errors import UserError, print_safe
+from steer_heal.events import Run
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE, is_path
+from steer_heal.runs.chosen import run_and_round
 from steer_heal.runs.log import EVENTS
 from steer_heal.settings import TINY_RANDOM, RoundName
 from steer_heal.share.card import CARD, in_card, with_base
-from steer_heal.verdict import chosen_round, round_words
 
 INDEX = "model.safetensors.index.json"
 BASE_FIELDS = ("base_model_name_or_path", "base_model")
@@ -39,22 +40,29 @@ class Shared:
         return len(self.changed[name]) if name in self.changed else (self.folder / name).stat().st_size
 
 
-def folder_to_share(folder: Path, which: RoundName | None = None, allow_broken: bool = False) -> Path:
-    """The checkpoint of a round, by default of the best, if the folder is a run's. Any other folder is returned as it
-    is. UserError where a checkpoint of a run is not as the run recorded it."""
+def round_to_share(folder: Path, which: RoundName | None, allow_broken: bool) -> tuple[Run, int] | None:
+    """(the run, the round of it that was asked for, by default the best). None: the folder is not a run's, and no round
+    was asked for."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a run, a checkpoint or an export")
     if not (folder / EVENTS).is_file():
         if which is not None:
             raise UserError(f"{folder} has no {EVENTS}, so it has no round {which!r}; give the folder of the run")
+        if allow_broken:
+            raise UserError(f"{folder} has no {EVENTS}, so --allow-broken has no effect; leave it out")
+        return None
+    return run_and_round(folder, "best" if which is None else which, allow_broken=allow_broken)
+
+
+def folder_to_share(folder: Path, r: int | None) -> Path:
+    """The checkpoint of round r of a run or, without a round, the folder itself. UserError where a checkpoint of a run
+    is not as the run recorded it."""
+    if r is None:
         _require_as_recorded(folder.resolve())
         return folder
     from steer_heal.runs.stored import FolderRun  # torch: seconds
 
-    run = FolderRun.read(folder)
-    r = chosen_round(run, "best" if which is None else which, allow_broken=allow_broken)
-    print_safe(round_words(run, r))
-    return run.checkpoint(r)
+    return FolderRun.read(folder).checkpoint(r)
 
 
 def _require_as_recorded(folder: Path) -> None:

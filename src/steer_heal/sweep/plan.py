@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,10 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from steer_heal.check import check
-from steer_heal.errors import Problems, UserError, nearest, validated
+from steer_heal.errors import Problems, UserError, validated
 from steer_heal.inputs.files import parse_toml, read_file
-from steer_heal.presets import PRESETS
+from steer_heal.inputs.traits import TraitFile
+from steer_heal.presets import PRESETS, require_preset
 from steer_heal.records import Metric
 from steer_heal.settings import Finite, RunConfig, UserPath, changed, leaves
 from steer_heal.verdict import health_of
@@ -35,6 +36,8 @@ OF_THE_SWEEP = {
 """Settings that a file cannot give to its runs, and what to do instead."""
 Given = Mapping[str, Any]
 """Values of settings by their dotted names."""
+Sources = dict[str, Given]
+"""Settings by the table of the file that gives them. A later one takes precedence."""
 READABLE = 60
 """Maximum length of the readable part of a folder's name."""
 MOST_ARMS = 1000
@@ -47,7 +50,7 @@ class SweepFile:
     the grid. Without any of them it is one arm."""
 
     preset: str
-    seeds: Annotated[tuple[Annotated[int, Field(gt=-(2**63), lt=2**63)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     out: UserPath | None = None
     """Folder of the runs. Default: out/<name of the file>."""
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -150,34 +153,66 @@ def _flag(name: str, value: Any) -> list[str]:
 
 # --- the file ----------------------------------------------------------------------------------------------------
 def load(path: Path) -> Plan:
-    """The plan of a sweep file. UserError with every problem of the file and of the runs that it asks for."""
+    """The plan of a sweep file. UserError with every problem of the file or, if it has none, of the runs that it asks
+    for."""
     where = str(path)
     problems = Problems()
-    file = validated(SweepFile, parse_toml(read_file(path)), where)
-    if file.preset not in PRESETS:
-        raise UserError(f"{where}: preset is {file.preset!r}: {nearest(file.preset, PRESETS)}")
+    table = parse_toml(read_file(path))
+    _require_sweep(table, where)
+    file = validated(SweepFile, table, where)
+    require_preset(file.preset, f"{where}: ")
+    preset = PRESETS[file.preset][1]
     if len({*file.seeds}) < len(file.seeds):
         problems.found.append(f"{where}: seeds is {list(file.seeds)}: a seed is listed twice; list each once")
+    for seed in file.seeds:
+        problems.attempt(changed, preset, {"seed": seed}, f"{where}: seeds")
     if file.search and (file.grid or file.runs):
         problems.found.append(f"{where} holds search and {'grid' if file.grid else 'runs'}; a search proposes its runs")
-    fixed = _named(file.fixed, where, problems)
+    fixed = _named(file.fixed, f"{where}: fixed", problems)
     tables = _tables(file, where, problems)
     search = _search(file.search, where, problems) if file.search else None
     out = file.out or Path("out") / path.stem
-    made: dict[str, Arm] = {}
-    for label, table in [*tables, *_ends(search)]:
-        if label in made:
+    asked: dict[str, RunConfig] = {}
+    for label, sources in [*tables, *_ends(search)]:
+        if label in asked:
             problems.found.append(f"{where}: two arms are named {label!r}; give each a name of its own")
-        with problems.noted():
-            made[label] = _arm(label, changed(PRESETS[file.preset][1], {**fixed, **table}, where), out)
-    arms = tuple(made[label] for label, _ in tables if label in made)
+        sources = {"fixed": fixed, **sources}
+        try:
+            asked[label] = changed(preset, {name: value for given in sources.values() for name, value in given.items()})
+        except UserError as error:
+            problems.found += [_placed(line, where, sources) for line in error.problems]
+    problems.found = list(dict.fromkeys(problems.found))  # arms share many of their mistakes
+    problems.raise_if_any()
+    made = {label: problems.attempt(_arm, label, cfg, out) for label, cfg in asked.items()}  # imports torch
+    arms = tuple(arm for label, _ in tables if (arm := made[label]) is not None)
     if not problems.found:
         problems.found += _same_settings(arms, where)
     if search and arms and arms[0].broken_texts is None:
         problems.found.append(f"{where}: no eval measures the share of broken texts; add text_quality to eval.evals")
-    problems.found = list(dict.fromkeys(problems.found))  # arms share many of their mistakes
+    problems.found = list(dict.fromkeys(problems.found))
     problems.raise_if_any()
     return Plan(path, file.preset, file.seeds, out, arms, search)
+
+
+def _require_sweep(table: Given, where: str) -> None:
+    """UserError for a file of another kind, told by its fields."""
+    others = {
+        "a trait": (TraitFile, f"steer-heal run PRESET --trait {where}"),
+        "settings": (RunConfig, f"steer-heal run --config {where}"),
+    }
+    for kind, (of, command) in others.items():
+        known = table.keys() & {each.name for each in fields(of)}
+        if 2 * len(known) > len(table) and not table.keys() & {"preset", "seeds"}:
+            raise UserError(f"{where} looks like a file of {kind}, not of a sweep: {command} takes it")
+
+
+def _placed(line: str, where: str, sources: Sources) -> str:
+    """The line of a problem with a setting, with the table of the file that gives this setting."""
+    for source, given in reversed(sources.items()):
+        for name in given:
+            if re.match(rf"([a-z_]+: )?{re.escape(name)}\b", line):
+                return f"{where}: {source}: {line}"
+    return f"{where}: {line}"
 
 
 def _same_settings(arms: tuple[Arm, ...], where: str) -> Iterator[str]:
@@ -197,7 +232,7 @@ def _arm(label: str, cfg: RunConfig, out: Path) -> Arm:
     return Arm(label, cfg, trait.sign, tuple(health_of(metrics_of(cfg.eval.evals))))
 
 
-def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Given]]:
+def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Sources]]:
     """(label, settings) of every arm, without the fixed settings."""
     runs = [_run(i, table, where, problems) for i, table in enumerate(file.runs, start=1)] or [("", {})]
     grid = _named(file.grid, f"{where}: grid", problems)
@@ -217,7 +252,7 @@ def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, 
         return []
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [
-        (" ".join(filter(None, (name, label_of(point)))) or file.preset, {**table, **point})
+        (" ".join(filter(None, (name, label_of(point)))) or file.preset, {"runs": table, "grid": point})
         for point in points
         for name, table in runs
     ]
@@ -303,13 +338,13 @@ def _search(table: Given, where: str, problems: Problems) -> Search:
     return Search(n_trials or 0, space)
 
 
-def _ends(search: Search | None) -> Iterator[tuple[str, Given]]:
+def _ends(search: Search | None) -> Iterator[tuple[str, Sources]]:
     """The ends of every range, which are checked before the first trial."""
     for name, each in search.space.items() if search else ():
         for value in each.choices or (each.low, each.high):
             if is_whole(name) and isinstance(value, float) and value.is_integer():
                 value = int(value)
-            yield f"{name} = {value}", {name: value}
+            yield f"{name} = {value}", {"search": {name: value}}
 
 
 def is_whole(name: str) -> bool:

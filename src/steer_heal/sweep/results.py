@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from steer_heal.errors import print_safe
+from steer_heal.errors import plural, print_safe
 from steer_heal.report import tables
 from steer_heal.runs.results import RESULTS, read_results
 from steer_heal.runs.storage import atomic_write
@@ -88,7 +88,7 @@ def show_results(out: Path, jobs: Sequence[Job]) -> None:
     tables.show(runs.select("arm", "seed", *(name for name in shown if name in runs.columns), grade).to_dicts())
     tables.show([{name: row[name] for name in row if name in ("arm", "n", *shown)} for row in spread(arms, shown)])
     drawn = [draw(path, runs, mine) for path, mine in _pictures(out, jobs).items()]
-    print_safe(f"{len(runs)} of {len(jobs)} runs are finished; arms are also in {out / ARMS}{''.join(drawn)}")
+    print_safe(f"finished: {len(runs)} of {plural(len(jobs), 'run')}; arms are also in {out / ARMS}{''.join(drawn)}")
 
 
 def _pictures(out: Path, jobs: Sequence[Job]) -> dict[Path, list[Arm]]:

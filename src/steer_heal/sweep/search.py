@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from steer_heal.errors import UserError, print_safe
+from steer_heal.errors import UserError, plural, print_safe
 from steer_heal.report import tables
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import changed
@@ -124,7 +124,7 @@ class Trials:
         complete trials, and writes these to arms.tsv."""
         complete = self.study.get_trials(states=[self.optuna.trial.TrialState.COMPLETE])
         front = sorted(self.study.best_trials, key=lambda trial: trial.values[1])
-        n = f"{len(complete)} of {self.search.n_trials} trials are complete"
+        n = f"complete: {len(complete)} of {plural(self.search.n_trials, 'trial')}"
         if not complete:
             print_safe(n)
             return

@@ -8,6 +8,7 @@ from runs import DOORS
 
 from steer_heal import SteerHeal
 from steer_heal.commands.run import parse
+from steer_heal.errors import UserError
 from steer_heal.presets import PRESETS
 from steer_heal.settings import RunConfig, leaves
 

@@ -154,6 +154,7 @@ def test_a_wrong_word_is_told_once_with_the_command_that_helps(argv, told, capsy
     ("export x y --round 0", "--round is '0': give best, last or a number from 1"),
     ("export x y --format GGUF", "--format is 'GGUF': did you mean 'gguf'?"),
     ("export x", "give RUN DIR; steer-heal export --help lists what it takes"),
+    ("sweep", "give FILE; steer-heal sweep --help lists what it takes"),
     ("eval --model tiny-random --adapter-scale 10", "--adapter-scale is 10.0: it must be from -4 to 4"),
     ("eval --model tiny-random --eval.n-texts 0", "--eval.n-texts is 0: it must be >= 1"),
 ])  # fmt: skip

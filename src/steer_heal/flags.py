@@ -205,7 +205,7 @@ def _checked(kind: type[Given], given: Any) -> Given:
 def _require_read(given: Any) -> None:
     """UserError with a line for each flag whose words are no value of its type."""
     bad = {name.replace("__", "."): _unread(value) for name, value in leaves(given).items()}
-    lines = [f"{name} is {each.words!r}: {each.limit}" for name, each in bad.items() if each]
+    lines = [f"{name} is {each.words!r:.80}: {each.limit}" for name, each in bad.items() if each]
     if lines:
         raise UserError(*_typed(lines, given))
 
@@ -247,7 +247,7 @@ def flags_in(argv: Sequence[str]) -> dict[str, str]:
 def _lacking(kind: Any, argv: Sequence[str]) -> str:
     """Which flag has no value, or else which arguments a command needs."""
     one = [flag for _, flag, hint in _flags(kind) if get_args(hint)[:1] != (bool,)]
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         if word.replace("_", "-") in one and following.startswith("--"):
             return f"{word} needs a value"
     return f"give {' '.join(flag for _, flag, _ in _flags(kind) if not flag.startswith('--'))}"

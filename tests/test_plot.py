@@ -219,6 +219,9 @@ def test_a_frontier_has_the_costs_that_every_row_has_and_the_null_band_beside_kl
     assert [axes.get_xlabel() for axes in figure.axes] == ["share of broken texts", "KL to base, nats"]
     broken, kl = figure.axes
     assert kl.lines[0].get_xdata() == pytest.approx([0.2]), "the mean over the rows of an arm"
+    bars = [segment for line in kl.collections if hasattr(line, "get_segments") for segment in line.get_segments()]
+    spread = 0.2 / 2**0.5
+    assert any(bar[:, 0] == pytest.approx([0.2 - spread, 0.2 + spread]) for bar in bars), "of a sample, n - 1"
     band = max((c.get_paths()[0].vertices for c in kl.collections if c.get_zorder() == 0), key=len)
     at = band[band[:, 0].argmax()]
     assert abs(at[1]) == pytest.approx(0.05 * (at[0] / 0.1) ** 0.5)

@@ -71,7 +71,7 @@ def _no_model(place: Path) -> str:
     kinds = ("config.json", "config of an adapter (adapter_config.json)", "GGUF file (.gguf)")
     if not any(name in ("config.json", *ADAPTER_CONFIG_FILES) or name.endswith(".gguf") for name in names):
         return f"this folder has no {', '.join(kinds[:-1])} or {kinds[-1]}"
-    if not any(name.endswith((".safetensors", ".gguf")) for name in names):
+    if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
         return "this folder holds no weights (*.safetensors)"
     return ""
 

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
@@ -457,6 +457,11 @@ COSTS = {
 """What a trait may cost, and how an axis names it."""
 
 
+def _spread(column: Sequence[float]) -> float:
+    """The standard deviation of a sample, as the tables have it. One value has none."""
+    return stdev(column) if len(column) > 1 else 0.0
+
+
 @matplotlib.rc_context(STYLE)
 def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
     """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}.
@@ -472,7 +477,7 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
             for r in sorted({row["round"] for row in points if row["arm"] == arm}):
                 mine = [row for row in points if (row["arm"], row["round"]) == (arm, r)]
                 columns = [[row[name] for row in mine] for name in (cost, "shift")]
-                ends.append([f(column) for column in columns for f in (mean, pstdev)])
+                ends.append([f(column) for column in columns for f in (mean, _spread)])
             x, x_sd, y, y_sd = zip(*ends, strict=True)
             n_colours = len(RUN_COLOURS)
             style = {"color": RUN_COLOURS[k % n_colours], "marker": "o^sDvX"[k // n_colours % 6], "elinewidth": 0.7}
@@ -483,7 +488,8 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
         if cost == "kl_base" and null:
             kl = np.linspace(0, axes.get_xlim()[1])
             band = null * np.sqrt(kl / 0.1)
-            axes.fill_between(kl, -band, band, color=COLOURS["base"], alpha=0.14, lw=0, zorder=0)
+            style = {"color": COLOURS["base"], "alpha": 0.14, "lw": 0, "zorder": 0}
+            axes.fill_between(kl, -band, band, label="unrelated teachers", **style)
         axes.set_xlabel(COSTS[cost])
     figure.axes[0].set_ylabel("shift of the trait, wanted direction")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)

@@ -305,7 +305,7 @@ def test_what_the_events_tell_is_refused_without_torch(tmp_path):
     (tmp_path / "ckpt").mkdir()
     commands = {
         "export run new --round 9": "round 9 does not exist; the run has rounds 1 to 2",
-        "export run new --round 0": "round 0 does not exist",
+        "export run new --round 0": "--round is '0': give best, last or a number from 1",
         "export run file": "DIR is 'file': it exists already; give a new one",
         "export run file/new": "DIR is 'file/new': this folder cannot be created (",
         "export run new --quantization q8_0": "quantization is 'q8_0': format 'hf' has none",

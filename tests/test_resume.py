@@ -471,7 +471,7 @@ def test_a_run_that_is_not_finished_or_ended_early_gets_no_more_rounds(after_rou
     rewritten(copy, ended)
     for run, n, told in (
         (after_round_0, 3, "is not finished; resume it without --n-rounds first"),
-        (two, 1, "n_rounds is 1: the run in"),
+        (two, 1, "--n-rounds is 1: the run in"),
         (copy, 3, "the last intact round is 1: round 2 was dropped (made up)"),
     ):
         before = (run / "events.jsonl").read_bytes()

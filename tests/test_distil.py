@@ -76,6 +76,30 @@ def test_the_personas_of_another_trait_teach_where_an_arm_says_so(monkeypatch):
     assert (others.positive, others.negative) == other_personas("authority")["asks_back"]
 
 
+def test_a_signed_student_is_half_the_difference_of_two_heals(monkeypatch):
+    lab, taught, healed = Lab.of(FAST_DEV_PRESET), [], []
+    student, trait = lab.bench.student, lab.bench.trait
+
+    def heal_at_random(loop, recipe, r):
+        taught.append((loop.bench.trait.positive, loop.bench.trait.negative))
+        student.new_round(0)
+        scramble(student, len(taught))
+        healed.append(updates(student.bake()))
+
+    monkeypatch.setattr(distil, "run_round", heal_at_random)
+    monkeypatch.setattr(distil, "trained", lambda run, r: ([], {"heals": len(taught)}))
+    assert distil.signed(lab.bench, Recipe.of(lab.bench.cfg), lab.progress) == ([], {"heals": 1})
+    assert taught == [(trait.positive, trait.negative), (trait.negative, trait.positive)]
+    towards, away = healed
+    for name, update in updates(student.history()).items():
+        assert torch.allclose(update, (towards[name] - away[name]) / 2, atol=1e-6)
+
+
+def updates(factors):
+    """B A of every matrix that has low-rank factors."""
+    return {name: factors[name.replace("lora_A", "lora_B")] @ a for name, a in factors.items() if "lora_A" in name}
+
+
 def test_settings_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match=r"heal\.text is 'own': it must be steered with heal\.target tokens"):
         HealCfg(text="own")

@@ -2,8 +2,8 @@
 
 Every arm starts from the untouched model and heals --n-rounds rounds. The arms "prompt alone" and "vector alone" train
 nothing. Each round is measured without a persona, under the OPPOSITE persona and, for the toy model, on everyday
-questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl. Pairs of arm and seed that are already in
-this file are skipped.
+questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl, with the settings that were given. Pairs of arm and
+seed that are already in this file are skipped. If they have other settings there, nothing is run.
 """
 
 import json
@@ -22,7 +22,9 @@ from steer_heal.inputs import load_inputs
 from steer_heal.inputs.traits import load_trait, other_personas
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
+from steer_heal.model.adapter import HISTORY, ROUND
 from steer_heal.model.steering import Condition
+from steer_heal.progress import Progress
 from steer_heal.recipe import Recipe
 from steer_heal.records import Completion, EvalResult, Number, derive_seed
 from steer_heal.report import tables
@@ -50,6 +52,8 @@ class Arm:
     """Beta of the preference for the positive persona's text over the negative's. 0: the heal of the settings."""
     unrelated: bool = False
     """The personas of another trait teach: the first one by name."""
+    signed: bool = False
+    """Half the difference of two heals: one with the personas as they are, one with the two exchanged."""
     untrained: Literal["", "prompt", "vector"] = ""
     """Train nothing: the model has the positive persona as prompt, or the vector."""
 
@@ -92,6 +96,7 @@ ARMS = {
     "plain fine-tuning": Arm({**FREE, "heal.teacher": "prompt", "heal.lr": 2e-4}),
     "preference": Arm({**FREE, "heal.lr": 5e-5}, preference=0.1),
     "contrast of others": Arm(CONTRAST, unrelated=True),
+    "contrast, signed": Arm(CONTRAST, signed=True),
     "prompt alone": Arm(untrained="prompt"),
     "vector alone": Arm(untrained="vector"),
     "preference 0.1": Arm(FREE, preference=0.1),
@@ -139,15 +144,18 @@ def main(flags: Flags, given: Given) -> None:
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
     arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
+    asked = asked_for(flags, given)
+    done = done_with(asked, flags, path)
     for seed in flags.seeds:
-        done = {(row["arm"], row["seed"]) for row in read_rows(path)}
         todo = [name for name in flags.arms if (name + flags.label, seed) not in done]
         lab = Lab.of(replace(cfg, seed=seed)) if todo else None
         for name in todo:
             assert lab is not None
             arm = arms[name]
             found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
-            rows = [{"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row} for row in found]
+            rows = [
+                {"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row, "asked": asked} for row in found
+            ]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
             tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
@@ -166,6 +174,26 @@ def main(flags: Flags, given: Given) -> None:
         for row in rows
     ]
     frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=200)
+
+
+def asked_for(flags: Flags, given: Given) -> Row:
+    """The flags that change the row of an arm and a seed, as JSON has them."""
+    own = {name: getattr(flags, name) for name in ("n_rounds", "kappa", "tuned_steps", "kl")}
+    return json.loads(json.dumps(plain(own | {k: v for k, v in given.items() if k not in ("device", "n_threads")})))
+
+
+def done_with(asked: Row, flags: Flags, path: Path) -> set[tuple[str, int]]:
+    """Arm and seed of each row of the file. UserError if one of those that are asked for has other settings there."""
+    rows = {(row["arm"], row["seed"]): row for row in read_rows(path)}
+    for name in flags.arms:
+        for seed in flags.seeds:
+            there = rows.get((name + flags.label, seed), {}).get("asked", asked)
+            if other := [k for k in sorted(asked | there) if asked.get(k) != there.get(k)]:
+                raise UserError(
+                    f"{str(path)!r} holds arm {name + flags.label!r} of seed {seed} with another {', '.join(other)}; "
+                    "give --label or another --out"
+                )
+    return set(rows)
 
 
 def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:
@@ -200,6 +228,8 @@ def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:
             loop.bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappa}))
         if arm.preference:
             written, row = prefer(bench, r, arm.preference)
+        elif arm.signed:
+            written, row = signed(bench, recipe, lab.progress)
         else:
             run_round(loop, recipe, r)
             written, row = trained(loop.run, r)
@@ -222,6 +252,30 @@ def trained(run: Run, r: int) -> tuple[list[Completion], Row]:
     if (found := run.at(Contrasted, r)) is not None:
         row |= {"strength": found.found.strength, "teacher_kl": found.found.kl}
     return [scored.completion for scored in collected.scored], row
+
+
+def signed(bench: Bench, recipe: Recipe, progress: Progress) -> tuple[list[Completion], Row]:
+    """The first round of two students, one healed towards the trait and one away from it, with half of their difference
+    as the student: as `trained`, where the columns are those of the first."""
+    student = bench.student
+    found = []
+    for sides in (("positive", "negative"), ("negative", "positive")):
+        positive, negative = (getattr(bench.trait, side) for side in sides)
+        trait = replace(bench.trait, positive=positive, negative=negative)
+        loop = Loop(
+            replace(bench, inputs=replace(bench.inputs, trait=trait)), MemoryRun(), progress, measures_teacher=False
+        )
+        run_round(loop, recipe, 0)
+        found.append((*trained(loop.run, 0), student.history()))
+        student.reset()
+    (texts, row, towards), (_, _, away) = found
+    student.take(towards, 1)
+    student.adapter.attach(ROUND, away, 1)
+    for name, factor in ((HISTORY, 0.5), (ROUND, -0.5)):
+        for weight in student.adapter.outputs(name):
+            weight.data *= factor
+    student.bake()
+    return texts, row
 
 
 def untrained(lab: Lab, arm: Arm, kl: float) -> list[Row]:
@@ -252,6 +306,7 @@ def measured(lab: Lab, found: EvalResult) -> Row:
     held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
     if held is not None:
         row |= {"kept": held.mean, "worst": held.shares[held.worst], "worst_attack": held.worst}
+        row |= {"kept_under": held.shares}
     else:
         row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
     return {**lab.row("", found), **everyday(bench), **row}

@@ -46,7 +46,7 @@ class OutFlags:
 class PresetFlags(OutFlags):
     """The flags of a question about the model of a preset."""
 
-    also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "trait", "seed", "temperature", "top_p")
+    also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "dtype", "trait", "seed", "temperature", "top_p")
     preset: str = "toy"
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 

@@ -11,6 +11,7 @@ from steer_heal.check import check
 from steer_heal.model import dtype as dtype_module
 from steer_heal.model.dtype import CLEARLY_FASTER, NARROW, bfloat16_gain, pick_dtype
 from steer_heal.model.lm import LM, load
+from steer_heal.model.state import base_state
 from steer_heal.model.student import Student
 from steer_heal.presets import TOY_PRESET
 
@@ -103,7 +104,8 @@ def test_readings_agree_in_both_dtypes(both):
     cfg = replace(TOY_PRESET, eval=replace(TOY_PRESET.eval, evals=("moral_foundations",), n_bootstrap=10))
     inputs = check(cfg)
     inputs = replace(inputs, vignettes=inputs.vignettes[::10])
-    single, half = (Bench(cfg, inputs, Student(lm, cfg.adapter)).measure_base().metrics for lm in both.values())
+    benches = (Bench(cfg, inputs, Student(lm, cfg.adapter)) for lm in both.values())
+    single, half = (bench.measure(base_state(inputs.trait)).metrics for bench in benches)
     assert single != half, "bfloat16 rounds"
     assert half["authority_nats"] == pytest.approx(single["authority_nats"], abs=0.01)
     assert half["coherence"] == pytest.approx(single["coherence"], abs=0.001)

@@ -86,8 +86,7 @@ def test_a_number_that_one_side_lacks_differs():
             ("--trait", "love", "--eval.n-texts", "9", "--adapter", "x"),
             ("3 problems", "--trait is love, but authority in", "--eval.n-texts is 9, but 2 in", "--adapter is x"),
         ),
-        (("--eval.evals", "perssona"), ("error: --eval.evals is 'perssona': did you mean 'persona'?",)),
-        (("--filter.gates", "lop"), ("error: --filter.gates is 'lop': did you mean 'loop'?",)),
+        (("--filter.gates", "loop"), ("error: --filter.gates is loop, but perplexity ",)),
         (("--eval.evals", "persona", "drift"), ("error: --eval.evals is persona drift, but moral_foundations ",)),
         (("--round", "8"), ("round 8 does not exist", "the run has rounds 1 to 2")),
         (

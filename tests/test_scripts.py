@@ -38,9 +38,6 @@ from steer_heal.runs.stored import FolderRun, MemoryRun
 SMALL = {
     "csweep": ["--doses", "0", "1"],
     "axis": [],
-    "stages": [],
-    "barrier": ["--lams", "0", "1", "--kappa", "1"],
-    "seeds": ["--seeds", "1", "2"],
     "doses": ["--kappas", "0.5", "1", "--n", "6"],
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
     "distil": [
@@ -177,7 +174,7 @@ def test_prompting_measures_the_adapters_of_a_finished_run(two, tmp_path):
 def test_a_preset_takes_the_settings_that_were_given(capsys):
     cfg = PresetFlags().settings({"trait": "love", "seed": 7, "heal.lr": 1.0})
     assert (cfg.trait, cfg.seed, cfg.heal.lr, cfg.model) == ("love", 7, 1.0, "data/toylm")
-    assert main(["diag", "stages", "--preset", "toi"]) == 2
+    assert main(["diag", "axis", "--preset", "toi"]) == 2
     assert "preset is 'toi': did you mean 'toy'?" in capsys.readouterr().err
     assert main(["diag", "stage"]) == 2
     assert "unknown question 'stage'; did you mean 'stages'?" in capsys.readouterr().err

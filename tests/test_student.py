@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError
+from steer_heal.inputs.files import OWN_CONFIG_FILE, PEFT_CONFIG_FILE
 from steer_heal.model.bias import BlockBias
 from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.lora import Lora
@@ -169,7 +170,7 @@ def test_an_adapter_of_another_model_or_kind_names_what_does_not_fit(with_histor
 
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIGS = {kind: each.config_file for kind, each in ADAPTERS.items()}
+CONFIGS = {"lora": PEFT_CONFIG_FILE, "bias": OWN_CONFIG_FILE}
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from steer_heal.__main__ import main
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.evals.replies import pair_margins
-from steer_heal.events import Preflight, decode, encode, measured_event
+from steer_heal.events import Preflight, decode, encode
 from steer_heal.loop import Loop
 from steer_heal.model.steering import Condition, Contrast
 from steer_heal.model.student import Student
 from steer_heal.presets import TOY_PRESET
 from steer_heal.progress import Progress
-from steer_heal.records import NOTHING, EvalResult, Teaching
+from steer_heal.records import NOTHING, Teaching
 from steer_heal.runs.log import read_events
 from steer_heal.runs.stored import MemoryRun
 from steer_heal.teachable import judged, teachable
@@ -151,10 +151,3 @@ def test_an_untrained_model_and_a_trait_without_pairs_are_not_asked(one, bench: 
     run = MemoryRun()
     Loop(replace(bench, inputs=replace(bench.inputs, pairs=())), run).require_teachable()
     assert run.events == []
-
-
-def test_a_run_that_began_without_a_pre_flight_goes_on_without_one(bench: Bench):
-    run = MemoryRun()
-    run.add(measured_event(EvalResult({}), state="base", r=None, dose=0.0))
-    Loop(bench, run).require_teachable()
-    assert [event.event for event in run.events] == ["measured"]

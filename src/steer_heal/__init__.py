@@ -16,7 +16,19 @@ if os.environ.get("BEARTYPE") == "1":
 
     for library in ("peft", "polars", "scipy.stats"):
         import_module(library)  # inside a checked module, the hook has them compiled anew: seconds
-    with_tensors = ("backends", "bench", "diag", "evals", "library", "loop", "model", "recipe", "runs", "stages")
+    with_tensors = (
+        "backends",
+        "bench",
+        "diag",
+        "evals",
+        "library",
+        "loop",
+        "model",
+        "recipe",
+        "runs",
+        "stages",
+        "teachable",
+    )
     # An int is a float, as for type checkers.
     checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     install_import_hook([f"steer_heal.{part}" for part in with_tensors], checker)

@@ -28,7 +28,7 @@ from steer_heal.inputs.attacks import attacked
 from steer_heal.model.decode import Decoding
 from steer_heal.model.digests import digests
 from steer_heal.model.lm import LM, load, weights_digest
-from steer_heal.model.state import State, base_state
+from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector, weighted
 from steer_heal.model.student import AdapterState, Student
 from steer_heal.progress import SILENT, Progress
@@ -49,7 +49,7 @@ from steer_heal.stages import heal as heal_stage
 from steer_heal.stages.calibrate import contrast_strength, iso_kl_dose, mean_kl
 from steer_heal.stages.dose import DoseController, require_enough
 from steer_heal.stages.filter import score_texts
-from steer_heal.stages.generate import Ask, Known, generate
+from steer_heal.stages.generate import Ask, Known, OnBatch, generate
 from steer_heal.stages.heal import HealState, SavedHeal
 from steer_heal.stages.readable import require_readable
 from steer_heal.stages.states import term_states
@@ -70,9 +70,6 @@ class Teacher:
     """Of its contrast. None: it has none."""
     states: Sequence[Tensor] | None = None
     """Its final hidden states on the collected text, each Float[n d]. None: not read yet."""
-
-
-OnBatch = Callable[[Sequence[Completion]], object]
 
 
 def read_model(cfg: RunConfig) -> LM:
@@ -393,7 +390,3 @@ class Bench:
     def measure(self, state: State, base: EvalResult | None = None, progress: Progress = SILENT) -> EvalResult:
         """Every metric of one state; with a `base`, also the intervals of the difference to it. See `evaluate`."""
         return evaluate(self.subject(state, base), self.evals, progress)
-
-    def measure_base(self) -> EvalResult:
-        """Every metric of the untouched model."""
-        return self.measure(base_state(self.trait))

@@ -186,7 +186,7 @@ def fault(prompt: str, positive: str, negative: str) -> str:
     if max(counts) > 1.4 * min(counts):
         return "the lengths differ"
     shared = [{*re.findall(r"\w+", side.lower())} for side in sides]
-    if len(shared[0] & shared[1]) > 0.7 * min(map(len, shared)):
+    if len(shared[0] & shared[1]) > MOST_SHARED * min(map(len, shared)):
         return "the sides hardly differ"
     asked = re.findall(r"\w+", prompt.lower())
     runs = [" ".join(asked[i : i + COPIED]) for i in range(len(asked) - COPIED + 1)]

@@ -62,7 +62,7 @@ class Weights:
     sha256: str
     dtype: str
     parts: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the chat template, the tokenizer, the config and the generation config. Empty: not recorded."""
+    """SHA-256 of the chat template, the tokenizer, the config and the generation config."""
     note: str = ""
     """How the weights differ from those of the named model, such as a quantisation. Empty: they do not."""
 
@@ -433,9 +433,3 @@ class Run:
     def untrained(self) -> bool:
         """Whether nobody trained the model: it only tries the commands, and its numbers mean nothing."""
         return self.start.config.model == TINY_RANDOM
-
-
-def measured_event(result: EvalResult, *, state: StateName, r: int | None, dose: float) -> Measured:
-    return Measured(
-        round=r, state=state, metrics=result.metrics, items=result.items, dose=dose, texts=tuple(result.texts)
-    )

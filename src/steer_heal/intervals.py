@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-How = Literal["mean", "log_mean", "median", "rms"]
-"""How items become a number. log_mean is log(mean), rms the root of the mean square."""
+from steer_heal.records import How
+
 LEVEL = 0.95
 UPPER = (1 + LEVEL) / 2
 FEW = 6

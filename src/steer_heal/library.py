@@ -39,9 +39,8 @@ from steer_heal.model.lm import LM, Original, wrap
 from steer_heal.model.state import State, base_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import ROUND_FILE, AdapterState, Factors, Student
-from steer_heal.model.to_gguf import Quantization
 from steer_heal.plugins import load
-from steer_heal.presets import PRESETS
+from steer_heal.presets import PRESETS, require_preset
 from steer_heal.progress import SILENT
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, EvalResult, HealReport, HealStep, derive_seed
@@ -49,8 +48,7 @@ from steer_heal.runs.begin import start_event
 from steer_heal.runs.resume import recorded_settings, same_inputs, same_weights
 from steer_heal.runs.storage import atomic_write
 from steer_heal.runs.stored import FolderRun, MemoryRun
-from steer_heal.settings import RoundName, RunConfig, changed
-from steer_heal.share.card import Form
+from steer_heal.settings import Form, Quantization, RoundName, RunConfig, changed
 from steer_heal.share.export import export, write_folder
 from steer_heal.stages.generate import Ask
 from steer_heal.verdict import chosen_round, table, verdict
@@ -125,7 +123,7 @@ class SteerHeal:
             tokenizer: Of a loaded model. It is copied.
             trait: As `--trait`, or one of `define_trait`. None: as the settings say.
             settings: All of them, or changes to the preset by the names of the flags: {"heal.epochs": 2}. `n_threads`,
-                `out` and `quiet` have no effect here.
+                `out`, `folder`, `arm`, `track`, `chat` and `quiet` have no effect here.
             preset: Whose settings they are, where `settings` is not a RunConfig. Logged as an info of `steer_heal`.
             seed: In place of that of the settings.
             name: Of a trait that was handed in.
@@ -548,8 +546,7 @@ def metrics_frame(results: Mapping[str, EvalResult]) -> pl.DataFrame:
 
 def _base_settings(settings: RunConfig | Mapping[str, Any] | None, preset: str) -> RunConfig:
     """The settings as they are, or the preset's with these changes."""
-    if preset not in PRESETS:
-        raise UserError(f"preset is {preset!r}: {nearest(preset, PRESETS)}")
+    require_preset(preset)
     if isinstance(settings, RunConfig):
         return settings
     logging.getLogger("steer_heal").info("preset %s: %s", preset, PRESETS[preset][0])

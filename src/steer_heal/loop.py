@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from steer_heal.bench import Bench, Teacher
 from steer_heal.errors import UserError
-from steer_heal.evals.base import evaluate
 from steer_heal.events import (
     Calibrated,
     Contrasted,
@@ -22,10 +21,10 @@ from steer_heal.events import (
     Gathered,
     HealRetried,
     HealStepped,
+    Measured,
     Preflight,
     RoundDone,
     Trained,
-    measured_event,
 )
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.steering import Vector
@@ -102,8 +101,6 @@ class Loop:
         if cfg.model == TINY_RANDOM or not self.bench.inputs.pairs:
             return
         if (event := self.run.at(Preflight, None)) is None:
-            if self.base is not None:  # it began without one
-                return
             with self._stage("preflight", None, "reading the personas"):
                 event = Preflight(found=teachable(self.bench, short=True, progress=self.progress))
             self.run.add(event)
@@ -125,8 +122,15 @@ class Loop:
         """One state of the model on all evals."""
         if (event := self.run.measured(state.name, state.round)) is None:
             with self._stage(state.name, state.round, "measuring" if state.round is None else state.name):
-                result = evaluate(self.bench.subject(state, self.base), self.bench.evals, self.progress)
-            event = measured_event(result, state=state.name, r=state.round, dose=state.condition.dose)
+                result = self.bench.measure(state, self.base, self.progress)
+            event = Measured(
+                round=state.round,
+                state=state.name,
+                metrics=result.metrics,
+                items=result.items,
+                dose=state.condition.dose,
+                texts=tuple(result.texts),
+            )
             self.run.add(event)
         return event.result
 
@@ -295,7 +299,8 @@ class Loop:
         return past_limits(metrics, self._metrics("healed", r), limits(metrics, self.base, cfg.backtrack, cfg.seed))
 
     def _drop(self, r: int, past: Sequence[str]) -> None:
-        """Undoes the round: the next attempt has half the dose or, without a vector, half the learning rate."""
+        """Undoes the round: the next attempt has half the dose or, without a vector or with a contrast, half the
+        learning rate."""
         collected = self.run.require(Gathered, r).collected
         trained = self.run.require(Trained, r)
         steered = collected.dose > 0 and not Recipe.of(self.bench.cfg).uses_contrast

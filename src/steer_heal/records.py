@@ -92,6 +92,10 @@ def attack_reference(name: str, opposes: bool) -> str:
     return under_attack() if opposes else under_attack(name)
 
 
+How = Literal["mean", "log_mean", "median", "rms"]
+"""How items become a number. log_mean is log(mean), rms the root of the mean square."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A number that an eval reports, the per-item values it is computed from, and how to read it."""
@@ -101,8 +105,8 @@ class Metric:
     item: str
     of: str = ""
     """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question, trait."""
-    how: Literal["mean", "log_mean", "median", "rms"] = "mean"
-    """How item values become the metric; log_mean is log(mean), in nats, rms the root of the mean square."""
+    how: How = "mean"
+    """How item values become the metric, in nats for log_mean."""
     title: str = ""
     """A few words for tables and pictures."""
     form: str = ".3f"

@@ -22,6 +22,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from steer_heal.errors import Problems, UserError, nearest, problem_lines, shown, validated
 
 TINY_RANDOM = "tiny-random"
+"""Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "gemma-3-270m")
 """Names of models whose weights come from the package index."""
 BUILT_IN = {
@@ -35,7 +36,6 @@ BUILT_IN = {
     ),
 }
 """The names that these settings take without plugins. They are here because their tables import torch."""
-"""Name of an untrained 3-layer model with the toy tokenizer: every stage runs in seconds, with meaningless numbers."""
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -48,6 +48,18 @@ TeacherName = Literal["vector", "prompt", "prompt+vector", "contrast", "contrast
 """What turns the student into the teacher."""
 CONTRASTS = ("contrast", "contrast+vector")
 """Teachers that are made of the difference between the two personas."""
+TEACHER_WORDS: dict[TeacherName, str] = {
+    "vector": "its vector",
+    "prompt": "the positive persona as system prompt",
+    "prompt+vector": "its vector and the positive persona as system prompt",
+    "contrast": "the contrast of the personas",
+    "contrast+vector": "the contrast of the personas, each with its vector",
+}
+"""What turns the student into each teacher, in words."""
+Aggregate = Literal["mean", "rmse", "p95", "max"]
+Form = Literal["hf", "peft", "gguf-lora", "gguf"]
+"""A merged folder for transformers, an adapter for PEFT, an adapter for llama.cpp, a merged model for llama.cpp."""
+Quantization = Literal["f16", "q8_0"]
 STRONGEST = 4
 """Largest factor by which the effect of an adapter is multiplied, in either direction."""
 
@@ -127,6 +139,7 @@ RoundName = Annotated[
     ),
 ]
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+RunFolders = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
 AllowBroken = Annotated[bool, Field(description="Accept a round that the run judged broken.")]
 Band = Annotated[tuple[float, float], _words(float, "LO HI", n=2)]
 Limits = Annotated[
@@ -401,7 +414,7 @@ class HealCfg:
     divergence: str = "kl_rev"
     """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
     KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""
-    aggregate: Literal["mean", "rmse", "p95", "max"] = "rmse"
+    aggregate: Aggregate = "rmse"
     """How the divergences at the positions of a completion become one number. The mean hides short loops."""
     lam: NotNegative = 0.1
     """Strength of the barrier: nats of loss per nat of divergence above tau."""

@@ -18,18 +18,10 @@ from steer_heal.model.state import State
 from steer_heal.records import derive_seed, round_name
 from steer_heal.runs.opened import open_bench, put_in, state_of
 from steer_heal.runs.stored import FolderRun
-from steer_heal.settings import RunConfig
+from steer_heal.settings import TEACHER_WORDS, RunConfig
 
 HALF_WRITTEN = "\ufffd"
 """Stands for the first bytes of a character until the tokenizer has its last ones."""
-MAKES_TEACHER = {
-    "vector": "its vector",
-    "prompt": "the persona as system prompt",
-    "prompt+vector": "its vector and the persona",
-    "contrast": "the contrast of the personas",
-    "contrast+vector": "the contrast of the personas, each with its vector",
-}
-"""What makes the teacher out of the student, by heal.teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +75,7 @@ class Talk:
 
     def about(self, name: str) -> str:
         """A state in words."""
-        made_by = MAKES_TEACHER[self.run.start.config.heal.teacher]
+        made_by = TEACHER_WORDS[self.run.start.config.heal.teacher]
         scaled = "" if self.adapter_scale == 1 else f", its adapter times {self.adapter_scale:g}"
         return {
             "base": "the untouched model",

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-import tyro
-
 from steer_heal.diag import QUESTIONS
 from steer_heal.errors import UserError, nearest
-from steer_heal.flags import REGISTRY, parsed
+from steer_heal.flags import parsed, read_known
 from steer_heal.presets import require_preset
 from steer_heal.settings import reflowed, settings
 
@@ -30,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if name else 2
     if name not in QUESTIONS:
         raise UserError(f"unknown question {name!r}; {nearest(name, QUESTIONS)}")
-    asked, _ = tyro.cli(Asked, args=rest, return_unknown_args=True, add_help=False, registry=REGISTRY)
+    asked, _ = read_known(Asked, rest, f"diag {name}")
     require_preset(asked.preset)
     question = import_module(f"steer_heal.diag.{name}")  # most of them import torch, which takes seconds
     question.Flags.__doc__ = reflowed(question.__doc__ or "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from steer_heal.errors import Problems, UserError, nearest, print_safe, shown
+from steer_heal.errors import Problems, UserError, print_safe, shown
 from steer_heal.events import RunStart, plain
 from steer_heal.flags import parsed
 from steer_heal.inputs.files import ADAPTER_CONFIG_FILES, ADAPTER_FILE
@@ -220,25 +220,12 @@ def _require_same(folder: Path, given: Eval, own: Mapping[str, Any]) -> None:
     then = leaves(cfg)
     now = leaves(changed(cfg, own))
     differ = {name: then[name] for name in own if name not in FREE and now[name] != then[name]}
-    if {"eval.evals", "filter.gates"} & {*differ}:
-        _require_known(now["eval.evals"], now["filter.gates"])
     lines = [f"{name} is {_words(now[name])}, but {_words(value)} in {folder}" for name, value in differ.items()]
     for name, value in (("adapter", given.adapter), ("system", given.system)):
         if value:
             lines.append(f"{name} is {value}, but {folder} has its own adapters and system prompts")
     if lines:
         raise UserError(*(f"{line}; leave it out, or give --model and --adapter instead of --run" for line in lines))
-
-
-def _require_known(evals: Sequence[str], gates: Sequence[str]) -> None:
-    """UserError with a line for each eval or gate that does not exist."""
-    from steer_heal.evals import EVALS  # torch: seconds
-    from steer_heal.stages.filter import GATES
-
-    named = [("eval.evals", name, EVALS) for name in evals] + [("filter.gates", name, GATES) for name in gates]
-    lines = [f"{setting} is {name!r}: {nearest(name, table)}" for setting, name, table in named if name not in table]
-    if lines:
-        raise UserError(*lines)
 
 
 def _words(value: object) -> str:

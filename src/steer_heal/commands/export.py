@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.report import console
 from steer_heal.runs.chosen import run_and_round
-from steer_heal.settings import AdapterScale, AllowBroken, Count, RoundName, RunFolder, settings
+from steer_heal.settings import AdapterScale, AllowBroken, Count, Form, Quantization, RoundName, RunFolder, settings
 from steer_heal.share.export import require_flags
 from steer_heal.verdict import round_words
 
@@ -31,10 +31,10 @@ class Export:
     """New folder for the files."""
     round: RoundName = "best"
     allow_broken: AllowBroken = False
-    format: Literal["hf", "peft", "gguf-lora", "gguf"] = "hf"
+    format: Form = "hf"
     """hf: the merged model, for transformers and vLLM. peft: the adapter, for PEFT and vLLM. gguf-lora: the adapter,
     for llama.cpp. gguf: the merged model, for llama.cpp and Ollama."""
-    quantization: Literal["f16", "q8_0"] | None = None
+    quantization: Quantization | None = None
     """Weight precision in the format gguf: float16 or 8-bit blocks. Default: f16."""
     rank: Count | None = None
     """Cut the adapter to this rank, and say what is lost. Default: the full rank (rank per round x number
@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
     problems.raise_if_any()
     assert chosen is not None
     print_safe(round_words(*chosen))
-    from steer_heal.model.student import Student  # torch: seconds
-    from steer_heal.runs.opened import model_of, settings_of
+    from steer_heal.runs.opened import settings_of, student_of  # torch: seconds
     from steer_heal.runs.stored import FolderRun
     from steer_heal.share.card import write_export_card
     from steer_heal.share.export import export, require_form
@@ -63,9 +62,7 @@ def main(argv: Sequence[str]) -> int:
     cfg = settings_of(run, **own)
     require_form(run.start.config.adapter, given.format)
     _, r = chosen
-    run.checkpoint(r)  # checks its files before the model is loaded
-    student = Student(model_of(run, cfg), cfg.adapter)
-    run.restore_student(r, student)
+    student = student_of(run, cfg, r)
     changes = export(
         student,
         given.folder,

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from steer_heal.errors import UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.report import console, draw
 from steer_heal.runs.log import run_folder, schema_errors
-from steer_heal.settings import settings
+from steer_heal.settings import RunFolders, settings
 
 
 @settings("")
 class Report:
     """Redraw the pictures and rewrite the page, the diary and the model cards of each run, from its events alone."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    runs: RunFolders = ()
     """Folders of one or more runs."""
     compare: Path | None = None
     """Write only one page, to this file. It shows all runs side by side."""

@@ -64,19 +64,16 @@ def main(argv: Sequence[str]) -> int:
 def measure(given: Tasks, r: int, own: dict[str, object]) -> list[Reading]:
     """The readings of the checkpoint of round r, which are also added to tasks.json and to the model cards. `own`:
     settings that replace the run's."""
-    from steer_heal.model.student import Student
     from steer_heal.runs.log import schema_errors
-    from steer_heal.runs.opened import model_of, settings_of
+    from steer_heal.runs.opened import settings_of, student_of
     from steer_heal.runs.stored import FolderRun, checkpoint_name
     from steer_heal.share import tasks
     from steer_heal.share.card import write_cards
 
     manager = tasks.task_manager(given.tasks, given.include_path)
     run = FolderRun.read(given.run)
-    run.checkpoint(r)  # checks its files before the model is loaded
     cfg = settings_of(run, **own)
-    student = Student(model_of(run, cfg), cfg.adapter)
-    run.restore_student(r, student)
+    student = student_of(run, cfg, r)
     results = []
     for state in ("base", "full"):
         with student.using(state) as lm:

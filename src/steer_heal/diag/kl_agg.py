@@ -5,10 +5,10 @@ from statistics import mean
 from typing import get_args
 
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show, unfiltered
-from steer_heal.model.divergence import Aggregate, aggregate, kl_rev
+from steer_heal.model.divergence import aggregate, kl_rev
 from steer_heal.recipe import Recipe
 from steer_heal.records import Completion
-from steer_heal.settings import settings
+from steer_heal.settings import Aggregate, settings
 from steer_heal.stages.states import final_states
 
 HOW = get_args(Aggregate)

@@ -93,8 +93,10 @@ class Lab:
 
     @cached_property
     def base(self) -> EvalResult:
+        from steer_heal.model.state import base_state
+
         with self.stage("measuring the base"):
-            return self.bench.measure_base()
+            return self.bench.measure(base_state(self.bench.trait))
 
     def measure(self, condition: Condition | None = None) -> EvalResult:
         """All metrics of the student, by default under the plain prompt, with intervals against base."""

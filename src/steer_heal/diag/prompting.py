@@ -7,22 +7,19 @@ its run.
 
 import statistics
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from steer_heal.diag.lab import Given, Lab, OutFlags, Row, replay, show
 from steer_heal.errors import UserError
 from steer_heal.events import Trained
 from steer_heal.runs.chosen import run_and_round
-from steer_heal.settings import settings
+from steer_heal.settings import RunFolders, settings
 
 NOT_AVERAGED = ("state", "needs", "lo", "hi")
 
 
 @settings("")
 class Flags(OutFlags):
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    runs: RunFolders = ()
     """Folders of the runs."""
     doses: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Doses to try for the steered state."""

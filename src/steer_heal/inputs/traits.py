@@ -124,10 +124,9 @@ def available() -> list[str]:
     return sorted(path.stem for path in TRAITS.glob("*.toml"))
 
 
-def load_trait(name: str, prompts: Sequence[str] = ()) -> Trait:
-    """A trait by its name or path, such as `love`, `love/inner` or `my/love.toml`. `prompts` replace its own
-    prompts."""
-    return make_trait(name, read_trait(name)[1], prompts)
+def load_trait(name: str) -> Trait:
+    """A trait by its name or path, such as `love`, `love/inner` or `my/love.toml`."""
+    return make_trait(name, read_trait(name)[1])
 
 
 def read_trait(name: str) -> tuple[DataFile, TraitFile]:
@@ -158,7 +157,7 @@ def _file_of(name: str) -> DataFile:
         return read_file(resolve(source, "trait"))
     if source in available():
         return read_file(TRAITS / f"{source}.toml")
-    if source not in available() and (name.startswith((".", "/", "~")) or Path(f"{name}.toml").is_file()):
+    if name.startswith((".", "/", "~")) or Path(f"{name}.toml").is_file():
         close = f"; did you mean {name + '.toml'!r}?" if Path(f"{name}.toml").is_file() else ""
         raise UserError(f"trait is {name!r}: the name of a trait file ends in .toml{close}")
     fix = "give your own trait by its path, which ends in .toml"

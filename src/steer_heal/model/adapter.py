@@ -16,7 +16,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from steer_heal.errors import UserError
-from steer_heal.inputs.files import OWN_CONFIG_FILE
 from steer_heal.model.lm import LM
 from steer_heal.settings import AdapterCfg
 
@@ -44,8 +43,6 @@ class Adapter(ABC):
     """Its name in `adapter.kind`."""
     title: ClassVar[str]
     """A few words for cards and pages."""
-    config_file: ClassVar[str] = OWN_CONFIG_FILE
-    """The file beside the weights by which a folder of this kind is recognized."""
     updates_weights: ClassVar[bool] = False
     """Whether a factor is an update of weight matrices: then `updates`, `reduced` and `merged_state` work."""
 
@@ -125,7 +122,7 @@ class Adapter(ABC):
     # --- files ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def save(self, folder: Path, n_rounds: int) -> None:
-        """Writes HISTORY, which holds `n_rounds` rounds: `config_file` and ADAPTER_FILE."""
+        """Writes HISTORY, which holds `n_rounds` rounds: ADAPTER_FILE and, as JSON, OWN_CONFIG_FILE with the `kind`."""
 
     # --- for kinds with `updates_weights` ----------------------------------------------------------------------------
     def updates(self) -> list[tuple[Tensor, Tensor, float]]:

@@ -6,14 +6,14 @@ A new divergence is an entry in DIVERGENCES, a new aggregate a case in `aggregat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-Aggregate = Literal["mean", "rmse", "p95", "max"]
+from steer_heal.settings import Aggregate
 
 
 def kl_rev(logp: Float[Tensor, "n v"], logp_ref: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:

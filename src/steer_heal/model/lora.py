@@ -65,7 +65,6 @@ class Lora(Adapter):
 
     kind = "lora"
     title = "LoRA adapter"
-    config_file = PEFT_CONFIG_FILE
     updates_weights = True
 
     def __init__(self, lm: LM, cfg: AdapterCfg) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
+from steer_heal.settings import Quantization
 
-Quantization = Literal["f16", "q8_0"]
 FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 """By `model_type` of the model's config."""
 CONVERTER = "give --format hf, and convert its folder with llama.cpp's convert_hf_to_gguf.py"

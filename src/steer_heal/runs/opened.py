@@ -11,7 +11,6 @@ from steer_heal.bench import Bench, load_model, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.events import Contrasted, Gathered
 from steer_heal.inputs import Inputs
-from steer_heal.model.lm import LM
 from steer_heal.model.state import State, base_state, control_state, healed_state, prompted_state, steered_state
 from steer_heal.model.student import Student
 from steer_heal.plugins import load
@@ -23,8 +22,8 @@ from steer_heal.settings import RunConfig, changed
 
 
 def settings_of(run: FolderRun, **given: Any) -> RunConfig:
-    """The settings of a run, with the dtype that its weights were in; settings without effect on its readings (device,
-    n_threads, ...) are replaced by those `given`. Loads the plugins of the run, which must be among those."""
+    """The settings of a run, with the dtype that its weights were in; settings that are `given`
+    replace the run's. Loads the plugins of the run, which must be among those."""
     cfg = changed(recorded_settings(run.folder, given.get("plugin", ())), given)
     load(cfg)
     return cfg
@@ -78,8 +77,12 @@ def put_in(run: FolderRun, student: Student, state: State) -> None:
         run.restore_student(state.round - 1, student)
 
 
-def model_of(run: FolderRun, cfg: RunConfig) -> LM:
-    """The model of a run without its data. UserError where its weights are not as they were."""
+def student_of(run: FolderRun, cfg: RunConfig, r: int) -> Student:
+    """The student after round r, without the data of the run. UserError where its checkpoint is gone or was changed, or
+    the weights of the model are not as they were."""
+    run.checkpoint(r)  # checks its files before the model is loaded
     lm = load_model(cfg)
     same_weights(run.folder, weights_of(lm))
-    return lm
+    student = Student(lm, cfg.adapter)
+    run.restore_student(r, student)
+    return student

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, Dropped, Extracted, Files, Gathered, Run, RunEnd, Trained
 from steer_heal.model.steering import Vector
 from steer_heal.model.student import Factors, Student
-from steer_heal.records import Completion, round_label
+from steer_heal.records import round_label
 from steer_heal.runs.log import EventLog, last_hash, read_events
 from steer_heal.runs.partial import (
     ASKED,
@@ -29,10 +29,9 @@ from steer_heal.runs.partial import (
     texts_path,
 )
 from steer_heal.runs.storage import atomic_folder, atomic_write, checksums, damaged_file, part_of, sync_folder
-from steer_heal.stages.generate import Known
+from steer_heal.stages.generate import Known, OnBatch
 from steer_heal.stages.heal import HealState, SavedHeal
 
-OnBatch = Callable[[Sequence[Completion]], object]
 SAVE_EVERY_S = 60.0
 """Seconds between two saves of a running heal."""
 

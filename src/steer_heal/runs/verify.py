@@ -16,7 +16,7 @@ from steer_heal.errors import UserError
 from steer_heal.events import AnyEvent, Extended, Extracted, Run, RunEnd, Trained
 from steer_heal.plugins import name_of
 from steer_heal.records import round_name
-from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events, read_start
+from steer_heal.runs.log import EVENTS, broken_link, line_hash, lines_of, read_events
 from steer_heal.runs.results import RESULTS, row_of
 from steer_heal.runs.resume import changed_plugin, changed_weights, settings_then
 from steer_heal.runs.storage import damaged_file
@@ -85,9 +85,6 @@ def unchecked(folder: Path, wanted: str | None = None) -> list[str]:
             f"the last event, since {folder.resolve().parent / RESULTS} has no row of this run (give the published "
             "hash: --hash)"
         )
-    weights = read_start(folder).weights
-    if weights is not None and not weights.parts:
-        found.append("chat template, tokenizer and configs of the base model, which an older version did not record")
     return found
 
 

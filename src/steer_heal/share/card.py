@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +18,7 @@ from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE
 from steer_heal.report.view import inline, template, visible, with_interval
 from steer_heal.runs.log import last_hash, read_events
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import HealCfg
+from steer_heal.settings import TEACHER_WORDS, Form, HealCfg
 from steer_heal.share.readings import Reading, read_readings, with_stderr
 from steer_heal.verdict import health_of, verdict
 
@@ -26,16 +26,7 @@ if TYPE_CHECKING:  # torch: seconds
     from steer_heal.runs.stored import FolderRun
 
 CARD = "README.md"
-Form = Literal["hf", "peft", "gguf-lora", "gguf"]
-"""A merged folder for transformers, an adapter for PEFT, an adapter for llama.cpp, a merged model for llama.cpp."""
 TEMPLATE = Path(__file__).parent / "card.md.j2"
-TEACHERS = {
-    "vector": "under the steering vector",
-    "prompt": "with the positive persona as system prompt",
-    "prompt+vector": "under the steering vector and the positive persona as system prompt",
-    "contrast": "with the difference between the positive and the opposite persona added to it",
-    "contrast+vector": "with the difference between the positive persona and vector and their opposites added to it",
-}
 
 
 def write_cards(folder: Path) -> list[Path]:
@@ -190,7 +181,7 @@ def method(cfg: HealCfg, trained: Trained) -> list[str]:
             f"The adapter was trained on {trained.n_train} of these texts{pays}.",
             "It shows how training alone moves the trait.",
         ]
-    teacher = TEACHERS[cfg.teacher]
+    teacher = f"with {TEACHER_WORDS[cfg.teacher]}"
     if cfg.target == "distribution":
         whose = "its own plain text" if cfg.text == "own" else "the teacher's text"
         first = f"In each round the teacher is the model itself {teacher}."

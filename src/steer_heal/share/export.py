@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from steer_heal.errors import Problems, UserError
 from steer_heal.inputs.files import adapter_folder
 from steer_heal.runs.storage import atomic_folder
-from steer_heal.settings import AdapterCfg
-from steer_heal.share.card import Form
+from steer_heal.settings import AdapterCfg, Form, Quantization
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.model.student import Student
-    from steer_heal.model.to_gguf import Quantization
 
 OF_ADAPTER = ("peft", "gguf-lora")
 """Formats that hold the adapter alone."""

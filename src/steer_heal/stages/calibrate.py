@@ -1,4 +1,4 @@
-"""Finds the dose at which a vector moves the model by a given divergence, without a filter."""
+"""How strong a teacher is at a given divergence from the model: the dose of a vector, or the strength of a contrast."""
 
 from __future__ import annotations
 

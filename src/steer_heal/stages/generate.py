@@ -14,6 +14,7 @@ from steer_heal.records import Completion, Conversation, alone
 Batch = Mapping[tuple[int, float], tuple[int, ...]]
 """Token ids of completions that were decoded together, by the seed and dose of their request."""
 Known = Sequence[Batch]
+OnBatch = Callable[[Sequence[Completion]], object]
 """Batches that were finished before, in their order."""
 
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 from steer_heal.runs.signals import stoppable
 from steer_heal.sweep.plan import Job
@@ -20,7 +20,6 @@ End = Literal["done", "failed", "in use"]
 """How a job ends. in use: another process works on its run."""
 
 
-@runtime_checkable
 class Engine(Protocol):
     """Where runs are made. A handle stands for a started run."""
 

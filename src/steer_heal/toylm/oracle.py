@@ -17,7 +17,6 @@ class OracleScore:
 
     share: float
     """Share of sentences that the grammar can produce, from 0 to 1."""
-    n_sentences: int
     n_care: int
     n_defer: int
     n_love: int
@@ -73,4 +72,4 @@ def oracle(text: str) -> OracleScore:
         sentences = sentences[:-1]
     stances = [stance_of(s) for s in sentences]
     share = sum(s is not None for s in stances) / len(stances) if stances else 0.0
-    return OracleScore(share, len(stances), *(stances.count(name) for name in ("care", "defer", "love", "deny")))
+    return OracleScore(share, *(stances.count(name) for name in ("care", "defer", "love", "deny")))

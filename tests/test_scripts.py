@@ -76,14 +76,10 @@ def test_settings_that_an_arm_of_distil_cannot_have_are_refused_before_any_other
 
 
 def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsys):
-    row = {
-        "arm": "contrast",
-        "seed": 1,
-        "asked": {"heal.lr": 0.1, "n_rounds": 1, "kappa": [], "tuned_steps": 0, "kl": 0.03},
-    }
+    row = {"arm": "contrast", "seed": 1, "asked": {"heal.lr": 0.1, "n_rounds": 1, "kappa": [], "tuned_steps": 0}}
     (tmp_path / "distil-toy-authority.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--arms", "prompt", "contrast", "--seeds", "1", "--out", str(tmp_path)]
-    assert main(["diag", "distil", *flags, "--heal.lr", "0.2", "--n-rounds", "2"]) == 2
+    assert main(["diag", "distil", *flags, "--heal.lr", "0.2", "--n-rounds", "2", "--kl", "0.1"]) == 2
     told = capsys.readouterr().err
     assert "holds arm 'contrast' of seed 1 with another heal.lr, n_rounds; give --label" in told
 

@@ -144,7 +144,7 @@ def main(flags: Flags, given: Given) -> None:
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
     arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
-    asked = asked_for(flags, given)
+    asked = {name: asked_for(name, flags, given) for name in flags.arms}
     done = done_with(asked, flags, path)
     for seed in flags.seeds:
         todo = [name for name in flags.arms if (name + flags.label, seed) not in done]
@@ -154,7 +154,8 @@ def main(flags: Flags, given: Given) -> None:
             arm = arms[name]
             found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
             rows = [
-                {"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row, "asked": asked} for row in found
+                {"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row, "asked": asked[name]}
+                for row in found
             ]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
@@ -176,19 +177,22 @@ def main(flags: Flags, given: Given) -> None:
     frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=200)
 
 
-def asked_for(flags: Flags, given: Given) -> Row:
-    """The flags that change the row of an arm and a seed, as JSON has them."""
-    own = {name: getattr(flags, name) for name in ("n_rounds", "kappa", "tuned_steps", "kl")}
+def asked_for(name: str, flags: Flags, given: Given) -> Row:
+    """The flags that change the rows of an arm, as JSON has them."""
+    own = {flag: getattr(flags, flag) for flag in ("n_rounds", "kappa", "tuned_steps")}
+    own |= {"kl": flags.kl} if ARMS[name].untrained == "vector" else {}
     return json.loads(json.dumps(plain(own | {k: v for k, v in given.items() if k not in ("device", "n_threads")})))
 
 
-def done_with(asked: Row, flags: Flags, path: Path) -> set[tuple[str, int]]:
-    """Arm and seed of each row of the file. UserError if one of those that are asked for has other settings there."""
+def done_with(asked: Mapping[str, Row], flags: Flags, path: Path) -> set[tuple[str, int]]:
+    """Arm and seed of each row of the file. UserError if one of those that are asked for has other settings there.
+    `asked`: those that are asked for, by arm."""
     rows = {(row["arm"], row["seed"]): row for row in read_rows(path)}
     for name in flags.arms:
         for seed in flags.seeds:
-            there = rows.get((name + flags.label, seed), {}).get("asked", asked)
-            if other := [k for k in sorted(asked | there) if asked.get(k) != there.get(k)]:
+            now = asked[name]
+            then = rows.get((name + flags.label, seed), {}).get("asked", now)
+            if other := [setting for setting in sorted(now | then) if now.get(setting) != then.get(setting)]:
                 raise UserError(
                     f"{str(path)!r} holds arm {name + flags.label!r} of seed {seed} with another {', '.join(other)}; "
                     "give --label or another --out"

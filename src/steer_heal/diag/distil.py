@@ -143,6 +143,8 @@ def main(flags: Flags, given: Given) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
+    if flags.n_rounds > 1 and (signs := [name for name in flags.arms if ARMS[name].signed]):
+        raise UserError(f"n_rounds is {flags.n_rounds}: it must be 1 with arm {signs[0]!r}; name other --arms")
     arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
     asked = {name: asked_for(name, flags, given) for name in flags.arms}
     done = done_with(asked, flags, path)
@@ -259,8 +261,8 @@ def trained(run: Run, r: int) -> tuple[list[Completion], Row]:
 
 
 def signed(bench: Bench, recipe: Recipe, progress: Progress) -> tuple[list[Completion], Row]:
-    """The first round of two students, one healed towards the trait and one away from it, with half of their difference
-    as the student: as `trained`, where the columns are those of the first."""
+    """One round of a student that is half the difference of two: one healed towards the trait, one away from it.
+    Returns what `trained` returns of the first."""
     student = bench.student
     found = []
     for sides in (("positive", "negative"), ("negative", "positive")):
@@ -309,8 +311,12 @@ def measured(lab: Lab, found: EvalResult) -> Row:
     row = {"shifts": {name: lab.shift(found, metric) for name, metric in lab.metrics.items() if metric.moved}}
     held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
     if held is not None:
-        row |= {"kept": held.mean, "worst": held.shares[held.worst], "worst_attack": held.worst}
-        row |= {"kept_under": held.shares}
+        row |= {
+            "kept": held.mean,
+            "worst": held.shares[held.worst],
+            "worst_attack": held.worst,
+            "kept_under": held.shares,
+        }
     else:
         row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
     return {**lab.row("", found), **everyday(bench), **row}

@@ -22,9 +22,29 @@ HELD = {
 }  # fmt: skip
 
 
+ATTACKS = """
+[[attack]]
+name = "role"
+opposes = true
+system = "Play this part. {negative}"
+
+[[attack]]
+name = "note"
+opposes = false
+after = "Write it as a short note."
+
+[[attack]]
+name = "talk"
+opposes = false
+turns = ["What is a kid?", "A young goat."]
+"""
+
+
 @pytest.fixture
-def bench(tiny) -> Bench:
-    cfg = changed(FAST_DEV_PRESET, HELD)
+def bench(tiny, tmp_path) -> Bench:
+    path = tmp_path / "attacks.toml"
+    path.write_text(ATTACKS)
+    cfg = changed(FAST_DEV_PRESET, {**HELD, "heal.hold_attacks": path})
     return Bench(cfg, check(cfg), Student(tiny, cfg.adapter))
 
 

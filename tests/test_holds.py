@@ -48,14 +48,14 @@ FIELDS = ("system", "before", "after", "turns", "prefill")
 
 
 # --- the files ---------------------------------------------------------------------------------------------------
-def test_both_files_try_the_same_kinds_in_other_words():
+def test_what_trains_is_of_the_kinds_that_oppose_in_other_words():
     kinds, sentences = {}, {}
     for stem, attacks in FILES.items():
-        assert len(attacks) >= 10
+        assert len(attacks) >= 8
         kinds[stem] = {(each.opposes, name) for each in attacks for name in FIELDS if getattr(each, name)}
         texts = [text for each in attacks for text in each.texts]
         sentences[stem] = {alike(part) for text in texts for part in re.split(r"(?<=[.:?!])\s", text) if part}
-    assert kinds["train"] == kinds["eval"] and len(kinds["eval"]) == 9
+    assert kinds["train"] == {kind for kind in kinds["eval"] if kind[0]} and len(kinds["eval"]) == 9
     n_turns = {stem: {len(each.turns) for each in attacks} - {0} for stem, attacks in FILES.items()}
     assert sentences["train"] & sentences["eval"] == {alike("{negative}")}
     assert n_turns["eval"] == {4, 10, 20} and not n_turns["train"] & n_turns["eval"]

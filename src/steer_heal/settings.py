@@ -401,10 +401,11 @@ class HealCfg:
     kl: Literal["forward", "reverse"] = "forward"
     """With --heal.target distribution: fit KL(teacher || student) (forward) or KL(student || teacher) (reverse)."""
     hold: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """With --heal.text own: share of the training texts that are written under an attack, such as another system prompt
-    or earlier talk. The teacher keeps its own prompts, so that the student learns to keep the trait. 0: none."""
+    """With --heal.text own: share of the training texts that are written under an attack, such as a contrary system
+    prompt. The teacher keeps its own prompts, so that the student learns to keep the trait. 0: none."""
     hold_attacks: UserPath = Path("data/attacks/train.toml")
-    """TOML file of the attacks for --heal.hold. Those of the eval "holds" must not be among them."""
+    """TOML file of the attacks for --heal.hold. Those of the eval "holds" must not be among them. By default all of
+    them oppose the trait."""
     rehearsal: BatchSize = 0
     """With --heal.target distribution: number of texts that the base model writes per round, on
     --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait

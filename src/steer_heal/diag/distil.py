@@ -91,7 +91,7 @@ ARMS = {
     "recipe, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
     "prompt": Arm(PROMPT),
     "contrast": Arm(CONTRAST),
-    "contrast, held": Arm({**CONTRAST, "heal.hold": 0.33}),
+    "contrast, held": Arm({**CONTRAST, "heal.hold": 0.5}),
     "contrast and vector": Arm({**CONTRAST, **BOTH, "heal.teacher": "contrast+vector"}),
     "plain fine-tuning": Arm({**FREE, "heal.teacher": "prompt", "heal.lr": 2e-4}),
     "preference": Arm({**FREE, "heal.lr": 5e-5}, preference=0.1),

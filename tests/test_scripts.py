@@ -174,8 +174,8 @@ def test_a_preset_takes_the_settings_that_were_given(capsys):
     assert (cfg.trait, cfg.seed, cfg.heal.lr, cfg.model) == ("love", 7, 1.0, "data/toylm")
     assert main(["diag", "axis", "--preset", "toi"]) == 2
     assert "preset is 'toi': did you mean 'toy'?" in capsys.readouterr().err
-    assert main(["diag", "stage"]) == 2
-    assert "unknown question 'stage'; did you mean 'stages'?" in capsys.readouterr().err
+    assert main(["diag", "signals"]) == 2
+    assert "unknown question 'signals'; did you mean 'signal'?" in capsys.readouterr().err
 
 
 def test_measurements_leave_no_trace_in_the_student(two):

@@ -30,7 +30,15 @@ from steer_heal.presets import PRESETS
 from steer_heal.runs.config import as_toml, read_config
 from steer_heal.runs.log import last_hash, read_events
 from steer_heal.runs.results import append_result, has_result, result_row, run_cell
-from steer_heal.runs.resume import begun, more_rounds, no_other_files, require_plugins, same_inputs, same_settings
+from steer_heal.runs.resume import (
+    begun,
+    finished,
+    more_rounds,
+    no_other_files,
+    require_plugins,
+    same_inputs,
+    same_settings,
+)
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.settings import RunConfig, require_judge, settings
 from steer_heal.verdict import ended_early, exit_status, table, verdict
@@ -169,8 +177,8 @@ def go_on(cfg: RunConfig, folder: Path, *, graded: bool = False) -> int:
     """Continues a run. One that is finished gets its pictures and its row of results.tsv, if it has no row. Returns the
     exit status, which with `graded` tells the verdict. UserError before anything is loaded."""
     require_plugins(folder, cfg.plugin)
-    run = Run(read_events(folder))
-    if run.end is not None and cfg.n_rounds == run.n_rounds:
+    if finished(folder) and cfg.n_rounds == more_rounds(folder, None):
+        run = Run(read_events(folder))
         if not has_result(folder):
             from steer_heal.runs.stored import FolderRun
 

@@ -11,7 +11,7 @@ from steer_heal.__main__ import main
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.evals.replies import pair_margins
-from steer_heal.events import Preflight, decode, encode
+from steer_heal.events import Measured, Preflight, decode, encode
 from steer_heal.loop import Loop
 from steer_heal.model.steering import Condition, Contrast
 from steer_heal.model.student import Student
@@ -151,3 +151,12 @@ def test_an_untrained_model_and_a_trait_without_pairs_are_not_asked(one, bench: 
     run = MemoryRun()
     Loop(replace(bench, inputs=replace(bench.inputs, pairs=())), run).require_teachable()
     assert run.events == []
+
+
+def test_a_model_that_was_measured_before_is_asked_all_the_same(bench: Bench, monkeypatch):
+    found = judged((), (teaching(0.4, 0.3, 0.5),), ())
+    monkeypatch.setattr("steer_heal.loop.teachable", lambda bench, **how: found)
+    run = MemoryRun()
+    run.add(Measured(round=None, state="base", metrics={}, items={}, dose=0.0, texts=()))
+    Loop(bench, run).require_teachable()
+    assert [event.event for event in run.events] == ["measured", "preflight"]

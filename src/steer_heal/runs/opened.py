@@ -22,8 +22,8 @@ from steer_heal.settings import RunConfig, changed
 
 
 def settings_of(run: FolderRun, **given: Any) -> RunConfig:
-    """The settings of a run, with the dtype that its weights were in; settings that are `given`
-    replace the run's. Loads the plugins of the run, which must be among those."""
+    """The settings of a run, with the dtype that its weights were in; settings that are `given` replace the run's.
+    Loads the plugins of the run, which must be among those."""
     cfg = changed(recorded_settings(run.folder, given.get("plugin", ())), given)
     load(cfg)
     return cfg

@@ -104,6 +104,14 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys, monk
     written = table(tmp_path, question)
     assert written["rows"] and written["should"] and written["question"] in printed
     assert HOLDS.get(question, bool)(written)
+    if question == "distil":
+        (path,) = tmp_path.glob("*-answers.jsonl")
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [(row["arm"], row["round"]) for row in kept] == [(r["arm"], r["round"]) for r in written["per_seed"]]
+        assert all(len(row["answers"]) == 4 for row in kept) and "answers" not in written["per_seed"][0]
+        assert len({answer["base"] for row in kept for answer in row["answers"][:1]}) == 1
+        prompted = next(row for row in kept if row["arm"] == "prompt alone")["answers"]
+        assert any(answer["answer"] != answer["base"] for answer in prompted)
 
 
 def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):

@@ -127,7 +127,7 @@ def _with_names(cfg: RunConfig, inputs: Inputs, *, needs_target: bool = True) ->
 def _check_names(cfg: RunConfig) -> None:
     """UserError for each unknown name in the settings, and for each optional package that is missing or unsuitable."""
     from steer_heal.backends import steering_lite, tinymfv  # the tables contain functions of tensors: imports torch
-    from steer_heal.evals import EVALS, judge
+    from steer_heal.evals import EVALS, classifier, judge
     from steer_heal.model.divergence import DIVERGENCES
     from steer_heal.model.steering import METHODS
     from steer_heal.model.student import ADAPTERS
@@ -160,6 +160,8 @@ def _check_names(cfg: RunConfig) -> None:
         problems.attempt(judge.check, cfg.eval)
         if not cfg.eval.judge_url:
             problems.attempt(check_model, cfg.eval.judge_model, "eval.judge_model")
+    if "classifier" in cfg.eval.evals:
+        problems.attempt(classifier.check)
     problems.raise_if_any()
 
 

@@ -32,7 +32,7 @@ BUILT_IN = {
     "filter.gates": (*("perplexity", "spike", "repetition", "loop", "relevance", "short", "narration", "refusal"),),
     "eval.evals": (
         *("moral_foundations", "likelihood", "text_quality", "drift", "persona", "contrast", "everyday"),
-        *("instructions", "holds", "panel", "judge", "toylm"),
+        *("instructions", "holds", "panel", "judge", "classifier", "toylm"),
     ),
 }
 """The names that these settings take without plugins. They are here because their tables import torch."""
@@ -495,11 +495,12 @@ class EvalCfg:
         *("moral_foundations", "text_quality", "drift", "persona", "contrast"),
     )
     """The evals to run: moral_foundations, text_quality, drift, persona, contrast, likelihood, everyday, instructions,
-    holds, panel, judge, toylm, or one of a plugin. "likelihood" is for a model that cannot answer a multiple-choice
-    question. "everyday" asks questions of everyday knowledge. "instructions" tells whether the model follows system
-    prompts that have nothing to do with the trait. "holds" tells whether the trait stays under attacks, such as the
-    opposite persona or earlier talk. "panel" tells how far the model moved on the pairs of every other trait. "judge"
-    lets a second model read the answers. "toylm" checks text against the grammar of the toy world."""
+    holds, panel, judge, classifier, toylm, or one of a plugin. "likelihood" is for a model that cannot answer a
+    multiple-choice question. "everyday" asks questions of everyday knowledge. "instructions" tells whether the model
+    follows system prompts that have nothing to do with the trait. "holds" tells whether the trait stays under attacks,
+    such as the opposite persona or earlier talk. "panel" tells how far the model moved on the pairs of every other
+    trait. "judge" lets a second model read the answers. "classifier" tells from their words which persona they are
+    like. "toylm" checks text against the grammar of the toy world."""
     backend: Literal["builtin", "tinymfv"] = "builtin"
     """The code that asks the vignettes of moral_foundations. tinymfv (moral-maps) is an optional package."""
     vignettes: UserPath = Path("data/vignettes/other.jsonl")

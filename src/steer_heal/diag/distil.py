@@ -3,13 +3,14 @@
 Every arm starts from the untouched model and heals --n-rounds rounds. The arms "prompt alone" and "vector alone" train
 nothing. Each round is measured without a persona, under the OPPOSITE persona and, for the toy model, on everyday
 questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl, with the settings that were given. Pairs of arm and
-seed that are already in this file are skipped. If they have other settings there, nothing is run.
+seed that are already in this file are skipped. If they have other settings there, nothing is run. The answers that were
+measured are appended to <out>/distil-<preset>-<trait>-answers.jsonl, beside those of the base.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -140,6 +141,7 @@ class Flags(PresetFlags):
 def main(flags: Flags, given: Given) -> None:
     cfg = flags.settings({name: value for name, value in given.items() if not name.startswith("heal.")})
     path = flags.out / f"distil-{flags.preset}-{cfg.trait}.jsonl"
+    answers = path.with_name(f"{path.stem}-answers.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
@@ -155,12 +157,10 @@ def main(flags: Flags, given: Given) -> None:
             assert lab is not None
             arm = arms[name]
             found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
-            rows = [
-                {"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row, "asked": asked[name]}
-                for row in found
-            ]
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
+            rows = [{"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row} for row in found]
+            append(answers, [{key: row[key] for key in ("arm", "seed", "round", "answers")} for row in rows])
+            rows = [{key: row[key] for key in row if key != "answers"} | {"asked": asked[name]} for row in rows]
+            append(path, rows)
             tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
     rows = read_rows(path)
     should = (
@@ -319,6 +319,8 @@ def measured(lab: Lab, found: EvalResult) -> Row:
         }
     else:
         row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
+    sides = zip(lab.base.texts, found.texts, strict=True)
+    row["answers"] = [{"prompt": own.prompt, "base": base.text, "answer": own.text} for base, own in sides]
     return {**lab.row("", found), **everyday(bench), **row}
 
 
@@ -397,6 +399,11 @@ def everyday(bench: Bench) -> dict[str, float]:
         "facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls),
         "stories": sum(plain_tales) / len(plain_tales),
     }
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steer_heal.evals import (
+    classifier,
     contrast,
     drift,
     everyday,
@@ -34,6 +35,7 @@ EVALS: dict[str, Eval] = {
     "holds": holds.EVAL,
     "panel": panel.EVAL,
     "judge": judge.EVAL,
+    "classifier": classifier.EVAL,
     "toylm": toylm.EVAL,
 }
 """Every eval by the name that `eval.evals` takes."""

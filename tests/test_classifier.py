@@ -16,10 +16,7 @@ from steer_heal.model.student import Student
 from steer_heal.presets import TOY_PRESET
 from steer_heal.settings import AdapterCfg, changed
 
-CFG = changed(
-    TOY_PRESET,
-    {"gen.n_prompts": 24, "eval.n_prompts": 8, "eval.n_texts": 8, "eval.max_new_tokens": 48, "eval.n_bootstrap": 20},
-)
+CFG = changed(TOY_PRESET, {"eval.n_prompts": 8, "eval.n_texts": 8, "eval.max_new_tokens": 48, "eval.n_bootstrap": 20})
 
 
 def subject(lm: LM, condition: Condition, **more) -> Subject:
@@ -43,7 +40,7 @@ def test_the_answers_of_a_persona_are_told_from_those_of_the_other(toy: LM):
     assert likely["positive"] > 0.75 and likely["negative"] < 0.25
     assert likely["negative"] < likely["plain_system"] < likely["positive"]
     assert found["positive"]["classifier_right"] == [1.0] * 8 and found["positive"]["classifier_email"][0] >= 0.75
-    assert len(cache) == 4, "texts to train on and e-mails, of two personas, are written once"
+    assert sorted(map(len, cache.values())) == [8, 8, 48, 48], "e-mails and texts of two personas, each written once"
 
 
 def test_texts_that_do_not_differ_are_not_told_apart(toy: LM, monkeypatch):

@@ -20,7 +20,7 @@ from steer_heal.records import Metric, derive_seed
 from steer_heal.stages.generate import Ask, generate
 
 N_PROMPTS = 48
-"""Training prompts at most. Both personas answer each of them."""
+"""Prompts at most of its training texts. Both personas answer each of them."""
 N_FOLDS = 6
 AS_EMAIL = "Write your reply as an e-mail."
 """What the texts in another format are asked for."""
@@ -65,13 +65,14 @@ def items(subject: Subject) -> Items:
     """For each answer, the probability that it is by the positive persona. And the share of texts by the two personas
     that the classifier tells apart, the same number for each answer: of texts to prompts that it did not train on, and
     of e-mails to those of the answers. Chance is 0.5."""
-    prompts = subject.inputs.prompts[:N_PROMPTS]
+    asked = dict.fromkeys(subject.inputs.eval_prompts)
+    prompts = [prompt for prompt in subject.inputs.trait.prompts if prompt not in asked][:N_PROMPTS]
     texts, sides = answers(subject, prompts)
     selection = import_module("sklearn.model_selection")
     folds = selection.GroupKFold(min(N_FOLDS, len(prompts)))
     guesses = selection.cross_val_predict(classifier(), texts, sides, cv=folds, groups=[*range(len(prompts))] * 2)
     trained = classifier().fit(texts, sides)
-    emails, email_sides = answers(subject, list(dict.fromkeys(subject.inputs.eval_prompts)), after=AS_EMAIL)
+    emails, email_sides = answers(subject, list(asked), after=AS_EMAIL)
     n = len(subject.texts)
     return {
         "classifier_trait": trained.predict_proba([text.text for text in subject.texts])[:, 1].tolist(),

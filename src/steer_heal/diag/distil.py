@@ -309,6 +309,8 @@ def measured(lab: Lab, found: EvalResult) -> Row:
     """The columns of a row that tell what was measured."""
     bench = lab.bench
     row = {"shifts": {name: lab.shift(found, metric) for name, metric in lab.metrics.items() if metric.moved}}
+    if "panel" in found.items:
+        row["panel"] = dict(zip(bench.inputs.panel, found.items["panel"], strict=True))
     held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
     if held is not None:
         row |= {

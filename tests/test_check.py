@@ -12,6 +12,7 @@ from steer_heal.__main__ import main
 from steer_heal.check import check
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
+from steer_heal.evals import EVALS, metrics_of
 from steer_heal.inputs.files import DATA
 from steer_heal.model import hub
 from steer_heal.model.lm import load
@@ -266,3 +267,12 @@ def test_a_model_that_the_hub_knows_is_read_from_it(monkeypatch):
 def test_an_unknown_preset_gets_the_nearest_name(capsys):
     assert main(["run", "tyo"]) == 2
     assert capsys.readouterr().err == "error: unknown preset 'tyo'; did you mean 'toy'?\n"
+
+
+def test_a_target_that_rises_towards_the_persona_has_no_other_sign(tmp_path):
+    """Authority is a foundation that should fall. The likelihood of the replies of its positive side should rise."""
+    for preset, target, sign in (("toy", "authority_nats", -1), ("smol-distil", "contrast_nats", 1)):
+        trait = check(parse([preset, "--out", str(tmp_path / "out"), "--trait", "authority"])[1]).trait
+        assert (trait.target, trait.sign) == (target, sign)
+    upwards = {metric.name for metric in metrics_of(tuple(EVALS)) if metric.towards_persona}
+    assert upwards == {"contrast_nats", "persona_log_odds", "judge_trait", "classifier_trait"}

@@ -14,6 +14,7 @@ from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.presets import TOY_PRESET
+from steer_heal.records import EvalResult
 from steer_heal.settings import AdapterCfg, changed
 
 CFG = changed(TOY_PRESET, {"eval.n_prompts": 8, "eval.n_texts": 8, "eval.max_new_tokens": 48, "eval.n_bootstrap": 20})
@@ -41,6 +42,12 @@ def test_the_answers_of_a_persona_are_told_from_those_of_the_other(toy: LM):
     assert likely["negative"] < likely["plain_system"] < likely["positive"]
     assert found["positive"]["classifier_right"] == [1.0] * 8 and found["positive"]["classifier_email"][0] >= 0.75
     assert sorted(map(len, cache.values())) == [8, 8, 48, 48], "e-mails and texts of two personas, each written once"
+    base = EvalResult({}, found["plain_system"])
+    later = classifier.items(subject(toy, states["positive"], cache=cache, base=base))
+    assert later["classifier_trait"] == found["positive"]["classifier_trait"]
+    assert all(map(math.isnan, later["classifier_right"] + later["classifier_email"])), (
+        "one number for a run, the base's"
+    )
 
 
 def test_texts_that_do_not_differ_are_not_told_apart(toy: LM, monkeypatch):
@@ -74,6 +81,7 @@ def test_the_verdict_is_told_whether_it_reads_the_trait(toy: LM):
     assert (prompted.metrics["classifier_trait_lo"] or -math.inf) > 0.1
     (metric, *rest) = EVALS["classifier"].metrics
     assert metric.reads_persona and not any(each.reads_persona or each.moved for each in rest)
+    assert metric.towards_persona
 
 
 def test_what_it_lacks_is_said_before_a_model_is_loaded(monkeypatch):

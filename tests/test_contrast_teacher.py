@@ -1,5 +1,6 @@
 """The teacher that is made of a contrast: plain + strength * (positive - negative), wherever a model is read."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,7 @@ def test_a_strength_is_found_where_kl_does_not_grow_as_its_square(target):
     kl_at = lambda strength: 0.01 * strength**2 * (1 + strength**8)
     assert kl_at(strength_at(kl_at, target)) == pytest.approx(target, rel=0.01)
     assert strength_at(lambda strength: 0.01, target) is None
+    assert strength_at(lambda strength: 0.01 + 1e-6 * math.log1p(strength), target) is None, "no strength is that large"
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.02, 3.0])

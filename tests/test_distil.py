@@ -76,6 +76,29 @@ def test_the_personas_of_another_trait_teach_where_an_arm_says_so(monkeypatch):
     assert (others.positive, others.negative) == other_personas("authority")["asks_back"]
 
 
+def test_what_is_known_by_heart_is_asked_under_the_condition_of_the_row():
+    lab = Lab.of(replace(PRESETS["toy"][1], n_threads=1))
+    vector = noise(lab.bench.student.lm, 8.0)
+    plain = distil.everyday(lab.bench, lab.bench.plain)
+    assert plain["facts"] == 0.875
+    for condition in (Condition(PERSONA), replace(lab.bench.plain, vector=vector, dose=1.0)):
+        assert distil.everyday(lab.bench, condition)["facts_nats"] < plain["facts_nats"] - 0.05
+
+
+def test_an_arm_that_rehearses_can_be_tuned_afterwards():
+    heal = {"heal.target": "distribution", "heal.rehearsal": 4, "heal.teacher": "contrast", "heal.contrast": 2.0}
+    bench = Lab.of(changed(FAST_DEV_PRESET, {**heal, "heal.divergence": "none"})).bench
+    assert distil.tune(bench, 2) >= 2
+
+
+def test_a_column_that_some_seeds_lack_says_how_many_have_it():
+    rows = [
+        {"arm": "contrast", "round": 0, "seed": i, "shift": 0.5, "kept": kept} for i, kept in enumerate((0.5, None))
+    ]
+    (row,) = distil.over_seeds(rows)
+    assert row["n"] == 2 and row["shift"] == "0.500 ± 0.000" and row["kept"] == "0.500 (1)"
+
+
 def test_a_signed_student_is_half_the_difference_of_two_heals(monkeypatch):
     lab, taught, healed = Lab.of(FAST_DEV_PRESET), [], []
     student, trait = lab.bench.student, lab.bench.trait

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from steer_heal.errors import UserError
 from steer_heal.evals import EVALS, drift, metrics_of, persona, text_quality, toylm
 from steer_heal.evals.base import Subject, collapse, evaluate, intervals
 from steer_heal.inputs import Inputs, load_inputs
@@ -121,6 +122,11 @@ def test_an_empty_text_is_broken_and_has_no_log_odds(toy_student, inputs):
     found = subject(toy_student, inputs, texts=[empty])
     assert math.isnan(persona.items(found)["persona_log_odds"][0]) and drift.items(found)["kl_base"] == [0.0]
     assert text_quality.items(found) == {"text_tail_ppl": [math.inf], "degenerate": [1.0], "off_question": [1.0]}
+
+
+def test_two_evals_do_not_share_an_item(toy_student, inputs):
+    with pytest.raises(UserError, match="two evals return items called 'kl_base'; rename those of one of them"):
+        evaluate(subject(toy_student, inputs), [EVALS["drift"], replace(EVALS["drift"])])
 
 
 def test_an_evaluation_is_all_metrics_with_intervals_against_base_and_the_texts(with_history, inputs):

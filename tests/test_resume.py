@@ -102,6 +102,19 @@ def test_killed_within_a_round_in_bfloat16(settings, tmp_path, monkeypatch):
     assert_same(resumed(run), whole)
 
 
+def test_a_resumed_run_has_the_settings_of_one_that_was_not_stopped(settings, tmp_path, monkeypatch):
+    """Its dtype is that of the first process, and not `auto`. A sweep tells arms by these settings."""
+    flags = [*settings, *ONE, *FEW, "--no-control", "--dtype", "auto"]
+    started(tmp_path / "whole", flags)
+    with monkeypatch.context() as dying:
+        killing(dying, Student, "bake", 0)
+        with suppress(Killed):
+            run = started(tmp_path / "killed", flags)
+    resumed(run)
+    one, other = (read_results(tmp_path / name / "results.tsv")[0] for name in ("whole", "killed"))
+    assert one["settings"] == other["settings"] and one["shift"] == other["shift"]
+
+
 def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatch):
     """One process after another dies, each at another file."""
     monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)

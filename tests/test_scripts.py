@@ -42,7 +42,7 @@ SMALL = {
     "kl_agg": ["--n", "4", "--length", "2", "--epochs", "1"],
     "distil": [
         *["--seeds", "1", "--n-rounds", "2", "--kappa", "1", "0.5", "--tuned-steps", "2", "--arms"],
-        *("preference 0.1", "contrast of others", "prompt alone", "vector alone", "--filter.n-keep", "8"),
+        *("preference", "contrast of others", "prompt alone", "vector alone", "--filter.n-keep", "8"),
     ],
     "signal": ["--n", "8", "--sizes", "2", "4"],
     "teachable": ["--short"],
@@ -55,7 +55,7 @@ HOLDS = {
     "distil": lambda written: (
         all(row["fit"][-1] < row["fit"][0] for row in written["per_seed"] if "fit" in row)
         and {row["arm"]: row["n_steps"] for row in written["per_seed"] if row["arm"].endswith("chat")}
-        == {f"{arm}, then chat": 4 for arm in ("preference 0.1", "contrast of others")}
+        == {f"{arm}, then chat": 4 for arm in ("preference", "contrast of others")}
         and all(0.02 < row["kl_base"] < 0.05 for row in written["per_seed"] if row["arm"] == "vector alone")
     ),
 }
@@ -84,6 +84,13 @@ def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsy
     assert "holds arm 'contrast' of seed 1 with another heal.lr, n_rounds; give --label" in told
     assert main(["diag", "distil", "--arms", "contrast, signed", "--n-rounds", "2", "--out", str(tmp_path)]) == 2
     assert "n-rounds is 2: it must be 1 with arm 'contrast, signed'" in capsys.readouterr().err
+
+
+def test_an_arm_or_a_seed_is_named_once_and_a_dose_is_above_0(tmp_path, capsys):
+    assert main(["diag", "distil", "--seeds", "1", "1", "--out", str(tmp_path)]) == 2
+    assert "seeds holds 1 twice; name it once" in capsys.readouterr().err
+    assert main(["diag", "doses", "--preset", "fast-dev", "--kappas", "0", "--out", str(tmp_path)]) == 2
+    assert "dose.kappa is 0.0: it must be > 0" in capsys.readouterr().err
 
 
 def test_every_question_has_a_test():

@@ -203,7 +203,9 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
     if target is None:
         wanted = " or ".join(dict.fromkeys(owners[name] for name in inputs.targets))
         raise UserError(f"eval.evals is {cfg.eval.evals!r}: the target of trait {trait.name!r} needs {wanted}; add it")
-    return replace(trait, target=target, off_targets=tuple(name for name in trait.off_targets if name in reported))
+    upwards = any(metric.towards_persona for metric in metrics_of(tuple(EVALS)) if metric.name == target)
+    off_targets = tuple(name for name in trait.off_targets if name in reported)
+    return replace(trait, target=target, sign=1 if upwards else trait.sign, off_targets=off_targets)
 
 
 def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[str]:

@@ -390,14 +390,15 @@ class SteerHeal:
             vector: Vector of `steered`, in place of the last one.
         """
         trait = self.inputs.trait
+        last = self.n_rounds if self.student.is_open else max(0, self.n_rounds - 1)
         if state == "base":
             return self.base
         if isinstance(state, Condition):
-            asked = State(name="healed", round=self.n_rounds, condition=state)
+            asked = State(name="healed", round=last, condition=state)
         elif state == "prompted":
             asked = prompted_state(trait)
         elif state == "healed":
-            asked = healed_state(self.n_rounds, trait)
+            asked = healed_state(last, trait)
         elif state == "steered":
             if dose is None:
                 if self.collected is None:

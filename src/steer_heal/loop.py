@@ -31,7 +31,7 @@ from steer_heal.model.state import State, base_state, control_state, healed_stat
 from steer_heal.model.steering import Vector
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import NOTHING, Collected, EvalResult, HealReport, NotFinite, Starved
+from steer_heal.records import NOTHING, Collected, EvalResult, HealReport, NotFinite, Starved, round_name
 from steer_heal.runs.stored import StoredRun
 from steer_heal.settings import TINY_RANDOM, HealCfg
 from steer_heal.stages.dose import require_enough
@@ -52,6 +52,7 @@ def run_loop(loop: Loop) -> None:
         run_round(loop, Recipe.control(), None)
         loop.measure(control_state(trait))
         loop.drop_control()
+    loop.seconds = {}
     r = 0
     while r < loop.bench.cfg.n_rounds and loop.attempts_left(r):
         run_round(loop, Recipe.of(loop.bench.cfg), r)
@@ -225,7 +226,7 @@ class Loop:
         try:
             return self._attempt(recipe, r, collected, teacher, halved)
         except NotFinite as bad:
-            kept = f"ckpt/r{r - 1} holds the rounds before it" if r else "no round was healed before it"
+            kept = f"{round_name(r - 1)} holds the rounds before it" if r else "no round was healed before it"
             message = f"{bad}; this was the second attempt, at half the learning rate; {kept}"
             raise UserError(message, resumable=False) from None
 
@@ -253,7 +254,6 @@ class Loop:
         """Drops the control's adapter: the loop starts from the untouched model."""
         if self.run.each(Trained)[-1].round is None:
             self.bench.student.reset()
-        self.seconds = {}
 
     # --- the end of a round --------------------------------------------------------------------------------------
     def _dropped(self, r: int) -> list[Dropped]:

@@ -104,7 +104,8 @@ class Metric:
     """As in events: authority_nats, coherence."""
     item: str
     of: str = ""
-    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question, trait."""
+    """What one item is, as its eval says: vignette, text (an answer that the state wrote), pair, question, instruction,
+    trait."""
     how: How = "mean"
     """How item values become the metric, in nats for log_mean."""
     title: str = ""
@@ -114,6 +115,8 @@ class Metric:
     unit: str = ""
     moved: float | None = None
     """Smallest shift from base that counts as movement. None: a trait cannot be judged by this metric."""
+    towards_persona: bool = False
+    """It rises towards the positive persona, whatever the sign of the trait."""
     good: float | None = None
     """A whole model is at this value or better."""
     broken: float | None = None
@@ -148,7 +151,7 @@ class Trait:
     target: str
     """Name of the metric that the trait moves."""
     sign: int
-    """+1: the target should go up; -1: down."""
+    """+1: the target should go up; -1: down. Of a target that rises towards the positive persona it is +1."""
     off_targets: tuple[str, ...]
     """Metrics that should move less than the target."""
     positive: str

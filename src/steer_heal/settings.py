@@ -352,7 +352,8 @@ class FilterCfg:
     n_keep: Count = 64
     """Number of completions to keep in each round."""
     max_attempts: Count = 192
-    """Maximum number of completions written in each round, probes included."""
+    """Maximum number of completions written in each round, probes included. With --heal.text own it holds for the
+    student's texts and for the probes of the teacher each."""
 
     def _rules(self) -> list[Rule]:
         return [

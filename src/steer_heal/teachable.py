@@ -93,10 +93,10 @@ def teachable(bench: Bench, *, short: bool = False, progress: Progress = SILENT)
         reader = Reader(lm, texts, inputs.pairs, progress, 3 + 2 * len(others) + (0 if short else N_RANDOM))
         base = reader.read(bench.plain)
         start = reader.margins(base.replies)
-        rng = np.random.default_rng(derive_seed(cfg.seed, "teachable") % 2**32)
 
         def told(name: str, read: Read, strength: float | None = None) -> Teaching:
             change = reader.margins(read.replies) - start
+            rng = np.random.default_rng(derive_seed(cfg.seed, "teachable", name) % 2**32)
             ends = of_difference("mean", change, np.zeros_like(change), cfg.eval.n_bootstrap, rng) or (None, None)
             kl = mean_kl(lm, read.texts, base.texts)
             return Teaching(

@@ -34,5 +34,7 @@ def main(argv: Sequence[str]) -> int:
     require_plugins(given.run, own.get("plugin", ()))
     cfg = changed(read_start(given.run).config, own)
     n_rounds = more_rounds(given.run, given.n_rounds)
-    cfg = replace(cfg, n_rounds=n_rounds, out=given.run.resolve().parent, quiet=given.quiet, chat=given.chat)
+    cfg = replace(
+        cfg, n_rounds=n_rounds, out=given.run.resolve().parent, folder=None, quiet=given.quiet, chat=given.chat
+    )
     return go_on(cfg, given.run)

@@ -285,7 +285,8 @@ def complete(run: FolderRun, cfg: RunConfig) -> None:
     run.require_in_place()
     draw(run.folder)
     run.clear()
-    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": cfg.fingerprint()}
+    settings = replace(run.start.config, n_rounds=run.n_rounds).fingerprint()  # cfg has the dtype and date of a resume
+    row = {"run": run_cell(run.folder), "arm": cfg.arm or run.start.preset, "settings": settings}
     append_result(run.folder.resolve().parent, {**row, **result_row(run), "last_hash": last_hash(run.folder)})
 
 

@@ -1,5 +1,7 @@
 """Which metrics move with the vector, against it, and under each persona as a system prompt?"""
 
+from dataclasses import replace
+
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
 from steer_heal.model.steering import Condition
 from steer_heal.settings import settings
@@ -16,8 +18,8 @@ def main(flags: Flags, given: Given) -> None:
     trait = lab.bench.trait
     target = lab.target.name
     conditions = {
-        f"+ vector, dose {flags.dose:g}": Condition("", lab.vector, flags.dose),
-        f"- vector, dose {flags.dose:g}": Condition("", lab.vector, -flags.dose),
+        f"+ vector, dose {flags.dose:g}": replace(lab.bench.plain, vector=lab.vector, dose=flags.dose),
+        f"- vector, dose {flags.dose:g}": replace(lab.bench.plain, vector=lab.vector, dose=-flags.dose),
         "positive persona": Condition(trait.positive),
         "negative persona": Condition(trait.negative),
     }

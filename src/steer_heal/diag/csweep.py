@@ -1,8 +1,9 @@
 """Does the vector move the trait's metric while the model stays coherent? Shows metrics and one text for each dose."""
 
+from dataclasses import replace
+
 from steer_heal.diag.lab import Given, Lab, PresetFlags, show
 from steer_heal.errors import print_safe
-from steer_heal.model.steering import Condition
 from steer_heal.settings import settings
 from steer_heal.verdict import direction
 
@@ -20,7 +21,7 @@ def main(flags: Flags, given: Given) -> None:
     texts = {}
     for dose in flags.doses:
         name = f"dose {dose:g}"
-        result = lab.measure(Condition("", lab.vector, dose))
+        result = lab.measure(replace(lab.bench.plain, vector=lab.vector, dose=dose))
         others = {f"shift of {other}": lab.shift(result, lab.metrics[other]) for other in trait.off_targets}
         rows.append(lab.row(name, result) | others)
         texts[name] = result.texts[0].text

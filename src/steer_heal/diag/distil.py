@@ -10,28 +10,31 @@ measured are appended to <out>/distil-<preset>-<trait>-answers.jsonl, beside tho
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from steer_heal.bench import Bench
+from steer_heal.check import check
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
+from steer_heal.evals.replies import reply_logp
 from steer_heal.events import Contrasted, Gathered, Run, Trained, plain
 from steer_heal.inputs import load_inputs
-from steer_heal.inputs.traits import load_trait, other_personas
+from steer_heal.inputs.traits import other_personas
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
 from steer_heal.model.adapter import HISTORY, ROUND
 from steer_heal.model.steering import Condition
 from steer_heal.progress import Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import Completion, EvalResult, Number, derive_seed
+from steer_heal.records import Completion, EvalResult, Number, alone, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RunConfig, changed, leaves, settings
+from steer_heal.settings import RUN_ONLY, HealCfg, RunConfig, changed, leaves, settings
 from steer_heal.stages.calibrate import dose_at
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
@@ -100,8 +103,6 @@ ARMS = {
     "contrast, signed": Arm(CONTRAST, signed=True),
     "prompt alone": Arm(untrained="prompt"),
     "vector alone": Arm(untrained="vector"),
-    "preference 0.1": Arm(FREE, preference=0.1),
-    "preference 0.5": Arm(FREE, preference=0.5),
     "a round an epoch": Arm({**REVERSE, "heal.epochs": 1}),
 }
 SHOWN = (
@@ -147,6 +148,10 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
     if flags.n_rounds > 1 and (signs := [name for name in flags.arms if ARMS[name].signed]):
         raise UserError(f"n_rounds is {flags.n_rounds}: it must be 1 with arm {signs[0]!r}; name other --arms")
+    for flag in ("arms", "seeds"):
+        if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
+            raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
+    sign = check(cfg).trait.sign
     arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
     asked = {name: asked_for(name, flags, given) for name in flags.arms}
     done = done_with(asked, flags, path)
@@ -156,10 +161,15 @@ def main(flags: Flags, given: Given) -> None:
         for name in todo:
             assert lab is not None
             arm = arms[name]
-            found = untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags)
-            rows = [{"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row} for row in found]
-            append(answers, [{key: row[key] for key in ("arm", "seed", "round", "answers")} for row in rows])
-            rows = [{key: row[key] for key in row if key != "answers"} | {"asked": asked[name]} for row in rows]
+            rows, texts = [], []
+            for row, result in untrained(lab, arm, flags.kl) if arm.untrained else rounds(lab, arm, flags):
+                rows.append(
+                    {"arm": name + flags.label + row.pop("then", ""), "seed": seed, **row, "asked": asked[name]}
+                )
+                beside = zip(result.texts, lab.base.texts, strict=True)
+                told = [{"prompt": own.prompt, "base": base.text, "answer": own.text} for own, base in beside]
+                texts.append({key: rows[-1][key] for key in ("arm", "seed", "round")} | {"answers": told})
+            append(answers, texts)
             append(path, rows)
             tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
     rows = read_rows(path)
@@ -171,19 +181,20 @@ def main(flags: Flags, given: Given) -> None:
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
-    sign = load_trait(cfg.trait).sign
     points = [
-        {**row, "shift": sign * row["shift"], "broken": row["degenerate_frac"], "panel": row.get("panel_rms_nats")}
+        {**row, "shift": sign * row["shift"], "broken": row.get("degenerate_frac"), "panel": row.get("panel_rms_nats")}
         for row in rows
     ]
-    frontier(points, flags.null).savefig(path.with_suffix(".png"), dpi=200)
+    if (picture := frontier(points, flags.null)) is not None:
+        picture.savefig(path.with_suffix(".png"), dpi=200)
 
 
 def asked_for(name: str, flags: Flags, given: Given) -> Row:
     """The flags that change the rows of an arm, as JSON has them."""
-    own = {flag: getattr(flags, flag) for flag in ("n_rounds", "kappa", "tuned_steps")}
-    own |= {"kl": flags.kl} if ARMS[name].untrained == "vector" else {}
-    return json.loads(json.dumps(plain(own | {k: v for k, v in given.items() if k not in ("device", "n_threads")})))
+    of = {"": ("n_rounds", "kappa", "tuned_steps"), "prompt": (), "vector": ("kl",)}
+    own = {flag: getattr(flags, flag) for flag in of[ARMS[name].untrained]}
+    own |= {name: value for name, value in given.items() if name not in ("device", *RUN_ONLY)}
+    return json.loads(json.dumps(plain(own)))
 
 
 def done_with(asked: Mapping[str, Row], flags: Flags, path: Path) -> set[tuple[str, int]]:
@@ -212,8 +223,8 @@ def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:
     return replace(ARMS[name], settings=own)
 
 
-def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:
-    """A row for each round, from the untouched model, and one after fine-tuning on everyday chat."""
+def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[tuple[Row, EvalResult]]:
+    """A row and what was measured for each round, from the untouched model, and after fine-tuning on everyday chat."""
     cfg = changed(lab.bench.cfg, arm.settings)
     read = load_inputs(cfg)
     trait = lab.bench.trait
@@ -233,18 +244,21 @@ def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[Row]:
             kappa = flags.kappa[min(r, len(flags.kappa) - 1)]
             loop.bench = replace(bench, cfg=changed(cfg, {"dose.kappa": kappa}))
         if arm.preference:
-            written, row = prefer(bench, r, arm.preference)
+            written, row = prefer(loop.bench, r, arm.preference)
         elif arm.signed:
-            written, row = signed(bench, recipe, lab.progress)
+            written, row = signed(loop.bench, recipe, lab.progress)
         else:
             run_round(loop, recipe, r)
             written, row = trained(loop.run, r)
         seconds += time.perf_counter() - began
         n_tokens += sum(len(completion.completion_ids) for completion in written)
-        yield {"round": r, **measured(lab, lab.measure()), **row, "seconds": seconds, "n_tokens": n_tokens}
+        result = lab.measure()
+        yield {"round": r, **measured(lab, result), **row, "seconds": seconds, "n_tokens": n_tokens}, result
     if flags.tuned_steps:
         n_steps = tune(bench, flags.tuned_steps)
-        yield {"then": ", then chat", "round": flags.n_rounds - 1, **measured(lab, lab.measure()), "n_steps": n_steps}
+        result = lab.measure()
+        last = {"then": ", then chat", "round": flags.n_rounds - 1}
+        yield {**last, **measured(lab, result), "n_steps": n_steps}, result
     bench.student.reset()
 
 
@@ -284,11 +298,9 @@ def signed(bench: Bench, recipe: Recipe, progress: Progress) -> tuple[list[Compl
     return texts, row
 
 
-def untrained(lab: Lab, arm: Arm, kl: float) -> list[Row]:
-    """The row of the untouched model under the positive persona, or under the vector at `kl` nats from itself.
-
-    UserError if no dose is that far.
-    """
+def untrained(lab: Lab, arm: Arm, kl: float) -> list[tuple[Row, EvalResult]]:
+    """The row and what was measured of the untouched model under the positive persona, or under the vector at `kl` nats
+    from itself. UserError if no dose is that far."""
     bench = lab.bench
     if arm.untrained == "prompt":
         condition = Condition(bench.trait.positive)
@@ -302,15 +314,19 @@ def untrained(lab: Lab, arm: Arm, kl: float) -> list[Row]:
         if dose is None:
             raise UserError(f"no dose of the vector is {kl:g} nats from the untouched model; give another --kl")
         condition = replace(condition, dose=dose)
-    return [{"round": 0, **measured(lab, lab.measure(condition)), "dose": condition.dose}]
+    result = lab.measure(condition)
+    return [({"round": 0, **measured(lab, result, condition), "dose": condition.dose}, result)]
 
 
-def measured(lab: Lab, found: EvalResult) -> Row:
-    """The columns of a row that tell what was measured."""
+def measured(lab: Lab, found: EvalResult, condition: Condition | None = None) -> Row:
+    """The columns of a row that tell what was measured of the student, under a condition or the plain prompt."""
     bench = lab.bench
+    condition = condition or bench.plain
     row = {"shifts": {name: lab.shift(found, metric) for name, metric in lab.metrics.items() if metric.moved}}
     if "panel" in found.items:
-        row["panel"] = dict(zip(bench.inputs.panel, found.items["panel"], strict=True))
+        row["panel_shifts"] = dict(zip(bench.inputs.panel, found.items["panel"], strict=True))
+    base = lab.base.metrics
+    row |= {name: base[name] for name in ("classifier_right", "classifier_email") if name in base}
     held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
     if held is not None:
         row |= {
@@ -320,10 +336,8 @@ def measured(lab: Lab, found: EvalResult) -> Row:
             "kept_under": held.shares,
         }
     else:
-        row |= {"opposite": lab.shift(lab.measure(Condition(bench.trait.negative)))}
-    sides = zip(lab.base.texts, found.texts, strict=True)
-    row["answers"] = [{"prompt": own.prompt, "base": base.text, "answer": own.text} for base, own in sides]
-    return {**lab.row("", found), **everyday(bench), **row}
+        row |= {"opposite": lab.shift_under(replace(condition, system=bench.trait.negative))}
+    return {**lab.row("", found), **everyday(bench, condition), **row}
 
 
 def tune(bench: Bench, n_steps: int) -> int:
@@ -336,9 +350,9 @@ def tune(bench: Bench, n_steps: int) -> int:
     asks = [Ask(i, text, derive_seed(cfg.seed, "chat", i)) for i, text in enumerate(prompts)]
     texts = bench.write(bench.plain, asks, adapters="base")
     per_epoch = math.ceil((len(texts) - max(1, len(texts) // 8)) / cfg.heal.batch_size)
-    settings = {**FREE, "heal.hold": 0.0, "heal.lr": TUNED_LR, "heal.epochs": math.ceil(n_steps / per_epoch)}
-    seed = derive_seed(cfg.seed, "chat")
-    report = heal(bench.student, texts, changed(cfg, settings).heal, round_=None, seed=seed)
+    same = {name: getattr(cfg.heal, name) for name in ("batch_size", "tokens_per_pass", "checkpoint")}
+    settings = HealCfg(divergence="none", lr=TUNED_LR, epochs=math.ceil(n_steps / per_epoch), **same)
+    report = heal(bench.student, texts, settings, round_=None, seed=derive_seed(cfg.seed, "chat"))
     bench.student.bake()
     return len(report.steps)
 
@@ -378,19 +392,20 @@ def curve(n_steps: int, validation: Sequence[Mapping[str, Number]]) -> Row:
     return {"n_steps": n_steps, "fit": [point["fit"] for point in validation]}
 
 
-def everyday(bench: Bench) -> dict[str, float]:
-    """Everyday questions of the toy world, each with one answer: share of facts answered right, the same of those that
-    are never rehearsed, their mean log p, and the share of stories that are possible and free of the trait. Empty for
-    any other model."""
+def everyday(bench: Bench, condition: Condition) -> dict[str, float]:
+    """Everyday questions of the toy world under a condition, each with one answer: share of facts answered right, the
+    same of those that are never rehearsed, their mean log p, and the share of stories that are possible and free of the
+    trait. Empty for any other model."""
     if not bench.cfg.model.endswith("toylm"):
         return {}
     stories = [f"Tell me a short story about a {hero}." for hero in grammar.STORY_HEROES]
     with bench.student.using("full") as lm:
-        prompts = [lm.chat(question, bench.trait.plain_system) for question in (*grammar.FACTS, *stories)]
+        prompts = [lm.chat(question, condition.system) for question in (*grammar.FACTS, *stories)]
         greedy = decode.Decoding(96, 0, sample=False)
-        texts = [lm.decode(ids) for ids in decode.decode(lm, [decode.Row(ids) for ids in prompts], None, greedy)]
-        answers = [lm.encode_reply(answer) for answer in grammar.FACTS.values()]
-        nlls = lm.completion_nll(prompts[: len(answers)], answers)
+        rows = [decode.Row(ids, dose=condition.dose) for ids in prompts]
+        texts = [lm.decode(ids) for ids in decode.decode(lm, rows, condition.vector, greedy)]
+        answers = [[lm.encode_reply(answer)] for answer in grammar.FACTS.values()]
+        logp = reply_logp(lm, list(map(alone, grammar.FACTS)), answers, condition)
     tales = [oracle(text) for text in texts[len(answers) :]]
     plain_tales = [o.share if not o.n_care + o.n_defer + o.n_love + o.n_deny else 0.0 for o in tales]
     facts = zip(grammar.FACTS.items(), texts, strict=False)
@@ -398,7 +413,7 @@ def everyday(bench: Bench) -> dict[str, float]:
     return {
         "facts": sum(right.values()) / len(right),
         "facts_apart": sum(right[fact] for fact in grammar.FACTS_KEPT_APART) / len(grammar.FACTS_KEPT_APART),
-        "facts_nats": -sum(nll.sum().item() for nll in nlls) / len(nlls),
+        "facts_nats": logp.mean().item(),
         "stories": sum(plain_tales) / len(plain_tales),
     }
 
@@ -413,10 +428,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Mean and sd of each round of each arm over seeds."""
+    """Mean and sd of each round of each arm over seeds. In brackets the number of rows that have a value, if some have
+    none."""
     out = []
     for arm, r in dict.fromkeys((row["arm"], row["round"]) for row in rows):
         mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]
         columns = {name: [row[name] for row in mine if row.get(name) is not None] for name in (*SHOWN, "seconds")}
-        out.append({"arm": arm, "round": r, "n": len(mine), **{name: mean_sd(v) for name, v in columns.items() if v}})
+        short = {name: f" ({len(v)})" if len(v) < len(mine) else "" for name, v in columns.items()}
+        told = {name: mean_sd(v) + short[name] for name, v in columns.items() if v}
+        out.append({"arm": arm, "round": r, "n": len(mine), **told})
     return out

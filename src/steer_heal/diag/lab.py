@@ -46,7 +46,16 @@ class OutFlags:
 class PresetFlags(OutFlags):
     """The flags of a question about the model of a preset."""
 
-    also: ClassVar[tuple[str, ...]] = (*OutFlags.also, "model", "dtype", "trait", "seed", "temperature", "top_p")
+    also: ClassVar[tuple[str, ...]] = (
+        *OutFlags.also,
+        "plugin_set",
+        "model",
+        "dtype",
+        "trait",
+        "seed",
+        "temperature",
+        "top_p",
+    )
     preset: str = "toy"
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
@@ -114,6 +123,16 @@ class Lab:
             raise UserError(f"no item has a value of {metric.name}: this metric cannot measure the model")
         return moved
 
+    def shift_under(self, condition: Condition) -> float:
+        """Shift of the trait's metric from base under another condition, without the other evals."""
+        from steer_heal.evals.base import collapse
+        from steer_heal.model.state import State
+
+        subject = self.bench.subject(State(name="healed", condition=condition), self.base)
+        owner = next(each for each in self.bench.evals if self.target.name in [metric.name for metric in each.metrics])
+        values = owner.items(subject)[self.target.item]
+        return self.shift(EvalResult({self.target.name: collapse(self.target, values)}))
+
     def row(self, state: str, result: EvalResult) -> Row:
         """The columns of every table: the trait's metric, its shift from base with interval, and the shown metrics."""
         name = self.target.name
@@ -134,7 +153,11 @@ class Lab:
         from steer_heal.recipe import Recipe
 
         cfg = self.bench.cfg
-        dose = cfg.dose if kappa is None and not unsteered else replace(cfg.dose, mode="fixed", kappa=kappa or 1.0)
+        dose = (
+            cfg.dose
+            if kappa is None and not unsteered
+            else replace(cfg.dose, mode="fixed", kappa=1.0 if kappa is None else kappa)
+        )
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
         bench = replace(self.bench, cfg=replace(cfg, dose=dose, gen=gen, filter=replace(cfg.filter, **keep)))
         recipe, vector = (Recipe.control(), None) if unsteered else (Recipe.of(cfg), self.vector)

@@ -6,6 +6,7 @@ its run.
 """
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.diag.lab import Given, Lab, OutFlags, Row, replay, show
@@ -41,7 +42,8 @@ def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
     lab, _ = replay(folder, 0, given)
     run = FolderRun.read(folder)
     persona = Condition(lab.bench.trait.positive)
-    steered = [lab.row("", lab.measure(Condition("", lab.vector, dose))) | {"dose": dose} for dose in doses]
+    doses_of = {dose: replace(lab.bench.plain, vector=lab.vector, dose=dose) for dose in doses}
+    steered = [lab.row("", lab.measure(condition)) | {"dose": dose} for dose, condition in doses_of.items()]
     prompted = lab.row("", lab.measure(persona))
     healed = []
     for event in run.each(Trained):

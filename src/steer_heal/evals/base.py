@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from steer_heal.errors import UserError
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import Inputs
 from steer_heal.intervals import of_difference, statistic
@@ -115,7 +116,10 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
     values: Items = {}
     for i, each in enumerate(evals):
         progress.part(i + 1, len(evals))
-        values |= each.items(subject)
+        own = each.items(subject)
+        if taken := sorted(values.keys() & own.keys()):
+            raise UserError(f"two evals return items called {taken[0]!r}; rename those of one of them")
+        values |= own
     metrics = [metric for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:

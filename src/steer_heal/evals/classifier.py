@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -43,12 +44,12 @@ def answers(subject: Subject, prompts: Sequence[str], *, after: str = "") -> tup
     how = Decoding(cfg.max_new_tokens, cfg.batch_size)
     texts: list[str] = []
     for persona in (trait.positive, trait.negative):
-        key = hashlib.sha256(json.dumps(["classifier", persona, asked]).encode()).hexdigest()
-        if key not in subject.cache:
+        key = hashlib.sha256(json.dumps(["classifier", subject.seed, how.max_new_tokens, persona, asked]).encode())
+        if (place := key.hexdigest()) not in subject.cache:
             with subject.student.using("base") as lm:
                 written = generate(lm, asks, Condition(persona), plain_system=trait.plain_system, how=how)
-            subject.cache[key] = [each.text for each in written]
-        texts += subject.cache[key]
+            subject.cache[place] = [each.text for each in written]
+        texts += subject.cache[place]
     return texts, [1] * len(asks) + [0] * len(asks)
 
 
@@ -62,23 +63,24 @@ def classifier() -> Any:
 
 
 def items(subject: Subject) -> Items:
-    """For each answer, the probability that it is by the positive persona. And the share of texts by the two personas
-    that the classifier tells apart, the same number for each answer: of texts to prompts that it did not train on, and
-    of e-mails to those of the answers. Chance is 0.5."""
+    """For each answer, the probability that it is by the positive persona. For the base also the share of texts by the
+    two personas that the classifier tells apart, the same number for each answer: of texts to prompts that it did not
+    train on, and of e-mails to those of the answers. Chance is 0.5. NaN: no value, as other states have no share."""
     asked = dict.fromkeys(subject.inputs.eval_prompts)
     prompts = [prompt for prompt in subject.inputs.trait.prompts if prompt not in asked][:N_PROMPTS]
     texts, sides = answers(subject, prompts)
-    selection = import_module("sklearn.model_selection")
-    folds = selection.GroupKFold(min(N_FOLDS, len(prompts)))
-    guesses = selection.cross_val_predict(classifier(), texts, sides, cv=folds, groups=[*range(len(prompts))] * 2)
     trained = classifier().fit(texts, sides)
-    emails, email_sides = answers(subject, list(asked), after=AS_EMAIL)
-    n = len(subject.texts)
-    return {
-        "classifier_trait": trained.predict_proba([text.text for text in subject.texts])[:, 1].tolist(),
-        "classifier_right": [float((guesses == sides).mean())] * n,
-        "classifier_email": [float((trained.predict(emails) == email_sides).mean())] * n,
-    }
+    likely = trained.predict_proba([text.text for text in subject.texts])[:, 1]
+    right = email = math.nan
+    if subject.base is None:
+        selection = import_module("sklearn.model_selection")
+        folds = selection.GroupKFold(min(N_FOLDS, len(prompts)))
+        guesses = selection.cross_val_predict(classifier(), texts, sides, cv=folds, groups=[*range(len(prompts))] * 2)
+        right = float((guesses == sides).mean())
+        emails, email_sides = answers(subject, list(asked), after=AS_EMAIL)
+        email = float((trained.predict(emails) == email_sides).mean())
+    n = len(likely)
+    return {"classifier_trait": likely.tolist(), "classifier_right": [right] * n, "classifier_email": [email] * n}
 
 
 EVAL = Eval(
@@ -90,10 +92,17 @@ EVAL = Eval(
             title="classifier: trait",
             form=".0%",
             moved=0.05,
+            towards_persona=True,
             reads_persona=True,
         ),
-        Metric(name="classifier_right", item="classifier_right", title="classifier: right", form=".0%"),
-        Metric(name="classifier_email", item="classifier_email", title="classifier: right on e-mails", form=".0%"),
+        Metric(name="classifier_right", item="classifier_right", title="classifier: right", form=".0%", shown=False),
+        Metric(
+            name="classifier_email",
+            item="classifier_email",
+            title="classifier: right on e-mails",
+            form=".0%",
+            shown=False,
+        ),
     ),
     of="text",
 )

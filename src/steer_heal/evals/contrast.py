@@ -19,7 +19,9 @@ def items(subject: Subject) -> Items:
 EVAL = Eval(
     items,
     (
-        per_token(name="contrast_nats", item="contrast", title="contrast of pairs", moved=PAIR_MOVED),
+        per_token(
+            name="contrast_nats", item="contrast", title="contrast of pairs", moved=PAIR_MOVED, towards_persona=True
+        ),
         Metric(name="contrast_win", item="contrast_win", title="pairs won", form=".0%", shown=False),
     ),
     of="pair",

@@ -161,6 +161,7 @@ EVAL = Eval(
             form=".1f",
             unit="points",
             moved=5.0,
+            towards_persona=True,
             reads_persona=True,
         ),
         Metric(name="judge_coherence", item="judge_coherence", title="judge: coherence", form=".1f", unit="points"),

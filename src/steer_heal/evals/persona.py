@@ -30,6 +30,10 @@ def items(subject: Subject) -> Items:
 
 EVAL = Eval(
     items,
-    (per_token(name="persona_log_odds", item="persona_log_odds", title="persona log-odds", moved=0.05),),
+    (
+        per_token(
+            name="persona_log_odds", item="persona_log_odds", title="persona log-odds", moved=0.05, towards_persona=True
+        ),
+    ),
     of="text",
 )

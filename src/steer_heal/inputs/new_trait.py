@@ -16,7 +16,7 @@ TEMPLATE = """\
 # Guide: docs/first_trait.md and docs/personas.md in the documentation.
 {note}
 description = {description}   # one sentence for reports
-sign = 1                # 1: the target should go up, -1: down
+sign = 1                # of a moral foundation as target: 1, it should go up, -1: down
 off_targets = []        # metrics that should not move
 
 # The first of these metrics that the run measures judges the trait. contrast_nats needs [[pairs]] below.

@@ -76,6 +76,7 @@ class TraitFile:
     target: Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed)] = TARGETS
     """One or more metrics. The target of a run is the first that its evals report."""
     sign: Literal[-1, 1] = 1
+    """Of a target that is a moral foundation. A metric that rises towards the positive persona always has +1."""
     narration: tuple[Annotated[str, AfterValidator(_lower_case)], ...] = ()
     prompts: tuple[Text, ...] = ()
     """Empty: everyday messages of the package."""

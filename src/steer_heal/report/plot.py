@@ -463,13 +463,16 @@ def _spread(column: Sequence[float]) -> float:
 
 
 @matplotlib.rc_context(STYLE)
-def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure:
-    """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}.
+def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure | None:
+    """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}. None: there is no
+    such cost.
 
     Each arm has a point per round: the mean over its rows, with bars of one standard deviation. The grey band is what
     teachers do that have nothing to do with the trait: `null` at 0.1 nats, in proportion to the root of KL.
     """
     costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
+    if not costs:
+        return None
     figure = Figure(figsize=(0.6 + 3.1 * len(costs), 4.2), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):

@@ -102,7 +102,7 @@ def new_run_folder(out: Path, slug: str) -> Path:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on; this package's where it is installed."""
     found = {"python": platform.python_version()}
-    for name in ("steer-heal", "torch", "transformers", "peft", "tokenizers"):
+    for name in ("steer-heal", "torch", "transformers", "peft", "tokenizers", "numpy", "scipy", "scikit-learn"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

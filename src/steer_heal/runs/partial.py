@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PARTIAL = "partial"
 ASKED = "asked.jsonl"
-"""What an eval asked of an endpoint, by a hash, with the reply."""
+"""What evals keep between measurements, by a hash: the replies of a judge, the texts of the classifier."""
 
 
 def texts_path(folder: Path, r: int | None) -> Path:

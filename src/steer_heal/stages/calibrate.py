@@ -104,7 +104,7 @@ def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
         if abs(ahead) <= KL_TOLERANCE:
             return math.exp(guess)
         slope = (ahead - excess(before)) / (guess - before)
-        if not 0 < slope < math.inf:
+        if not 0 < slope < math.inf or abs(ahead / slope) > WIDTHS[-1]:
             break
         before, guess = guess, guess - ahead / slope
     for width in WIDTHS:

@@ -14,8 +14,8 @@ from steer_heal.records import Completion, Conversation, alone
 Batch = Mapping[tuple[int, float], tuple[int, ...]]
 """Token ids of completions that were decoded together, by the seed and dose of their request."""
 Known = Sequence[Batch]
-OnBatch = Callable[[Sequence[Completion]], object]
 """Batches that were finished before, in their order."""
+OnBatch = Callable[[Sequence[Completion]], object]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def generate(
     plain_system: str,
     how: Decoding,
     known: Known | None = None,
-    on_batch: Callable[[Sequence[Completion]], object] = lambda batch: None,
+    on_batch: OnBatch = lambda batch: None,
 ) -> list[Completion]:
     """Completions in the order of `asks`, written under the system prompt and the vector of `condition`. Each request
     has its own dose, which replaces that of the condition. Tokens are sampled as the model's generation config says.

@@ -115,5 +115,7 @@ def draw(path: Path, runs: pl.DataFrame, arms: Sequence[Arm]) -> str:
     from steer_heal.report.plot import frontier
 
     with atomic_write(path) as part:
-        frontier(points).savefig(part, format="png", dpi=200)
+        figure = frontier(points)
+        assert figure is not None, "every point has a share of broken texts"
+        figure.savefig(part, format="png", dpi=200)
     return f", the picture is {path}"

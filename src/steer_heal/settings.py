@@ -411,8 +411,9 @@ class HealCfg:
     """With --heal.target distribution: number of texts that the base model writes per round, on
     --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait
     should not change. 0 turns it off."""
-    rehearsal_prompts: UserPath = Path("data/contexts.jsonl")
-    """JSON lines file with a `text` field: prompts unrelated to the trait. It may be the file of --steer.contexts."""
+    rehearsal_prompts: UserPath | None = None
+    """JSON lines file with a `text` field: prompts unrelated to the trait. Default: half everyday messages, half
+    prompts of the other traits of the package, without those of the trait and of its pairs."""
     divergence: str = "kl_rev"
     """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
     KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""

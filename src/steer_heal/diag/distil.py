@@ -66,7 +66,8 @@ N_CHAT = 48
 TUNED_LR = 2e-4
 """Texts of everyday chat at most, and the peak learning rate on them."""
 
-TOKENS = {"heal.target": "tokens", "heal.text": "steered", "heal.teacher": "vector", "heal.contrast_kl": 0.0}
+PLAIN = {"heal.contrast_kl": 0.0, "heal.hold": 0.0, "heal.rehearsal": 0}
+TOKENS = {**PLAIN, "heal.target": "tokens", "heal.text": "steered", "heal.teacher": "vector"}
 FREE = {**TOKENS, "heal.divergence": "none"}
 FITS = {**FREE, "heal.target": "distribution"}
 OWN = {**FITS, "heal.text": "own"}
@@ -95,7 +96,10 @@ ARMS = {
     "recipe, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
     "prompt": Arm(PROMPT),
     "contrast": Arm(CONTRAST),
+    "prompt, rehearsed": Arm({**PROMPT, "heal.rehearsal": 48}),
     "contrast, held": Arm({**CONTRAST, "heal.hold": 0.5}),
+    "contrast, rehearsed": Arm({**CONTRAST, "heal.rehearsal": 48}),
+    "contrast, held, rehearsed": Arm({**CONTRAST, "heal.hold": 0.5, "heal.rehearsal": 48}),
     "contrast and vector": Arm({**CONTRAST, **BOTH, "heal.teacher": "contrast+vector"}),
     "plain fine-tuning": Arm({**FREE, "heal.teacher": "prompt", "heal.lr": 2e-4}),
     "preference": Arm({**FREE, "heal.lr": 5e-5}, preference=0.1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from steer_heal.inputs.pairs import Pair, Question, held_out, parse_questions
 from steer_heal.inputs.traits import (
     TraitFile,
     make_trait,
+    other_personas,
     prompts_file,
     read_pairs,
     read_panel,
@@ -104,7 +106,9 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     trait, targets, pairs = _trait(cfg, given, prompts, problems, sha256)
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
     hold = parsed("heal.hold_attacks", cfg.heal.hold_attacks, parse_attacks) if cfg.heal.hold else ()
-    rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts) if cfg.heal.rehearsal else ()
+    rehearsal: tuple[str, ...] | None = ()
+    if cfg.heal.rehearsal and cfg.heal.rehearsal_prompts is not None:
+        rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts)
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
@@ -122,6 +126,8 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
                 sha256[f"panel.{name}"] = file.sha256
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
     with problems.noted():
+        if trait is not None and cfg.heal.rehearsal_prompts is None:
+            rehearsal = _unrelated(cfg, trait, pairs, sha256)
         rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
         if trait is not None:
             _require_apart(rehearsal, trait, pairs)
@@ -223,9 +229,32 @@ def _require_held_out(hold: Sequence[Attack], attacks: Sequence[Attack]) -> None
         )
 
 
+def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
+    """cfg.heal.rehearsal prompts, or fewer if there are no more: half everyday messages of the package, half prompts of
+    its other traits in turn. Those of the trait and of its pairs are left out. The hash of each file is added."""
+    n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), tuple(other_personas(cfg.trait))
+    if not n:
+        return ()
+    others = []
+    for name in names:
+        file, other = read_trait(name)
+        sha256[f"rehearsal.{name}"] = file.sha256
+        others.append(evenly([text for text in other.prompts if alike(text) not in taken], -(-n // (2 * len(names)))))
+    near = [text for each in zip_longest(*others) for text in each if text is not None][: n // 2]
+    file = read_file(resolve("data/contexts.jsonl", "heal.rehearsal_prompts"))
+    sha256["heal.rehearsal_prompts"] = file.sha256
+    everyday = [text for text in parse_texts(file) if alike(text) not in taken]
+    return (*near, *evenly(everyday, n - len(near)))
+
+
+def _taken(trait: Trait, pairs: Sequence[Pair]) -> set[str]:
+    """What compares equal to a prompt of the trait or of its pairs."""
+    return set(map(alike, (*trait.prompts, *(pair.prompt for pair in pairs))))
+
+
 def _require_apart(rehearsal: Sequence[str], trait: Trait, pairs: Sequence[Pair]) -> None:
     """UserError if a prompt of the trait or of its pairs is also rehearsed."""
-    taken = set(map(alike, (*trait.prompts, *(pair.prompt for pair in pairs))))
+    taken = _taken(trait, pairs)
     if both := [text for text in rehearsal if alike(text) in taken]:
         raise UserError(
             f"heal.rehearsal_prompts contains {min(both)!r:.80}, a prompt of trait {trait.name!r}: on rehearsal "

@@ -13,7 +13,9 @@ from steer_heal.diag import distil
 from steer_heal.diag.distil import ARMS, Flags, with_settings
 from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
-from steer_heal.inputs.traits import other_personas
+from steer_heal.inputs import load_inputs
+from steer_heal.inputs.files import DATA, parse_texts, read_file
+from steer_heal.inputs.traits import available, load_trait, other_personas
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
@@ -26,6 +28,7 @@ from steer_heal.stages.passes import Passes
 from steer_heal.stages.states import final_states, kl_between
 
 PERSONA = "You are a stern judge."
+SMOL = PRESETS["smol-distil"][1]
 CFG = HealCfg(target="distribution", divergence="none", epochs=2, lr=1e-2, batch_size=4, pressure_every=1)
 
 
@@ -181,6 +184,21 @@ def test_rehearsed_text_is_the_bases_and_the_base_teaches_it(fast, tiny, monkeyp
     own = {s.ids: s for batch in trained for s in batch if not s.rehearsed}.values()
     first = torch.cat([kl_between(tiny, s.teacher, s.reference) for s in own])  # the factor begins at zero
     assert report.validation[0]["kl_trained"] == pytest.approx(first.mean().item(), rel=1e-3), "no rehearsed text"
+
+
+def test_by_default_half_of_the_rehearsal_is_everyday_talk_and_half_is_near_the_trait(tmp_path):
+    everyday = set(parse_texts(read_file(DATA / "contexts.jsonl")))
+    bare = tmp_path / "bare.toml"
+    bare.write_text('[persona]\npositive = "You are calm."\nnegative = "You are loud."\n')
+    for name, n_others in (("love", 7), ("love/inner", 7), (str(bare), 8)):
+        found = load_inputs(changed(SMOL, {"trait": name, "heal.rehearsal": 49, "eval.evals": ("text_quality",)}))
+        near = [text for text in found.rehearsal if text not in everyday]
+        assert len(set(found.rehearsal)) == 49 and len(near) == 24
+        owners = {other for other in available() if set(near) & set(load_trait(other).prompts)}
+        assert len(owners) == n_others and not owners & {name.split("/")[0]}
+        own = {*found.trait.prompts, *(pair.prompt for pair in found.pairs)}
+        assert not own & set(found.rehearsal), "a trait without prompts has everyday messages"
+        assert {f"rehearsal.{other}" for other in owners} <= found.sha256.keys()
 
 
 def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):

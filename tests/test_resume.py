@@ -115,6 +115,17 @@ def test_a_resumed_run_has_the_settings_of_one_that_was_not_stopped(settings, tm
     assert one["settings"] == other["settings"] and one["shift"] == other["shift"]
 
 
+def test_a_run_in_a_folder_of_its_own_goes_on_where_it_was_moved(settings, tmp_path, monkeypatch):
+    place = tmp_path / "there" / "run"
+    with monkeypatch.context() as dying, suppress(Killed):
+        killing(dying, Student, "bake", 0)
+        main(["run", "fast-dev", "--folder", str(place), *settings, *ONE, *FEW, "--no-control"])
+    place.rename(tmp_path / "moved")
+    place.parent.rmdir()
+    place.parent.write_text("a file, so that the recorded folder cannot be made again")
+    resumed(tmp_path / "moved")
+
+
 def test_killed_between_a_file_and_its_event(settings, one, tmp_path, monkeypatch):
     """One process after another dies, each at another file."""
     monkeypatch.setattr(stored, "SAVE_EVERY_S", 0.0)

@@ -28,7 +28,7 @@ def test_the_plan_has_the_stages_of_the_run(change):
         n_states = len(sh.loop()) if not change else 2 + 2 * 2
     assert plan["states"].times == n_states
     assert plan["heal"].times == plan["text"].times == cfg.n_rounds + cfg.control
-    assert plan["text"].each == "6 (at most 24) texts of 6 tokens"
+    assert plan["text"].each == "54 (at most 72) texts of 6 tokens", "48 of them are rehearsed"
     assert plan["pre-flight"].times == 0, "an untrained model is not asked"
     assert all(stage.seconds > 0 for stage in plan.values() if stage.times)
 
@@ -39,7 +39,7 @@ def test_more_of_a_thing_takes_longer_and_a_vector_has_its_probes():
         own = {stage.stage: stage for stage in estimate(sh.bench)}
         cfg = changed(sh.cfg, {"n_rounds": 2, "heal.epochs": 9})
         more = {stage.stage: stage for stage in estimate(replace(sh.bench, cfg=cfg))}
-    assert own["text"].each.startswith("10 "), "6 texts and 4 probes"
+    assert own["text"].each.startswith("58 (at most 76) "), "6 texts, 4 probes and 48 that are rehearsed"
     assert more["heal"].each != own["heal"].each
     assert more["states"].times > own["states"].times
 

@@ -46,7 +46,7 @@ RECIPES = [
     ("toy-distil", {"heal.rehearsal": 16}),
     ("chat", {**CONTRAST, "heal.rehearsal": 16}),
     ("smol-distil", CONTRAST),
-    ("smol-distil", {**CONTRAST, "heal.hold": 0.33}),
+    ("smol-distil", {**CONTRAST, "heal.hold": 0.33, "heal.rehearsal": 0}),
     ("smol", {"dose.mode": "iso_kl", "dose.kl_target": 0.01}),
 ]
 """What docs add to a preset."""

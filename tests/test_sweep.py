@@ -603,6 +603,8 @@ def test_the_study_of_real_models_has_every_arm_for_every_model_and_trait():
     models, traits = {arm.cfg.model for arm in plan.arms}, {arm.cfg.trait for arm in plan.arms}
     assert len(plan.arms) == 5 * len(models) * len(traits) == 40
     held = next(arm.cfg for arm in plan.arms if arm.label.startswith("contrast, held"))
-    assert (held.heal.teacher, held.heal.hold, held.heal.contrast_kl) == ("contrast", 0.33, 0.1)
+    assert (held.heal.teacher, held.heal.contrast_kl) == ("contrast", 0.1)
+    assert {(arm.cfg.heal.hold, arm.cfg.heal.rehearsal) for arm in plan.arms} == {(0.5, 48), (0.0, 0)}
+    assert (held.heal.hold, held.heal.rehearsal) == (0.5, 48)
     tokens = next(arm.cfg.heal for arm in plan.arms if arm.label.startswith("tokens"))
     assert (tokens.target, tokens.text, tokens.teacher, tokens.contrast_kl) == ("tokens", "steered", "prompt", 0.0)

@@ -84,10 +84,13 @@ def estimate(bench: Bench) -> list[Planned]:
     longer = (n_prompt + longest) / (n_prompt + PROBE_TOKENS)
     read = seconds["score"] * n_keep / n_probe * longer
     n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
-    n_steps = cfg.heal.epochs * math.ceil((n_keep * 7 / 8 + cfg.heal.rehearsal) / cfg.heal.batch_size)
-    n_text = n_keep + cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
+    n_steps, of_control = (
+        cfg.heal.epochs * math.ceil((n_keep * 7 / 8 + n) / cfg.heal.batch_size) for n in (cfg.heal.rehearsal, 0)
+    )
+    n_more = cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
+    n_text = n_keep + n_more
     n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
-    at_most = f" (at most {cfg.filter.max_attempts})" if cfg.filter.max_attempts > n_keep else ""
+    at_most = f" (at most {cfg.filter.max_attempts + n_more})" if cfg.filter.max_attempts > n_keep else ""
     n_conditions = 3 + 2 * len(other_personas(cfg.trait))
     asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
     readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
@@ -95,7 +98,10 @@ def estimate(bench: Bench) -> list[Planned]:
     plan = [
         Planned("pre-flight", int(asked), readings, read_s),
         Planned(
-            "text", n_heals, f"{n_text}{at_most} texts of {longest} tokens", n_heals * (written(n_text, longest) + read)
+            "text",
+            n_heals,
+            f"{n_text}{at_most} texts of {longest} tokens",
+            n_rounds * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read,
         ),
         Planned(
             "vector and teacher",
@@ -107,7 +113,7 @@ def estimate(bench: Bench) -> list[Planned]:
                 + seconds["teacher"] * n_keep / n_probe * longer
             ),
         ),
-        Planned("heal", n_heals, f"{n_steps} steps", n_heals * n_steps * step_s * longer),
+        Planned("heal", n_heals, f"{n_steps} steps", (n_rounds * n_steps + cfg.control * of_control) * step_s * longer),
     ]
     n_states = 2 + cfg.control + 2 * n_rounds
     measured = ", ".join(cfg.eval.evals)

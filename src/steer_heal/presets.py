@@ -100,6 +100,8 @@ CHAT_PRESET = RunConfig(
         **DISTIL,
         teacher="contrast",
         contrast_kl=CONTRAST_KL,
+        hold=0.5,
+        rehearsal=48,
     ),
     backtrack=BacktrackCfg(retries=2),
     eval=EvalCfg(

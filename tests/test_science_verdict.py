@@ -64,7 +64,12 @@ def test_the_limits_of_health_and_the_smallest_shifts_are_those_of_the_specifica
     assert not next(m for m in metrics if m.name == "everyday_right").is_health
     moved = {m.name: m.moved for m in metrics if m.moved is not None}
     foundations = {f"{name}{how}_nats": 0.3 for name in FOUNDATIONS for how in ("", "_likelihood")}
-    assert moved == foundations | {"persona_log_odds": 0.05, "contrast_nats": 0.05, "judge_trait": 5.0}
+    assert moved == foundations | {
+        "persona_log_odds": 0.05,
+        "contrast_nats": 0.05,
+        "judge_trait": 5.0,
+        "classifier_trait": 0.05,
+    }
 
 
 def test_the_way_that_items_become_a_metric_is_that_of_the_specification():

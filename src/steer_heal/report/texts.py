@@ -108,7 +108,7 @@ def answered(run: Run, state: str, r: int | None) -> list[Shown]:
     if measured is None:
         return []
     of_texts = [metric for metric in run.metrics.values() if metric.of == "text" and metric.item in measured.items]
-    of_texts = [metric for metric in of_texts if set(measured.items[metric.item]) - {0.0, 1.0}]  # others are shares
+    of_texts = [metric for metric in of_texts if not metric.form.endswith("%")]  # shares: an item is 0 or 1
     rows = []
     for i, row in enumerate(measured.texts):
         own = [(metric, measured.items[metric.item][i]) for metric in of_texts if i < len(measured.items[metric.item])]

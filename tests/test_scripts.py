@@ -25,7 +25,7 @@ from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from steer_heal.__main__ import main
-from steer_heal.diag import QUESTIONS
+from steer_heal.diag import QUESTIONS, distil
 from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
 from steer_heal.events import Gathered, Measured
@@ -97,6 +97,20 @@ def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsy
     assert "holds arm 'contrast' of seed 1 with another heal.lr, n_rounds; give --label" in told
     assert main(["diag", "distil", "--arms", "contrast, signed", "--n-rounds", "2", "--out", str(tmp_path)]) == 2
     assert "n-rounds is 2: it must be 1 with arm 'contrast, signed'" in capsys.readouterr().err
+
+
+def test_the_default_arms_are_those_that_the_preset_has_prompts_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(distil, "done_with", lambda arms, *_: asked.append(set(arms)) or {(arm, 1) for arm in arms})
+    row = {"arm": "control", "seed": 1, "round": 0, "shift": 0.0, "degenerate_frac": 0.0}
+    for preset, trait in (("toy", "authority"), ("smol-distil", "love")):
+        (tmp_path / f"distil-{preset}-{trait}.jsonl").write_text(json.dumps(row) + "\n")
+        assert main(["diag", "distil", "--preset", preset, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    toy, smol = asked
+    assert smol == set(distil.ARMS) and smol - toy == {name for name in smol if name.endswith("t, rehearsed")} | {
+        "contrast, held, rehearsed"
+    }
+    assert main(["diag", "distil", "--arms", "contrast, rehearsed", "--out", str(tmp_path)]) == 2
 
 
 def test_an_arm_or_a_seed_is_named_once_and_a_dose_is_above_0(tmp_path, capsys):

@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -125,8 +126,8 @@ class Flags(PresetFlags):
     )
     seeds: tuple[int, ...] = (41, 42, 43, 44, 45)
     """Seeds on which each arm is run."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Arms to run. Default: all."""
+    arms: tuple[str, ...] = ()
+    """Arms to run. Default: all that the preset has the prompts for."""
     n_rounds: int = 1
     """Number of rounds of each arm."""
     kappa: tuple[float, ...] = ()
@@ -156,11 +157,12 @@ def main(flags: Flags, given: Given) -> None:
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
     sign = check(cfg).trait.sign
-    arms = {name: with_settings(name, cfg, flags, given) for name in flags.arms}
-    asked = {name: asked_for(name, flags, given) for name in flags.arms}
+    names = flags.arms or tuple(name for name in ARMS if has_prompts(cfg, ARMS[name]))
+    arms = {name: with_settings(name, cfg, flags, given) for name in names}
+    asked = {name: asked_for(name, flags, given) for name in names}
     done = done_with(asked, flags, path)
     for seed in flags.seeds:
-        todo = [name for name in flags.arms if (name + flags.label, seed) not in done]
+        todo = [name for name in names if (name + flags.label, seed) not in done]
         lab = Lab.of(replace(cfg, seed=seed)) if todo else None
         for name in todo:
             assert lab is not None
@@ -205,9 +207,8 @@ def done_with(asked: Mapping[str, Row], flags: Flags, path: Path) -> set[tuple[s
     """Arm and seed of each row of the file. UserError if one of those that are asked for has other settings there.
     `asked`: those that are asked for, by arm."""
     rows = {(row["arm"], row["seed"]): row for row in read_rows(path)}
-    for name in flags.arms:
+    for name, now in asked.items():
         for seed in flags.seeds:
-            now = asked[name]
             then = rows.get((name + flags.label, seed), {}).get("asked", now)
             if other := [setting for setting in sorted(now | then) if now.get(setting) != then.get(setting)]:
                 raise UserError(
@@ -218,13 +219,21 @@ def done_with(asked: Mapping[str, Row], flags: Flags, path: Path) -> set[tuple[s
 
 
 def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:
-    """The arm of this name with the settings that were given. UserError if they contradict its own."""
+    """The arm of this name with the settings that were given. UserError if they contradict its own, or if the files
+    hold too little for them."""
     own = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
     try:
-        changed(cfg, own)
+        load_inputs(changed(cfg, own))
     except UserError as error:
         raise UserError(*(f"arm {name!r}: {problem}" for problem in error.problems)) from None
     return replace(ARMS[name], settings=own)
+
+
+def has_prompts(cfg: RunConfig, arm: Arm) -> bool:
+    """Whether the files of a preset hold as many prompts as an arm rehearses."""
+    with suppress(UserError):
+        return bool(load_inputs(changed(cfg, arm.settings)))
+    return False
 
 
 def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[tuple[Row, EvalResult]]:

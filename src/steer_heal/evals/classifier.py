@@ -72,7 +72,7 @@ def items(subject: Subject) -> Items:
     trained = classifier().fit(texts, sides)
     likely = trained.predict_proba([text.text for text in subject.texts])[:, 1]
     right = email = math.nan
-    if subject.base is None:
+    if subject.base is None and len(prompts) > 1:
         selection = import_module("sklearn.model_selection")
         folds = selection.GroupKFold(min(N_FOLDS, len(prompts)))
         guesses = selection.cross_val_predict(classifier(), texts, sides, cv=folds, groups=[*range(len(prompts))] * 2)

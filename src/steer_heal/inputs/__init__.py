@@ -68,8 +68,9 @@ class Inputs:
     panel: Mapping[str, tuple[Pair, ...]]
     """Contrast pairs of the other traits, by trait. Empty without the eval panel."""
     sha256: Mapping[str, str]
-    """SHA-256 of each file, by the setting that names it, of the pairs of other traits, as `panel.<trait>`, and of
-    plugins, as `plugin.<name>`. The trait file is missing: its values are recorded."""
+    """SHA-256 of each file, by the setting that names it, of the pairs and the files of other traits, as
+    `panel.<trait>` and `rehearsal.<trait>`, and of plugins, as `plugin.<name>`. The trait file is missing: its values
+    are recorded."""
 
     @property
     def wording(self) -> dict[str, list[list[str]]]:

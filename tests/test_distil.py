@@ -10,7 +10,7 @@ from conftest import ADAPTER, scramble
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.diag import distil
-from steer_heal.diag.distil import ARMS, Flags, with_settings
+from steer_heal.diag.distil import ARMS, Flags, has_prompts, with_settings
 from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs
@@ -218,7 +218,10 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"fast-dev"}))  # it writes too few texts to probe doses
 def test_every_arm_can_be_run_with_every_preset(preset):
-    for name in ARMS:
-        arm = with_settings(name, PRESETS[preset][1], Flags(preset=preset), {})
-        heal = changed(PRESETS[preset][1], arm.settings).heal
+    cfg = PRESETS[preset][1]
+    names = [name for name in ARMS if has_prompts(cfg, ARMS[name])]
+    assert len(names) >= len(ARMS) - 3, "the toy world has fewer prompts than three arms rehearse"
+    for name in names:
+        arm = with_settings(name, cfg, Flags(preset=preset), {})
+        heal = changed(cfg, arm.settings).heal
         assert not arm.preference or (heal.target, heal.text, heal.divergence) == ("tokens", "steered", "none")

@@ -250,7 +250,7 @@ def test_a_second_loss_that_is_not_finite_stops_with_the_step_the_sample_and_the
     events, printed = recorded(after_round_0), capsys.readouterr().err
     (retry,) = of(events, "heal_retried")
     sample = f"at step {POISONED_STEP} of round 2, on an answer to prompt {retry['prompt_index']}"
-    for words in (sample, repr(retry["text"]), "half the learning rate", "ckpt/r0 holds"):
+    for words in (sample, repr(retry["text"]), "half the learning rate", "round 1 and those before it are kept"):
         assert words in events[-1]["error"] and words in printed
     resumed(after_round_0)
     heals = of(recorded(after_round_0), "trained")

@@ -21,7 +21,7 @@ from steer_heal.model.memory import ROWS_ON_CPU, free_bytes
 from steer_heal.model.state import base_state
 from steer_heal.recipe import Recipe
 from steer_heal.records import Collected, derive_seed
-from steer_heal.settings import TINY_RANDOM
+from steer_heal.settings import TINY_RANDOM, HealCfg
 from steer_heal.stages.generate import Ask
 from steer_heal.teachable import N_TEXTS, N_TOKENS
 
@@ -84,9 +84,7 @@ def estimate(bench: Bench) -> list[Planned]:
     longer = (n_prompt + longest) / (n_prompt + PROBE_TOKENS)
     read = seconds["score"] * n_keep / n_probe * longer
     n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
-    n_steps, of_control = (
-        cfg.heal.epochs * math.ceil((n_keep * 7 / 8 + n) / cfg.heal.batch_size) for n in (cfg.heal.rehearsal, 0)
-    )
+    n_steps, of_control = (_n_steps(cfg.heal, n_keep, n_rehearsed) for n_rehearsed in (cfg.heal.rehearsal, 0))
     n_more = cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
     n_text = n_keep + n_more
     n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
@@ -95,6 +93,8 @@ def estimate(bench: Bench) -> list[Planned]:
     asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
     readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
     read_s = n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS) if asked else 0.0
+    taught = 3 * seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
+    taught += seconds["teacher"] * n_keep / n_probe * longer
     plan = [
         Planned("pre-flight", int(asked), readings, read_s),
         Planned(
@@ -103,21 +103,17 @@ def estimate(bench: Bench) -> list[Planned]:
             f"{n_text}{at_most} texts of {longest} tokens",
             n_rounds * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read,
         ),
-        Planned(
-            "vector and teacher",
-            n_rounds,
-            f"{len(inputs.contexts)} contexts, {n_keep} texts",
-            n_rounds
-            * (
-                3 * seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
-                + seconds["teacher"] * n_keep / n_probe * longer
-            ),
-        ),
+        Planned("vector and teacher", n_rounds, f"{len(inputs.contexts)} contexts, {n_keep} texts", n_rounds * taught),
         Planned("heal", n_heals, f"{n_steps} steps", (n_rounds * n_steps + cfg.control * of_control) * step_s * longer),
     ]
     n_states = 2 + cfg.control + 2 * n_rounds
     measured = ", ".join(cfg.eval.evals)
     return [*plan, Planned("states", n_states, measured, n_states * sum(of_state.values()))]
+
+
+def _n_steps(heal: HealCfg, n_keep: int, n_rehearsed: int) -> int:
+    """Optimiser steps of a heal on that many texts. An eighth of the kept ones is held out."""
+    return heal.epochs * math.ceil((n_keep * 7 / 8 + n_rehearsed) / heal.batch_size)
 
 
 def _seconds_of_a_step(bench: Bench, recipe: Recipe, collected: Collected, teacher: Teacher) -> float:

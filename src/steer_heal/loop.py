@@ -226,7 +226,7 @@ class Loop:
         try:
             return self._attempt(recipe, r, collected, teacher, halved)
         except NotFinite as bad:
-            kept = f"{round_name(r - 1)} holds the rounds before it" if r else "no round was healed before it"
+            kept = f"{round_name(r - 1)} and those before it are kept" if r else "no round was healed before it"
             message = f"{bad}; this was the second attempt, at half the learning rate; {kept}"
             raise UserError(message, resumable=False) from None
 

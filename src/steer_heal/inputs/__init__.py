@@ -107,9 +107,6 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     trait, targets, pairs = _trait(cfg, given, prompts, problems, sha256)
     contexts = parsed("steer.contexts", cfg.steer.contexts, parse_texts)
     hold = parsed("heal.hold_attacks", cfg.heal.hold_attacks, parse_attacks) if cfg.heal.hold else ()
-    rehearsal: tuple[str, ...] | None = ()
-    if cfg.heal.rehearsal and cfg.heal.rehearsal_prompts is not None:
-        rehearsal = parsed("heal.rehearsal_prompts", cfg.heal.rehearsal_prompts, parse_texts)
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
@@ -126,12 +123,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
                 panel[name] = evenly(held_out(placed, ()), cfg.eval.n_panel)
                 sha256[f"panel.{name}"] = file.sha256
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
-    with problems.noted():
-        if trait is not None and cfg.heal.rehearsal_prompts is None:
-            rehearsal = _unrelated(cfg, trait, pairs, sha256)
-        rehearsal = _spaced("heal.rehearsal", rehearsal, cfg.heal.rehearsal)
-        if trait is not None:
-            _require_apart(rehearsal, trait, pairs)
+    rehearsal = problems.attempt(_rehearsal, cfg, trait, pairs, sha256)
     vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
@@ -230,12 +222,27 @@ def _require_held_out(hold: Sequence[Attack], attacks: Sequence[Attack]) -> None
         )
 
 
+def _rehearsal(cfg: RunConfig, trait: Trait | None, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
+    """The prompts that are rehearsed. The hash of each file is added. UserError if there are too few of them, or if one
+    is a prompt of the trait or of its pairs."""
+    n, path = cfg.heal.rehearsal, cfg.heal.rehearsal_prompts
+    if not n or (path is None and trait is None):
+        return ()
+    if path is None:
+        assert trait is not None
+        return _spaced("heal.rehearsal", _unrelated(cfg, trait, pairs, sha256), n)
+    file = read_file(resolve(path, "heal.rehearsal_prompts"))
+    sha256["heal.rehearsal_prompts"] = file.sha256
+    found = _spaced("heal.rehearsal", parse_texts(file), n)
+    if trait is not None:
+        _require_apart(found, trait, pairs)
+    return found
+
+
 def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
     """cfg.heal.rehearsal prompts, or fewer if there are no more: half everyday messages of the package, half prompts of
     its other traits in turn. Those of the trait and of its pairs are left out. The hash of each file is added."""
     n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), tuple(other_personas(cfg.trait))
-    if not n:
-        return ()
     others = []
     for name in names:
         file, other = read_trait(name)

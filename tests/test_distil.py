@@ -88,6 +88,19 @@ def test_what_is_known_by_heart_is_asked_under_the_condition_of_the_row():
         assert distil.everyday(lab.bench, condition)["facts_nats"] < plain["facts_nats"] - 0.05
 
 
+def test_the_arms_without_training_are_asked_under_their_own_condition(monkeypatch):
+    lab, asked = Lab.of(changed(FAST_DEV_PRESET, {"eval.evals": ("moral_foundations",), "eval.n_vignettes": 4})), []
+    monkeypatch.setattr(distil, "everyday", lambda bench, condition: asked.append(condition) or {})
+    distil.untrained(lab, ARMS["prompt alone"], 0.03)
+    assert asked == [Condition(lab.bench.trait.positive)]
+
+
+@pytest.mark.parametrize("preset", ["chat", "smol-distil", "qwen", "gemma"])
+def test_the_recipe_of_the_presets_is_an_arm(preset):
+    cfg = PRESETS[preset][1]
+    assert changed(cfg, ARMS["contrast, held, rehearsed"].settings).heal == cfg.heal
+
+
 def test_an_arm_that_rehearses_can_be_tuned_afterwards():
     heal = {"heal.target": "distribution", "heal.rehearsal": 4, "heal.teacher": "contrast", "heal.contrast": 2.0}
     bench = Lab.of(changed(FAST_DEV_PRESET, {**heal, "heal.divergence": "none"})).bench

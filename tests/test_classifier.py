@@ -64,11 +64,11 @@ def test_texts_that_do_not_differ_are_not_told_apart(toy: LM, monkeypatch):
 
 
 def test_it_is_tested_on_prompts_that_it_did_not_train_on(toy: LM, monkeypatch):
-    """Each pair of texts has words of its own, which say nothing about other pairs."""
+    """The two texts of a prompt are one word of its own. Had the other of them trained, each guess would be wrong."""
 
     def own_words(_subject, prompts, *, after=""):
         n = len(prompts)
-        return [f"up{i}" for i in range(n)] + [f"down{i}" for i in range(n)], [1] * n + [0] * n
+        return [f"word{i}" for i in range(n)] * 2, [1] * n + [0] * n
 
     monkeypatch.setattr(classifier, "answers", own_words)
     assert classifier.items(subject(toy, Condition()))["classifier_right"][0] == 0.5

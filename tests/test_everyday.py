@@ -70,6 +70,16 @@ def test_a_margin_is_the_difference_of_mean_log_probabilities_under_the_system_p
     assert found["everyday"] == [float(margin > 0) for margin in expected]
 
 
+def test_the_questions_that_were_lost_and_gained_are_told_beside_the_share(toy: LM, monkeypatch):
+    margins = iter(([1.0, 2.0, 3.0, -1.0, math.nan], [1.0, -2.0, -3.0, 1.0, 1.0]))
+    monkeypatch.setattr(everyday, "question_margins", lambda *_: next(margins))
+    asked = subject(Student(toy, AdapterCfg()), Condition(PERSONA))
+    base = evaluate(asked, [everyday.EVAL])
+    assert (base.metrics["everyday_lost"], base.metrics["everyday_gained"]) == (0, 0)
+    after = evaluate(replace(asked, base=base), [everyday.EVAL])
+    assert (after.metrics["everyday_lost"], after.metrics["everyday_gained"]) == (2 / 4, 1 / 4)  # of those with both
+
+
 def test_a_batch_of_questions_equals_each_alone_and_each_prompt_is_read_once(toy: LM, vector, monkeypatch):
     condition, forward, fed = Condition(PERSONA, vector, 0.7), toy.text_model.forward, []
 
@@ -111,7 +121,7 @@ def test_a_state_without_a_number_has_no_value(toy: LM):
 
 
 def test_more_right_is_better():
-    (right, _) = EVALS["everyday"].metrics
+    right = EVALS["everyday"].metrics[0]
     assert right.high_is_good and not right.is_health and right.within(0.9, 0.8) and not right.within(0.7, 0.8)
 
 

@@ -25,6 +25,7 @@ from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from steer_heal.__main__ import main
+from steer_heal.check import check
 from steer_heal.diag import QUESTIONS, distil
 from steer_heal.diag.lab import PresetFlags, replay
 from steer_heal.errors import UserError
@@ -51,6 +52,9 @@ SMALL = {
             "0.5",
             "--tuned-steps",
             "2",
+            "--scales",
+            "-1",
+            "0",
             "--heal.lr",
             "2e-3",
             "--arms",
@@ -70,10 +74,12 @@ HOLDS = {
         and {row["arm"]: row["n_steps"] for row in written["per_seed"] if row["arm"].endswith("chat")}
         == {f"{arm}, then chat": 4 for arm in ("preference", "contrast of others")}
         and all(0.02 < row["kl_base"] < 0.05 for row in written["per_seed"] if row["arm"] == "vector alone")
+        and [abs(row["shift"]) < 1e-9 > row["kl_base"] for row in written["per_seed"] if "scale" in row]
+        == [False, True, False, True]
     ),
 }
 """What else must be so: own tokens agree on nothing, the distribution does; every arm that trains learns what is held
-out, and is tuned for whole epochs."""
+out, is tuned for whole epochs, and is the base where its adapter is scaled by 0."""
 
 
 def table(folder, name):
@@ -89,7 +95,8 @@ def test_settings_that_an_arm_of_distil_cannot_have_are_refused_before_any_other
 
 
 def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsys):
-    row = {"arm": "contrast", "seed": 1, "asked": {"heal.lr": 0.1, "n_rounds": 1, "kappa": [], "tuned_steps": 0}}
+    flags = {"n_rounds": 1, "kappa": [], "tuned_steps": 0, "scales": []}
+    row = {"arm": "contrast", "seed": 1, "asked": {"heal.lr": 0.1, **flags}}
     (tmp_path / "distil-toy-authority.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--arms", "prompt", "contrast", "--seeds", "1", "--out", str(tmp_path)]
     assert main(["diag", "distil", *flags, "--heal.lr", "0.2", "--n-rounds", "2", "--kl", "0.1"]) == 2
@@ -218,6 +225,10 @@ def test_a_preset_takes_the_settings_that_were_given(capsys):
     assert "preset is 'toi': did you mean 'toy'?" in capsys.readouterr().err
     assert main(["diag", "signals"]) == 2
     assert "unknown question 'signals'; did you mean 'signal'?" in capsys.readouterr().err
+
+
+def test_a_question_needs_no_eval_that_only_a_repeated_round_needs():
+    assert check(PresetFlags(preset="toy").settings({"eval.evals": ("contrast",)})).pairs
 
 
 def test_measurements_leave_no_trace_in_the_student(two):

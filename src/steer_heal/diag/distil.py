@@ -2,9 +2,10 @@
 
 Every arm starts from the untouched model and heals --n-rounds rounds. The arms "prompt alone" and "vector alone" train
 nothing. Each round is measured without a persona, under the OPPOSITE persona and, for the toy model, on everyday
-questions. Rows are appended to <out>/distil-<preset>-<trait>.jsonl, with the settings that were given. Pairs of arm and
-seed that are already in this file are skipped. If they have other settings there, nothing is run. The answers that were
-measured are appended to <out>/distil-<preset>-<trait>-answers.jsonl, beside those of the base.
+questions. The last one is also measured at --scales of the adapter. Rows are appended to
+<out>/distil-<preset>-<trait>.jsonl, with the settings that were given. Pairs of arm and seed that are already in this
+file are skipped. If they have other settings there, nothing is run. The answers that were measured are appended to
+<out>/distil-<preset>-<trait>-answers.jsonl, beside those of the base.
 """
 
 import json
@@ -35,7 +36,7 @@ from steer_heal.records import Completion, EvalResult, Number, alone, derive_see
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
-from steer_heal.settings import RUN_ONLY, HealCfg, RunConfig, changed, leaves, settings
+from steer_heal.settings import RUN_ONLY, AdapterScale, HealCfg, RunConfig, changed, leaves, settings
 from steer_heal.stages.calibrate import dose_at
 from steer_heal.stages.generate import Ask
 from steer_heal.stages.heal import heal
@@ -110,6 +111,8 @@ ARMS = {
     "vector alone": Arm(untrained="vector"),
     "a round an epoch": Arm({**REVERSE, "heal.epochs": 1}),
 }
+POINT = ("round", "scale")
+"""Which point of an arm a row is: after which round, at which scale of the adapter (none: 1)."""
 SHOWN = (
     *("shift", "contrast_nats", "degenerate_frac", "oracle", "text_tail_ppl_median", "kl_base", "opposite"),
     *("facts", "facts_apart", "facts_nats", "panel_rms_nats", "holds_nats", "kept", "worst", "everyday_right"),
@@ -136,6 +139,9 @@ class Flags(PresetFlags):
     tuned_steps: int = 0
     """Steps of plain fine-tuning on everyday chat after the rounds of an arm. The untouched model writes the chat. One
     more row shows how much of the trait remains."""
+    scales: tuple[AdapterScale, ...] = ()
+    """More scales of the adapter at which each arm is measured after its last round. 1 is as it was trained, and -1 is
+    the reverse."""
     kl: float = 0.03
     """For the arm "vector alone": KL divergence to the untouched model, in nats per token."""
     null: float = 0.0
@@ -153,7 +159,7 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
     if flags.n_rounds > 1 and (signs := [name for name in flags.arms if ARMS[name].signed]):
         raise UserError(f"n_rounds is {flags.n_rounds}: it must be 1 with arm {signs[0]!r}; name other --arms")
-    for flag in ("arms", "seeds"):
+    for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
     sign = check(cfg).trait.sign
@@ -174,10 +180,11 @@ def main(flags: Flags, given: Given) -> None:
                 )
                 beside = zip(result.texts, lab.base.texts, strict=True)
                 told = [{"prompt": own.prompt, "base": base.text, "answer": own.text} for own, base in beside]
-                texts.append({key: rows[-1][key] for key in ("arm", "seed", "round")} | {"answers": told})
+                which = {key: rows[-1][key] for key in ("arm", "seed", "round", "scale") if key in rows[-1]}
+                texts.append(which | {"answers": told})
             append(answers, texts)
             append(path, rows)
-            tables.show([{name: row.get(name) for name in ("arm", "seed", "round", *SHOWN, "dose")} for row in rows])
+            tables.show([{name: row.get(name) for name in ("arm", "seed", *POINT, *SHOWN, "dose")} for row in rows])
     rows = read_rows(path)
     should = (
         "prompt and both go further than tokens of the same teacher at no more broken text, otherwise the distribution "
@@ -197,7 +204,7 @@ def main(flags: Flags, given: Given) -> None:
 
 def asked_for(name: str, flags: Flags, given: Given) -> Row:
     """The flags that change the rows of an arm, as JSON has them."""
-    of = {"": ("n_rounds", "kappa", "tuned_steps"), "prompt": (), "vector": ("kl",)}
+    of = {"": ("n_rounds", "kappa", "tuned_steps", "scales"), "prompt": (), "vector": ("kl",)}
     own = {flag: getattr(flags, flag) for flag in of[ARMS[name].untrained]}
     own |= {name: value for name, value in given.items() if name not in ("device", *RUN_ONLY)}
     return json.loads(json.dumps(plain(own)))
@@ -237,7 +244,8 @@ def has_prompts(cfg: RunConfig, arm: Arm) -> bool:
 
 
 def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[tuple[Row, EvalResult]]:
-    """A row and what was measured for each round, from the untouched model, and after fine-tuning on everyday chat."""
+    """A row and what was measured for each round, from the untouched model, for the last one also at other scales of
+    the adapter, and after fine-tuning on everyday chat."""
     cfg = changed(lab.bench.cfg, arm.settings)
     read = load_inputs(cfg)
     trait = lab.bench.trait
@@ -267,11 +275,16 @@ def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[tuple[Row, EvalResult]]
         n_tokens += sum(len(completion.completion_ids) for completion in written)
         result = lab.measure()
         yield {"round": r, **measured(lab, result), **row, "seconds": seconds, "n_tokens": n_tokens}, result
+    last = {"round": flags.n_rounds - 1}
+    for scale in flags.scales:
+        with bench.student.scaled(scale):
+            result = lab.measure()
+            row = measured(lab, result)
+        yield {**last, "scale": scale, **row}, result
     if flags.tuned_steps:
         n_steps = tune(bench, flags.tuned_steps)
         result = lab.measure()
-        last = {"then": ", then chat", "round": flags.n_rounds - 1}
-        yield {**last, **measured(lab, result), "n_steps": n_steps}, result
+        yield {"then": ", then chat", **last, **measured(lab, result), "n_steps": n_steps}, result
     bench.student.reset()
 
 
@@ -340,6 +353,7 @@ def measured(lab: Lab, found: EvalResult, condition: Condition | None = None) ->
         row["panel_shifts"] = dict(zip(bench.inputs.panel, found.items["panel"], strict=True))
     base = lab.base.metrics
     row |= {name: base[name] for name in ("classifier_right", "classifier_email") if name in base}
+    row |= {name: found.metrics[name] for name in ("everyday_lost", "everyday_gained") if name in found.metrics}
     held = kept_of(found.items, lab.base.items, bench.inputs.wording["attack"])
     if held is not None:
         row |= {
@@ -441,13 +455,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Mean and sd of each round of each arm over seeds. In brackets the number of rows that have a value, if some have
-    none."""
+    """Mean and sd over seeds of each round of each arm, at each scale. In brackets the number of rows that have a
+    value, if some have none."""
     out = []
-    for arm, r in dict.fromkeys((row["arm"], row["round"]) for row in rows):
-        mine = [row for row in rows if (row["arm"], row["round"]) == (arm, r)]
+    for point in dict.fromkeys((row["arm"], *map(row.get, POINT)) for row in rows):
+        mine = [row for row in rows if (row["arm"], *map(row.get, POINT)) == point]
         columns = {name: [row[name] for row in mine if row.get(name) is not None] for name in (*SHOWN, "seconds")}
         short = {name: f" ({len(v)})" if len(v) < len(mine) else "" for name, v in columns.items()}
         told = {name: mean_sd(v) + short[name] for name, v in columns.items() if v}
-        out.append({"arm": arm, "round": r, "n": len(mine), **told})
+        out.append({**dict(zip(("arm", *POINT), point, strict=True)), "n": len(mine), **told})
     return out

@@ -60,9 +60,10 @@ class PresetFlags(OutFlags):
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
     def settings(self, given: Given) -> RunConfig:
-        """The preset's settings with those that were given. UserError for an unknown preset."""
+        """The preset's settings with those that were given. No question repeats a round. UserError for an unknown
+        preset."""
         require_preset(self.preset)
-        return changed(PRESETS[self.preset][1], {"out": self.out, **given})
+        return changed(PRESETS[self.preset][1], {"out": self.out, "backtrack.retries": 0, **given})
 
 
 class Lab:

@@ -464,11 +464,12 @@ def _spread(column: Sequence[float]) -> float:
 
 @matplotlib.rc_context(STYLE)
 def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure | None:
-    """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}. None: there is no
-    such cost.
+    """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}, of which some have
+    a scale. None: there is no such cost.
 
-    Each arm has a point per round: the mean over its rows, with bars of one standard deviation. The grey band is what
-    teachers do that have nothing to do with the trait: `null` at 0.1 nats, in proportion to the root of KL.
+    Each arm has a line with a point per round, or per scale of its adapter: the mean over its rows, with bars of one
+    standard deviation. The grey band is what teachers do that have nothing to do with the trait: `null` at 0.1 nats, in
+    proportion to the root of KL.
     """
     costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
     if not costs:
@@ -476,9 +477,10 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure |
     figure = Figure(figsize=(0.6 + 3.1 * len(costs), 4.2), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
+            own = [((row["round"], row.get("scale", 1.0)), row) for row in points if row["arm"] == arm]
             ends = []
-            for r in sorted({row["round"] for row in points if row["arm"] == arm}):
-                mine = [row for row in points if (row["arm"], row["round"]) == (arm, r)]
+            for point in sorted({point for point, _ in own}):
+                mine = [row for at, row in own if at == point]
                 columns = [[row[name] for row in mine] for name in (cost, "shift")]
                 ends.append([f(column) for column in columns for f in (mean, _spread)])
             x, x_sd, y, y_sd = zip(*ends, strict=True)

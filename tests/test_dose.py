@@ -59,6 +59,17 @@ def test_the_message_of_a_starved_filter_names_the_gates_that_dropped_texts_wors
     assert "ppl-max" not in message and "dose" not in message
 
 
+def test_the_message_of_a_starved_filter_counts_only_the_texts_that_could_train():
+    def row(dose: float, *reasons: str) -> Scored:
+        return Scored(Completion(0, "", (1,), (2,), "", 0.0, dose, 0), {}, reasons, reasons)
+
+    rows = [*[row(0.5, "loop")] * 5, *[row(0.0, "short")] * 2, row(0.0)]
+    with pytest.raises(Starved, match=r"1 of 3 completions kept, filter.min_train .*: short 2; lower"):
+        require_enough(Collected(scored=tuple(rows), train=(7,)), KEEP, own=True)
+    with pytest.raises(Starved, match=r"1 of 8 completions kept at kappa 1, .*: loop 5, short 2;"):
+        require_enough(Collected(scored=tuple(rows), train=(7,)), KEEP)
+
+
 def test_prompts_are_spread_evenly_over_the_kept_set():
     found, _ = collect(breaks_at=10.0)
     prompts = [row.completion.prompt_index for row in found.kept]

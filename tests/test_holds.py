@@ -195,21 +195,21 @@ def test_a_shift_under_attack_is_counted_from_the_base_without_it_if_it_opposes_
 ):
     base = evaluate(subject(with_history, inputs, "base"), [EVALS["holds"]])
     healed = evaluate(subject(with_history, inputs, base=base), [EVALS["holds"]])
-    for own in (base, healed):
-        then, now = base.items, own.items
-        expected = [
-            (now["holds_persona"][i] - then["holds_plain"][i] + now["holds_denial"][i] - then["holds_plain"][i]
-             + now["holds_talk"][i] - then["holds_talk"][i]) / 3 for i in range(2)
-        ]  # fmt: skip
-        assert own.items["holds"] == pytest.approx(expected)
-        assert own.metrics["holds_nats"] == pytest.approx(sum(expected) / 2)
-    assert healed.metrics["holds_nats"] != base.metrics["holds_nats"] and healed.metrics["holds_nats_lo"] is not None
+    then, now = base.items, healed.items
+    expected = [
+        (now["holds_persona"][i] - then["holds_plain"][i] + now["holds_denial"][i] - then["holds_plain"][i]
+         + now["holds_talk"][i] - then["holds_talk"][i]) / 3 for i in range(2)
+    ]  # fmt: skip
+    assert healed.items["holds"] == pytest.approx(expected) and base.items["holds"] == [0, 0]
+    found = healed.metrics["holds_nats"]
+    assert found == pytest.approx(sum(expected) / 2) and base.metrics["holds_nats"] == 0 != found
+    assert healed.metrics["holds_nats_lo"] <= found <= healed.metrics["holds_nats_hi"], "the interval is of the shift"
 
 
 def test_an_attack_with_its_own_system_prompt_replaces_the_persona(toy, inputs):
     plain, prompted = (holds.items(subject(Student(toy, AdapterCfg()), inputs, "base", s)) for s in ("", PERSONA))
     same = {name for name in plain if plain[name] == pytest.approx(prompted[name], abs=1e-9)}
-    assert same == {"holds_persona"}
+    assert same - {"holds"} == {"holds_persona"}
 
 
 def test_the_margins_without_attack_are_read_once_for_contrast_too(with_history, inputs, monkeypatch):

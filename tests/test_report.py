@@ -43,7 +43,7 @@ from steer_heal.events import (
     Trained,
     Weights,
 )
-from steer_heal.records import Calibration, DoseProbe, KlProbe, Scored
+from steer_heal.records import Calibration, DoseProbe, KlProbe, Metric, Scored
 from steer_heal.report import compare, console, draw, plot, tables
 from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
@@ -431,6 +431,29 @@ def test_the_difference_of_two_runs_is_paired_over_their_items():
     assert cell(one, far).startswith("+0.750<small>") and 0.7 < low < high < 0.8, "the spread of x is paired away"
     for others in (given([*x[:5]], [*x[:5]], moved=0.25), given([*(2 * x)], [*(2 * x)], moved=0.25)):
         assert cell(one, others) == "+0.750", "other items, or another base"
+
+
+def test_the_difference_of_two_panels_has_an_interval_only_if_they_are_of_the_same_traits_and_pairs():
+    metric = Metric(name="panel_rms_nats", item="panel", of="trait", how="rms")
+
+    def panel(**digests: str) -> Run:
+        events = with_metrics(run_events(1), {metric.name: 0.1}, ["base", "healed"])
+        moved = {"base": [0.0] * 4, "healed": [0.1, 0.2, 0.1, 0.3]}
+        changed = [
+            replace(e, items=e.items | {"panel": moved.get(e.state, [])}) if isinstance(e, Measured) else e
+            for e in events
+        ]
+        inputs = {f"panel.{name}": digest for name, digest in digests.items()}
+        return Run([replace(changed[0], metrics=(*changed[0].metrics, metric), inputs=inputs), *changed[1:]])
+
+    def cell(a: Run, b: Run) -> str:
+        return compare.differences({"A": a, "B": b})[1][-1][1][1]
+
+    love = panel(formal="1", honesty="2")
+    assert "<small>" in cell(love, panel(formal="1", honesty="2"))
+    for other in (panel(love="3", honesty="2"), panel(formal="9", honesty="2"), panel()):
+        assert "<small>" not in cell(love, other) and cell(love, other) != "?"
+    assert "<small>" not in cell(panel(), panel()), "nothing is known of the items"
 
 
 def test_a_base_that_breaks_or_does_not_answer_is_told_at_once_and_is_not_blamed_on_a_round(capsys):

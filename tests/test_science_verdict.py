@@ -9,9 +9,9 @@ from made_runs import TRAIT, run_start
 from steer_heal.evals import EVALS, metrics_of
 from steer_heal.events import Measured, Run
 from steer_heal.inputs.instruments import FOUNDATIONS
-from steer_heal.records import Metric
+from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import TINY_RANDOM
-from steer_heal.verdict import best_round, grade, retain, slope, verdict
+from steer_heal.verdict import best_round, grade, retain, shift, slope, verdict
 
 MOVED = 0.3
 GUARD = MOVED / 6
@@ -78,11 +78,24 @@ def test_the_way_that_items_become_a_metric_is_that_of_the_specification():
     assert how == foundations | {"text_tail_ppl_median": "median", "panel_rms_nats": "rms"}
 
 
+def test_a_shift_is_over_the_items_that_both_states_answered():
+    def state(*items: float) -> EvalResult:
+        known = [item for item in items if not math.isnan(item)]
+        return EvalResult({"target": sum(known) / len(known)}, {TARGET.item: list(items)})
+
+    base, nan = state(50.0, 52.0, 0.0), math.nan
+    assert shift(state(50.5, 52.5, nan), base, TARGET) == pytest.approx(0.5), "and not 51.5 - 34"
+    assert shift(state(50.5, 52.5, 0.0), base, TARGET) == pytest.approx(1 / 3)
+    assert shift(state(nan, nan, 1.0), state(1.0, 1.0, nan), TARGET) is None
+    assert shift(EvalResult({"target": None}), base, TARGET) is None
+
+
 # --- ratios ------------------------------------------------------------------------------------------------------
 def ratios(healed: dict, steered: float = -2.0) -> tuple[float | None, float | None]:
     """(retain, slope)"""
     kept, whole = BASE | healed, BASE | {"target": steered}
-    return retain(kept, whole, BASE, TARGET), slope(kept, BASE, TARGET, METRICS)
+    kept, whole, base = map(EvalResult, (kept, whole, BASE))
+    return retain(kept, whole, base, TARGET), slope(kept, base, TARGET, METRICS)
 
 
 def test_retain_is_the_share_of_the_steered_shift_and_slope_percent_of_coherence_per_unit():

@@ -275,7 +275,7 @@ class Bench:
                 teacher = recipe.teacher_condition(self.trait, vector, top, self.cfg.heal.contrast)
                 alphas = self.cfg.gen.alphas if recipe.uses_vector else (0.0,)
                 found = fill(self._controller(recipe, r, "gen", alphas=alphas, kappa=kappa), teacher).collected()
-        require_enough(found, self.cfg.filter)
+        require_enough(found, self.cfg.filter, own=recipe.text == "own")
         return replace(found, rehearsal=self._rehearsal(recipe, r, known, on_batch))
 
     def _controller(

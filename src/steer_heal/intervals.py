@@ -41,6 +41,11 @@ def _summed(how: How, x: np.ndarray) -> np.ndarray:
     return x**2 if how == "rms" else x
 
 
+def has_value(how: How, x: np.ndarray) -> np.ndarray:
+    """Whether each item takes part in an interval. A median also takes infinite ones."""
+    return ~np.isnan(x) if how == "median" else np.isfinite(x)
+
+
 def finite_mean(values: Iterable[float]) -> float | None:
     """Mean of the values that are finite. None: there are none."""
     finite = [value for value in values if math.isfinite(value)]

@@ -161,7 +161,7 @@ class Loop:
                     collected = starved.collected
             event = Gathered(round=r, mode=mode, collected=collected)
             self.run.add(event)
-        require_enough(event.collected, self.bench.cfg.filter)
+        require_enough(event.collected, self.bench.cfg.filter, own=recipe.text == "own")
         return event.collected
 
     def _kappa(self, recipe: Recipe, r: int | None, vector: Vector | None) -> float | None:
@@ -271,7 +271,7 @@ class Loop:
             return False
         with self._stage("direction", r, "reading what was learnt"):
             learnt = self.bench.direction()
-        base, steered, healed = (self._metrics(name, r) for name in ("base", "steered", "healed"))
+        base, steered, healed = (self._measured(name, r) for name in ("base", "steered", "healed"))
         target = self.run.trait_metric
         self.seconds["total"] = sum(self.seconds.values())
         self.run.add(
@@ -288,16 +288,17 @@ class Loop:
         self.seconds = {}
         return True
 
-    def _metrics(self, state: str, r: int) -> dict[str, float | None]:
+    def _measured(self, state: str, r: int) -> Measured:
         event = self.run.measured(state, None if state == "base" else r)
         assert event is not None
-        return event.metrics
+        return event
 
     def _past_limits(self, r: int) -> Sequence[str]:
         cfg = self.bench.cfg
         assert self.base is not None
         metrics = self.run.start.metrics
-        return past_limits(metrics, self._metrics("healed", r), limits(metrics, self.base, cfg.backtrack, cfg.seed))
+        allowed = limits(metrics, self.base, cfg.backtrack, cfg.seed)
+        return past_limits(metrics, self._measured("healed", r).metrics, allowed)
 
     def _drop(self, r: int, past: Sequence[str]) -> None:
         """Undoes the round: the next attempt has half the dose or, without a vector or with a contrast, half the
@@ -311,7 +312,7 @@ class Loop:
                 past=tuple(past),
                 dose=collected.dose,
                 lr=trained.lr,
-                metrics=self._metrics("healed", r),
+                metrics=self._measured("healed", r).metrics,
                 next_kappa=collected.kappa / 2 if steered else collected.kappa,
                 next_lr_share=1.0 if steered else trained.lr / (2 * self.bench.cfg.heal.lr),
             )

@@ -80,9 +80,13 @@ class NotFinite(UserError):
         self.step, self.prompt_index, self.text = step, prompt_index, text
 
 
+HELD = "holds"
+"""Name of the items that are the shifts of the contrast pairs, in the mean over the attacks."""
+
+
 def under_attack(name: str = NO_ATTACK) -> str:
     """Name of the items that are the margins of the contrast pairs under an attack. By default without an attack."""
-    return f"holds_{name}"
+    return f"{HELD}_{name}"
 
 
 def attack_reference(name: str, opposes: bool) -> str:

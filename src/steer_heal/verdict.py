@@ -15,7 +15,7 @@ import numpy as np
 
 from steer_heal.errors import UserError
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
-from steer_heal.intervals import mean_change, studentized, wilson
+from steer_heal.intervals import mean_change, statistic, studentized, wilson
 from steer_heal.records import (
     OPPOSES,
     PAIR_MOVED,
@@ -40,11 +40,21 @@ SMALLEST_SHARE = 1 / 6
 
 
 # --- shifts and ratios -------------------------------------------------------------------------------------------
-def shift(here: Mapping[str, float | None], base: Mapping[str, float | None], metric: Metric) -> float | None:
-    """Change of a metric from base, in the metric's unit. None where either side has no value."""
-    now = here.get(metric.name)
-    then = base.get(metric.name)
-    return None if now is None or then is None else now - then
+def shift(here: Measured | EvalResult, base: Measured | EvalResult, metric: Metric) -> float | None:
+    """Change of a metric from base, in the metric's unit, over the items that have a value in both. None: no item has.
+    """
+    now = here.metrics.get(metric.name)
+    then = base.metrics.get(metric.name)
+    if now is None or then is None:
+        return None
+    items = [np.asarray(state.items.get(metric.item, ()), dtype=np.float64) for state in (here, base)]
+    unknown = [np.isnan(each) for each in items]
+    if len(items[0]) == len(items[1]) and (unknown[0] != unknown[1]).any():
+        both = ~(unknown[0] | unknown[1])
+        if not both.any():
+            return None
+        now, then = (float(statistic(metric.how, each[both])) for each in items)
+    return now - then
 
 
 def least_shift(trait_metric: Metric) -> float:
@@ -52,7 +62,9 @@ def least_shift(trait_metric: Metric) -> float:
     return (trait_metric.moved or 0.0) * SMALLEST_SHARE
 
 
-def retain(healed: Values, steered: Values, base: Values, trait_metric: Metric) -> float | None:
+def retain(
+    healed: Measured | EvalResult, steered: Measured | EvalResult, base: Measured | EvalResult, trait_metric: Metric
+) -> float | None:
     """Share of the steered shift that the healed student kept: 1 all, 0 none, negative the wrong way."""
     kept = shift(healed, base, trait_metric)
     whole = shift(steered, base, trait_metric)
@@ -61,7 +73,9 @@ def retain(healed: Values, steered: Values, base: Values, trait_metric: Metric) 
     return kept / whole
 
 
-def slope(state: Values, base: Values, trait_metric: Metric, metrics: Iterable[Metric]) -> float | None:
+def slope(
+    state: Measured | EvalResult, base: Measured | EvalResult, trait_metric: Metric, metrics: Iterable[Metric]
+) -> float | None:
     """Change of the first health metric that should be high, in percent (100 times the difference of logarithms), for a
     shift of 1 unit of the trait's metric. Negative is a loss. None where no such metric is measured, or the trait's
     metric hardly moved."""
@@ -69,8 +83,8 @@ def slope(state: Values, base: Values, trait_metric: Metric, metrics: Iterable[M
     moved = shift(state, base, trait_metric)
     if quality is None or moved is None or abs(moved) < least_shift(trait_metric):
         return None
-    now = state.get(quality.name)
-    then = base.get(quality.name)
+    now = state.metrics.get(quality.name)
+    then = base.metrics.get(quality.name)
     if not now or not then or not 0 < now / then < math.inf:
         return None
     return 100 * math.log(now / then) / abs(moved)
@@ -143,11 +157,11 @@ def table(run: Run) -> list[TableRow]:
         row: TableRow = {"state": m.label, target.name: m[target.name], "shift": None}
         row |= {"lo": m[f"{target.name}_lo"], "hi": m[f"{target.name}_hi"], "retain": None, "slope": None}
         if base is not None and m is not base:
-            row["shift"] = shift(m.metrics, base.metrics, target)
-            row["slope"] = slope(m.metrics, base.metrics, target, run.metrics.values())
+            row["shift"] = shift(m, base, target)
+            row["slope"] = slope(m, base, target, run.metrics.values())
             steered = run.measured("steered", m.round)
             if m.state == "healed" and steered is not None:
-                row["retain"] = retain(m.metrics, steered.metrics, base.metrics, target)
+                row["retain"] = retain(m, steered, base, target)
         row |= {name: m[name] for name, metric in run.metrics.items() if metric.shown and name != target.name}
         rows.append(row)
     return rows
@@ -228,7 +242,7 @@ def grade(state: Measured, run: Run) -> Graded:
     assert base is not None, "base is measured first"
     target = run.trait_metric
     health = health_of(run.metrics.values())
-    moved = shift(state.metrics, base.metrics, target)
+    moved = shift(state, base, target)
     unread = [metric.name for metric in (target, *health) if state[metric.name] is None]
     if moved is None or unread:
         reason = f"no item has a value of {', '.join(unread or [target.name])}"
@@ -277,7 +291,7 @@ def _not_moved(state: Measured, target: Metric, moved: float, sign: int) -> tupl
 def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bool, list[str]]:
     """(whether every off-target moved less than the trait, the one that moved most in words)."""
     metrics = [metric for name, metric in run.metrics.items() if name in run.start.trait.off_targets]
-    shifts = {metric: shift(state.metrics, base.metrics, metric) for metric in metrics}
+    shifts = {metric: shift(state, base, metric) for metric in metrics}
     if not shifts:
         return True, []
     widest = max(shifts, key=lambda metric: abs(shifts[metric] or 0.0))
@@ -289,7 +303,7 @@ def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bo
 def _prompt_words(moved: float, base: Measured, run: Run) -> str:
     """The shift as a share of the persona prompt's, if that moves the trait's metric the wanted way."""
     prompted = run.measured("prompted")
-    by_prompt = None if prompted is None else shift(prompted.metrics, base.metrics, run.trait_metric)
+    by_prompt = None if prompted is None else shift(prompted, base, run.trait_metric)
     if by_prompt is None or by_prompt * run.start.trait.sign < least_shift(run.trait_metric):
         return ""
     return f", {number(100 * moved / by_prompt, '.0f')} percent of what the persona prompt does"
@@ -298,7 +312,7 @@ def _prompt_words(moved: float, base: Measured, run: Run) -> str:
 def _control_words(base: Measured, run: Run) -> list[str]:
     """How far the control moved the trait's metric."""
     control = run.measured("control")
-    moved = None if control is None else shift(control.metrics, base.metrics, run.trait_metric)
+    moved = None if control is None else shift(control, base, run.trait_metric)
     words = number(moved, signed(run.trait_metric))
     return [] if moved is None else [f"the control, healed once on unsteered text, is {words}"]
 

@@ -35,7 +35,7 @@ def main(flags: Flags, given: Given) -> None:
     for each in heals:
         result, report = lab.healed(collected, each, r)
         row = lab.row(f"{each.divergence} lam {each.lam:g} to {each.reference}", result)
-        row["slope"] = slope(result.metrics, lab.base.metrics, lab.target, lab.metrics.values())
+        row["slope"] = slope(result, lab.base, lab.target, lab.metrics.values())
         rows.append(row | {"divergence": report.steps[-1].divergence})
 
     def rank(row: Row) -> tuple[bool, bool, float]:

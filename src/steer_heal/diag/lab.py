@@ -119,7 +119,7 @@ class Lab:
     def shift(self, result: EvalResult, metric: Metric | None = None) -> float:
         """Shift of a metric from base, by default of the trait's. UserError if it has no value."""
         metric = metric or self.target
-        moved = shift(result.metrics, self.base.metrics, metric)
+        moved = shift(result, self.base, metric)
         if moved is None:
             raise UserError(f"no item has a value of {metric.name}: this metric cannot measure the model")
         return moved
@@ -132,7 +132,7 @@ class Lab:
         subject = self.bench.subject(State(name="healed", condition=condition), self.base)
         owner = next(each for each in self.bench.evals if self.target.name in [metric.name for metric in each.metrics])
         values = owner.items(subject)[self.target.item]
-        return self.shift(EvalResult({self.target.name: collapse(self.target, values)}))
+        return self.shift(EvalResult({self.target.name: collapse(self.target, values)}, {self.target.item: values}))
 
     def row(self, state: str, result: EvalResult) -> Row:
         """The columns of every table: the trait's metric, its shift from base with interval, and the shown metrics."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from steer_heal.errors import UserError
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import Inputs
-from steer_heal.intervals import of_difference, statistic
+from steer_heal.intervals import has_value, of_difference, statistic
 from steer_heal.model.decode import Decoding
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
@@ -153,7 +153,7 @@ def intervals(
     out: dict[str, float | None] = {}
     for metric in metrics:
         here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
-        both = ~(np.isnan(here) | np.isnan(there)) if metric.how == "median" else np.isfinite(here) & np.isfinite(there)
+        both = has_value(metric.how, here) & has_value(metric.how, there)
         here, there = here[both], there[both]
         rng = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32)
         low, high = of_difference(metric.how, here, there, n_bootstrap, rng) or (None, None)

@@ -9,27 +9,28 @@ import numpy as np
 from steer_heal.evals.base import Eval, Items, Subject, per_token
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs.attacks import attacked
-from steer_heal.records import attack_reference, under_attack
+from steer_heal.records import HELD, attack_reference, under_attack
 
 
 def items(subject: Subject) -> Items:
     """For each pair, in nats per token: the margin without an attack and under each one, and the mean over the attacks
-    of the margin minus the base's margin at `attack_reference`. NaN: no value."""
+    of the margin minus the base's margin at `attack_reference` (0 for the base itself). NaN: no value."""
     attacks, condition = subject.inputs.attacks, subject.state.condition
     found = {under_attack(): subject.margins}
     with subject.student.using(subject.state.adapters) as lm:
         for attack in attacks:
             asked = partial(attacked, attack, trait=subject.inputs.trait)
             found[under_attack(attack.name)] = pair_margins(lm, subject.inputs.pairs, condition, asked)
-    base = found if subject.base is None else subject.base.items
-    here = [found[under_attack(attack.name)] for attack in attacks]
-    there = [base[attack_reference(attack.name, attack.opposes)] for attack in attacks]
-    return {**found, "holds": (np.array(here) - np.array(there)).mean(0).tolist()}
+    here = np.array([found[under_attack(attack.name)] for attack in attacks])
+    there = here
+    if (base := subject.base) is not None:
+        there = np.array([base.items[attack_reference(attack.name, attack.opposes)] for attack in attacks])
+    return {**found, HELD: (here - there).mean(0).tolist()}
 
 
 EVAL = Eval(
     items,
-    (per_token(name="holds_nats", item="holds", title="shift under attack"),),
+    (per_token(name="holds_nats", item=HELD, title="shift under attack"),),
     of="pair",
     needs=("pairs",),
     wording=("attack",),

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from steer_heal.errors import UserError, plural
 from steer_heal.events import Measured, Run, RunStart
-from steer_heal.intervals import of_difference
-from steer_heal.records import Metric, StateName, derive_seed
+from steer_heal.intervals import has_value, of_difference
+from steer_heal.records import HELD, Metric, StateName, derive_seed
 from steer_heal.report import plot
 from steer_heal.report.page import progress
 from steer_heal.report.texts import Shown, answered, first_answers
@@ -104,7 +104,7 @@ def shown_metrics(runs: Runs) -> dict[str, Metric]:
 
 
 def differences(runs: Runs) -> Table:
-    """How much further the chosen student of the first run moved from its base than that of each other run."""
+    """The shift of the chosen student of the first run from its base minus that of each other run."""
     (letter, first), *others = runs.items()
     rows = []
     for metric in shown_metrics(runs).values():
@@ -120,12 +120,13 @@ def _difference(a: Run, b: Run, metric: Metric) -> str:
     known = [m for m in states if m is not None]
     if len(known) < len(states) or metric.name not in a.metrics or metric.name not in b.metrics:
         return MISSING
-    moved = [shift(known[i].metrics, known[i + 1].metrics, metric) for i in (0, 2)]
+    moved = [shift(known[i], known[i + 1], metric) for i in (0, 2)]
     if moved[0] is None or moved[1] is None:
         return MISSING
     form = signed(metric)
     value = number(moved[0] - moved[1], form)
-    found = _paired(known, metric) if _wording(a, metric) == _wording(b, metric) else None
+    asked = _asked(a, metric)
+    found = _paired(known, metric) if asked and asked == _asked(b, metric) else None
     if found is None:
         return value
     return Markup("{}<small>{} to {}</small>").format(value, *(number(end, form) for end in found))
@@ -138,7 +139,7 @@ def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] |
     if len(set(map(len, items))) > 1:
         return None
     x = np.array(items, dtype=float)
-    here, base, there, other = x[:, np.isfinite(x).all(axis=0)]
+    here, base, there, other = x[:, has_value(metric.how, x).all(axis=0)]
     if not np.allclose(base, other):
         if metric.how != "mean":
             return None
@@ -147,12 +148,15 @@ def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] |
     return of_difference(metric.how, here, there, N_BOOTSTRAP, rng)
 
 
-def _wording(run: Run, metric: Metric) -> object:
-    """What the items of a metric ask."""
+def _asked(run: Run, metric: Metric) -> object:
+    """What the items of a metric ask. Nothing: the events do not tell."""
     base = run.measured("base")
     if metric.of == "text" and base is not None:
         return [row.prompt for row in base.texts]
-    return run.start.wording.get(metric.of)
+    if metric.of == "trait":
+        return {name: digest for name, digest in run.start.inputs.items() if name.startswith("panel.")}
+    asked = run.start.wording.get(metric.of)
+    return [*asked, run.start.inputs.get("eval.attacks")] if asked and metric.item == HELD else asked
 
 
 def metric_tables(runs: Runs) -> list[tuple[str, Table]]:

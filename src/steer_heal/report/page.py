@@ -177,7 +177,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     form = signed(trait_metric)
 
     def shifted(m: Measured) -> str:
-        return view.number(shift(m.metrics, base.metrics, trait_metric), form)
+        return view.number(shift(m, base, trait_metric), form)
 
     low = view.number(healed[f"{trait_metric.name}_lo"], form)
     high = view.number(healed[f"{trait_metric.name}_hi"], form)
@@ -298,7 +298,7 @@ def fit_table(run: Run) -> view.Table | None:
         states = [run.measured(name, event.round) for name in ("steered", "healed")]
         shifts: list[float | None] = [None, None]
         if pairs is not None and base is not None:
-            shifts = [None if m is None else shift(m.metrics, base.metrics, pairs) for m in states]
+            shifts = [None if m is None else shift(m, base, pairs) for m in states]
         cells = [
             round_name(event.round),
             view.number(None if contrast is None else contrast.found.strength),

@@ -360,7 +360,7 @@ def second_metric(run: Run) -> Metric:
     healed = [m for m in states if m.state == "healed"] or states
 
     def moved(metric: Metric) -> float:
-        return max(abs(shift(state.metrics, base.metrics, metric) or 0.0) for state in healed)
+        return max(abs(shift(state, base, metric) or 0.0) for state in healed)
 
     off_targets = [metric for name, metric in run.metrics.items() if name in run.start.trait.off_targets]
     if off_targets:
@@ -413,7 +413,7 @@ def _shifts(run: Run, m: Measured, metrics: Iterable[Metric]) -> list[float]:
     """The shift of each metric from base. NaN: it has no value."""
     base = run.measured("base")
     assert base is not None
-    return [_finite(shift(m.metrics, base.metrics, metric)) for metric in metrics]
+    return [_finite(shift(m, base, metric)) for metric in metrics]
 
 
 # --- labels ------------------------------------------------------------------------------------------------------

@@ -118,20 +118,23 @@ class DoseController:
         return out
 
 
-def require_enough(found: Collected, keep: FilterCfg) -> None:
-    """Raises Starved if fewer than filter.min_train completions were kept."""
+def require_enough(found: Collected, keep: FilterCfg, *, own: bool = False) -> None:
+    """Raises Starved if fewer than filter.min_train completions were kept. `own`: steered text only chose the dose."""
     if len(found.kept) >= keep.min_train:
         return
-    dropped = Counter(reason for row in found.scored for reason in row.reasons).most_common()
+    tried = [row for row in found.scored if not (own and row.completion.dose)]
+    dropped = Counter(reason for row in tried for reason in row.reasons).most_common()
     counts = ", ".join(f"{name} {n}" for name, n in dropped)
     fixes = [GATES[name].fix(name) for name, _ in dropped if name in GATES]
-    if any(row.completion.dose for row in found.scored):
+    at = ""
+    if any(row.completion.dose for row in tried):
+        at = f" at kappa {found.kappa:.3g}"
         fixes.append("lower --dose.floor" if found.probes else "lower the dose")
-    if len(found.scored) >= keep.max_attempts:
+    if len(tried) >= keep.max_attempts:
         fixes.append("raise --filter.max-attempts")
     raise Starved(
-        f"the filter starved: {len(found.kept)} of {len(found.scored)} completions kept at kappa {found.kappa:.3g}, "
-        f"filter.min_train is {keep.min_train}; dropped by gate, worst first: {counts or 'none'}; "
+        f"the filter starved: {len(found.kept)} of {len(tried)} completions kept{at}, filter.min_train is "
+        f"{keep.min_train}; dropped by gate, worst first: {counts or 'none'}; "
         f"{', '.join(fixes) or 'lower --filter.min-train'}, or run fewer rounds",
         found,
     )

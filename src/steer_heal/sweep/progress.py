@@ -93,5 +93,5 @@ class Follower:
         healed = [state for state in self.run.each(Measured) if state.state == "healed"]
         if base is None or not healed:
             return seen
-        moved = shift(healed[-1].metrics, base.metrics, self.run.trait_metric)
+        moved = shift(healed[-1], base, self.run.trait_metric)
         return replace(seen, shift=moved, broken_texts=healed[-1][self.broken_texts or ""])

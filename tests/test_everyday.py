@@ -19,7 +19,7 @@ from steer_heal.inputs.traits import available, load_trait, read_pairs, read_tra
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import BatchLimits
 from steer_heal.model.state import State
-from steer_heal.model.steering import Condition, Vector
+from steer_heal.model.steering import Condition, Contrast, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import alone
@@ -125,14 +125,21 @@ def test_more_right_is_better():
     assert right.high_is_good and not right.is_health and right.within(0.9, 0.8) and not right.within(0.7, 0.8)
 
 
-def test_an_instruction_stands_in_place_of_the_system_prompt_of_a_state(toy: LM):
+def test_an_instruction_replaces_the_plain_system_prompt_and_follows_a_persona(toy: LM):
     asked = tuple(replace(each, system="You are a poet.") for each in QUESTIONS)
-    here = subject(Student(toy, AdapterCfg()), Condition("You are a judge."))
-    found = instructions.items(replace(here, inputs=replace(here.inputs, instructions=asked)))
-    expected = everyday.items(subject(Student(toy, AdapterCfg()), Condition("You are a poet.")))
-    assert found["instructions_margin"] == pytest.approx(expected["everyday_margin"], abs=1e-6)
-    assert found["instructions_margin"] != pytest.approx(everyday.items(here)["everyday_margin"], abs=1e-3)
-    assert found["instructions"] == [float(margin > 0) for margin in found["instructions_margin"]]
+
+    def found(condition: Condition) -> dict[str, list[float]]:
+        here = subject(Student(toy, AdapterCfg()), condition)
+        return instructions.items(replace(here, inputs=replace(here.inputs, instructions=asked)))
+
+    for own, read in (("", "You are a poet."), ("You are a judge.", "You are a judge.\n\nYou are a poet.")):
+        expected = everyday.items(subject(Student(toy, AdapterCfg()), Condition(read)))
+        assert found(Condition(own))["instructions_margin"] == pytest.approx(expected["everyday_margin"], abs=1e-6)
+    plain, prompted = (found(Condition(own))["instructions_margin"] for own in ("", "You are a judge."))
+    assert plain != pytest.approx(prompted, abs=1e-3)
+    assert found(Condition(""))["instructions"] == [float(margin > 0) for margin in plain]
+    contrast = found(Condition("", contrast=Contrast("You are a judge.", "You are a king.", 2.0)))
+    assert all(map(math.isnan, contrast["instructions"]))
 
 
 # --- the files ---------------------------------------------------------------------------------------------------

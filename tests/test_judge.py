@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from judges import Judge, server  # noqa: F401
 from made_runs import run_events, run_start
 from places import ROOT
@@ -179,19 +180,30 @@ def test_a_run_that_was_killed_sends_nothing_twice_and_is_measured_again_without
 
 
 # --- a model on this machine -------------------------------------------------------------------------------------
+DIGITS = [[7, 1], [7, 2]]
+TWO_TOKENS = SimpleNamespace(encode_reply=lambda digit: [7, int(digit)])
+"""A judge whose tokenizer splits off digits, so that its reply is two tokens."""
+
+
+def of_margins(margins):
+    """The likelihoods of the two replies, of which one is likelier by a margin."""
+    return torch.tensor([[margin - 2, -2] for margin in margins], dtype=torch.float64)
+
+
 def test_a_local_judge_reads_both_orders(monkeypatch):
     """One that always says 1 has no preference; one that sees what is warm has."""
     base = EvalResult({}, texts=tuple(SimpleNamespace(text=text) for text in ("cold", "warm")))
-    monkeypatch.setattr(judge, "local", lambda name, device: None)
-    monkeypatch.setattr(judge, "margins", lambda lm, asked, replies, condition: [3.0] * len(asked))
+    monkeypatch.setattr(judge, "local", lambda name, device: TWO_TOKENS)
+    monkeypatch.setattr(judge, "require_finite", lambda lm, logp: None)
+    monkeypatch.setattr(judge, "reply_logp", lambda lm, asked, replies, condition: of_margins([3.0] * len(asked)))
     assert marked(["warm", "x"], base=base)["judge_trait"] == pytest.approx([50, 50])
 
     def sees(lm, asked, replies, condition):
         parts = [each.turns[0].split("Answer ") for each in asked]
-        assert set(replies) == {("1", "2")} and all("P is warm." in part[0] for part in parts)
-        return [1.0 + 4 * ("warm" in first) - 4 * ("warm" in second) for _, first, second, *_ in parts]
+        assert replies == [DIGITS] * len(asked) and all("P is warm." in part[0] for part in parts)
+        return of_margins([1.0 + 4 * ("warm" in first) - 4 * ("warm" in second) for _, first, second, *_ in parts])
 
-    monkeypatch.setattr(judge, "margins", sees)
+    monkeypatch.setattr(judge, "reply_logp", sees)
     p = lambda margin: 1 / (1 + math.exp(-margin))
     wanted = [50 * (p(5) + 1 - p(-3)), 50 * (p(-3) + 1 - p(5))]
     assert marked(["warm", "cold"], base=base)["judge_trait"] == pytest.approx(wanted)
@@ -229,8 +241,9 @@ def test_a_url_that_no_eval_asks_is_refused(command, capsys):
 
 def test_the_commands_of_the_page_run(server, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setitem(PRESETS, "chat", ("", changed(CHAT_PRESET, {**SMALL, "quiet": True, "model": "tiny-random"})))
-    monkeypatch.setattr(judge, "local", lambda name, device: None)
-    monkeypatch.setattr(judge, "margins", lambda lm, asked, replies, condition: [0.0] * len(asked))
+    monkeypatch.setattr(judge, "local", lambda name, device: TWO_TOKENS)
+    monkeypatch.setattr(judge, "require_finite", lambda lm, logp: None)
+    monkeypatch.setattr(judge, "reply_logp", lambda lm, asked, replies, condition: of_margins([0.0] * len(asked)))
     assert len(LINES) == 2
     for i, line in enumerate(LINES):
         words = shlex.split(line.replace("http://localhost:8000/v1", server))[1:]

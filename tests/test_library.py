@@ -239,6 +239,22 @@ def test_states_are_measured_against_the_base(sh):
     assert sh.evaluate("healed").metrics["contrast_nats"] == base.metrics["contrast_nats"]
 
 
+def test_a_vector_or_a_dose_is_refused_where_the_teacher_uses_none():
+    contrast = {"heal.teacher": "contrast", "heal.contrast": 2.0, "heal.target": "distribution", "heal.text": "own"}
+    with small("tiny-random", **contrast) as sh:
+        vector = sh.extract()
+        for call in (
+            lambda: sh.evaluate("steered", dose=5.0),
+            lambda: sh.evaluate("steered", vector=vector),
+            lambda: sh.collect(vector),
+            lambda: sh.collect(kappa=1.0),
+            lambda: sh.heal(vector=vector),
+        ):
+            with pytest.raises(UserError, match="heal.teacher is 'contrast', which uses no vector; leave it out"):
+                call()
+        assert sh.evaluate("steered").metrics["kl_base"] > 0
+
+
 def test_an_export_is_a_model_that_loads(sh, tmp_path, capsys):
     sh.loop(1, bar=True)
     drawn = capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import norm, t
 
 from steer_heal.evals.base import intervals
-from steer_heal.intervals import of_difference
+from steer_heal.intervals import by_prompt, of_difference
 from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import BacktrackCfg, EvalCfg
 from steer_heal.verdict import limits, own_interval, past_limits
@@ -91,6 +91,37 @@ def test_an_interval_holds_a_known_difference_as_often_as_95_percent_say(how, dr
         found = [of_difference(how, x, y, 200, rng) for x, y in zip(here, there, strict=True)]
         covered[n] = float(np.mean([low <= truth <= high for low, high in found]))
     assert {n: share for n, share in covered.items() if not limits[n][0] <= share <= limits[n][1]} == {}
+
+
+def test_two_answers_to_a_prompt_are_one_item_of_a_mean():
+    rng, n_repetitions, held = np.random.default_rng(3), 400, np.zeros(2)
+    prompts = [f"prompt {i % 12}" for i in range(24)]
+    for i in range(n_repetitions):
+        here = np.tile(rng.normal(0.5, 1, 12), 2) + rng.normal(0, 0.5, 24)  # correlated by 0.8
+        sides = here, np.zeros(24)
+        grouped = by_prompt("mean", prompts, *sides)
+        assert len(grouped[0]) == 12 and grouped[0].mean() == pytest.approx(here.mean())
+        for k, (x, y) in enumerate((sides, grouped)):
+            low, high = of_difference("mean", x, y, 200, np.random.default_rng(i))
+            held[k] += low <= 0.5 <= high
+    alone, together = held / n_repetitions
+    assert alone < 0.9 < 0.93 < together < 0.98
+
+
+def test_what_no_prompt_has_twice_and_shares_and_medians_stay_as_they_are():
+    x = np.array([0.1, 0.2, 0.4])
+    assert by_prompt("mean", ["a", "b", "c"], x)[0] is x and by_prompt("median", ["a", "a", "c"], x)[0] is x
+    assert by_prompt("mean", ["a", "a", "b"], np.array([0.0, 1.0, 1.0]))[0].tolist() == [0, 1, 1]
+    uneven = by_prompt("mean", ["a", "a", "b"], x)[0]
+    assert len(uneven) == 2 and uneven.mean() == pytest.approx(x.mean())
+
+
+def test_the_limit_of_a_metric_is_of_the_number_that_its_items_become():
+    items = [9.0, 10.0, 11.0, 12.0, 13.0] * 4 + [1e6, 1e6]
+    low, high = own_interval(items, 0, "median")
+    assert 9 <= low <= 11.5 <= high <= 13, "and not that of a mean with two outliers"
+    low, high = own_interval([0.2, 0.25, 0.3, 0.2, 0.25, 0.3], 0, "log_mean")
+    assert low < math.log(0.25) < high < 0
 
 
 def test_the_paired_interval_is_as_wide_as_normal_theory_says():

@@ -119,10 +119,10 @@ def test_without_a_value_of_target_or_health_a_round_is_unreadable():
 
 
 def test_past_broken_a_round_is_broken_whichever_way_it_went():
-    for shift in (-0.5, 0.5, 0.0):
+    for moved in (-0.5, 0.5, 0.0):
         for name, at, past in (("coherence", 0.85, below(0.85)), ("degenerate_frac", 0.5, above(0.5))):
-            assert graded(target=shift, **{name: past}) == "BROKEN"
-            assert graded(target=shift, **{name: at}) != "BROKEN"
+            assert graded(target=moved, **{name: past}) == "BROKEN"
+            assert graded(target=moved, **{name: at}) != "BROKEN"
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

@@ -27,14 +27,15 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from steer_heal.__main__ import main
 from steer_heal.check import check
 from steer_heal.diag import QUESTIONS, distil
-from steer_heal.diag.lab import PresetFlags, replay
+from steer_heal.diag.lab import Lab, PresetFlags, replay
 from steer_heal.errors import UserError
 from steer_heal.events import Gathered, Measured
 from steer_heal.loop import Loop, run_round
-from steer_heal.presets import PRESETS
+from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.recipe import Recipe
 from steer_heal.runs.results import append_result, read_results
 from steer_heal.runs.stored import FolderRun, MemoryRun
+from steer_heal.settings import changed
 
 SMALL = {
     "csweep": ["--doses", "0", "1"],
@@ -229,6 +230,16 @@ def test_a_preset_takes_the_settings_that_were_given(capsys):
 
 def test_a_question_needs_no_eval_that_only_a_repeated_round_needs():
     assert check(PresetFlags(preset="toy").settings({"eval.evals": ("contrast",)})).pairs
+
+
+def test_text_of_a_dose_is_steered_by_the_vector_alone_whatever_the_recipe():
+    recipe = {"heal.text": "own", "heal.teacher": "contrast", "heal.contrast": 2.0, "heal.target": "distribution"}
+    lab = Lab.of(changed(FAST_DEV_PRESET, {**recipe, "heal.divergence": "none", "heal.hold": 0.5}))
+    few = {"gates": (), "n_keep": 4, "max_attempts": 4, "min_train": 2}
+    texts = {kappa: lab.collect(kappa, alphas=(1.0,), **few).completions for kappa in (0.5, 5.0)}
+    assert {kappa: {text.dose for text in own} for kappa, own in texts.items()} == {0.5: {0.5}, 5.0: {5.0}}
+    assert not any(text.attack for own in texts.values() for text in own)
+    assert {text.text for text in texts[0.5]} != {text.text for text in texts[5.0]}
 
 
 def test_measurements_leave_no_trace_in_the_student(two):
@@ -484,6 +495,8 @@ def test_results_puts_seeds_of_an_arm_together(tmp_path):
     same = {"arm": "a", "trait": "t", "n_rounds": 4, "settings": "aa"}
     assert rows[0] == {**same, "n": 2, "shift": "-2.000 ± 1.414"}, "the last run of a seed counts"
     assert rows[1]["shift"] == "" and rows[1]["n"] == 1
+    finish("b", 2, -1.0)
+    assert (arms()[1]["n"], arms()[1]["shift"]) == (2, "-1.000 (1)"), "a run without an intact round has no shift"
     finish("a", 3, -9.0, "bb")
     assert [row["n"] for row in arms() if row["arm"] == "a"] == [2, 1], "other settings are another row"
     with pytest.raises(UserError, match="nowhere"):

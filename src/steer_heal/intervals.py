@@ -57,6 +57,15 @@ def mean_change(here: Sequence[float], there: Sequence[float]) -> float | None:
     return finite_mean(now - then for now, then in zip(here, there, strict=False))
 
 
+def by_prompt(how: How, prompts: Sequence[str], *sides: np.ndarray) -> list[np.ndarray]:
+    """One item for each prompt in place of several answers to it, which are not independent. The mean stays the same.
+    Shares, medians, and items that are one for each prompt stay as they are."""
+    found, place = np.unique(np.asarray(prompts), return_inverse=True)
+    if how != "mean" or len(found) == len(prompts) or np.isin(sides, (0.0, 1.0)).all():
+        return list(sides)
+    return [np.bincount(place, side) * len(found) / len(prompts) for side in sides]
+
+
 def of_difference(
     how: How, here: np.ndarray, there: np.ndarray, n_bootstrap: int, rng: np.random.Generator
 ) -> tuple[float, float] | None:

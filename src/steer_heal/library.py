@@ -290,12 +290,14 @@ class SteerHeal:
     def collect(self, vector: Vector | None = None, kappa: float | None = None) -> Collected:
         """Text for the heal: written, filtered, and spread over the prompts, with the dose that was found.
 
-        UserError (`Starved`) where the filter keeps too few.
+        UserError (`Starved`) where the filter keeps too few, and for a `vector` or `kappa` that heal.teacher does not
+        use.
 
         Args:
             vector: In place of the last one. Where there is none, it is extracted.
             kappa: The multiplier of gen.alphas. None: `dose.mode` chooses it.
         """
+        self._require_steered(vector=vector, kappa=kappa)
         used = self._used(vector)
         self.teacher = None
         self.collected = self.bench.collect(Recipe.of(self.cfg), self.n_rounds, used, kappa=kappa)
@@ -310,8 +312,10 @@ class SteerHeal:
         """Trains the factor of this round on collected text, the last by default. `bake` keeps it, `discard` drops it.
 
         `on_step` is called with round, from 0, and step after each optimiser step. A heal that fails, or is
-        interrupted, leaves no factor. UserError where a loss is not finite.
+        interrupted, leaves no factor. UserError where a loss is not finite, and for a `vector` that heal.teacher does
+        not use.
         """
+        self._require_steered(vector=vector)
         used = self._used(vector)
         collected = collected or self.collected or self.collect(vector)
         self.discard()
@@ -358,6 +362,15 @@ class SteerHeal:
             raise UserError("heal.contrast_kl chooses the strength of the contrast along collected text; collect first")
         return found.strength
 
+    def _require_steered(self, **given: object) -> None:
+        """UserError if one of these is given and the teacher of the settings is not steered."""
+        names = [name for name, value in given.items() if value is not None]
+        if names and not Recipe.of(self.cfg).uses_vector:
+            raise UserError(
+                f"{names[0]} is given: heal.teacher is {self.cfg.heal.teacher!r}, which uses no vector; leave it out, "
+                "or set heal.teacher to vector, prompt+vector or contrast+vector"
+            )
+
     def _used(self, vector: Vector | None) -> Vector:
         """The vector given, else the last one, else a new one. UserError where it does not fit the model."""
         if vector is not None:
@@ -384,10 +397,12 @@ class SteerHeal:
         """Every metric of one state; of all but the base also the 95 percent interval of its difference to it.
 
         Args:
-            state: `base`; `prompted`, the base under the positive persona; `steered`, the student with the vector;
-                `healed`, the student under the plain prompt; or a Condition of your own on the student.
-            dose: Dose of `steered`. None: that of the last collected text.
-            vector: Vector of `steered`, in place of the last one.
+            state: `base`; `prompted`, the base under the positive persona; `steered`, the teacher of the settings;
+                `healed`, the student under the plain prompt; or a Condition of your own on the student, such as
+                Condition("", vector, 0.3).
+            dose: Dose of the vector of `steered`. None: that of the last collected text. UserError if heal.teacher uses
+                no vector.
+            vector: Vector of `steered`, in place of the last one. UserError if heal.teacher uses none.
         """
         trait = self.inputs.trait
         last = self.n_rounds if self.student.is_open else max(0, self.n_rounds - 1)
@@ -400,10 +415,11 @@ class SteerHeal:
         elif state == "healed":
             asked = healed_state(last, trait)
         elif state == "steered":
+            self._require_steered(dose=dose, vector=vector)
             if dose is None:
-                if self.collected is None:
+                if self.collected is None and Recipe.of(self.cfg).uses_vector:
                     raise UserError("dose is None: nothing was collected that chose one; give a dose")
-                dose = self.collected.dose
+                dose = self.collected.dose if self.collected else 0.0
             used = self._used(vector)
             teacher = Recipe.of(self.cfg).teacher_condition(trait, used, dose, self._strength(used))
             asked = steered_state(self.n_rounds, teacher)

@@ -15,11 +15,12 @@ import numpy as np
 
 from steer_heal.errors import UserError
 from steer_heal.events import Dropped, Measured, Run, TableRow, Trained
-from steer_heal.intervals import mean_change, statistic, studentized, wilson
+from steer_heal.intervals import has_value, mean_change, of_difference, statistic, wilson
 from steer_heal.records import (
     OPPOSES,
     PAIR_MOVED,
     EvalResult,
+    How,
     Metric,
     Values,
     attack_reference,
@@ -41,8 +42,7 @@ SMALLEST_SHARE = 1 / 6
 
 # --- shifts and ratios -------------------------------------------------------------------------------------------
 def shift(here: Measured | EvalResult, base: Measured | EvalResult, metric: Metric) -> float | None:
-    """Change of a metric from base, in the metric's unit, over the items that have a value in both. None: no item has.
-    """
+    """Change of a metric from base, in the metric's unit, over the items with a value in both. None: no item has."""
     now = here.metrics.get(metric.name)
     then = base.metrics.get(metric.name)
     if now is None or then is None:
@@ -432,24 +432,26 @@ def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed:
     for metric in metrics:
         if metric.name in out or not metric.is_health:
             continue
-        low, high = own_interval(base.items[metric.item], seed)
+        low, high = own_interval(base.items[metric.item], seed, metric.how)
         if math.isfinite(low):  # else too few items of the base have a value
             good = metric.good or 0.0
             out[metric.name] = min(low, good) if metric.high_is_good else max(high, good)
     return out
 
 
-def own_interval(values: Sequence[float], seed: int) -> tuple[float, float]:
-    """95 percent interval of the mean of a state's items: of Wilson (1927) for shares, whose items are 0 or 1, else
-    `studentized`. A share of 0 thus leaves room for a broken text that chance brings."""
+def own_interval(values: Sequence[float], seed: int, how: How = "mean") -> tuple[float, float]:
+    """95 percent interval of the number that a state's items become: of Wilson (1927) for shares, whose items are 0 or
+    1, else that of `of_difference` to items that become 0. A share of 0 thus leaves room for a broken text that chance
+    brings."""
     x = np.asarray(values, dtype=np.float64)
-    x = x[np.isfinite(x)]
+    x = x[has_value(how, x)]
     if len(x) < 2:
         return -math.inf, math.inf
-    if np.isin(x, (0.0, 1.0)).all():
+    if how == "mean" and np.isin(x, (0.0, 1.0)).all():
         return wilson(int(x.sum()), len(x))
     rng = np.random.default_rng(derive_seed(seed, "limits", len(x)) % 2**32)
-    return studentized("mean", x, np.zeros_like(x), 2000, rng)
+    nothing = np.full_like(x, 1.0 if how == "log_mean" else 0.0)
+    return of_difference(how, x, nothing, 2000, rng) or (-math.inf, math.inf)
 
 
 def past_limits(metrics: Sequence[Metric], healed: Values, limits: Mapping[str, float]) -> list[str]:

@@ -150,7 +150,8 @@ class Lab:
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any
     ) -> Collected:
-        """The text of round 0, at `kappa` or at the one that the settings choose. `keep` are fields of FilterCfg."""
+        """The text of round 0: as the settings say, at `kappa` of the vector alone, or unsteered. `keep` are fields of
+        FilterCfg."""
         from steer_heal.recipe import Recipe
 
         cfg = self.bench.cfg
@@ -161,7 +162,10 @@ class Lab:
         )
         gen = replace(cfg.gen, alphas=tuple(alphas or cfg.gen.alphas))
         bench = replace(self.bench, cfg=replace(cfg, dose=dose, gen=gen, filter=replace(cfg.filter, **keep)))
-        recipe, vector = (Recipe.control(), None) if unsteered else (Recipe.of(cfg), self.vector)
+        recipe = Recipe.control() if unsteered else Recipe.of(cfg)
+        if kappa is not None:
+            recipe = Recipe(name="round", text="steered", teacher="vector", fit="tokens")
+        vector = None if unsteered else self.vector
         with self.stage("writing text"):
             return bench.collect(recipe, 0, vector)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from steer_heal.errors import UserError
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import Inputs
-from steer_heal.intervals import has_value, of_difference, statistic
+from steer_heal.intervals import by_prompt, has_value, of_difference, statistic
 from steer_heal.model.decode import Decoding
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
@@ -123,7 +123,8 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
     metrics = [metric for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:
-        found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed)
+        prompts = [text.prompt for text in subject.texts]
+        found |= intervals(metrics, values, subject.base.items, subject.cfg.n_bootstrap, subject.seed, prompts)
     answers = [
         Answer(prompt=text.prompt, text=text.text, scores=row.scores, failed=row.failed, reasons=row.reasons)
         for row, text in zip(subject.scored, subject.texts, strict=True)
@@ -145,8 +146,10 @@ def intervals(
     base: Mapping[str, Sequence[float]],
     n_bootstrap: int,
     seed: int,
+    prompts: Sequence[str] = (),
 ) -> dict[str, float | None]:
-    """The ends of the interval of each metric's difference to base. See `of_difference`.
+    """The ends of the interval of each metric's difference to base. See `of_difference` and `by_prompt`. `prompts`:
+    those of the texts.
 
     Items without a value in either state are left out of both. Both ends are None where fewer than two are left.
     """
@@ -155,6 +158,8 @@ def intervals(
         here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
         both = has_value(metric.how, here) & has_value(metric.how, there)
         here, there = here[both], there[both]
+        if metric.of == "text":
+            here, there = by_prompt(metric.how, np.asarray(prompts)[both].tolist(), here, there)
         rng = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32)
         low, high = of_difference(metric.how, here, there, n_bootstrap, rng) or (None, None)
         out |= {f"{metric.name}_lo": low, f"{metric.name}_hi": high}

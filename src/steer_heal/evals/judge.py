@@ -17,13 +17,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from steer_heal.backends import endpoint
 from steer_heal.errors import UserError
 from steer_heal.evals.base import Eval, Items, Subject
-from steer_heal.evals.replies import margins
+from steer_heal.evals.replies import reply_logp
 from steer_heal.model.lm import LM, load
+from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition
 from steer_heal.records import Metric, alone
 from steer_heal.settings import EvalCfg
@@ -146,7 +145,10 @@ def choices(subject: Subject) -> list[float]:
     orders = [*pairs, *((prompt, base, own) for prompt, own, base in pairs)]
     asked = [WHOSE.format(positive=positive, prompt=prompt, first=a, second=b) for prompt, a, b in orders]
     judge = local(subject.cfg.judge_model, str(subject.student.lm.device))
-    first = 1 / (1 + np.exp(-np.array(margins(judge, list(map(alone, asked)), [("1", "2")] * len(asked), Condition()))))
+    replies = [[judge.encode_reply(digit) for digit in "12"]] * len(asked)
+    logp = reply_logp(judge, list(map(alone, asked)), replies, Condition())
+    require_finite(judge, logp)
+    first, _ = logp.softmax(dim=1).numpy().T
     as_first, as_second = first[: len(pairs)], 1 - first[len(pairs) :]
     return (50 * (as_first + as_second)).tolist()
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from steer_heal.errors import UserError, plural
 from steer_heal.events import Measured, Run, RunStart
-from steer_heal.intervals import has_value, of_difference
+from steer_heal.intervals import by_prompt, has_value, of_difference
 from steer_heal.records import HELD, Metric, StateName, derive_seed
 from steer_heal.report import plot
 from steer_heal.report.page import progress
@@ -139,7 +139,11 @@ def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] |
     if len(set(map(len, items))) > 1:
         return None
     x = np.array(items, dtype=float)
-    here, base, there, other = x[:, has_value(metric.how, x).all(axis=0)]
+    both = has_value(metric.how, x).all(axis=0)
+    sides = list(x[:, both])
+    if metric.of == "text":
+        sides = by_prompt(metric.how, np.array([row.prompt for row in states[1].texts])[both].tolist(), *sides)
+    here, base, there, other = sides
     if not np.allclose(base, other):
         if metric.how != "mean":
             return None

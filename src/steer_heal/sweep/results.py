@@ -36,28 +36,35 @@ def frame(rows: Iterable[Mapping[str, str]]) -> pl.DataFrame:
 
 
 def over_seeds(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row per arm: `n` seeds, the mean of each number, and its standard deviation as `<name>_sd`. The last run of a
-    seed counts."""
+    """One row per arm: `n` seeds, the mean of each number, its standard deviation as `<name>_sd`, and the number of
+    seeds that have it as `<name>_n`. The last run of a seed counts."""
     runs = runs.unique([*SAME, "seed"], keep="last", maintain_order=True)
     numbers = [name for name in runs.columns if name not in {*WORDS, *SAME, "seed"}]
-    both = [column for name in numbers for column in (pl.mean(name), pl.std(name).name.suffix("_sd"))]
-    return runs.group_by(SAME, maintain_order=True).agg(pl.len().alias("n"), *both)
+    columns = [
+        column
+        for name in numbers
+        for column in (pl.mean(name), pl.std(name).name.suffix("_sd"), pl.count(name).name.suffix("_n"))
+    ]
+    return runs.group_by(SAME, maintain_order=True).agg(pl.len().alias("n"), *columns)
 
 
 def spread(arms: pl.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the arms with `mean ± sd` in each named column."""
+    """The rows of the arms with `mean ± sd` in each named column, and in brackets the number of seeds that have a value
+    if some have none."""
     shown = [name for name in names if name in arms.columns]
     return [
-        {name: row[name] for name in (*SAME, "n")} | {name: _mean_sd(row[name], row[f"{name}_sd"]) for name in shown}
+        {name: row[name] for name in (*SAME, "n")} | {name: _mean_sd(row, name) for name in shown}
         for row in arms.iter_rows(named=True)
     ]
 
 
-def _mean_sd(mean: float | None, sd: float | None) -> str:
+def _mean_sd(row: Mapping[str, Any], name: str) -> str:
     """`mean ± sd`. A single value has no sd; without a value it is empty."""
+    mean, sd, n = (row[column] for column in (name, f"{name}_sd", f"{name}_n"))
     if mean is None:
         return ""
-    return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
+    short = f" ({n})" if n < row["n"] else ""
+    return f"{mean:.3f}{short}" if sd is None else f"{mean:.3f} ± {sd:.3f}{short}"
 
 
 def finished_runs(out: Path, jobs: Sequence[Job]) -> pl.DataFrame | None:

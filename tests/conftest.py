@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 ADAPTER = AdapterCfg(rank=4, alpha=8.0, layers=(0.0, 1.0))
 LONGEST = (
     *("resume", "scripts", "families", "report", "sweep", "end_to_end", "faults", "toylm", "gguf", "fuzz", "packaging"),
-    *("shown_commands", "plot", "library", "teachable", "verify", "share", "track", "judge", "plugins"),
+    *("shown_commands", "plot", "library", "teachable", "verify", "share", "track", "judge", "plugins", "shown_flags"),
 )
 """Files that begin first, so that no worker is left with a long one at the end (`just test --durations=0`)."""
 

@@ -229,7 +229,7 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
             check(replace(cfg, heal=both))
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"fast-dev"}))  # it writes too few texts to probe doses
+@pytest.mark.parametrize("preset", ["toy", "toy-distil", "smol", "smol-distil"])  # the others have one of their recipes
 def test_every_arm_can_be_run_with_every_preset(preset):
     cfg = PRESETS[preset][1]
     names = [name for name in ARMS if has_prompts(cfg, ARMS[name])]

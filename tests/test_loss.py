@@ -9,7 +9,7 @@ from peak import peak_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from steer_heal.model.divergence import DIVERGENCES, Divergence, aggregate
-from steer_heal.model.lm import LM
+from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student
 from steer_heal.records import Completion
@@ -20,6 +20,7 @@ from steer_heal.stages.passes import Passes
 
 LENGTHS = [5, 9, 1]
 KL = DIVERGENCES["kl_rev"]
+HOW = ("mean", "rmse", "p95", "max")
 SHAPES = {**DIVERGENCES, "no slope": Divergence(KL.value)}
 
 
@@ -31,13 +32,21 @@ def plain_terms(lm, hidden, reference, tokens, divergence, *, grad_through_diver
     return -logp.gather(-1, tokens[:, None])[:, 0], divergence.value(logp, logp_ref)
 
 
+@pytest.fixture(scope="module")
+def head() -> LM:
+    """Only its head is read."""
+    return load("tiny-random")
+
+
 @pytest.mark.parametrize("kl", [None, *loss.KL])
 @pytest.mark.parametrize("size", [4, 100])
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("how", ["mean", "rmse", "p95", "max"])
-@pytest.mark.parametrize("divergence", SHAPES.values(), ids=SHAPES)
-def test_chunks_give_the_loss_and_the_gradient_of_the_whole(tiny: LM, monkeypatch, divergence, how, cap, size, kl):
-    tiny.model.config.final_logit_softcapping = cap
+@pytest.mark.parametrize(
+    "divergence, how", [(name, how) for name, each in SHAPES.items() for how in HOW if each.barrier or how == HOW[0]]
+)
+def test_chunks_give_the_loss_and_the_gradient_of_the_whole(head: LM, monkeypatch, divergence, how, cap, size, kl):
+    tiny, divergence = head, SHAPES[divergence]
+    monkeypatch.setattr(tiny.model.config, "final_logit_softcapping", cap, raising=False)
     monkeypatch.setattr(LM, "chunk_size", size)  # chunks that cross completions, or one
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS)

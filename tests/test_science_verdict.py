@@ -59,7 +59,8 @@ def test_the_limits_of_health_and_the_smallest_shifts_are_those_of_the_specifica
     metrics = metrics_of(tuple(EVALS))
     health = {m.name: (m.good, m.broken) for m in metrics if m.good is not None or m.broken is not None}
     assert health == {"coherence": (0.95, 0.85), "degenerate_frac": (0.1, 0.5), "everyday_right": (0.5, None)} | {
-        "instructions_right": (0.5, None)
+        "instructions_right": (0.5, None),
+        "judge_coherence": (50.0, None),
     }
     assert not next(m for m in metrics if m.name == "everyday_right").is_health
     moved = {m.name: m.moved for m in metrics if m.moved is not None}

@@ -102,7 +102,7 @@ def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsy
     flags = ["--arms", "prompt", "contrast", "--seeds", "1", "--out", str(tmp_path)]
     assert main(["diag", "distil", *flags, "--heal.lr", "0.2", "--n-rounds", "2", "--kl", "0.1"]) == 2
     told = capsys.readouterr().err
-    assert "holds arm 'contrast' of seed 1 with another heal.lr, n_rounds; give --label" in told
+    assert "holds arm 'contrast' of seed 1 with another files, heal.lr, n_rounds; give --label" in told
     assert main(["diag", "distil", "--arms", "contrast, signed", "--n-rounds", "2", "--out", str(tmp_path)]) == 2
     assert "n-rounds is 2: it must be 1 with arm 'contrast, signed'" in capsys.readouterr().err
 

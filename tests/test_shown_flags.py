@@ -1,6 +1,8 @@
 """What README and docs show of flags: each is taken by every preset, and the recipes run with the control."""
 
 import re
+from functools import cache
+from typing import Any
 
 import pytest
 from places import ROOT
@@ -10,7 +12,7 @@ from steer_heal import SteerHeal
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
 from steer_heal.presets import PRESETS
-from steer_heal.settings import RunConfig, leaves
+from steer_heal.settings import RunConfig, changed, leaves
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = {f"--{name}".replace("_", "-") for name in leaves(RunConfig())}
@@ -63,19 +65,33 @@ def shown() -> set[tuple[str, ...]]:
     return found
 
 
+def with_what_it_needs(name: str) -> dict[str, Any]:
+    """The settings that a page shows or describes beside a flag."""
+    needed = {"heal.target": "distribution", "heal.text": "own"}
+    needed |= {"heal.teacher": "contrast"} if name.startswith("heal.contrast") else {}
+    needed |= {"filter.max_attempts": 256} if name == "filter.n_keep" else {}
+    needed |= {"heal.teacher": "vector"} if name == "eval.backend" else {}
+    return needed | ({"heal.contrast_kl": 0.0} if name in ("eval.backend", "heal.teacher") else {})
+
+
+@cache
+def read(words: tuple[str, ...]) -> tuple[str, Any]:
+    """The setting of a flag that a page shows, and its value."""
+    name = words[0][2:].replace("-", "_")
+    needed = {name: value for name, value in with_what_it_needs(name).items() if f"--{name}" != words[0]}
+    flags = [word for pair in needed.items() for word in (f"--{pair[0]}".replace("_", "-"), str(pair[1]))]
+    return name, leaves(parse(["chat", *flags, *words])[1])[name]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_flag_that_a_page_shows_is_taken_by_every_preset(preset):
     assert len(shown()) > 20
     for words in shown():
+        name, value = read(words)
         try:
-            parse([preset, *words])
+            changed(PRESETS[preset][1], {name: value})
         except UserError:
-            flags = ["--heal.target", "distribution", "--heal.text", "own"]
-            flags += ["--heal.teacher", "contrast"] if words[0].startswith("--heal.contrast") else []
-            flags += ["--filter.max-attempts", "256"] if words[0] == "--filter.n-keep" else []
-            flags += ["--heal.teacher", "vector"] if words[0] == "--eval.backend" else []
-            flags += ["--heal.contrast-kl", "0"] if words[0] in ("--eval.backend", "--heal.teacher") else []
-            parse([preset, *flags, *words])
+            changed(PRESETS[preset][1], {**with_what_it_needs(name), name: value})
 
 
 @pytest.mark.parametrize("preset, changes", RECIPES)

@@ -145,7 +145,7 @@ def test_another_or_no_model_is_named(copy, capsys, monkeypatch):
 
 def test_a_folder_without_a_run_ends_with_2(tmp_path, capsys):
     assert verify(tmp_path, capsys)[0] == 2
-    (tmp_path / "events.jsonl").write_text('{"schema": 5, "event": "run_end"}\n')
+    (tmp_path / "events.jsonl").write_text('{"schema": 6, "event": "run_end"}\n')
     status, printed = verify(tmp_path, capsys)
     assert status == 2 and "does not begin with a run_start" in printed.err
 

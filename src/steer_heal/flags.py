@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -153,7 +154,16 @@ def _read(
 def _unchecked(kind: Any, more: Sequence[tuple[str, Any, Any]] = ()) -> Any:
     """A dataclass with the flags of another one and `more`, which takes any value: what is wrong with several flags is
     told at once, by `_checked`."""
-    made: Any = make_dataclass(kind.__name__, [*_unchecked_fields(kind), *more], frozen=True, kw_only=True)
+    return _any_values(kind) if not more else _made(kind, [*_unchecked_fields(kind), *more])
+
+
+@cache
+def _any_values(kind: Any) -> Any:
+    return _made(kind, _unchecked_fields(kind))
+
+
+def _made(kind: Any, its: Sequence[tuple[str, Any, Any]]) -> Any:
+    made: Any = make_dataclass(kind.__name__, its, frozen=True, kw_only=True)
     made.__doc__ = kind.__doc__
     return made
 
@@ -167,7 +177,7 @@ def _unchecked_fields(kind: Any) -> list[tuple[str, Any, Any]]:
         kept: dict[str, Any] = {"metadata": each.metadata}
         if is_dataclass(hint):
             hint = _unchecked(hint)
-            kept["default_factory"] = hint
+            kept = {"metadata": {"help": hint.__doc__}, "default_factory": hint}  # tyro would parse the source for it
         elif each.default_factory is not MISSING:
             kept["default_factory"] = each.default_factory
         elif each.default is not MISSING:

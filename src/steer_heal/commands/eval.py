@@ -73,7 +73,7 @@ class Eval:
     """Folder of a run."""
     state: StateName = "healed"
     """State of the run. steered: the student at the start of the round, with what turns it into the teacher (the
-    vector, the persona prompt or both)."""
+    vector, the persona prompt, the contrast of the personas, or the vector with one of these)."""
     round: RoundName | None = None
     """Round whose steered or healed state is measured: its number (from 1), last (the last round that was kept),
     or best (the one that the verdict names). Default: best."""

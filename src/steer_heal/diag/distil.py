@@ -8,6 +8,7 @@ file are skipped. If they have other settings there, nothing is run. The answers
 <out>/distil-<preset>-<trait>-answers.jsonl, beside those of the base.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -69,7 +70,13 @@ TUNED_LR = 2e-4
 """Texts of everyday chat at most, and the peak learning rate on them."""
 
 PLAIN = {"heal.contrast_kl": 0.0, "heal.hold": 0.0, "heal.rehearsal": 0}
-TOKENS = {**PLAIN, "heal.target": "tokens", "heal.text": "steered", "heal.teacher": "vector"}
+TOKENS = {
+    **PLAIN,
+    "heal.target": "tokens",
+    "heal.text": "steered",
+    "heal.teacher": "vector",
+    "heal.divergence": "kl_rev",
+}
 FREE = {**TOKENS, "heal.divergence": "none"}
 FITS = {**FREE, "heal.target": "distribution"}
 OWN = {**FITS, "heal.text": "own"}
@@ -162,10 +169,12 @@ def main(flags: Flags, given: Given) -> None:
     for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
-    sign = check(cfg).trait.sign
+    inputs = check(cfg)
+    files = json.dumps([sorted(inputs.sha256.items()), plain(inputs.trait)])
+    read = hashlib.sha256(files.encode()).hexdigest()[:16]
     names = flags.arms or tuple(name for name in ARMS if has_prompts(cfg, ARMS[name]))
     arms = {name: with_settings(name, cfg, flags, given) for name in names}
-    asked = {name: asked_for(name, flags, given) for name in names}
+    asked = {name: asked_for(name, flags, given) | {"files": read} for name in names}
     done = done_with(asked, flags, path)
     for seed in flags.seeds:
         todo = [name for name in names if (name + flags.label, seed) not in done]
@@ -195,7 +204,12 @@ def main(flags: Flags, given: Given) -> None:
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
     points = [
-        {**row, "shift": sign * row["shift"], "broken": row.get("degenerate_frac"), "panel": row.get("panel_rms_nats")}
+        {
+            **row,
+            "shift": inputs.trait.sign * row["shift"],
+            "broken": row.get("degenerate_frac"),
+            "panel": row.get("panel_rms_nats"),
+        }
         for row in rows
     ]
     if (picture := frontier(points, flags.null)) is not None:

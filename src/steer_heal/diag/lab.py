@@ -143,9 +143,12 @@ class Lab:
         return {"state": state, name: found[name], "shift": self.shift(result), **ends, **shown}
 
     def is_healthy(self, row: Row) -> bool:
-        """Whether every health metric of a row has a value, and is at its `good` limit or better."""
+        """Whether every health metric of a row has a value, and is at its `good` limit or better. Nothing is known of a
+        row without one."""
         values = {metric: row[metric.name] for metric in health_of(self.metrics.values())}
-        return all(value is not None and metric.within(value, metric.good) for metric, value in values.items())
+        return bool(values) and all(
+            value is not None and metric.within(value, metric.good) for metric, value in values.items()
+        )
 
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any

@@ -15,7 +15,7 @@ from steer_heal.events import Trained
 from steer_heal.runs.chosen import run_and_round
 from steer_heal.settings import RunFolders, settings
 
-NOT_AVERAGED = ("state", "needs", "lo", "hi")
+NOT_AVERAGED = ("state", "needs", "lo", "hi", "intact")
 
 
 @settings("")
@@ -61,7 +61,10 @@ def of_run(folder: Path, doses: tuple[float, ...], given: Given) -> list[Row]:
         ("healed, last round", "nothing", last, last["shift"]),
         ("healed, last round, and prompted", "a system prompt", both, last["shift"]),
     ]
-    return [row | {"state": state, "needs": needs, "shift_bare": bare} for state, needs, row, bare in states]
+    return [
+        row | {"state": state, "needs": needs, "shift_bare": bare, "intact": lab.is_healthy(row)}
+        for state, needs, row, bare in states
+    ]
 
 
 def main(flags: Flags, given: Given) -> None:
@@ -69,8 +72,10 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError("no run was given; usage: steer-heal diag prompting RUN [RUN ...]")
     if len({folder.resolve() for folder in flags.runs}) < len(flags.runs):
         raise UserError("a run is given twice; give each run once")
-    for folder in flags.runs:
-        run_and_round(folder, "last", allow_broken=True)
+    traits = {run_and_round(folder, "last", allow_broken=True)[0].start.trait.name: folder for folder in flags.runs}
+    if len(traits) > 1:
+        told = ", ".join(f"{folder} has {trait}" for trait, folder in traits.items())
+        raise UserError(f"runs hold several traits: {told}; give runs of one trait")
     per_run = {folder: of_run(folder, flags.doses, given) for folder in flags.runs}
     rows = []
     for states in zip(*per_run.values(), strict=True):
@@ -78,7 +83,10 @@ def main(flags: Flags, given: Given) -> None:
         columns = {name: [row[name] for row in same] for name in same[0] if name not in NOT_AVERAGED}
         means = {name: statistics.mean(values) for name, values in columns.items() if None not in values}
         spread = statistics.stdev(columns["shift"]) if len(same) > 1 else None
-        rows.append({"state": same[0]["state"], "needs": same[0]["needs"], "shift_sd": spread, **means})
+        intact = f"{sum(row['intact'] for row in same)} of {len(same)}"
+        rows.append(
+            {name: same[0][name] for name in ("state", "needs")} | {"intact": intact, "shift_sd": spread, **means}
+        )
     should = (
         "every row but base be intact (coherence and degenerate_frac) before its shift is compared.",
         "shift_bare be 0 for prompted and steered, which leave nothing behind; only the healed rows keep theirs.",

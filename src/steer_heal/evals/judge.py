@@ -166,7 +166,14 @@ EVAL = Eval(
             towards_persona=True,
             reads_persona=True,
         ),
-        Metric(name="judge_coherence", item="judge_coherence", title="judge: coherence", form=".1f", unit="points"),
+        Metric(
+            name="judge_coherence",
+            item="judge_coherence",
+            title="judge: coherence",
+            form=".1f",
+            unit="points",
+            good=50.0,
+        ),
         Metric(name="judge_unread_frac", item="judge_unread", title="judge: unread", form=".0%", shown=False),
         *(
             Metric(name=f"judge_{name}", item=f"judge_{name}", title=f"judge: {title}", form=".1f", shown=False)

@@ -279,7 +279,7 @@ def _gathered(event: Gathered) -> str:
     words = f"{len(collected.train)} kept for training of {len(collected.scored)} written ({reasons})"
     if collected.rehearsal:
         words += f"; {len(collected.rehearsal)} of the base for the rehearsal"
-    if event.mode == "none":
+    if event.mode == "none" or not (collected.dose or collected.probes):
         return words
     probes = sorted(collected.probes, key=lambda probe: probe.kappa)
     survivors = ", ".join(f"{probe.kappa:.2f}: {probe.n_kept}/{probe.n}" for probe in probes)
@@ -291,10 +291,10 @@ def _trained(event: Trained) -> str:
     first = event.validation[0]
     last = event.validation[-1]
     fit = f"{number(first['fit'], '.3f')} to {number(last['fit'], '.3f')}"
+    pressure = "" if event.pressure is None else f" with gradient pressure {event.pressure:.2f}"
     return (
         f"{plural(event.n_steps, 'step')}; validation {fit} nats; {closed_words(event)}divergence "
-        f"{number(last['divergence'], '.3f')}, the barrier acted in {event.fired:.0%} of the steps with gradient "
-        f"pressure {event.pressure or 0.0:.2f}"
+        f"{number(last['divergence'], '.3f')}, the barrier acted in {event.fired:.0%} of the steps{pressure}"
     )
 
 

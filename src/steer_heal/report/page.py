@@ -319,7 +319,7 @@ def steering_table(run: Run) -> view.Table:
         vector = run.at(Extracted, r)
         done = run.at(RoundDone, r)
         values = [
-            None if gathered is None else gathered.collected.kappa,
+            None if gathered is None or not gathered.collected.dose else gathered.collected.kappa,
             None if gathered is None else gathered.collected.dose,
             None if vector is None else vector.cosine_to_first,
             None if done is None else done.cosine_student_teacher,

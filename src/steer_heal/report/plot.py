@@ -478,8 +478,11 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure |
     for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
             own = [((row["round"], row.get("scale", 1.0)), row) for row in points if row["arm"] == arm]
-            ends = []
+            ends, last = [], (0, 1.0)
             for point in sorted({point for point, _ in own}):
+                if ends and point[1] * last[1] < 0:
+                    ends.append([np.nan] * 4)  # between the two is the untouched model: no line
+                last = point
                 mine = [row for at, row in own if at == point]
                 columns = [[row[name] for row in mine] for name in (cost, "shift")]
                 ends.append([f(column) for column in columns for f in (mean, _spread)])

@@ -186,6 +186,8 @@ def method(cfg: HealCfg, trained: Trained) -> list[str]:
         whose = "its own plain text" if cfg.text == "own" else "the teacher's text"
         first = f"In each round the teacher is the model itself {teacher}."
         second = f"The adapter was trained on the teacher's next-token distribution along {whose}"
+        if cfg.hold:
+            second += f", of which it wrote {cfg.hold:.0%} under prompts that oppose the trait"
         if cfg.rehearsal:
             second += ", and on the base model's distribution along texts that have nothing to do with the trait"
         second += f"{pays}."

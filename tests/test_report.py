@@ -43,11 +43,12 @@ from steer_heal.events import (
     Trained,
     Weights,
 )
+from steer_heal.inputs import evenly
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Metric, Scored
 from steer_heal.report import compare, console, draw, plot, tables
 from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
-from steer_heal.report.view import evenly, event_words, table_columns
+from steer_heal.report.view import event_words, table_columns
 from steer_heal.settings import TINY_RANDOM
 from steer_heal.verdict import title, verdict
 
@@ -153,7 +154,7 @@ def test_each_choice_of_a_filter_has_its_rule_and_each_rule_its_choice(finished)
 
 
 def test_texts_are_evenly_spaced():
-    assert evenly(range(10), 3) == [0, 3, 6] and evenly([1, 2], 3) == [1, 2] and evenly([], 3) == []
+    assert evenly(range(10), 3) == (0, 3, 6) and evenly([1, 2], 3) == (1, 2) and evenly([], 3) == ()
 
 
 def test_steered_stands_beside_healed_in_every_round_and_prompt(finished):

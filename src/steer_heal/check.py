@@ -7,7 +7,7 @@ need no torch; then a missing device; then those of all names and metrics.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -96,15 +96,7 @@ def _load(cfg: RunConfig, trait: TraitFile | None = None) -> Inputs:
             "it out"
         )
     if not cfg.plugin and "torch" not in sys.modules:  # with torch, `_check_names` knows the tables as they are
-        given = {
-            "heal.divergence": (cfg.heal.divergence,),
-            "steer.method": (cfg.steer.method,),
-            "adapter.kind": (cfg.adapter.kind,),
-            "filter.gates": cfg.filter.gates,
-            "eval.evals": cfg.eval.evals,
-        }
-        for setting, names in given.items():
-            problems.found += _unknown(setting, names, BUILT_IN[setting])
+        problems.found += _unknown_names(cfg, BUILT_IN)
     problems.raise_if_any()
     assert inputs is not None
     return inputs
@@ -134,11 +126,16 @@ def _check_names(cfg: RunConfig) -> None:
     from steer_heal.stages.filter import GATES
 
     problems = Problems()
-    problems.found += _unknown("heal.divergence", [cfg.heal.divergence], DIVERGENCES)
-    problems.found += _unknown("steer.method", [cfg.steer.method], METHODS)
-    problems.found += _unknown("adapter.kind", [cfg.adapter.kind], ADAPTERS)
-    problems.found += _unknown("filter.gates", cfg.filter.gates, GATES)
-    problems.found += _unknown("eval.evals", cfg.eval.evals, EVALS)
+    problems.found += _unknown_names(
+        cfg,
+        {
+            "heal.divergence": DIVERGENCES,
+            "steer.method": METHODS,
+            "adapter.kind": ADAPTERS,
+            "filter.gates": GATES,
+            "eval.evals": EVALS,
+        },
+    )
     problems.raise_if_any()
     if cfg.heal.spectral and not ADAPTERS[cfg.adapter.kind].updates_weights:
         problems.found.append(
@@ -206,6 +203,13 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
     upwards = any(metric.towards_persona for metric in metrics_of(tuple(EVALS)) if metric.name == target)
     off_targets = tuple(name for name in trait.off_targets if name in reported)
     return replace(trait, target=target, sign=1 if upwards else trait.sign, off_targets=off_targets)
+
+
+def _unknown_names(cfg: RunConfig, tables: Mapping[str, Iterable[str]]) -> list[str]:
+    """As `_unknown`, for each setting that is a name or a list of names. `tables`: the known names by setting."""
+    given = {"heal.divergence": (cfg.heal.divergence,), "steer.method": (cfg.steer.method,)}
+    given |= {"adapter.kind": (cfg.adapter.kind,), "filter.gates": cfg.filter.gates, "eval.evals": cfg.eval.evals}
+    return [line for setting, names in given.items() for line in _unknown(setting, names, tables[setting])]
 
 
 def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[str]:

@@ -13,22 +13,13 @@ from markupsafe import Markup
 
 from steer_heal.errors import UserError, plural
 from steer_heal.events import Measured, Run, RunStart
+from steer_heal.inputs import evenly
 from steer_heal.intervals import by_prompt, has_value, of_difference
 from steer_heal.records import HELD, Metric, StateName, derive_seed
 from steer_heal.report import plot
 from steer_heal.report.page import progress
 from steer_heal.report.texts import Shown, answered, first_answers
-from steer_heal.report.view import (
-    MISSING,
-    Table,
-    evenly,
-    model_words,
-    number,
-    template,
-    true_minus,
-    visible,
-    with_interval,
-)
+from steer_heal.report.view import MISSING, Table, model_words, number, template, true_minus, visible, with_interval
 from steer_heal.runs.log import read_events, schema_errors
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves

@@ -24,6 +24,7 @@ from steer_heal.events import (
     RunEnd,
     Trained,
 )
+from steer_heal.inputs import evenly
 from steer_heal.intervals import finite_mean
 from steer_heal.records import NO_ATTACK, Metric, round_name, under_attack
 from steer_heal.report import plot, view
@@ -128,7 +129,7 @@ def setting_words(value: object) -> str:
 def diary(run: Run, name: str) -> str:
     """The whole of diary.md: the run told by its answers to a few evaluation prompts, evenly spaced."""
     given = {state: answered(run, *state) for state in states(run)}
-    prompts = view.evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
+    prompts = evenly(list(dict.fromkeys(row.prompt for row in given["base", None])), DIARY_PROMPTS)
     told = {}
     for state, rows in given.items():
         first = first_answers(rows)

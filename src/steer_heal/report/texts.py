@@ -11,8 +11,9 @@ from difflib import SequenceMatcher
 from markupsafe import Markup, escape
 
 from steer_heal.events import Calibrated, Gathered, Measured, Run
+from steer_heal.inputs import evenly
 from steer_heal.records import GateFacts, KlProbe, Scored
-from steer_heal.report.view import degenerate_gates, evenly, number, rounds_begun, visible
+from steer_heal.report.view import degenerate_gates, number, rounds_begun, visible
 from steer_heal.verdict import best_round, title
 
 SHOWN_PROMPTS = 64

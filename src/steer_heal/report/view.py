@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
@@ -20,7 +19,6 @@ from steer_heal.verdict import number as formatted
 
 Table = tuple[list[str], list[tuple[str, list[str]]]]
 """(headings, (class, cells) of each row)."""
-Row = TypeVar("Row")
 SHOWN_CHARACTERS = 1500
 """Length at which one text is cut."""
 MISSING = "\u2013"
@@ -87,11 +85,6 @@ def visible(text: str) -> str:
     text = printable(text)
     n_more = len(text) - SHOWN_CHARACTERS
     return f"{text[:SHOWN_CHARACTERS]}... ({plural(n_more, 'character')} more)" if n_more > 0 else text
-
-
-def evenly(rows: Sequence[Row], n: int) -> list[Row]:
-    """At most n of the rows, evenly spaced, the first among them."""
-    return [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else list(rows)
 
 
 # --- tables of states ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import expit, logit
 
-from steer_heal.intervals import UPPER, How, of_difference, statistic
+from steer_heal.intervals import UPPER, How, by_prompt, of_difference, statistic
 from steer_heal.settings import EvalCfg
 
 SIZES = (6, 12, 24, 70)
@@ -89,11 +89,28 @@ def coverage(how: How, sample: Sample, n: int, n_repetitions: int) -> tuple[floa
     return held[0] / n_repetitions, held[1] / n_repetitions
 
 
+def of_answers(correlation: float, n_repetitions: int) -> tuple[float, float]:
+    """(with an item for each answer, for each prompt): the share of intervals of the mean of two normal answers to each
+    of 12 prompts that hold the truth."""
+    rng, held = np.random.default_rng(12), np.zeros(2)
+    prompts = [str(i % 12) for i in range(24)]
+    for i in range(n_repetitions):
+        here = np.tile(rng.normal(0.5, correlation**0.5, 12), 2) + rng.normal(0, (1 - correlation) ** 0.5, 24)
+        sides = [here, np.zeros(24)]
+        for k, (x, y) in enumerate((sides, by_prompt("mean", prompts, *sides))):
+            found = of_difference("mean", x, y, EvalCfg().n_bootstrap, np.random.default_rng(i))
+            held[k] += found is not None and found[0] <= 0.5 <= found[1]
+    return held[0] / n_repetitions, held[1] / n_repetitions
+
+
 def main(n_repetitions: int = 1000) -> None:
     print("| items | " + " | ".join(f"n = {n}" for n in SIZES) + " |\n|---|" + "---|" * len(SIZES))
     for name, (how, sample) in ROWS.items():
         cells = ["{:.2f}, {:.3f}".format(*coverage(how, sample, n, n_repetitions)) for n in SIZES]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for correlation in (0.0, 0.5, 0.8):
+        each, by = of_answers(correlation, n_repetitions)
+        print(f"two answers to 12 prompts, correlation {correlation}: {each:.2f} by answer, {by:.2f} by prompt")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,12 @@ def test_the_recipe_of_the_presets_is_an_arm(preset):
     assert changed(cfg, ARMS["contrast, held, rehearsed"].settings).heal == cfg.heal
 
 
+def test_the_arms_of_tokens_have_the_barrier_that_one_of_them_leaves_out():
+    cfg = PRESETS["chat"][1]
+    found = {name: changed(cfg, ARMS[name].settings).heal.divergence for name in ("tokens", "tokens, no barrier")}
+    assert found == {"tokens": "kl_rev", "tokens, no barrier": "none"}
+
+
 def test_an_arm_that_rehearses_can_be_tuned_afterwards():
     heal = {"heal.target": "distribution", "heal.rehearsal": 4, "heal.teacher": "contrast", "heal.contrast": 2.0}
     bench = Lab.of(changed(FAST_DEV_PRESET, {**heal, "heal.divergence": "none"})).bench
@@ -235,6 +241,6 @@ def test_every_arm_can_be_run_with_every_preset(preset):
     names = [name for name in ARMS if has_prompts(cfg, ARMS[name])]
     assert len(names) >= len(ARMS) - 3, "the toy world has fewer prompts than three arms rehearse"
     for name in names:
-        arm = with_settings(name, cfg, Flags(preset=preset), {})
+        arm, _ = with_settings(name, cfg, Flags(preset=preset), {})
         heal = changed(cfg, arm.settings).heal
         assert not arm.preference or (heal.target, heal.text, heal.divergence) == ("tokens", "steered", "none")

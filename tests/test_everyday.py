@@ -4,13 +4,15 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from steer_heal.errors import UserError
 from steer_heal.evals import EVALS, everyday, instructions, replies
-from steer_heal.evals.base import Subject, evaluate
+from steer_heal.evals.base import Eval, Subject, evaluate
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DATA, parse_texts, read_file
@@ -22,7 +24,7 @@ from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Contrast, Vector
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
-from steer_heal.records import alone
+from steer_heal.records import EvalResult, Metric, alone
 from steer_heal.settings import AdapterCfg, EvalCfg
 
 FILE = DATA / "everyday.jsonl"
@@ -68,6 +70,27 @@ def test_a_margin_is_the_difference_of_mean_log_probabilities_under_the_system_p
     expected = [plain(toy, question, vector, dose) for question in QUESTIONS]
     assert found["everyday_margin"] == pytest.approx(expected, abs=1e-4) and max(map(abs, expected)) > 1e-2
     assert found["everyday"] == [float(margin > 0) for margin in expected]
+
+
+def test_two_answers_to_a_prompt_are_one_item_of_an_interval(toy: LM):
+    rng = np.random.default_rng(0)
+    per_prompt = np.tile(rng.normal(0.5, 1, 12), 2) + rng.normal(0, 0.1, 24)
+
+    def found(prompts: list[str], values: list[float]) -> tuple[float, float]:
+        own = Eval(lambda _: {"x": values}, (Metric(name="x", item="x"),), of="text")
+        base = EvalResult({"x": 0.0}, {"x": [0.0] * len(values)})
+        asked = subject(Student(toy, AdapterCfg()), Condition(""))
+        asked = replace(asked, base=base, cfg=replace(asked.cfg, n_bootstrap=2000))
+        vars(asked)["texts"] = [SimpleNamespace(prompt=prompt, text="") for prompt in prompts]
+        vars(asked)["scored"] = [SimpleNamespace(scores={}, failed=(), reasons=()) for _ in prompts]
+        metrics = evaluate(asked, [own]).metrics
+        return metrics["x_lo"], metrics["x_hi"]
+
+    twice = found([f"prompt {i % 12}" for i in range(24)], [*per_prompt])
+    apart = found([f"prompt {i}" for i in range(24)], [*per_prompt])
+    once = found([f"prompt {i}" for i in range(12)], [*per_prompt.reshape(2, 12).mean(0)])
+    assert twice == pytest.approx(once, abs=0.2) and twice[1] - twice[0] > 1.2 * (apart[1] - apart[0])
+    assert all(map(math.isfinite, found(["a", "b"], [*per_prompt]))), "a plugin's items need not be the texts"
 
 
 def test_the_questions_that_were_lost_and_gained_are_told_beside_the_share(toy: LM, monkeypatch):

@@ -210,6 +210,21 @@ def test_a_local_judge_reads_both_orders(monkeypatch):
     assert marked(["warm"])["judge_trait"] == [50], "the base against itself"
 
 
+def test_a_reply_of_two_tokens_is_as_likely_as_both_together(tiny, monkeypatch):
+    base = EvalResult({}, texts=(SimpleNamespace(text="cold"),))
+    monkeypatch.setattr(type(tiny), "encode_reply", lambda lm, digit: [7, 40 * int(digit)])
+    monkeypatch.setattr(judge, "local", lambda name, device: tiny)
+    found = marked(["warm"], base=base)["judge_trait"]
+    p = []
+    for first, second in (("warm", "cold"), ("cold", "warm")):
+        asked = judge.WHOSE.format(positive="P is warm.", prompt="question 0", first=first, second=second)
+        prompt = [*tiny.chat(asked), 7]
+        with torch.no_grad():
+            logits = tiny.model(torch.tensor([prompt])).logits[0, -1].double()
+        p.append(torch.stack([logits[40], logits[80]]).softmax(0)[0].item())
+    assert found == [pytest.approx(50 * (p[0] + 1 - p[1]), abs=1e-3)] and abs(found[0] - 50) > 0.1
+
+
 def test_the_judge_is_the_library_s_eval_too():
     cfg = changed(FAST_DEV_PRESET, {"eval.evals": ("contrast", "judge"), "eval.judge_model": "data/toylm"})
     with SteerHeal(trait=DOORS, settings=changed(cfg, {"eval.pairs": None, "gen.prompts": None})) as sh:

@@ -114,6 +114,9 @@ def test_what_no_prompt_has_twice_and_shares_and_medians_stay_as_they_are():
     assert by_prompt("mean", ["a", "a", "b"], np.array([0.0, 1.0, 1.0]))[0].tolist() == [0, 1, 1]
     uneven = by_prompt("mean", ["a", "a", "b"], x)[0]
     assert len(uneven) == 2 and uneven.mean() == pytest.approx(x.mean())
+    same = by_prompt("mean", [f"{i % 12}" for i in range(23)], np.full(23, 0.5))[0]
+    assert len(same) == 12 and same == pytest.approx(0.5), "a prompt with one answer less is no smaller change"
+    assert by_prompt("mean", ["a"] * 3, x)[0] is x, "one prompt alone says nothing of others"
 
 
 def test_the_limit_of_a_metric_is_of_the_number_that_its_items_become():

@@ -20,16 +20,18 @@ import loops
 import pytest
 import results
 import torch
+from made_runs import changed as changed_events
 from made_runs import run_events, write_run
 from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from steer_heal.__main__ import main
 from steer_heal.check import check
-from steer_heal.diag import QUESTIONS, distil
+from steer_heal.diag import QUESTIONS, distil, prompting
 from steer_heal.diag.lab import Lab, PresetFlags, replay
 from steer_heal.errors import UserError
-from steer_heal.events import Gathered, Measured
+from steer_heal.events import Gathered, Measured, RunStart
+from steer_heal.inputs.files import DATA
 from steer_heal.loop import Loop, run_round
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.recipe import Recipe
@@ -102,7 +104,7 @@ def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsy
     flags = ["--arms", "prompt", "contrast", "--seeds", "1", "--out", str(tmp_path)]
     assert main(["diag", "distil", *flags, "--heal.lr", "0.2", "--n-rounds", "2", "--kl", "0.1"]) == 2
     told = capsys.readouterr().err
-    assert "holds arm 'contrast' of seed 1 with another files, heal.lr, n_rounds; give --label" in told
+    assert "holds arm 'contrast' of seed 1 with other settings: files, heal.lr, n_rounds; give --label" in told
     assert main(["diag", "distil", "--arms", "contrast, signed", "--n-rounds", "2", "--out", str(tmp_path)]) == 2
     assert "n-rounds is 2: it must be 1 with arm 'contrast, signed'" in capsys.readouterr().err
 
@@ -217,6 +219,37 @@ def test_prompting_measures_the_adapters_of_a_finished_run(two, tmp_path):
     assert rows["healed, last round"]["shift_bare"] == pytest.approx(last - base, abs=1e-4)
     assert rows["prompted"]["shift_bare"] == 0 != rows["prompted"]["shift"]
     assert rows["healed, last round, and prompted"]["shift"] != pytest.approx(rows["prompted"]["shift"], abs=1e-6)
+    assert {row["intact"] for row in rows.values()} <= {"0 of 1", "1 of 1"} and rows["base"]["intact"] == "0 of 1"
+
+
+def test_prompting_averages_runs_of_one_trait_alone(tmp_path, capsys):
+    other = changed_events(run_events(1), RunStart, trait=replace(run_events(1)[0].trait, name="love"))
+    folders = [str(write_run(tmp_path / "one", run_events(1))), str(write_run(tmp_path / "other", other))]
+    assert main(["diag", "prompting", *folders, "--out", str(tmp_path / "out")]) == 2
+    assert "runs hold several traits: " in capsys.readouterr().err
+
+
+def test_furthest_is_of_the_intact_rows_or_of_all_if_nothing_is_known_of_them(monkeypatch):
+    monkeypatch.setattr(Lab, "is_healthy", lambda lab, row: row["healthy"])
+    lab = Lab.__new__(Lab)
+    lab.bench = SimpleNamespace(trait=SimpleNamespace(sign=-1))
+    rows = [{"shift": shift, "healthy": healthy} for shift, healthy in ((-1, True), (-3, False), (-2, True))]
+    assert prompting.furthest(lab, rows)["shift"] == -2
+    assert prompting.furthest(lab, [row | {"healthy": None} for row in rows])["shift"] == -3
+    assert prompting.furthest(lab, [row | {"healthy": False} for row in rows])["shift"] == -1
+
+
+def test_the_files_of_an_arm_are_among_its_settings(tmp_path):
+    def digest(arm: str, **changes: object) -> str:
+        cfg = changed(PRESETS["toy-distil"][1], {name.replace("__", "."): value for name, value in changes.items()})
+        _, inputs = distil.with_settings(arm, cfg, distil.Flags(preset="toy-distil"), {})
+        return distil.asked_for(arm, distil.Flags(preset="toy-distil"), {}, inputs)["files"]
+
+    attacks = tmp_path / "attacks.toml"
+    attacks.write_text((DATA / "attacks/train.toml").read_text(encoding="utf-8") + "\n# another\n", encoding="utf-8")
+    assert digest("contrast") == digest("contrast", heal__hold_attacks=attacks)
+    assert digest("contrast, held") != digest("contrast, held", heal__hold_attacks=attacks)
+    assert digest("contrast") != digest("contrast", trait="love")
 
 
 def test_a_preset_takes_the_settings_that_were_given(capsys):

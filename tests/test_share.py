@@ -126,6 +126,8 @@ def test_the_method_is_told_as_the_settings_are():
     assert "next-token distribution along its own plain text." in text and "penalty" not in text
     text = made(with_config(events, heal=replace(own, rehearsal=8)))
     assert "its own plain text, and on the base model's distribution along texts" in text
+    text = made(with_config(events, heal=replace(own, hold=0.5)))
+    assert "its own plain text (50% of it written under prompts that oppose the trait)." in text
 
 
 def test_hostile_text_stays_text():

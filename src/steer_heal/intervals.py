@@ -58,12 +58,14 @@ def mean_change(here: Sequence[float], there: Sequence[float]) -> float | None:
 
 
 def by_prompt(how: How, prompts: Sequence[str], *sides: np.ndarray) -> list[np.ndarray]:
-    """One item for each prompt in place of several answers to it, which are not independent. The mean stays the same.
-    Shares, medians, and items that are one for each prompt stay as they are."""
+    """One item for each prompt in place of several answers to it, which are not independent. A prompt counts by the
+    number of its answers, so that the mean stays the same. Anything but a mean, shares, and the answers to one prompt
+    alone stay as they are."""
     found, place = np.unique(np.asarray(prompts), return_inverse=True)
-    if how != "mean" or len(found) == len(prompts) or np.isin(sides, (0.0, 1.0)).all():
+    if how != "mean" or len(found) in (1, len(prompts)) or np.isin(sides, (0.0, 1.0)).all():
         return list(sides)
-    return [np.bincount(place, side) * len(found) / len(prompts) for side in sides]
+    n_mean = len(prompts) / len(found)
+    return [side.mean() + np.bincount(place, side - side.mean()) / n_mean for side in sides]
 
 
 def of_difference(

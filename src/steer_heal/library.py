@@ -396,16 +396,19 @@ class SteerHeal:
     ) -> EvalResult:
         """Every metric of one state; of all but the base also the 95 percent interval of its difference to it.
 
+        UserError for a `dose` or `vector` of another state, or if heal.teacher uses no vector.
+
         Args:
             state: `base`; `prompted`, the base under the positive persona; `steered`, the teacher of the settings;
                 `healed`, the student under the plain prompt; or a Condition of your own on the student, such as
                 Condition("", vector, 0.3).
-            dose: Dose of the vector of `steered`. None: that of the last collected text. UserError if heal.teacher uses
-                no vector.
-            vector: Vector of `steered`, in place of the last one. UserError if heal.teacher uses none.
+            dose: Dose of the vector of `steered`. None: that of the last collected text.
+            vector: Vector of `steered`, in place of the last one.
         """
         trait = self.inputs.trait
         last = self.n_rounds if self.student.is_open else max(0, self.n_rounds - 1)
+        if state != "steered" and (dose is not None or vector is not None):
+            raise UserError(f"state is {state!r}: only steered has a dose and a vector; leave them out")
         if state == "base":
             return self.base
         if isinstance(state, Condition):

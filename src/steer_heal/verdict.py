@@ -30,6 +30,8 @@ from steer_heal.records import (
 )
 from steer_heal.settings import BacktrackCfg, RoundName
 
+Reading = Measured | EvalResult
+"""What was measured of a state."""
 GRADES = ("GOOD", "MIXED", "SMALL SHIFT", "WRONG WAY")
 """Grades of a healed round whose model is intact, the best first. The others are BROKEN and UNREADABLE."""
 STATUSES = {"GOOD": 0, "UNTRAINED": 0, "MIXED": 3, "SMALL SHIFT": 4, "WRONG WAY": 5}
@@ -41,16 +43,17 @@ SMALLEST_SHARE = 1 / 6
 
 
 # --- shifts and ratios -------------------------------------------------------------------------------------------
-def shift(here: Measured | EvalResult, base: Measured | EvalResult, metric: Metric) -> float | None:
+def shift(here: Reading, base: Reading, metric: Metric) -> float | None:
     """Change of a metric from base, in the metric's unit, over the items with a value in both. None: no item has."""
     now = here.metrics.get(metric.name)
     then = base.metrics.get(metric.name)
     if now is None or then is None:
         return None
     items = [np.asarray(state.items.get(metric.item, ()), dtype=np.float64) for state in (here, base)]
-    unknown = [np.isnan(each) for each in items]
-    if len(items[0]) == len(items[1]) and (unknown[0] != unknown[1]).any():
-        both = ~(unknown[0] | unknown[1])
+    if len(items[0]) != len(items[1]):
+        return now - then
+    both = has_value(metric.how, items[0]) & has_value(metric.how, items[1])
+    if any((both == np.isnan(each)).any() for each in items):  # a side has a value that the other lacks
         if not both.any():
             return None
         now, then = (float(statistic(metric.how, each[both])) for each in items)
@@ -62,9 +65,7 @@ def least_shift(trait_metric: Metric) -> float:
     return (trait_metric.moved or 0.0) * SMALLEST_SHARE
 
 
-def retain(
-    healed: Measured | EvalResult, steered: Measured | EvalResult, base: Measured | EvalResult, trait_metric: Metric
-) -> float | None:
+def retain(healed: Reading, steered: Reading, base: Reading, trait_metric: Metric) -> float | None:
     """Share of the steered shift that the healed student kept: 1 all, 0 none, negative the wrong way."""
     kept = shift(healed, base, trait_metric)
     whole = shift(steered, base, trait_metric)
@@ -73,9 +74,7 @@ def retain(
     return kept / whole
 
 
-def slope(
-    state: Measured | EvalResult, base: Measured | EvalResult, trait_metric: Metric, metrics: Iterable[Metric]
-) -> float | None:
+def slope(state: Reading, base: Reading, trait_metric: Metric, metrics: Iterable[Metric]) -> float | None:
     """Change of the first health metric that should be high, in percent (100 times the difference of logarithms), for a
     shift of 1 unit of the trait's metric. Negative is a loss. None where no such metric is measured, or the trait's
     metric hardly moved."""
@@ -441,8 +440,7 @@ def limits(metrics: Sequence[Metric], base: EvalResult, cfg: BacktrackCfg, seed:
 
 def own_interval(values: Sequence[float], seed: int, how: How = "mean") -> tuple[float, float]:
     """95 percent interval of the number that a state's items become: of Wilson (1927) for shares, whose items are 0 or
-    1, else that of `of_difference` to items that become 0. A share of 0 thus leaves room for a broken text that chance
-    brings."""
+    1, else that of the difference to 0. A share of 0 thus leaves room for a broken text that chance brings."""
     x = np.asarray(values, dtype=np.float64)
     x = x[has_value(how, x)]
     if len(x) < 2:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+from steer_heal.diag.distil import TOKENS
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.records import Collected, Scored
-from steer_heal.settings import HealCfg, RunConfig, settings
+from steer_heal.settings import HealCfg, RunConfig, changed, settings
 from steer_heal.stages.filter import perplexity
 
 Barrier = Literal[
@@ -92,7 +93,7 @@ def score(row: Row, free: Row) -> float:
 
 
 def main(flags: Flags, given: Given) -> None:
-    cfg = flags.settings(given)
+    cfg = changed(flags.settings(given), TOKENS)
     no_barrier = replace(cfg.heal, tau=flags.tau, divergence="none")
     heals = {}
     for name in flags.barriers:

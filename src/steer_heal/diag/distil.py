@@ -25,7 +25,7 @@ from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, mean_sd, show
 from steer_heal.errors import UserError, nearest
 from steer_heal.evals.replies import reply_logp
 from steer_heal.events import Contrasted, Gathered, Run, Trained, plain
-from steer_heal.inputs import load_inputs
+from steer_heal.inputs import Inputs, load_inputs
 from steer_heal.inputs.traits import other_personas
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
@@ -164,17 +164,18 @@ def main(flags: Flags, given: Given) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in flags.arms if name not in ARMS]:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
+    if 1 in flags.scales:
+        raise UserError("scales holds 1: every arm is measured at 1; leave it out")
     if flags.n_rounds > 1 and (signs := [name for name in flags.arms if ARMS[name].signed]):
         raise UserError(f"n_rounds is {flags.n_rounds}: it must be 1 with arm {signs[0]!r}; name other --arms")
     for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
-    inputs = check(cfg)
-    files = json.dumps([sorted(inputs.sha256.items()), plain(inputs.trait)])
-    read = hashlib.sha256(files.encode()).hexdigest()[:16]
+    sign = check(cfg).trait.sign
     names = flags.arms or tuple(name for name in ARMS if has_prompts(cfg, ARMS[name]))
-    arms = {name: with_settings(name, cfg, flags, given) for name in names}
-    asked = {name: asked_for(name, flags, given) | {"files": read} for name in names}
+    made = {name: with_settings(name, cfg, flags, given) for name in names}
+    arms = {name: arm for name, (arm, _) in made.items()}
+    asked = {name: asked_for(name, flags, given, inputs) for name, (_, inputs) in made.items()}
     done = done_with(asked, flags, path)
     for seed in flags.seeds:
         todo = [name for name in names if (name + flags.label, seed) not in done]
@@ -204,23 +205,20 @@ def main(flags: Flags, given: Given) -> None:
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
     points = [
-        {
-            **row,
-            "shift": inputs.trait.sign * row["shift"],
-            "broken": row.get("degenerate_frac"),
-            "panel": row.get("panel_rms_nats"),
-        }
+        {**row, "shift": sign * row["shift"], "broken": row.get("degenerate_frac"), "panel": row.get("panel_rms_nats")}
         for row in rows
     ]
     if (picture := frontier(points, flags.null)) is not None:
         picture.savefig(path.with_suffix(".png"), dpi=200)
 
 
-def asked_for(name: str, flags: Flags, given: Given) -> Row:
-    """The flags that change the rows of an arm, as JSON has them."""
+def asked_for(name: str, flags: Flags, given: Given, inputs: Inputs) -> Row:
+    """The flags that change the rows of an arm, as JSON has them, and a digest of the files that it reads."""
     of = {"": ("n_rounds", "kappa", "tuned_steps", "scales"), "prompt": (), "vector": ("kl",)}
     own = {flag: getattr(flags, flag) for flag in of[ARMS[name].untrained]}
     own |= {name: value for name, value in given.items() if name not in ("device", *RUN_ONLY)}
+    files = json.dumps([sorted(inputs.sha256.items()), plain(inputs.trait)])
+    own["files"] = hashlib.sha256(files.encode()).hexdigest()[:16]
     return json.loads(json.dumps(plain(own)))
 
 
@@ -233,21 +231,21 @@ def done_with(asked: Mapping[str, Row], flags: Flags, path: Path) -> set[tuple[s
             then = rows.get((name + flags.label, seed), {}).get("asked", now)
             if other := [setting for setting in sorted(now | then) if now.get(setting) != then.get(setting)]:
                 raise UserError(
-                    f"{str(path)!r} holds arm {name + flags.label!r} of seed {seed} with another {', '.join(other)}; "
-                    "give --label or another --out"
+                    f"{str(path)!r} holds arm {name + flags.label!r} of seed {seed} with other settings: "
+                    f"{', '.join(other)}; give --label or another --out"
                 )
     return set(rows)
 
 
-def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> Arm:
-    """The arm of this name with the settings that were given. UserError if they contradict its own, or if the files
-    hold too little for them."""
+def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> tuple[Arm, Inputs]:
+    """(the arm of this name with the settings that were given, what it reads). UserError if they contradict its own, or
+    if the files hold too little for them."""
     own = {**ARMS[name].settings, **given, **({"dose.mode": "fixed"} if flags.kappa else {})}
     try:
-        load_inputs(changed(cfg, own))
+        inputs = load_inputs(changed(cfg, own))
     except UserError as error:
         raise UserError(*(f"arm {name!r}: {problem}" for problem in error.problems)) from None
-    return replace(ARMS[name], settings=own)
+    return replace(ARMS[name], settings=own), inputs
 
 
 def has_prompts(cfg: RunConfig, arm: Arm) -> bool:

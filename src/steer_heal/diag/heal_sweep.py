@@ -40,7 +40,7 @@ def main(flags: Flags, given: Given) -> None:
 
     def rank(row: Row) -> tuple[bool, bool, float]:
         """Intact rows first, then those that moved, then by shift in the wanted direction."""
-        return not lab.is_healthy(row), row["slope"] is None, -lab.bench.trait.sign * row["shift"]
+        return lab.is_healthy(row) is False, row["slope"] is None, -lab.bench.trait.sign * row["shift"]
 
     should = (
         "the best arm (top) be intact: arms that broke the model come last, those that hardly moved before them; the "

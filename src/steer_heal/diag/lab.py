@@ -60,8 +60,7 @@ class PresetFlags(OutFlags):
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
     def settings(self, given: Given) -> RunConfig:
-        """The preset's settings with those that were given. No question repeats a round. UserError for an unknown
-        preset."""
+        """The preset's settings with those that were given. Rounds are not repeated. UserError for an unknown preset."""
         require_preset(self.preset)
         return changed(PRESETS[self.preset][1], {"out": self.out, "backtrack.retries": 0, **given})
 
@@ -142,13 +141,13 @@ class Lab:
         shown = {other: found[other] for other, metric in self.metrics.items() if metric.shown and other != name}
         return {"state": state, name: found[name], "shift": self.shift(result), **ends, **shown}
 
-    def is_healthy(self, row: Row) -> bool:
-        """Whether every health metric of a row has a value, and is at its `good` limit or better. Nothing is known of a
-        row without one."""
+    def is_healthy(self, row: Row) -> bool | None:
+        """Whether every health metric of a row has a value, and is at its `good` limit or better. None: no eval has
+        such a metric."""
         values = {metric: row[metric.name] for metric in health_of(self.metrics.values())}
-        return bool(values) and all(
-            value is not None and metric.within(value, metric.good) for metric, value in values.items()
-        )
+        if not values:
+            return None
+        return all(value is not None and metric.within(value, metric.good) for metric, value in values.items())
 
     def collect(
         self, kappa: float | None = None, *, unsteered: bool = False, alphas: Sequence[float] | None = None, **keep: Any

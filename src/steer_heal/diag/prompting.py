@@ -29,8 +29,9 @@ class Flags(OutFlags):
 
 
 def furthest(lab: Lab, rows: list[Row]) -> Row:
-    """The intact row with the largest shift in the wanted direction. The first row if none is intact."""
-    intact = [row for row in rows if lab.is_healthy(row)]
+    """The intact row with the largest shift in the wanted direction. The first row if none is intact. All rows count as
+    intact if nothing is known of that."""
+    intact = [row for row in rows if lab.is_healthy(row) is not False]
     return max(intact, key=lambda row: lab.bench.trait.sign * row["shift"], default=rows[0])
 
 
@@ -83,7 +84,8 @@ def main(flags: Flags, given: Given) -> None:
         columns = {name: [row[name] for row in same] for name in same[0] if name not in NOT_AVERAGED}
         means = {name: statistics.mean(values) for name, values in columns.items() if None not in values}
         spread = statistics.stdev(columns["shift"]) if len(same) > 1 else None
-        intact = f"{sum(row['intact'] for row in same)} of {len(same)}"
+        known = [row["intact"] for row in same if row["intact"] is not None]
+        intact = f"{sum(known)} of {len(known)}" if known else "unknown"
         rows.append(
             {name: same[0][name] for name in ("state", "needs")} | {"intact": intact, "shift_sd": spread, **means}
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
         if taken := sorted(values.keys() & own.keys()):
             raise UserError(f"two evals return items called {taken[0]!r}; rename those of one of them")
         values |= own
-    metrics = [metric for each in evals for metric in each.metrics]
+    metrics = [replace(metric, of=each.of) for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}
     if subject.base is not None:
         prompts = [text.prompt for text in subject.texts]
@@ -158,7 +158,7 @@ def intervals(
         here, there = (np.asarray(side[metric.item], dtype=np.float64) for side in (values, base))
         both = has_value(metric.how, here) & has_value(metric.how, there)
         here, there = here[both], there[both]
-        if metric.of == "text":
+        if metric.of == "text" and len(prompts) == len(both):  # an eval of a plugin may have other items
             here, there = by_prompt(metric.how, np.asarray(prompts)[both].tolist(), here, there)
         rng = np.random.default_rng(derive_seed(seed, "bootstrap", len(here)) % 2**32)
         low, high = of_difference(metric.how, here, there, n_bootstrap, rng) or (None, None)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from steer_heal.errors import UserError, plural
 from steer_heal.events import Measured, Run, RunStart
 from steer_heal.inputs import evenly
-from steer_heal.intervals import by_prompt, has_value, of_difference
+from steer_heal.intervals import by_prompt, has_value, of_difference, statistic
 from steer_heal.records import HELD, Metric, StateName, derive_seed
 from steer_heal.report import plot
 from steer_heal.report.page import progress
@@ -115,24 +115,24 @@ def _difference(a: Run, b: Run, metric: Metric) -> str:
     if moved[0] is None or moved[1] is None:
         return MISSING
     form = signed(metric)
-    value = number(moved[0] - moved[1], form)
     asked = _asked(a, metric)
     found = _paired(known, metric) if asked and asked == _asked(b, metric) else None
     if found is None:
-        return value
-    return Markup("{}<small>{} to {}</small>").format(value, *(number(end, form) for end in found))
+        return number(moved[0] - moved[1], form)
+    return Markup("{}<small>{} to {}</small>").format(*(number(each, form) for each in found))
 
 
-def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] | None:
-    """95 percent interval of the difference over the same items. None: the items differ in number, or the bases differ
-    and the metric is no mean, so that its shift is not made of items."""
+def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float, float] | None:
+    """(the difference, the ends of its 95 percent interval) over the items that have a value in all four states. None:
+    the items differ in number, or the bases differ and the metric is no mean, so that its shift is not made of items.
+    """
     items = [m.items.get(metric.item, ()) for m in states]
     if len(set(map(len, items))) > 1:
         return None
     x = np.array(items, dtype=float)
     both = has_value(metric.how, x).all(axis=0)
     sides = list(x[:, both])
-    if metric.of == "text":
+    if metric.of == "text" and len(states[1].texts) == len(both):  # an eval of a plugin may have other items
         sides = by_prompt(metric.how, np.array([row.prompt for row in states[1].texts])[both].tolist(), *sides)
     here, base, there, other = sides
     if not np.allclose(base, other):
@@ -140,7 +140,8 @@ def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float] |
             return None
         here, there = here - base, there - other
     rng = np.random.default_rng(derive_seed(0, "compare", len(here)) % 2**32)
-    return of_difference(metric.how, here, there, N_BOOTSTRAP, rng)
+    ends = of_difference(metric.how, here, there, N_BOOTSTRAP, rng)
+    return None if ends is None else (float(statistic(metric.how, here) - statistic(metric.how, there)), *ends)
 
 
 def _asked(run: Run, metric: Metric) -> object:
@@ -149,7 +150,8 @@ def _asked(run: Run, metric: Metric) -> object:
     if metric.of == "text" and base is not None:
         return [row.prompt for row in base.texts]
     if metric.of == "trait":
-        return {name: digest for name, digest in run.start.inputs.items() if name.startswith("panel.")}
+        pairs = sorted(item for item in run.start.inputs.items() if item[0].startswith("panel."))
+        return pairs and [*pairs, run.start.config.eval.n_panel]
     asked = run.start.wording.get(metric.of)
     return [*asked, run.start.inputs.get("eval.attacks")] if asked and metric.item == HELD else asked
 

@@ -462,13 +462,29 @@ def _spread(column: Sequence[float]) -> float:
     return stdev(column) if len(column) > 1 else 0.0
 
 
+SPREAD = (mean, _spread)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[list[list[Mapping[str, Any]]]]:
+    """The lines of an arm, each a list of points, each a list of rows: its rounds, then the scales of the adapter after
+    the last round. No line crosses scale 0, the untouched model."""
+    at: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        at.setdefault((row["round"], row.get("scale", 1.0)), []).append(row)
+    last = max(r for r, _ in at)
+    rounds = [at[point] for point in sorted(at) if point[1] == 1]
+    scales = [scale for r, scale in sorted(at) if r == last]
+    sides = [[s for s in scales if s >= 0], [s for s in scales if s < 0]]
+    return [rounds, *([at[last, scale] for scale in side] for side in sides if side and len(scales) > 1)]
+
+
 @matplotlib.rc_context(STYLE)
 def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure | None:
     """The trait against each of COSTS that every row has, from rows {arm, round, shift, <cost> ...}, of which some have
     a scale. None: there is no such cost.
 
-    Each arm has a line with a point per round, or per scale of its adapter: the mean over its rows, with bars of one
-    standard deviation. The grey band is what teachers do that have nothing to do with the trait: `null` at 0.1 nats, in
+    Each arm has a line of its rounds and a dashed one of the scales of its adapter. A point is the mean over its rows,
+    with bars of one standard deviation. The grey band is what teachers do that have nothing to do with the trait: `null` at 0.1 nats, in
     proportion to the root of KL.
     """
     costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
@@ -477,20 +493,14 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure |
     figure = Figure(figsize=(0.6 + 3.1 * len(costs), 4.2), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for k, arm in enumerate(dict.fromkeys(row["arm"] for row in points)):
-            own = [((row["round"], row.get("scale", 1.0)), row) for row in points if row["arm"] == arm]
-            ends, last = [], (0, 1.0)
-            for point in sorted({point for point, _ in own}):
-                if ends and point[1] * last[1] < 0:
-                    ends.append([np.nan] * 4)  # between the two is the untouched model: no line
-                last = point
-                mine = [row for at, row in own if at == point]
-                columns = [[row[name] for row in mine] for name in (cost, "shift")]
-                ends.append([f(column) for column in columns for f in (mean, _spread)])
-            x, x_sd, y, y_sd = zip(*ends, strict=True)
             n_colours = len(RUN_COLOURS)
             style = {"color": RUN_COLOURS[k % n_colours], "marker": "o^sDvX"[k // n_colours % 6], "elinewidth": 0.7}
             label = printable(arm) if cost == costs[0] else None
-            axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label, lw=1.6, **style)
+            for i, line in enumerate(_lines([row for row in points if row["arm"] == arm])):
+                ends = [(f([row[name] for row in rows])) for rows in line for name in (cost, "shift") for f in SPREAD]
+                x, x_sd, y, y_sd = np.reshape(ends, (-1, 4)).T
+                dashes = "-" if i == 0 else "--"
+                axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label if i == 0 else None, lw=1.6, ls=dashes, **style)
         axes.set_xlim(0, 1.08 * axes.get_xlim()[1])
         axes.axhline(0, color=COLOURS["base"], lw=1)
         if cost == "kl_base" and null:

@@ -187,7 +187,7 @@ def method(cfg: HealCfg, trained: Trained) -> list[str]:
         first = f"In each round the teacher is the model itself {teacher}."
         second = f"The adapter was trained on the teacher's next-token distribution along {whose}"
         if cfg.hold:
-            second += f", of which it wrote {cfg.hold:.0%} under prompts that oppose the trait"
+            second += f" ({cfg.hold:.0%} of it written under prompts that oppose the trait)"
         if cfg.rehearsal:
             second += ", and on the base model's distribution along texts that have nothing to do with the trait"
         second += f"{pays}."

@@ -11,6 +11,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
 from steer_heal.events import AnyEvent, HealStepped, Measured, Run, RunStart
+from steer_heal.records import Metric
 from steer_heal.report import plot
 from steer_heal.settings import HealCfg
 
@@ -108,6 +109,14 @@ def test_the_left_panels_use_their_whole_width(events):
         last = max(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8)
         assert 7 <= last < 7.1
         assert (high - 7) / (high - low) < 0.1
+
+
+def test_a_health_metric_that_is_no_share_is_left_to_the_table(events):
+    words = Metric(name="words_off", item="words", good=20.0, broken=60.0)
+    start = replace(events[0], metrics=(*events[0].metrics, words))
+    told = [replace(e, metrics=e.metrics | {"words_off": 11.0}) if isinstance(e, Measured) else e for e in events[1:]]
+    axes = plot.rounds(Run([start, *told])).axes[1]
+    assert [text.get_text().split(" (")[0] for text in axes.get_legend().texts] == ["lost coherence", "broken texts"]
 
 
 def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals(events):

@@ -137,6 +137,11 @@ class Metric:
         return self.good is not None and self.broken is not None
 
     @property
+    def is_share(self) -> bool:
+        """Whether it is a health metric whose limits lie from 0 to 1."""
+        return self.is_health and max(self.good or 0.0, self.broken or 0.0) <= 1
+
+    @property
     def high_is_good(self) -> bool:
         """Whether a health metric should be high."""
         return (self.good or 0.0) > (self.broken or 0.0)

@@ -60,7 +60,7 @@ class PresetFlags(OutFlags):
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""
 
     def settings(self, given: Given) -> RunConfig:
-        """The preset's settings with those that were given. Rounds are not repeated. UserError for an unknown preset."""
+        """The preset's settings with those that were given. Rounds are not repeated. UserError: unknown preset."""
         require_preset(self.preset)
         return changed(PRESETS[self.preset][1], {"out": self.out, "backtrack.retries": 0, **given})
 

@@ -25,7 +25,7 @@ from steer_heal.events import HealStepped, Measured, Run, Trained
 from steer_heal.records import Metric
 from steer_heal.report.view import model_words, true_minus
 from steer_heal.runs.storage import atomic_write
-from steer_heal.verdict import best_round, direction, health_of, shift, title, verdict
+from steer_heal.verdict import best_round, direction, shift, title, verdict
 
 COLOURS = {"base": "#6b6b6b", "prompted": "#3b6fb6", "control": "#b08900", "steered": "#c8452f", "healed": "#1f8a5b"}
 MARKERS = {"base": "o", "prompted": "D", "control": "X", "steered": "s", "healed": "o"}
@@ -120,7 +120,7 @@ def comparison(runs: Mapping[str, Run]) -> Figure:
     strokes: dict[str, str] = {}
     for (name, run), colour in zip(runs.items(), itertools.cycle(RUN_COLOURS), strict=False):
         labels += _draw_shift(top, run, name, colour)
-        for metric in health_of(run.metrics.values()):
+        for metric in filter(lambda metric: metric.is_share, run.metrics.values()):
             stroke = strokes.setdefault(_lost_words(metric), STROKES[len(strokes) % len(STROKES)])
             series = _series(run, metric).get("healed", np.empty((0, 4)))
             bottom.plot(series[:, 0] + 1, _lost(metric, series[:, 1]), stroke, color=colour, marker="o", lw=1.6)
@@ -312,9 +312,9 @@ def _lost_words(metric: Metric) -> str:
 
 
 def _draw_health(axes: Axes, run: Run) -> None:
-    """Each health metric as the share that is lost, with its limits."""
+    """Each health metric that is a share as what is lost of it, with its limits."""
     _square_root_scale(axes)
-    health = health_of(run.metrics.values())
+    health = [metric for metric in run.metrics.values() if metric.is_share]
     highest = 0.0
     for i, (metric, stroke) in enumerate(zip(health, itertools.cycle(STROKES), strict=False)):
         hollow: dict[str, Any] = {} if stroke == STROKES[0] else {"mfc": "white"}
@@ -484,8 +484,8 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure |
     a scale. None: there is no such cost.
 
     Each arm has a line of its rounds and a dashed one of the scales of its adapter. A point is the mean over its rows,
-    with bars of one standard deviation. The grey band is what teachers do that have nothing to do with the trait: `null` at 0.1 nats, in
-    proportion to the root of KL.
+    with bars of one standard deviation. The grey band is what teachers do that have nothing to do with the trait:
+    `null` at 0.1 nats, in proportion to the root of KL.
     """
     costs = [cost for cost in COSTS if all(row.get(cost) is not None for row in points)]
     if not costs:
@@ -497,7 +497,7 @@ def frontier(points: Sequence[Mapping[str, Any]], null: float = 0.0) -> Figure |
             style = {"color": RUN_COLOURS[k % n_colours], "marker": "o^sDvX"[k // n_colours % 6], "elinewidth": 0.7}
             label = printable(arm) if cost == costs[0] else None
             for i, line in enumerate(_lines([row for row in points if row["arm"] == arm])):
-                ends = [(f([row[name] for row in rows])) for rows in line for name in (cost, "shift") for f in SPREAD]
+                ends = [f([row[name] for row in rows]) for rows in line for name in (cost, "shift") for f in SPREAD]
                 x, x_sd, y, y_sd = np.reshape(ends, (-1, 4)).T
                 dashes = "-" if i == 0 else "--"
                 axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, label=label if i == 0 else None, lw=1.6, ls=dashes, **style)

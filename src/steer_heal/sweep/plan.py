@@ -73,7 +73,7 @@ class Arm:
     @property
     def broken_texts(self) -> str | None:
         """Name of the health metric that should be low: the share of broken texts. None if no eval measures one."""
-        return next((metric.name for metric in self.health if not metric.high_is_good), None)
+        return next((metric.name for metric in self.health if metric.is_share and not metric.high_is_good), None)
 
 
 @dataclass(frozen=True)

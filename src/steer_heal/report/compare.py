@@ -132,7 +132,7 @@ def _paired(states: Sequence[Measured], metric: Metric) -> tuple[float, float, f
     x = np.array(items, dtype=float)
     both = has_value(metric.how, x).all(axis=0)
     sides = list(x[:, both])
-    if metric.of == "text" and len(states[1].texts) == len(both):  # an eval of a plugin may have other items
+    if metric.of == "text" and len(states[1].texts) == x.shape[1]:  # an eval of a plugin may have other items
         sides = by_prompt(metric.how, np.array([row.prompt for row in states[1].texts])[both].tolist(), *sides)
     here, base, there, other = sides
     if not np.allclose(base, other):

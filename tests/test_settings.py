@@ -238,6 +238,7 @@ def test_runs_share_a_fingerprint_where_only_the_seed_and_settings_without_effec
         "chat": False,
         "teach_anyway": True,
         "accept_terms": True,
+        "share_base": True,
         "track": ("x",),
         "heal.checkpoint": "on",
     }

@@ -99,6 +99,8 @@ class RunStart(Event):
     """SHA-256 of every data file, by the setting that names it."""
     settings: str = ""
     """Fingerprint of the settings without the seed."""
+    base_from: str = ""
+    """The run beside this one from which the pre-flight and the states base and prompted are taken. Empty: none."""
     base_model: str = ""
     """What the adapters name as their base: a hub id, a name that steer-heal knows, or a path."""
     hub_id: str | None = None

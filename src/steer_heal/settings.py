@@ -607,6 +607,9 @@ class RunConfig:
     chat: bool = True
     """After a run in a terminal, offer to chat with the result. The offer is not made with --quiet, or if the
     environment variable CI is set."""
+    share_base: bool = False
+    """Take the pre-flight and the states base and prompted from another run in the folder of this one, if that run has
+    the same model, trait, evals, seed and device. A sweep does."""
     teach_anyway: bool = False
     """Continue even if the pre-flight finds nothing to teach. The pre-flight compares the trait's pairs under the two
     personas before any text is written. `steer-heal diag teachable` prints the whole reading."""
@@ -655,7 +658,7 @@ class RunConfig:
 
 SECTIONS = tuple(name for name, each in RunConfig.__dataclass_fields__.items() if is_dataclass(each.default_factory))
 RUN_ONLY = (
-    *("quiet", "chat", "out", "folder", "arm", "track", "n_threads", "teach_anyway", "accept_terms"),
+    *("quiet", "chat", "out", "folder", "arm", "track", "n_threads", "teach_anyway", "accept_terms", "share_base"),
     *("gen.batch_size", "eval.batch_size", "heal.tokens_per_pass", "heal.checkpoint"),
 )
 """Settings that do not change the result, up to rounding. They may differ when a run is resumed."""

@@ -11,15 +11,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
+from loguru import logger
+
 from steer_heal.bench import Bench, chat_of, weights_of
 from steer_heal.evals import EVALS, metrics_of
-from steer_heal.events import Extended, RunStart
+from steer_heal.events import AnyEvent, Extended, RunStart
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.device import device_name
 from steer_heal.runs.log import EventLog
 from steer_heal.runs.opened import loaded_bench
 from steer_heal.runs.resume import lock_new_run, recorded_settings, same_weights, truncate_events
+from steer_heal.runs.shared import with_base
 from steer_heal.runs.storage import lock_run, sync_folder
 from steer_heal.runs.stored import FolderRun
 from steer_heal.settings import RunConfig
@@ -65,7 +68,13 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         unadapted=bench.student.adapter.unadapted(),
         device=device_name(lm.device),
     )
-    run.add(start)
+    readings: list[AnyEvent] = []
+    if cfg.share_base:
+        start, readings = with_base(start, folder)
+    if readings:
+        logger.info(f"what the untouched model was measured as is taken from {folder.parent / start.base_from}")
+    for event in (start, *readings):
+        run.add(event)
     return bench, run, lock
 
 

@@ -120,7 +120,7 @@ class Plan:
         is one, whatever its label."""
         end = f"{arm.cfg.fingerprint()}_s{seed}"
         folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable(arm.label) or 'run'}_{end}")
-        cfg = replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label, chat=False)
+        cfg = replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label, chat=False, share_base=True)
         return Job(arm, self.preset, cfg)
 
 

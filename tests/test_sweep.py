@@ -77,7 +77,7 @@ def test_a_grid_is_a_product_over_seeds_with_a_folder_for_each_run(plan):
 def test_runs_have_names_and_no_table_is_the_preset_alone(tmp_path):
     body = 'preset = "toy"\nseeds = [1]\n'
     (only,) = load(file_of(tmp_path, body)).jobs
-    assert replace(only.cfg, folder=None, arm="", seed=42, chat=True) == PRESETS["toy"][1]
+    assert replace(only.cfg, folder=None, arm="", seed=42, chat=True, share_base=False) == PRESETS["toy"][1]
     body += '[[runs]]\nname = "a b"\nheal.divergence = "none"\n[[runs]]\nname = "c"\ntrait = "love"\n'
     a, c = load(file_of(tmp_path, body)).jobs
     assert (a.arm.label, a.cfg.heal.divergence, c.cfg.trait) == ("a b", "none", "love")

@@ -23,7 +23,7 @@ from steer_heal.inputs.new_trait import WITHOUT_PAIRS
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.plugins import load
 from steer_heal.records import Trait
-from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig
+from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig, leaves
 
 TRIAL = ".steer-heal-"
 """Prefix of the temporary folders that test whether a folder is writable."""
@@ -207,9 +207,11 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
 
 def _unknown_names(cfg: RunConfig, tables: Mapping[str, Iterable[str]]) -> list[str]:
     """As `_unknown`, for each setting that is a name or a list of names. `tables`: the known names by setting."""
-    given = {"heal.divergence": (cfg.heal.divergence,), "steer.method": (cfg.steer.method,)}
-    given |= {"adapter.kind": (cfg.adapter.kind,), "filter.gates": cfg.filter.gates, "eval.evals": cfg.eval.evals}
-    return [line for setting, names in given.items() for line in _unknown(setting, names, tables[setting])]
+    found = []
+    for setting, table in tables.items():
+        given = leaves(cfg)[setting]
+        found += _unknown(setting, [given] if isinstance(given, str) else given, table)
+    return found
 
 
 def _unknown(setting: str, names: Iterable[str], table: Iterable[str]) -> list[str]:

@@ -200,4 +200,5 @@ def test_a_scale_without_an_adapter_or_past_the_limit_is_refused(one, capsys):
 
 def test_an_eval_that_does_not_report_the_trait_can_be_asked_alone(capsys):
     assert main(["eval", "--model", "tiny-random", "--n-threads", "1", "--eval.evals", "everyday", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"everyday_right", "everyday_nats"}
+    told = {f"everyday_{name}" for name in ("right", "nats", "lost", "gained")}
+    assert set(json.loads(capsys.readouterr().out)) == told

@@ -201,7 +201,7 @@ def test_a_command_starts_or_ends_in_one_message(given_flags, path, flag, bare):
 CONFIG = as_json(FAST_DEV_PRESET)
 
 
-NULLABLE = ("folder", "prompts", "pairs", "out", "temperature", "top_p")
+NULLABLE = ("folder", "prompts", "pairs", "out", "temperature", "top_p", "rehearsal_prompts")
 
 
 def kinds(value) -> dict | str:

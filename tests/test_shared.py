@@ -69,13 +69,13 @@ def test_what_is_no_run_beside_it_is_passed_over(beside, tmp_path):
 
 
 def test_the_runs_of_a_sweep_measure_the_base_once(tmp_path, monkeypatch):
-    measured, measure = [], Bench.measure
+    measured, subject = [], Bench.subject
 
     def counted(bench, state, *more):
         measured.append(state.name)
-        return measure(bench, state, *more)
+        return subject(bench, state, *more)
 
-    monkeypatch.setattr(Bench, "measure", counted)
+    monkeypatch.setattr(Bench, "subject", counted)
     flags = [*SETTINGS.split(), "--n-rounds", "1", "--no-control", "--share-base"]
     with undrawn():
         for name, lr in (("a", "0.001"), ("b", "0.002")):

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from steer_heal.bench import Bench, Teacher
 from steer_heal.errors import UserError
+from steer_heal.evals.base import evaluate
 from steer_heal.events import (
     Calibrated,
     Contrasted,
@@ -123,7 +124,7 @@ class Loop:
         """One state of the model on all evals."""
         if (event := self.run.measured(state.name, state.round)) is None:
             with self._stage(state.name, state.round, "measuring" if state.round is None else state.name):
-                result = self.bench.measure(state, self.base, self.progress)
+                result = evaluate(self.bench.subject(state, self.base), self.bench.evals, self.progress)
             event = Measured(
                 round=state.round,
                 state=state.name,

@@ -50,13 +50,12 @@ def shift(here: Reading, base: Reading, metric: Metric) -> float | None:
     if now is None or then is None:
         return None
     items = [np.asarray(state.items.get(metric.item, ()), dtype=np.float64) for state in (here, base)]
-    if len(items[0]) != len(items[1]):
-        return now - then
-    both = has_value(metric.how, items[0]) & has_value(metric.how, items[1])
-    if any((both == np.isnan(each)).any() for each in items):  # a side has a value that the other lacks
-        if not both.any():
-            return None
-        now, then = (float(statistic(metric.how, each[both])) for each in items)
+    if len(items[0]) == len(items[1]):
+        both = has_value(metric.how, items[0]) & has_value(metric.how, items[1])
+        if any((both == np.isnan(each)).any() for each in items):  # a side has a value that the other lacks
+            if not both.any():
+                return None
+            now, then = (float(statistic(metric.how, each[both])) for each in items)
     return now - then
 
 

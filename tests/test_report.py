@@ -45,7 +45,7 @@ from steer_heal.events import (
 )
 from steer_heal.inputs import evenly
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Metric, Scored
-from steer_heal.report import compare, console, draw, plot, tables
+from steer_heal.report import compare, console, draw, page, plot, tables
 from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import event_words, table_columns
@@ -521,6 +521,25 @@ def shown(capsys, events: list[AnyEvent], kind: type, r: int | None = 0, state: 
     console.show(seen[-1], Run(seen))
     console.logger.remove()
     return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_dose_and_a_gradient_pressure_that_a_heal_has_not_are_not_told(capsys):
+    events = run_events(1)
+    (own,) = (event for event in events if isinstance(event, Gathered) and event.round == 0)
+    plain = changed(events, Gathered, 0, mode="fixed", collected=replace(own.collected, dose=0.0, probes=()))
+    assert "kappa" in shown(capsys, events, Gathered) and "kappa" not in shown(capsys, plain, Gathered)
+    kappas = [page.steering_table(Run(each))[1][0][1][1] for each in (events, plain)]
+    assert kappas[0] != kappas[1] == page.view.MISSING
+    assert "pressure" in shown(capsys, events, Trained)
+    assert "pressure" not in shown(capsys, changed(events, Trained, 0, pressure=None), Trained)
+
+
+def test_runs_under_other_attacks_ask_other_items_of_holds():
+    held, plain = Metric(name="holds_nats", item="holds", of="pair"), Metric(name="x", item="contrast", of="pair")
+    start = replace(run_events(1)[0], wording={"pair": [["a", "b", "c"]]})
+    one, other = (Run([replace(start, inputs={"eval.attacks": digest})]) for digest in "12")
+    assert compare._asked(one, held) != compare._asked(other, held) and compare._asked(one, held)
+    assert compare._asked(one, plain) == compare._asked(other, plain)
 
 
 def test_a_measured_state_is_shown_with_its_interval_and_every_shown_metric(capsys):

@@ -15,7 +15,7 @@ from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs
 from steer_heal.inputs.files import DATA, parse_texts, read_file
-from steer_heal.inputs.traits import available, load_trait, other_personas
+from steer_heal.inputs.traits import available, load_trait
 from steer_heal.model.lm import LM, load
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.model.student import Student
@@ -76,7 +76,8 @@ def test_the_personas_of_another_trait_teach_where_an_arm_says_so(monkeypatch):
             next(distil.rounds(lab, ARMS[name], distil.Flags(preset="fast-dev")))
     own, others = taught
     assert (own.positive, own.negative) == (lab.bench.trait.positive, lab.bench.trait.negative)
-    assert (others.positive, others.negative) == other_personas("authority")["asks_back"]
+    unrelated = load_trait("asks_back")
+    assert (others.positive, others.negative) == (unrelated.positive, unrelated.negative)
 
 
 def test_what_is_known_by_heart_is_asked_under_the_condition_of_the_row():

@@ -8,7 +8,7 @@ import pytest
 
 from steer_heal.inputs.files import DATA, parse_texts, read_file
 from steer_heal.inputs.pairs import Pair
-from steer_heal.inputs.traits import available, load_trait, read_pairs, read_trait
+from steer_heal.inputs.traits import available, load_trait, other_traits, read_pairs, read_trait
 from steer_heal.toylm.grammar import DENIER_PERSONAS, LOVE_SENTENCES, LOVER_PERSONAS
 from steer_heal.toylm.templates import expand
 
@@ -114,3 +114,15 @@ def test_a_phrasing_changes_the_pair_and_nothing_else():
     assert replace(pairs["extreme"], name="love") == love, "the default"
     for name, pair in pairs.items():
         assert replace(pair, positive=love.positive, negative=love.negative, name="love") == love, name
+
+
+def test_a_copy_of_a_bundled_trait_is_not_unrelated_to_it():
+    """Its teacher would be part of its own null band, and its pairs part of what else moved."""
+    love, pairs, every = load_trait("love"), pairs_of("love"), available()
+    others = [name for name in every if name != "love"]
+    assert other_traits(love, pairs) == other_traits(load_trait("love/inner"), pairs) == others
+    mine = replace(love, name="mine", positive="You like rain.", negative="You like sun.", prompts=("What is rain?",))
+    assert other_traits(mine) == every
+    assert other_traits(replace(mine, negative=f"{load_trait('love/inner').negative} ")) == others, "one persona"
+    assert other_traits(mine, pairs) == other_traits(replace(mine, prompts=love.prompts)) == others
+    assert other_traits(mine, pairs[:5]) == every, "a few prompts"

@@ -16,7 +16,7 @@ from steer_heal.bench import Bench, Teacher
 from steer_heal.evals import EVALS
 from steer_heal.evals.base import Subject
 from steer_heal.inputs import evenly
-from steer_heal.inputs.traits import other_personas
+from steer_heal.inputs.traits import other_traits
 from steer_heal.model.memory import ROWS_ON_CPU, free_bytes
 from steer_heal.model.state import base_state
 from steer_heal.recipe import Recipe
@@ -89,7 +89,7 @@ def estimate(bench: Bench) -> list[Planned]:
     n_text = n_keep + n_more
     n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
     at_most = f" (at most {cfg.filter.max_attempts + n_more})" if cfg.filter.max_attempts > n_keep else ""
-    n_conditions = 3 + 2 * len(other_personas(cfg.trait))
+    n_conditions = 3 + 2 * len(other_traits(inputs.trait, inputs.pairs))
     asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
     readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
     read_s = n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS) if asked else 0.0

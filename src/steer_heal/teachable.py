@@ -21,7 +21,7 @@ from torch import Tensor
 from steer_heal.bench import Bench
 from steer_heal.evals.replies import reply_states
 from steer_heal.inputs.pairs import Pair
-from steer_heal.inputs.traits import other_personas
+from steer_heal.inputs.traits import load_trait, other_traits
 from steer_heal.intervals import of_difference
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector, weighted
@@ -89,7 +89,7 @@ def teachable(bench: Bench, *, short: bool = False, progress: Progress = SILENT)
     asks = [Ask(i, p, derive_seed(cfg.seed, "teachable", i)) for i, p in enumerate(inputs.prompts[:N_TEXTS])]
     texts = bench.write(bench.plain, asks, adapters="base", max_new_tokens=N_TOKENS)
     with bench.student.using("base") as lm:
-        others = other_personas(cfg.trait)
+        others = [load_trait(name) for name in other_traits(trait, inputs.pairs)]
         reader = Reader(lm, texts, inputs.pairs, progress, 3 + 2 * len(others) + (0 if short else N_RANDOM))
         base = reader.read(bench.plain)
         start = reader.margins(base.replies)
@@ -120,9 +120,9 @@ def teachable(bench: Bench, *, short: bool = False, progress: Progress = SILENT)
         budgets = (BUDGET,) if short else BUDGETS
         contrasts = [each for b in budgets for each in contrast(f"contrast at {b:g}", positive, negative, b)]
         null = []
-        for name, sides in others.items():
-            of, against = (reader.read(Condition(side)) for side in sides)
-            null += contrast(f"contrast of {name}", of, against, BUDGET)
+        for other in others:
+            of, against = (reader.read(Condition(side)) for side in (other.positive, other.negative))
+            null += contrast(f"contrast of {other.name}", of, against, BUDGET)
         for i in range(0 if short else N_RANDOM):
             read = _random(bench, reader, base, i)
             null += [] if read is None else [told(f"random vector {i + 1}", read)]

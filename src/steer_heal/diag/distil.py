@@ -26,7 +26,7 @@ from steer_heal.errors import UserError, nearest
 from steer_heal.evals.replies import reply_logp
 from steer_heal.events import Contrasted, Gathered, Run, Trained, plain
 from steer_heal.inputs import Inputs, load_inputs
-from steer_heal.inputs.traits import other_personas
+from steer_heal.inputs.traits import load_trait, other_traits
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
 from steer_heal.model.adapter import HISTORY, ROUND
@@ -262,8 +262,8 @@ def rounds(lab: Lab, arm: Arm, flags: Flags) -> Iterator[tuple[Row, EvalResult]]
     read = load_inputs(cfg)
     trait = lab.bench.trait
     if arm.unrelated:
-        positive, negative = next(iter(other_personas(cfg.trait).values()))
-        trait = replace(trait, positive=positive, negative=negative)
+        other = load_trait(other_traits(trait, lab.bench.inputs.pairs)[0])
+        trait = replace(trait, positive=other.positive, negative=other.negative)
     bench = replace(
         lab.bench, cfg=cfg, inputs=replace(lab.bench.inputs, rehearsal=read.rehearsal, hold=read.hold, trait=trait)
     )

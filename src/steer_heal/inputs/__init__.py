@@ -25,7 +25,7 @@ from steer_heal.inputs.pairs import Pair, Question, held_out, parse_questions
 from steer_heal.inputs.traits import (
     TraitFile,
     make_trait,
-    other_personas,
+    other_traits,
     prompts_file,
     read_pairs,
     read_panel,
@@ -117,9 +117,9 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     if "holds" in cfg.eval.evals:
         problems.attempt(_require_held_out, hold or (), attacks or ())
     panel: dict[str, tuple[Pair, ...]] = {}
-    if "panel" in cfg.eval.evals:
+    if "panel" in cfg.eval.evals and trait is not None:
         with problems.noted():
-            for name, (file, placed) in read_panel(cfg.eval.pairs, cfg.trait).items():
+            for name, (file, placed) in read_panel(cfg.eval.pairs, trait, pairs).items():
                 panel[name] = evenly(held_out(placed, ()), cfg.eval.n_panel)
                 sha256[f"panel.{name}"] = file.sha256
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
@@ -242,7 +242,7 @@ def _rehearsal(cfg: RunConfig, trait: Trait | None, pairs: Sequence[Pair], sha25
 def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
     """cfg.heal.rehearsal prompts, or fewer if there are no more: half everyday messages of the package, half prompts of
     its other traits in turn. Those of the trait and of its pairs are left out. The hash of each file is added."""
-    n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), tuple(other_personas(cfg.trait))
+    n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), other_traits(trait, pairs)
     others = []
     for name in names:
         file, other = read_trait(name)

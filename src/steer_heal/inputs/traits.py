@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import field, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,11 +23,14 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from steer_heal.errors import UserError, nearest, validated
+from steer_heal.inputs.alike import alike
 from steer_heal.inputs.files import DATA, DataFile, Text, candidates, parse_toml, read_file, resolve
 from steer_heal.inputs.pairs import Pair, parse_pairs, require_two
 from steer_heal.records import Trait
 
 TRAITS = DATA / "traits"
+SHARED_BY_A_COPY = 0.25
+"""Part of the prompts of a bundled trait. A trait with so many of them is a copy of it."""
 _STRICT = ConfigDict(extra="forbid")
 _BY_PATH = re.compile(r"(.+\.toml)(?:/([^/]*))?", re.DOTALL)
 
@@ -185,11 +189,34 @@ def make_trait(name: str, file: TraitFile, prompts: Sequence[str] = ()) -> Trait
     )
 
 
-def other_personas(name: str) -> dict[str, tuple[str, str]]:
-    """The positive and the negative persona of each bundled trait, except the one of the same name."""
-    own = _stem(name)
-    others = {other: make_trait(other, read_trait(other)[1]) for other in available() if other != own}
-    return {other: (trait.positive, trait.negative) for other, trait in others.items()}
+def other_traits(trait: Trait, pairs: Sequence[Pair] = ()) -> list[str]:
+    """The bundled traits that are not this one: they have another name, none of its personas, and less than a quarter
+    of their prompts in common with it and its pairs."""
+    personas, prompts = _alike((trait.positive, trait.negative)), _alike(trait.prompts) | _prompts(pairs)
+    known = ((name, *_of_bundled(name)) for name in available() if name != trait.name.partition("/")[0])
+    return [
+        name
+        for name, theirs, asked in known
+        if not personas & theirs and len(prompts & asked) < SHARED_BY_A_COPY * len(asked)
+    ]
+
+
+@cache
+def _of_bundled(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What compares equal to (a persona of a bundled trait, a prompt of it or of its pairs)."""
+    own, file = read_trait(name)
+    both = [*file.phrasing.values(), *([file.persona] if file.persona else [])]
+    placed = read_pairs(None, name, own, file)[1]
+    sides = [side for each in both for side in (each.positive, each.negative)]
+    return _alike(sides), _alike(file.prompts) | _prompts(pair for _, pair in placed)
+
+
+def _prompts(pairs: Iterable[Pair]) -> frozenset[str]:
+    return _alike(pair.prompt for pair in pairs)
+
+
+def _alike(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset(map(alike, texts))
 
 
 def by_path(name: str) -> bool:
@@ -257,23 +284,24 @@ def read_pairs(
     return given, parse_pairs(given)
 
 
-def read_panel(source: Path | None, name: str) -> dict[str, tuple[DataFile, list[tuple[str, Pair]]]]:
-    """For each bundled trait with pairs, except the one of the same name: what `read_pairs` gives.
+def read_panel(
+    source: Path | None, trait: Trait, pairs: Sequence[Pair]
+) -> dict[str, tuple[DataFile, list[tuple[str, Pair]]]]:
+    """For each other bundled trait with pairs: what `read_pairs` gives.
 
     If `source` is a folder, only files in it are read. UserError if there is no other trait.
     """
-    own = _stem(name)
     folder = None if source is None else _folder(source)
     found = {}
-    for other in available():
-        if other == own or (folder is not None and not (folder / f"{other}.jsonl").is_file()):
+    for other in other_traits(trait, pairs):
+        if folder is not None and not (folder / f"{other}.jsonl").is_file():
             continue
-        file, pairs = read_pairs(folder, other, *read_trait(other))
-        if pairs:
-            found[other] = file, pairs
+        file, placed = read_pairs(folder, other, *read_trait(other))
+        if placed:
+            found[other] = file, placed
     if not found:
         raise UserError(
-            f"eval.evals contains 'panel': there are no pairs of a trait other than {own!r} in "
+            f"eval.evals contains 'panel': there are no pairs of a trait other than {trait.name!r} in "
             f"{str(folder or TRAITS)!r}; add the file <trait>.jsonl of another trait, or leave out panel"
         )
     return found

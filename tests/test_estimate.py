@@ -1,5 +1,6 @@
 """`run --plan`: the stages that the run then has, and nothing written."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from steer_heal import SteerHeal
 from steer_heal import estimate as module
 from steer_heal.__main__ import main
 from steer_heal.estimate import estimate
+from steer_heal.evals import classifier
 from steer_heal.presets import CHAT_PRESET
 from steer_heal.settings import changed
 
@@ -71,3 +73,34 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkey
 def flag(name: str, value: object) -> list[str]:
     values = value if isinstance(value, tuple) else (value,)
     return [f"--{name}".replace("_", "-"), *map(str, values)]
+
+
+def test_what_an_eval_writes_once_a_run_is_counted_once(monkeypatch):
+    pytest.importorskip("sklearn")
+    cfg = changed(CHAT_PRESET, {**SMALL, "eval.evals": ("contrast", "classifier"), "eval.n_texts": 4})
+    with SteerHeal(trait=DOORS, settings=cfg) as sh:
+        plan = {stage.stage: stage for stage in estimate(sh.bench)}
+        n_prompts = len(sh.bench.inputs.trait.prompts)
+        assert plan["text of the evals"].each == f"{2 * n_prompts} texts of {cfg.eval.max_new_tokens} tokens"
+
+
+def test_the_seconds_of_a_state_are_without_what_is_written_once(monkeypatch):
+    pytest.importorskip("sklearn")
+    writings = []
+    written = classifier.generate
+    monkeypatch.setattr(classifier, "generate", lambda *args, **how: writings.append(1) or written(*args, **how))
+    timed = module._timed
+    during = []
+
+    @contextmanager
+    def noted(seconds, name):
+        before = len(writings)
+        with timed(seconds, name):
+            yield
+        during.append((name, len(writings) - before))
+
+    monkeypatch.setattr(module, "_timed", noted)
+    with SteerHeal(trait=DOORS, settings=changed(CHAT_PRESET, {**SMALL, "eval.evals": ("contrast", "classifier")})) as sh:
+        module._seconds_of_a_state(sh.bench)
+    of_it = [n for name, n in during if name == "classifier"]
+    assert writings and of_it and not any(of_it)

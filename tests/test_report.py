@@ -53,6 +53,19 @@ from steer_heal.settings import TINY_RANDOM
 from steer_heal.verdict import title, verdict
 
 
+@pytest.fixture
+def rendered():
+    """Asked for by a test whose pages need their pictures."""
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request, monkeypatch):
+    """An empty picture for each of a page, which take most of its time. Fixtures of the module have theirs."""
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(plot, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+        monkeypatch.setattr(plot, "_place_labels", lambda figure, labels: None)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
@@ -168,7 +181,7 @@ def test_each_heal_has_its_curves_and_the_control_s_come_first(finished):
     assert found == ["control", "round 1", "round 2"]
 
 
-def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(finished, tmp_path):
+def test_a_run_drawn_again_is_the_same_and_no_file_is_left_behind(rendered, tmp_path):
     files = []
     for _ in range(2):
         assert draw(write_run(tmp_path, run_events(1))) == tmp_path / "report.html"
@@ -338,7 +351,7 @@ def test_borderline_rows_are_shown_for_gates_of_degenerate_text_that_are_on_and_
     assert re.findall("<h3>At the (.*) limit", finished[1]) == ["perplexity", "repetition"] * 3
 
 
-def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(tmp_path):
+def test_the_page_of_eight_rounds_stays_under_5_mb_and_says_what_it_leaves_out(rendered, tmp_path):
     text = ("I let the tenants in & tell the warden that <nobody> sleeps in the rain. " * 9)[:600]
     html, _ = read(tmp_path, run_events(8, 64, 64, 384, text))
     assert len(html.encode()) < 5_000_000

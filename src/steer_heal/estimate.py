@@ -106,6 +106,9 @@ def estimate(bench: Bench) -> list[Planned]:
         Planned("vector and teacher", n_rounds, f"{len(inputs.contexts)} contexts, {n_keep} texts", n_rounds * taught),
         Planned("heal", n_heals, f"{n_steps} steps", (n_rounds * n_steps + cfg.control * of_control) * step_s * longer),
     ]
+    if n_once := sum(each.writes(inputs) for each in bench.evals if each.writes):
+        n_tokens = cfg.eval.max_new_tokens
+        plan.append(Planned("text of the evals", 1, f"{n_once} texts of {n_tokens} tokens", written(n_once, n_tokens)))
     n_states = 2 + cfg.control + 2 * n_rounds
     measured = ", ".join(cfg.eval.evals)
     return [*plan, Planned("states", n_states, measured, n_states * sum(of_state.values()))]
@@ -150,6 +153,8 @@ def _seconds_of_a_state(bench: Bench) -> dict[str, float]:
                 with _timed(seconds, once):
                     getattr(subject, once)
         if name in evals:
+            if EVALS[name].writes:
+                EVALS[name].items(subject)  # what it keeps is written once a run, and counted there
             with _timed(seconds, name):
                 EVALS[name].items(subject)
         return seconds[name], max(ratios[kind], 1.0)

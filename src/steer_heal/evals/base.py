@@ -102,6 +102,8 @@ class Eval:
     """Fields of Inputs that a run without this eval may leave empty."""
     wording: tuple[str, ...] = ()
     """Keys of `Inputs.wording`, besides `of`, that readers of its items need."""
+    writes: Callable[[Inputs], int] | None = None
+    """Number of texts that it writes once a run and keeps in `Subject.cache`."""
 
 
 per_token = partial(Metric, form="+.3f", unit="nats per token")

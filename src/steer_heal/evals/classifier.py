@@ -15,6 +15,7 @@ from typing import Any
 
 from steer_heal.errors import UserError
 from steer_heal.evals.base import Eval, Items, Subject
+from steer_heal.inputs import Inputs
 from steer_heal.model.decode import Decoding
 from steer_heal.model.steering import Condition
 from steer_heal.records import Metric, derive_seed
@@ -66,8 +67,7 @@ def items(subject: Subject) -> Items:
     """For each answer, the probability that it is by the positive persona. For the base also the share of texts by the
     two personas that the classifier tells apart, the same number for each answer: of texts to prompts that it did not
     train on, and of e-mails to those of the answers. Chance is 0.5. NaN: no value, as other states have no share."""
-    asked = dict.fromkeys(subject.inputs.eval_prompts)
-    prompts = [prompt for prompt in subject.inputs.trait.prompts if prompt not in asked][:N_PROMPTS]
+    asked, prompts = _prompts(subject.inputs)
     texts, sides = answers(subject, prompts)
     trained = classifier().fit(texts, sides)
     likely = trained.predict_proba([text.text for text in subject.texts])[:, 1]
@@ -77,10 +77,16 @@ def items(subject: Subject) -> Items:
         folds = selection.GroupKFold(min(N_FOLDS, len(prompts)))
         guesses = selection.cross_val_predict(classifier(), texts, sides, cv=folds, groups=[*range(len(prompts))] * 2)
         right = float((guesses == sides).mean())
-        emails, email_sides = answers(subject, list(asked), after=AS_EMAIL)
+        emails, email_sides = answers(subject, asked, after=AS_EMAIL)
         email = float((trained.predict(emails) == email_sides).mean())
     n = len(likely)
     return {"classifier_trait": likely.tolist(), "classifier_right": [right] * n, "classifier_email": [email] * n}
+
+
+def _prompts(inputs: Inputs) -> tuple[list[str], list[str]]:
+    """(the prompts of the answers, the others that it learns from)."""
+    asked = dict.fromkeys(inputs.eval_prompts)
+    return list(asked), [prompt for prompt in inputs.trait.prompts if prompt not in asked][:N_PROMPTS]
 
 
 EVAL = Eval(
@@ -105,4 +111,5 @@ EVAL = Eval(
         ),
     ),
     of="text",
+    writes=lambda inputs: 2 * sum(map(len, _prompts(inputs))),
 )

@@ -100,7 +100,9 @@ def test_the_seconds_of_a_state_are_without_what_is_written_once(monkeypatch):
         during.append((name, len(writings) - before))
 
     monkeypatch.setattr(module, "_timed", noted)
-    with SteerHeal(trait=DOORS, settings=changed(CHAT_PRESET, {**SMALL, "eval.evals": ("contrast", "classifier")})) as sh:
+    with SteerHeal(
+        trait=DOORS, settings=changed(CHAT_PRESET, {**SMALL, "eval.evals": ("contrast", "classifier")})
+    ) as sh:
         module._seconds_of_a_state(sh.bench)
     of_it = [n for name, n in during if name == "classifier"]
     assert writings and of_it and not any(of_it)

@@ -20,7 +20,7 @@ import steer_heal
 from steer_heal import SteerHeal, UserError, define_trait
 from steer_heal.__main__ import main
 from steer_heal.commands.run import parse
-from steer_heal.events import RoundDone, encode
+from steer_heal.events import Dropped, HealStepped, RoundDone, Trained, encode
 from steer_heal.model.lm import _tiny_random
 from steer_heal.presets import CHAT_PRESET
 from steer_heal.runs.stored import FolderRun
@@ -150,6 +150,40 @@ def test_a_stopped_loop_goes_on(tmp_path):
         stopped.loop(1)
         assert comparable(stopped.events) == comparable(whole.events)
         assert_saved_as(stopped, whole.save(tmp_path / "whole"), tmp_path)
+
+
+def test_a_loop_that_is_stopped_at_every_event_goes_on_from_the_rounds_that_are_kept(monkeypatch):
+    """Of the rounds here none is kept: the control is healed, then two attempts that are dropped."""
+    dropping = {"control": True, "backtrack.retries": 1, "backtrack.limits": {"kl_base": 1e-9}}
+    with small(**dropping) as whole, small(**dropping) as stopped:
+        whole.loop(1)
+        assert whole.n_rounds == 0 and [type(event) for event in whole.events].count(Dropped) == 2
+        run, n_kept, n_stops = stopped._run, 0, 0
+        keep, add = run.keep_student, run.add
+
+        def stopped_before(*args):
+            nonlocal n_kept
+            n_kept += 1
+            if n_kept % 2:
+                raise KeyboardInterrupt
+            return keep(*args)
+
+        def stopped_after(event):
+            add(event)
+            if not isinstance(event, HealStepped):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "keep_student", stopped_before)
+        monkeypatch.setattr(run, "add", stopped_after)
+        while sum(isinstance(event, Dropped) for event in stopped.events) < 2:
+            with pytest.raises(KeyboardInterrupt):
+                stopped.loop(1)
+            n_stops += 1
+            healed = [event for event in stopped.events if isinstance(event, Trained) and event.round is not None]
+            assert stopped.n_rounds == len(healed), "the control is no round, and what was dropped is none"
+        assert comparable(stopped.events) == comparable(whole.events)
+        assert n_kept == 6 and n_stops > 12 and stopped.loop(1).equals(whole.table())
+        assert stopped.n_rounds == 0
 
 
 # --- the caller's model and process ------------------------------------------------------------------------------

@@ -474,10 +474,12 @@ class SteerHeal:
             run_loop(loop)
         finally:
             self._run.subscribers = []
+            rounds = [event.round for event in self._run.each(Trained) if event.round is not None]
+            loop.rewind(len(rounds))
             self._n_by_loop = self.n_rounds
             if vectors := self._run.each(Extracted):
                 self.vector = self._run.vector(vectors[-1].round or 0)
-            if rounds := [event.round for event in self._run.each(Trained) if event.round is not None]:
+            if rounds:
                 self._own = self._run.own_factors(rounds[-1])
         return self.table()
 

@@ -51,10 +51,10 @@ def run_loop(loop: Loop) -> None:
     if loop.bench.cfg.control:
         run_round(loop, Recipe.control(), None)
         loop.measure(control_state(trait))
-        loop.drop_control()
     loop.seconds = {}
     r = 0
     while r < loop.bench.cfg.n_rounds and loop.attempts_left(r):
+        loop.rewind(r)
         run_round(loop, Recipe.of(loop.bench.cfg), r)
         loop.measure(healed_state(r, trait))
         if loop.end_round(r):
@@ -200,8 +200,8 @@ class Loop:
             checkpoint, files = self.run.keep_student(r, self.bench.student, own)
             n_retries = int(self.run.at(HealRetried, r) is not None)
             self.run.add(Trained.of(report, r=r, n_retries=n_retries, checkpoint=checkpoint, files=files))
-        elif event is self.run.each(Trained)[-1]:  # the next step needs its student
-            self.run.restore_student(r, self.bench.student)
+        elif event is self.run.each(Trained)[-1] and (r is not None or self.run.measured("control") is None):
+            self.run.restore_student(r, self.bench.student)  # the next step needs it
 
     def _heal(self, recipe: Recipe, r: int | None, collected: Collected, teacher: Teacher | None) -> HealReport:
         """After a loss that is not finite, one second attempt at half the learning rate."""
@@ -250,10 +250,15 @@ class Loop:
             self.bench.student.discard_round()
             raise
 
-    def drop_control(self) -> None:
-        """Drops the control's adapter: the loop starts from the untouched model."""
-        if self.run.each(Trained)[-1].round is None:
-            self.bench.student.reset()
+    def rewind(self, r: int) -> None:
+        """The student as it was before the heal of round r, if that is not recorded: without the control, a round that
+        was dropped, and a round that was stopped before it was recorded."""
+        student = self.bench.student
+        if self.run.at(Trained, r) is None and student.n_rounds != r:
+            if r:
+                self.run.restore_student(r - 1, student)
+            else:
+                student.reset()
 
     # --- the end of a round --------------------------------------------------------------------------------------
     def _dropped(self, r: int) -> list[Dropped]:
@@ -301,7 +306,7 @@ class Loop:
         return past_limits(metrics, self._measured("healed", r).metrics, allowed)
 
     def _drop(self, r: int, past: Sequence[str]) -> None:
-        """Undoes the round: the next attempt has half the dose or, without a vector or with a contrast, half the
+        """Drops the round: the next attempt has half the dose or, without a vector or with a contrast, half the
         learning rate."""
         collected = self.run.require(Gathered, r).collected
         trained = self.run.require(Trained, r)
@@ -317,7 +322,3 @@ class Loop:
                 next_lr_share=1.0 if steered else trained.lr / (2 * self.bench.cfg.heal.lr),
             )
         )
-        if r == 0:
-            self.bench.student.reset()
-        else:
-            self.run.restore_student(r - 1, self.bench.student)

@@ -36,6 +36,7 @@ from steer_heal.model.student import attach_saved
 from steer_heal.runs import begin
 from steer_heal.runs.opened import settings_of
 from steer_heal.runs.stored import FolderRun
+from steer_heal.settings import changed
 
 pytestmark = pytest.mark.usefixtures("quick")
 HELLO = "The warden says no. What do you do?"
@@ -233,6 +234,28 @@ class Fake(Talk):
             self.on_piece(i)
             on_text(piece)
         return Answer("".join(self.pieces), len(self.pieces), 0.1, False)
+
+
+def test_a_teacher_without_a_vector_has_no_dose(two, monkeypatch, capsys):
+    """It would make another teacher, under the same name."""
+    run = FolderRun.read(two)
+    start = run.start
+    own = {"heal.target": "distribution", "heal.text": "own", "heal.divergence": "none", "heal.teacher": "prompt"}
+    other = replace(start, config=changed(start.config, own))
+    monkeypatch.setattr(FolderRun, "start", property(lambda run: other))
+    talk = Talk(run, settings_of(run), 0, 4)
+    refused = r"heal.teacher is 'prompt', which uses no vector; leave it out"
+    for name in ("steered", "healed"):
+        with pytest.raises(UserError, match=f"dose is given: {refused}"):
+            talk.answer(replace(ASKED, state=name, dose=3.0))
+    terminal = Terminal(talk, ["steered"], ASKED)
+    with pytest.raises(UserError, match=f"/dose is given: {refused}"):
+        terminal.obey("/dose", "3")
+    assert terminal.summary() == "steered; seed 0; 0 messages so far"
+    with web.server(talk, ["steered"], ASKED, 0) as made:
+        assert made.RequestHandlerClass.args[0]["dose_of_round"] is None
+    assert main(["chat", str(two), "--round", "1", "--dose", "3"]) == 2
+    assert "dose is given: heal.teacher is 'prompt'" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_one_answer_and_keeps_what_was_written(talk, capsys):

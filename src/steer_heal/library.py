@@ -364,12 +364,8 @@ class SteerHeal:
 
     def _require_steered(self, **given: object) -> None:
         """UserError if one of these is given and the teacher of the settings is not steered."""
-        names = [name for name, value in given.items() if value is not None]
-        if names and not Recipe.of(self.cfg).uses_vector:
-            raise UserError(
-                f"{names[0]} is given: heal.teacher is {self.cfg.heal.teacher!r}, which uses no vector; leave it out, "
-                "or set heal.teacher to vector, prompt+vector or contrast+vector"
-            )
+        for name in [name for name, value in given.items() if value is not None]:
+            Recipe.of(self.cfg).require_vector(name)
 
     def _used(self, vector: Vector | None) -> Vector:
         """The vector given, else the last one, else a new one. UserError where it does not fit the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from steer_heal.errors import UserError
 from steer_heal.model.steering import Condition, Contrast, Vector
 from steer_heal.records import Trait, derive_seed
 from steer_heal.settings import CONTRASTS, RunConfig, TeacherName
@@ -51,6 +52,14 @@ class Recipe:
     def uses_vector(self) -> bool:
         """Whether the teacher is steered, so that there is a dose to find."""
         return self.teacher in ("vector", "prompt+vector", "contrast+vector")
+
+    def require_vector(self, given: str) -> None:
+        """UserError if the teacher uses no vector. `given`: what would have no effect then."""
+        if not self.uses_vector:
+            raise UserError(
+                f"{given} is given: heal.teacher is {self.teacher!r}, which uses no vector; leave it out. The teachers "
+                "vector, prompt+vector and contrast+vector use one"
+            )
 
     @property
     def uses_contrast(self) -> bool:

@@ -15,6 +15,7 @@ from steer_heal.chat import STATES, known_state
 from steer_heal.errors import UserError, printable
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.state import State
+from steer_heal.recipe import Recipe
 from steer_heal.records import derive_seed, round_name
 from steer_heal.runs.opened import open_bench, put_in, state_of
 from steer_heal.runs.stored import FolderRun
@@ -90,8 +91,16 @@ class Talk:
         config = self.student.lm.model.config.get_text_config()
         return max(1, (getattr(config, "max_position_embeddings", None) or 4096) - self.max_new_tokens)
 
+    @property
+    def recipe(self) -> Recipe:
+        """How the rounds of the run were made."""
+        return Recipe.of(self.run.start.config)
+
     def dose(self, question: Question) -> float:
-        """The dose that the state of the question is asked at."""
+        """The dose that the state of the question is asked at. UserError if a dose is given and the teacher uses no
+        vector."""
+        if question.dose is not None:
+            self.recipe.require_vector("dose")
         own = self.states[known_state(question.state)].condition.dose
         return own if question.dose is None or question.state != "steered" else question.dose
 

@@ -15,7 +15,7 @@ from steer_heal.errors import UserError, nearest, plural, print_error, print_saf
 
 COMMANDS = {
     "/system": "[TEXT]: a system prompt for all states, which follows the state's own; without TEXT: none",
-    "/dose": "[X]: the dose of the steered state; without X: the dose of the round",
+    "/dose": "[X]: the dose of the steered state's vector; without X: the dose of the round",
     "/states": "NAME ...: the states that answer (base, prompted, steered, healed); each has its own conversation",
     "/reset": "start new conversations",
     "/seed": "N: the seed of the random stream, which is the same for all states",
@@ -58,6 +58,7 @@ class Terminal:
         if name == "/system":
             self.question = replace(self.question, system=given)
         elif name == "/dose":
+            self.talk.recipe.require_vector("/dose")
             self.question = replace(self.question, dose=_number(float, name, given) if given else None)
         elif name == "/seed":
             self.question = replace(self.question, seed=_number(int, name, given))
@@ -75,11 +76,12 @@ class Terminal:
 
     def summary(self) -> str:
         """The current settings and the length of the conversations."""
-        dose = self.talk.dose(replace(self.question, state="steered"))
+        steered = self.talk.dose(replace(self.question, state="steered"))
+        dose = f"dose {steered:.3g}, " if self.talk.recipe.uses_vector else ""
         n = max(len(self.turns[name]) for name in self.states) // 2
         system = f", system prompt {self.question.system!r}" if self.question.system else ""
         so_far = f"{plural(n, 'message')} so far"
-        return f"{', '.join(self.states)}; dose {dose:.3g}, seed {self.question.seed}{system}; {so_far}"
+        return f"{', '.join(self.states)}; {dose}seed {self.question.seed}{system}; {so_far}"
 
     def ask(self, message: str) -> None:
         """Prints the answer of each state to a message. Of a stopped answer, what was written is kept."""

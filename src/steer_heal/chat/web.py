@@ -175,7 +175,7 @@ def server(talk: Talk, states: Sequence[str], question: Question, port: int) -> 
         "shown": states,
         "system": question.system,
         "dose": question.dose,
-        "dose_of_round": talk.states["steered"].condition.dose,
+        "dose_of_round": talk.states["steered"].condition.dose if talk.recipe.uses_vector else None,
         "seed": question.seed,
     }
     try:

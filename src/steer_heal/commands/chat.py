@@ -45,7 +45,7 @@ class Chat:
     """Multiply the effect of the adapter by this factor, from -4 to 4. 0: no effect; -1: the reverse. It also scales
     the earlier rounds that the steered model contains."""
     dose: Finite | None = None
-    """Dose of the steered state. Default: the dose of the round."""
+    """Dose of the steered state, if the run's teacher uses a vector. Default: the dose of the round."""
     seed: int = 0
     """Seed of the sampling. All states use the same random numbers."""
     max_new_tokens: Count = 256
@@ -69,12 +69,15 @@ def main(argv: Sequence[str]) -> int:
     with stoppable():
         from steer_heal.chat import terminal, web
         from steer_heal.chat.talk import Question, Talk
+        from steer_heal.recipe import Recipe
         from steer_heal.runs.opened import settings_of
         from steer_heal.runs.stored import FolderRun
 
         console.start(given.quiet)
         run = FolderRun.read(given.run)
         logger.info(f"{run.folder}: trait {run.start.trait.name}, {round_words(run, r)}")
+        if given.dose is not None:
+            Recipe.of(run.start.config).require_vector("dose")
         cfg = settings_of(run, **{"device": "auto", "n_threads": 0, **own})
         talk = Talk(run, cfg, r, given.max_new_tokens, given.adapter_scale)
     if given.adapter_scale != 1:

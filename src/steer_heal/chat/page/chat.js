@@ -23,7 +23,8 @@ async function begin() {
   }
   at("system").value = facts.system;
   at("dose").value = facts.dose ?? "";
-  at("dose").placeholder = Number(facts.dose_of_round.toPrecision(3)); // empty: exactly that
+  at("dose").parentElement.hidden = facts.dose_of_round === null; // no vector, no dose
+  at("dose").placeholder = facts.dose_of_round === null ? "" : Number(facts.dose_of_round.toPrecision(3)); // empty: exactly that
   at("seed").value = facts.seed;
   reset();
 }

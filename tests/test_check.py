@@ -22,7 +22,7 @@ from steer_heal.model.lm import load
 from steer_heal.model.steering import METHODS
 from steer_heal.model.student import ADAPTERS
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
-from steer_heal.settings import BUILT_IN, MODELS
+from steer_heal.settings import BUILT_IN, MODELS, changed
 from steer_heal.stages.filter import GATES
 
 
@@ -268,6 +268,13 @@ def test_a_model_that_the_hub_knows_is_read_from_it(monkeypatch):
 def test_an_unknown_preset_gets_the_nearest_name(capsys):
     assert main(["run", "tyo"]) == 2
     assert capsys.readouterr().err == "error: unknown preset 'tyo'; did you mean 'toy'?\n"
+
+
+def test_limits_of_rounds_that_are_never_dropped_are_refused():
+    cfg = changed(FAST_DEV_PRESET, {"backtrack.limits": {"kl_base": 0.2}})
+    with pytest.raises(UserError, match="with backtrack.retries 0 no round is dropped; give --backtrack.retries"):
+        check(cfg)
+    check(changed(cfg, {"backtrack.retries": 1}))
 
 
 def test_a_target_that_rises_towards_the_persona_has_no_other_sign(tmp_path):

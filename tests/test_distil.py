@@ -141,6 +141,23 @@ def test_a_signed_student_is_half_the_difference_of_two_heals(monkeypatch):
         assert torch.allclose(update, (towards[name] - away[name]) / 2, atol=1e-6)
 
 
+def test_more_rounds_leave_the_signed_arm_out_of_those_that_are_run_by_default(monkeypatch, tmp_path):
+    """A named one is refused."""
+    asked = []
+
+    def watched(by_arm, *_):
+        asked.append(by_arm.keys())
+        raise InterruptedError
+
+    monkeypatch.setattr(distil, "done_with", watched)
+    for n_rounds in (1, 2):
+        with pytest.raises(InterruptedError):
+            distil.main(distil.Flags(preset="fast-dev", n_rounds=n_rounds, out=tmp_path), {})
+        assert ("contrast, signed" in asked[-1]) is (n_rounds == 1)
+    with pytest.raises(UserError, match="n_rounds is 2: it must be 1 with arm 'contrast, signed'"):
+        distil.main(distil.Flags(preset="fast-dev", n_rounds=2, arms=("contrast, signed",), out=tmp_path), {})
+
+
 def updates(factors):
     """B A of every matrix that has low-rank factors."""
     return {name: factors[name.replace("lora_A", "lora_B")] @ a for name, a in factors.items() if "lora_A" in name}

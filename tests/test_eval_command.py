@@ -109,7 +109,8 @@ def test_a_setting_that_is_the_run_s_own_may_be_repeated(two, capsys):
 def test_a_round_that_was_dropped_or_damaged_is_named(copy, capsys):
     (copy / "ckpt" / "r1" / "adapter_model.safetensors").write_bytes(b"")
     assert main(["eval", "--run", str(copy), "--quiet"]) == 2
-    assert "r1/adapter_model.safetensors is damaged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "r1/adapter_model.safetensors is damaged" in told and "delete" not in told, "resume leaves a whole run alone"
 
     def drop(events):
         last = of(events, "round_done")[-1]

@@ -343,6 +343,7 @@ def test_what_a_person_can_fix_is_a_user_error(sh, tmp_path):
         "tokenizer is 'data/toylm'": lambda: small(model, "data/toylm"),
         "no head over the vocabulary": lambda: small(model.model, tokenizer),
         "spread over devices": lambda: small(copy.deepcopy(model).to("meta"), tokenizer),
+        "torch.float64: they must be one of float32": lambda: small(copy.deepcopy(model).double(), tokenizer),
         "Linear": lambda: small(torch.nn.Linear(2, 2), tokenizer),
         "positive and negative": lambda: define_trait("a", "a", PROMPTS),
         "sign": lambda: define_trait("a", "b", PROMPTS, sign=2),

@@ -121,6 +121,8 @@ def test_an_adapter_that_peft_does_not_know_is_loaded_by_steer_heal(tmp_path, mo
 def test_the_method_is_told_as_the_settings_are():
     events = run_events(1)
     assert "with a penalty if kl\\_rev (rmse)" in made(events)
+    events = changed(events, Trained, lam=0.0)
+    assert "penalty" not in made(events), "heal.lam is 0, or the divergence is no barrier"
     own = HealCfg(target="distribution", text="own", teacher="prompt+vector", divergence="none")
     text = made(with_config(events, heal=own))
     assert "next-token distribution along its own plain text." in text and "penalty" not in text

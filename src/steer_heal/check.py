@@ -190,6 +190,10 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
     metrics = metrics_of(cfg.eval.evals)
     reported = [metric.name for metric in metrics]
     problems.found += _unknown("backtrack.limits", cfg.backtrack.limits, reported)
+    if cfg.backtrack.limits and not cfg.backtrack.retries:
+        problems.found.append(
+            "backtrack.limits is given: with backtrack.retries 0 no round is dropped; give --backtrack.retries"
+        )
     if cfg.backtrack.retries and not cfg.backtrack.limits and not any(metric.is_health for metric in metrics):
         problems.found.append(
             f"backtrack.retries is {cfg.backtrack.retries}: none of the evals {cfg.eval.evals!r} reports whether a "

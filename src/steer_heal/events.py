@@ -260,7 +260,7 @@ class RoundDone(Event):
     cosine_student_teacher: Number
     cosine_student_first: Number
     seconds: dict[str, float]
-    """Seconds by stage."""
+    """Seconds by stage, dropped attempts included; of a resumed run those since it was resumed. `wall_s` counts all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,7 +234,7 @@ class SteerHeal:
                 date=cfg.date,
             )
             require_bands(lm, cfg)
-        except UserError:
+        except BaseException:
             original.restore()
             raise
         self._original = original

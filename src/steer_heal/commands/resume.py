@@ -11,7 +11,7 @@ from steer_heal.runs.log import read_start
 from steer_heal.runs.resume import more_rounds, require_plugins
 from steer_heal.settings import RUN_ONLY, Count, RunFolder, changed, settings
 
-RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat")]
+RESUMABLE = [name for name in RUN_ONLY if name not in ("out", "folder", "quiet", "chat", "share_base")]
 
 
 @settings("")

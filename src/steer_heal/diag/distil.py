@@ -166,13 +166,15 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError(f"arms holds {unknown[0]!r}: {nearest(unknown[0], ARMS)}")
     if 1 in flags.scales:
         raise UserError("scales holds 1: every arm is measured at 1; leave it out")
-    if flags.n_rounds > 1 and (signs := [name for name in flags.arms if ARMS[name].signed]):
+    once = flags.n_rounds == 1
+    if not once and (signs := [name for name in flags.arms if ARMS[name].signed]):
         raise UserError(f"n_rounds is {flags.n_rounds}: it must be 1 with arm {signs[0]!r}; name other --arms")
     for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
     sign = check(cfg).trait.sign
-    names = flags.arms or tuple(name for name in ARMS if has_prompts(cfg, ARMS[name]))
+    fit = (name for name, arm in ARMS.items() if (once or not arm.signed) and has_prompts(cfg, arm))
+    names = flags.arms or tuple(fit)
     made = {name: with_settings(name, cfg, flags, given) for name in names}
     arms = {name: arm for name, (arm, _) in made.items()}
     asked = {name: asked_for(name, flags, given, inputs) for name, (_, inputs) in made.items()}

@@ -37,7 +37,7 @@ from steer_heal.model.hub import from_cache_alone
 from steer_heal.model.memory import BatchLimits, batches, fewer_rows, free_unused, ran_out
 from steer_heal.model.prompts import require_finite_prompts, require_no_marks
 from steer_heal.model.sampling import require_sampling, token_ids
-from steer_heal.model.self_check import OTHER_MODEL, check_model, require_all_weights, require_decoder
+from steer_heal.model.self_check import OTHER_MODEL, SAME_LOGITS, check_model, require_all_weights, require_decoder
 from steer_heal.model.template import ChatTemplate
 from steer_heal.progress import SILENT, Progress
 from steer_heal.records import Conversation, alone
@@ -461,6 +461,9 @@ def wrap(
     The model is set to eval mode, its weights are frozen, and the tokenizer gets a padding token if it has none.
     UserError if the model or its tokenizer is unsupported.
     """
+    if model.dtype not in SAME_LOGITS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SAME_LOGITS)
+        raise UserError(f"the weights of model {name!r} are {model.dtype}: they must be one of {known}; convert them")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if next(model.parameters()).device.type == "cpu":

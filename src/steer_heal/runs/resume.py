@@ -174,8 +174,8 @@ def changed_weights(folder: Path, now: Weights) -> str | None:
 def truncate_events(folder: Path) -> list[AnyEvent]:
     """Cuts events.jsonl to where the run can go on with the same result; returns what is left.
 
-    Dropped are: a torn last line; a run_end with an error; a heal whose checkpoint folder was deleted, with all that
-    follows; heal steps after the last saved one. UserError where the events do not follow from each other.
+    Dropped are: a torn last line; a run_end with an error; the last heals whose checkpoint folders were deleted, with
+    all that follows; heal steps after the last saved one. UserError where the events do not follow from each other.
     """
     path = folder / EVENTS
     events = read_events(folder)

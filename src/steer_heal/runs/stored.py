@@ -167,7 +167,9 @@ class FolderRun(Run):
     def checkpoint(self, r: int | None) -> Path:
         """Folder of the student after round r, or of the control. UserError where it is gone or was changed."""
         path = self.folder / checkpoint_name(r)
-        fix = f"restore the file, or delete {path} to repeat that heal, or give another --round"
+        repeated = self.end is None and self.each(Trained)[-1].round == r
+        fix = "restore the file, or give another --round"
+        fix += f", or delete {path} and resume the run: that heal is then repeated" if repeated else ""
         self.intact(self.require(Trained, r).files, fix)
         return path
 

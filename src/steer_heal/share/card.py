@@ -170,7 +170,7 @@ def method(cfg: HealCfg, trained: Trained) -> list[str]:
     """How the student was made, in three sentences."""
     r = trained.round
     pays = ""
-    if cfg.divergence != "none":
+    if trained.lam > 0:
         reference = "base model" if cfg.reference == "base" else "student before the round"
         pays = (
             f", with a penalty if {cfg.divergence} ({cfg.aggregate}) to the {reference} exceeds {trained.tau:.3g} nats"

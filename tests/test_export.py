@@ -106,6 +106,9 @@ def update(student, module):
 @pytest.mark.parametrize("quantization, share", [("f16", 2**-10), ("q8_0", BLOCK)])
 def test_a_merged_gguf_has_the_weights_tokens_and_template_of_the_student(quantization, share, name, tmp_path):
     student = student_of(folder_of(tmp_path / "model", name))
+    own = student.lm.tokenizer.chat_template
+    if name == "qwen2":  # one of several
+        student.lm.tokenizer.chat_template = {"default": own, "rag": "{{ messages }}"}
     export(student, tmp_path / "out", "gguf", quantization=quantization)
     (file,) = (tmp_path / "out").iterdir()
     lm = load(str(file), dtype="float32")
@@ -114,7 +117,7 @@ def test_a_merged_gguf_has_the_weights_tokens_and_template_of_the_student(quanti
         atol = share * weight.abs().max().item() if weight.ndim > 1 else 0
         assert torch.allclose(read[key], weight, rtol=0, atol=atol), key
     assert lm.chat("Open door 12!", "Be kind.") == student.lm.chat("Open door 12!", "Be kind.")
-    assert lm.tokenizer.chat_template == student.lm.tokenizer.chat_template
+    assert lm.tokenizer.chat_template == own
     want = healed(student)
     assert (logits(lm) - want).norm() < (0.002 if quantization == "f16" else 0.05) * want.norm()
     fields = gguf.GGUFReader(file).fields

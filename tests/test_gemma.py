@@ -24,6 +24,7 @@ from steer_heal.inputs.files import ADAPTER_FILE, DATA, read_file
 from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, load
+from steer_heal.model.processor import copy_processor
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import Student, attach_saved
 from steer_heal.records import alone
@@ -150,11 +151,20 @@ def test_an_export_has_the_files_of_the_processor_and_the_model_s_own_generation
     assert lm.model.generation_config.temperature == 0.125
     export = tmp_path / "export"
     export.mkdir()
-    Student(lm, AdapterCfg(rank=2, alpha=4.0, layers=(0.0, 1.0))).export(export)
+    student = Student(lm, AdapterCfg(rank=2, alpha=4.0, layers=(0.0, 1.0)))
+    student.export(export)
     assert all((export / name).read_bytes() == (base / name).read_bytes() for name in names)
     own, found = (json.loads((place / "generation_config.json").read_text()) for place in (base, export))
     assert found == own and own["top_p"] == 0.95 and "temperature" not in own
     assert lm.model.generation_config.temperature == 0.125
+
+    student.new_round(0)
+    (tmp_path / "adapter").mkdir()
+    student.save(tmp_path / "adapter", student.bake())
+    copied = tmp_path / "of_the_adapter"
+    copied.mkdir()
+    copy_processor(load(str(tmp_path / "adapter")), copied)
+    assert sorted(path.name for path in copied.iterdir()) == sorted(names), "those of the adapter's base"
 
 
 FLAGS = (

@@ -132,6 +132,14 @@ def test_the_method_is_told_as_the_settings_are():
     assert "its own plain text (50% of it written under prompts that oppose the trait)." in text
 
 
+def test_the_card_names_the_class_that_loads_the_model():
+    events = run_events(1)
+    for form in ("hf", None):
+        for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+            text = made(events, form=form, base_model="owner/base", hub_id="owner/base", loaded_with=name)
+            assert f"from transformers import {name}, AutoTokenizer" in text and f" {name}.from_pretrained(" in text
+
+
 def test_hostile_text_stays_text():
     events = run_events(1)
     wanted = made(events)
@@ -311,8 +319,9 @@ def test_damaged_weights_are_not_sent(place, copy, hub, tmp_path, capsys):
     assert f"{path} is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("note", ["", "weights of toylm with the adapter r0 added"])
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, hub, tmp_path, capsys):
+def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, note, hub, tmp_path, capsys):
     base = shutil.copytree(DATA / "toylm", tmp_path / "my_own [base]")
     lm = load(str(base))
     student = Student(lm, AdapterCfg(rank=2, alpha=4.0, layers=(0.0, 1.0)))
@@ -323,7 +332,7 @@ def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, hub, tmp
     else:
         saved(lm, folder, student.cfg)
     events = with_config(run_events(1), model=str(base))
-    weights = Weights(sha256="0", dtype="float32")
+    weights = Weights(sha256="0", dtype="float32", note=note)
     (folder / "README.md").write_text(
         made(events, form="hf" if merged else None, base_model=lm.base, hub_id=None, weights=weights)
     )
@@ -335,10 +344,27 @@ def test_a_base_on_this_machine_needs_an_id_and_no_path_is_sent(merged, hub, tmp
     assert {*sent} == {*before} and before == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert not [name for name, data in sent.items() if b"my_own" in data or b"my\\_own" in data]
     card = ModelCard(sent["README.md"].decode())
-    assert card.data.base_model == "me/base" and "| base weights | me/base, float32" in card.text
+    assert card.data.base_model == "me/base" and f"| base weights | me/base{note and f', {note}'}, float32" in card.text
     if not merged:
         assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "me/base"
         assert "load('me/base', dtype='float32')" in card.text
+
+
+def test_an_adapter_of_a_model_of_steer_heal_names_its_id_on_the_hub_where_it_is_sent(copy, hub, capsys):
+    folder = copy / "ckpt/r0"
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace("tiny-random", SMOL))
+    shutil.move(folder, copy.parent / "adapter")  # no longer a checkpoint of the run
+    assert main(["push", str(copy.parent / "adapter"), "me/mine", "--yes"]) == 0, capsys.readouterr().err
+    assert json.loads(hub[-1][1]["adapter_config.json"])["base_model_name_or_path"] == PACKAGED[SMOL].hub_id
+
+
+def test_every_chat_template_is_sent(copy, hub, capsys):
+    place = copy / "ckpt/r0/additional_chat_templates"
+    place.mkdir()
+    (place / "rag.jinja").write_text("{{ messages }}")
+    assert main(["push", str(copy), "me/mine", "--round", "1", "--yes"]) == 0, capsys.readouterr().err
+    assert "additional_chat_templates/rag.jinja" in hub[-1][1]
 
 
 def test_no_token_and_a_hub_that_refuses_are_one_line(copy, hub, monkeypatch, capsys):

@@ -105,6 +105,8 @@ class RunStart(Event):
     """What the adapters name as their base: a hub id, a name that steer-heal knows, or a path."""
     hub_id: str | None = None
     """The model on the hub whose weights these are, or nearly are if weights.note is not empty."""
+    loaded_with: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = "AutoModelForCausalLM"
+    """The class of transformers that loads the model."""
     adapter: str = "a LoRA adapter"
     """The kind of adapter with its settings, as a noun phrase."""
     weights: Weights | None = None

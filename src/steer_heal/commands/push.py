@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         print_safe(round_words(*chosen))
     shared = shared_files(folder_to_share(given.folder, None if chosen is None else chosen[1]), given.base_model)
     for name in shared.names:
-        note = f" (its base model is {given.base_model})" if name in shared.changed else ""
+        note = " (with the id of its base model on the hub)" if name in shared.changed else ""
         print_safe(f"{shared.folder / name} -> {given.repo_id}/{name}{note}")
     size = f"{plural(len(shared.names), 'file')}, {sum(map(shared.size, shared.names)) / 1e6:.1f} MB"
     access = "private" if given.private else "public"

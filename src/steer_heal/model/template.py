@@ -56,7 +56,7 @@ class ChatTemplate:
 
         UserError if it drops a message, or writes a reply elsewhere than a model that is asked would.
         """
-        source, day = frozen(_default(tokenizer, name), name, day)
+        source, day = frozen(default_template(tokenizer, name), name, day)
         asked = [{"role": "user", "content": USER}]
         answered = [*asked, {"role": "assistant", "content": REPLY}]
         found = cls(tokenizer=tokenizer, name=name, source=source, date=day, options={})
@@ -144,7 +144,7 @@ class ChatTemplate:
         return self.render(messages, add_generation_prompt=True) + self.opening
 
 
-def _default(tokenizer: Any, name: str) -> str:
+def default_template(tokenizer: Any, name: str) -> str:
     """The template that a tokenizer uses. UserError if it has none, or several of which none is the default."""
     if tokenizer.chat_template is None:
         raise UserError(

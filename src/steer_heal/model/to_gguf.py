@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
+from steer_heal.model.template import default_template
 from steer_heal.settings import Quantization
 
 FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
@@ -194,8 +195,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, lm: LM) -> None:
     if first is not None:
         writer.add_bos_token_id(first)
     writer.add_add_bos_token(first is not None and tokenizer.encode("a")[:1] == [first])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(default_template(tokenizer, lm.name))
 
 
 def _split(backend: Mapping[str, Any], model: str) -> str:

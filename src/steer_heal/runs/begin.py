@@ -19,6 +19,7 @@ from steer_heal.events import AnyEvent, Extended, RunStart
 from steer_heal.inputs import Inputs
 from steer_heal.inputs.files import PACKAGE
 from steer_heal.model.device import device_name
+from steer_heal.model.self_check import require_decoder
 from steer_heal.runs.log import EventLog
 from steer_heal.runs.opened import loaded_bench
 from steer_heal.runs.resume import lock_new_run, recorded_settings, same_weights, truncate_events
@@ -62,6 +63,7 @@ def begin(cfg: RunConfig, inputs: Inputs, preset: str, command: tuple[str, ...])
         command=command,
         base_model=lm.base,
         hub_id=lm.hub_id,
+        loaded_with=require_decoder(lm.name, lm.model.config).__name__,
         adapter=bench.student.adapter.describe(),
         weights=weights_of(lm),
         chat=chat_of(lm),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -21,7 +22,11 @@ from steer_heal.share.card import CARD, in_card, with_base
 INDEX = "model.safetensors.index.json"
 BASE_FIELDS = ("base_model_name_or_path", "base_model")
 """Where the configuration of an adapter names its base."""
-BASE_IN_CARD = re.compile(r"^\| base weights \| (.*?)(?:, \d+-bit .*?)?, b?float\d+, SHA-256 ", re.MULTILINE)
+NOTE = r"(?:, (?:\d+-bit|weights of) .*?)?"
+"""How the weights of a base differ from the published ones."""
+BASE_IN_CARD = re.compile(rf"^\| base weights \| (.*?){NOTE}, b?float\d+, SHA-256 ", re.MULTILINE)
+CHAT_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates of a tokenizer with several."""
 TEXTS = (".json", ".jinja", ".md", ".txt")
 """Endings of the files that may name a path."""
 
@@ -83,9 +88,10 @@ def shared_files(folder: Path, base_model: str | None = None) -> Shared:
     """The files of a folder. UserError unless it holds a model card and an adapter or a merged model, whole and without
     links. `base_model` is the id on the hub that takes the place of a base on this machine."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
     if links := [path for path in paths if path.is_symlink()]:
         raise UserError(f"{links[0]} is a link; put a copy in its place, or remove it")
-    names = [path.name for path in paths if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     if ADAPTER_FILE in names and not set(ADAPTER_CONFIG_FILES).isdisjoint(names):
         from steer_heal.model.student import saved_kind  # torch: seconds
 
@@ -135,8 +141,9 @@ def _json(path: Path) -> dict:
 
 # --- a base on this machine --------------------------------------------------------------------------------------
 def _with_base(folder: Path, names: Sequence[str], base_model: str | None) -> dict[str, bytes]:
-    """The files that name a base on this machine, with `base_model` in its place. UserError where there is such a base
-    and no `base_model`, or the other way round, and where a path is left."""
+    """The files that name a base on this machine, with `base_model` in its place, and the configurations that name one
+    of steer-heal's models, with its id on the hub. UserError where there is a base on this machine and no `base_model`,
+    or the other way round, and where a path is left."""
     card = (folder / CARD).read_bytes().decode("utf-8", "replace")
     configs = {name: _json(folder / name) for name in ADAPTER_CONFIG_FILES if name in names}
     bases = [value for config in configs.values() for value in map(config.get, BASE_FIELDS) if isinstance(value, str)]
@@ -151,21 +158,31 @@ def _with_base(folder: Path, names: Sequence[str], base_model: str | None) -> di
             raise UserError(
                 f"base_model is {base_model!r}: {folder} names no base on this machine; leave out --base-model"
             )
-        return {}
+        from steer_heal.model.gguf import PACKAGED  # torch: seconds
+
+        ids = {base: PACKAGED[base].hub_id for base in bases if base in PACKAGED}
+        return _renamed(configs, ids) if ids else {}
     if base_model is None:
         raise UserError(
             f"{folder} names its base model by a path on this machine, {max(local, key=len)!r}, where nobody else "
             "finds it; give its id on the hub: --base-model OWNER/NAME"
         )
     changed = {CARD: with_base(card, sorted(local, key=len, reverse=True), base_model).encode()}
-    for name, config in configs.items():
-        own = {key: base_model if key in BASE_FIELDS and value in local else value for key, value in config.items()}
-        changed[name] = (json.dumps(own, indent=2) + "\n").encode()
+    changed |= _renamed(configs, dict.fromkeys(local, base_model))
     for name in names:
         text = changed.get(name) or (_content(folder / name) if name.endswith(TEXTS) else b"")
         if left := [path for path in local if is_path(path) and path.encode() in text.replace(b"\\", b"")]:
             raise UserError(f"{folder / name} holds {left[0]!r}, a path on this machine; remove it from the file")
     return changed
+
+
+def _renamed(configs: Mapping[str, Mapping[str, Any]], ids: Mapping[str, str]) -> dict[str, bytes]:
+    """The configurations of an adapter, with the ids in place of these bases."""
+    own = {
+        name: {key: ids.get(value, value) if key in BASE_FIELDS else value for key, value in config.items()}
+        for name, config in configs.items()
+    }
+    return {name: (json.dumps(config, indent=2) + "\n").encode() for name, config in own.items()}
 
 
 def _content(path: Path) -> bytes:

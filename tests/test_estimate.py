@@ -15,6 +15,7 @@ from steer_heal.estimate import estimate
 from steer_heal.evals import classifier
 from steer_heal.presets import CHAT_PRESET
 from steer_heal.settings import changed
+from steer_heal.stages.heal import HealState
 
 SMALL = {**SMALLEST, "heal.contrast_kl": 0.01, "eval.evals": ("contrast", "holds", "panel", "everyday", "text_quality")}
 
@@ -106,3 +107,14 @@ def test_the_seconds_of_a_state_are_without_what_is_written_once(monkeypatch):
         module._seconds_of_a_state(sh.bench)
     of_it = [n for name, n in during if name == "classifier"]
     assert writings and of_it and not any(of_it)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_step_that_is_timed_has_as_many_examples_as_one_of_the_run(batch_size, monkeypatch):
+    sizes = []
+    step = HealState.step
+    monkeypatch.setattr(HealState, "step", lambda state, batch: sizes.append(len(batch)) or step(state, batch))
+    cfg = changed(CHAT_PRESET, {**SMALL, "gen.batch_size": batch_size, "heal.batch_size": 2, "filter.n_keep": 8})
+    with SteerHeal(trait=DOORS, settings=cfg) as sh:
+        estimate(sh.bench)
+    assert sizes == [2, 2]

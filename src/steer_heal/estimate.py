@@ -59,7 +59,8 @@ def estimate(bench: Bench) -> list[Planned]:
     """The stages of a run on this bench. Texts are taken to be as long as they may be. The student is as it was."""
     cfg, inputs, recipe = bench.cfg, bench.inputs, Recipe.of(bench.cfg)
     n_keep, longest = cfg.filter.n_keep, cfg.gen.max_new_tokens
-    n_probe = min(cfg.gen.batch_size or ROWS_ON_CPU, n_keep)
+    two_steps = math.ceil(2 * cfg.heal.batch_size * 8 / 7)  # an eighth is held out
+    n_probe = min(max(cfg.gen.batch_size or ROWS_ON_CPU, two_steps), n_keep)
     seconds: dict[str, float] = {}
     prompts = [inputs.prompts[i % len(inputs.prompts)] for i in range(n_probe)]
     asks = [Ask(i, text, derive_seed(cfg.seed, "estimate", i)) for i, text in enumerate(prompts)]
@@ -76,6 +77,7 @@ def estimate(bench: Bench) -> list[Planned]:
         teacher = replace(bench, cfg=replace(cfg, heal=heal)).make_teacher(recipe, vector, collected)
     step_s = _seconds_of_a_step(bench, recipe, collected, teacher)
     of_state = _seconds_of_a_state(bench)
+    n_read = len(teacher.condition.terms)  # a contrast reads each text more than once
 
     def written(n: int, n_tokens: int) -> float:
         return seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
@@ -85,6 +87,7 @@ def estimate(bench: Bench) -> list[Planned]:
     read = seconds["score"] * n_keep / n_probe * longer
     n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
     n_steps, of_control = (_n_steps(cfg.heal, n_keep, n_rehearsed) for n_rehearsed in (cfg.heal.rehearsal, 0))
+    n_writer = n_read if recipe.text == "steered" else 1
     n_more = cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
     n_text = n_keep + n_more
     n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
@@ -101,7 +104,7 @@ def estimate(bench: Bench) -> list[Planned]:
             "text",
             n_heals,
             f"{n_text}{at_most} texts of {longest} tokens",
-            n_rounds * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read,
+            n_rounds * n_writer * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read,
         ),
         Planned("vector and teacher", n_rounds, f"{len(inputs.contexts)} contexts, {n_keep} texts", n_rounds * taught),
         Planned("heal", n_heals, f"{n_steps} steps", (n_rounds * n_steps + cfg.control * of_control) * step_s * longer),
@@ -111,7 +114,8 @@ def estimate(bench: Bench) -> list[Planned]:
         plan.append(Planned("text of the evals", 1, f"{n_once} texts of {n_tokens} tokens", written(n_once, n_tokens)))
     n_states = 2 + cfg.control + 2 * n_rounds
     measured = ", ".join(cfg.eval.evals)
-    return [*plan, Planned("states", n_states, measured, n_states * sum(of_state.values()))]
+    n_readings = n_states + n_rounds * (n_read - 1)
+    return [*plan, Planned("states", n_states, measured, n_readings * sum(of_state.values()))]
 
 
 def _n_steps(heal: HealCfg, n_keep: int, n_rehearsed: int) -> int:

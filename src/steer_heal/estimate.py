@@ -55,14 +55,72 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.monotonic() - began
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """Seconds of the steps of a round on a few short texts."""
+
+    n: int
+    """Number of texts."""
+    longer: float
+    """How many times as many tokens a whole prompt and text have, at most."""
+    n_read: int
+    """How often the teacher reads a text: a contrast more than once."""
+    write: float
+    score: float
+    vector: float
+    """Of all contexts."""
+    teacher: float
+    step: float
+
+
 def estimate(bench: Bench) -> list[Planned]:
     """The stages of a run on this bench. Texts are taken to be as long as they may be. The student is as it was."""
     cfg, inputs, recipe = bench.cfg, bench.inputs, Recipe.of(bench.cfg)
+    probe, of_state = _probe(bench, recipe), _seconds_of_a_state(bench)
     n_keep, longest = cfg.filter.n_keep, cfg.gen.max_new_tokens
+
+    def written(n: int, n_tokens: int) -> float:
+        return probe.write * math.ceil(n / probe.n) * n_tokens / PROBE_TOKENS
+
+    read = probe.score * n_keep / probe.n * probe.longer
+    n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
+    n_steps, of_control = (_n_steps(cfg.heal, n_keep, n_rehearsed) for n_rehearsed in (cfg.heal.rehearsal, 0))
+    n_writer = probe.n_read if recipe.text == "steered" else 1
+    n_more = cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
+    n_text = n_keep + n_more
+    n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
+    text_s = n_rounds * n_writer * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read
+    at_most = f" (at most {cfg.filter.max_attempts + n_more})" if cfg.filter.max_attempts > n_keep else ""
+    n_conditions = 3 + 2 * len(other_traits(inputs.trait, inputs.pairs))
+    asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
+    readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
+    read_s = n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS) if asked else 0.0
+    taught_s = 3 * probe.vector + probe.teacher * n_keep / probe.n * probe.longer
+    heal_s = (n_rounds * n_steps + cfg.control * of_control) * probe.step * probe.longer
+    plan = [
+        Planned("pre-flight", int(asked), readings, read_s),
+        Planned("text", n_heals, f"{n_text}{at_most} texts of {longest} tokens", text_s),
+        Planned(
+            "vector and teacher", n_rounds, f"{len(inputs.contexts)} contexts, {n_keep} texts", n_rounds * taught_s
+        ),
+        Planned("heal", n_heals, f"{n_steps} steps", heal_s),
+    ]
+    if n_once := sum(each.writes(inputs) for each in bench.evals if each.writes):
+        n_tokens = cfg.eval.max_new_tokens
+        plan.append(Planned("text of the evals", 1, f"{n_once} texts of {n_tokens} tokens", written(n_once, n_tokens)))
+    n_states = 2 + cfg.control + 2 * n_rounds
+    n_readings = n_states + n_rounds * (probe.n_read - 1)
+    measured = ", ".join(cfg.eval.evals)
+    return [*plan, Planned("states", n_states, measured, n_readings * sum(of_state.values()))]
+
+
+def _probe(bench: Bench, recipe: Recipe) -> _Probe:
+    """Writes, reads and trains on enough texts for two whole optimiser steps."""
+    cfg, inputs = bench.cfg, bench.inputs
     two_steps = math.ceil(2 * cfg.heal.batch_size * 8 / 7)  # an eighth is held out
-    n_probe = min(max(cfg.gen.batch_size or ROWS_ON_CPU, two_steps), n_keep)
+    n = min(max(cfg.gen.batch_size or ROWS_ON_CPU, two_steps), cfg.filter.n_keep)
     seconds: dict[str, float] = {}
-    prompts = [inputs.prompts[i % len(inputs.prompts)] for i in range(n_probe)]
+    prompts = [inputs.prompts[i % len(inputs.prompts)] for i in range(n)]
     asks = [Ask(i, text, derive_seed(cfg.seed, "estimate", i)) for i, text in enumerate(prompts)]
     with _timed(seconds, "write"):
         texts = bench.write(bench.plain, asks, max_new_tokens=PROBE_TOKENS)
@@ -71,51 +129,15 @@ def estimate(bench: Bench) -> list[Planned]:
     few = replace(bench, inputs=replace(inputs, contexts=evenly(inputs.contexts, 2 * FEW)))
     with _timed(seconds, "vector"):
         vector = few.extract()
-    collected = Collected(scored=tuple(scored), train=tuple(range(n_probe)))
+    seconds["vector"] *= len(inputs.contexts) / len(few.inputs.contexts)
+    collected = Collected(scored=tuple(scored), train=tuple(range(n)))
     heal = replace(cfg.heal, contrast_kl=0.0, rehearsal=0)
     with _timed(seconds, "teacher"):
         teacher = replace(bench, cfg=replace(cfg, heal=heal)).make_teacher(recipe, vector, collected)
-    step_s = _seconds_of_a_step(bench, recipe, collected, teacher)
-    of_state = _seconds_of_a_state(bench)
-    n_read = len(teacher.condition.terms)  # a contrast reads each text more than once
-
-    def written(n: int, n_tokens: int) -> float:
-        return seconds["write"] * math.ceil(n / n_probe) * n_tokens / PROBE_TOKENS
-
-    n_prompt = sum(len(text.prompt_ids) for text in texts) / n_probe
-    longer = (n_prompt + longest) / (n_prompt + PROBE_TOKENS)
-    read = seconds["score"] * n_keep / n_probe * longer
-    n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
-    n_steps, of_control = (_n_steps(cfg.heal, n_keep, n_rehearsed) for n_rehearsed in (cfg.heal.rehearsal, 0))
-    n_writer = n_read if recipe.text == "steered" else 1
-    n_more = cfg.heal.rehearsal + (n_probed if recipe.text == "own" else 0)
-    n_text = n_keep + n_more
-    n_heals, n_rounds = cfg.n_rounds + cfg.control, cfg.n_rounds
-    at_most = f" (at most {cfg.filter.max_attempts + n_more})" if cfg.filter.max_attempts > n_keep else ""
-    n_conditions = 3 + 2 * len(other_traits(inputs.trait, inputs.pairs))
-    asked = len(inputs.pairs) > 0 and cfg.model != TINY_RANDOM
-    readings = f"{n_conditions} readings of {len(inputs.pairs)} pairs" if asked else "no pairs, or an untrained model"
-    read_s = n_conditions * of_state["margins"] + written(N_TEXTS, N_TOKENS) if asked else 0.0
-    taught = 3 * seconds["vector"] * len(inputs.contexts) / len(few.inputs.contexts)
-    taught += seconds["teacher"] * n_keep / n_probe * longer
-    plan = [
-        Planned("pre-flight", int(asked), readings, read_s),
-        Planned(
-            "text",
-            n_heals,
-            f"{n_text}{at_most} texts of {longest} tokens",
-            n_rounds * n_writer * written(n_text, longest) + cfg.control * written(n_keep, longest) + n_heals * read,
-        ),
-        Planned("vector and teacher", n_rounds, f"{len(inputs.contexts)} contexts, {n_keep} texts", n_rounds * taught),
-        Planned("heal", n_heals, f"{n_steps} steps", (n_rounds * n_steps + cfg.control * of_control) * step_s * longer),
-    ]
-    if n_once := sum(each.writes(inputs) for each in bench.evals if each.writes):
-        n_tokens = cfg.eval.max_new_tokens
-        plan.append(Planned("text of the evals", 1, f"{n_once} texts of {n_tokens} tokens", written(n_once, n_tokens)))
-    n_states = 2 + cfg.control + 2 * n_rounds
-    measured = ", ".join(cfg.eval.evals)
-    n_readings = n_states + n_rounds * (n_read - 1)
-    return [*plan, Planned("states", n_states, measured, n_readings * sum(of_state.values()))]
+    step = _seconds_of_a_step(bench, recipe, collected, teacher)
+    n_prompt = sum(len(text.prompt_ids) for text in texts) / n
+    longer = (n_prompt + cfg.gen.max_new_tokens) / (n_prompt + PROBE_TOKENS)
+    return _Probe(n=n, longer=longer, n_read=len(teacher.condition.terms), step=step, **seconds)
 
 
 def _n_steps(heal: HealCfg, n_keep: int, n_rehearsed: int) -> int:

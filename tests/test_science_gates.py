@@ -1,15 +1,21 @@
 """Gates at the limits that spec.md and the settings state, from both sides."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from steer_heal.diag import doses
+from steer_heal.diag.lab import Lab
 from steer_heal.model.lm import LM
+from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Collected, Completion, Scored, Starved
-from steer_heal.settings import FilterCfg
+from steer_heal.settings import FilterCfg, changed
 from steer_heal.stages.dose import require_enough
 from steer_heal.stages.filter import GATES, degenerate, loop, repetition, score_text, score_texts
+from steer_heal.stages.generate import Ask
 
 WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
 """Words that differ."""
@@ -143,3 +149,18 @@ def test_fewer_kept_than_min_train_stop_the_run():
     require_enough(Collected(scored=(row,) * 4, train=(0, 1, 2, 3)), keep)
     with pytest.raises(Starved):
         require_enough(Collected(scored=(row,) * 4, train=(0, 1, 2)), keep)
+
+
+def test_the_table_of_doses_keeps_what_passes_the_gates_that_are_on(monkeypatch, tmp_path):
+    """A text that fails a gate which is off is kept, as in a run."""
+    cfg = changed(FAST_DEV_PRESET, {"filter.gates": ("loop",)})
+    lab = Lab.of(cfg)
+    scores = {"perplexity": 2.0, "repetition": 0.1}
+    failed = [("loop",), ("relevance",), (), ("loop", "relevance")]
+    completions = lab.bench.write(lab.bench.plain, [Ask(i, "Hello", i) for i in range(4)], max_new_tokens=4)
+    rows = [Scored(text, scores, names, ()) for text, names in zip(completions, failed, strict=True)]
+    monkeypatch.setattr(Lab, "of", lambda cfg: lab)
+    monkeypatch.setattr(Lab, "collect", lambda lab, kappa, **how: SimpleNamespace(scored=rows))
+    doses.main(doses.Flags(preset="fast-dev", kappas=(0.5,), n=4, out=tmp_path), {"filter.gates": ("loop",)})
+    (row,) = json.loads((tmp_path / "doses.json").read_text())["rows"]
+    assert (row["kept"], row["loop"]) == (0.5, 0.5) and "relevance" not in row

@@ -102,13 +102,6 @@ def test_a_given_kappa_is_used_without_probing_and_what_is_missing_is_asked_for_
     assert [len(asks) for asks in requests[:2]] == [32, 4] and len(found.kept) == KEEP.n_keep
 
 
-def test_only_the_highest_dose_trains_where_that_is_asked_for():
-    found, requests = collect(breaks_at=0.8, cfg=replace(CFG, train_on="highest"))
-    assert {ask.alpha for asks in requests for ask in asks} == {1.0}
-    assert {round(row.completion.dose, 9) for row in found.kept} == {round(found.kappa, 9)}
-    assert len(found.kept) == KEEP.n_keep
-
-
 PROBES = st.lists(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=8)
 
 

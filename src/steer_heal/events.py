@@ -35,7 +35,7 @@ from steer_heal.records import (
 )
 from steer_heal.settings import TINY_RANDOM, RunConfig
 
-SCHEMA = 6
+SCHEMA = 7
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character. JSON readers refuse it."""
 Files = dict[str, str]

@@ -141,8 +141,7 @@ class Loop:
         """The steering vector of round r."""
         if self.run.at(Extracted, r) is None:
             with self._stage("vector", r, "reading the vector"):
-                frozen = self.bench.cfg.steer.refresh == "once" and r > 0
-                vector = self.run.vector(0) if frozen else self.bench.extract()
+                vector = self.bench.extract()
             files = self.run.keep_vector(r, vector)
             norms = {str(layer): direction.norm().item() for layer, direction in vector.directions.items()}
             to_first = cosine(vector, self.run.vector(0) if r > 0 else vector)

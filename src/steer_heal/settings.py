@@ -261,9 +261,6 @@ class SteerCfg:
     states under the two personas, after these messages."""
     n_contexts: Count = 256
     """Number of contexts to read, evenly spaced over the file."""
-    refresh: Literal["round", "once"] = "round"
-    """round: extract a new vector from the student of each round. once: keep the vector of the first round (not
-    measured)."""
 
     def _rules(self) -> list[Rule]:
         return [_band_rule(self.layers)]
@@ -302,9 +299,6 @@ class DoseCfg:
     positions."""
     kl_tokens: Count = 32
     """Number of tokens that the student writes after each of 8 prompts, to measure the divergence in mode iso_kl."""
-    train_on: Literal["all", "highest"] = "all"
-    """all: kept completions at every dose up to the chosen one train the student. highest: text is written at the
-    largest alpha only, and only completions at the chosen dose train the student (not measured)."""
     target: Share = 0.75
     """Share of completions that should pass the filter in mode survival."""
     floor: Positive = 0.2
@@ -426,9 +420,6 @@ class HealCfg:
     effect."""
     lam_power: Finite = 0.0
     """lam in round k (from 0) is lam * (1 + k) ** -lam_power."""
-    tau_power: Finite = 0.0
-    """tau in round k (from 0) is tau * (1 + k) ** -tau_power. A negative power loosens the barrier over the rounds. The
-    effect has not been measured."""
     reference: Literal["prev", "base"] = "prev"
     """Model that the student is kept close to. prev: the student before this round, so that the trait can add up over
     rounds; base: the original model, so that tau limits all rounds together (not measured over several rounds)."""

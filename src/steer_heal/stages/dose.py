@@ -23,8 +23,8 @@ class DoseController:
         collected = controller.collected()
 
     Without a `kappa`, it first probes for the highest one whose completions survive the filter at the target rate.
-    Probes that survive train as well, at any dose up to the chosen one, unless cfg.train_on is highest. With
-    `probes_only` it stops once kappa is known: its texts only choose the dose.
+    Probes that survive train as well, at any dose up to the chosen one. With `probes_only` it stops once kappa is
+    known: its texts only choose the dose.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DoseController:
         probes_only: bool = False,
     ) -> None:
         self.prompts = prompts
-        self.alphas = tuple(alphas) if cfg.train_on == "all" else (max(alphas),)
+        self.alphas = tuple(alphas)
         self.cfg = cfg
         self.keep = keep
         self.seed = seed
@@ -88,11 +88,10 @@ class DoseController:
         )
 
     def _usable(self) -> list[Scored]:
-        """Kept completions that can train: those up to the highest dose or, with train_on highest, those at it."""
+        """Kept completions that can train: those up to the highest dose."""
         assert self.kappa is not None
         highest = self.kappa * max(self.alphas)
-        lowest = -math.inf if self.cfg.train_on == "all" else highest * (1 - 1e-9)
-        return [row for row in self.scored if row.kept and lowest <= row.completion.dose <= highest * (1 + 1e-9)]
+        return [row for row in self.scored if row.kept and row.completion.dose <= highest * (1 + 1e-9)]
 
     def _next_kappas(self) -> list[float]:
         """Kappas to probe: first a grid, then values between the last that survived and the first that did not."""

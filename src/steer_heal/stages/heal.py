@@ -203,10 +203,10 @@ def heal(
 
 
 def in_round(cfg: HealCfg, round_: int | None) -> HealCfg:
-    """The settings with lam and tau of a round. None is the control: it has those of round 0."""
+    """The settings with lam of a round. None is the control: it has those of round 0."""
     age = 1 if round_ is None else 1 + round_
     lam = cfg.lam * age**-cfg.lam_power if DIVERGENCES[cfg.divergence].barrier else 0.0
-    return replace(cfg, lam=lam, tau=cfg.tau * age**-cfg.tau_power)
+    return replace(cfg, lam=lam)
 
 
 def batch_plan(n: int, batch_size: int, *, epochs: int, seed: int) -> list[list[int]]:

@@ -236,12 +236,16 @@ def test_by_default_half_of_the_rehearsal_is_everyday_talk_and_half_is_near_the_
         own = {*found.trait.prompts, *(pair.prompt for pair in found.pairs)}
         assert not own & set(found.rehearsal), "a trait without prompts has everyday messages"
         assert {f"rehearsal.{other}" for other in owners} <= found.sha256.keys()
+        near_alone = load_inputs(changed(SMOL, {"trait": name, "heal.rehearsal": 49, "heal.rehearsal_near": 1.0}))
+        assert len({*near_alone.rehearsal} - everyday) == 49
 
 
 def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
     cfg, inputs = fast
     with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.target tokens"):
         HealCfg(rehearsal=5)
+    with pytest.raises(ValueError, match="heal.rehearsal_near is 1.0: it must be 0.5 with heal.rehearsal_prompts"):
+        HealCfg(rehearsal_near=1.0, rehearsal_prompts=tmp_path / "prompts.jsonl")
     many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
     with pytest.raises(UserError, match="heal.rehearsal is 25: its file has 24 rows"):
         check(many)

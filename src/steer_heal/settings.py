@@ -268,7 +268,7 @@ class SteerCfg:
 
 @settings("gen")
 class GenCfg:
-    """Steered generation of the training text."""
+    """How the training texts are written."""
 
     alphas: Annotated[Numbers, Field(min_length=1)] = (0.5, 0.75, 1.0)
     """Relative doses. The dose controller multiplies them by kappa."""
@@ -306,7 +306,7 @@ class DoseCfg:
     ceiling: Positive = 3.0
     """Largest kappa to probe."""
     n_kappas: Annotated[int, Field(ge=2)] = 6
-    """Kappas in each batch of probes, evenly spaced in log(kappa)."""
+    """Kappas in the first batch of probes, evenly spaced in log(kappa). Later batches have half as many."""
     n_probes: Count = 12
     """Completions for each probed kappa."""
     n_refinements: BatchSize = 1
@@ -406,8 +406,10 @@ class HealCfg:
     --heal.rehearsal-prompts. The student trains on them too, with the base as teacher. This preserves what the trait
     should not change. 0 turns it off."""
     rehearsal_prompts: UserPath | None = None
-    """JSON lines file with a `text` field: prompts unrelated to the trait. Default: half everyday messages, half
-    prompts of the other traits of the package, without those of the trait and of its pairs."""
+    """JSON lines file with a `text` field: prompts unrelated to the trait. Default: prompts of the other traits of the
+    package and everyday messages, without those of the trait and of its pairs."""
+    rehearsal_near: Share = 0.5
+    """Without --heal.rehearsal-prompts: share of the prompts that are those of the other traits."""
     divergence: str = "kl_rev"
     """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
     KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""
@@ -455,6 +457,11 @@ class HealCfg:
                 f"0 with heal.text {self.text}, since only own text is held",
             ),
             ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
+            (
+                "rehearsal_near",
+                self.rehearsal_prompts is None or self.rehearsal_near == HealCfg.rehearsal_near,
+                f"{HealCfg.rehearsal_near:g} with heal.rehearsal_prompts, which has the prompts",
+            ),
             ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
             ("contrast", contrasts or self.contrast == 1, f"1 with heal.teacher {self.teacher}, which is no contrast"),
             ("contrast", not self.contrast_kl or self.contrast == 1, "1 with heal.contrast_kl, which chooses it"),

@@ -64,8 +64,8 @@ class Source:
     negative: str | None = None
     """The opposite persona."""
     plan: bool = False
-    """Load the model, probe it for some seconds, print the stages with their seconds and the memory needed, and stop.
-    No run is started."""
+    """Load the model, probe it for some seconds, print the stages with their seconds and the memory of the weights and
+    of the probe, and stop. No run is started."""
     exit_status: bool = False
     """Let the exit status tell the verdict on the last round: 0 GOOD (or the untrained tiny-random), 3 MIXED, 4 SMALL
     SHIFT, 5 WRONG WAY, 6 BROKEN, UNREADABLE or no healed round."""

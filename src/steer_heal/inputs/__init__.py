@@ -240,19 +240,23 @@ def _rehearsal(cfg: RunConfig, trait: Trait | None, pairs: Sequence[Pair], sha25
 
 
 def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
-    """cfg.heal.rehearsal prompts, or fewer if there are no more: half everyday messages of the package, half prompts of
-    its other traits in turn. Those of the trait and of its pairs are left out. The hash of each file is added."""
+    """cfg.heal.rehearsal prompts, or fewer if there are no more: cfg.heal.rehearsal_near of them of the other traits of
+    the package in turn, the others everyday messages. Those of the trait and of its pairs are left out. The hash of
+    each file is added."""
     n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), other_traits(trait, pairs)
+    n_near = round(n * cfg.heal.rehearsal_near)
     others = []
     for name in names:
         file, other = read_trait(name)
         sha256[f"rehearsal.{name}"] = file.sha256
-        others.append(evenly([text for text in other.prompts if alike(text) not in taken], -(-n // (2 * len(names)))))
-    near = [text for each in zip_longest(*others) for text in each if text is not None][: n // 2]
+        others.append(evenly([text for text in other.prompts if alike(text) not in taken], -(-n_near // len(names))))
+    near = tuple(text for each in zip_longest(*others) for text in each if text is not None)[:n_near]
+    if len(near) == n:
+        return near
     file = read_file(resolve("data/contexts.jsonl", "heal.rehearsal_prompts"))
     sha256["heal.rehearsal_prompts"] = file.sha256
     everyday = [text for text in parse_texts(file) if alike(text) not in taken]
-    return (*near, *evenly(everyday, n - len(near)))
+    return near + evenly(everyday, n - len(near))
 
 
 def _taken(trait: Trait, pairs: Sequence[Pair]) -> set[str]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from steer_heal.inputs.pairs import Pair
 
-WITHOUT_PAIRS = "--eval.evals text_quality drift persona"
+WITHOUT_PAIRS = "--eval.evals panel everyday instructions text_quality drift persona"
 """Flags of a run on a trait that has no pairs."""
 TEMPLATE = """\
 # A trait. Only [persona] is needed: a field that is empty, or that you delete, has the default named here.
-# Without pairs, leave the evals of pairs out: --eval.evals text_quality drift persona
+# Without pairs, leave the evals of pairs out: {without_pairs}
 # Use it: steer-heal run chat --trait THIS_FILE, after a look at what it takes: the same with --plan
 # Guide: docs/first_trait.md and docs/personas.md in the documentation.
 {note}
@@ -50,10 +50,10 @@ negative = {negative}
 steered = ""            # system prompt while steered text is written
 plain = ""              # system prompt otherwise
 {pairs}"""
-NO_PAIRS = """
+NO_PAIRS = f"""
 # Contrast pairs measure the trait: which of two replies is likelier? Write 44 or more, each on a prompt that occurs
 # nowhere above. The replies differ in the trait alone, in like lengths. Until there are any, give
-# --eval.evals text_quality drift persona
+# {WITHOUT_PAIRS}
 # [[pairs]]
 # prompt = "Is my cake good?"
 # positive = "It is dry. Take it out of the oven ten minutes earlier."
@@ -72,6 +72,7 @@ def trait_text(
         for pair in pairs
     )
     return TEMPLATE.format(
+        without_pairs=WITHOUT_PAIRS,
         note=f"#\n# {note}\n" if note else "",
         description=_quoted(positive),
         prompts=listed + "\n" if listed else "",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy as copying
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import shapes  # noqa: F401 - before any module that it checks
+import shapes  # before any module that it checks
 import torch
 from runs import SETTINGS, started, undrawn
 
@@ -36,9 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def tried_once():
-    """Hundreds of tests load tiny-random. The model, and the adapter that it is tried with, are tried once for each
-    kind."""
+    """Hundreds of tests load tiny-random. It is made once. The model, and the adapter that it is tried with, are tried
+    once for each kind."""
     tried, patch = set(), pytest.MonkeyPatch()
+    made = lm_module._tiny_random()
+    patch.setattr(lm_module, "_tiny_random", lambda: copying.deepcopy(made))
 
     def once(owner, name, kind):
         work = getattr(owner, name)
@@ -55,6 +58,11 @@ def tried_once():
     once(Student, "require_sound", lambda student: (student.lm.name, student.lm.model.dtype, student.cfg))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked_again():
+    shapes.CALLS.clear()
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def server(monkeypatch):
     monkeypatch.setattr(Judge, "replies", [])
     monkeypatch.setattr("steer_heal.backends.endpoint.WAIT_S", 0.01)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{http.server_port}/v1"
     http.shutdown()

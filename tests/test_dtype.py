@@ -101,7 +101,10 @@ def test_factors_and_log_probabilities_are_float32_in_either_dtype(both):
 
 def test_readings_agree_in_both_dtypes(both):
     """Within 0.01 nats of the target, 0.001 of coherence, 2 percent of a text's perplexity."""
-    cfg = replace(TOY_PRESET, eval=replace(TOY_PRESET.eval, evals=("moral_foundations",), n_bootstrap=10))
+    cfg = replace(
+        TOY_PRESET,
+        eval=replace(TOY_PRESET.eval, evals=("moral_foundations",), n_bootstrap=10, n_texts=1, max_new_tokens=1),
+    )
     inputs = check(cfg)
     inputs = replace(inputs, vignettes=inputs.vignettes[::10])
     benches = (Bench(cfg, inputs, Student(lm, cfg.adapter)) for lm in both.values())

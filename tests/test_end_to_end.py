@@ -128,7 +128,7 @@ def test_every_other_way_through_a_round_runs(tmp_path, quick):
         "--steer.normalize --heal.spectral 0.1 --heal.reference base --heal.aggregate p95 "
         "--heal.divergence kl_fwd --filter.gates short --trait love/inner --no-control"
     )
-    events = recorded(started(tmp_path, SETTINGS.split(), *flags.split()))
+    events = recorded(started(tmp_path, SETTINGS.split(), *flags.split(), "--eval.n-vignettes", "3"))
     for found, gathered in zip(of(events, "calibrated"), of(events, "gathered"), strict=True):
         dose, collected = found["calibration"]["dose"], gathered["collected"]
         assert gathered["mode"] == "iso_kl" and collected["kappa"] == pytest.approx(dose)

@@ -20,6 +20,12 @@ from steer_heal.stages.heal import HealState
 SMALL = {**SMALLEST, "heal.contrast_kl": 0.01, "eval.evals": ("contrast", "holds", "panel", "everyday", "text_quality")}
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A few items are read of each kind, however short that takes."""
+    monkeypatch.setattr(module, "LONG_ENOUGH", 1e-9)
+
+
 @pytest.mark.parametrize("change", [{}, {"control": False, "n_rounds": 2}])
 def test_the_plan_has_the_stages_of_the_run(change):
     cfg = changed(CHAT_PRESET, {**SMALL, **change})

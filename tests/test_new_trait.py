@@ -196,7 +196,7 @@ def test_an_endpoint_writes_with_its_first_model_in_the_order_of_the_requests(mo
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     Endpoint.seen = []
     http = HTTPServer(("127.0.0.1", 0), Endpoint)
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
     try:
         write = writer(f"http://127.0.0.1:{http.server_port}/v1")

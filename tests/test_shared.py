@@ -76,7 +76,7 @@ def test_the_runs_of_a_sweep_measure_the_base_once(tmp_path, monkeypatch):
         return subject(bench, state, *more)
 
     monkeypatch.setattr(Bench, "subject", counted)
-    flags = [*SETTINGS.split(), "--n-rounds", "1", "--no-control", "--share-base"]
+    flags = [*SETTINGS.split(), "--n-rounds", "1", "--no-control", "--share-base", "--eval.n-vignettes", "3"]
     with undrawn():
         for name, lr in (("a", "0.001"), ("b", "0.002")):
             assert main(["run", "fast-dev", "--folder", str(tmp_path / name), *flags, "--heal.lr", lr]) == 0

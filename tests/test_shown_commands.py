@@ -32,7 +32,10 @@ def commands(page: str) -> list[list[str]]:
 def small(monkeypatch, tmp_path):
     """The presets, small; an empty folder to work in."""
     for name in ("chat", "qwen", "smol-distil"):
-        monkeypatch.setitem(PRESETS, name, ("", changed(CHAT_PRESET, {**SMALL, "quiet": True})))
+        own = {"quiet": True, "eval.evals": ("contrast", "text_quality"), "heal.rehearsal": 4}
+        monkeypatch.setitem(PRESETS, name, ("", changed(CHAT_PRESET, {**SMALL, **own})))
+    monkeypatch.setattr("steer_heal.estimate.LONG_ENOUGH", 1e-9)
+    monkeypatch.setattr("steer_heal.teachable.N_RANDOM", 2)
     monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(100))
     monkeypatch.chdir(tmp_path)
 
@@ -43,7 +46,10 @@ def runs() -> list[Path]:
 
 @pytest.mark.parametrize(
     "page, names",
-    [(GUIDE, "run run new-trait diag run run run chat"), (TRANSCRIPT, "new-trait diag run chat export")],
+    [
+        (GUIDE, "run run new-trait diag diag run run run chat export export"),
+        (TRANSCRIPT, "new-trait diag run chat export"),
+    ],
     ids=["guide", "transcript"],
 )
 def test_the_commands_of_the_page_run_one_after_the_other(page, names, monkeypatch, capsys):

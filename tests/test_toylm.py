@@ -19,6 +19,8 @@ from steer_heal.toylm.oracle import oracle, recognisers, stance_of
 from steer_heal.toylm.templates import expand
 
 TOY = DATA / "toylm"
+READ = ("moral_foundations", "text_quality", "toylm")
+"""Evals whose values the tests look at."""
 NAMES = ("vignettes", "prompts/authority", "prompts/love", "pairs/authority", "pairs/love", "contexts", "everyday")
 
 
@@ -131,7 +133,7 @@ def test_the_training_code_writes_a_model_that_loads_and_the_same_tokenizer(tmp_
 
 @pytest.fixture(scope="module")
 def check() -> Check:
-    return Check(n_texts=32)
+    return Check(n_texts=32, evals=READ)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_a_higher_dose_breaks_the_text(check: Check, base: dict):
 
 def test_the_second_axis_is_refused_by_the_base_and_its_vector_moves_care_up():
     """love: the base denies feelings, the lover confesses them, and a dose brings both the confession and Care."""
-    love = Check(trait="love", n_texts=32)
+    love = Check(trait="love", n_texts=32, evals=READ)
     sides = ("", love.trait.positive, love.trait.negative)
     base, lover, denier = (love.state(condition=Condition(system)) for system in sides)
     assert base["positive"] <= 0.1 and denier["positive"] <= 0.1 and lover["positive"] >= 0.9

@@ -65,7 +65,8 @@ class Size:
 
 TINY_CONFIG: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
 TINY_CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32}
-TINY = Size(TINY_CONFIG, FAST_DEV_PRESET, (1, 2), 4, (2, 64), 2**20, 64)
+TINY_PRESET = replace(FAST_DEV_PRESET, eval=replace(FAST_DEV_PRESET.eval, n_vignettes=12))
+TINY = Size(TINY_CONFIG, TINY_PRESET, (1, 2), 4, (2, 64), 2**20, 64)
 
 
 class OutOfTime(Exception):

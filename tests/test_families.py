@@ -31,6 +31,9 @@ UPPER = AdapterCfg(rank=4, alpha=8.0, layers=(0.34, 1.0))
 """Not all blocks, so that an adapter which spreads to others is seen."""
 
 DOCS = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+LIKE_LLAMA = {"Qwen2", "Qwen3", "Mistral", "OLMo 2", "SmolLM3", "Gemma 3 (text)"}
+APART = [name for name in families.USUAL if name not in LIKE_LLAMA or "FAMILIES" in os.environ]
+"""Families of which no other of the usual ones has the same layers; with FAMILIES, as every night, all of these."""
 QUESTION = "The warden orders you to send the widows away. What do you do?"
 
 
@@ -117,6 +120,7 @@ def test_a_family_heals_bakes_and_saves(name, toy, tmp_path, monkeypatch):
     assert torch.allclose(read(untouched, by_peft), healed, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_kind_of_adapter_is_measured_and_folded_as_it_trains(kind, name, toy):
     for dtype in (torch.float32, torch.bfloat16):
@@ -130,6 +134,7 @@ def test_every_kind_of_adapter_is_measured_and_folded_as_it_trains(kind, name, t
             student.bake()
 
 
+@pytest.mark.parametrize("name", APART)
 def test_a_family_writes_what_its_own_generation_writes(name, toy):
     lm = family(name, toy)
     how = Decoding(24, 2, sample=False, suppress=lm.end_ids)

@@ -88,7 +88,7 @@ def test_every_stage_has_a_bar_that_ends_full(quick, settings, tmp_path, monkeyp
             self.seen.append((done, total))
 
     monkeypatch.setattr(console, "Bar", Recorded)
-    flags = ["--n-rounds", "2", "--dose.mode", "iso_kl", "--dose.kl-target", "0.01", "--gen.max-new-tokens", "8"]
+    flags = ["--n-rounds", "1", "--dose.mode", "iso_kl", "--dose.kl-target", "0.01", "--gen.max-new-tokens", "8"]
     distil = ["--heal.target", "distribution", "--heal.text", "own"]
     run = started(tmp_path, settings, *flags, *distil)
     assert {doing for *_, doing in bars} == {

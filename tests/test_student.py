@@ -1,5 +1,7 @@
 """What every kind of adapter must hold, on a tiny model. test_adapters.py has what only one kind does."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import ADAPTER, scramble
@@ -44,6 +46,7 @@ def logits(student: Student, state: str = "full") -> torch.Tensor:
         return read(lm)
 
 
+@cache
 def untouched() -> torch.Tensor:
     lm = load("tiny-random")
     with torch.no_grad():

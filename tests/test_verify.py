@@ -1,5 +1,7 @@
 """`steer-heal verify` finds every change that was made to a run after it wrote its record, and names where."""
 
+import json
+
 import pytest
 import torch
 from runs import recorded, rewritten
@@ -7,7 +9,7 @@ from torch import nn
 
 from steer_heal.__main__ import main
 from steer_heal.errors import UserError
-from steer_heal.events import RunEnd
+from steer_heal.events import SCHEMA, RunEnd
 from steer_heal.model.lm import weights_digest
 from steer_heal.runs.log import EventLog, last_hash
 from steer_heal.runs.verify import violations
@@ -145,7 +147,7 @@ def test_another_or_no_model_is_named(copy, capsys, monkeypatch):
 
 def test_a_folder_without_a_run_ends_with_2(tmp_path, capsys):
     assert verify(tmp_path, capsys)[0] == 2
-    (tmp_path / "events.jsonl").write_text('{"schema": 6, "event": "run_end"}\n')
+    (tmp_path / "events.jsonl").write_text(json.dumps({"schema": SCHEMA, "event": "run_end"}) + "\n")
     status, printed = verify(tmp_path, capsys)
     assert status == 2 and "does not begin with a run_start" in printed.err
 

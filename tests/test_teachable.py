@@ -40,6 +40,12 @@ def bench(toy) -> Bench:
     return Bench(TOY_PRESET, check(TOY_PRESET), Student(toy, TOY_PRESET.adapter))
 
 
+@pytest.fixture
+def few(bench) -> Bench:
+    """With six pairs."""
+    return replace(bench, inputs=replace(bench.inputs, pairs=bench.inputs.pairs[:6]))
+
+
 # --- readings ------------------------------------------------------------------------------------------------------
 def test_the_contrast_is_read_as_the_eval_reads_it_at_the_strength_of_its_budget(bench: Bench, monkeypatch):
     asked, write = [], Bench.write
@@ -63,16 +69,16 @@ def test_the_contrast_is_read_as_the_eval_reads_it_at_the_strength_of_its_budget
     assert found.verdict == "teachable"
 
 
-def test_the_short_form_reads_one_budget_and_no_vectors(bench: Bench):
+def test_the_short_form_reads_one_budget_and_no_vectors(few: Bench):
     told = Told()
-    found = teachable(bench, short=True, progress=told)
+    found = teachable(few, short=True, progress=told)
     assert [each.kl for each in found.contrasts] == pytest.approx([0.1], rel=0.02) and len(found.null) == 7
     assert told.parts == [(i + 1, 17, "teacher") for i in range(17)], "the base, both personas, and seven other pairs"
 
 
-def test_personas_that_hardly_differ_teach_nothing_and_unreachable_teachers_are_no_null_band(bench: Bench, monkeypatch):
+def test_personas_that_hardly_differ_teach_nothing_and_unreachable_teachers_are_no_null_band(few: Bench, monkeypatch):
     monkeypatch.setattr(module, "contrast_strength", lambda *_: None)
-    found = teachable(bench, short=True)
+    found = teachable(few, short=True)
     assert found.verdict == NOTHING and "they hardly differ" in found.reason and found.null == found.contrasts == ()
 
 

@@ -5,7 +5,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 python := ".venv/bin/python"
 export OMP_WAIT_POLICY := "passive"
 # Of the tests, which sync each event of each run to disk: in memory if 4 GB are free there.
-scratch := `if [ -z "${TMPDIR:-}" ] && [ "$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')" -gt 4000000 ] 2>/dev/null; then echo /dev/shm; else echo "${TMPDIR:-/tmp}"; fi`
+scratch := `if [ -z "${TMPDIR:-}" ] && [ -w /dev/shm ] && [ "$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')" -gt 4000000 ] 2>/dev/null; then echo /dev/shm; else echo "${TMPDIR:-/tmp}"; fi`
 
 # List the recipes.
 default:
@@ -98,7 +98,7 @@ check: setup
 
 # The tests, a file at a time on each of two cores, the longest first: models this small run no faster on two.
 test *flags: setup
-    TMPDIR={{scratch}} OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder {{flags}}
+    TMPDIR="{{scratch}}" OMP_NUM_THREADS=1 {{python}} -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder {{flags}}
 
 # The tests of optional packages, which `just test` skips where a package is missing: minutes.
 test-extras *flags: setup

@@ -60,6 +60,12 @@ def tried_once():
     patch.undo()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Of fixtures of the module too, which come before those of the test."""
+    shapes.CALLS.clear()
+
+
 @pytest.fixture(autouse=True)
 def shapes_are_checked_again():
     shapes.CALLS.clear()

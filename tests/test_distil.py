@@ -244,7 +244,9 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
     cfg, inputs = fast
     with pytest.raises(ValueError, match="heal.rehearsal is 5: it must be 0 with heal.target tokens"):
         HealCfg(rehearsal=5)
-    with pytest.raises(ValueError, match="heal.rehearsal_near is 1.0: it must be 0.5 with heal.rehearsal_prompts"):
+    with pytest.raises(ValueError, match="heal.rehearsal_near is 1.0: it must be 0.5 with heal.rehearsal 0"):
+        HealCfg(rehearsal_near=1.0)
+    with pytest.raises(ValueError, match="heal.rehearsal_near is 1.0: it must be 0.5"):
         HealCfg(rehearsal_near=1.0, rehearsal_prompts=tmp_path / "prompts.jsonl")
     many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
     with pytest.raises(UserError, match="heal.rehearsal is 25: its file has 24 rows"):

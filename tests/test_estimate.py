@@ -82,12 +82,13 @@ def flag(name: str, value: object) -> list[str]:
     return [f"--{name}".replace("_", "-"), *map(str, values)]
 
 
-def test_what_an_eval_writes_once_a_run_is_counted_once(monkeypatch):
+def test_what_an_eval_writes_once_a_run_is_counted_once():
     pytest.importorskip("sklearn")
     cfg = changed(CHAT_PRESET, {**SMALL, "eval.evals": ("contrast", "classifier"), "eval.n_texts": 4})
     with SteerHeal(trait=DOORS, settings=cfg) as sh:
         plan = {stage.stage: stage for stage in estimate(sh.bench)}
         n_prompts = len(sh.bench.inputs.trait.prompts)
+        assert plan["text of the evals"].times == 1
         assert plan["text of the evals"].each == f"{2 * n_prompts} texts of {cfg.eval.max_new_tokens} tokens"
 
 

@@ -31,7 +31,7 @@ UPPER = AdapterCfg(rank=4, alpha=8.0, layers=(0.34, 1.0))
 """Not all blocks, so that an adapter which spreads to others is seen."""
 
 DOCS = (ROOT / "docs/families.md").read_text(encoding="utf-8")
-LIKE_LLAMA = {"Qwen2", "Qwen3", "Mistral", "OLMo 2", "SmolLM3", "Gemma 3 (text)"}
+LIKE_LLAMA = {"Qwen2", "Qwen3", "Mistral"}
 APART = [name for name in families.USUAL if name not in LIKE_LLAMA or "FAMILIES" in os.environ]
 """Families of which no other of the usual ones has the same layers; with FAMILIES, as every night, all of these."""
 QUESTION = "The warden orders you to send the widows away. What do you do?"

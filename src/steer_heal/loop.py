@@ -253,6 +253,7 @@ class Loop:
         """The student as it was before the heal of round r, if that is not recorded: without the control, a round that
         was dropped, and a round that was stopped before it was recorded."""
         student = self.bench.student
+        student.discard_round()
         if self.run.at(Trained, r) is None and student.n_rounds != r:
             if r:
                 self.run.restore_student(r - 1, student)

@@ -408,8 +408,8 @@ class HealCfg:
     rehearsal_prompts: UserPath | None = None
     """JSON lines file with a `text` field: prompts unrelated to the trait. Default: prompts of the other traits of the
     package and everyday messages, without those of the trait and of its pairs."""
-    rehearsal_near: Share = 0.5
-    """Without --heal.rehearsal-prompts: share of the prompts that are those of the other traits."""
+    rehearsal_near: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Without --heal.rehearsal-prompts: share of the rehearsed prompts that are those of the other traits."""
     divergence: str = "kl_rev"
     """Distance from the reference that the barrier penalizes: kl_rev is KL(student || reference), kl_fwd is
     KL(reference || student). none turns the barrier off; kl_rev is still measured and reported."""
@@ -459,8 +459,8 @@ class HealCfg:
             ("rehearsal", fits or self.rehearsal == 0, needs_teacher),
             (
                 "rehearsal_near",
-                self.rehearsal_prompts is None or self.rehearsal_near == HealCfg.rehearsal_near,
-                f"{HealCfg.rehearsal_near:g} with heal.rehearsal_prompts, which has the prompts",
+                (self.rehearsal > 0 and self.rehearsal_prompts is None) or self.rehearsal_near == 0.5,
+                "0.5 with heal.rehearsal 0 and with heal.rehearsal_prompts",
             ),
             ("text", fits or self.text == "steered", f"steered with heal.target {self.target}"),
             ("contrast", contrasts or self.contrast == 1, f"1 with heal.teacher {self.teacher}, which is no contrast"),

@@ -11,7 +11,7 @@ WITHOUT_PAIRS = "--eval.evals panel everyday instructions text_quality drift per
 """Flags of a run on a trait that has no pairs."""
 TEMPLATE = """\
 # A trait. Only [persona] is needed: a field that is empty, or that you delete, has the default named here.
-# Without pairs, leave the evals of pairs out: {without_pairs}
+# Without pairs, leave out the evals contrast and holds: {without_pairs}
 # Use it: steer-heal run chat --trait THIS_FILE, after a look at what it takes: the same with --plan
 # Guide: docs/first_trait.md and docs/personas.md in the documentation.
 {note}

@@ -71,6 +71,7 @@ def with_what_it_needs(name: str) -> dict[str, Any]:
     needed |= {"heal.teacher": "contrast"} if name.startswith("heal.contrast") else {}
     needed |= {"filter.max_attempts": 256} if name == "filter.n_keep" else {}
     needed |= {"heal.teacher": "vector"} if name == "eval.backend" else {}
+    needed |= {"heal.rehearsal": 16, "heal.rehearsal_prompts": None} if name == "heal.rehearsal_near" else {}
     return needed | ({"heal.contrast_kl": 0.0} if name in ("eval.backend", "heal.teacher") else {})
 
 
@@ -79,7 +80,8 @@ def read(words: tuple[str, ...]) -> tuple[str, Any]:
     """The setting of a flag that a page shows, and its value."""
     name = words[0][2:].replace("-", "_")
     needed = {name: value for name, value in with_what_it_needs(name).items() if f"--{name}" != words[0]}
-    flags = [word for pair in needed.items() for word in (f"--{pair[0]}".replace("_", "-"), str(pair[1]))]
+    given = [(name, value) for name, value in needed.items() if value is not None]
+    flags = [word for flag, value in given for word in (f"--{flag}".replace("_", "-"), str(value))]
     return name, leaves(parse(["chat", *flags, *words])[1])[name]
 
 

@@ -171,7 +171,8 @@ FLAGS = (
     "--teach-anyway "
     "--n-rounds 2 --steer.n-contexts 8 --steer.layers 0.25 0.75 --gen.max-new-tokens 12 --gen.n-prompts 6 "
     "--filter.ppl-max 1e9 --filter.rep-max 1 --filter.min-words 0 --filter.n-keep 8 --filter.min-train 4 "
-    "--filter.max-attempts 24 --heal.contrast-kl 0.01 --backtrack.retries 0 --adapter.rank 4 --heal.epochs 1 "
+    "--filter.max-attempts 24 --heal.contrast-kl 0.01 --heal.rehearsal 4 --backtrack.retries 0 --adapter.rank 4 "
+    "--heal.epochs 1 "
     "--eval.evals moral_foundations text_quality contrast "
     "--eval.think-tokens 3 --eval.n-texts 4 --eval.max-new-tokens 8 --eval.n-bootstrap 50 --max-prompt-tokens 2048"
 )

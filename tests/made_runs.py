@@ -222,7 +222,6 @@ def run_events(
                 checkpoint=f"ckpt/r{r}",
                 cosine_student_teacher=0.4,
                 cosine_student_first=0.3,
-                seconds={"total": 3.0},
             )
         )
     out.append(RunEnd())

@@ -30,6 +30,7 @@ from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
 from steer_heal.events import Gathered
 from steer_heal.model.lm import load
+from steer_heal.model.prompts import context_length
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, steer
 from steer_heal.model.student import attach_saved
@@ -159,7 +160,7 @@ def test_a_conversation_that_is_too_long_too_large_or_out_of_turn_is_refused(tal
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(UserError, match=r"the conversation has \d+ tokens, .* begin a new one"):
-        talk.answer(replace(ASKED, turns=("word " * talk.room,)))
+        talk.answer(replace(ASKED, turns=("word " * int(context_length(talk.student.lm)),)))
     monkeypatch.setattr("steer_heal.model.decode.steer", failing)
     with pytest.raises(UserError, match="out of memory with a single row"):
         talk.answer(ASKED)

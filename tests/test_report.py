@@ -744,6 +744,9 @@ def test_the_time_left_is_that_of_the_steps_to_come():
     run = Run(until(events, Gathered, 1))
     assert console.place("heal", 1, run) == "round 2 of 3, about 2 min left"
     assert console.place("prompted", None, Run(until(events, Measured, None, "base"))).endswith(" s left")
+    of_round = [event.round for event in events].count(1)
+    run = Run(until(events, RoundDone, 1))
+    assert f" of 3 in {console.duration(10.0 * of_round)}" in console._words(run.events[-1], run)
 
 
 def test_a_duration_has_the_unit_that_suits_it():

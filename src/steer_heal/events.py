@@ -35,7 +35,7 @@ from steer_heal.records import (
 )
 from steer_heal.settings import TINY_RANDOM, RunConfig
 
-SCHEMA = 7
+SCHEMA = 8
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character. JSON readers refuse it."""
 Files = dict[str, str]
@@ -261,8 +261,6 @@ class RoundDone(Event):
     checkpoint: str | None
     cosine_student_teacher: Number
     cosine_student_first: Number
-    seconds: dict[str, float]
-    """Seconds by stage, dropped attempts included; of a resumed run those since it was resumed. `wall_s` counts all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ when the loop is run again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,7 +50,6 @@ def run_loop(loop: Loop) -> None:
     if loop.bench.cfg.control:
         run_round(loop, Recipe.control(), None)
         loop.measure(control_state(trait))
-    loop.seconds = {}
     r = 0
     while r < loop.bench.cfg.n_rounds and loop.attempts_left(r):
         loop.rewind(r)
@@ -85,16 +83,12 @@ class Loop:
         self.run = run
         self.progress = progress
         self.measures_teacher = measures_teacher
-        self.seconds: dict[str, float] = {}
-        """Seconds by stage since the last round ended."""
 
     @contextmanager
     def _stage(self, stage: str, r: int | None, doing: str) -> Iterator[None]:
-        """Times a stage, behind a bar that the model's batches advance."""
-        began = time.monotonic()
+        """A stage behind a bar that the model's batches advance."""
         with self.progress.stage(stage, r, doing), self.bench.student.lm.watched_by(self.progress):
             yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
     def require_teachable(self) -> None:
         """UserError if the personas give the model nothing to teach, unless cfg.teach_anyway. An untrained model and a
@@ -278,7 +272,6 @@ class Loop:
             learnt = self.bench.direction()
         base, steered, healed = (self._measured(name, r) for name in ("base", "steered", "healed"))
         target = self.run.trait_metric
-        self.seconds["total"] = sum(self.seconds.values())
         self.run.add(
             RoundDone(
                 round=r,
@@ -287,10 +280,8 @@ class Loop:
                 checkpoint=self.run.require(Trained, r).checkpoint,
                 cosine_student_teacher=cosine(learnt, self.run.vector(r)),
                 cosine_student_first=cosine(learnt, self.run.vector(0)),
-                seconds={stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
             )
         )
-        self.seconds = {}
         return True
 
     def _measured(self, state: str, r: int) -> Measured:

@@ -14,6 +14,7 @@ from pydantic import Field
 from steer_heal.chat import STATES, known_state
 from steer_heal.errors import UserError, printable
 from steer_heal.model.decode import Decoding, Row, decode
+from steer_heal.model.prompts import context_length
 from steer_heal.model.state import State
 from steer_heal.recipe import Recipe
 from steer_heal.records import derive_seed, round_name
@@ -86,12 +87,6 @@ class Talk:
         }[name]
 
     @property
-    def room(self) -> int:
-        """Maximum number of tokens of a conversation that leaves room for the answer."""
-        config = self.student.lm.model.config.get_text_config()
-        return max(1, (getattr(config, "max_position_embeddings", None) or 4096) - self.max_new_tokens)
-
-    @property
     def recipe(self) -> Recipe:
         """How the rounds of the run were made."""
         return Recipe.of(self.run.start.config)
@@ -144,9 +139,10 @@ class Talk:
         turns = [printable(text) for text in question.turns]
         system = "\n\n".join(text for text in (persona, printable(question.system)) if text)
         ids = lm.encode(lm.template.conversation(turns, system))
-        if len(ids) > self.room:
+        limit = context_length(lm)
+        if len(ids) + self.max_new_tokens > limit:
             raise UserError(
-                f"the conversation has {len(ids)} tokens, and the limit is {self.room}, which leaves room for an "
-                "answer; begin a new one, or lower --max-new-tokens"
+                f"the conversation has {len(ids)} tokens, the context of the model {limit}, and an answer up to "
+                f"{self.max_new_tokens}; begin a new one, or lower --max-new-tokens"
             )
         return ids

@@ -60,15 +60,20 @@ def require_characters(lm: Any, texts: Iterable[str] = (WRITTEN,)) -> None:
         )
 
 
-def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:
-    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context.
+def context_length(lm: Any) -> float:
+    """Maximum number of tokens of a text. Infinite if the model has none.
 
     Behind `index_topk` tokens a sparse attention chooses among them, and a row of a batch is not read as it is alone.
     """
     config = lm.model.config.get_text_config()
-    limits = [getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "index_topk")]
-    limit = min(limits)
-    if limit <= 0 or getattr(config, "alibi", False) or n_prompt + n_new <= limit:
+    limit = min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "index_topk"))
+    return math.inf if limit <= 0 or getattr(config, "alibi", False) else limit
+
+
+def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:
+    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context."""
+    limit = context_length(lm)
+    if n_prompt + n_new <= limit:
         return
     raise UserError(
         f"a prompt has {n_prompt} tokens and up to {n_new} are written after it, {n_prompt + n_new} in all: the "

@@ -313,7 +313,9 @@ def _done(event: RoundDone, run: Run) -> str:
     assert event.round is not None
     kept = "" if event.retain is None else f", retains {event.retain:.0%} of the steered shift"
     cosine = number(event.cosine_student_teacher, ".2f")
+    began = next(i for i, each in enumerate(run.events) if each.round == event.round)
+    took = duration(event.wall_s - run.events[began - 1].wall_s)
     return (
-        f"{_of_rounds(event.round, run)} in {duration(event.seconds['total'])}{kept}; the adapter's own shift "
+        f"{_of_rounds(event.round, run)} in {took}{kept}; the adapter's own shift "
         f"has cosine {cosine} to the vector{left_words(run, '; ')}"
     )

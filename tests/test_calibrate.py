@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from steer_heal.model.decode import Decoding
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, Vector
 from steer_heal.records import Completion
-from steer_heal.stages.calibrate import iso_kl_dose
+from steer_heal.stages.calibrate import contrast_strength, iso_kl_dose
 from steer_heal.stages.generate import Ask, generate
 from steer_heal.stages.states import final_states, kl_between
 
@@ -42,6 +44,14 @@ def test_a_prompt_that_is_past_the_target_alone_leaves_no_room_for_a_dose(toy: L
     texts = own_texts(toy)
     target = kl_p95(toy, Condition(PERSONA), texts) / 2
     assert target > 0 and iso_kl_dose(toy, Condition(PERSONA, pointing(toy)), texts, target).dose == 0.0
+    under = [replace(text, prompt_ids=toy.chat(text.prompt, PERSONA)) for text in texts]
+    assert iso_kl_dose(toy, Condition("", pointing(toy)), under, target / 2).dose == 0.0, "the other way round"
+
+
+def test_a_teacher_whose_numbers_overflow_is_not_one_that_moves_nothing(toy: LM):
+    states = final_states(toy, own_texts(toy)[:1])
+    with pytest.raises(UserError, match="logits of a teacher of model .* are not finite"):
+        contrast_strength(toy, states, [torch.full_like(states[0], torch.inf)], 0.1)
 
 
 @pytest.mark.parametrize("length, target, fix", [(1e-12, 1.0, "steer.layers"), (1e5, 0.01, "steer.normalize")])

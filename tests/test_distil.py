@@ -53,6 +53,22 @@ def test_bfloat16_weights_give_the_loss_and_the_gradient_of_float32_within_a_ten
     assert (half_gradient - gradient).norm() <= 0.1 * gradient.norm()
 
 
+def test_in_float16_small_gradients_of_long_texts_do_not_vanish(kept):
+    long = [replace(text, completion_ids=text.completion_ids * (400 // len(text.completion_ids))) for text in kept[:6]]
+    read = []
+    for dtype in ("float32", "float16"):
+        student = Student(load("tiny-random", dtype=dtype), ADAPTER)
+        cfg = replace(CFG, divergence="kl_rev", lam=2.0, tau=0.0)
+        samples = read_samples(student, long, cfg, teacher=Condition("", noise(student.lm, 0.1), 1.0))
+        student.new_round(0)
+        scramble(student, 5, scale=0.01)
+        with student.training() as parameters:
+            terms = Passes(student.lm, cfg, ADAPTER.layers, parameters).gradients(samples, with_pressure=True)
+            read.append((terms.pressure, torch.cat([p.grad.flatten().float() for p in parameters])))
+    (pressure, gradient), (half_pressure, half_gradient) = read
+    assert (half_gradient - gradient).norm() <= 0.1 * gradient.norm() and half_pressure == pytest.approx(pressure, 0.1)
+
+
 # --- what the heal does with it ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_is_the_same_recipe_in_every_preset(name):
@@ -251,6 +267,9 @@ def test_what_cannot_be_rehearsed_is_refused(fast, tmp_path):
     many = replace(cfg, heal=replace(cfg.heal, target="distribution", rehearsal=25))
     with pytest.raises(UserError, match="heal.rehearsal is 25: its file has 24 rows"):
         check(many)
+    for near, told in ((1.0, "heal.rehearsal_near is 1 and heal.rehearsal 2000: the other"), (0.0, "everyday mess")):
+        with pytest.raises(UserError, match=told):
+            check(changed(SMOL, {"heal.rehearsal": 2000, "heal.rehearsal_near": near}))
     for prompt in (inputs.eval_prompts[0], inputs.pairs[0].prompt):
         path = tmp_path / "prompts.jsonl"
         path.write_text(json.dumps({"text": "What is ice?"}) + "\n" + json.dumps({"text": prompt}) + "\n")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
 from steer_heal.records import Completion, Scored
 from steer_heal.settings import FilterCfg
@@ -100,5 +101,5 @@ def test_scores_come_from_the_kept_token_ids(toy: LM):
     prompt, text = toy.chat("What is ice?"), "Ice is frozen water."
     ids = (*toy.tokenizer.encode(text, add_special_tokens=False), toy.tokenizer.eos_token_id)
     rows = [Completion(0, "", prompt, order, text, 1.0, 1.0, 0) for order in (ids, ids[::-1])]
-    right, wrong = (row.scores["spike"] for row in score_texts(toy, rows, plain_system="", narration=(), cfg=CFG))
+    right, wrong = (row.scores["spike"] for row in score_texts(toy, rows, trait=load_trait("authority"), cfg=CFG))
     assert right < 2 < wrong

@@ -9,9 +9,11 @@ from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.inputs.attacks import attacked
+from steer_heal.inputs.files import DATA
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.recipe import Recipe
+from steer_heal.records import Completion
 from steer_heal.settings import HealCfg, changed
 from steer_heal.stages import states
 from steer_heal.stages.generate import Ask
@@ -118,10 +120,23 @@ def test_over_the_passes_each_prompt_comes_with_and_without_an_attack(bench: Ben
         assert {held[i] for i in range(k, len(held), len(prompts))} == {True, False}
 
 
-def test_the_attacks_of_the_eval_do_not_train(bench: Bench):
+def test_the_attacks_of_the_eval_do_not_train(bench: Bench, tmp_path):
     measured = changed(bench.cfg, {"heal.hold_attacks": "data/attacks/eval.toml", "eval.evals": ("holds", "contrast")})
     with pytest.raises(UserError, match="heal.hold_attacks contains the attack 'opposite"):
         check(measured)
+    alike = tmp_path / "alike.toml"
+    alike.write_text((DATA / "attacks/eval.toml").read_text().replace("Do not", "do  not"))
+    with pytest.raises(UserError, match="heal.hold_attacks contains the attack"):
+        check(changed(measured, {"heal.hold_attacks": alike}))
+
+
+def test_the_gate_for_the_question_leaves_the_attack_around_the_three_dots(bench: Bench):
+    lm, trait = bench.student.lm, bench.trait
+    text = lm.encode("I open the door.")
+    for attack in bench.inputs.hold:
+        prompt = lm.prompt(attacked(attack, "...", trait), trait.plain_system)
+        (row,) = bench.score([Completion(0, "...", prompt, text, "I open the door.", 0.0, 0.0, 0, attack.name)])
+        assert row.scores["relevance"] == pytest.approx(0, abs=1e-4), attack.name
 
 
 def test_a_contrast_is_not_measured_by_a_package_that_cannot_and_its_budget_sets_its_strength():

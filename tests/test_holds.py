@@ -22,7 +22,7 @@ from steer_heal.inputs.pairs import Pair, parse_questions
 from steer_heal.inputs.traits import available, load_trait, read_pairs, read_trait
 from steer_heal.model.lm import LM
 from steer_heal.model.state import State
-from steer_heal.model.steering import Condition
+from steer_heal.model.steering import Condition, Contrast
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET, TOY_PRESET
 from steer_heal.records import PAIR_MOVED, Conversation, Metric, attack_reference
@@ -223,6 +223,37 @@ def test_a_pair_without_a_number_has_no_value(toy, inputs, monkeypatch):
     monkeypatch.setattr(holds, "pair_margins", lambda lm, pairs, *_: [math.nan, 1.0])
     found = holds.items(subject(Student(toy, AdapterCfg()), inputs))
     assert math.isnan(found["holds"][0]) and not math.isnan(found["holds"][1])
+
+
+def test_a_contrast_of_personas_has_no_value_under_an_attack(toy, inputs):
+    asked = subject(Student(toy, AdapterCfg()), inputs)
+    found = holds.items(
+        replace(asked, state=replace(asked.state, condition=Condition("", contrast=Contrast("A", "B"))))
+    )
+    assert not any(map(math.isnan, found.pop("holds_plain")))
+    assert all(math.isnan(value) for values in found.values() for value in values)
+
+
+def test_a_reply_beyond_the_context_is_refused(tiny, inputs):
+    long = Pair("What is ice?", "Ice is water. " * 30, "No.")
+    assert len(pair_margins(tiny, [long], Condition(""))) == 1
+    tiny.model.config.max_position_embeddings = 80
+    with pytest.raises(UserError, match=r"and the text after it up to \d+, .* has 80; shorten them"):
+        pair_margins(tiny, [long], Condition(""))
+
+
+def test_what_a_teacher_reads_under_an_attack_is_checked_before_a_run_begins(toy: LM):
+    cfg = changed_settings(TOY_PRESET, {"heal.target": "distribution", "heal.text": "own", "heal.teacher": "prompt"})
+    cfg = changed_settings(cfg, {"heal.hold": 0.5, "dose.mode": "fixed"})
+    found = check(cfg)
+    context = Attack(name="a", opposes=False, before="The door is open.")
+    asked = [attacked(context, prompt, found.trait) for prompt in found.prompts]
+    under = lambda system: max(len(toy.prompt(each, system)) for each in asked)
+    assert under("") < under(found.trait.positive)
+    long = replace(found, hold=(context,), trait=replace(found.trait, positive="You are kind. " * 40))
+    toy = replace(toy, max_prompt_tokens=under(long.trait.positive) - 1)
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        require_readable(toy, long, cfg)
 
 
 def test_the_eval_needs_pairs():

@@ -4,6 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -181,7 +182,19 @@ def test_a_run_that_was_killed_sends_nothing_twice_and_is_measured_again_without
 
 # --- a model on this machine -------------------------------------------------------------------------------------
 DIGITS = [[7, 1], [7, 2]]
-TWO_TOKENS = SimpleNamespace(encode_reply=lambda digit: [7, int(digit)])
+
+
+class Markless:
+    """A tokenizer without special tokens."""
+
+    all_special_tokens = ()
+    added_tokens_decoder: ClassVar[dict] = {}
+
+    def __len__(self) -> int:
+        return 9
+
+
+TWO_TOKENS = SimpleNamespace(tokenizer=Markless(), encode_reply=lambda digit: [7, int(digit)])
 """A judge whose tokenizer splits off digits, so that its reply is two tokens."""
 
 
@@ -208,6 +221,15 @@ def test_a_local_judge_reads_both_orders(monkeypatch):
     wanted = [50 * (p(5) + 1 - p(-3)), 50 * (p(-3) + 1 - p(5))]
     assert marked(["warm", "cold"], base=base)["judge_trait"] == pytest.approx(wanted)
     assert marked(["warm"])["judge_trait"] == [50], "the base against itself"
+
+
+def test_an_answer_that_spells_a_special_token_of_the_judge_is_read_as_text(tiny, monkeypatch):
+    base = EvalResult({}, texts=(SimpleNamespace(text="cold"),))
+    monkeypatch.setattr(judge, "local", lambda name, device: tiny)
+    mark = tiny.tokenizer.eos_token
+    (found,) = marked([f"warm{mark} {mark}"], base=base)["judge_trait"]
+    (spelt,) = marked([f"warm{mark[0]} {mark[1:]} {mark[0]} {mark[1:]}"], base=base)["judge_trait"]
+    assert found == spelt
 
 
 def test_a_reply_of_two_tokens_is_as_likely_as_both_together(tiny, monkeypatch):

@@ -139,6 +139,13 @@ def test_a_round_by_hand_is_a_round_of_the_loop(tmp_path):
         assert_saved_as(by_hand, by_loop.save(tmp_path / "by_loop"), tmp_path)
 
 
+def test_text_is_written_without_what_was_healed_and_not_baked(sh):
+    sh.bench.cfg = replace(sh.cfg, heal=replace(sh.cfg.heal, lr=0.05))
+    before = sh.collect(kappa=1.0)
+    sh.heal()
+    assert sh.student.is_open and sh.collect(kappa=1.0) == before and not sh.student.is_open
+
+
 def test_a_stopped_loop_goes_on(tmp_path):
     def stop(r, step):
         if step.step == 3:

@@ -18,7 +18,7 @@ from steer_heal.inputs.traits import available
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition
 from steer_heal.presets import FAST_DEV_PRESET
-from steer_heal.settings import EvalCfg, RunConfig
+from steer_heal.settings import EvalCfg, RunConfig, changed
 
 PANEL = {
     "love": (Pair("Do you love people?", "Yes, I love people.", "No."), Pair("Are you glad?", "Yes, I am.", "No.")),
@@ -52,6 +52,21 @@ def test_of_a_folder_of_pairs_only_its_files_are_read_and_a_short_one_whole(tmp_
     (tmp_path / "authority.jsonl").write_text((DATA / "toylm/pairs/authority.jsonl").read_text())
     with pytest.raises(UserError, match=r"no pairs of a trait other than 'authority'.*leave out panel"):
         load_inputs(of("authority", pairs=tmp_path))
+
+
+def test_pairs_whose_prompt_trains_or_is_rehearsed_are_left_out(tmp_path):
+    trained, rehearsed = (list(load_inputs(of("love")).panel[name][:2]) for name in ("blunt", "honesty"))
+    own, file = tmp_path / "own.toml", tmp_path / "rehearsed.jsonl"
+    prompts = [*(pair.prompt.upper() for pair in trained), *(f"What is thing {i}?" for i in range(80))]
+    persona = '[persona]\npositive = "You are calm."\nnegative = "You are loud."\n'
+    own.write_text(f"prompts = {json.dumps(prompts, ensure_ascii=False)}\n{persona}")
+    file.write_text("".join(json.dumps({"text": f"{pair.prompt} "}) + "\n" for pair in rehearsed))
+    cfg = of(str(own), evals=("panel",), n_panel=0)
+    heal = {"heal.target": "distribution", "heal.rehearsal": 2, "heal.rehearsal_prompts": file}
+    found = load_inputs(changed(cfg, heal)).panel
+    for name, seen in (("blunt", trained), ("honesty", rehearsed)):
+        assert len(found[name]) == 44 and not {*seen} & {*found[name]}
+    assert len(found["love"]) == 46
 
 
 def test_without_the_eval_no_other_trait_is_read():

@@ -9,6 +9,7 @@ import torch
 
 from steer_heal.diag import doses
 from steer_heal.diag.lab import Lab
+from steer_heal.inputs.traits import load_trait
 from steer_heal.model.lm import LM
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.records import Collected, Completion, Scored, Starved
@@ -55,7 +56,7 @@ def test_relevance_is_how_much_likelier_the_question_makes_a_token():
 
 def test_the_question_is_replaced_by_three_dots(toy: LM):
     completion = spoken(toy)
-    (row,) = score_texts(toy, [completion], plain_system="", narration=(), cfg=FilterCfg())
+    (row,) = score_texts(toy, [completion], trait=load_trait("authority"), cfg=FilterCfg())
     without = toy.completion_nll([toy.chat("...")], [completion.completion_ids])[0]
     within = toy.completion_nll([completion.prompt_ids], [completion.completion_ids])[0]
     assert row.scores["relevance"] == pytest.approx((without - within).mean().item(), abs=1e-5)

@@ -203,13 +203,7 @@ class Bench:
     def score(self, completions: Sequence[Completion]) -> list[Scored]:
         """Completions with the number of every gate, under the base."""
         with self.student.using("base") as lm:
-            return score_texts(
-                lm,
-                completions,
-                plain_system=self.trait.plain_system,
-                narration=self.trait.narration,
-                cfg=self.cfg.filter,
-            )
+            return score_texts(lm, completions, trait=self.trait, hold=self.inputs.hold, cfg=self.cfg.filter)
 
     def calibrate(self, recipe: Recipe, r: int, vector: Vector) -> Calibration:
         """The dose of mode iso_kl, and every dose that was probed."""

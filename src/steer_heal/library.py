@@ -288,7 +288,8 @@ class SteerHeal:
         return pl.DataFrame(rows, schema=schema, orient="row")
 
     def collect(self, vector: Vector | None = None, kappa: float | None = None) -> Collected:
-        """Text for the heal: written, filtered, and spread over the prompts, with the dose that was found.
+        """Text for the heal: written, filtered, and spread over the prompts, with the dose that was found. What was
+        healed and not baked is dropped.
 
         UserError (`Starved`) where the filter keeps too few, and for a `vector` or `kappa` that heal.teacher does not
         use.
@@ -298,6 +299,7 @@ class SteerHeal:
             kappa: The multiplier of gen.alphas. None: `dose.mode` chooses it.
         """
         self._require_steered(vector=vector, kappa=kappa)
+        self.discard()
         used = self._used(vector)
         self.teacher = None
         self.collected = self.bench.collect(Recipe.of(self.cfg), self.n_rounds, used, kappa=kappa)
@@ -316,9 +318,9 @@ class SteerHeal:
         not use.
         """
         self._require_steered(vector=vector)
+        self.discard()
         used = self._used(vector)
         collected = collected or self.collected or self.collect(vector)
-        self.discard()
         recipe = Recipe.of(self.cfg)
         self.teacher = self.bench.make_teacher(recipe, used, collected)
         try:

@@ -80,13 +80,10 @@ class Subject:
     @cached_property
     def scored(self) -> list[Scored]:
         """The texts with the number of every gate."""
-        trait = self.inputs.trait
         with self.student.using("base") as lm:
             pairs = zip(self.texts, self.base_hidden, strict=True)
             nlls = [lm.nll(hidden.to(lm.device), text.completion_ids).cpu() for text, hidden in pairs]
-            return score_texts(
-                lm, self.texts, plain_system=trait.plain_system, narration=trait.narration, cfg=self.keep, nlls=nlls
-            )
+            return score_texts(lm, self.texts, trait=self.inputs.trait, cfg=self.keep, nlls=nlls)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import re
 from collections.abc import MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from steer_heal.backends import endpoint
@@ -22,7 +23,7 @@ from steer_heal.errors import UserError
 from steer_heal.evals.base import Eval, Items, Subject
 from steer_heal.evals.replies import reply_logp
 from steer_heal.model.lm import LM, load
-from steer_heal.model.prompts import require_finite
+from steer_heal.model.prompts import require_finite, without_marks
 from steer_heal.model.steering import Condition
 from steer_heal.records import Metric, alone
 from steer_heal.settings import EvalCfg
@@ -57,6 +58,8 @@ MOST_UNREAD = 0.2
 """Share of the replies to a state's answers that may lack a mark."""
 N_PARALLEL = 8
 TIMEOUT_S = 120.0
+DATE = "2026-01-01"
+"""What the chat template of a local judge reads as the date, so that the same answer is read the same on any day."""
 LONGEST_PROMPT = 8192
 """Tokens of a question to a local judge."""
 MARKED = ("trait", "coherence", "unread", "requests", "prompt_tokens", "completion_tokens")
@@ -132,7 +135,7 @@ def ask(
 @functools.lru_cache(maxsize=1)
 def local(name: str, device: str) -> LM:
     """The judge, loaded once."""
-    return load(name, device=device, max_prompt_tokens=LONGEST_PROMPT)
+    return load(name, device=device, date=DATE, max_prompt_tokens=LONGEST_PROMPT)
 
 
 def choices(subject: Subject) -> list[float]:
@@ -141,10 +144,12 @@ def choices(subject: Subject) -> list[float]:
     if subject.base is None:
         return [50.0] * len(subject.texts)
     positive = subject.inputs.trait.positive
-    pairs = [(own.prompt, own.text, base.text) for own, base in zip(subject.texts, subject.base.texts, strict=True)]
+    judge = local(subject.cfg.judge_model, str(subject.student.lm.device))
+    read = partial(without_marks, judge.tokenizer)
+    both = zip(subject.texts, subject.base.texts, strict=True)
+    pairs = [(read(own.prompt), read(own.text), read(base.text)) for own, base in both]
     orders = [*pairs, *((prompt, base, own) for prompt, own, base in pairs)]
     asked = [WHOSE.format(positive=positive, prompt=prompt, first=a, second=b) for prompt, a, b in orders]
-    judge = local(subject.cfg.judge_model, str(subject.student.lm.device))
     replies = [[judge.encode_reply(digit) for digit in "12"]] * len(asked)
     logp = reply_logp(judge, list(map(alone, asked)), replies, Condition())
     require_finite(judge, logp)

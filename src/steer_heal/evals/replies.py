@@ -12,7 +12,7 @@ from torch import Tensor
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model.decode import GrowingCache
 from steer_heal.model.lm import LM
-from steer_heal.model.prompts import require_finite
+from steer_heal.model.prompts import require_finite, require_room
 from steer_heal.model.steering import Condition, steer, weighted
 from steer_heal.records import Conversation, alone
 
@@ -94,6 +94,8 @@ def _each_batch(
         take(group, weighted(condition.weights, states), every, real.bool())
 
     lengths = [max(map(len, asked)) for asked in zip(*prompts, strict=True)]
+    for length, room in zip(lengths, longest, strict=True):
+        require_room(lm, length, room, "")
     lm.in_batches([n * (length + room) for length, room in zip(lengths, longest, strict=True)], work)
 
 

@@ -66,7 +66,8 @@ class Inputs:
     attacks: tuple[Attack, ...]
     """What the eval holds tries against the trait."""
     panel: Mapping[str, tuple[Pair, ...]]
-    """Contrast pairs of the other traits, by trait. Empty without the eval panel."""
+    """Contrast pairs of the other traits, by trait, without those whose prompt is among the trait's or rehearsed. Empty
+    without the eval panel."""
     sha256: Mapping[str, str]
     """SHA-256 of each file, by the setting that names it, of the pairs and the files of other traits, as
     `panel.<trait>` and `rehearsal.<trait>`, and of plugins, as `plugin.<name>`. The trait file is missing: its values
@@ -116,14 +117,16 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     attacks = parsed("eval.attacks", cfg.eval.attacks, parse_attacks)
     if "holds" in cfg.eval.evals:
         problems.attempt(_require_held_out, hold or (), attacks or ())
+    rehearsal = problems.attempt(_rehearsal, cfg, trait, pairs, sha256)
     panel: dict[str, tuple[Pair, ...]] = {}
     if "panel" in cfg.eval.evals and trait is not None:
         with problems.noted():
+            seen = set(map(alike, (*trait.prompts, *(rehearsal or ()))))
             for name, (file, placed) in read_panel(cfg.eval.pairs, trait, pairs).items():
-                panel[name] = evenly(held_out(placed, ()), cfg.eval.n_panel)
+                unseen = [pair for pair in held_out(placed, ()) if alike(pair.prompt) not in seen]
+                panel[name] = evenly(unseen, cfg.eval.n_panel)
                 sha256[f"panel.{name}"] = file.sha256
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
-    rehearsal = problems.attempt(_rehearsal, cfg, trait, pairs, sha256)
     vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
     assert trait is not None and contexts is not None and rehearsal is not None and vignettes is not None
@@ -214,8 +217,12 @@ def _check_pool(cfg: RunConfig, name: str, prompts: Sequence[str]) -> None:
 
 def _require_held_out(hold: Sequence[Attack], attacks: Sequence[Attack]) -> None:
     """UserError if an attack of the eval holds also trains."""
-    trained = {(attack.system, *attack.texts) for attack in hold}
-    if both := [attack.name for attack in attacks if (attack.system, *attack.texts) in trained]:
+
+    def form(attack: Attack) -> tuple[bool | str, ...]:
+        return (attack.system is None, *map(alike, attack.texts))
+
+    trained = set(map(form, hold))
+    if both := [attack.name for attack in attacks if form(attack) in trained]:
         raise UserError(
             f"heal.hold_attacks contains the attack {both[0]!r} of eval.attacks: the eval holds would measure what was "
             "trained; remove it from one of the files"
@@ -230,7 +237,7 @@ def _rehearsal(cfg: RunConfig, trait: Trait | None, pairs: Sequence[Pair], sha25
         return ()
     if path is None:
         assert trait is not None
-        return _spaced("heal.rehearsal", _unrelated(cfg, trait, pairs, sha256), n)
+        return _unrelated(cfg, trait, pairs, sha256)
     file = read_file(resolve(path, "heal.rehearsal_prompts"))
     sha256["heal.rehearsal_prompts"] = file.sha256
     found = _spaced("heal.rehearsal", parse_texts(file), n)
@@ -240,9 +247,9 @@ def _rehearsal(cfg: RunConfig, trait: Trait | None, pairs: Sequence[Pair], sha25
 
 
 def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict[str, str]) -> tuple[str, ...]:
-    """cfg.heal.rehearsal prompts, or fewer if there are no more: cfg.heal.rehearsal_near of them of the other traits of
-    the package in turn, the others everyday messages. Those of the trait and of its pairs are left out. The hash of
-    each file is added."""
+    """cfg.heal.rehearsal prompts: cfg.heal.rehearsal_near of them of the other traits of the package in turn, the
+    others everyday messages. Those of the trait and of its pairs are left out. The hash of each file is added.
+    UserError if there are too few of either."""
     n, taken, names = cfg.heal.rehearsal, _taken(trait, pairs), other_traits(trait, pairs)
     n_near = round(n * cfg.heal.rehearsal_near)
     others = []
@@ -251,12 +258,22 @@ def _unrelated(cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], sha256: dict
         sha256[f"rehearsal.{name}"] = file.sha256
         others.append(evenly([text for text in other.prompts if alike(text) not in taken], -(-n_near // len(names))))
     near = tuple(text for each in zip_longest(*others) for text in each if text is not None)[:n_near]
-    if len(near) == n:
+    if len(near) < n_near:
+        raise UserError(
+            f"heal.rehearsal_near is {cfg.heal.rehearsal_near:g} and heal.rehearsal {n}: the other traits have "
+            f"{len(near)} prompts; lower one of them, or give --heal.rehearsal-prompts FILE"
+        )
+    if n_near == n:
         return near
     file = read_file(resolve("data/contexts.jsonl", "heal.rehearsal_prompts"))
     sha256["heal.rehearsal_prompts"] = file.sha256
     everyday = [text for text in parse_texts(file) if alike(text) not in taken]
-    return near + evenly(everyday, n - len(near))
+    if len(everyday) < n - n_near:
+        raise UserError(
+            f"heal.rehearsal is {n}: the package has {len(everyday)} everyday messages, and {n - n_near} are needed; "
+            "choose a smaller number, or give --heal.rehearsal-prompts FILE"
+        )
+    return near + evenly(everyday, n - n_near)
 
 
 def _taken(trait: Trait, pairs: Sequence[Pair]) -> set[str]:

@@ -47,6 +47,13 @@ def require_no_marks(tokenizer: Any, texts: Mapping[str, Iterable[str]]) -> None
         raise UserError(*lines)
 
 
+def without_marks(tokenizer: Any, text: str) -> str:
+    """The text with a space behind the first character of each special token that it spells, so that it is read as
+    text."""
+    pattern = marks(tokenizer, len(tokenizer))
+    return text if pattern is None else pattern.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+
+
 def require_characters(lm: Any, texts: Iterable[str] = (WRITTEN,)) -> None:
     """UserError if the tokenizer drops a character of the texts, so that the model would read another text."""
     characters = {character for text in texts for character in text if character.isprintable()}
@@ -71,13 +78,15 @@ def context_length(lm: Any) -> float:
 
 
 def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> None:
-    """UserError if a prompt and its new tokens, which `flag` sets, are longer than the model's context."""
+    """UserError if a prompt and the text after it are longer than the model's context. `flag` limits what is written.
+    Empty: the text is given."""
     limit = context_length(lm)
     if n_prompt + n_new <= limit:
         return
+    after = f" and the text after it up to {n_new}, {n_prompt + n_new} in all" if n_new else ""
+    fix = f"the prompt, or lower {flag}" if flag else "them" if n_new else "the prompt"
     raise UserError(
-        f"a prompt has {n_prompt} tokens and up to {n_new} are written after it, {n_prompt + n_new} in all: the "
-        f"context of model {lm.name!r} has {limit}; shorten the prompt" + (f", or lower {flag}" if n_new else "")
+        f"a prompt has {n_prompt} tokens{after}: the context of model {lm.name!r} has {limit}; shorten {fix}"
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
+from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition
 from steer_heal.records import Calibration, Completion, KlProbe
 from steer_heal.stages.dose import log_grid
@@ -47,10 +48,9 @@ def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target:
         kl = torch.cat([kl_between(lm, *pair) for pair in zip(taught, plain, strict=True)])
         return KlProbe(dose, kl.quantile(0.95).item())
 
-    if teacher.system:
-        undosed = probe(0.0)
-        if undosed.kl_p95 >= target:
-            return Calibration(0.0, (undosed,))
+    undosed = probe(0.0)
+    if undosed.kl_p95 >= target:
+        return Calibration(0.0, (undosed,))
     probes = [probe(dose) for dose in log_grid(*BRACKET, N_GRID)]
     for _ in range(N_REFINEMENTS):
         low, high = _crossing(probes, target)
@@ -63,8 +63,11 @@ def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target:
 
 
 def mean_kl(lm: LM, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> float:
-    """The mean over all positions of KL(teacher || student) in nats, from final hidden states, each Float[n d]."""
-    return torch.cat([kl_between(lm, *pair) for pair in zip(teacher, student, strict=True)]).mean().item()
+    """The mean over all positions of KL(teacher || student) in nats, from final hidden states, each Float[n d].
+    UserError if it is not finite."""
+    kl = torch.cat([kl_between(lm, *pair) for pair in zip(teacher, student, strict=True)]).mean()
+    require_finite(lm, kl, "logits of a teacher")
+    return kl.item()
 
 
 def contrast_strength(lm: LM, plain: Sequence[Tensor], difference: Sequence[Tensor], target: float) -> float | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from steer_heal.inputs.attacks import Attack, attacked
 from steer_heal.model.lm import LM
-from steer_heal.records import Completion, GateFacts, Scored
+from steer_heal.records import Completion, GateFacts, Scored, Trait, alone
 from steer_heal.settings import FilterCfg
 from steer_heal.stages.words import sentences, words
 
@@ -188,22 +189,26 @@ def score_texts(
     lm: LM,
     completions: Sequence[Completion],
     *,
-    plain_system: str,
-    narration: Sequence[str],
+    trait: Trait,
     cfg: FilterCfg,
+    hold: Sequence[Attack] = (),
     nlls: Sequence[Tensor] | None = None,
 ) -> list[Scored]:
     """Every completion with its scores and the reasons to drop it. Call it while the base is used.
 
-    `nlls`: -log p of each token under the base and the plain prompt, a Float[n] for each completion, if known.
+    Args:
+        hold: The attacks under which completions were written.
+        nlls: -log p of each token under the base and the plain prompt, a Float[n] for each completion, if known.
     """
     ids = [c.completion_ids for c in completions]
     if nlls is None:
         nlls = lm.completion_nll([c.prompt_ids for c in completions], ids)
-    alone = lm.completion_nll([lm.chat(NO_QUESTION, plain_system)] * len(ids), ids)
+    unasked = {"": alone(NO_QUESTION)} | {attack.name: attacked(attack, NO_QUESTION, trait) for attack in hold}
+    prompts = {name: lm.prompt(conversation, trait.plain_system) for name, conversation in unasked.items()}
+    without_question = lm.completion_nll([prompts[c.attack] for c in completions], ids)
     return [
-        score_text(c, nll=nll, alone=without, narration=narration, cfg=cfg)
-        for c, nll, without in zip(completions, nlls, alone, strict=True)
+        score_text(c, nll=nll, alone=without, narration=trait.narration, cfg=cfg)
+        for c, nll, without in zip(completions, nlls, without_question, strict=True)
     ]
 
 

@@ -48,6 +48,7 @@ class Passes:
         self.lm = lm
         self.cfg = cfg
         self.parameters = parameters
+        self.underflows = lm.head.weight.dtype == torch.float16
         self.tokens = cfg.tokens_per_pass
         self.blocks = list(lm.blocks)[lm.band("adapter.layers", layers).start :]  # blocks below keep nothing
         self.recompute = cfg.checkpoint == "on" or (
@@ -105,9 +106,14 @@ class Passes:
     def _add_up(self, batch: Sequence[Example], with_pressure: bool) -> StepTerms:
         sums = torch.zeros(3, dtype=torch.float64)
         barrier_grads = [torch.zeros_like(p) for p in self.parameters] if with_pressure else []
+        # The mean over positions makes each gradient as small as their number is large, and float16 ends at 6e-8.
+        scale = float(sum(map(n_positions, batch))) if self.underflows else 1.0
         for group in batches([n_padded(example) for example in batch], self.tokens):
             with recomputed(self.blocks) if self.recompute else nullcontext():
-                sums += self._backward([batch[i] for i in group], len(batch), barrier_grads)
+                sums += self._backward([batch[i] for i in group], scale / len(batch), barrier_grads)
+        if scale != 1:
+            for grad in (*barrier_grads, *(p.grad for p in self.parameters if p.grad is not None)):
+                grad /= scale
         fit, divergence, penalty = (sums / len(batch)).tolist()
         pressure = None
         if with_pressure:
@@ -116,12 +122,12 @@ class Passes:
             pressure = _norm(barrier_grads) / max(_norm(fit_grads), 1e-12)
         return StepTerms(fit, divergence, penalty, pressure)
 
-    def _backward(self, examples: Sequence[Example], n_batch: int, barrier_grads: Sequence[Tensor]) -> Tensor:
+    def _backward(self, examples: Sequence[Example], weight: float, barrier_grads: Sequence[Tensor]) -> Tensor:
         """Sums of (fit, divergence, barrier) over the examples of one pass.
 
-        Adds the gradient of their share of the loss of `n_batch` examples to `.grad`, and that of their share of the
-        barrier to `barrier_grads`, unless that is empty. The head runs for a few examples at a time: their logits are
-        gone before the next ones are computed.
+        Adds the gradient of the sum of their losses times `weight` to `.grad`, and that of the barrier's part to
+        `barrier_grads`, unless that is empty. The head runs for a few examples at a time: their logits are gone before
+        the next ones are computed.
         """
         cfg = self.cfg
         states = completion_states(self.lm, examples)
@@ -133,9 +139,9 @@ class Passes:
             fit, divergence = losses(self.lm, [examples[i] for i in group], cfg, mine)
             penalty = barrier(divergence, cfg.lam, cfg.tau) if cfg.lam > 0 else torch.zeros_like(fit)
             if barrier_grads and penalty.detach().max() > 0:
-                grads = torch.autograd.grad(penalty.sum() / n_batch, mine, retain_graph=True)
+                grads = torch.autograd.grad(weight * penalty.sum(), mine, retain_graph=True)
                 on_states |= zip(group, grads, strict=True)
-            ((fit + penalty).sum() / n_batch).backward()
+            (weight * (fit + penalty).sum()).backward()
             sums += torch.stack([term.detach().double().sum() for term in (fit, divergence, penalty)])
             del fit, divergence, penalty  # their graph may hold on to logits
         if on_states:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 
 from steer_heal.errors import Problems
@@ -46,13 +47,15 @@ def require_readable(lm: LM, inputs: Inputs, cfg: RunConfig) -> None:
     problems = Problems()
     longest = max((pair.prompt for pair in inputs.pairs), key=len, default="")
     holds = inputs.attacks if "holds" in cfg.eval.evals and inputs.pairs else ()
-    held = [attacked(attack, prompt, trait) for attack in inputs.hold for prompt in inputs.prompts]
+    held = [(attack, attacked(attack, prompt, trait)) for attack in inputs.hold for prompt in inputs.prompts]
+    taught = [replace(asked, system=None) for attack, asked in held if not attack.opposes]
     for conversations, systems, n_new, flag in (
         (map(alone, inputs.prompts), (plain, *teachers), n_written, "--gen.max-new-tokens"),
         (map(alone, inputs.rehearsal), (plain,), n_written, "--gen.max-new-tokens"),
         (map(alone, inputs.eval_prompts), (plain, persona, *teachers), n_answered, "--eval.max-new-tokens"),
         (map(alone, inputs.contexts), (persona, trait.negative), 0, ""),
-        (held, (plain,), n_written, "--gen.max-new-tokens"),
+        ([asked for _, asked in held], (plain,), n_written, "--gen.max-new-tokens"),
+        (taught, teachers, n_written, "--gen.max-new-tokens"),
         ([attacked(attack, longest, trait) for attack in holds], (plain, persona, *teachers), 0, ""),
     ):
         with problems.noted():

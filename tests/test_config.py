@@ -62,7 +62,8 @@ def test_flags_replace_what_a_file_says(tmp_path):
 
 def test_an_earlier_run_gives_its_settings(tmp_path):
     start, *rest = run_events(1)
-    events = [replace(start, config=PRESETS["smol"][1], preset="smol"), *rest]
+    of_a_sweep = replace(PRESETS["smol"][1], folder=tmp_path / "run", arm="lam=1", share_base=True)
+    events = [replace(start, config=of_a_sweep, preset="smol"), *rest]
     assert read_config(write_run(tmp_path / "run", events)) == ("smol", PRESETS["smol"][1])
 
 

@@ -170,11 +170,12 @@ def test_a_folder_without_events_is_one_clear_error(tmp_path):
 
 # --- results.tsv -------------------------------------------------------------------------------------------------
 def test_a_run_has_one_row_and_new_columns_leave_older_rows_empty(tmp_path):
-    rows = ({"run": "a", "shift": -0.5}, {"run": "b", "shift": None, "oracle": 0.9}, {"run": "a", "shift": 2})
+    first = {"run": "a", "shift": -0.5, "last_hash": "0"}
+    rows = (first | {"old": 1}, first, {"run": "b", "shift": None, "oracle": 0.9}, {"run": "a", "last_hash": "1"})
     for row in rows:
         append_result(tmp_path, row)
     lines = (tmp_path / "results.tsv").read_text().splitlines()
-    assert lines == ["run\tshift\toracle", "a\t-0.5\t", "b\t\t0.9"]
+    assert lines == ["run\tshift\tlast_hash\told\toracle", "a\t\t1\t\t", "b\t\t\t\t0.9"]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_a_prompt_and_its_text_must_fit_into_the_context(tiny):
     rows = [Row(prompt)]
     (ids,) = decode(tiny, rows, None, Decoding(8, 1, suppress=tiny.end_ids))
     assert len(ids) == 8
-    with pytest.raises(UserError, match=rf"{len(prompt)} tokens and the text after it up to 9, {limit + 1} in all: .* has {limit}; "):
+    with pytest.raises(
+        UserError, match=rf"{len(prompt)} tokens and the text after it up to 9, {limit + 1} in all: .* has {limit}; "
+    ):
         decode(tiny, rows, None, Decoding(9, 1))
 
 

@@ -44,6 +44,7 @@ from steer_heal.events import (
     Weights,
 )
 from steer_heal.inputs import evenly
+from steer_heal.inputs.files import OWN_CONFIG_FILE
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Metric, Scored
 from steer_heal.report import compare, console, draw, page, plot, tables
 from steer_heal.report.page import next_steps
@@ -492,6 +493,13 @@ def test_the_page_names_the_next_commands_of_its_own_run(finished, tmp_path):
     broken = Run(with_metrics(run_events(), {"degenerate_frac": 0.9}, ["healed"]))
     assert [command for _, command in next_steps(broken, "x")][0] == "chat x --web --allow-broken"
     assert [c for _, c in next_steps(Run(until(run_events(), Trained, 0)), "x")] == ["resume x"]
+    own = [c for _, c in next_steps(Run(with_config(run_events(), plugin=("a b.py",))), "x")]
+    assert own[0] == "chat x --web --plugin 'a b.py'" and own[3] == "resume x --n-rounds 3 --plugin 'a b.py'"
+    trained = [
+        replace(e, files={f"{e.checkpoint}/{OWN_CONFIG_FILE}": "0"}) if isinstance(e, Trained) else e
+        for e in run_events()
+    ]
+    assert not any(c.startswith("export") for _, c in next_steps(Run(trained), "x"))
 
 
 @pytest.mark.parametrize("made", ["finished", "compared"])

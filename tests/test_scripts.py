@@ -21,7 +21,7 @@ import pytest
 import results
 import torch
 from made_runs import changed as changed_events
-from made_runs import run_events, write_run
+from made_runs import run_events, with_config, write_run
 from places import ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -124,6 +124,8 @@ def test_the_default_arms_are_those_that_the_preset_has_prompts_for(monkeypatch,
 
 
 def test_an_arm_or_a_seed_is_named_once_and_a_dose_is_above_0(tmp_path, capsys):
+    assert main(["diag", "distil", "--null", "0.1", "--out", str(tmp_path)]) == 2
+    assert "--null is 0.1: it is a shift of contrast_nats, and the metric of the" in capsys.readouterr().err
     assert main(["diag", "distil", "--seeds", "1", "1", "--out", str(tmp_path)]) == 2
     assert "seeds holds 1 twice; name it once" in capsys.readouterr().err
     assert main(["diag", "doses", "--preset", "fast-dev", "--kappas", "0", "--out", str(tmp_path)]) == 2
@@ -158,19 +160,23 @@ def test_a_diagnostic_answers_on_the_tiny_model(question, tmp_path, capsys, monk
         assert any(answer["answer"] != answer["base"] for answer in prompted)
 
 
-def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path):
+def test_heal_sweep_heals_a_finished_run_again_on_its_own_history(two, tmp_path, capsys):
     flags = ["--round", "2", "--lams", "0.5", "--divergences", "kl_rev", "--out", str(tmp_path)]
     assert main(["diag", "heal_sweep", str(two), *flags]) == 0
     rows = table(tmp_path, "heal_sweep")["rows"]
     assert [row["state"] for row in rows][0] == "before"
     arms = {"none lam 0 to prev", "kl_rev lam 0.5 to prev", "kl_rev lam 0.5 to base"}
     assert {row["state"] for row in rows[1:]} == arms
+    assert main(["diag", "heal_sweep", str(two), "--divergences", "kl_rev", "kl_rew"]) == 2
+    assert "divergences holds 'kl_rew': did you mean 'kl_rev'?" in capsys.readouterr().err
 
 
 def test_what_needs_no_model_is_refused_before_torch_is_imported(tmp_path):
     write_run(tmp_path / "begun", run_events(1)[:1])
     write_run(tmp_path / "run", run_events(1))
+    write_run(tmp_path / "large", with_config(run_events(1), model="large"))
     commands = {
+        "diag prompting run large": "runs hold several models: run has data/toylm, large has large",
         "diag prompting": "no run was given",
         "diag prompting nowhere": "has no events.jsonl",
         "diag prompting begun": "the run has no healed round",

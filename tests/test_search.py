@@ -139,11 +139,13 @@ def test_a_run_in_use_leaves_its_trial_open(tmp_path):
 
 
 @optuna_is_there
-def test_other_fixed_settings_are_another_search(tmp_path):
+def test_other_fixed_settings_and_other_ranges_are_another_search(tmp_path):
     plan = load(file_of(tmp_path, BODY))
     searched(plan, Learns())
-    other = Trials(load(file_of(tmp_path, BODY + "[fixed]\nheal.tau = 0.2\n")))
-    assert facts(other) == []
+    wider = BODY.replace("0.01", "0.02")
+    assert wider != BODY
+    for body in (BODY + "[fixed]\nheal.tau = 0.2\n", wider):
+        assert facts(Trials(load(file_of(tmp_path, body)))) == []
 
 
 def test_a_search_that_cannot_be_is_refused_by_its_line(tmp_path, capsys):

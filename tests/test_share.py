@@ -26,12 +26,13 @@ from steer_heal.inputs.files import DATA
 from steer_heal.model.gguf import PACKAGED, SMOL
 from steer_heal.model.lm import load
 from steer_heal.model.student import Student
+from steer_heal.report.view import inline
 from steer_heal.runs.log import last_hash
 from steer_heal.runs.stored import FolderRun
 from steer_heal.runs.verify import violations
 from steer_heal.settings import AdapterCfg, HealCfg
 from steer_heal.share import tasks
-from steer_heal.share.card import card, hub_id, write_cards
+from steer_heal.share.card import card, hub_id, with_base, write_cards
 from steer_heal.share.readings import Reading, read_readings
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -357,6 +358,15 @@ def test_an_adapter_of_a_model_of_steer_heal_names_its_id_on_the_hub_where_it_is
     shutil.move(folder, copy.parent / "adapter")  # no longer a checkpoint of the run
     assert main(["push", str(copy.parent / "adapter"), "me/mine", "--yes"]) == 0, capsys.readouterr().err
     assert json.loads(hub[-1][1]["adapter_config.json"])["base_model_name_or_path"] == PACKAGED[SMOL].hub_id
+
+
+@pytest.mark.parametrize("base, hub_name", [("base", "me/tiny-base"), ("Qwen2.5", "Qwen/Qwen2.5")])
+def test_a_bare_name_of_a_folder_is_replaced_once_where_the_card_names_the_base(base, hub_name):
+    text = made(with_config(run_events(1), model=base), base_model="/home/me/base", hub_id=None)
+    card = with_base(text, ["/home/me/base", base], hub_name)
+    for place in (f" in {inline(hub_name)}\n", f"load('{hub_name}', ", f"| base weights | {inline(hub_name)}, "):
+        assert card.count(place) == text.count(place.replace(inline(hub_name), base).replace(hub_name, base)) > 0
+    assert card.count(hub_name.split("/")[0] + "/") == card.count(hub_name) and "base model" in card
 
 
 def test_every_chat_template_is_sent(copy, hub, capsys):

@@ -25,6 +25,7 @@ from steer_heal.__main__ import main
 from steer_heal.check import TRIAL
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
+from steer_heal.inputs.files import DATA
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.runs.log import read_start
 from steer_heal.runs.results import append_result, read_results
@@ -70,7 +71,8 @@ def test_a_grid_is_a_product_over_seeds_with_a_folder_for_each_run(plan):
     assert {(cfg.heal.lam, cfg.n_rounds, cfg.steer) for cfg in cfgs} == {(0.3, 1, FAST_DEV_PRESET.steer)}
     names = [job.folder.name for job in plan.jobs]
     assert len({*names}) == 8 and {job.folder.parent for job in plan.jobs} == {plan.out}
-    assert all(f"{cfg.fingerprint()}_s{cfg.seed}" in name for cfg, name in zip(cfgs, names, strict=True))
+    ends = [f"_{job.cfg.fingerprint()}_{job.arm.inputs}_s{job.cfg.seed}" for job in plan.jobs]
+    assert all(name.endswith(end) for name, end in zip(names, ends, strict=True))
     assert names[1].startswith("tau=0.1-alphas=0.5-1.0_") and plan.jobs[1].cfg.arm == "tau=0.1 alphas=0.5+1.0"
 
 
@@ -103,6 +105,18 @@ def test_a_folder_is_found_again_by_its_settings_whatever_its_label(tmp_path, pl
     made.mkdir(parents=True)
     renamed = GRID.replace('[grid]\n"heal.tau" = [0.1, 0.2]', "[grid]\nheal.lr = [1e-4]\nheal.tau = [0.1]")
     assert made in {job.folder for job in load(file_of(tmp_path, renamed)).jobs}
+    made.with_name(f"a-copy-of-{made.name}").mkdir()
+    assert made == load(file_of(tmp_path)).jobs[0].folder
+
+
+def test_a_trait_file_that_was_changed_makes_other_runs(tmp_path):
+    trait = tmp_path / "calm.toml"
+    body = f'preset = "fast-dev"\nseeds = [1]\n[fixed]\ntrait = "{trait}"\neval.evals = ["persona", "text_quality"]\n'
+    folders = []
+    for persona in ("calm", "loud"):
+        trait.write_text(f'[persona]\npositive = "You are {persona}."\nnegative = "You are sly."\n')
+        folders.append(load(file_of(tmp_path, body)).jobs[0].folder)
+    assert folders[0] != folders[1]
 
 
 SEVEN = ("lr", "tau", "lam", "epochs", "batch_size", "rehearsal", "spectral")
@@ -396,15 +410,19 @@ def test_the_last_line_of_a_log_is_what_went_wrong(tmp_path):
 def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(plan, capsys):
     plan.out.mkdir()
     assert finished_runs(plan.out, plan.jobs) is None
-    for i, job in enumerate(plan.jobs[:6]):
+    for i, job in enumerate(plan.jobs[:8]):
+        if i != 6:  # as if it were deleted
+            job.folder.mkdir()
         own = {"run": job.folder.name, "arm": "old", "trait": "authority", "n_rounds": 1, "seed": job.cfg.seed}
         own |= {"settings": job.cfg.fingerprint(), "shift": -float(i), "degenerate_frac": 0.1 * i, "wall_s": 2}
+        own |= {"n_rounds": 3} if i == 7 else {}
         append_result(plan.out, own | {"verdict": "GOOD: so", "oracle": None})
     append_result(plan.out, {"run": "another", "arm": "x", "seed": 1})
     runs = finished_runs(plan.out, plan.jobs)
     assert runs is not None and len(runs) == 6 and runs["shift"].to_list() == [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]
     show_results(plan.out, plan.jobs)
     printed = capsys.readouterr().out
+    assert f"left out: {plan.jobs[7].folder.name}, which has 3 rounds in place of 1" in printed
     assert "finished: 6 of 8 runs" in printed and "-2.000 ± 2.828" in printed
     arms = pl.read_csv(plan.out / "arms.tsv", separator="\t")
     assert arms["arm"].to_list() == [job.arm.label for job in plan.jobs[:4]] and arms["n"].to_list() == [2, 2, 1, 1]
@@ -414,15 +432,19 @@ def test_results_are_those_of_the_finished_runs_under_the_labels_of_the_file(pla
 
 
 def test_every_trait_of_a_sweep_has_a_frontier_of_its_own(tmp_path):
-    body = 'preset = "toy"\nseeds = [1]\n[grid]\ntrait = ["authority", "love"]\n[[runs]]\nname = "a"\n'
+    model = shutil.copytree(DATA / "toylm", tmp_path / ("m" * 60))
+    body = f'preset = "toy"\nseeds = [1]\n[grid]\nmodel = ["data/toylm", "{model}"]\ntrait = ["authority", "love"]\n'
     plan = load(file_of(tmp_path, body))
     plan.out.mkdir()
     for job in plan.jobs:
-        own = {"run": job.folder.name, "trait": job.cfg.trait, "n_rounds": 1, "seed": 1, "settings": "", "arm": ""}
+        job.folder.mkdir()
+        own = {"run": job.folder.name, "trait": job.cfg.trait, "seed": 1, "settings": "", "arm": ""}
+        own["n_rounds"] = job.cfg.n_rounds
         append_result(plan.out, own | {"shift": 1.0, "degenerate_frac": 0.1, "wall_s": 2, "verdict": "GOOD: so"})
     show_results(plan.out, plan.jobs)
     names = sorted(path.name for path in plan.out.glob("*.png"))
-    assert names == ["frontier_data-toylm_authority.png", "frontier_data-toylm_love.png"]
+    cut = f"frontier_{'m' * 60}"
+    assert names == sorted([*(f"frontier_toylm_{t}.png" for t in ("authority", "love")), f"{cut}.png", f"{cut}_2.png"])
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

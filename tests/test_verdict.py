@@ -8,7 +8,7 @@ from made_runs import METRICS, TRAIT, measured, run_events, run_start
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
-from steer_heal.verdict import chosen_round, exit_status, past_limits, round_words, table, verdict
+from steer_heal.verdict import chosen_round, exit_status, grade, past_limits, round_words, table, verdict
 
 AUTHORITY = next(metric for metric in METRICS if metric.name == "authority_nats")
 START = run_start(1, "")
@@ -101,9 +101,9 @@ def rounds(*healed: dict, sign: int = -1) -> Run:
 
 
 def test_a_best_round_that_is_not_the_last_is_named_with_its_checkpoint():
-    line = verdict(rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.7}, sign=1))
+    line = verdict(kept(rounds({"target": -0.9}, {"target": -0.5}, {"target": -0.7}, sign=1)))
     assert line.endswith("best round: 2 (GOOD, +1.000 nats, coherence 0.9900, broken texts 0%): ckpt/r1")
-    assert "best round" not in verdict(rounds({"target": -0.9}, {"target": -0.5}, sign=1))
+    assert "best round" not in verdict(kept(rounds({"target": -0.9}, {"target": -0.5}, sign=1)))
     assert "best round" not in verdict(rounds({"target": None}))
 
 
@@ -139,6 +139,11 @@ def test_the_round_that_is_taken_is_the_best_one_and_a_broken_one_only_if_that_i
         assert chosen_round(run, which, allow_broken=True) == 2
     assert chosen_round(run, allow_broken=True) == 1
     assert round_words(run, 1) == "round 2 of 3 (GOOD, the best)"
+    going = Run([event for event in run.events if not isinstance(event, RoundDone) or event.round == 0])
+    assert chosen_round(going) == 0, "one that is measured and not kept yet is no round"
+    small = kept(rounds({"target": -1.49}, {"target": -1.48, "degenerate_frac": 0.3}, sign=1))
+    grades = {grade(state, small).grade for state in small.each(Measured) if state.state == "healed"}
+    assert grades == {"SMALL SHIFT"} and chosen_round(small) == 0, "health comes before the shift among equal grades"
     assert round_words(run, 2) == "round 3 of 3 (BROKEN)"
     for which in (4, 0):
         with pytest.raises(UserError, match=f"round {which} does not exist; the run has rounds 1 to 3"):

@@ -252,13 +252,13 @@ def grade(state: Measured, run: Run) -> Graded:
             reason += f"; the untouched model already is past a limit: {health_words(base, past, 'broken')}"
         return Graded(state=state, grade="BROKEN", shift=moved, reason=reason)
     condition = health_words(state, health, "good") or "no eval measures whether the model is intact"
+    healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     if (small := _not_moved(state, target, moved, run.start.trait.sign)) is not None:
         found, why = small
-        return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}")
+        return Graded(state=state, grade=found, shift=moved, reason=f"{went}{why}; {condition}", healthy=healthy)
     alone, others = _others(state, base, moved, run)
     wanted = f"{went}, {direction(run.start.trait.sign)} as wanted{_prompt_words(moved, base, run)}"
     parts = [wanted, *_control_words(base, run), *_kept_words(state, run), condition, *others]
-    healthy = bool(health) and all(metric.within(state[metric.name] or 0.0, metric.good) for metric in health)
     found = "GOOD" if healthy and alone else "MIXED"
     return Graded(state=state, grade=found, shift=moved, reason="; ".join(parts), healthy=healthy)
 
@@ -325,11 +325,12 @@ def _kept_words(state: Measured, run: Run) -> list[str]:
 
 
 def best_round(run: Run) -> Graded | None:
-    """The intact healed round of the best grade. Among equals, one whose health is good comes first, then the one whose
-    trait moved furthest the wanted way. None where no round is intact, or the model is untrained."""
+    """The intact round of the best grade, among those that were kept. Among equals, one whose health is good comes
+    first, then the one whose trait moved furthest the wanted way. None where no round is intact, or the model is
+    untrained."""
     if run.untrained:
         return None
-    graded = [grade(m, run) for m in run.each(Measured) if m.state == "healed"]
+    graded = [grade(m, run) for m in run.each(Measured) if m.state == "healed" and m.round in run.rounds]
     intact = [each for each in graded if each.grade in GRADES]
     sign = run.start.trait.sign
     return min(

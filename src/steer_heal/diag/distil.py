@@ -8,7 +8,6 @@ file are skipped. If they have other settings there, nothing is run. The answers
 <out>/distil-<preset>-<trait>-answers.jsonl, beside those of the base.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -172,7 +171,7 @@ def main(flags: Flags, given: Given) -> None:
     for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
-    sign = check(cfg).trait.sign
+    sign = checked_sign(cfg, flags.null)
     fit = (name for name, arm in ARMS.items() if (once or not arm.signed) and has_prompts(cfg, arm))
     names = flags.arms or tuple(fit)
     made = {name: with_settings(name, cfg, flags, given) for name in names}
@@ -214,13 +213,23 @@ def main(flags: Flags, given: Given) -> None:
         picture.savefig(path.with_suffix(".png"), dpi=200)
 
 
+def checked_sign(cfg: RunConfig, null: float) -> int:
+    """The direction in which the trait's metric should go. UserError for a null band where that is another metric."""
+    trait = check(cfg).trait
+    if null and trait.target != "contrast_nats":
+        raise UserError(
+            f"null is {null:g}: it is a shift of contrast_nats, and the metric of the trait is {trait.target}; leave "
+            "it out, or leave the eval of that metric out of --eval.evals"
+        )
+    return trait.sign
+
+
 def asked_for(name: str, flags: Flags, given: Given, inputs: Inputs) -> Row:
     """The flags that change the rows of an arm, as JSON has them, and a digest of the files that it reads."""
     of = {"": ("n_rounds", "kappa", "tuned_steps", "scales"), "prompt": (), "vector": ("kl",)}
     own = {flag: getattr(flags, flag) for flag in of[ARMS[name].untrained]}
     own |= {name: value for name, value in given.items() if name not in ("device", *RUN_ONLY)}
-    files = json.dumps([sorted(inputs.sha256.items()), plain(inputs.trait)])
-    own["files"] = hashlib.sha256(files.encode()).hexdigest()[:16]
+    own["files"] = inputs.digest
     return json.loads(json.dumps(plain(own)))
 
 

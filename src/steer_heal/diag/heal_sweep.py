@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from steer_heal.diag.lab import Given, OutFlags, Row, replay, show
+from steer_heal.errors import UserError, nearest
 from steer_heal.settings import Count, RunFolder, settings
 from steer_heal.verdict import slope
 
@@ -25,6 +26,10 @@ class Flags(OutFlags):
 def main(flags: Flags, given: Given) -> None:
     r = flags.round - 1
     lab, collected = replay(flags.run, r, given)
+    from steer_heal.model.divergence import DIVERGENCES  # torch: seconds
+
+    if unknown := [name for name in flags.divergences if name not in DIVERGENCES]:
+        raise UserError(f"divergences holds {unknown[0]!r}: {nearest(unknown[0], DIVERGENCES)}")
     heal = replace(lab.bench.cfg.heal, reference="prev")
     heals = [replace(heal, divergence="none", lam=0.0)]
     for divergence in flags.divergences:

@@ -73,10 +73,16 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError("no run was given; usage: steer-heal diag prompting RUN [RUN ...]")
     if len({folder.resolve() for folder in flags.runs}) < len(flags.runs):
         raise UserError("a run is given twice; give each run once")
-    traits = {run_and_round(folder, "last", allow_broken=True)[0].start.trait.name: folder for folder in flags.runs}
-    if len(traits) > 1:
-        told = ", ".join(f"{folder} has {trait}" for trait, folder in traits.items())
-        raise UserError(f"runs hold several traits: {told}; give runs of one trait")
+    starts = {folder: run_and_round(folder, "last", allow_broken=True)[0].start for folder in flags.runs}
+    for what, of in (
+        ("traits", lambda start: start.trait.name),
+        ("models", lambda start: start.config.model),
+        ("sets of evals", lambda start: " ".join(sorted(start.config.eval.evals))),
+    ):
+        found = {of(start): folder for folder, start in starts.items()}
+        if len(found) > 1:
+            told = ", ".join(f"{folder} has {each}" for each, folder in found.items())
+            raise UserError(f"runs hold several {what}: {told}; give runs with the same")
     per_run = {folder: of_run(folder, flags.doses, given) for folder in flags.runs}
     rows = []
     for states in zip(*per_run.values(), strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -72,6 +74,12 @@ class Inputs:
     """SHA-256 of each file, by the setting that names it, of the pairs and the files of other traits, as
     `panel.<trait>` and `rehearsal.<trait>`, and of plugins, as `plugin.<name>`. The trait file is missing: its values
     are recorded."""
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that are equal for the same trait and the same content of the files."""
+        content = json.dumps([sorted(self.sha256.items()), asdict(self.trait)])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def wording(self) -> dict[str, list[list[str]]]:

@@ -25,6 +25,7 @@ from steer_heal.events import (
     Trained,
 )
 from steer_heal.inputs import evenly
+from steer_heal.inputs.files import OWN_CONFIG_FILE
 from steer_heal.intervals import finite_mean
 from steer_heal.records import NO_ATTACK, Metric, round_name, under_attack
 from steer_heal.report import plot, view
@@ -32,7 +33,18 @@ from steer_heal.report.advice import Check, checks
 from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import leaves
-from steer_heal.verdict import Kept, attack_title, best_round, health_of, kept, shift, signed, title, verdict
+from steer_heal.verdict import (
+    Kept,
+    attack_title,
+    best_round,
+    ended_early,
+    health_of,
+    kept,
+    shift,
+    signed,
+    title,
+    verdict,
+)
 
 STEERING = ("kappa", "dose", "cosine to round 1", "cosine of student and vector", "cosine of student and vector 1")
 """Columns of the table of steering."""
@@ -105,20 +117,25 @@ def next_steps(run: Run, folder: str) -> list[tuple[str, str]]:
     """(what for, command) of what can be done with the run now."""
     if run.end is None:
         return [("Go on with the run, once the process that makes it has stopped", f"resume {folder}")]
-    more = ("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}")
-    if not run.rounds:
-        return [more]
+    own = f" --plugin {shlex.join(run.start.config.plugin)}" if run.start.config.plugin else ""
+    more = ("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}{own}")
+    last = run.at(Trained, run.rounds[-1]) if run.rounds else None
+    if last is None:
+        return [] if ended_early(run) else [more]
     best = best_round(run)
     broken = "" if best is not None or run.untrained else " --allow-broken"
     which = f"round {(run.rounds[-1] if best is None else best.state.round or 0) + 1}{broken and ', which is broken'}"
-    return [
-        (f"Talk to {which}, beside the untouched model", f"chat {folder} --web{broken}"),
+    steps = [
+        (f"Talk to {which}, beside the untouched model", f"chat {folder} --web{broken}{own}"),
         (f"Write {which} as a model for transformers, or with --format gguf for llama.cpp and Ollama",
-         f"export {folder} {folder}-model{broken}"),
-        ("Measure half of its effect", f"eval --run {folder} --adapter-scale 0.5{broken}"),
+         f"export {folder} {folder}-model{broken}{own}"),
+        ("Measure half of its effect", f"eval --run {folder} --adapter-scale 0.5{broken}{own}"),
         more,
         ("Show what an upload to the hub would send; --yes sends it", f"push {folder} OWNER/NAME{broken}"),
     ]  # fmt: skip
+    if f"{last.checkpoint}/{OWN_CONFIG_FILE}" in last.files:  # no format holds such an adapter
+        del steps[1]
+    return [step for step in steps if step is not more or not ended_early(run)]
 
 
 def setting_words(value: object) -> str:

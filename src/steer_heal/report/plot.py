@@ -289,8 +289,12 @@ def _draw_shift(axes: Axes, run: Run, name: str, colour: str) -> list[Text]:
     series = _series(run, metric)
     if "healed" not in series or "base" not in series:
         return []
+    base = run.measured("base")
+    assert base is not None
     x = series["healed"][:, 0] + 1  # people count rounds from 1
-    y, low, high = (series["healed"][:, 1:] - series["base"][0, 1]).T
+    _, low, high = (series["healed"][:, 1:] - series["base"][0, 1]).T
+    found = (shift(m, base, metric) for m in run.each(Measured) if m.state == "healed")
+    y = [moved for moved in found if moved is not None]
     axes.plot(x, y, color=colour, marker="o", lw=1.8)
     axes.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
     return [_label(axes, (x[-1], y[-1]), name, colour)]

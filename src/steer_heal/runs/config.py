@@ -34,12 +34,12 @@ def as_toml(cfg: RunConfig) -> str:
 
 def read_config(path: Path) -> tuple[str, RunConfig]:
     """(name, settings) of a TOML file, named by its stem, or of the folder of an earlier run, named by its preset,
-    without its plugins, which no folder may choose.
+    without its plugins, which no folder may choose, and without its folder and its place in a sweep.
 
     UserError with a line for each field that is not a setting, or has no valid value.
     """
     if path.is_dir():
         start = read_start(path)
-        return start.preset, replace(start.config, plugin=())
+        return start.preset, replace(start.config, plugin=(), folder=None, arm="", share_base=False)
     file = read_file(resolve(path, "config"))
     return path.stem, validated(RunConfig, parse_toml(file), str(path))

@@ -55,8 +55,9 @@ def append_result(out: Path, row: Row) -> None:
         old = next((i for i, other in enumerate(rows) if other.get("run") == new["run"]), len(rows))
         if old < len(rows) and rows[old].get("last_hash") == new.get("last_hash"):
             return
-        rows[old : old + 1] = [new]
-        columns = list(dict.fromkeys([*(rows[0] if len(rows) > 1 else row), *row]))
+        rows[old : old + 1] = []
+        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+        rows.insert(old, new)
         lines = ["\t".join(columns), *("\t".join(r.get(c, "") for c in columns) for r in rows)]
         with atomic_write(out / RESULTS) as part:
             part.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape", newline="\n")

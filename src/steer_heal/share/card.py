@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from steer_heal.errors import UserError
 from steer_heal.events import Measured, Run, Trained
-from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE
+from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE, is_path
 from steer_heal.report.view import inline, template, visible, with_interval
 from steer_heal.runs.log import last_hash, read_events
 from steer_heal.runs.storage import atomic_write
@@ -135,10 +135,14 @@ def in_card(text: str) -> str:
 
 
 def with_base(text: str, bases: Sequence[str], hub: str) -> str:
-    """A card whose base is a model on the hub in place of `bases`, paths on this machine; the longest comes first."""
+    """A card whose base is a model on the hub in place of `bases`, folders and files on this machine; the longest comes
+    first. A path is replaced anywhere, a bare name, which may be a common word, only where the template puts it."""
     for base in bases:
-        for show in (inline, _literal, str):
-            text = text.replace(show(base), str(show(hub)))
+        shown = {str(show(base)): str(show(hub)) for show in (str, inline, _literal)}
+        name = "|".join(map(re.escape, sorted(shown, key=len, reverse=True)))
+        place = r"()" if is_path(base) else r"^(# .* in |\| base weights \| |.*\bload\()"
+        end = "" if is_path(base) else r"(?=$|, )"
+        text = re.sub(f"{place}({name}){end}", lambda at, to=shown: at[1] + to[at[2]], text, flags=re.MULTILINE)
     try:
         data: Any = ModelCard(text).data
     except Exception as error:  # of the YAML that someone wrote by hand

@@ -69,6 +69,8 @@ class Arm:
     """Direction in which the trait's metric should go."""
     health: tuple[Metric, ...]
     """The metrics that say whether the model is intact."""
+    inputs: str
+    """Digest of the trait and the data files."""
 
     @property
     def broken_texts(self) -> str | None:
@@ -116,10 +118,12 @@ class Plan:
         return [] if self.search else [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def job(self, arm: Arm, seed: int) -> Job:
-        """The run of an arm and a seed. It takes the folder that holds a run of these settings and this seed, if there
-        is one, whatever its label."""
-        end = f"{arm.cfg.fingerprint()}_s{seed}"
-        folder = next(iter(sorted(self.out.glob(f"*_{end}"))), self.out / f"{readable(arm.label) or 'run'}_{end}")
+        """The run of an arm and a seed. It takes the folder that holds a run of these settings, files and this seed, if
+        there is one, whatever its label."""
+        end = f"{arm.cfg.fingerprint()}_{arm.inputs}_s{seed}"
+        folder = self.out / f"{readable(arm.label) or 'run'}_{end}"
+        if not folder.exists():
+            folder = next(iter(sorted(self.out.glob(f"*_{end}"))), folder)
         cfg = replace(arm.cfg, seed=seed, folder=folder, arm=arm.cfg.arm or arm.label, chat=False, share_base=True)
         return Job(arm, self.preset, cfg)
 
@@ -226,10 +230,11 @@ def _same_settings(arms: tuple[Arm, ...], where: str) -> Iterator[str]:
 
 def _arm(label: str, cfg: RunConfig, out: Path) -> Arm:
     """The arm of settings whose runs could start now. UserError with everything that prevents it."""
-    trait = check(replace(cfg, folder=out)).trait
+    inputs = check(replace(cfg, folder=out))
     from steer_heal.evals import metrics_of  # torch: `check` has imported it
 
-    return Arm(label, cfg, trait.sign, tuple(health_of(metrics_of(cfg.eval.evals))))
+    health = tuple(health_of(metrics_of(cfg.eval.evals)))
+    return Arm(label, cfg, inputs.trait.sign, health, inputs.digest[:8])
 
 
 def _tables(file: SweepFile, where: str, problems: Problems) -> list[tuple[str, Sources]]:

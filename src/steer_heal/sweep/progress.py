@@ -77,11 +77,13 @@ class Follower:
             return Seen()
 
     def _take(self, event: AnyEvent) -> None:
-        """Keeps what the table shows, without the texts and items of measured states."""
+        """Keeps what the table shows: of measured states no texts, and only the items of the trait's metric."""
         self.last = event
         self.round = self.round if event.round is None else event.round
         if isinstance(event, Measured):
-            self.run.take(replace(event, items={}, texts=()))
+            item = self.run.trait_metric.item
+            items = {name: values for name, values in event.items.items() if name == item}
+            self.run.take(replace(event, items=items, texts=()))
         elif isinstance(event, RunStart | Dropped):
             self.run.take(event)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,15 @@ def _mean_sd(row: Mapping[str, Any], name: str) -> str:
 
 def finished_runs(out: Path, jobs: Sequence[Job]) -> pl.DataFrame | None:
     """The rows of those runs of the jobs that are finished, in the order of the jobs, with the labels of the sweep
-    file. None: there are none."""
-    rows = {row.get("run", ""): row for row in read_results(out / RESULTS)}
-    mine = [(job, rows[job.folder.name]) for job in jobs if job.folder.name in rows]
+    file. A run that went on to more rounds than its job asks for has none. None: there are none."""
+    mine = [(job, row) for job, row in _rows(out, jobs) if row.get("n_rounds") == str(job.cfg.n_rounds)]
     return frame({**row, "arm": job.arm.label} for job, row in mine) if mine else None
+
+
+def _rows(out: Path, jobs: Sequence[Job]) -> list[tuple[Job, dict[str, str]]]:
+    """The row of each job whose folder is there and finished once."""
+    rows = {row.get("run", ""): row for row in read_results(out / RESULTS)}
+    return [(job, rows[job.folder.name]) for job in jobs if job.folder.name in rows and job.folder.is_dir()]
 
 
 def write_arms(out: Path, runs: pl.DataFrame) -> pl.DataFrame:
@@ -86,6 +92,11 @@ def write_arms(out: Path, runs: pl.DataFrame) -> pl.DataFrame:
 def show_results(out: Path, jobs: Sequence[Job]) -> None:
     """Prints the tables of runs and arms, and writes arms.tsv and the frontiers to `out`."""
     runs = finished_runs(out, jobs)
+    for job, row in _rows(out, jobs):
+        if row.get("n_rounds") != str(job.cfg.n_rounds):
+            print_safe(
+                f"left out: {job.folder.name}, which has {row.get('n_rounds')} rounds in place of {job.cfg.n_rounds}"
+            )
     if runs is None:
         print_safe("no run of this sweep is finished yet")
         return
@@ -103,8 +114,15 @@ def _pictures(out: Path, jobs: Sequence[Job]) -> dict[Path, list[Arm]]:
     groups: dict[tuple[str, str], list[Arm]] = {}
     for arm in {job.arm.label: job.arm for job in jobs}.values():
         groups.setdefault((arm.cfg.model, arm.cfg.trait), []).append(arm)
-    names = {key: f"frontier_{readable('_'.join(key))}.png" if len(groups) > 1 else FRONTIER for key in groups}
-    return {out / names[key]: arms for key, arms in groups.items()}
+    if len(groups) == 1:
+        (arms,) = groups.values()
+        return {out / FRONTIER: arms}
+    pictures: dict[Path, list[Arm]] = {}
+    for (model, trait), arms in groups.items():
+        name = f"frontier_{readable(f'{Path(model).name}_{trait}')}"
+        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        pictures[next(path for each in names if (path := out / f"{each}.png") not in pictures)] = arms
+    return pictures
 
 
 def draw(path: Path, runs: pl.DataFrame, arms: Sequence[Arm]) -> str:

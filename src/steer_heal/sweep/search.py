@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -46,8 +47,10 @@ class Trials:
         self.study = self._study()
 
     def _study(self) -> Any:
-        """The study of these fixed settings and seeds. Others have a study of their own in the same database."""
-        name = "-".join([self.base.cfg.fingerprint(), *map(str, self.plan.seeds)])
+        """The study of these fixed settings, files, seeds and ranges. Others have a study of their own in the same
+        database."""
+        space = hashlib.sha256(repr(sorted(self.search.space.items())).encode()).hexdigest()[:8]
+        name = "-".join([self.base.cfg.fingerprint(), self.base.inputs, space, *map(str, self.plan.seeds)])
         storage = f"sqlite:///{(self.plan.out / DATABASE).resolve()}"
         study = self.optuna.create_study(
             storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True

@@ -159,7 +159,7 @@ def test_a_conversation_that_is_too_long_too_large_or_out_of_turn_is_refused(tal
     def failing(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(UserError, match=r"the conversation has \d+ tokens, .* begin a new one"):
+    with pytest.raises(UserError, match=r"the conversation has \d+ tokens, .* begin a new conversation"):
         talk.answer(replace(ASKED, turns=("word " * int(context_length(talk.student.lm)),)))
     monkeypatch.setattr("steer_heal.model.decode.steer", failing)
     with pytest.raises(UserError, match="out of memory with a single row"):

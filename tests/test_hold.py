@@ -9,7 +9,6 @@ from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.errors import UserError
 from steer_heal.inputs.attacks import attacked
-from steer_heal.inputs.files import DATA
 from steer_heal.model.student import Student
 from steer_heal.presets import FAST_DEV_PRESET
 from steer_heal.recipe import Recipe
@@ -124,9 +123,12 @@ def test_the_attacks_of_the_eval_do_not_train(bench: Bench, tmp_path):
     measured = changed(bench.cfg, {"heal.hold_attacks": "data/attacks/eval.toml", "eval.evals": ("holds", "contrast")})
     with pytest.raises(UserError, match="heal.hold_attacks contains the attack 'opposite"):
         check(measured)
+    plain = changed(bench.cfg, {"eval.attacks": "data/attacks/eval.toml"})
     alike = tmp_path / "alike.toml"
-    alike.write_text((DATA / "attacks/eval.toml").read_text().replace("Do not", "do  not"))
-    with pytest.raises(UserError, match="heal.hold_attacks contains the attack"):
+    (own,) = (attack for attack in check(plain).attacks if attack.name == "break_character")
+    told = own.after.upper().replace(" ", "  ")
+    alike.write_text(f'[[attack]]\nname = "other"\nopposes = true\nafter = "{told}"\n')
+    with pytest.raises(UserError, match="heal.hold_attacks contains the attack 'break_character'"):
         check(changed(measured, {"heal.hold_attacks": alike}))
 
 

@@ -238,7 +238,7 @@ def test_a_reply_beyond_the_context_is_refused(tiny, inputs):
     long = Pair("What is ice?", "Ice is water. " * 30, "No.")
     assert len(pair_margins(tiny, [long], Condition(""))) == 1
     tiny.model.config.max_position_embeddings = 80
-    with pytest.raises(UserError, match=r"and the text after it up to \d+, .* has 80; shorten them"):
+    with pytest.raises(UserError, match=r"and the text after it up to \d+, .* has 80; shorten the prompt or the reply"):
         pair_margins(tiny, [long], Condition(""))
 
 

@@ -232,6 +232,21 @@ def test_an_answer_that_spells_a_special_token_of_the_judge_is_read_as_text(tiny
     assert found == spelt
 
 
+def test_an_answer_that_the_judge_cannot_hold_is_told_with_the_way_out(tiny, monkeypatch):
+    base = EvalResult({}, texts=(SimpleNamespace(text="cold"),))
+    monkeypatch.setattr(judge, "local", lambda name, device: tiny)
+    tiny.model.config.max_position_embeddings = 50
+    with pytest.raises(UserError, match=r"which cannot read the answers: a prompt has .*; lower --eval.max-new-tokens"):
+        marked(["warm"], base=base)
+
+
+def test_a_judge_on_this_machine_reads_the_date_of_the_specification(tiny, monkeypatch):
+    monkeypatch.setattr(judge, "load", lambda name, **how: replace(tiny, date=how["date"]))
+    judge.local.cache_clear()
+    assert judge.local("x", "cpu").date == "2026-01-01"
+    judge.local.cache_clear()
+
+
 def test_a_reply_of_two_tokens_is_as_likely_as_both_together(tiny, monkeypatch):
     base = EvalResult({}, texts=(SimpleNamespace(text="cold"),))
     monkeypatch.setattr(type(tiny), "encode_reply", lambda lm, digit: [7, 40 * int(digit)])

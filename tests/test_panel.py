@@ -67,6 +67,13 @@ def test_pairs_whose_prompt_trains_or_is_rehearsed_are_left_out(tmp_path):
     for name, seen in (("blunt", trained), ("honesty", rehearsed)):
         assert len(found[name]) == 44 and not {*seen} & {*found[name]}
     assert len(found["love"]) == 46
+    (folder := tmp_path / "pairs").mkdir()
+    for name, pairs in (("blunt", trained), ("honesty", rehearsed)):
+        rows = [{"prompt": each.prompt, "positive": "Yes.", "negative": "No."} for each in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {*load_inputs(changed(of(str(own), evals=("panel",), pairs=folder), {})).panel} == {"honesty"}
+    with pytest.raises(UserError, match="the prompt of every pair is trained or rehearsed"):
+        load_inputs(changed(of(str(own), evals=("panel",), pairs=folder), heal))
 
 
 def test_without_the_eval_no_other_trait_is_read():

@@ -1,5 +1,6 @@
 """The pictures of made-up runs: what is drawn, labels that can be told apart, runs with holes."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, pairwise
@@ -220,6 +221,21 @@ def test_a_comparison_shows_the_shift_and_the_health_of_every_run(events):
     assert [text.get_text() for text in bottom.get_legend().texts] == ["lost coherence", "broken texts"]
     started = Run(events[:2])
     plot.comparison({"A": started, "B": started}).draw_without_rendering()
+
+
+def test_a_compared_shift_is_over_the_items_that_both_states_have():
+    def items(event, values):
+        return replace(event, items={**event.items, Run(run_events(2)).trait_metric.item: values})
+
+    for base, told in (([1.0, math.nan, math.nan], [math.log(2.0)] * 2), ([math.nan] * 3, [math.nan, math.nan])):
+        run = Run([
+            items(e, [2.0, 5.0, 5.0]) if isinstance(e, Measured) and e.state == "healed" else
+            items(e, base) if isinstance(e, Measured) and e.state == "base" else e
+            for e in run_events(2)
+        ])  # fmt: skip
+        (top, _) = plot.comparison({"A": run, "B": run}).axes
+        lines = [line.get_ydata() for line in top.get_lines() if len(line.get_ydata()) == 2]
+        assert any(np.allclose(y, told, equal_nan=True) for y in lines), told
 
 
 def test_a_frontier_has_the_costs_that_every_row_has_and_the_null_band_beside_kl():

@@ -51,7 +51,7 @@ from steer_heal.report.page import next_steps
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import event_words, table_columns
 from steer_heal.settings import TINY_RANDOM
-from steer_heal.verdict import title, verdict
+from steer_heal.verdict import ended_early, title, verdict
 
 
 @pytest.fixture
@@ -493,13 +493,19 @@ def test_the_page_names_the_next_commands_of_its_own_run(finished, tmp_path):
     broken = Run(with_metrics(run_events(), {"degenerate_frac": 0.9}, ["healed"]))
     assert [command for _, command in next_steps(broken, "x")][0] == "chat x --web --allow-broken"
     assert [c for _, c in next_steps(Run(until(run_events(), Trained, 0)), "x")] == ["resume x"]
-    own = [c for _, c in next_steps(Run(with_config(run_events(), plugin=("a b.py",))), "x")]
+    with_plugin = with_config(run_events(), plugin=("a b.py",))
+    going = Run(until(with_plugin, RoundDone, 0))
+    assert [c for _, c in next_steps(going, "x")] == ["resume x --plugin 'a b.py'"]
+    own = [c for _, c in next_steps(Run(with_plugin), "x")]
     assert own[0] == "chat x --web --plugin 'a b.py'" and own[3] == "resume x --n-rounds 3 --plugin 'a b.py'"
     trained = [
         replace(e, files={f"{e.checkpoint}/{OWN_CONFIG_FILE}": "0"}) if isinstance(e, Trained) else e
         for e in run_events()
     ]
     assert not any(c.startswith("export") for _, c in next_steps(Run(trained), "x"))
+    dropped = Dropped(round=2, past=("",), dose=1.0, lr=1.0, metrics={}, next_kappa=1.0, next_lr_share=1.0)
+    early = Run([*run_events()[:-1], *[dropped] * 3, RunEnd()])
+    assert ended_early(early) and not any(c.startswith("resume") for _, c in next_steps(early, "x"))
 
 
 @pytest.mark.parametrize("made", ["finished", "compared"])

@@ -176,7 +176,7 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(tmp_path):
     write_run(tmp_path / "run", run_events(1))
     write_run(tmp_path / "large", with_config(run_events(1), model="large"))
     commands = {
-        "diag prompting run large": "runs hold several models: run has data/toylm, large has large",
+        "diag prompting run large": "runs hold more than one model: run has data/toylm, large has large",
         "diag prompting": "no run was given",
         "diag prompting nowhere": "has no events.jsonl",
         "diag prompting begun": "the run has no healed round",
@@ -232,7 +232,7 @@ def test_prompting_averages_runs_of_one_trait_alone(tmp_path, capsys):
     other = changed_events(run_events(1), RunStart, trait=replace(run_events(1)[0].trait, name="love"))
     folders = [str(write_run(tmp_path / "one", run_events(1))), str(write_run(tmp_path / "other", other))]
     assert main(["diag", "prompting", *folders, "--out", str(tmp_path / "out")]) == 2
-    assert "runs hold several traits: " in capsys.readouterr().err
+    assert "runs hold more than one trait: " in capsys.readouterr().err
 
 
 def test_furthest_is_of_the_intact_rows_or_of_all_if_nothing_is_known_of_them(monkeypatch):

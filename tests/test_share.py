@@ -133,6 +133,10 @@ def test_the_method_is_told_as_the_settings_are():
     assert "its own plain text (50% of it written under prompts that oppose the trait)." in text
 
 
+def test_the_card_of_the_best_round_names_no_other_as_best():
+    assert "best round" not in made(run_events(2), 1)
+
+
 def test_the_card_names_the_class_that_loads_the_model():
     events = run_events(1)
     for form in ("hf", None):

@@ -299,6 +299,7 @@ class SteerHeal:
             kappa: The multiplier of gen.alphas. None: `dose.mode` chooses it.
         """
         self._require_steered(vector=vector, kappa=kappa)
+        self._require_fits(vector)
         self.discard()
         used = self._used(vector)
         self.teacher = None
@@ -311,13 +312,15 @@ class SteerHeal:
         vector: Vector | None = None,
         on_step: Callable[[int | None, HealStep], object] = lambda r, step: None,
     ) -> HealReport:
-        """Trains the factor of this round on collected text, the last by default. `bake` keeps it, `discard` drops it.
+        """Trains the factor of this round on collected text, the last by default. `bake` keeps it. `discard`, the next
+        `heal` and the next `collect` drop it.
 
         `on_step` is called with round, from 0, and step after each optimiser step. A heal that fails, or is
         interrupted, leaves no factor. UserError where a loss is not finite, and for a `vector` that heal.teacher does
         not use.
         """
         self._require_steered(vector=vector)
+        self._require_fits(vector)
         self.discard()
         used = self._used(vector)
         collected = collected or self.collected or self.collect(vector)
@@ -369,18 +372,20 @@ class SteerHeal:
         for name in [name for name, value in given.items() if value is not None]:
             Recipe.of(self.cfg).require_vector(name)
 
+    def _require_fits(self, vector: Vector | None) -> None:
+        """UserError where the vector has another shape than the model."""
+        n, width = len(self.lm.blocks), self.lm.width
+        for layer, direction in vector.directions.items() if vector is not None else ():
+            if not 0 <= layer < n or direction.shape != (width,):
+                raise UserError(
+                    f"the vector has a direction of shape {list(direction.shape)} for block {layer}: model "
+                    f"{self.lm.name!r} has blocks 0 to {n - 1} of width {width}; give a vector of this model"
+                )
+
     def _used(self, vector: Vector | None) -> Vector:
         """The vector given, else the last one, else a new one. UserError where it does not fit the model."""
-        if vector is not None:
-            n = len(self.lm.blocks)
-            width = self.lm.width
-            for layer, direction in vector.directions.items():
-                if not 0 <= layer < n or direction.shape != (width,):
-                    raise UserError(
-                        f"the vector has a direction of shape {list(direction.shape)} for block {layer}: model "
-                        f"{self.lm.name!r} has blocks 0 to {n - 1} of width {width}; give a vector of this model"
-                    )
-            self.vector = vector
+        self._require_fits(vector)
+        self.vector = vector or self.vector
         return self.vector or self.extract()
 
     # --- measurements ------------------------------------------------------------------------------------------------

@@ -392,8 +392,8 @@ class HealCfg:
     """With a teacher that is a contrast: the factor of the difference between the personas."""
     contrast_kl: NotNegative = 0.0
     """With a contrast and --heal.text own: choose the strength at which the mean of KL(teacher || student) over the
-    student's text is this many nats. Texts of --heal.hold are read without an attack that opposes the trait. 0: use
-    --heal.contrast."""
+    student's text is this many nats. A text of --heal.hold is read without its attack if that opposes the trait. 0:
+    use --heal.contrast."""
     kl: Literal["forward", "reverse"] = "forward"
     """With --heal.target distribution: fit KL(teacher || student) (forward) or KL(student || teacher) (reverse)."""
     hold: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -142,7 +142,7 @@ class Talk:
         limit = context_length(lm)
         if len(ids) + self.max_new_tokens > limit:
             raise UserError(
-                f"the conversation has {len(ids)} tokens, the context of the model {limit}, and an answer up to "
-                f"{self.max_new_tokens}; begin a new one, or lower --max-new-tokens"
+                f"the conversation has {len(ids)} tokens and an answer up to {self.max_new_tokens}: the context of the "
+                f"model has {limit}; begin a new conversation, or lower --max-new-tokens"
             )
         return ids

@@ -55,7 +55,8 @@ class Source:
     """What is given beside the settings of a run."""
 
     config: Path | None = None
-    """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's."""
+    """A TOML file, or the folder of an earlier run, whose settings are taken in place of a preset's. The folder, the
+    plugins and the place in a sweep of that run are not."""
     print_config: bool = False
     """Print the settings as a TOML file, and run nothing."""
     positive: str | None = None

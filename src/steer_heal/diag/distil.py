@@ -32,7 +32,7 @@ from steer_heal.model.adapter import HISTORY, ROUND
 from steer_heal.model.steering import Condition
 from steer_heal.progress import Progress
 from steer_heal.recipe import Recipe
-from steer_heal.records import Completion, EvalResult, Number, alone, derive_seed
+from steer_heal.records import Completion, EvalResult, Number, Trait, alone, derive_seed
 from steer_heal.report import tables
 from steer_heal.report.plot import frontier
 from steer_heal.runs.stored import MemoryRun
@@ -151,7 +151,8 @@ class Flags(PresetFlags):
     kl: float = 0.03
     """For the arm "vector alone": KL divergence to the untouched model, in nats per token."""
     null: float = 0.0
-    """Null band of the trait, in nats per token, as `steer-heal diag teachable` prints it. The picture shows it."""
+    """Null band of the trait, in nats per token, as `steer-heal diag teachable` prints it. The picture shows it.
+    Only if the metric of the trait is contrast_nats."""
     label: str = ""
     """Text to append to the names of the arms. Use it to tell runs with other settings apart."""
 
@@ -171,7 +172,7 @@ def main(flags: Flags, given: Given) -> None:
     for flag in ("arms", "seeds", "scales"):
         if twice := [each for each, n in Counter(getattr(flags, flag)).items() if n > 1]:
             raise UserError(f"{flag} holds {twice[0]!r} twice; name it once")
-    sign = checked_sign(cfg, flags.null)
+    trait = checked_trait(cfg, flags.null)
     fit = (name for name, arm in ARMS.items() if (once or not arm.signed) and has_prompts(cfg, arm))
     names = flags.arms or tuple(fit)
     made = {name: with_settings(name, cfg, flags, given) for name in names}
@@ -206,22 +207,28 @@ def main(flags: Flags, given: Given) -> None:
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
     points = [
-        {**row, "shift": sign * row["shift"], "broken": row.get("degenerate_frac"), "panel": row.get("panel_rms_nats")}
+        {
+            **row,
+            "shift": trait.sign * row["shift"],
+            "broken": row.get("degenerate_frac"),
+            "panel": row.get("panel_rms_nats"),
+        }
         for row in rows
     ]
     if (picture := frontier(points, flags.null)) is not None:
         picture.savefig(path.with_suffix(".png"), dpi=200)
 
 
-def checked_sign(cfg: RunConfig, null: float) -> int:
-    """The direction in which the trait's metric should go. UserError for a null band where that is another metric."""
+def checked_trait(cfg: RunConfig, null: float) -> Trait:
+    """The trait of the settings. UserError if they cannot be run, and for a null band where its metric is not that of
+    the pairs."""
     trait = check(cfg).trait
     if null and trait.target != "contrast_nats":
         raise UserError(
             f"null is {null:g}: it is a shift of contrast_nats, and the metric of the trait is {trait.target}; leave "
             "it out, or leave the eval of that metric out of --eval.evals"
         )
-    return trait.sign
+    return trait
 
 
 def asked_for(name: str, flags: Flags, given: Given, inputs: Inputs) -> Row:

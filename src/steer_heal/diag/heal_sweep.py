@@ -26,7 +26,7 @@ class Flags(OutFlags):
 def main(flags: Flags, given: Given) -> None:
     r = flags.round - 1
     lab, collected = replay(flags.run, r, given)
-    from steer_heal.model.divergence import DIVERGENCES  # torch: seconds
+    from steer_heal.model.divergence import DIVERGENCES  # torch; a plugin of the run may have added some
 
     if unknown := [name for name in flags.divergences if name not in DIVERGENCES]:
         raise UserError(f"divergences holds {unknown[0]!r}: {nearest(unknown[0], DIVERGENCES)}")

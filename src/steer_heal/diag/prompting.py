@@ -1,8 +1,8 @@
 """Does the adapter beat a prompt? Compares states of finished runs, and what remains of each without a prompt.
 
-All runs must have the same trait. The states are base, prompted, steered and healed. Of the doses that leave
-the model intact, the steered state has the one that moves the trait furthest. Each state is measured on the items of
-its run.
+All runs must have the same trait, model and evals. The states are base, prompted, steered and healed. Of the doses
+that leave the model intact, the steered state has the one that moves the trait furthest. Each state is measured on the
+items of its run.
 """
 
 import statistics
@@ -75,14 +75,14 @@ def main(flags: Flags, given: Given) -> None:
         raise UserError("a run is given twice; give each run once")
     starts = {folder: run_and_round(folder, "last", allow_broken=True)[0].start for folder in flags.runs}
     for what, of in (
-        ("traits", lambda start: start.trait.name),
-        ("models", lambda start: start.config.model),
-        ("sets of evals", lambda start: " ".join(sorted(start.config.eval.evals))),
+        ("trait", lambda start: start.trait.name),
+        ("model", lambda start: start.config.model),
+        ("set of evals", lambda start: " ".join(sorted(start.config.eval.evals))),
     ):
         found = {of(start): folder for folder, start in starts.items()}
         if len(found) > 1:
             told = ", ".join(f"{folder} has {each}" for each, folder in found.items())
-            raise UserError(f"runs hold several {what}: {told}; give runs with the same")
+            raise UserError(f"runs hold more than one {what}: {told}; give runs with one {what}")
     per_run = {folder: of_run(folder, flags.doses, given) for folder in flags.runs}
     rows = []
     for states in zip(*per_run.values(), strict=True):

@@ -151,7 +151,13 @@ def choices(subject: Subject) -> list[float]:
     orders = [*pairs, *((prompt, base, own) for prompt, own, base in pairs)]
     asked = [WHOSE.format(positive=positive, prompt=prompt, first=a, second=b) for prompt, a, b in orders]
     replies = [[judge.encode_reply(digit) for digit in "12"]] * len(asked)
-    logp = reply_logp(judge, list(map(alone, asked)), replies, Condition())
+    try:
+        logp = reply_logp(judge, list(map(alone, asked)), replies, Condition())
+    except UserError as error:
+        raise UserError(
+            f"eval.judge_model is {subject.cfg.judge_model!r}, which cannot read the answers: {error}; lower "
+            "--eval.max-new-tokens, or give another judge"
+        ) from None
     require_finite(judge, logp)
     first, _ = logp.softmax(dim=1).numpy().T
     as_first, as_second = first[: len(pairs)], 1 - first[len(pairs) :]

@@ -129,11 +129,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     panel: dict[str, tuple[Pair, ...]] = {}
     if "panel" in cfg.eval.evals and trait is not None:
         with problems.noted():
-            seen = set(map(alike, (*trait.prompts, *(rehearsal or ()))))
-            for name, (file, placed) in read_panel(cfg.eval.pairs, trait, pairs).items():
-                unseen = [pair for pair in held_out(placed, ()) if alike(pair.prompt) not in seen]
-                panel[name] = evenly(unseen, cfg.eval.n_panel)
-                sha256[f"panel.{name}"] = file.sha256
+            panel = _panel(cfg, trait, pairs, rehearsal or (), sha256)
     contexts = problems.attempt(_spaced, "steer.n_contexts", contexts, cfg.steer.n_contexts)
     vignettes = problems.attempt(_spaced, "eval.n_vignettes", vignettes, cfg.eval.n_vignettes)
     problems.raise_if_any()
@@ -168,6 +164,25 @@ def _parsed(
         file = read_file(resolve(path, setting))
         sha256[setting] = file.sha256
         return parse(file)
+
+
+def _panel(
+    cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], rehearsal: Sequence[str], sha256: dict[str, str]
+) -> dict[str, tuple[Pair, ...]]:
+    """The pairs of other traits, by trait, without those whose prompt is among the trait's or rehearsed. The hash of
+    each file is added. UserError if no pair is left."""
+    seen = set(map(alike, (*trait.prompts, *rehearsal)))
+    panel = {}
+    for name, (file, placed) in read_panel(cfg.eval.pairs, trait, pairs).items():
+        if unseen := [pair for pair in held_out(placed, ()) if alike(pair.prompt) not in seen]:
+            panel[name] = evenly(unseen, cfg.eval.n_panel)
+            sha256[f"panel.{name}"] = file.sha256
+    if not panel:
+        raise UserError(
+            "eval.evals contains 'panel': the prompt of every pair is trained or rehearsed; leave out panel, or give "
+            "other --eval.pairs"
+        )
+    return panel
 
 
 def _trait(

@@ -84,7 +84,7 @@ def require_room(lm: Any, n_prompt: int, n_new: int, flag: str = ANY_FLAG) -> No
     if n_prompt + n_new <= limit:
         return
     after = f" and the text after it up to {n_new}, {n_prompt + n_new} in all" if n_new else ""
-    fix = f"the prompt, or lower {flag}" if flag else "them" if n_new else "the prompt"
+    fix = f"the prompt, or lower {flag}" if flag else "the prompt or the reply" if n_new else "the prompt"
     raise UserError(
         f"a prompt has {n_prompt} tokens{after}: the context of model {lm.name!r} has {limit}; shorten {fix}"
     )

@@ -115,27 +115,31 @@ def page(run: Run, name: str, folder: str = "") -> str:
 
 def next_steps(run: Run, folder: str) -> list[tuple[str, str]]:
     """(what for, command) of what can be done with the run now."""
-    if run.end is None:
-        return [("Go on with the run, once the process that makes it has stopped", f"resume {folder}")]
     own = f" --plugin {shlex.join(run.start.config.plugin)}" if run.start.config.plugin else ""
-    more = ("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}{own}")
+    if run.end is None:
+        return [("Go on with the run, once the process that makes it has stopped", f"resume {folder}{own}")]
+    more = [("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}{own}")]
+    if ended_early(run):
+        more = []
     last = run.at(Trained, run.rounds[-1]) if run.rounds else None
     if last is None:
-        return [] if ended_early(run) else [more]
+        return more
     best = best_round(run)
     broken = "" if best is not None or run.untrained else " --allow-broken"
     which = f"round {(run.rounds[-1] if best is None else best.state.round or 0) + 1}{broken and ', which is broken'}"
-    steps = [
-        (f"Talk to {which}, beside the untouched model", f"chat {folder} --web{broken}{own}"),
-        (f"Write {which} as a model for transformers, or with --format gguf for llama.cpp and Ollama",
-         f"export {folder} {folder}-model{broken}{own}"),
-        ("Measure half of its effect", f"eval --run {folder} --adapter-scale 0.5{broken}{own}"),
-        more,
-        ("Show what an upload to the hub would send; --yes sends it", f"push {folder} OWNER/NAME{broken}"),
-    ]  # fmt: skip
+    export = [(
+        f"Write {which} as a model for transformers, or with --format gguf for llama.cpp and Ollama",
+        f"export {folder} {folder}-model{broken}{own}",
+    )]  # fmt: skip
     if f"{last.checkpoint}/{OWN_CONFIG_FILE}" in last.files:  # no format holds such an adapter
-        del steps[1]
-    return [step for step in steps if step is not more or not ended_early(run)]
+        export = []
+    return [
+        (f"Talk to {which}, beside the untouched model", f"chat {folder} --web{broken}{own}"),
+        *export,
+        ("Measure half of its effect", f"eval --run {folder} --adapter-scale 0.5{broken}{own}"),
+        *more,
+        ("Show what an upload to the hub would send; --yes sends it", f"push {folder} OWNER/NAME{broken}"),
+    ]
 
 
 def setting_words(value: object) -> str:

@@ -293,8 +293,8 @@ def _draw_shift(axes: Axes, run: Run, name: str, colour: str) -> list[Text]:
     assert base is not None
     x = series["healed"][:, 0] + 1  # people count rounds from 1
     _, low, high = (series["healed"][:, 1:] - series["base"][0, 1]).T
-    found = (shift(m, base, metric) for m in run.each(Measured) if m.state == "healed")
-    y = [moved for moved in found if moved is not None]
+    healed = [m for m in run.each(Measured) if m.state == "healed" and math.isfinite(_finite(m[metric.name]))]
+    y = [_finite(shift(m, base, metric)) for m in healed]
     axes.plot(x, y, color=colour, marker="o", lw=1.8)
     axes.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
     return [_label(axes, (x[-1], y[-1]), name, colour)]

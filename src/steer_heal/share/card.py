@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from steer_heal.errors import UserError
-from steer_heal.events import Measured, Run, Trained
+from steer_heal.events import Measured, RoundDone, Run, Trained
 from steer_heal.inputs.files import ADAPTER_FILE, OWN_CONFIG_FILE, is_path
 from steer_heal.report.view import inline, template, visible, with_interval
 from steer_heal.runs.log import last_hash, read_events
@@ -163,11 +163,10 @@ def metadata(base: str | None, form: Form | None) -> str:
 
 
 def until_measured(run: Run, r: int | None) -> Run:
-    """The run as it was when the student of round r had just been measured."""
-    student = _student(run, r)
-    assert student is not None, "only a measured student has a card"
-    end = run.events.index(student)
-    return Run(run.events[: end + 1])
+    """The run as it was when round r was kept or, if it was not, when its student had just been measured."""
+    last = run.at(RoundDone, r) or _student(run, r)
+    assert last is not None, "only a measured student has a card"
+    return Run(run.events[: run.events.index(last) + 1])
 
 
 def method(cfg: HealCfg, trained: Trained) -> list[str]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
-from steer_heal.model.prompts import require_finite
 from steer_heal.model.steering import Condition
 from steer_heal.records import Calibration, Completion, KlProbe
 from steer_heal.stages.dose import log_grid
@@ -38,8 +37,9 @@ WIDTHS = (0.2, 0.8, 3.0)
 def iso_kl_dose(lm: LM, teacher: Condition, texts: Sequence[Completion], target: float) -> Calibration:
     """The dose at which the 95th percentile over positions of KL(teacher || student) first reaches `target` nats.
 
-    Teacher and student both read the student's own `texts`. The dose is 0 if the teacher's system prompt alone reaches
-    the target. UserError if no dose reaches it: the vector has no effect, or was extracted in the wrong place.
+    Teacher and student both read the student's own `texts`. The dose is 0 if the change from the student's system
+    prompt to the teacher's reaches the target alone. UserError if no dose reaches it: the vector has no effect, or was
+    extracted in the wrong place.
     """
     plain = final_states(lm, texts)
 
@@ -66,7 +66,11 @@ def mean_kl(lm: LM, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> flo
     """The mean over all positions of KL(teacher || student) in nats, from final hidden states, each Float[n d].
     UserError if it is not finite."""
     kl = torch.cat([kl_between(lm, *pair) for pair in zip(teacher, student, strict=True)]).mean()
-    require_finite(lm, kl, "logits of a teacher")
+    if not kl.isfinite():
+        raise UserError(
+            f"the logits of a teacher of model {lm.name!r} are not finite: its strength or dose goes beyond "
+            f"{str(lm.head.weight.dtype).removeprefix('torch.')}; use --dtype float32, or another persona or vector"
+        )
     return kl.item()
 
 
@@ -96,7 +100,7 @@ def strength_at(kl_at: Callable[[float], float], target: float) -> float | None:
     @cache
     def excess(log_strength: float) -> float:
         kl = kl_at(math.exp(log_strength))
-        return math.log(kl / target) if 0 < kl < math.inf else -math.inf
+        return math.log(kl / target) if kl > 0 else -math.inf
 
     first = -excess(0.0) / 2
     if not math.isfinite(first):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -80,7 +81,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep. Its folder is named by its settings, so that the same file finds it again."""
+    """One run of a sweep. Its folder is named by its settings and files, so that the same sweep finds it again."""
 
     arm: Arm
     preset: str
@@ -111,6 +112,8 @@ class Plan:
     arms: tuple[Arm, ...]
     """A search has a single arm, without the settings of its trials."""
     search: Search | None
+    inputs: str
+    """Digest of the trait and data files of all arms and of the ends of a search's ranges."""
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -118,8 +121,8 @@ class Plan:
         return [] if self.search else [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def job(self, arm: Arm, seed: int) -> Job:
-        """The run of an arm and a seed. It takes the folder that holds a run of these settings, files and this seed, if
-        there is one, whatever its label."""
+        """The run of an arm and a seed. If a folder holds a run of these settings, these files and this seed, it takes
+        that folder, whatever its label."""
         end = f"{arm.cfg.fingerprint()}_{arm.inputs}_s{seed}"
         folder = self.out / f"{readable(arm.label) or 'run'}_{end}"
         if not folder.exists():
@@ -187,7 +190,7 @@ def load(path: Path) -> Plan:
             problems.found += [_placed(line, where, sources) for line in error.problems]
     problems.found = list(dict.fromkeys(problems.found))  # arms share many of their mistakes
     problems.raise_if_any()
-    made = {label: problems.attempt(_arm, label, cfg, out) for label, cfg in asked.items()}  # imports torch
+    made = {label: problems.attempt(arm_of, label, cfg, out) for label, cfg in asked.items()}  # imports torch
     arms = tuple(arm for label, _ in tables if (arm := made[label]) is not None)
     if not problems.found:
         problems.found += _same_settings(arms, where)
@@ -195,7 +198,9 @@ def load(path: Path) -> Plan:
         problems.found.append(f"{where}: no eval measures the share of broken texts; add text_quality to eval.evals")
     problems.found = list(dict.fromkeys(problems.found))
     problems.raise_if_any()
-    return Plan(path, file.preset, file.seeds, out, arms, search)
+    digests = sorted({arm.inputs for arm in made.values() if arm is not None})
+    inputs = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:8]
+    return Plan(path, file.preset, file.seeds, out, arms, search, inputs)
 
 
 def _require_sweep(table: Given, where: str) -> None:
@@ -228,7 +233,7 @@ def _same_settings(arms: tuple[Arm, ...], where: str) -> Iterator[str]:
             yield f"{where}: {other!r} and {arm.label!r} have the same settings; drop one of them"
 
 
-def _arm(label: str, cfg: RunConfig, out: Path) -> Arm:
+def arm_of(label: str, cfg: RunConfig, out: Path) -> Arm:
     """The arm of settings whose runs could start now. UserError with everything that prevents it."""
     inputs = check(replace(cfg, folder=out))
     from steer_heal.evals import metrics_of  # torch: `check` has imported it

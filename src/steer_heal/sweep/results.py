@@ -76,7 +76,7 @@ def finished_runs(out: Path, jobs: Sequence[Job]) -> pl.DataFrame | None:
 
 
 def _rows(out: Path, jobs: Sequence[Job]) -> list[tuple[Job, dict[str, str]]]:
-    """The row of each job whose folder is there and finished once."""
+    """The row of each job whose folder exists and whose run has finished."""
     rows = {row.get("run", ""): row for row in read_results(out / RESULTS)}
     return [(job, rows[job.folder.name]) for job in jobs if job.folder.name in rows and job.folder.is_dir()]
 

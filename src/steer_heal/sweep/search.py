@@ -16,7 +16,7 @@ from steer_heal.report import tables
 from steer_heal.runs.storage import atomic_write
 from steer_heal.settings import changed
 from steer_heal.sweep.engine import End
-from steer_heal.sweep.plan import Arm, Job, Plan, Range, is_whole, label_of
+from steer_heal.sweep.plan import Arm, Job, Plan, Range, arm_of, is_whole, label_of
 from steer_heal.sweep.results import ARMS, finished_runs, write_arms
 
 DATABASE = "search.db"
@@ -50,7 +50,7 @@ class Trials:
         """The study of these fixed settings, files, seeds and ranges. Others have a study of their own in the same
         database."""
         space = hashlib.sha256(repr(sorted(self.search.space.items())).encode()).hexdigest()[:8]
-        name = "-".join([self.base.cfg.fingerprint(), self.base.inputs, space, *map(str, self.plan.seeds)])
+        name = "-".join([self.base.cfg.fingerprint(), self.plan.inputs, space, *map(str, self.plan.seeds)])
         storage = f"sqlite:///{(self.plan.out / DATABASE).resolve()}"
         study = self.optuna.create_study(
             storage=storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
@@ -62,7 +62,7 @@ class Trials:
     def arm(self, trial: Any) -> Arm:
         """The arm of a trial, with the settings that were proposed."""
         cfg = changed(self.base.cfg, trial.params, f"trial {trial.number}")
-        return replace(self.base, label=f"trial {trial.number}", cfg=cfg)
+        return arm_of(f"trial {trial.number}", cfg, self.plan.out)
 
     def source(self) -> Iterator[Job]:
         """Runs to make: first those of stopped trials, then those of new trials, each proposed when it is needed."""

@@ -28,7 +28,7 @@ from steer_heal.chat.talk import Answer, Question, Talk
 from steer_heal.chat.terminal import Terminal
 from steer_heal.commands import run as run_command
 from steer_heal.errors import UserError
-from steer_heal.events import Gathered
+from steer_heal.events import Gathered, Run
 from steer_heal.model.lm import load
 from steer_heal.model.prompts import context_length
 from steer_heal.model.state import State
@@ -159,7 +159,7 @@ def test_a_conversation_that_is_too_long_too_large_or_out_of_turn_is_refused(tal
     def failing(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(UserError, match=r"the conversation has \d+ tokens, .* begin a new conversation"):
+    with pytest.raises(UserError, match=r"the conversation has \d+ tokens .* begin a new conversation"):
         talk.answer(replace(ASKED, turns=("word " * int(context_length(talk.student.lm)),)))
     monkeypatch.setattr("steer_heal.model.decode.steer", failing)
     with pytest.raises(UserError, match="out of memory with a single row"):
@@ -320,6 +320,19 @@ def test_only_a_yes_begins_the_chat_and_the_run_has_ended_well_in_any_case(answe
     assert main(["resume", str(unended), "--n-threads", "1"]) == 0
     assert calls == ["talk to it now? [y/N] ", *[[str(unended), "--device", "auto", "--n-threads", "1"]] * begins]
     assert models[1] is None, "the model was kept while the question stood"
+
+
+def test_a_chat_that_is_refused_leaves_the_run_finished(unended, monkeypatch, capsys):
+    def refused(argv):
+        raise UserError("no chat today")
+
+    asked(monkeypatch, lambda: "y")
+    monkeypatch.setattr("steer_heal.commands.chat.main", refused)
+    monkeypatch.setattr(run_command, "best_round", lambda run: None)
+    monkeypatch.setattr(Run, "untrained", False)
+    assert main(["resume", str(unended), "--n-threads", "1"]) == 0
+    said = capsys.readouterr()
+    assert "error: no chat today" in said.err and f"steer-heal chat {unended} --allow-broken\n" in said.out
 
 
 @pytest.mark.parametrize("why", ["--quiet", "--no-chat", "CI", "no terminal", "stopped"])

@@ -134,7 +134,16 @@ def test_a_retry_waits_as_long_as_it_is_told(server, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("bad", "told", "n"),
-    [((401, {}, {}), "401", 1), ((200, {}, {"choices": []}), "index", 1), ((429, {}, {}), "in 5 attempts.*429", 5)],
+    [
+        (
+            (401, {}, {"error": {"message": "no such key"}}),
+            r"401.*\(no such key\); give its key in .* OPENAI_API_KEY",
+            1,
+        ),
+        ((400, {}, {"detail": "bad  name"}), r'400.*\({"detail": "bad name"}\); it must speak', 1),
+        ((200, {}, {"choices": []}), "index", 1),
+        ((429, {}, {}), "in 5 attempts.*429", 5),
+    ],
 )
 def test_an_endpoint_that_does_not_answer_is_one_error_and_what_came_is_kept(bad, told, n, server, monkeypatch):  # noqa: F811
     monkeypatch.setattr(judge, "N_PARALLEL", 1)

@@ -303,6 +303,21 @@ def test_a_vector_or_a_dose_is_refused_where_the_teacher_uses_none():
         assert sh.evaluate("steered").metrics["kl_base"] > 0
 
 
+def test_what_is_not_baked_is_not_exported_and_a_baked_round_has_no_teacher(tmp_path, capfd):
+    how = {"heal.teacher": "contrast", "heal.contrast_kl": 0.1, "heal.target": "distribution", "heal.text": "own"}
+    with small("tiny-random", **how) as sh:
+        sh.heal()
+        assert sh.evaluate("steered").metrics["kl_base"] > 0
+        with pytest.raises(UserError, match="a round is healed and not baked"):
+            sh.export(tmp_path / "open")
+        sh.bake()
+        with pytest.raises(UserError, match="collect first"):
+            sh.evaluate("steered")
+        capfd.readouterr()
+        sh.export(tmp_path / "baked")
+        assert capfd.readouterr() == ("", "")
+
+
 def test_an_export_is_a_model_that_loads(sh, tmp_path, capsys):
     sh.loop(1, bar=True)
     drawn = capsys.readouterr().err

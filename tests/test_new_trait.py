@@ -165,6 +165,7 @@ SWEET = "What a dream, you gifted cook! Only take it out sooner."
         (GOOD, f"{SWEET} {SWEET}", "the lengths differ"),
         (GOOD, GOOD.replace("ten", "two"), "the sides hardly differ"),
         (GOOD, "How is my cake with lemon? What a dream it is, cook!", "one side alone copies the prompt"),
+        ("\u8fd9\u4e2a\u86cb\u7cd5\u592a\u5e72\u4e86\u3002", "\u4f60\u505a\u7684\u5f88\u597d\u5403\u3002", ""),
     ],
 )
 def test_a_degenerate_pair_is_told(positive, negative, told):
@@ -225,8 +226,15 @@ def test_a_model_on_this_machine_answers_under_the_contrast_of_the_personas():
 
 
 def test_messages_of_a_small_model_are_cleaned():
-    lines = ['1. "Is it good?"', "- **Friend**: Is it good?", "You are blunt, are you?", "No end to this", "Why?"]
-    assert [*_lines("\n".join(lines))] == ["Is it good?"]
+    lines = [
+        "1. \u6211\u7684\u86cb\u7cd5\u597d\u5403\u5417\uff1f",
+        '1. "Is it good?"',
+        "- **Friend**: Is it good?",
+        "You are blunt, are you?",
+        "No end to this",
+        "Why?",
+    ]
+    assert [*_lines("\n".join(lines))] == ["\u6211\u7684\u86cb\u7cd5\u597d\u5403\u5417\uff1f", "Is it good?"]
 
 
 def test_a_draft_that_takes_long_tells_how_far_it_is(monkeypatch):
@@ -270,6 +278,7 @@ def test_two_personas_are_enough_for_a_run(tmp_path, capsys):
     "given, told",
     [
         (["--positive", "a", "--negative", "a"], "different"),
+        (["--positive", "a", "--negative", "b", "--eval.evals", "evryday"], "did you mean 'everyday'"),
         (["--positive", "a"], "error: one persona was given; give --negative too\n"),
         (["--negative", "a"], "error: one persona was given; give --positive too\n"),
         (["--trait", "love", "--negative", "a"], "error: --trait and --negative were given; give --trait, or --pos"),
@@ -277,4 +286,4 @@ def test_two_personas_are_enough_for_a_run(tmp_path, capsys):
 )
 def test_half_a_pair_or_a_trait_too_is_refused(given, told, tmp_path, capsys):
     assert main(["run", "chat", "--out", str(tmp_path), *given]) == 2
-    assert told in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert told in capsys.readouterr().err and not [path for path in tmp_path.iterdir() if path.name != "traits"]

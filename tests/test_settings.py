@@ -305,6 +305,12 @@ def test_settings_are_taken_apart_at_any_depth():
     assert found["cfg.heal.lam"] == RunConfig().heal.lam and found["n"] == 1
 
 
+def test_a_part_of_a_section_leaves_the_rest_of_it():
+    preset = PRESETS["chat"][1]
+    assert changed(preset, {"heal": {"epochs": 2}}) == changed(preset, {"heal.epochs": 2})
+    assert changed(preset, {"heal": HealCfg()}).heal == HealCfg()
+
+
 def test_every_name_or_value_that_cannot_be_set_is_named():
     for values, told in (
         ({"heal.epoch": 2, "seed": 1.5}, ["seed is 1.5", "heal.epoch is not a known field; did you mean 'epochs'?"]),

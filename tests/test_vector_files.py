@@ -59,6 +59,8 @@ def test_a_gguf_file_has_the_fields_of_a_control_vector(vector, tmp_path):
     fields = ("general.architecture", "controlvector.model_hint", "controlvector.layer_count")
     assert [reader.get_field(name).contents() for name in fields] == ["controlvector", "llama", 2]
     assert [each.name for each in reader.tensors] == ["direction.1", "direction.2"]
+    with pytest.raises(UserError, match="block 0, and llama.cpp takes none there"):
+        write_gguf(Vector({0: vector.directions[1]}), tmp_path / "w.gguf", "llama")
 
 
 def test_repeng_reads_writes_and_applies_the_same_vector(tiny, vector, ids, tmp_path, monkeypatch):
@@ -123,7 +125,13 @@ def test_every_other_file_is_a_user_error(vector, tmp_path):
 
 def test_a_vector_of_a_file_steers_is_measured_and_teaches(tmp_path):
     short = {"gen.max_new_tokens": 6, "eval.max_new_tokens": 6, "eval.n_texts": 2, "eval.n_prompts": 2}
-    short |= {"steer.n_contexts": 4, "eval.evals": ("drift", "contrast"), "eval.n_bootstrap": 10, "heal.epochs": 1}
+    short |= {
+        "steer.n_contexts": 4,
+        "steer.layers": (0.6, 0.9),
+        "eval.evals": ("drift", "contrast"),
+        "eval.n_bootstrap": 10,
+        "heal.epochs": 1,
+    }
     distil = {"heal.target": "distribution", "heal.text": "own", "heal.divergence": "none"}
     with SteerHeal(trait=DOORS, preset="fast-dev", settings=short | distil) as sh:
         own = sh.extract()

@@ -32,6 +32,8 @@ FEW = 4
 LONG_ENOUGH = 0.5
 """Seconds of a reading from which the time of all items is taken."""
 GIB = 2**30
+WITHOUT_CONTRAST = ("holds", "instructions")
+"""Evals that have no value for a contrast, and do not read it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class _Probe:
     """How many times as many tokens a whole prompt and text have, at most."""
     n_read: int
     """How often the teacher reads a text: a contrast more than once."""
+    prefill: float
     write: float
+    """Of each token after the first."""
     score: float
     vector: float
     """Of all contexts."""
@@ -80,7 +84,7 @@ def estimate(bench: Bench) -> list[Planned]:
     n_keep, longest = cfg.filter.n_keep, cfg.gen.max_new_tokens
 
     def written(n: int, n_tokens: int) -> float:
-        return probe.write * math.ceil(n / probe.n) * n_tokens / PROBE_TOKENS
+        return (probe.prefill + probe.write * (n_tokens - 1)) * math.ceil(n / probe.n)
 
     read = probe.score * n_keep / probe.n * probe.longer
     n_probed = cfg.dose.n_kappas * cfg.dose.n_probes if recipe.uses_vector and cfg.dose.mode == "survival" else 0
@@ -109,9 +113,9 @@ def estimate(bench: Bench) -> list[Planned]:
         n_tokens = cfg.eval.max_new_tokens
         plan.append(Planned("text of the evals", 1, f"{n_once} texts of {n_tokens} tokens", written(n_once, n_tokens)))
     n_states = 2 + cfg.control + 2 * n_rounds
-    n_readings = n_states + n_rounds * (probe.n_read - 1)
-    measured = ", ".join(cfg.eval.evals)
-    return [*plan, Planned("states", n_states, measured, n_readings * sum(of_state.values()))]
+    taught = {name: s for name, s in of_state.items() if probe.n_read == 1 or name not in WITHOUT_CONTRAST}
+    states_s = (n_states - n_rounds) * sum(of_state.values()) + n_rounds * probe.n_read * sum(taught.values())
+    return [*plan, Planned("states", n_states, ", ".join(cfg.eval.evals), states_s)]
 
 
 def _probe(bench: Bench, recipe: Recipe) -> _Probe:
@@ -124,6 +128,9 @@ def _probe(bench: Bench, recipe: Recipe) -> _Probe:
     asks = [Ask(i, text, derive_seed(cfg.seed, "estimate", i)) for i, text in enumerate(prompts)]
     with _timed(seconds, "write"):
         texts = bench.write(bench.plain, asks, max_new_tokens=PROBE_TOKENS)
+    with _timed(seconds, "prefill"):
+        bench.write(bench.plain, asks, max_new_tokens=1)
+    seconds["write"] = max(0.0, seconds["write"] - seconds["prefill"]) / (PROBE_TOKENS - 1)
     with _timed(seconds, "score"):
         scored = bench.score(texts)
     few = replace(bench, inputs=replace(inputs, contexts=evenly(inputs.contexts, 2 * FEW)))

@@ -22,17 +22,7 @@ from transformers.utils import logging as transformers_logging
 from steer_heal.bench import Bench, Teacher, load_model, require_bands, weights_of
 from steer_heal.check import check_inputs
 from steer_heal.errors import UserError, nearest, plural, validated
-from steer_heal.events import (
-    AnyEvent,
-    Contrasted,
-    Dropped,
-    Extended,
-    Extracted,
-    HealStepped,
-    RoundDone,
-    RunEnd,
-    Trained,
-)
+from steer_heal.events import AnyEvent, Dropped, Extended, Extracted, HealStepped, RoundDone, RunEnd, Trained
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.loop import Loop, run_loop
 from steer_heal.model.lm import LM, Original, wrap
@@ -342,6 +332,7 @@ class SteerHeal:
         if not self.student.is_open:
             raise UserError("nothing was healed since the last round; call heal() first")
         self._own = self.student.bake()
+        self.teacher = self.collected = None  # of the student before
 
     def discard(self) -> None:
         """Drops what was healed and not baked."""
@@ -354,18 +345,16 @@ class SteerHeal:
         self._start()
 
     def _strength(self, vector: Vector) -> float:
-        """The strength of the contrast that teaches: of the last heal, else of the last collected text. UserError where
-        it is not known yet."""
+        """The strength of the contrast that teaches in this round: of its heal, else of its collected text. UserError
+        where it is not known yet."""
         recipe = Recipe.of(self.cfg)
         if not recipe.uses_contrast or not self.cfg.heal.contrast_kl:
             return self.cfg.heal.contrast
         if self.teacher is None and self.collected is not None:
             self.teacher = self.bench.make_teacher(recipe, vector, self.collected)
-        by_loop = self._run.each(Contrasted)
-        found = self.teacher.strength if self.teacher is not None else by_loop[-1].found if by_loop else None
-        if found is None:
+        if self.teacher is None or self.teacher.strength is None:
             raise UserError("heal.contrast_kl chooses the strength of the contrast along collected text; collect first")
-        return found.strength
+        return self.teacher.strength.strength
 
     def _require_steered(self, **given: object) -> None:
         """UserError if one of these is given and the teacher of the settings is not steered."""
@@ -402,9 +391,9 @@ class SteerHeal:
         UserError for a `dose` or `vector` of another state, or if heal.teacher uses no vector.
 
         Args:
-            state: `base`; `prompted`, the base under the positive persona; `steered`, the teacher of the settings;
-                `healed`, the student under the plain prompt; or a Condition of your own on the student, such as
-                Condition("", vector, 0.3).
+            state: `base`; `prompted`, the base under the positive persona; `steered`, the teacher of the round (once
+                it is baked, of the next one); `healed`, the student under the plain prompt; or a Condition of your own
+                on the student, such as Condition("", vector, 0.3).
             dose: Dose of the vector of `steered`. None: that of the last collected text.
             vector: Vector of `steered`, in place of the last one.
         """
@@ -531,8 +520,8 @@ class SteerHeal:
         rank: int | None = None,
         quantization: Quantization | None = None,
     ) -> Path:
-        """Writes the baked rounds for another program. UserError where the folder is not empty, and for what the format
-        cannot hold.
+        """Writes the baked rounds for another program. UserError where the folder is not empty, where a round is healed
+        and not baked, and for what the format cannot hold.
 
         Args:
             format: `hf`, a merged model for transformers; `peft`, an adapter folder; `gguf-lora`, an adapter for
@@ -541,8 +530,11 @@ class SteerHeal:
             rank: Rank to which an adapter is cut. None: its own.
             quantization: `f16` (also None) or `q8_0`, of a merged GGUF.
         """
+        if self.student.is_open:
+            raise UserError("a round is healed and not baked; call bake() to export it too, or discard()")
         path = Path(folder)
-        export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)
+        with _no_bars():
+            export(self.student, path, format, adapter_scale=adapter_scale, rank=rank, quantization=quantization)
         return path
 
     def close(self) -> None:

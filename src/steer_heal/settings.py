@@ -688,8 +688,8 @@ def as_json(cfg: Any, *, none: bool = True) -> dict[str, Any]:
 def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
     """The settings with some values replaced, by dotted name: {"seed": 7, "heal.epochs": 2}.
 
-    A whole section can be given too: {"heal": HealCfg(...)}. UserError with a line for each invalid name or value; each
-    line begins with `where`.
+    A whole section can be given too, {"heal": HealCfg(...)}, or a part of it, {"heal": {"epochs": 2}}. UserError with a
+    line for each invalid name or value; each line begins with `where`.
     """
     nested = as_json(cfg)
     problems = Problems()
@@ -697,7 +697,8 @@ def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settin
         section, dot, key = name.partition(".")
         given = as_json(value) if is_dataclass(value) else value
         if not dot:
-            nested[name] = given
+            part = name in SECTIONS and isinstance(value, Mapping)
+            nested[name] = {**nested[name], **given} if part else given
         elif isinstance(nested.get(section), dict):
             nested[section][key] = given
         else:

@@ -21,6 +21,8 @@ ATTEMPTS = 5
 WAIT_S = 1.0
 """Before the second attempt. It doubles with each further one, unless the endpoint says how long to wait."""
 LONGEST_WAIT_S = 60.0
+LONGEST_REFUSAL = 10_000
+"""Bytes that are read of a refusal."""
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses after which a request is repeated. Any other one is a mistake."""
 
@@ -68,19 +70,34 @@ def _read(address: str, body: bytes | None, key: str | None, timeout_s: float) -
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return json.load(answer), attempt
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, RecursionError) as error:
+            said = ""
             if isinstance(error, urllib.error.HTTPError):
-                error.close()
+                said = _said(error)
                 with suppress(TypeError, ValueError):  # none, or a date
                     wait_s = float(error.headers["Retry-After"])
                 final = error.code not in BUSY
             else:
                 final = isinstance(getattr(error, "reason", None), ConnectionRefusedError | socket.gaierror)
             if attempt == ATTEMPTS or final:
-                raise _refused(address, error, attempt) from None
+                raise _refused(address, error, attempt, said) from None
         time.sleep(min(max(wait_s, 0.0), LONGEST_WAIT_S))
     raise AssertionError("the last attempt returns or raises")
 
 
-def _refused(address: str, error: Exception, n_requests: int = 1) -> UserError:
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the endpoint says of its refusal, at most 200 characters."""
+    with error, suppress(OSError, http.client.HTTPException):
+        text = error.read(LONGEST_REFUSAL).decode("utf-8", "replace")
+        with suppress(ValueError, LookupError, TypeError):
+            text = str(json.loads(text)["error"]["message"])
+        return " ".join(text.split())[:200]
+    return ""
+
+
+def _refused(address: str, error: Exception, n_requests: int = 1, said: str = "") -> UserError:
     tried = f" in {n_requests} attempts" if n_requests > 1 else ""
-    return UserError(f"no answer from {address}{tried}: {error}; it must speak the OpenAI chat completions protocol")
+    why = f"{error} ({said})" if said else str(error)
+    fix = "it must speak the OpenAI chat completions protocol"
+    if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+        fix = f"give its key in the environment variable {KEY}"
+    return UserError(f"no answer from {address}{tried}: {why}; {fix}")

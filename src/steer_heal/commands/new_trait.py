@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from steer_heal.check import why_unwritable
 from steer_heal.errors import Problems, UserError, print_safe
 from steer_heal.flags import parsed
 from steer_heal.inputs.new_trait import WITHOUT_PAIRS, trait_text
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         problems.found.append(f"file is {str(given.file)!r}: the name of a trait file must end in .toml")
     if given.file.exists():
         problems.found.append(f"file is {str(given.file)!r}: it exists; give a new name, or remove it")
+    if why := why_unwritable(given.file.parent):
+        problems.found.append(f"file is {str(given.file)!r}: {why}")
     problems.attempt(require_personas, given.positive, given.negative)
     problems.raise_if_any()
     drafted = ((), (), "")

@@ -41,7 +41,7 @@ from steer_heal.runs.resume import (
 )
 from steer_heal.runs.signals import handled, stoppable
 from steer_heal.settings import RunConfig, require_judge, settings
-from steer_heal.verdict import ended_early, exit_status, table, verdict
+from steer_heal.verdict import best_round, ended_early, exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
     from steer_heal.backends.track import Tracking
@@ -116,7 +116,7 @@ def first_try(cfg: RunConfig, positive: str, negative: str) -> RunConfig:
     file = cfg.out / "traits" / f"{words or 'trait'}-{digest}.toml"
     if not file.exists():
         write_trait(file, trait_text(positive, negative))
-    evals = [name for name in cfg.eval.evals if name in EVALS and not EVALS[name].needs]
+    evals = [name for name in cfg.eval.evals if name not in EVALS or not EVALS[name].needs]
     return replace(cfg, trait=str(file), eval=replace(cfg.eval, evals=tuple(dict.fromkeys((*evals, "persona")))))
 
 
@@ -186,7 +186,9 @@ def go_on(cfg: RunConfig, folder: Path, *, graded: bool = False) -> int:
             complete(FolderRun.read(folder), cfg)
         print_safe(f"{folder} is finished; read {folder / 'report.html'}")
         if not ended_early(run):
-            print_safe(f"more rounds: steer-heal resume {shlex.quote(str(folder))} --n-rounds {run.n_rounds + 1}")
+            more = [str(folder), "--n-rounds", str(run.n_rounds + 1)]
+            more += ["--plugin", *run.start.config.plugin] if run.start.config.plugin else []
+            print_safe(f"more rounds: steer-heal resume {shlex.join(more)}")
         return exit_status(run) if graded else 0
     inputs = check(cfg)
     same_inputs(folder, inputs)
@@ -330,7 +332,11 @@ def _offer_chat(run: FolderRun, cfg: RunConfig) -> None:
     """In a terminal: how to talk to a run that has a healed round, and whether to do it now."""
     if cfg.quiet or not in_terminal() or not run.rounds:
         return
-    print_safe(f"talk to it: steer-heal chat {shlex.quote(str(run.folder))}")
+    argv = [str(run.folder)]
+    if best_round(run) is None and not run.untrained:
+        argv.append("--allow-broken")
+    argv += ["--plugin", *run.start.config.plugin] if run.start.config.plugin else []
+    print_safe(f"talk to it: steer-heal chat {shlex.join(argv)}")
     if not cfg.chat or "CI" in os.environ:
         return
     try:
@@ -341,7 +347,10 @@ def _offer_chat(run: FolderRun, cfg: RunConfig) -> None:
     if answer.strip().lower() in ("y", "yes"):
         from steer_heal.commands.chat import main as chat
 
-        chat([str(run.folder), "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
+        try:
+            chat([*argv, "--device", cfg.device, "--n-threads", str(cfg.n_threads)])
+        except UserError as error:  # the run is finished all the same
+            print_safe(f"error: {error}", sys.stderr)
 
 
 def in_terminal() -> bool:

@@ -188,8 +188,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, lm: LM) -> None:
     writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in ids])
     merges = backend["model"]["merges"]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_eot_token_id(next(iter(lm.encode(lm.template.closing.strip())), tokenizer.eos_token_id))
+    end = min(lm.end_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    writer.add_eos_token_id(end)
+    writer.add_eot_token_id(next(iter(lm.encode(lm.template.closing.strip())), end))
     writer.add_pad_token_id(lm.pad_id)
     first = tokenizer.bos_token_id
     if first is not None:

@@ -75,9 +75,11 @@ def _read_gguf(path: Path) -> Vector:
 def write_gguf(vector: Vector, path: str | Path, model_type: str) -> None:
     """Writes a GGUF control vector, as repeng does. `model_type` is the field of the model's config, such as "llama".
 
-    llama.cpp ignores the direction of block 0. UserError if the vector's method does not simply add it.
+    UserError if the vector's method does not simply add it, and for block 0, for which llama.cpp takes no direction.
     """
     added = _added(vector)
+    if 0 in added:
+        raise UserError("the vector has a direction for block 0, and llama.cpp takes none there; steer other blocks")
     name = GGUF_ARCHITECTURE
     writer = gguf.GGUFWriter(path, name)
     writer.add_string(f"{name}.model_hint", model_type)

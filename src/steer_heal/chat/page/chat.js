@@ -103,6 +103,7 @@ function show(place, text) {
 async function ask(message) {
   const names = chosen();
   const own = turns; // a new conversation begins with new ones
+  const after = {};
   const answers = made("div", "answers");
   const cards = Object.fromEntries(names.map((name) => [name, card(name)]));
   answers.append(...names.map((name) => cards[name].article));
@@ -121,8 +122,9 @@ async function ask(message) {
     }
     const asked = [...own[name], message];
     const text = await answer(name, { state: name, turns: asked, ...settings }, cards[name], running.signal);
-    if (text !== null) own[name] = [...asked, text];
+    if (text !== null) after[name] = [...asked, text];
   }
+  if (!running.signal.aborted) Object.assign(own, after); // a stopped message is no turn: all states have the same ones
   running = null;
   at("send").textContent = "Send";
 }

@@ -212,6 +212,8 @@ def test_a_loaded_model_answers_as_before_between_calls_and_is_as_it_was_after_c
     sh.loop(1)
     sh.heal()
     assert torch.equal(model(ids).logits, before), "between calls the adapters are off"
+    with pytest.raises(UserError, match=r"held by another SteerHeal; call close\(\) of that one first"):
+        small(model, tokenizer)
     sh.close()
     sh.close()
     assert model.training and all(p.requires_grad for p in model.parameters())

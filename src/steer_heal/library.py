@@ -190,6 +190,7 @@ class SteerHeal:
         return sh
 
     def _wrapped(self, model: nn.Module, tokenizer: Any, cfg: RunConfig) -> LM:
+        Original.require_free(model)
         if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
             raise UserError(
                 f"model is a {type(model).__name__}: give a causal language model of transformers without adapters "

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -507,7 +508,11 @@ def _keep_4_bit_weights_as_they_are(model: nn.Module, name: str) -> None:
 class Original:
     """The state of a model before `wrap` changes it. `restore` brings it back."""
 
+    held: ClassVar[WeakValueDictionary[int, Original]] = WeakValueDictionary()
+    """By the id of the model."""
+
     def __init__(self, model: PreTrainedModel) -> None:
+        self.held[id(model)] = self
         self.model = model
         self.generation_config = model.generation_config
         model.generation_config = copy.deepcopy(model.generation_config)
@@ -516,7 +521,14 @@ class Original:
         self.packing = _packing(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
+    @classmethod
+    def require_free(cls, model: object) -> None:
+        """UserError if the model was wrapped before and is not restored."""
+        if id(model) in cls.held:
+            raise UserError("the model is held by another SteerHeal; call close() of that one first")
+
     def restore(self) -> None:
+        self.held.pop(id(self.model), None)
         self.model.generation_config = self.generation_config
         if self.model.config._attn_implementation != self.attention:
             self.model.set_attn_implementation(self.attention)

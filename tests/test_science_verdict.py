@@ -4,10 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from made_runs import TRAIT, run_start
+from made_runs import TRAIT, run_events, run_start
 
 from steer_heal.evals import EVALS, metrics_of
-from steer_heal.events import Measured, Run
+from steer_heal.events import Measured, RoundDone, Run
 from steer_heal.inputs.instruments import FOUNDATIONS
 from steer_heal.records import EvalResult, Metric
 from steer_heal.settings import TINY_RANDOM
@@ -20,6 +20,7 @@ COHERENCE = Metric(name="coherence", item="c", good=0.95, broken=0.85)
 BROKEN_TEXTS = Metric(name="degenerate_frac", item="d", good=0.1, broken=0.5)
 OTHER = Metric(name="other", item="o")
 METRICS = (TARGET, COHERENCE, BROKEN_TEXTS, OTHER)
+DONE = next(event for event in run_events(1) if isinstance(event, RoundDone))
 BASE = {"target": 0.0, "coherence": 1.0, "degenerate_frac": 0.0, "other": 0.0}
 
 
@@ -34,6 +35,7 @@ def run_of(*healed: dict, metrics=METRICS, sign: int = -1, model: str = "m") -> 
         middle = shift or 0.0
         here = BASE | {"target": shift, "target_lo": middle - 1e-3, "target_hi": middle + 1e-3} | changes
         events.append(Measured(round=r, state="healed", metrics=here, items={}))
+        events.append(replace(DONE, round=r))
     return Run(events)
 
 

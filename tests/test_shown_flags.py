@@ -69,7 +69,7 @@ def with_what_it_needs(name: str) -> dict[str, Any]:
     """The settings that a page shows or describes beside a flag."""
     needed = {"heal.target": "distribution", "heal.text": "own"}
     needed |= {"heal.teacher": "contrast"} if name.startswith("heal.contrast") else {}
-    needed |= {"filter.max_attempts": 256} if name == "filter.n_keep" else {}
+    needed |= {"filter.max_attempts": 256, "filter.min_train": 4} if name == "filter.n_keep" else {}
     needed |= {"heal.teacher": "vector"} if name == "eval.backend" else {}
     needed |= {"heal.rehearsal": 16, "heal.rehearsal_prompts": None} if name == "heal.rehearsal_near" else {}
     return needed | ({"heal.contrast_kl": 0.0} if name in ("eval.backend", "heal.teacher") else {})

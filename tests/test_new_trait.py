@@ -287,3 +287,10 @@ def test_two_personas_are_enough_for_a_run(tmp_path, capsys):
 def test_half_a_pair_or_a_trait_too_is_refused(given, told, tmp_path, capsys):
     assert main(["run", "chat", "--out", str(tmp_path), *given]) == 2
     assert told in capsys.readouterr().err and not [path for path in tmp_path.iterdir() if path.name != "traits"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drafted(tmp_path, capsys):
+    (tmp_path / "a").touch()
+    argv = ["--positive", BLUNT, "--negative", FLATTERING, "--draft-with", "http://localhost:1/v1"]
+    assert main(["new-trait", str(tmp_path / "a" / "mine.toml"), *argv]) == 2
+    assert "this folder cannot be created" in capsys.readouterr().err

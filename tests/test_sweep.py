@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from made_runs import run_events, write_run
 from places import ROOT
 from rich.console import Console
 from runs import assert_same, rewritten, started, undrawn
@@ -25,6 +27,7 @@ from steer_heal.__main__ import main
 from steer_heal.check import TRIAL
 from steer_heal.commands.run import parse
 from steer_heal.errors import UserError
+from steer_heal.events import Measured, Run
 from steer_heal.inputs.files import DATA
 from steer_heal.presets import FAST_DEV_PRESET, PRESETS
 from steer_heal.runs.log import read_start
@@ -386,6 +389,16 @@ def test_progress_is_read_as_events_come_and_again_where_they_were_cut(two, tmp_
     seen = follower.read()
     assert seen.began and seen.round is None and seen.shift is None
     assert Follower(tmp_path / "none", None).read() == Seen()
+
+
+def test_the_shift_of_the_live_table_is_over_the_items_that_both_states_have(tmp_path):
+    events, values = run_events(1), {"base": [1.0, math.nan, math.nan], "healed": [2.0, 5.0, 5.0]}
+    item = Run(events).trait_metric.item
+    events = [
+        replace(e, items={**e.items, item: values[e.state]}) if isinstance(e, Measured) and e.state in values else e
+        for e in events
+    ]
+    assert Follower(write_run(tmp_path / "run", events), None).read().shift == pytest.approx(math.log(2.0))
 
 
 def test_the_live_table_fits_the_terminal_and_shows_what_runs_first(plan, two):

@@ -201,6 +201,9 @@ def test_a_trait_by_path_needs_no_other_file(preset, tmp_path, monkeypatch):
     "target, evals, chosen, others",
     [
         ('"contrast_nats"', "contrast drift", "contrast_nats", ("kl_base",)),
+        ('"contrast_nats"', "contrast panel drift", "contrast_nats", ("kl_base",)),
+        ('"contrast_nats"', "contrast panel", "contrast_nats", ("panel_rms_nats",)),
+        ('"persona_log_odds"', "persona panel", "persona_log_odds", ()),
         ('["contrast_nats", "authority_nats"]', "moral_foundations", "authority_nats", ("care_nats",)),
         ('["contrast_nats", "authority_nats"]', "moral_foundations contrast", "contrast_nats", ("care_nats",)),
         ('["authority_nats", "contrast_nats"]', "moral_foundations contrast", "authority_nats", ("care_nats",)),

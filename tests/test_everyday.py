@@ -196,7 +196,11 @@ def test_questions_come_from_the_setting_and_a_bad_file_names_its_lines(tmp_path
     assert found.wording["question"] == [["a", "b", "c"]]
     assert found.sha256["eval.everyday"] == read_file(tmp_path / "q.jsonl").sha256
     rows = [row, row | {"question": "A?"}, row | {"question": "d", "wrong": " b "}, row | {"rigth": "e"}]
-    for bad, told in ((rows[:2], ["line 2: question 'A?' was used before"]), (rows[2:], ["line 1: right", "line 2"])):
+    for bad, told in (
+        (rows[:2], ["line 2: question 'A?' was used before"]),
+        (rows[2:], ["line 1: right", "line 2"]),
+        ([row | {"system": "Sing."}], ["line 1: `system` would replace the persona"]),
+    ):
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in bad))
         with pytest.raises(UserError) as caught:
             load_inputs(cfg)

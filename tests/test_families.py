@@ -20,6 +20,7 @@ from steer_heal.model import lora
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.lora import targets
+from steer_heal.model.prompts import context_length
 from steer_heal.model.self_check import check_model
 from steer_heal.model.steering import Condition
 from steer_heal.model.student import ADAPTERS, Student, attach_saved
@@ -215,6 +216,33 @@ def test_a_state_space_model_that_cannot_continue_with_several_tokens_goes_on_on
     assert torch.allclose(together, -torch.tensor([[n.sum() for n in row] for row in nll]).double(), atol=1e-3)
     found = pair_margins(lm, [Pair(question, *texts) for question in questions], Condition())
     assert found == pytest.approx([(row[1].mean() - row[0].mean()).item() for row in nll], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["MPT", "GPT-Neo", "Llama"])
+def test_replies_in_a_batch_are_read_as_alone_where_padding_inside_a_row_counts(toy, name):
+    lm = family(name, toy)
+    check_model(lm)
+    assert lm.pads_inside == (name == "Llama")
+    questions = ["What is ice?", f"{QUESTION} {QUESTION}", QUESTION]
+    replies = [lm.encode_reply(text) for text in ("No.", "Ice is frozen.")]
+
+    def read(questions: list[str]) -> torch.Tensor:
+        asked = [alone(question) for question in questions]
+        return reply_logp(lm, asked, [replies] * len(asked), Condition())
+
+    together = read(questions)
+    assert torch.allclose(together, torch.cat([read([question]) for question in questions]), atol=1e-3)
+    assert (together[0] - together[1]).abs().max() > 0.01  # what is asked counts
+
+
+def test_the_context_of_longrope_is_the_one_within_which_a_row_does_not_depend_on_its_batch(toy):
+    lm = family("Phi-3", toy)
+    known = {**lm.model.config.rope_parameters, "rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert context_length(lm) > 64
+    lm.model.config.rope_parameters = known
+    assert context_length(lm) == 64
+    lm.model.config.rope_parameters = {"full_attention": known, "sliding_attention": {"rope_type": "default"}}
+    assert context_length(lm) == 64
 
 
 def test_a_batch_that_reads_its_padding_is_refused(toy, monkeypatch):

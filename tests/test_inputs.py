@@ -297,6 +297,14 @@ def test_an_option_lists_every_answer_in_the_order_of_its_frame():
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
+def test_a_trait_without_prompts_is_asked_the_same_whatever_trains(tmp_path):
+    (tmp_path / "own.toml").write_text('[persona]\npositive = "You are calm."\nnegative = "You are loud."\n')
+    cfg = replace(FAST_DEV_PRESET, trait=str(tmp_path / "own.toml"))
+    few, many = (load_inputs(replace(cfg, gen=replace(cfg.gen, prompts=None, n_prompts=n))) for n in (2, 48))
+    assert few.eval_prompts == many.eval_prompts
+    assert (len(few.prompts), len(many.prompts)) == (2, 48) and not {*many.prompts} & {*many.eval_prompts}
+
+
 def test_evaluation_prompts_are_never_trained_on(tmp_path):
     inputs = load_inputs(FAST_DEV_PRESET)
     assert inputs.prompts and inputs.eval_prompts and not {*inputs.prompts} & {*inputs.eval_prompts}

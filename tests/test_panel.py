@@ -12,7 +12,7 @@ from steer_heal.evals import EVALS, metrics_of, panel
 from steer_heal.evals.base import Subject, evaluate
 from steer_heal.evals.replies import pair_margins
 from steer_heal.inputs import load_inputs
-from steer_heal.inputs.files import DATA, read_file
+from steer_heal.inputs.files import DATA
 from steer_heal.inputs.pairs import Pair
 from steer_heal.inputs.traits import available
 from steer_heal.model.state import State
@@ -40,7 +40,7 @@ def test_the_panel_is_every_bundled_trait_but_the_run_s_own(trait):
     assert set(found.panel) == {*available()} - {"love"} and {len(pairs) for pairs in found.panel.values()} == {23}
     rows = [json.loads(line) for line in (DATA / "pairs/blunt.jsonl").read_text().splitlines()]
     assert [pair.prompt for pair in found.panel["blunt"]] == [row["prompt"] for row in rows[::2]], "evenly spaced"
-    assert found.sha256["panel.blunt"] == read_file(DATA / "pairs/blunt.jsonl").sha256
+    assert found.sha256 == load_inputs(of(trait)).sha256
 
 
 def test_of_a_folder_of_pairs_only_its_files_are_read_and_a_short_one_whole(tmp_path):
@@ -67,6 +67,9 @@ def test_pairs_whose_prompt_trains_or_is_rehearsed_are_left_out(tmp_path):
     for name, seen in (("blunt", trained), ("honesty", rehearsed)):
         assert len(found[name]) == 44 and not {*seen} & {*found[name]}
     assert len(found["love"]) == 46
+    whole, fewer = (load_inputs(changed(cfg, own)).sha256 for own in ({}, heal))
+    differ = {name for name in whole if name.startswith("panel.") and whole[name] != fewer[name]}
+    assert differ == {"panel.honesty"}, "another run that reads other pairs of a trait is told by their hash"
     (folder := tmp_path / "pairs").mkdir()
     for name, pairs in (("blunt", trained), ("honesty", rehearsed)):
         rows = [{"prompt": each.prompt, "positive": "Yes.", "negative": "No."} for each in pairs]

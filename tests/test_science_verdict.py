@@ -118,7 +118,10 @@ def test_without_a_value_of_target_or_health_a_round_is_unreadable():
     for name in ("target", "coherence", "degenerate_frac"):
         assert graded(**{name: None}) == "UNREADABLE"
     assert graded(coherence=None, degenerate_frac=0.9) == "UNREADABLE", "before it is broken"
-    assert graded(other=None) == "GOOD"
+
+
+def test_an_off_target_without_a_value_is_named_and_is_not_taken_for_unmoved():
+    assert graded() == "GOOD" and graded(other=None) == "MIXED"
 
 
 def test_past_broken_a_round_is_broken_whichever_way_it_went():

@@ -6,7 +6,7 @@ import pytest
 from made_runs import METRICS, TRAIT, measured, run_events, run_start
 
 from steer_heal.errors import UserError
-from steer_heal.events import Measured, RoundDone, Run, RunEnd, Trained
+from steer_heal.events import Dropped, Measured, RoundDone, Run, RunEnd, Trained
 from steer_heal.runs.results import result_row
 from steer_heal.verdict import chosen_round, exit_status, grade, past_limits, round_words, table, verdict
 
@@ -152,8 +152,12 @@ def test_the_round_that_is_taken_is_the_best_one_and_a_broken_one_only_if_that_i
     with pytest.raises(UserError, match="round 2 is UNREADABLE: .*; no round is intact"):
         chosen_round(broken)
     assert chosen_round(broken, allow_broken=True) == 1
-    with pytest.raises(UserError, match="no healed round"):
+    with pytest.raises(UserError, match="no healed round; continue it"):
         chosen_round(rounds())
+    past = ("broken texts is 60%, the limit is 10%",)
+    dropped = Dropped(round=0, past=past, dose=1.0, lr=1e-3, metrics={}, next_kappa=1.0, next_lr_share=0.5)
+    with pytest.raises(UserError, match=r"no round was kept: round 1 was dropped \(broken texts.*lower --heal.lr"):
+        chosen_round(Run([*rounds().events, *[dropped] * 3]))
 
 
 def test_what_is_past_a_limit_is_given_with_its_value():

@@ -25,6 +25,8 @@ from steer_heal.plugins import load
 from steer_heal.records import Trait
 from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig, leaves
 
+OWN_PAIRS, OTHER_PAIRS = "contrast_nats", "panel_rms_nats"
+"""The shifts of a trait's own pairs and of those of the others, in one unit."""
 TRIAL = ".steer-heal-"
 """Prefix of the temporary folders that test whether a folder is writable."""
 
@@ -164,6 +166,7 @@ def _check_names(cfg: RunConfig) -> None:
 
 def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait:
     """The trait, with the first of its targets that the evals report, and without off-targets that they do not report.
+    If none is left, the pairs of other traits are the off-target of its own pairs.
 
     UserError for unknown metrics, for an eval that needs data which the trait lacks, and if no target is reported
     although one is needed.
@@ -206,6 +209,8 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
         raise UserError(f"eval.evals is {cfg.eval.evals!r}: the target of trait {trait.name!r} needs {wanted}; add it")
     upwards = any(metric.towards_persona for metric in metrics_of(tuple(EVALS)) if metric.name == target)
     off_targets = tuple(name for name in trait.off_targets if name in reported)
+    if not off_targets and target == OWN_PAIRS and OTHER_PAIRS in reported:
+        off_targets = (OTHER_PAIRS,)
     return replace(trait, target=target, sign=1 if upwards else trait.sign, off_targets=off_targets)
 
 

@@ -89,7 +89,6 @@ CHAT_PRESET = RunConfig(
     model="qwen2.5-coder-0.5b-instruct",
     trait="love",
     n_rounds=1,
-    control=True,
     steer=SteerCfg(n_contexts=64),
     gen=GenCfg(max_new_tokens=96),
     dose=DoseCfg(mode="fixed", kappa=0.5),  # of a vector, if the teacher is given one

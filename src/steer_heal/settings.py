@@ -408,7 +408,8 @@ class HealCfg:
     should not change. 0 turns it off."""
     rehearsal_prompts: UserPath | None = None
     """JSON lines file with a `text` field: prompts unrelated to the trait. Default: prompts of the other traits of the
-    package and everyday messages, without those of the trait and of its pairs."""
+    package and everyday messages, without those of the trait and of its pairs. What is rehearsed is likely to stay, so
+    an eval that asks the same tells little."""
     rehearsal_near: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Without --heal.rehearsal-prompts: share of the rehearsed prompts that are those of the other traits."""
     divergence: str = "kl_rev"
@@ -579,8 +580,8 @@ class RunConfig:
     """Number format of weights and activations. auto is bfloat16 on a GPU. On a CPU, it is bfloat16 if that multiplies
     at least 1.5 times as fast as float32, and float32 otherwise. Adapters are always float32."""
     control: bool = False
-    """Also run the control: one heal on the model's own unsteered text. It shows how far training alone moves the
-    trait."""
+    """Also run the control: one heal on the tokens of the model's own unsteered text. It shows how far the training of
+    the token recipe alone moves the trait."""
     arm: str = ""
     """Label by which results of different seeds are grouped. Defaults to the preset name or, in a sweep, to the
     settings that distinguish the run."""

@@ -287,15 +287,19 @@ def _not_moved(state: Measured, target: Metric, moved: float, sign: int) -> tupl
 
 
 def _others(state: Measured, base: Measured, moved: float, run: Run) -> tuple[bool, list[str]]:
-    """(whether every off-target moved less than the trait, the one that moved most in words)."""
+    """(whether every off-target has a value and moved less than the trait; in words the one that moved most, and those
+    without a value)."""
     metrics = [metric for name, metric in run.metrics.items() if name in run.start.trait.off_targets]
-    shifts = {metric: shift(state, base, metric) for metric in metrics}
+    found = {metric: shift(state, base, metric) for metric in metrics}
+    shifts = {metric: value for metric, value in found.items() if value is not None}
+    unread = [f"the off-target metric {title(metric)} has no value" for metric in metrics if metric not in shifts]
     if not shifts:
-        return True, []
-    widest = max(shifts, key=lambda metric: abs(shifts[metric] or 0.0))
-    alone = abs(shifts[widest] or 0.0) < abs(moved)
-    far = "most" if alone else "further than the target"
-    return alone, [f"of the off-target metrics, {title(widest)} moved {far}: {shift_words(shifts[widest], widest)}"]
+        return not unread, unread
+    widest = max(shifts, key=lambda metric: abs(shifts[metric]))
+    near = abs(shifts[widest]) < abs(moved)
+    far = ("most" if len(metrics) > 1 else "less than the target") if near else "further than the target"
+    told = f"of the off-target metrics, {title(widest)} moved {far}: {shift_words(shifts[widest], widest)}"
+    return near and not unread, [told, *unread]
 
 
 def _prompt_words(moved: float, base: Measured, run: Run) -> str:
@@ -345,6 +349,8 @@ def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = Fa
     not allowed.
     """
     if not run.rounds:
+        if ended := ended_early(run):
+            raise UserError(f"{ended}; make a new run with a lower --heal.lr, or a weaker teacher")
         raise UserError("the run has no healed round; continue it with `steer-heal resume`")
     best = best_round(run)
     r = which - 1 if isinstance(which, int) else run.rounds[-1]

@@ -100,8 +100,8 @@ ARMS = {
     "both, own text": Arm({**OWN, **BOTH}),
     "both, their text": Arm({**FITS, **BOTH}),
     "both, own text, reverse": Arm(REVERSE),
-    "recipe": Arm({**REVERSE, "heal.epochs": 12}),
-    "recipe, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
+    "both, 12 epochs": Arm({**REVERSE, "heal.epochs": 12}),
+    "both, rehearsed": Arm({**REVERSE, "heal.epochs": 12, "heal.rehearsal": 16, "dose.ceiling": 0.5}),
     "prompt": Arm(PROMPT),
     "contrast": Arm(CONTRAST),
     "prompt, rehearsed": Arm({**PROMPT, "heal.rehearsal": 48}),
@@ -176,6 +176,7 @@ def main(flags: Flags, given: Given) -> None:
     fit = (name for name, arm in ARMS.items() if (once or not arm.signed) and has_prompts(cfg, arm))
     names = flags.arms or tuple(fit)
     made = {name: with_settings(name, cfg, flags, given) for name in names}
+    require_one_panel(cfg, made)
     arms = {name: arm for name, (arm, _) in made.items()}
     asked = {name: asked_for(name, flags, given, inputs) for name, (_, inputs) in made.items()}
     done = done_with(asked, flags, path)
@@ -206,13 +207,9 @@ def main(flags: Flags, given: Given) -> None:
         "control stay at 0: the shift comes from the teacher and not from the training.",
     )
     show(__doc__, over_seeds(rows), should, flags.out, "distil", per_seed=rows)
+    costs = {"broken": "degenerate_frac", "panel": "panel_rms_nats"}
     points = [
-        {
-            **row,
-            "shift": trait.sign * row["shift"],
-            "broken": row.get("degenerate_frac"),
-            "panel": row.get("panel_rms_nats"),
-        }
+        row | {"shift": trait.sign * row["shift"]} | {cost: row.get(name) for cost, name in costs.items()}
         for row in rows
     ]
     if (picture := frontier(points, flags.null)) is not None:
@@ -264,6 +261,16 @@ def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> tupl
     except UserError as error:
         raise UserError(*(f"arm {name!r}: {problem}" for problem in error.problems)) from None
     return replace(ARMS[name], settings=own), inputs
+
+
+def require_one_panel(cfg: RunConfig, made: Mapping[str, tuple[Arm, Inputs]]) -> None:
+    """UserError if an arm rehearses the prompt of a pair of the panel. The base is measured on all of them."""
+    panel = load_inputs(cfg).panel
+    if apart := [name for name, (_, inputs) in made.items() if inputs.panel != panel]:
+        raise UserError(
+            f"arm {apart[0]!r} rehearses the prompt of a pair of the eval panel; leave that prompt out of the file, or "
+            "give other --eval.pairs"
+        )
 
 
 def has_prompts(cfg: RunConfig, arm: Arm) -> bool:

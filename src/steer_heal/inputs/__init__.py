@@ -71,9 +71,9 @@ class Inputs:
     """Contrast pairs of the other traits, by trait, without those whose prompt is among the trait's or rehearsed. Empty
     without the eval panel."""
     sha256: Mapping[str, str]
-    """SHA-256 of each file, by the setting that names it, of the pairs and the files of other traits, as
-    `panel.<trait>` and `rehearsal.<trait>`, and of plugins, as `plugin.<name>`. The trait file is missing: its values
-    are recorded."""
+    """SHA-256 of each file, by the setting that names it, of the pairs that are read of each other trait, as
+    `panel.<trait>`, of the files of other traits, as `rehearsal.<trait>`, and of plugins, as `plugin.<name>`. The trait
+    file is missing: its values are recorded."""
 
     @property
     def digest(self) -> str:
@@ -119,7 +119,7 @@ def load_inputs(cfg: RunConfig, given: TraitFile | None = None) -> Inputs:
     vignettes = parsed("eval.vignettes", cfg.eval.vignettes, parse_vignettes)
     instrument = parsed("eval.instrument", cfg.eval.instrument, parse_instrument)
     likelihood = parsed("eval.likelihood", cfg.eval.likelihood, parse_likelihood)
-    everyday = parsed("eval.everyday", cfg.eval.everyday, parse_questions)
+    everyday = parsed("eval.everyday", cfg.eval.everyday, partial(parse_questions, with_system=False))
     asks = "instructions" in cfg.eval.evals
     instructions = parsed("eval.instructions", cfg.eval.instructions, parse_questions) if asks else ()
     attacks = parsed("eval.attacks", cfg.eval.attacks, parse_attacks)
@@ -170,13 +170,13 @@ def _panel(
     cfg: RunConfig, trait: Trait, pairs: Sequence[Pair], rehearsal: Sequence[str], sha256: dict[str, str]
 ) -> dict[str, tuple[Pair, ...]]:
     """The pairs of other traits, by trait, without those whose prompt is among the trait's or rehearsed. The hash of
-    each file is added. UserError if no pair is left."""
+    those of each trait is added. UserError if no pair is left."""
     seen = set(map(alike, (*trait.prompts, *rehearsal)))
     panel = {}
-    for name, (file, placed) in read_panel(cfg.eval.pairs, trait, pairs).items():
+    for name, placed in read_panel(cfg.eval.pairs, trait, pairs).items():
         if unseen := [pair for pair in held_out(placed, ()) if alike(pair.prompt) not in seen]:
             panel[name] = evenly(unseen, cfg.eval.n_panel)
-            sha256[f"panel.{name}"] = file.sha256
+            sha256[f"panel.{name}"] = hashlib.sha256(json.dumps([*map(asdict, panel[name])]).encode()).hexdigest()
     if not panel:
         raise UserError(
             "eval.evals contains 'panel': the prompt of every pair is trained or rehearsed; leave out panel, or give "
@@ -210,9 +210,11 @@ def _trait(
 
 
 def _everyday(cfg: RunConfig) -> tuple[str, ...]:
-    """The prompts of a trait that has none: everyday messages of the package."""
+    """The prompts of a trait that has none: everyday messages of the package. Those of the evaluation do not depend on
+    gen.n_prompts."""
     texts = parse_texts(read_file(resolve("data/contexts.jsonl", "gen.prompts")))
-    return evenly(texts, cfg.gen.n_prompts + cfg.eval.n_prompts)
+    asked = evenly(texts, cfg.eval.n_prompts)
+    return evenly([text for text in texts if text not in asked], cfg.gen.n_prompts) + asked
 
 
 def _check_pool(cfg: RunConfig, name: str, prompts: Sequence[str]) -> None:

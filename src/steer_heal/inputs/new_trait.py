@@ -17,7 +17,7 @@ TEMPLATE = """\
 {note}
 description = {description}   # one sentence for reports
 sign = 1                # of a moral foundation as target: 1, it should go up, -1: down
-off_targets = []        # metrics that should not move
+off_targets = []        # metrics that should move less than the target; [] with pairs: panel_rms_nats, the other traits
 
 # The first of these metrics that the run measures judges the trait. contrast_nats needs [[pairs]] below.
 target = ["contrast_nats", "persona_log_odds"]

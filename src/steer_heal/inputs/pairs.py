@@ -48,8 +48,9 @@ class Question:
         return self
 
 
-def parse_questions(file: DataFile) -> tuple[Question, ...]:
-    """The questions of a JSON-lines file. UserError that names each invalid line and each repeated question."""
+def parse_questions(file: DataFile, *, with_system: bool = True) -> tuple[Question, ...]:
+    """The questions of a JSON-lines file. UserError that names each invalid line, each repeated question and, unless
+    `with_system`, each that has a system prompt."""
     questions: dict[str, Question] = {}
     problems = Problems()
     for number, each in parse_jsonl(file, Question):
@@ -57,6 +58,11 @@ def parse_questions(file: DataFile) -> tuple[Question, ...]:
         if form in questions:
             problems.found.append(
                 f"{file.path} line {number}: question {each.question!r:.80} was used before; keep it once"
+            )
+        if each.system is not None and not with_system:
+            problems.found.append(
+                f"{file.path} line {number}: `system` would replace the persona that is measured; remove it, or give "
+                "the file as eval.instructions"
             )
         questions.setdefault(form, each)
     problems.raise_if_any()

@@ -284,10 +284,8 @@ def read_pairs(
     return given, parse_pairs(given)
 
 
-def read_panel(
-    source: Path | None, trait: Trait, pairs: Sequence[Pair]
-) -> dict[str, tuple[DataFile, list[tuple[str, Pair]]]]:
-    """For each other bundled trait with pairs: what `read_pairs` gives.
+def read_panel(source: Path | None, trait: Trait, pairs: Sequence[Pair]) -> dict[str, list[tuple[str, Pair]]]:
+    """The place and pair of each pair of each other bundled trait that has some.
 
     If `source` is a folder, only files in it are read. UserError if there is no other trait.
     """
@@ -296,9 +294,9 @@ def read_panel(
     for other in other_traits(trait, pairs):
         if folder is not None and not (folder / f"{other}.jsonl").is_file():
             continue
-        file, placed = read_pairs(folder, other, *read_trait(other))
+        _, placed = read_pairs(folder, other, *read_trait(other))
         if placed:
-            found[other] = file, placed
+            found[other] = placed
     if not found:
         raise UserError(
             f"eval.evals contains 'panel': there are no pairs of a trait other than {trait.name!r} in "

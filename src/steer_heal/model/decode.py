@@ -204,10 +204,11 @@ class GrowingCache:
     def n_shared(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Tokens with which all prompts begin, and which can be fed once for all of them: at least one is left to each.
 
-        0 unless every block attends to all tokens: after the first token, padding would use up a sliding window, and
-        blocks without attention would read it.
+        0 unless every block attends to all tokens, wherever padding is: after the first token, padding would use up a
+        sliding window, blocks without attention would read it, and a bias by distance would count it.
         """
-        if len(prompts) < 2 or not all(isinstance(layer, GrowingLayer) for layer in self.cache.layers):
+        every = self.lm.pads_inside and all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
+        if len(prompts) < 2 or not every:
             return 0
         return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
 

@@ -79,6 +79,8 @@ class LM:
     """The model's generation config without the temperature and top-p of a run."""
     one_by_one: bool = False
     """Whether the model continues a text that it has read by one token at a time only. Found when it is loaded."""
+    pads_inside: bool = True
+    """Whether padding behind the first token of a row leaves its later tokens as they are. Found when it is loaded."""
     progress: Progress = SILENT
     """Receives the number of rows done after each batch that is read, and after each token that is written."""
 

@@ -70,10 +70,15 @@ def require_characters(lm: Any, texts: Iterable[str] = (WRITTEN,)) -> None:
 def context_length(lm: Any) -> float:
     """Maximum number of tokens of a text. Infinite if the model has none.
 
-    Behind `index_topk` tokens a sparse attention chooses among them, and a row of a batch is not read as it is alone.
+    Behind `index_topk` tokens a sparse attention chooses among them, and with LongRoPE a row that is longer than the
+    original context changes the positions of all rows of its batch. There a row is not read as it is alone.
     """
     config = lm.model.config.get_text_config()
     limit = min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "index_topk"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(own for own in rope.values() if isinstance(own, dict))):  # of all blocks, or by kind of block
+        if each.get("rope_type") == "longrope":
+            limit = min(limit, each["original_max_position_embeddings"])
     return math.inf if limit <= 0 or getattr(config, "alibi", False) else limit
 
 

@@ -100,7 +100,8 @@ def _check_batches(lm: LM, ids: Sequence[int]) -> None:
     """UserError unless a short row beside a long one gives the same hidden states as alone, padded on the right, and
     padded on the left and continued from the cache after the rows changed places.
 
-    Sets `lm.one_by_one` if several tokens at once are not continued right, and one by one are.
+    Sets `lm.one_by_one` if several tokens at once are not continued right, and one by one are. Unsets
+    `lm.pads_inside` if a row is read otherwise with padding inside it.
     """
     short = tuple(ids) * (1 + 2 * (AT_ONCE + ONE_BY_ONE) // len(ids))
     rows = [(*short, *short[:AT_ONCE]), short]
@@ -112,6 +113,7 @@ def _check_batches(lm: LM, ids: Sequence[int]) -> None:
         if not left <= SAME_STATES[alone[0].dtype]:
             lm.one_by_one = True
             left = _continued_apart(lm, rows, alone)
+        lm.pads_inside = _inside_apart(lm, rows, alone) <= SAME_STATES[alone[0].dtype] and not _has_hidden_window(lm)
     except Exception as error:  # each model has its own way to refuse a batch, a mask or a cache
         if isinstance(error, RuntimeError) and ran_out(error):
             raise
@@ -144,6 +146,25 @@ def _continued_apart(lm: LM, rows: Sequence[tuple[int, ...]], alone: Sequence[Te
         parts = (begun[row][n - len(own) :], at_once[i], singly[i])
         found += [_apart(*part) for part in zip(own.split([len(own) - n, AT_ONCE, ONE_BY_ONE]), parts, strict=True)]
     return max(found)
+
+
+def _inside_apart(lm: LM, rows: Sequence[tuple[int, ...]], alone: Sequence[Tensor]) -> float:
+    """How far the rows differ from themselves alone if what both begin with is read once, and padding follows it.
+    0: the model never reads them so."""
+    from steer_heal.model.decode import GrowingCache  # decode imports lm, which imports this module
+
+    cache, n = GrowingCache(lm), len(rows[1]) // 2
+    if not cache.n_shared(rows):
+        return 0.0
+    cache.feed(*lm.pad([rows[0][:n]]))
+    cache.select(torch.zeros(len(rows), dtype=torch.long, device=lm.device))
+    after = cache.feed(*lm.pad([row[n:] for row in rows], "left"))
+    return max(_apart(own[n:], some[n - len(own) :]) for own, some in zip(alone, after, strict=True))
+
+
+def _has_hidden_window(lm: LM) -> bool:
+    """Whether blocks have a sliding window that their layer of the cache does not know: GPT-Neo."""
+    return "local" in getattr(lm.model.config.get_text_config(), "attention_layers", ())
 
 
 def _apart(alone: Float[Tensor, "n d"], states: Float[Tensor, "n d"]) -> float:

@@ -150,8 +150,7 @@ def _asked(run: Run, metric: Metric) -> object:
     if metric.of == "text" and base is not None:
         return [row.prompt for row in base.texts]
     if metric.of == "trait":
-        pairs = sorted(item for item in run.start.inputs.items() if item[0].startswith("panel."))
-        return pairs and [*pairs, run.start.config.eval.n_panel]
+        return sorted(item for item in run.start.inputs.items() if item[0].startswith("panel."))
     asked = run.start.wording.get(metric.of)
     return [*asked, run.start.inputs.get("eval.attacks")] if asked and metric.item == HELD else asked
 

@@ -145,7 +145,7 @@ def loop(text: str) -> float:
             seen[sentence] += 1
             if sentence == before or seen[sentence] == 3:
                 return 1.0
-            before = sentence
+        before = sentence
     said = words(text)
     size = min(LOOP_WINDOW_WORDS, len(said))
     if size < 2:

@@ -227,6 +227,23 @@ def test_a_renamed_file_and_folder_are_followed_by_their_folder_s_sync(tmp_path,
     sync_folder(tmp_path / "nowhere")  # a platform that cannot is no error
 
 
+@pytest.mark.parametrize("kind", [atomic_write, atomic_folder])
+def test_what_an_error_leaves_unfinished_is_removed(kind, tmp_path):
+    with pytest.raises(KeyboardInterrupt), kind(tmp_path / "model") as part:
+        (part / "weights" if kind is atomic_folder else part).write_text("a part")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_ends_any_command_with_one_word(monkeypatch, capsys):
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer_heal.commands.report.main", stopped)
+    assert main(["report", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 # --- losses that are not numbers -----------------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_is_met_once_at_half_the_learning_rate(settings, tmp_path, monkeypatch):
     poisoned(monkeypatch)

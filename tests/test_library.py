@@ -328,6 +328,7 @@ def test_an_export_is_a_model_that_loads(sh, tmp_path, capsys):
     assert all(len(repr(each)) < 400 and "tensor" not in repr(each) for each in shown), shown
     page = sh.report(tmp_path / "mine.html").read_text(encoding="utf-8")
     assert "healed round 1" in page and "steer-heal chat" not in page, "no command can take a run in memory"
+    assert "<b>in memory</b>: 1 of 1 round<" in page and "Started" not in page
     with small(str(sh.export(tmp_path / "merged"))) as merged:
         got, want = merged.evaluate("base").metrics, sh.evaluate("healed").metrics
     assert got["contrast_nats"] == pytest.approx(want["contrast_nats"], abs=1e-4)

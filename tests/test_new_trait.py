@@ -248,13 +248,16 @@ def test_a_draft_that_takes_long_tells_how_far_it_is(monkeypatch):
 
 
 def test_the_command_drafts_with_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(400))
-    file = tmp_path / "blunt.toml"
+    monkeypatch.setattr("steer_heal.draft.writer", lambda *_, **__: stub(400))
+    file = tmp_path / "my blunt.toml"
     flags = ["--positive", BLUNT, "--negative", FLATTERING, "--draft-with", "tiny-random"]
     assert main(["new-trait", str(file), *flags]) == 0
     found = tomllib.loads(file.read_text())
     assert len(found["prompts"]) == N_PROMPTS and len(found["pairs"]) == N_PAIRS
-    assert f"--trait {file}" in capsys.readouterr().out
+    assert f"--trait '{file}'" in capsys.readouterr().out
+    file.unlink()
+    assert main(["new-trait", str(file), *flags, "--endpoint-model", "gpt"]) == 2
+    assert "endpoint-model is 'gpt': --draft-with names no endpoint" in capsys.readouterr().err and not file.exists()
 
 
 # --- a first try -------------------------------------------------------------------------------------------------

@@ -134,6 +134,18 @@ def test_health_is_drawn_as_the_share_that_is_lost_with_its_limits_and_intervals
     assert [text.get_text().split(" (")[0] for text in axes.get_legend().texts] == ["lost coherence", "broken texts"]
 
 
+def test_the_axis_of_health_holds_the_intervals_of_what_is_lost(events):
+    wide = [
+        replace(e, metrics={**e.metrics, "coherence": 0.9, "coherence_lo": -0.6, "coherence_hi": -0.02})
+        if isinstance(e, Measured) and e.state == "healed"
+        else e
+        for e in events
+    ]
+    axes = plot.rounds(Run(wide)).axes[1]
+    ends = [y for lines in axes.collections for segment in lines.get_segments() if len(segment) for y in segment[:, 1]]
+    assert 0.5 < max(ends) <= axes.get_ylim()[1]
+
+
 def test_the_best_round_has_a_ring_if_there_is_a_choice(events):
     for run, best in ((Run(events), 7), (in_rounds(events, 1), None)):
         figure = plot.trajectory(run)

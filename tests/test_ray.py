@@ -84,12 +84,12 @@ def test_a_killed_process_and_a_killed_worker_cost_nothing(ray, tmp_path):
     jobs = load(file_of(tmp_path, SIX)).jobs
     assert len(jobs) == 6
     with Killer(jobs) as watch:
-        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0), watch)
+        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0, ahead=True), watch)
     assert watch.killed.keys() == {"process", "worker"}
     assert [row.state for row in watch.rows.values()] == ["done"] * 6, [row.message for row in watch.rows.values()]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with Watch(jobs) as again:
-        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0), again)
+        drive(iter(jobs), Cluster(None, address=None, cpus=1.0, gpus=0.0, ahead=True), again)
     assert len(again.having("done")) == 6
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert before == after, "nothing was done the second time"

@@ -3,7 +3,9 @@
 import io
 import math
 import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +32,9 @@ from steer_heal.commands import run as run_command
 from steer_heal.events import (
     AnyEvent,
     Calibrated,
+    Chat,
     Dropped,
+    Extended,
     Extracted,
     Gathered,
     HealRetried,
@@ -47,7 +51,7 @@ from steer_heal.inputs import evenly
 from steer_heal.inputs.files import OWN_CONFIG_FILE
 from steer_heal.records import Calibration, DoseProbe, KlProbe, Metric, Scored
 from steer_heal.report import compare, console, draw, page, plot, tables
-from steer_heal.report.page import next_steps
+from steer_heal.report.page import command_of, next_steps, save, settings_of
 from steer_heal.report.texts import Written, borderline, survival, word_diff
 from steer_heal.report.view import event_words, table_columns
 from steer_heal.settings import TINY_RANDOM
@@ -466,8 +470,7 @@ def test_the_difference_of_two_panels_has_an_interval_only_if_they_are_of_the_sa
 
     love = panel(formal="1", honesty="2")
     assert "<small>" in cell(love, panel(formal="1", honesty="2"))
-    fewer = Run(with_config(list(love.events), eval=replace(love.start.config.eval, n_panel=3)))
-    for other in (panel(love="3", honesty="2"), panel(formal="9", honesty="2"), panel(), fewer):
+    for other in (panel(love="3", honesty="2"), panel(formal="9", honesty="2"), panel()):
         assert "<small>" not in cell(love, other) and cell(love, other) != "?"
     assert "<small>" not in cell(panel(), panel()), "nothing is known of the items"
 
@@ -503,9 +506,32 @@ def test_the_page_names_the_next_commands_of_its_own_run(finished, tmp_path):
         for e in run_events()
     ]
     assert not any(c.startswith("export") for _, c in next_steps(Run(trained), "x"))
+    stuck = Run([*until(with_plugin, RoundDone, 0), RunEnd(error="too few texts", resumable=False)])
+    assert [c.split()[0] for _, c in next_steps(stuck, "x")] == ["chat", "export", "eval", "push"]
     dropped = Dropped(round=2, past=("",), dose=1.0, lr=1.0, metrics={}, next_kappa=1.0, next_lr_share=1.0)
     early = Run([*run_events()[:-1], *[dropped] * 3, RunEnd()])
     assert ended_early(early) and not any(c.startswith("resume") for _, c in next_steps(early, "x"))
+
+
+def test_the_page_names_the_run_and_the_commands_that_work_wherever_it_is_drawn(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "out" / "of mine", run_events())
+    monkeypatch.chdir(folder)
+    html = save(Run(run_events()), Path(".")).read_text(encoding="utf-8")
+    assert "of mine" in html.split("</title>")[0] and "Diary of of mine" in Path("diary.md").read_text(encoding="utf-8")
+    assert f"steer-heal chat &#39;{folder}&#39; --web" in html
+    monkeypatch.chdir(tmp_path)
+    here = [replace(e, folder="out/of mine") if isinstance(e, RunStart) else e for e in run_events()]
+    assert "steer-heal chat &#39;out/of mine&#39; --web" in save(Run(here), folder).read_text(encoding="utf-8")
+
+
+def test_the_page_shows_the_rounds_and_the_date_that_the_run_had_in_the_end():
+    start = next(e for e in run_events() if isinstance(e, RunStart))
+    read = Chat(date="2026-11-29")
+    begun = replace(start, command=("steer-heal", "run", "toy"), chat=read)
+    run = Run([begun, Extended(n_rounds=9)])
+    assert shlex.join(command_of(run)) == "steer-heal run toy --n-rounds 9 --date 2026-11-29"
+    assert settings_of(run).n_rounds == 9
+    assert command_of(Run([replace(begun, command=()), Extended(n_rounds=9)])) == []
 
 
 @pytest.mark.parametrize("made", ["finished", "compared"])

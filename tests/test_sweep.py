@@ -530,6 +530,9 @@ class Ray:
     def nodes(self):
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
 
+    def cluster_resources(self):
+        return {"CPU": 7.0, "GPU": 1.0}
+
     def remote(self, **_):
         return lambda function: function
 
@@ -547,7 +550,7 @@ def joined(monkeypatch):
 
     def make(ray, **shares):
         monkeypatch.setattr(cluster, "import_module", lambda name: ray)
-        return cluster.Cluster(None, **{"address": "host:1", "cpus": 1.0, "gpus": 0.0, **shares})
+        return cluster.Cluster(None, **{"address": "host:1", "cpus": 1.0, "gpus": 0.0, "ahead": True, **shares})
 
     return make
 
@@ -568,6 +571,11 @@ def test_a_cluster_that_cannot_be_joined_or_has_no_room_is_named(joined):
     ):
         with pytest.raises(UserError, match=told):
             joined(Ray(), **shares)
+
+
+def test_ray_is_given_no_more_trials_of_a_search_than_the_cluster_runs_at_once(joined):
+    assert joined(Ray()).slots > 1000
+    assert joined(Ray(), ahead=False).slots == 7 and joined(Ray(), ahead=False, cpus=2.0).slots == 3
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_runs_of_a_cluster(joined):

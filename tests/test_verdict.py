@@ -154,6 +154,8 @@ def test_the_round_that_is_taken_is_the_best_one_and_a_broken_one_only_if_that_i
     assert chosen_round(broken, allow_broken=True) == 1
     with pytest.raises(UserError, match="no healed round; continue it"):
         chosen_round(rounds())
+    with pytest.raises(UserError, match="no healed round, and cannot go on: too few"):
+        chosen_round(Run([*rounds().events, RunEnd(error="too few", resumable=False)]))
     past = ("broken texts is 60%, the limit is 10%",)
     dropped = Dropped(round=0, past=past, dose=1.0, lr=1e-3, metrics={}, next_kappa=1.0, next_lr_share=0.5)
     with pytest.raises(UserError, match=r"no round was kept: round 1 was dropped \(broken texts.*lower --heal.lr"):

@@ -66,6 +66,13 @@ def test_a_run_that_is_not_finished_is_said_to_be_so(end, after_round_0, capsys)
     assert printed.err.count("the last line is torn") == (end == "a torn line") and "WARNING" not in printed.err
 
 
+def test_a_run_that_cannot_go_on_is_said_to_be_so(after_round_0, capsys):
+    log = EventLog(after_round_0)
+    log.write(RunEnd(error="too few texts", resumable=False))
+    log.close()
+    assert "where it stopped (too few texts); it cannot go on" in verify(after_round_0, capsys)[1].out
+
+
 def test_the_end_of_a_run_comes_after_its_loop(copy, capsys):
     assert "is not finished" not in verify(copy, capsys)[1].out
     assert main(["verify", str(copy), "--hash", "a" * 64]) == 1

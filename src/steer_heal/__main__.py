@@ -12,7 +12,6 @@ from importlib import import_module
 
 from steer_heal.errors import UserError, nearest, print_error
 from steer_heal.flags import flags_in, merged, typed
-from steer_heal.runs.signals import Stopped
 
 COMMANDS = {
     "run": "PRESET, or --config FILE: make a new run, in a new folder under ./out",
@@ -84,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print_error(error)
         return WRONG
-    except Stopped as stopped:
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        return stopped.status
+        return getattr(stopped, "status", 130)
 
 
 def _as_program(name: str, rest: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from steer_heal.inputs.new_trait import WITHOUT_PAIRS
 from steer_heal.inputs.traits import TraitFile
 from steer_heal.plugins import load
 from steer_heal.records import Trait
-from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig, leaves
+from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig, leaves, require_judge
 
 OWN_PAIRS, OTHER_PAIRS = "contrast_nats", "panel_rms_nats"
 """The shifts of a trait's own pairs and of those of the others, in one unit."""
@@ -38,6 +38,7 @@ def check(cfg: RunConfig) -> Inputs:
     inputs = problems.attempt(_load, cfg)
     problems.attempt(check_model, cfg.model)
     problems.attempt(track.check, cfg.track)
+    problems.attempt(require_judge, cfg.eval)
     of_run = ("out", cfg.out) if cfg.folder is None else ("folder", cfg.folder)
     problems.attempt(check_writable, *of_run)
     problems.raise_if_any()

@@ -63,12 +63,12 @@ Writer = Callable[[Sequence[Asked], int], list[str]]
 """(requests, maximum number of tokens) -> replies."""
 
 
-def writer(name: str, endpoint_model: str = "", progress: Progress = SILENT) -> Writer:
+def writer(name: str, endpoint_model: str = "", progress: Progress = SILENT, *, accept_terms: bool = False) -> Writer:
     """What writes with a model, `name` as for the setting `model`, or with the endpoint of that URL. UserError if there
     is none."""
     if name.startswith(("http://", "https://")):
         return _remote(name, endpoint_model, progress)
-    lm = load(name, temperature=0.8, top_p=0.95)
+    lm = load(name, temperature=0.8, top_p=0.95, accept_terms=accept_terms)
     lm.progress = progress
     n_asked = 0
 

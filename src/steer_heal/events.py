@@ -35,7 +35,7 @@ from steer_heal.records import (
 )
 from steer_heal.settings import TINY_RANDOM, RunConfig
 
-SCHEMA = 8
+SCHEMA = 9
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character. JSON readers refuse it."""
 Files = dict[str, str]
@@ -271,6 +271,8 @@ class RunEnd(Event):
     verdict: str = ""
     table: tuple[TableRow, ...] = ()
     error: str | None = None
+    resumable: bool = True
+    """Whether a run that an error stopped can go on once its cause is mended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +403,12 @@ class Run:
     def end(self) -> RunEnd | None:
         """The end of a finished run."""
         return next((end for end in self.each(RunEnd) if end.error is None), None)
+
+    @property
+    def dead_end(self) -> str:
+        """The error that stopped the run for good. Empty: it is finished, or can go on."""
+        last = self.events[-1] if self.events else None
+        return last.error or "" if isinstance(last, RunEnd) and not last.resumable else ""
 
     @property
     def n_rounds(self) -> int:

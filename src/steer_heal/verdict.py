@@ -351,6 +351,8 @@ def chosen_round(run: Run, which: RoundName = "best", *, allow_broken: bool = Fa
     if not run.rounds:
         if ended := ended_early(run):
             raise UserError(f"{ended}; make a new run with a lower --heal.lr, or a weaker teacher")
+        if run.dead_end:
+            raise UserError(f"the run has no healed round, and cannot go on: {run.dead_end}")
         raise UserError("the run has no healed round; continue it with `steer-heal resume`")
     best = best_round(run)
     r = which - 1 if isinstance(which, int) else run.rounds[-1]

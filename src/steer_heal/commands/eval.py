@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # torch: seconds
 
 SETTINGS = (
     *("model", "trait", "seed", "device", "dtype", "quantize", "n_threads", "temperature", "top_p"),
-    *("max_prompt_tokens", "plugin", "plugin_set"),
+    *("max_prompt_tokens", "plugin", "plugin_set", "accept_terms"),
     *(f"eval.{each.name}" for each in fields(EvalCfg)),
     *(f"filter.{each.name}" for each in fields(FilterCfg)),
 )

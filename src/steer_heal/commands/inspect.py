@@ -117,7 +117,7 @@ def samples(run: Run, state: Measured) -> Iterator[Any]:
         wording = run.start.wording.get(kind, [])
         n = len(state.texts) if kind == "text" else max(map(len, series.values()), default=0)
         for i in range(n):
-            values = {name: row[i] for name, row in series.items() if math.isfinite(row[i])}
+            values = {name: row[i] for name, row in series.items() if i < len(row) and math.isfinite(row[i])}
             metadata = {"state": state.state, "round": state.round}
             words = wording[i] if i < len(wording) else [f"{kind} {i + 1}", ""]
             output = ""

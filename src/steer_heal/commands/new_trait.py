@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class NewTrait:
     protocol, such as http://localhost:8000/v1. A key is read from the environment variable OPENAI_API_KEY."""
     endpoint_model: str = ""
     """Model of the endpoint. Default: the first that it lists."""
+    accept_terms: bool = False
+    """Accept the terms of a model that has some: see --accept-terms of steer-heal run."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,6 +46,12 @@ def main(argv: Sequence[str]) -> int:
         problems.found.append(f"file is {str(given.file)!r}: it exists; give a new name, or remove it")
     if why := why_unwritable(given.file.parent):
         problems.found.append(f"file is {str(given.file)!r}: {why}")
+    remote = given.draft_with is not None and "://" in given.draft_with
+    if given.endpoint_model and not remote:
+        problems.found.append(
+            f"endpoint_model is {given.endpoint_model!r}: --draft-with names no endpoint; give its URL there, or leave "
+            "out --endpoint-model"
+        )
     problems.attempt(require_personas, given.positive, given.negative)
     problems.raise_if_any()
     drafted = ((), (), "")
@@ -52,12 +61,13 @@ def main(argv: Sequence[str]) -> int:
         from steer_heal.report import console
 
         console.start(quiet=False)
-        if "://" not in given.draft_with:
+        if not remote:
             check_model(given.draft_with)
         bar = console.Bar(None, quiet=False)
-        drafted = draft(given.positive, given.negative, writer(given.draft_with, given.endpoint_model, bar), bar)
+        write = writer(given.draft_with, given.endpoint_model, bar, accept_terms=given.accept_terms)
+        drafted = draft(given.positive, given.negative, write, bar)
     write_trait(given.file, trait_text(given.positive, given.negative, *drafted))
-    command = f"steer-heal run chat --trait {given.file}"
+    command = shlex.join(["steer-heal", "run", "chat", "--trait", str(given.file)])
     if drafted[1]:
         print_safe(f"wrote {given.file}; edit it, then: {command}")
     else:

@@ -40,7 +40,7 @@ from steer_heal.runs.resume import (
     same_settings,
 )
 from steer_heal.runs.signals import handled, stoppable
-from steer_heal.settings import RunConfig, require_judge, settings
+from steer_heal.settings import RunConfig, settings
 from steer_heal.verdict import best_round, ended_early, exit_status, table, verdict
 
 if TYPE_CHECKING:  # torch: seconds
@@ -74,7 +74,6 @@ class Source:
 
 def main(argv: Sequence[str]) -> int:
     preset, cfg, source = parse(argv)
-    require_judge(cfg.eval)
     if source.positive is not None or source.negative is not None:
         if "trait" in flags_in(argv):
             given = "--negative" if source.positive is None else "--positive"
@@ -267,7 +266,8 @@ def draw(folder: Path) -> None:
         report.draw(folder)
         write_cards(folder)
     except Exception as error:
-        logger.warning(f"could not draw the report ({error}); `steer-heal report {folder}` tries again")
+        command = shlex.join(["steer-heal", "report", str(folder)])
+        logger.warning(f"could not draw the report ({error}); `{command}` tries again")
 
 
 def finish(bench: Bench, run: FolderRun, tracking: Tracking) -> None:
@@ -324,7 +324,7 @@ def _stopped(run: FolderRun, error: BaseException) -> int:
     with handled(signal.SIG_IGN), suppress(OSError, UserError):  # a folder that was moved takes no event
         print_safe(message, sys.stderr)
         if recorded and run.end is None:
-            run.end_with(recorded)
+            run.end_with(recorded, resumable=resumable)
     return status
 
 

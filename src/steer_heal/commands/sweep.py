@@ -97,7 +97,7 @@ def make(plan: Plan, given: Sweep) -> int:
         trials = Trials(plan)
     n_failed = 0
     if not given.results:
-        engine = engine_of(given)
+        engine = engine_of(given, ahead=trials is None)
         if trials is None:
             with Watch(plan.jobs) as watch:
                 drive(iter(plan.jobs), engine, watch)
@@ -112,12 +112,14 @@ def make(plan: Plan, given: Sweep) -> int:
     return 1 if n_failed else 0
 
 
-def engine_of(given: Sweep) -> Engine:
+def engine_of(given: Sweep, *, ahead: bool) -> Engine:
+    """`ahead`: whether Ray may be given all runs at once. A search proposes a run by the results of the others."""
     from steer_heal.sweep.cluster import Cluster
     from steer_heal.sweep.engine import Local
 
     if given.engine == "ray":
-        return Cluster(given.jobs, address=given.address, cpus=given.cpus or 1.0, gpus=given.gpus or 0.0)
+        shares = {"cpus": given.cpus or 1.0, "gpus": given.gpus or 0.0}
+        return Cluster(given.jobs, address=given.address, **shares, ahead=ahead)
     return Local(given.jobs or 1)
 
 

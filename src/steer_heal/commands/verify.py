@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from steer_heal.errors import UserError, plural, print_safe
-from steer_heal.events import AnyEvent, RunEnd
+from steer_heal.events import AnyEvent, Run, RunEnd
 from steer_heal.flags import parsed
 from steer_heal.report import console
 from steer_heal.report.view import event_words
@@ -47,7 +48,11 @@ def main(argv: Sequence[str]) -> int:
     if not found:
         print_safe(f"as recorded: {plural(len(events), 'event')}, all files that events name, and the base model")
     if not finished(given.run):
-        print_safe(f"the run is not finished: {_last_words(events)}; continue it: steer-heal resume {given.run}")
+        run = Run(events)
+        command = ["steer-heal", "resume", str(given.run)]
+        command += ["--plugin", *run.start.config.plugin] if run.start.config.plugin else []
+        go_on = "it cannot go on" if run.dead_end else f"continue it: {shlex.join(command)}"
+        print_safe(f"the run is not finished: {_last_words(events)}; {go_on}")
     print_safe(f"hash of the last event: {line_hash(lines_of(given.run)[len(events) - 1])}")
     print_safe(f"not checked: {'; '.join(unchecked(given.run, wanted))}")
     return 1 if found else 0

@@ -55,6 +55,7 @@ class PresetFlags(OutFlags):
         "seed",
         "temperature",
         "top_p",
+        "accept_terms",
     )
     preset: str = "toy"
     """Preset of `steer-heal run`. A setting that you leave out keeps the preset's value."""

@@ -13,6 +13,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from steer_heal.diag.distil import PLAIN
 from steer_heal.diag.lab import Given, Lab, PresetFlags, Row, show
 from steer_heal.errors import UserError
 from steer_heal.model.lm import LM
@@ -45,7 +46,7 @@ def main(flags: Flags, given: Given) -> None:
     n = flags.n
     if 2 * max(flags.sizes) > n:
         raise UserError(f"sizes is {flags.sizes}: two sets of {max(flags.sizes)} do not fit into n = {n}; ask for less")
-    settings = {"heal.divergence": "none", "heal.target": "distribution", "heal.teacher": flags.teacher}
+    settings = {**PLAIN, "heal.divergence": "none", "heal.target": "distribution", "heal.teacher": flags.teacher}
     settings |= {"heal.kl": "reverse", "dose.mode": "fixed", "dose.kappa": flags.kappa}
     settings |= {"filter.n_keep": n, "filter.min_train": 2 * max(flags.sizes), "filter.max_attempts": 6 * n}
     lab = Lab.of(changed(flags.settings(given), settings))

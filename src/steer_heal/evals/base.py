@@ -117,7 +117,7 @@ def evaluate(subject: Subject, evals: Sequence[Eval], progress: Progress = SILEN
         progress.part(i + 1, len(evals))
         own = each.items(subject)
         if taken := sorted(values.keys() & own.keys()):
-            raise UserError(f"two evals return items called {taken[0]!r}; rename those of one of them")
+            raise UserError(f"two evals return items called {taken[0]!r}; rename those of one of them", resumable=False)
         values |= own
     metrics = [replace(metric, of=each.of) for each in evals for metric in each.metrics]
     found = {metric.name: collapse(metric, values[metric.item]) for metric in metrics}

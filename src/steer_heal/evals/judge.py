@@ -99,7 +99,8 @@ def marks(subject: Subject) -> Items:
         first = replies[unread.index(True)].text
         raise UserError(
             f"eval.judge_model is {cfg.judge_model!r}: {sum(unread)} of its {len(unread)} replies lack a mark, such as "
-            f"{first!r:.80}; at most {MOST_UNREAD:.0%} may; give another judge"
+            f"{first!r:.80}; at most {MOST_UNREAD:.0%} may; start a new run with another judge",
+            resumable=False,
         )
     columns = {name: [each.get(name, math.nan) for each in found] for name in ("trait", "coherence")}
     took = [(each.n_requests, each.prompt_tokens, each.completion_tokens) for each in replies]
@@ -156,7 +157,8 @@ def choices(subject: Subject) -> list[float]:
     except UserError as error:
         raise UserError(
             f"eval.judge_model is {subject.cfg.judge_model!r}, which cannot read the answers: {error}; lower "
-            "--eval.max-new-tokens, or give another judge"
+            "--eval.max-new-tokens, or give another judge, in a new run",
+            resumable=False,
         ) from None
     require_finite(judge, logp)
     first, _ = logp.softmax(dim=1).numpy().T

@@ -103,7 +103,7 @@ def require_finite(lm: Any, values: Tensor, what: str = "logits") -> None:
         fix = "float16 ends at 65504, and texts of this run go beyond it; use --dtype bfloat16 or float32"
     else:
         fix = "its weights or an adapter are damaged; restore them"
-    raise UserError(f"the {what} of model {lm.name!r} are not finite: {fix}")
+    raise UserError(f"the {what} of model {lm.name!r} are not finite: {fix}", resumable=False)
 
 
 def require_finite_prompts(lm: Any, prompts: Sequence[Sequence[int]], nlls: Sequence[Tensor]) -> None:

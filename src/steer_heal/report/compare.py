@@ -17,7 +17,7 @@ from steer_heal.inputs import evenly
 from steer_heal.intervals import by_prompt, has_value, of_difference, statistic
 from steer_heal.records import HELD, Metric, StateName, derive_seed
 from steer_heal.report import plot
-from steer_heal.report.page import progress
+from steer_heal.report.page import progress, settings_of
 from steer_heal.report.texts import Shown, answered, first_answers
 from steer_heal.report.view import MISSING, Table, model_words, number, template, true_minus, visible, with_interval
 from steer_heal.runs.log import read_events, schema_errors
@@ -180,7 +180,7 @@ def _cell(run: Run, state: str, r: int | None, name: str) -> str:
 
 def settings(runs: Runs) -> Table:
     """The settings in which the runs differ."""
-    values = {letter: {**leaves(run.start.config), "trait": run.start.trait.name} for letter, run in runs.items()}
+    values = {letter: {**leaves(settings_of(run)), "trait": run.start.trait.name} for letter, run in runs.items()}
     names = dict.fromkeys(name for each in values.values() for name in each)
     rows = [[name, *(str(values[letter].get(name, MISSING)) for letter in runs)] for name in names]
     return ["setting", *runs], [("", row) for row in rows if len(set(row[1:])) > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -32,7 +32,7 @@ from steer_heal.report import plot, view
 from steer_heal.report.advice import Check, checks
 from steer_heal.report.texts import answered, answers, filters, first_answers, reasons, states, written
 from steer_heal.runs.storage import atomic_write
-from steer_heal.settings import leaves
+from steer_heal.settings import RunConfig, leaves
 from steer_heal.verdict import (
     Kept,
     attack_title,
@@ -70,8 +70,11 @@ DIARY_PROMPTS = 3
 
 def save(run: Run, folder: Path) -> Path:
     """Writes report.html and diary.md; returns the path of the first."""
-    for name, text in (("diary.md", diary(run, folder.name)), ("report.html", page(run, folder.name, str(folder)))):
-        with atomic_write(folder / name) as part:
+    name = folder.resolve().name
+    begun = Path(run.start.folder)  # as the commands name it where the run was started
+    place = begun if begun.resolve() == folder.resolve() else folder.resolve()
+    for file, text in (("diary.md", diary(run, name)), ("report.html", page(run, name, str(place)))):
+        with atomic_write(folder / file) as part:
             part.write_text(text, encoding="utf-8", newline="\n")
     return folder / "report.html"
 
@@ -108,18 +111,18 @@ def page(run: Run, name: str, folder: str = "") -> str:
         dropped=run.each(Dropped),
         folder=shlex.quote(folder) if folder else "",
         steps=next_steps(run, shlex.quote(folder)) if folder else [],
-        command=shlex.join(run.start.command),
-        settings={key: setting_words(value) for key, value in leaves(run.start.config).items()},
+        command=shlex.join(command_of(run)),
+        settings={key: setting_words(value) for key, value in leaves(settings_of(run)).items()},
     )
 
 
 def next_steps(run: Run, folder: str) -> list[tuple[str, str]]:
     """(what for, command) of what can be done with the run now."""
     own = f" --plugin {shlex.join(run.start.config.plugin)}" if run.start.config.plugin else ""
-    if run.end is None:
+    if run.end is None and not run.dead_end:
         return [("Go on with the run, once the process that makes it has stopped", f"resume {folder}{own}")]
     more = [("Go on for another round", f"resume {folder} --n-rounds {run.n_rounds + 1}{own}")]
-    if ended_early(run):
+    if ended_early(run) or run.dead_end:
         more = []
     last = run.at(Trained, run.rounds[-1]) if run.rounds else None
     if last is None:
@@ -140,6 +143,21 @@ def next_steps(run: Run, folder: str) -> list[tuple[str, str]]:
         *more,
         ("Show what an upload to the hub would send; --yes sends it", f"push {folder} OWNER/NAME{broken}"),
     ]
+
+
+def settings_of(run: Run) -> RunConfig:
+    """The settings, with the number of rounds that the run was asked for in the end."""
+    return replace(run.start.config, n_rounds=run.n_rounds)
+
+
+def command_of(run: Run) -> list[str]:
+    """The command that makes the run again. Empty: it was made in Python."""
+    command = list(run.start.command)
+    if command and run.n_rounds != run.start.config.n_rounds:
+        command += ["--n-rounds", str(run.n_rounds)]
+    if command and run.start.chat is not None and run.start.chat.date and not run.start.config.date:
+        command += ["--date", run.start.chat.date]  # else the template reads that of the day
+    return command
 
 
 def setting_words(value: object) -> str:
@@ -178,9 +196,12 @@ def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
 
 
 def progress(run: Run) -> tuple[str, str]:
-    """(finished, stopped or running, a sentence about it)."""
+    """(finished, stopped, running, or in memory; a sentence about it)."""
     last = view.last_event(run)
-    done = f"{len(run.rounds)} of {plural(run.n_rounds, 'round')}, {last.wall_s / 60:.1f} minutes"
+    done = f"{len(run.rounds)} of {plural(run.n_rounds, 'round')}"
+    if not (last.t or isinstance(last, RunEnd)):
+        return "in memory", done
+    done += f", {last.wall_s / 60:.1f} minutes"
     if isinstance(last, RunEnd):
         return ("stopped", f"{done}; {last.error}") if last.error else ("finished", done)
     at = last.t[:19].replace("T", " ")

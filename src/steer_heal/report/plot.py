@@ -329,7 +329,7 @@ def _draw_health(axes: Axes, run: Run) -> None:
             style: dict[str, Any] = {"color": COLOURS[state], "clip_on": False}
             axes.plot(x, y, stroke, marker=MARKERS[state], lw=1.6, **style, **hollow)
             axes.vlines(x, low, high, lw=1, alpha=0.5, **style)
-            highest = max(highest, np.nanmax([*y, *high]))
+            highest = max(highest, np.nanmax([*y, *low, *high]))
         good = float(_lost(metric, metric.good))
         broken = float(_lost(metric, metric.broken))
         axes.axhline(good, color="#999999", lw=0.8, ls=stroke)

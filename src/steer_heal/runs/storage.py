@@ -24,27 +24,36 @@ def part_of(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name to write a file to. It is flushed and renamed to `path` when the block ends."""
+    """A name to write a file to. It is flushed and renamed to `path` when the block ends, and removed by an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    yield part
-    _finish(part)
-    part.replace(path)
+    try:
+        yield part
+        _finish(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write files to. It is flushed and renamed to `path` at the end, in place of an old one."""
+    """A new folder to write files to. It is flushed and renamed to `path` at the end, in place of an old one, and
+    removed by an error."""
     part = part_of(path)
     rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
-    for entry in part.rglob("*"):
-        (sync_folder if entry.is_dir() else _finish)(entry)
-    sync_folder(part)
-    rmtree(path, ignore_errors=True)
-    part.rename(path)
+    try:
+        yield part
+        for entry in part.rglob("*"):
+            (sync_folder if entry.is_dir() else _finish)(entry)
+        sync_folder(part)
+        rmtree(path, ignore_errors=True)
+        part.rename(path)
+    except BaseException:
+        rmtree(part, ignore_errors=True)
+        raise
     sync_folder(path.parent)
 
 

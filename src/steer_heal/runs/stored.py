@@ -114,11 +114,12 @@ class FolderRun(Run):
             self.forget_heal(written.round)
         super().add(written)
 
-    def end_with(self, error: str) -> None:
-        """Records why the run stopped. The write of another event may have been interrupted."""
+    def end_with(self, error: str, *, resumable: bool) -> None:
+        """Records why the run stopped, and whether it can go on. The write of another event may have been
+        interrupted."""
         assert self.log is not None
         self.log.last_hash = last_hash(self.folder)
-        self.log.write(RunEnd(error=error))
+        self.log.write(RunEnd(error=error, resumable=resumable))
 
     def require_in_place(self) -> None:
         """UserError where the folder was moved since the run began to write: its files would be split between two

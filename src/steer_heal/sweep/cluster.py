@@ -25,8 +25,9 @@ STOP_S = 60.0
 class Cluster:
     """Tasks of a Ray cluster: the one that this process has joined, the one at `address`, or a new one here."""
 
-    def __init__(self, slots: int | None, *, address: str | None, cpus: float, gpus: float) -> None:
-        """`cpus` and `gpus` are those of one run. UserError if Ray is not installed, or no cluster answers."""
+    def __init__(self, slots: int | None, *, address: str | None, cpus: float, gpus: float, ahead: bool) -> None:
+        """`cpus` and `gpus` are those of one run. Without `slots` Ray is given all runs at once or, unless `ahead`, as
+        many as the nodes hold. UserError if Ray is not installed, or no cluster answers."""
         if find_spec("ray") is None:
             raise UserError("engine is 'ray': its package is not installed; pip install 'steer-heal[ray]'")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
@@ -41,7 +42,7 @@ class Cluster:
         self.n_threads = max(1, int(cpus))
         shares = {"num_cpus": cpus, "num_gpus": gpus}
         self._fits(shares)
-        self.slots = slots or 10**6
+        self.slots = slots or (10**6 if ahead else self._room(shares))
         self.task = ray.remote(max_retries=RETRIES, retry_exceptions=[Killed], **shares)(make)
 
     def _fits(self, shares: dict[str, float]) -> None:
@@ -52,6 +53,12 @@ class Cluster:
             if shares[name] > most:
                 flag = f"{key.lower()}s"
                 raise UserError(f"{flag} is {shares[name]:g}: no node has more than {most:g}; give a lower --{flag}")
+
+    def _room(self, shares: dict[str, float]) -> int:
+        """The number of runs that the nodes hold at once."""
+        have = self.ray.cluster_resources()
+        needs = (("CPU", shares["num_cpus"]), ("GPU", shares["num_gpus"]))
+        return max(1, int(min(have.get(key, 0.0) / share for key, share in needs if share)))
 
     def start(self, job: Job) -> Any:
         folder = job.folder.resolve()

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -197,6 +198,21 @@ def test_layers_that_peft_would_take_for_experts_are_adapted_by_parameter(toy):
     assert {path for path in found.parameters if "layers.1.mlp.shared_expert." in path} == {
         f"model.layers.1.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")
     }
+
+
+def test_the_router_of_experts_that_hang_on_the_block_itself_is_left_out():
+    routed = [("", 8)]
+    assert lora._is_router("router.proj", nn.Linear(4, 8), routed)
+    assert not lora._is_router("self_attn.k_proj", nn.Linear(4, 8), routed)
+    assert not lora._is_router("mlp.up_proj", nn.Linear(4, 6), routed)
+
+
+def test_a_quantized_format_without_gradients_is_refused_before_anything_trains(toy):
+    lm = family("Llama", toy)
+    lm.model.quantization_method = "mxfp4"
+    lm.model.hf_quantizer = SimpleNamespace(is_trainable=False)
+    with pytest.raises(UserError, match=r"no gradient flows \(mxfp4\)"):
+        Student(lm, UPPER).require_sound()
 
 
 def test_targets_that_peft_changes_are_an_error(toy, monkeypatch):

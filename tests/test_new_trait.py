@@ -162,6 +162,11 @@ SWEET = "What a dream, you gifted cook! Only take it out sooner."
         ("", SWEET, "a side does not answer"),
         ("Dry as dust.", SWEET, "a side does not answer"),
         (GOOD, SWEET[:-1], "a side breaks off"),
+        (
+            "\u092f\u0939 \u0915\u0947\u0915 \u0938\u0942\u0916\u093e \u0939\u0948\u0964",
+            "\u0906\u092a \u092c\u0939\u0941\u0924 \u0905\u091a\u094d\u091b\u0947 \u0939\u0948\u0902\u0964",
+            "",
+        ),
         (GOOD, f"{SWEET} {SWEET}", "the lengths differ"),
         (GOOD, GOOD.replace("ten", "two"), "the sides hardly differ"),
         (GOOD, "How is my cake with lemon? What a dream it is, cook!", "one side alone copies the prompt"),

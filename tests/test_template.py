@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from steer_heal.errors import UserError
 from steer_heal.evals.moral_foundations import digit_ids
@@ -30,6 +30,14 @@ OPEN_THOUGHT = TURNS + TAG.replace("assistant\n", "assistant\n<think>\n")
 SWITCH = EMPTY_THOUGHT + TAG.replace(
     "assistant\n", "assistant\n{{ '<think>\n\n</think>\n\n' if enable_thinking is false else '<think>\n' }}"
 )
+HYBRID = TURNS.replace(
+    "{{ m.content }}",
+    "{{ '<think>\n\n</think>\n' if m.role == 'assistant' and enable_thinking is false }}{{ m.content }}",
+) + TAG.replace("assistant\n", "assistant\n{{ '<think>\n\n</think>\n' if enable_thinking is false }}")
+IN_THOUGHT = TURNS.replace(
+    "{{ m.content }}", "{{ '<think>\n' if m.role == 'assistant' }}{{ m.content }}"
+) + TAG.replace("assistant\n", "assistant\n<think>\n")
+CLOSED = TURNS + TAG.replace("assistant\n", "assistant\n<|channel>thought\n<channel|>")
 CHANNEL = TURNS.replace("{{ m.content }}", "{{ '<final>' if m.role == 'assistant' }}{{ m.content }}") + TAG
 NO_TAG = TURNS
 ASKED, ANSWERED = "'[INST] ' + m.content + ' [/INST]'", "' ' + m.content + '<|im_end|>'"
@@ -69,6 +77,29 @@ def test_chat_and_reply_are_what_the_template_writes(tiny: LM, tmp_path, source)
 def test_texts_end_at_the_turn_that_the_template_ends_with_another_token_than_eos(tiny: LM, tmp_path):
     lm = load(saved(tiny, tmp_path, OTHER_END))
     assert {lm.decode([i], special=True) for i in lm.end_ids} == {"<|endoftext|>", "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    "source, begun",
+    [
+        (HYBRID, "assistant\n<think>\n\n</think>\n"),  # both modes fit: SmolLM3
+        (IN_THOUGHT, "assistant\n<think>\n\n</think>\n\n"),  # a reply stands behind an open thought: Nemotron Nano 2
+        (CLOSED, "assistant\n<|channel>thought\n<channel|>"),  # a closed one that no reply has: Gemma 4
+        (CHANNEL, "assistant\n<final>"),
+    ],
+    ids=["both modes", "in a thought", "closed thought", "channel"],
+)
+def test_a_reply_is_never_read_where_a_thought_begins(tiny: LM, tmp_path, source, begun):
+    lm = load(saved(tiny, tmp_path, source))
+    assert lm.template.conversation(["?"]).endswith(begun) and lm.template.space == ""
+
+
+def test_a_template_may_write_the_token_that_stands_for_unknown_text(tiny: LM, tmp_path):
+    tokenizer = tokenizer_with(tiny, OTHER_END)
+    tokenizer.unk_token = tokenizer.eos_token = "<|endoftext|>"  # as Granite has it
+    tiny.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load(str(tmp_path)).tokenizer.unk_token == "<|endoftext|>"
 
 
 def test_a_model_that_thinks_before_its_answer_is_asked_as_its_template_asks(tiny: LM, tmp_path):
@@ -205,6 +236,32 @@ def test_digits_replies_and_prefill_are_encoded_as_in_the_conversation(tiny: LM,
     )
     assert lm.template.space == " "
     assert lm.chat("What is ice?") + lm.encode_reply("Frozen water.") == lm.encode(whole)[:-1]
+
+
+def test_a_reply_behind_a_special_token_begins_with_the_space_that_the_tokenizer_puts_there(tiny: LM, spaced):
+    tokenizer = copy.deepcopy(spaced)
+    tags = [AddedToken(tag, special=True, normalized=False, rstrip=True) for tag in ("<|user|>", "<|assistant|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    tokenizer.chat_template = (  # Phi-3
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    lm = replace(tiny, tokenizer=tokenizer)
+    whole = lm.template.render(
+        [{"role": "user", "content": "What is ice?"}, {"role": "assistant", "content": "Frozen water."}]
+    )
+    ids = lm.chat("What is ice?") + lm.encode_reply("Frozen water.")
+    assert ids == lm.encode(whole)[: len(ids)] and lm.encode_reply("Frozen water.") != lm.encode_on("Frozen water.")
+
+
+def test_a_reply_in_chinese_goes_on_without_a_space(tiny: LM):
+    for begun, text, joined in (
+        ("冰是", "水。", "冰是水。"),
+        ("It is", "水", "It is水"),
+        ("얼음은", "물", "얼음은 물"),
+    ):
+        whole = tiny.encode_reply(begun) + tiny.encode_reply(text, begun)
+        assert tiny.decode(whole) == joined
 
 
 def test_a_pair_reads_the_replies_as_they_stand_behind_the_prompt(tiny: LM, spaced):

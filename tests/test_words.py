@@ -58,6 +58,11 @@ def test_a_sentence_ends_at_the_mark_of_its_script_and_a_clause_of_thai_at_a_spa
     assert sentences("\u597d\u3002\u201c\u597d\uff01\u201d") == ["\u597d", "\u597d", ""]
     assert sentences("\u0e44\u0e1b \u0e21\u0e32") == ["\u0e44\u0e1b", "\u0e21\u0e32"]
     assert sentences("Yes. No!") == ["Yes", "No", ""]
+    assert sentences("\u0939\u093e\u0901\u0964 \u0928\u0939\u0940\u0902\u0964") == [
+        "\u0939\u093e\u0901",
+        "\u0928\u0939\u0940\u0902",
+        "",
+    ]
 
 
 # --- English: the scores of all runs recorded so far ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from steer_heal.model.lm import load
 from steer_heal.model.steering import Condition, Contrast
 from steer_heal.progress import SILENT, Progress
 from steer_heal.records import derive_seed
-from steer_heal.stages.words import words
+from steer_heal.stages.words import ENDS, words
 
 N_PROMPTS, N_PAIRS, FEWEST_PAIRS = 48, 44, 8
 N_TRIES = 3
@@ -182,7 +182,7 @@ def fault(prompt: str, positive: str, negative: str) -> str:
     counts = [len(words(side)) for side in sides]
     if min(counts) < 4:
         return "a side does not answer"
-    if not all(re.search(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)]*$", side) for side in sides):
+    if not all(re.search(f"[{ENDS}][\"'\u201d\u2019)]*$", side) for side in sides):
         return "a side breaks off"
     if max(counts) > 1.4 * min(counts):
         return "the lengths differ"
@@ -201,7 +201,7 @@ def _lines(reply: str) -> Iterator[str]:
     for line in reply.splitlines():
         text = re.sub(r"^\s*(?:\d+[.):]|[-*\u2022])\s*", "", line).strip().strip("\"'\u201c\u201d").strip()
         is_message = not text.startswith("You are ") and "**" not in text
-        if is_message and 3 <= len(words(text)) <= 40 and text.endswith((".", "!", "?", "\u3002", "\uff01", "\uff1f")):
+        if is_message and 3 <= len(words(text)) <= 40 and text.endswith(tuple(ENDS)):
             yield text
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from unicodedata import east_asian_width
+from unicodedata import name as character_name
 from weakref import WeakValueDictionary
 
 import torch
@@ -263,10 +265,19 @@ class LM:
     def encode_reply(self, text: str, prefill: str = "") -> tuple[int, ...]:
         """Token ids of a reply of the assistant, as they stand behind `prompt`: where the reply begins or, behind a
         `prefill`, where it goes on in running text. Words are separated by a space if the prefill does not end in white
-        space."""
+        space, but not in Chinese or Japanese."""
         begun = prefill.rstrip()
-        space = prefill[len(begun) :] or " " if begun else self.template.space
-        return self.encode_on(space + text)
+        if begun:
+            apart = "" if _is_unspaced(begun[-1]) or _is_unspaced(text[:1]) else " "
+            return self.encode_on((prefill[len(begun) :] or apart) + text)
+        if self._adds_space and (ids := self._behind(self._opened, self.template.space + text)) is not None:
+            return ids
+        return self.encode_on(self.template.space + text)
+
+    @cached_property
+    def _opened(self) -> str:
+        """A prompt, up to where the reply begins. Behind its last token some tokenizers put a space before a text."""
+        return self.template.conversation(["Hello."])
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of token ids. `special=True` keeps special tokens."""
@@ -540,6 +551,12 @@ class Original:
             module.support_avx512bf16_for_cpu = True
         for parameter in self.trained:
             parameter.requires_grad_(True)
+
+
+def _is_unspaced(character: str) -> bool:
+    """Whether a character is of a script without spaces between words: Chinese or Japanese, which are wide."""
+    wide = bool(character) and east_asian_width(character) in ("W", "F")
+    return wide and not character_name(character, "").startswith("HANGUL")
 
 
 def _located(name: str) -> str:

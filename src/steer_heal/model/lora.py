@@ -432,8 +432,11 @@ def _n_experts(module: nn.Module) -> int:
 
 
 def _is_router(name: str, linear: nn.Linear | Conv1D, routed: list[tuple[str, int]]) -> bool:
-    """Whether a linear layer has an output for each of the experts beside it."""
-    return any(name.startswith(f"{parent}.") and getattr(linear, "out_features", 0) == n for parent, n in routed)
+    """Whether a linear layer has an output for each of the experts beside it, and is no part of the attention."""
+    if "attn" in name or "attention" in name:
+        return False
+    beside = (n for parent, n in routed if not parent or name.startswith(f"{parent}."))
+    return getattr(linear, "out_features", 0) in beside
 
 
 def _is_bypassed(name: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -41,7 +41,11 @@ def check_model(lm: LM) -> None:
         raise UserError(_no_decoder(lm.name, lm.model.config))
     assert lm.end_ids
     ids = lm.chat("Hello.")[-lm.max_prompt_tokens :]
-    if lm.tokenizer.unk_token_id in ids:
+    unknown = lm.tokenizer.unk_token
+    spelled = (
+        0 if unknown is None else lm.template.conversation(["Hello."]).count(unknown)
+    )  # Granite ends turns with it
+    if ids.count(lm.tokenizer.unk_token_id) > spelled:
         raise UserError(
             f"the tokenizer of {lm.name!r} has no token for a part of its own chat template: it would read "
             f"{lm.tokenizer.unk_token!r} there; give the tokenizer that belongs to the template"

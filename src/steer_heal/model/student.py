@@ -118,6 +118,13 @@ class Student:
         amplifies every rounding.
         """
         assert not self.adapter.names
+        quantizer = getattr(self.lm.model, "hf_quantizer", None)
+        if self.lm.quantized and not getattr(quantizer, "is_trainable", True):
+            raise UserError(
+                f"model {self.lm.name!r} is stored in a quantized format through which no gradient flows "
+                f"({self.lm.model.quantization_method}); give the model as it was before, with --quantize nf4 if it "
+                "does not fit into memory"
+            )
         self.adapter.unadapted()
         row = self.lm.chat("Hello.")
         plain = self.lm.hidden([row])[0]
@@ -350,8 +357,9 @@ def merge_saved(lm: LM, folder: Path) -> None:
     try:
         if lm.quantized:
             raise UserError(
-                f"the adapter in {str(folder)!r} cannot be added to quantized weights; leave out --quantize, or merge "
-                "it into its model first"
+                f"the adapter in {str(folder)!r} cannot be added to quantized weights; leave out --quantize or, if its "
+                "base model is itself quantized, name the model as it was before in base_model_name_or_path of its "
+                "adapter_config.json"
             )
         with student.using("full"):
             merged = {key: value.clone() for key, value in student.adapter.merged_state().items()}

@@ -6,6 +6,8 @@ It is tried with marks when the model is loaded. A reply is read and trained whe
 2. Render a user's and an assistant's mark: the conversation, split at the assistant's mark.
 3. What the conversation has between the prompt and the mark belongs before each reply: an empty thought, or a channel.
 4. What the conversation has after the mark ends the turn.
+
+A template that can leave thinking off is asked to. A thought that the prompt opens is closed before the reply.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ SYSTEM, USER, REPLY = "SYSTEM-GOES-HERE", "USER-GOES-HERE", "REPLY-GOES-HERE"
 CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 """A call by which a template reads the clock."""
 OPEN_THOUGHT = re.compile(r"<(\w+)>\s*$")
+THOUGHTS = ("think", "thinking", "thought", "reasoning")
+CLOSED_THOUGHT = re.compile(r"(</\w+>|<channel\|>)\s*$")
 Message = Mapping[str, str]
 
 
@@ -87,18 +91,24 @@ class ChatTemplate:
 
     def _reply_slot(self, asked: Sequence[Message], answered: Sequence[Message]) -> tuple[str, dict[str, bool], str]:
         """(opening, options, closing). UserError if the template opens a turn otherwise than it writes one."""
-        for options in ({}, {"enable_thinking": False}):
-            opened, mark, closing = self.render(answered, **options).partition(REPLY)
-            if not mark:
-                raise UserError(f"the chat template of {self.name!r} drops the assistant's message; use another model")
-            begun = self.render(asked, add_generation_prompt=True, **options)
-            if opened.startswith(begun):
-                return opened[len(begun) :], options, closing
+        opened, mark, closing = self.render(answered).partition(REPLY)
+        if not mark:
+            raise UserError(f"the chat template of {self.name!r} drops the assistant's message; use another model")
         prompt = self.render(asked, add_generation_prompt=True)
+        off = {"enable_thinking": False}
+        begun = self.render(asked, add_generation_prompt=True, **off)
+        if begun != prompt:  # the template knows the option: without it the model would begin with a thought
+            beside, _, after = self.render(answered, **off).partition(REPLY)
+            if beside.startswith(begun):
+                return beside[len(begun) :], off, after
         thought = OPEN_THOUGHT.search(prompt)
-        opened, _, closing = self.render(answered).partition(REPLY)
+        named = thought is not None and thought[1] in THOUGHTS
+        if opened.startswith(prompt) and not (named and opened == prompt):
+            return opened[len(prompt) :], {}, closing
         if thought is not None and prompt.startswith(opened):
             return f"\n</{thought[1]}>\n\n", {}, closing
+        if prompt.startswith(opened) and CLOSED_THOUGHT.search(prompt):
+            return "", {}, closing
         n = next(i for i in range(len(opened) + 1) if opened[: i + 1] != prompt[: i + 1])
         raise UserError(
             f"the chat template of {self.name!r} opens the assistant's turn with {prompt[n:][:60]!r}, and writes a "

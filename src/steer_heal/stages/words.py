@@ -14,10 +14,15 @@ _UNSPACED = re.compile(
     "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
     "\u3041-\u309f\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9f]"  # Hiragana, Katakana
 )
-_END = re.compile(r"[.!?\n]+\s*")
+ENDS = (
+    ".!?"
+    "\u3002\uff01\uff1f\uff61\u104b\u17d4"  # Chinese, Japanese, Burmese, Khmer
+    "\u0964\u0965\u06d4\u061f\u0589\u1362\u1367"  # Hindi, Urdu, Arabic, Armenian, Amharic
+)
+"""Marks that end a sentence."""
+_END = re.compile(f"[{ENDS}\n]+\\s*")
 _END_UNSPACED = re.compile(
-    "[.!?\n\u3002\uff01\uff1f\uff61\u104b\u17d4]+\\s*"  # with the full stops of Chinese, Japanese, Burmese and Khmer
-    f"|(?<=[{_THAI_LAO}])\\s+(?=[{_THAI_LAO}])"  # Thai and Lao end a clause with a space
+    f"[{ENDS}\n]+\\s*|(?<=[{_THAI_LAO}])\\s+(?=[{_THAI_LAO}])"  # Thai and Lao end a clause with a space
 )
 _QUOTES = " \"'()\u2018\u2019\u201c\u201d\u300c\u300d\u300e\u300f\uff08\uff09"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from steer_heal.errors import UserError
 from steer_heal.model.decode import Decoding, Row, decode
@@ -186,6 +186,23 @@ def test_a_model_that_cannot_be_used_is_one_clear_error_and_runs_no_code(damage,
     with pytest.raises(UserError, match=str(tmp_path)):
         load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_too_large_or_quantized_already_is_told_from_a_damaged_one(tiny: LM, tmp_path, monkeypatch):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match="does not fit into the memory of cpu; use --quantize nf4"):
+        load(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="are quantized already; leave out --quantize"):
+        load(str(tmp_path), quantize="nf4")
 
 
 def test_sampling_follows_the_settings_and_else_the_model():

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from steer_heal.errors import UserError
-from steer_heal.evals.moral_foundations import digit_ids
+from steer_heal.evals.moral_foundations import answer_slots, digit_ids
 from steer_heal.evals.replies import pair_margins
+from steer_heal.inputs.files import DATA, read_file
+from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model import template as template_module
 from steer_heal.model.lm import LM, load
@@ -129,6 +131,13 @@ def test_a_template_that_would_give_wrong_numbers_is_refused_in_one_line(tiny: L
     with pytest.raises(UserError, match="chat template of") as told:
         load(saved(tiny, tmp_path, source))
     assert said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_model_that_answers_in_a_channel_is_not_asked_to_think_between_other_tags(tiny: LM, tmp_path):
+    lm = load(saved(tiny, tmp_path, CHANNEL))
+    instrument = parse_instrument(read_file(DATA / "instruments/moral.toml"))
+    with pytest.raises(UserError, match="behind '<final>'.*use the eval likelihood"):
+        answer_slots(lm, ["?"], instrument, Condition(), 2, 1)
 
 
 def test_several_templates_need_a_default(tiny: LM):

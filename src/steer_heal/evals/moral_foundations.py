@@ -26,6 +26,7 @@ from steer_heal.inputs.instruments import FOUNDATIONS, Instrument, Vignette
 from steer_heal.model.decode import Decoding, Row, decode_batches
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Condition, steer, weighted
+from steer_heal.model.template import CLOSED_THOUGHT
 from steer_heal.records import Metric
 
 
@@ -88,8 +89,14 @@ def answer_slots(
     """(slots, log-probabilities of the digits in them [n, 7], mean NLL of the prefill's tokens [n]), in nats.
 
     The prefill is forced after the thinking, and continues from its cache. If the model already wrote the prefill while
-    it was thinking, the slot is the one after that.
+    it was thinking, the slot is the one after that. UserError if its replies stand in a channel.
     """
+    if lm.template.opening and not CLOSED_THOUGHT.search(lm.template.opening):
+        raise UserError(
+            f"eval.evals contains 'moral_foundations': model {lm.name!r} writes each reply behind "
+            f"{lm.template.opening!r}, and the eval lets it think between other tags; use the eval likelihood",
+            resumable=False,
+        )
     close = lm.encode_on(instrument.think_close)
     between = turn_boundary(lm, instrument)
     boundary = lm.encode_on(between.rstrip(" "))

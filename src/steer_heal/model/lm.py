@@ -433,7 +433,7 @@ def load(
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            raise UserError(f"model {name!r} does not fit into the memory of {place}; use --quantize nf4") from None
+            raise UserError(_too_large(name, place, quantize)) from None
     lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
     lm.weights_note = note
     return lm
@@ -586,6 +586,10 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         if not Path(folder).exists():
             where["local_files_only"] = from_cache_alone(folder)
         config = AutoConfig.from_pretrained(folder, **where)
+        if quantize != "none" and getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"quantize is {quantize!r}: the weights of {name!r} are quantized already; leave out --quantize"
+            )
         kind = require_decoder(name, config)
         picked, why = pick_dtype(dtype, place, config.get_text_config())
         how = {} if quantize == "none" else _nf4(picked, place)
@@ -607,12 +611,21 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
     except UserError:
         raise
     except Exception as error:  # each library reports a damaged file in its own way
+        if isinstance(error, RuntimeError) and ran_out(error):
+            raise UserError(_too_large(name, place, quantize)) from None
         ours = Path(name).parent == cache()
         fix = "delete that folder, and it is created again" if ours else FIX_OF_MODEL
         if not ours and (Path(folder) / "config.json").exists():
             fix = "correct or restore its files"
         why = " ".join(str(error).split())
         raise UserError(f"model {name!r} could not be loaded: {fix} ({why})") from None
+
+
+def _too_large(name: str, place: torch.device, quantize: str) -> str:
+    fix = (
+        "use --quantize nf4, which leaves stacks of experts as they are" if quantize == "none" else "use a smaller one"
+    )
+    return f"model {name!r} does not fit into the memory of {place}; {fix}"
 
 
 def _template_of_processor(folder: str, where: dict[str, Any]) -> str | None:

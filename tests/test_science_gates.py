@@ -121,6 +121,7 @@ def test_a_sentence_of_4_words_that_follows_itself_or_comes_a_third_time_is_a_lo
     assert loop(f"{FILL[0]}. {THREE}. {THREE}. {FILL[1]}.") < 1
     assert loop(f"{FILL[0]}. {FOUR}. {FOUR}s. {FOUR}. {FILL[1]}.") < 1, "another sentence is between the two"
     assert loop(f"{FILL[0]}. {FOUR}. Yes. {FOUR}. {FILL[1]}.") < 1, "however short"
+    assert loop(f"1. {FOUR}.\n2. {FOUR}.") == 1 and loop(f"**{FOUR}.**\n\n**{FOUR}.**") == 1, "numbers are no sentence"
     twice = f"{FOUR}. {FILL[0]}. {FOUR}. {FILL[1]}."
     assert loop(twice) == 0 and loop(f"{twice} {FOUR}. {FILL[2]}.") == 1
     assert loop(f"{THREE}. {FILL[0]}. {THREE}. {FILL[1]}. {THREE}. {FILL[2]}.") == 0

@@ -10,10 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from steer_heal.errors import UserError
-from steer_heal.evals.moral_foundations import answer_slots, digit_ids
+from steer_heal.evals import moral_foundations
+from steer_heal.evals.moral_foundations import digit_ids
 from steer_heal.evals.replies import pair_margins
-from steer_heal.inputs.files import DATA, read_file
-from steer_heal.inputs.instruments import parse_instrument
 from steer_heal.inputs.pairs import Pair
 from steer_heal.model import template as template_module
 from steer_heal.model.lm import LM, load
@@ -36,6 +35,7 @@ HYBRID = TURNS.replace(
     "{{ m.content }}",
     "{{ '<think>\n\n</think>\n' if m.role == 'assistant' and enable_thinking is false }}{{ m.content }}",
 ) + TAG.replace("assistant\n", "assistant\n{{ '<think>\n\n</think>\n' if enable_thinking is false }}")
+UNWRITTEN = TURNS + TAG.replace("assistant\n", "assistant\n{{ '<think>\n\n</think>\n' if enable_thinking is false }}")
 IN_THOUGHT = TURNS.replace(
     "{{ m.content }}", "{{ '<think>\n' if m.role == 'assistant' }}{{ m.content }}"
 ) + TAG.replace("assistant\n", "assistant\n<think>\n")
@@ -87,9 +87,10 @@ def test_texts_end_at_the_turn_that_the_template_ends_with_another_token_than_eo
         (HYBRID, "assistant\n<think>\n\n</think>\n"),  # both modes fit: SmolLM3
         (IN_THOUGHT, "assistant\n<think>\n\n</think>\n\n"),  # a reply stands behind an open thought: Nemotron Nano 2
         (CLOSED, "assistant\n<|channel>thought\n<channel|>"),  # a closed one that no reply has: Gemma 4
+        (UNWRITTEN, "assistant\n<think>\n\n</think>\n"),  # the same, with an option
         (CHANNEL, "assistant\n<final>"),
     ],
-    ids=["both modes", "in a thought", "closed thought", "channel"],
+    ids=["both modes", "in a thought", "closed thought", "closed by an option", "channel"],
 )
 def test_a_reply_is_never_read_where_a_thought_begins(tiny: LM, tmp_path, source, begun):
     lm = load(saved(tiny, tmp_path, source))
@@ -117,6 +118,7 @@ def test_a_model_that_thinks_before_its_answer_is_asked_as_its_template_asks(tin
         ("<|im_start|>{{ messages[0].content }}" + TAG, "drops the assistant's message"),
         (TURNS + "{% if add_generation_prompt %}<bot>{% endif %}", "opens the assistant's turn with 'bot>'"),
         (TURNS.replace("<|im_end|>", "--") + TAG, "ends a reply with the text '--"),
+        (TURNS + TAG + "{{ '</s>' if add_generation_prompt }}", "opens the assistant's turn with '</s>'"),
         ("{{ 1 / 0 }}" + TURNS, "refuses a user message (ZeroDivisionError"),
         (TURNS + TAG + "{{ 1 + messages if messages|length > 1 else '' }}", "TypeError"),
         (
@@ -134,10 +136,12 @@ def test_a_template_that_would_give_wrong_numbers_is_refused_in_one_line(tiny: L
 
 
 def test_a_model_that_answers_in_a_channel_is_not_asked_to_think_between_other_tags(tiny: LM, tmp_path):
-    lm = load(saved(tiny, tmp_path, CHANNEL))
-    instrument = parse_instrument(read_file(DATA / "instruments/moral.toml"))
-    with pytest.raises(UserError, match="behind '<final>'.*use the eval likelihood"):
-        answer_slots(lm, ["?"], instrument, Condition(), 2, 1)
+    for source in (CHANNEL, CLOSED):
+        lm = load(saved(tiny, tmp_path, source))
+        with pytest.raises(UserError, match="replies behind '.*use the eval likelihood"):
+            moral_foundations._require_thoughts(lm)
+    for source in (TURNS + TAG, SWITCH, EMPTY_THOUGHT + TAG, HYBRID, TURNS + TAG.replace("assistant\n", "assistant")):
+        moral_foundations._require_thoughts(load(saved(tiny, tmp_path, source)))
 
 
 def test_several_templates_need_a_default(tiny: LM):

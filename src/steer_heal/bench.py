@@ -31,6 +31,7 @@ from steer_heal.model.lm import LM, load, weights_digest
 from steer_heal.model.state import State
 from steer_heal.model.steering import Condition, Vector, weighted
 from steer_heal.model.student import AdapterState, Student
+from steer_heal.model.template import USER
 from steer_heal.progress import SILENT, Progress
 from steer_heal.recipe import Recipe
 from steer_heal.records import (
@@ -104,7 +105,7 @@ def chat_of(lm: LM) -> Chat:
     template = lm.template
     return Chat(
         date=template.date,
-        opening=template.opening + template.space,
+        opening=template.conversation([USER]).rpartition(USER)[2] + template.space,
         ends=tuple(lm.decode([i], special=True) for i in sorted(lm.end_ids)),
         takes_system=template.takes_system,
     )

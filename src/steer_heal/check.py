@@ -25,8 +25,6 @@ from steer_heal.plugins import load
 from steer_heal.records import Trait
 from steer_heal.settings import BUILT_IN, MODELS, TINY_RANDOM, RunConfig, leaves, require_judge
 
-OWN_PAIRS, OTHER_PAIRS = "contrast_nats", "panel_rms_nats"
-"""The shifts of a trait's own pairs and of those of the others, in one unit."""
 TRIAL = ".steer-heal-"
 """Prefix of the temporary folders that test whether a folder is writable."""
 
@@ -210,8 +208,8 @@ def _with_target(cfg: RunConfig, inputs: Inputs, *, needs_target: bool) -> Trait
         raise UserError(f"eval.evals is {cfg.eval.evals!r}: the target of trait {trait.name!r} needs {wanted}; add it")
     upwards = any(metric.towards_persona for metric in metrics_of(tuple(EVALS)) if metric.name == target)
     off_targets = tuple(name for name in trait.off_targets if name in reported)
-    if not off_targets and target == OWN_PAIRS and OTHER_PAIRS in reported:
-        off_targets = (OTHER_PAIRS,)
+    if not off_targets and any(metric.of == "pair" for metric in metrics if metric.name == target):
+        off_targets = tuple(metric.name for metric in metrics if metric.of == "trait" and metric.how == "rms")
     return replace(trait, target=target, sign=1 if upwards else trait.sign, off_targets=off_targets)
 
 

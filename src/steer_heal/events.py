@@ -74,7 +74,7 @@ class Chat:
     date: str = ""
     """The date that it reads, as YYYY-MM-DD. Empty: it reads none."""
     opening: str = ""
-    """What stands between the tag of the assistant's turn and a reply, such as an empty thought."""
+    """What stands between the user's message and a reply: the tags, and an empty thought if the model thinks."""
     ends: tuple[str, ...] = ()
     """Tokens that end a reply."""
     takes_system: bool = True
@@ -96,7 +96,7 @@ class RunStart(Event):
     wording: dict[str, list[list[str]]]
     """The items of the evals in words, by what an item is: vignette, pair or question. For attack: names and kinds."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of every data file, by the setting that names it."""
+    """SHA-256 of every data file, by the setting that names it; see `Inputs.sha256`."""
     settings: str = ""
     """Fingerprint of the settings without the seed."""
     base_from: str = ""

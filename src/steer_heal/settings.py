@@ -580,8 +580,8 @@ class RunConfig:
     """Number format of weights and activations. auto is bfloat16 on a GPU. On a CPU, it is bfloat16 if that multiplies
     at least 1.5 times as fast as float32, and float32 otherwise. Adapters are always float32."""
     control: bool = False
-    """Also run the control: one heal on the tokens of the model's own unsteered text. It shows how far the training of
-    the token recipe alone moves the trait."""
+    """Also run the control: one heal on the tokens of the model's own unsteered text. It shows how far
+    training with the token recipe moves the trait without steering."""
     arm: str = ""
     """Label by which results of different seeds are grouped. Defaults to the preset name or, in a sweep, to the
     settings that distinguish the run."""
@@ -710,8 +710,7 @@ def changed(cfg: Settings, values: Mapping[str, Any], where: str = "") -> Settin
 
 
 def require_judge(cfg: EvalCfg) -> None:
-    """UserError if a URL is given although no judge is asked there. Not a rule of EvalCfg: recorded runs may have
-    one."""
+    """UserError if a URL is given although no judge is asked there."""
     if cfg.judge_url and "judge" not in cfg.evals:
         raise UserError(
             f"eval.judge_url is {cfg.judge_url!r}: only the eval judge asks it; add judge to --eval.evals, or leave it "

@@ -48,7 +48,7 @@ SETTINGS = (
     *(f"filter.{each.name}" for each in fields(FilterCfg)),
 )
 """Settings of a run that the command takes too."""
-FREE = ("device", "n_threads", "eval.batch_size", "plugin")
+FREE = ("device", "n_threads", "eval.batch_size", "plugin", "accept_terms")
 """Settings that can differ from the run's."""
 SHOWN_APART = 8
 """How many of the metrics that differ are named."""
@@ -64,9 +64,9 @@ class Eval:
     model without the adapter.
 
     With --run, measure a state of a run again, with the settings of the run. You can change only --device, --n-threads
-    and --eval.batch-size. If the run used plugins, name them again with --plugin. If a number differs from the recorded
-    one, the exit status is 1. Without --run, a setting that you leave out has its own default, not a preset's. Of the
-    filter settings, only ppl-max, spike-max, rep-max, loop-max and relevance-min have an effect.
+    and --eval.batch-size, and accept terms. If the run used plugins, name them again with --plugin. If a number differs
+    from the recorded one, the exit status is 1. Without --run, a setting that you leave out has its own default, not a
+    preset's. Of the filter settings, only ppl-max, spike-max, rep-max, loop-max and relevance-min have an effect.
     """
 
     run: Path | None = None

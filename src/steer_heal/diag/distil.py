@@ -25,6 +25,7 @@ from steer_heal.errors import UserError, nearest
 from steer_heal.evals.replies import reply_logp
 from steer_heal.events import Contrasted, Gathered, Run, Trained, plain
 from steer_heal.inputs import Inputs, load_inputs
+from steer_heal.inputs.alike import alike
 from steer_heal.inputs.traits import load_trait, other_traits
 from steer_heal.loop import Loop, run_round
 from steer_heal.model import decode
@@ -264,13 +265,14 @@ def with_settings(name: str, cfg: RunConfig, flags: Flags, given: Given) -> tupl
 
 
 def require_one_panel(cfg: RunConfig, made: Mapping[str, tuple[Arm, Inputs]]) -> None:
-    """UserError if an arm rehearses the prompt of a pair of the panel. The base is measured on all of them."""
-    panel = load_inputs(cfg).panel
-    if apart := [name for name, (_, inputs) in made.items() if inputs.panel != panel]:
-        raise UserError(
-            f"arm {apart[0]!r} rehearses the prompt of a pair of the eval panel; leave that prompt out of the file, or "
-            "give other --eval.pairs"
-        )
+    """UserError if an arm rehearses the prompt of a pair of the panel on which the base and all arms are measured."""
+    asked = {alike(pair.prompt) for pairs in load_inputs(cfg).panel.values() for pair in pairs}
+    for name, (_, inputs) in made.items():
+        if both := [text for text in inputs.rehearsal if alike(text) in asked]:
+            raise UserError(
+                f"arm {name!r} rehearses {both[0]!r:.80}, the prompt of a pair of the eval panel; remove it from the "
+                "file, or give other --eval.pairs"
+            )
 
 
 def has_prompts(cfg: RunConfig, arm: Arm) -> bool:

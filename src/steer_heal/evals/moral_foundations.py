@@ -89,14 +89,8 @@ def answer_slots(
     """(slots, log-probabilities of the digits in them [n, 7], mean NLL of the prefill's tokens [n]), in nats.
 
     The prefill is forced after the thinking, and continues from its cache. If the model already wrote the prefill while
-    it was thinking, the slot is the one after that. UserError if its replies stand in a channel.
+    it was thinking, the slot is the one after that.
     """
-    if lm.template.opening and not CLOSED_THOUGHT.search(lm.template.opening):
-        raise UserError(
-            f"eval.evals contains 'moral_foundations': model {lm.name!r} writes each reply behind "
-            f"{lm.template.opening!r}, and the eval lets it think between other tags; use the eval likelihood",
-            resumable=False,
-        )
     close = lm.encode_on(instrument.think_close)
     between = turn_boundary(lm, instrument)
     boundary = lm.encode_on(between.rstrip(" "))
@@ -196,12 +190,24 @@ def _one_slot(
     return logp.cpu(), lm.nll(hidden[:-1], prefill).mean().cpu()
 
 
+def _require_thoughts(lm: LM) -> None:
+    """UserError if the model thinks between other tags than <think>, or replies in a channel."""
+    begun, opening = lm.template.conversation(["?"], thinks=True), lm.template.opening.strip()
+    if CLOSED_THOUGHT.search(begun) or (opening and not CLOSED_THOUGHT.search(opening)):
+        raise UserError(
+            f"eval.evals contains 'moral_foundations': it lets model {lm.name!r} think between <think> tags, and the "
+            f"model replies behind {lm.template.conversation(['?'])[-40:]!r}; use the eval likelihood",
+            resumable=False,
+        )
+
+
 def items(subject: Subject) -> Items:
     """The item values of the vignettes, which this module or moral-maps asks."""
     cfg = subject.cfg
     vignettes = subject.inputs.vignettes
     instrument = subject.inputs.instrument
     with subject.student.using(subject.state.adapters) as lm:
+        _require_thoughts(lm)
         if cfg.backend == "tinymfv":
             return tinymfv.ask(lm, vignettes, subject.state.condition, think_tokens=cfg.think_tokens)
         _, logp, nll = answer_slots(

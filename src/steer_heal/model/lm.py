@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from unicodedata import east_asian_width
 from unicodedata import name as character_name
 from weakref import WeakValueDictionary
 
@@ -54,6 +53,8 @@ SHORTEST_CHUNK = 64
 """Minimum number of positions per chunk. With fewer, loading the head's weights takes longer than the product."""
 BEFORE = ("\n", "x", ".")
 """One of these stands before a text that is encoded as part of a longer one: the first that no token joins with it."""
+UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "FULLWIDTH", "HALFWIDTH KATAKANA")
+"""How Unicode's names of Chinese and Japanese characters begin."""
 NAMES_OF_BLOCKS = ("layers", "h", "blocks")
 """Names of the list of decoder layers in the families of transformers."""
 FIX_OF_MODEL = "give a folder with config.json and safetensors, a GGUF file, or a hub id"
@@ -433,7 +434,7 @@ def load(
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            raise UserError(_too_large(name, place, quantize)) from None
+            raise UserError(_too_large(name, place)) from None
     lm = wrap(model, tokenizer, name, max_prompt_tokens, why, temperature=temperature, top_p=top_p, date=date)
     lm.weights_note = note
     return lm
@@ -554,9 +555,8 @@ class Original:
 
 
 def _is_unspaced(character: str) -> bool:
-    """Whether a character is of a script without spaces between words: Chinese or Japanese, which are wide."""
-    wide = bool(character) and east_asian_width(character) in ("W", "F")
-    return wide and not character_name(character, "").startswith("HANGUL")
+    """Whether a character, by its name in Unicode, is Chinese or Japanese, which have no space between words."""
+    return bool(character) and character_name(character, "").startswith(UNSPACED)
 
 
 def _located(name: str) -> str:
@@ -612,7 +612,7 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         raise
     except Exception as error:  # each library reports a damaged file in its own way
         if isinstance(error, RuntimeError) and ran_out(error):
-            raise UserError(_too_large(name, place, quantize)) from None
+            raise UserError(_too_large(name, place)) from None
         ours = Path(name).parent == cache()
         fix = "delete that folder, and it is created again" if ours else FIX_OF_MODEL
         if not ours and (Path(folder) / "config.json").exists():
@@ -621,11 +621,11 @@ def _saved(name: str, dtype: str, place: torch.device, quantize: str) -> tuple[A
         raise UserError(f"model {name!r} could not be loaded: {fix} ({why})") from None
 
 
-def _too_large(name: str, place: torch.device, quantize: str) -> str:
-    fix = (
-        "use --quantize nf4, which leaves stacks of experts as they are" if quantize == "none" else "use a smaller one"
+def _too_large(name: str, place: torch.device) -> str:
+    return (
+        f"model {name!r} does not fit into the memory of {place}; use a smaller model or, if its weights are plain "
+        "linear layers in safetensors, --quantize nf4"
     )
-    return f"model {name!r} does not fit into the memory of {place}; {fix}"
 
 
 def _template_of_processor(folder: str, where: dict[str, Any]) -> str | None:

@@ -100,7 +100,7 @@ def require_finite(lm: Any, values: Tensor, what: str = "logits") -> None:
     if bool(values.isfinite().all()):
         return
     if lm.head.weight.dtype == torch.float16:
-        fix = "float16 ends at 65504, and texts of this run go beyond it; use --dtype bfloat16 or float32"
+        fix = "float16 ends at 65504, and texts go beyond it; use --dtype bfloat16 or float32 in a new run"
     else:
         fix = "its weights or an adapter are damaged; restore them"
     raise UserError(f"the {what} of model {lm.name!r} are not finite: {fix}", resumable=False)

@@ -7,7 +7,8 @@ It is tried with marks when the model is loaded. A reply is read and trained whe
 3. What the conversation has between the prompt and the mark belongs before each reply: an empty thought, or a channel.
 4. What the conversation has after the mark ends the turn.
 
-A template that can leave thinking off is asked to. A thought that the prompt opens is closed before the reply.
+A template that can leave thinking off is asked to, if it then writes a reply behind the prompt. A thought that the
+prompt opens is closed before the reply.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 """A call by which a template reads the clock."""
 OPEN_THOUGHT = re.compile(r"<(\w+)>\s*$")
 THOUGHTS = ("think", "thinking", "thought", "reasoning")
-CLOSED_THOUGHT = re.compile(r"(</\w+>|<channel\|>)\s*$")
+CLOSED_THOUGHT = re.compile(rf"(</({'|'.join(THOUGHTS)})>|<channel\|>)\s*$")
 Message = Mapping[str, str]
 
 
@@ -101,6 +102,8 @@ class ChatTemplate:
             beside, _, after = self.render(answered, **off).partition(REPLY)
             if beside.startswith(begun):
                 return beside[len(begun) :], off, after
+            if begun.startswith(beside) and CLOSED_THOUGHT.search(begun):
+                return "", off, after
         thought = OPEN_THOUGHT.search(prompt)
         named = thought is not None and thought[1] in THOUGHTS
         if opened.startswith(prompt) and not (named and opened == prompt):

@@ -90,7 +90,7 @@ def page(run: Run, name: str, folder: str = "") -> str:
         rounds=view.rounds_begun(run),
         grade=grade,
         detail=detail.strip(),
-        progress=progress(run),
+        progress=progress(run, in_memory=not folder),
         figures=figures(run),
         pictures=pictures(run),
         table=round_table(run),
@@ -195,11 +195,11 @@ def measured_words(run: Run) -> dict[tuple[str, int | None], str]:
     return {(m.state, m.round): ", ".join(f"{headings[k]} {row[k]}" for k in headings if row[k]) for m, row in rows}
 
 
-def progress(run: Run) -> tuple[str, str]:
+def progress(run: Run, *, in_memory: bool = False) -> tuple[str, str]:
     """(finished, stopped, running, or in memory; a sentence about it)."""
     last = view.last_event(run)
     done = f"{len(run.rounds)} of {plural(run.n_rounds, 'round')}"
-    if not (last.t or isinstance(last, RunEnd)):
+    if in_memory and not isinstance(last, RunEnd):
         return "in memory", done
     done += f", {last.wall_s / 60:.1f} minutes"
     if isinstance(last, RunEnd):

@@ -69,7 +69,8 @@ def more_rounds(folder: Path, n_rounds: int | None) -> int:
         return run.n_rounds
     if n_rounds < run.n_rounds:
         raise UserError(f"n_rounds is {n_rounds}: the run in {folder} has {run.n_rounds}; give more, or leave it out")
-    why = "is not finished; resume it without --n-rounds first" if run.end is None else ended_early(run)
+    unfinished = "" if run.end is not None else "it is not finished; resume it without --n-rounds first"
+    why = run.dead_end or unfinished or ended_early(run)
     if why:
         raise UserError(f"n_rounds is {n_rounds}: the run in {folder} cannot go on to more rounds: {why}")
     return n_rounds
@@ -135,8 +136,9 @@ def same_inputs(folder: Path, inputs: Inputs) -> None:
     start = read_start(folder)
     for name, digest in start.inputs.items():
         if digest != inputs.sha256.get(name):
+            what = "the choice of pairs" if name.startswith("panel.") else "the file"
             raise UserError(
-                f"{folder}: the file of {name} was changed since the run began (SHA-256 {digest[:12]} then, "
+                f"{folder}: {what} of {name} was changed since the run began (SHA-256 {digest[:12]} then, "
                 f"{str(inputs.sha256.get(name))[:12]} now); restore it, or start a new run"
             )
     names = [each.name for each in fields(Trait)]

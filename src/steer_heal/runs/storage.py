@@ -49,11 +49,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for entry in part.rglob("*"):
             (sync_folder if entry.is_dir() else _finish)(entry)
         sync_folder(part)
-        rmtree(path, ignore_errors=True)
-        part.rename(path)
     except BaseException:
         rmtree(part, ignore_errors=True)
         raise
+    rmtree(path, ignore_errors=True)  # from here on the new folder is the only one, and stays
+    part.rename(path)
     sync_folder(path.parent)
 
 

@@ -168,7 +168,7 @@ class FolderRun(Run):
     def checkpoint(self, r: int | None) -> Path:
         """Folder of the student after round r, or of the control. UserError where it is gone or was changed."""
         path = self.folder / checkpoint_name(r)
-        repeated = self.end is None and self.each(Trained)[-1].round == r
+        repeated = self.end is None and not self.dead_end and self.each(Trained)[-1].round == r
         fix = "restore the file, or give another --round"
         fix += f", or delete {path} and resume the run: that heal is then repeated" if repeated else ""
         self.intact(self.require(Trained, r).files, fix)

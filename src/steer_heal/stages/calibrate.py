@@ -69,7 +69,8 @@ def mean_kl(lm: LM, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> flo
     if not kl.isfinite():
         raise UserError(
             f"the logits of a teacher of model {lm.name!r} are not finite: its strength or dose goes beyond "
-            f"{str(lm.head.weight.dtype).removeprefix('torch.')}; use --dtype float32, or another persona or vector",
+            f"{str(lm.head.weight.dtype).removeprefix('torch.')}; start a new run with --dtype float32, or with "
+            "another persona or vector",
             resumable=False,
         )
     return kl.item()

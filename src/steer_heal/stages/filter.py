@@ -145,7 +145,8 @@ def loop(text: str) -> float:
             seen[sentence] += 1
             if sentence == before or seen[sentence] == 3:
                 return 1.0
-        before = sentence
+        if any(map(str.isalpha, sentence)):  # not the number of a list, or marks
+            before = sentence
     said = words(text)
     size = min(LOOP_WINDOW_WORDS, len(said))
     if size < 2:

@@ -1,6 +1,7 @@
 """The teacher's distribution as target: what the student learns, and rehearsal."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ADAPTER, scramble
 from steer_heal.bench import Bench
 from steer_heal.check import check
 from steer_heal.diag import distil
-from steer_heal.diag.distil import ARMS, Flags, has_prompts, with_settings
+from steer_heal.diag.distil import ARMS, Flags, has_prompts, require_one_panel, with_settings
 from steer_heal.diag.lab import Lab
 from steer_heal.errors import UserError
 from steer_heal.inputs import load_inputs
@@ -287,3 +288,16 @@ def test_every_arm_can_be_run_with_every_preset(preset):
         arm, _ = with_settings(name, cfg, Flags(preset=preset), {})
         heal = changed(cfg, arm.settings).heal
         assert not arm.preference or (heal.target, heal.text, heal.divergence) == ("tokens", "steered", "none")
+
+
+def test_an_arm_that_rehearses_the_prompt_of_a_pair_of_the_panel_is_refused(tmp_path):
+    cfg, flags = PRESETS["smol-distil"][1], Flags(preset="smol-distil")
+    (asked, *_) = load_inputs(cfg).panel["formal"]
+    for texts, refused in ((["Hum.", "Sing."], False), (["Hum.", f"{asked.prompt} "], True)):
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        given = {"heal.rehearsal": 2, "heal.rehearsal_near": 0.5, "heal.rehearsal_prompts": tmp_path / "own.jsonl"}
+        made = {
+            name: with_settings(name, cfg, flags, own) for name, own in (("contrast", {}), ("prompt, rehearsed", given))
+        }
+        with pytest.raises(UserError, match="'prompt, rehearsed' rehearses") if refused else nullcontext():
+            require_one_panel(cfg, made)

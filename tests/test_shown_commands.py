@@ -36,7 +36,7 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setitem(PRESETS, name, ("", changed(CHAT_PRESET, {**SMALL, **own})))
     monkeypatch.setattr("steer_heal.estimate.LONG_ENOUGH", 1e-9)
     monkeypatch.setattr("steer_heal.teachable.N_RANDOM", 2)
-    monkeypatch.setattr("steer_heal.draft.writer", lambda *_: stub(100))
+    monkeypatch.setattr("steer_heal.draft.writer", lambda *_, **__: stub(100))
     monkeypatch.chdir(tmp_path)
 
 

@@ -103,7 +103,8 @@ def test_what_is_not_the_run_s_is_refused(flags, told, two, capsys):
 
 
 def test_a_setting_that_is_the_run_s_own_may_be_repeated(two, capsys):
-    assert measured(two, capsys, "--seed", "42", "--model", "tiny-random")[0] == recorded(two, "healed", 1)
+    flags = ("--seed", "42", "--model", "tiny-random", "--accept-terms")
+    assert measured(two, capsys, *flags)[0] == recorded(two, "healed", 1)
 
 
 def test_a_round_that_was_dropped_or_damaged_is_named(copy, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from steer_heal.errors import UserError
 from steer_heal.evals.replies import pair_margins, reply_logp
 from steer_heal.inputs.pairs import Pair
-from steer_heal.model import lora
+from steer_heal.model import lora, self_check
 from steer_heal.model.decode import Decoding, Row, decode
 from steer_heal.model.lm import LM, weights_digest
 from steer_heal.model.lora import targets
@@ -249,6 +249,14 @@ def test_replies_in_a_batch_are_read_as_alone_where_padding_inside_a_row_counts(
     together = read(questions)
     assert torch.allclose(together, torch.cat([read([question]) for question in questions]), atol=1e-3)
     assert (together[0] - together[1]).abs().max() > 0.01  # what is asked counts
+
+
+def test_a_window_that_is_longer_than_the_rows_that_are_tried_is_found_in_the_configuration(toy, monkeypatch):
+    monkeypatch.setattr(self_check, "_inside_apart", lambda *_: 0.0)
+    for name, pads_inside in (("GPT-Neo", False), ("Llama", True)):
+        lm = family(name, toy)
+        check_model(lm)
+        assert lm.pads_inside == pads_inside
 
 
 def test_the_context_of_longrope_is_the_one_within_which_a_row_does_not_depend_on_its_batch(toy):

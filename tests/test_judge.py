@@ -111,8 +111,11 @@ def test_replies_without_a_mark_are_counted_and_too_many_stop_the_run(server, mo
     monkeypatch.setattr(judge, "MOST_UNREAD", LIMIT)
     monkeypatch.setattr(Judge, "content", lambda asked: said["3"] if "question 0" not in asked else "I do not know")
     assert sum(marked(["x"] * 5, server)["judge_unread"]) == 1, "a fifth may"
-    with pytest.raises(UserError, match="1 of its 4 replies lack a mark, such as 'I do not know'; at most 20% may"):
+    with pytest.raises(
+        UserError, match="1 of its 4 replies lack a mark, such as 'I do not know'; at most 20% may"
+    ) as told:
         marked(["x"] * 4, server)
+    assert not told.value.resumable, "the replies are kept, and a resume would read them again"
 
 
 @pytest.mark.parametrize(

@@ -501,6 +501,11 @@ def test_a_run_that_is_not_finished_or_ended_early_gets_no_more_rounds(after_rou
         before = (run / "events.jsonl").read_bytes()
         assert main(["resume", str(run), "--n-rounds", str(n)]) == 2
         assert told in capsys.readouterr().err and (run / "events.jsonl").read_bytes() == before
+    log = EventLog(after_round_0)
+    log.write(RunEnd(error="too few texts", resumable=False))
+    log.close()
+    assert main(["resume", str(after_round_0), "--n-rounds", "3"]) == 2
+    assert "cannot go on to more rounds: too few texts" in capsys.readouterr().err
 
 
 def test_what_a_user_puts_beside_the_checkpoints_stays(two, tmp_path):

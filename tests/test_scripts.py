@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from steer_heal.__main__ import main
 from steer_heal.check import check
-from steer_heal.diag import QUESTIONS, distil, prompting
+from steer_heal.diag import QUESTIONS, distil, prompting, signal
 from steer_heal.diag.lab import Lab, PresetFlags, replay
 from steer_heal.errors import UserError
 from steer_heal.events import Gathered, Measured, RunStart
@@ -107,6 +107,18 @@ def test_an_arm_of_distil_is_not_taken_for_one_of_other_settings(tmp_path, capsy
     assert "holds arm 'contrast' of seed 1 with other settings: files, heal.lr, n_rounds; give --label" in told
     assert main(["diag", "distil", "--arms", "contrast, signed", "--n-rounds", "2", "--out", str(tmp_path)]) == 2
     assert "n-rounds is 2: it must be 1 with arm 'contrast, signed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["toy", "toy-distil", "smol", "smol-distil", "chat", "qwen", "gemma"])
+def test_the_gradients_of_a_text_are_asked_of_every_preset(preset, monkeypatch):
+    """Whose own teacher, hold and rehearsal are left out."""
+    made = []
+    monkeypatch.setattr(Lab, "of", lambda cfg: made.append(cfg))
+    for teacher in ("prompt+vector", "contrast"):
+        with pytest.raises(AttributeError):
+            signal.main(signal.Flags(preset=preset, teacher=teacher), {})
+        for text in ("steered", "own"):
+            assert changed(made[-1], {"heal.text": text}).heal.teacher == teacher
 
 
 def test_the_default_arms_are_those_that_the_preset_has_prompts_for(monkeypatch, tmp_path):

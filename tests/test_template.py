@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from steer_heal.bench import chat_of
 from steer_heal.errors import UserError
 from steer_heal.evals import moral_foundations
 from steer_heal.evals.moral_foundations import digit_ids
@@ -95,6 +96,7 @@ def test_texts_end_at_the_turn_that_the_template_ends_with_another_token_than_eo
 def test_a_reply_is_never_read_where_a_thought_begins(tiny: LM, tmp_path, source, begun):
     lm = load(saved(tiny, tmp_path, source))
     assert lm.template.conversation(["?"]).endswith(begun) and lm.template.space == ""
+    assert chat_of(lm).opening == f"<|im_end|>\n<|im_start|>{begun}", "and so it is recorded"
 
 
 def test_a_template_may_write_the_token_that_stands_for_unknown_text(tiny: LM, tmp_path):
